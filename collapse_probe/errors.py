@@ -1,0 +1,40 @@
+"""What collapse-probe raises on purpose: each message says what was expected, what came and what to do."""
+
+
+class CollapseProbeError(Exception):
+    """Base of every error that a user's input can cause; the command line shows its text as one line."""
+
+
+class UnknownNameError(CollapseProbeError, KeyError):
+    """A name that is in no table; the text lists the nearest ones."""
+
+    def __str__(self) -> str:  # KeyError would show the repr
+        return str(self.args[0]) if self.args else ""
+
+
+class ModelError(CollapseProbeError):
+    """A model that cannot be made, or is not what the operation needs."""
+
+
+class CheckpointError(CollapseProbeError):
+    """A checkpoint that cannot be read safely, or does not fit the model."""
+
+
+class DataError(CollapseProbeError):
+    """Data that cannot be read, or holds no readable image."""
+
+
+class CaptureError(CollapseProbeError):
+    """Attention that could not be heard, or was heard wrongly."""
+
+
+class NoAttentionFoundError(CaptureError):
+    """The forward pass held no softmax attention that could be heard."""
+
+
+class SettingError(CollapseProbeError, ValueError):
+    """A setting outside the values that it may take."""
+
+
+class OutputError(CollapseProbeError):
+    """An output folder that cannot be written or read."""

@@ -1,0 +1,1 @@
+"""The remedies of the literature: one file each; each ends with its entry in `FIXES`."""
