@@ -1,0 +1,284 @@
+"""How alike unit vectors are across blocks, and how alike they would be across other tokens, heads and images.
+
+The mean cosine over any set of pairs is a difference of inner products of sums. With x[h, t] the unit vectors of one
+block and y[h, t] those of another:
+
+    same head and token          T1 = Σ_h Σ_t  <x_ht, y_ht>
+    same head, any token         T2 = Σ_h      <Σ_t x_ht, Σ_t y_ht>
+    any head, same token         T3 =     Σ_t  <Σ_h x_ht, Σ_h y_ht>
+    any head, any token          T4 =          <Σ_ht x_ht, Σ_ht y_ht>
+
+so that T2 − T1 is the sum over all wrong tokens: the exact mean of the wrong-token null over every permutation without
+fixed points, with no permutation drawn. The same sums over images (vectors added over images first) give the wrong-image null.
+The same formulas over the number of defined vectors give the number of defined pairs.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from collapse_probe.geometry import gram, unit
+from collapse_probe.sums import GROUPS, Array, Means, group_of
+from collapse_probe.trace import MapTile, Plan, Trace
+
+STATE_BUDGET = 48 * 2**20
+"""Bytes that the sum over images of one kind of vector may take; beyond it a seeded sample of tokens is summed."""
+SAMPLED_TOKENS = 32
+JACKKNIFE_TOKENS = 4
+SPARE_BYTES = 32 * 2**20
+
+
+def seeded_sample(tokens: list[int], size: int, seed: int = 0) -> list[int]:
+    """A seeded subset of tokens in their order; all of them where `size` is large enough."""
+    if size >= len(tokens):
+        return tokens
+    order = sorted(tokens, key=lambda t: zlib.crc32(f"{seed}/{t}".encode()))
+    return sorted(order[:size])
+
+
+class PairSums:
+    """T1 … T4 of one batch, from unit vectors that may come in parts of their tokens; and the same for defined pairs."""
+
+    def __init__(self, images: int, blocks: int, device: torch.device) -> None:
+        wide = torch.float64 if device.type != "mps" else torch.float32
+        self.sums = torch.zeros(4, images, blocks, blocks, dtype=wide, device=device)
+        self.pairs = torch.zeros_like(self.sums)
+        self._open: tuple[Tensor, Tensor] | None = None
+
+    def add(self, at: tuple[slice, list[int]], vectors: Tensor, valid: Tensor, token_dim: int, last: bool) -> None:
+        """Vectors [b, H, L, R, C] whose tokens run along `token_dim`, defined where `valid` [b, H, L, tokens]."""
+        valid = valid.to(vectors.dtype)
+        over_tokens = (vectors.sum(token_dim), valid.sum(-1, keepdim=True))
+        if self._open is not None:
+            over_tokens = (self._open[0] + over_tokens[0], self._open[1] + over_tokens[1])
+        self._open = None if last else over_tokens
+        for target, x, total in ((self.sums, vectors, over_tokens[0]), (self.pairs, valid, over_tokens[1])):
+            x = x.flatten(3)
+            self._into(target, 0, at, gram(x).sum(1))
+            self._into(target, 2, at, gram(x.sum(1)))
+            if last:
+                self._into(target, 1, at, gram(total).sum(1))
+                self._into(target, 3, at, gram(total.sum(1)))
+
+    def _into(self, target: Tensor, which: int, at: tuple[slice, list[int]], value: Tensor) -> None:
+        images, blocks = at
+        place = torch.tensor(blocks, device=value.device)
+        target[which, images, place[:, None], place[None, :]] += value.to(target.dtype)
+
+
+def mean_cosines(sums: Tensor, pairs: Tensor) -> dict[str, Tensor]:
+    """From T1 … T4 [4, …] and their numbers of pairs: the mean cosines by which of head and token differ."""
+
+    def ratio(total: Tensor, number: Tensor) -> Tensor:
+        return torch.where(number > 0.5, total / number.clamp_min(0.5), torch.nan)
+
+    (t1, t2, t3, t4), (n1, n2, n3, n4) = sums, pairs
+    return {
+        "real": ratio(t1, n1),
+        "other_token": ratio(t2 - t1, n2 - n1),
+        "other_head": ratio(t3 - t1, n3 - n1),
+        "other_both": ratio(t4 - t2 - t3 + t1, n4 - n2 - n3 + n1),
+    }
+
+
+class Agreement(Means):
+    """Mean cosines between blocks over all heads and tokens, real and null, for vectors that a child class supplies.
+
+    Per image: real, other_token, other_head, other_both [blocks, blocks], with the covariance of real and other_token; over
+    pairs of different images: the same four, from sums over images.
+    """
+
+    def __init__(self, blocks: int, groups: dict[tuple[int, int, int], list[int]], axis: str, tokens: list[int]) -> None:
+        super().__init__()
+        self.blocks, self.groups, self.token_dim = blocks, list(groups.values()), -2 if axis == "row" else -1
+        square = (blocks, blocks)
+        self.means_of(real=square, other_token=square, other_head=square, other_both=square)
+        self.room("covariance", *square)
+        self.room("own_sums", 4, *square)
+        self.room("own_pairs", 4, *square)
+        self.samples: list[list[int]] = []
+        for g, ((heads, rows, columns), positions) in enumerate(groups.items()):
+            all_tokens = [t for t in tokens if t < (rows if axis == "row" else columns)]
+            size = heads * len(positions) * rows * columns * 8
+            sample = all_tokens if size <= STATE_BUDGET else seeded_sample(all_tokens, SAMPLED_TOKENS)
+            self.samples.append(sample)
+            shape = (len(sample), columns) if axis == "row" else (rows, len(sample))
+            self.room(f"over_images_{g}", heads, len(positions), *shape)
+            self.room(f"defined_{g}", heads, len(positions), len(sample))
+        self._all = [len(s) for s in self.samples]
+
+    def begin(self, trace: Trace, names: Sequence[str]) -> None:
+        """Make room for the pair sums of a batch."""
+        device = next(t.device for t in _tensors_of(trace))
+        self._pairs = PairSums(trace.images, self.blocks, device)
+        self._sampled = PairSums(trace.images, self.blocks, device)
+
+    def absorb(self, images: slice, positions: list[int], tokens: list[int], unit_vectors: tuple[Tensor, Tensor], last: bool) -> None:
+        """Take the unit vectors [b, H, L, R, C] of some tokens of some images."""
+        vectors, valid = unit_vectors
+        self._pairs.add((images, positions), vectors, valid, self.token_dim, last)
+        g = self.groups.index(positions)
+        sample = self.samples[g]
+        inside = [i for i, t in enumerate(tokens) if t in set(sample)]
+        if len(inside) < len(tokens) or len(sample) < self._all[g]:
+            vectors, valid = vectors.index_select(self.token_dim, self._index(inside, vectors)), valid[..., inside]
+        places = [sample.index(tokens[i]) for i in inside]
+        if places:
+            span = slice(places[0], places[-1] + 1)
+            getattr(self, f"over_images_{g}").narrow(self.token_dim, span.start, len(places)).add_(vectors.sum(0))
+            getattr(self, f"defined_{g}")[..., span] += valid.sum(0)
+        self._sampled.add((images, positions), vectors, valid, self.token_dim, last)
+
+    @staticmethod
+    def _index(places: list[int], like: Tensor) -> Tensor:
+        return torch.tensor(places, device=like.device, dtype=torch.long)
+
+    def end(self, trace: Trace) -> dict[str, Tensor]:
+        """Close the batch."""
+        found = mean_cosines(self._pairs.sums, self._pairs.pairs)
+        for name, values in found.items():
+            self.take(name, values)
+        product = found["real"] * found["other_token"]
+        self.into("covariance", torch.where(torch.isfinite(product), product, 0.0).sum(0))
+        self.into("own_sums", self._sampled.sums.sum(1))
+        self.into("own_pairs", self._sampled.pairs.sum(1))
+        adjacent = {name: found[name].diagonal(-1, -2, -1) for name in ("real", "other_token")}
+        head = {f"{name}_within": found[name].diagonal(0, -2, -1) for name in ("other_head",)}
+        return adjacent | head
+
+    def across_images(self) -> dict[str, Array]:
+        """real, other_token, other_head, other_both between different images, [blocks, blocks]; NaN with one image."""
+        whole = PairSums(1, self.blocks, self.own_sums.device)
+        for g, positions in enumerate(self.groups):
+            vectors, valid = getattr(self, f"over_images_{g}")[None], getattr(self, f"defined_{g}")[None]
+            whole.add((slice(0, 1), positions), vectors, valid, self.token_dim, last=True)
+        found = mean_cosines(whole.sums[:, 0] - self.own_sums, whole.pairs[:, 0] - self.own_pairs)
+        return {name: values.cpu().numpy() for name, values in found.items()}
+
+    def cross_moment(self) -> Array:
+        """The mean over images of real × other_token."""
+        return self.array("covariance") / self.array("other_token_count").clip(1)
+
+
+class MapAgreement(Agreement):
+    """Agreement of the rows or columns of attention maps."""
+
+    def __init__(self, plan: Plan, point: str, axis: str, centred: bool, without: tuple[int, ...] = ()) -> None:
+        self.point, self.axis, self.centred, self.without = point, axis, centred, without
+        groups = {
+            (heads, queries - _missing(without, queries), keys - _missing(without, keys)): positions
+            for (heads, queries, keys), positions in plan.groups().items()
+        }
+        longest = max((max(s[1], s[2]) for s in plan.groups()), default=0)
+        tokens = [t for t in range(longest) if t not in without]
+        super().__init__(len(plan.map_layers), groups, axis, tokens)
+        for g, signature in enumerate(plan.groups()):
+            size = signature[1] if axis == "row" else signature[2]
+            self.samples[g] = [t for t in self.samples[g] if t < size]
+
+    def tile(self, tile: MapTile) -> None:
+        """Take the vectors of a tile that holds them whole."""
+        if tile.whole(self.axis):
+            vectors = tile.unit_vectors(self.point, self.axis, self.centred, self.without)
+            tokens = tile.tokens(self.axis, self.without)
+            self.absorb(tile.images, tile.positions, tokens, vectors, tile.last)
+
+
+def _missing(without: tuple[int, ...], size: int) -> int:
+    return sum(t < size for t in without)
+
+
+def _tensors_of(trace: Trace) -> Iterator[Tensor]:
+    for heard in trace.attention:
+        yield heard.q if heard.q is not None else heard.probs  # type: ignore[misc]
+    yield from (t for t in trace.tokens if t is not None)
+
+
+class TokenAgreement(Agreement):
+    """Agreement of the patch embeddings of the same token at two depths."""
+
+    def __init__(self, plan: Plan, shapes: Sequence[tuple[int, int] | None]) -> None:
+        groups: dict[tuple[int, int, int], list[int]] = {}
+        for depth, shape in enumerate(shapes):
+            if shape is not None:
+                groups.setdefault((1, *shape), []).append(depth)
+        longest = max((s[1] for s in groups), default=0)
+        super().__init__(len(shapes), groups, "row", list(range(longest)))
+
+    def end(self, trace: Trace) -> dict[str, Tensor]:
+        """Take the whole batch, a few images at a time."""
+        for positions in self.groups:
+            patches = [trace.patches(depth) for depth in positions]
+            one_image = sum(p[0].numel() * 4 for p in patches if p is not None)
+            step = max(1, SPARE_BYTES // max(one_image, 1))
+            for start in range(0, trace.images, step):
+                chosen = slice(start, min(start + step, trace.images))
+                stacked = torch.stack([p[chosen] for p in patches if p is not None], dim=1)[:, None]
+                self.absorb(chosen, positions, list(range(stacked.shape[3])), unit(stacked), last=True)
+        return super().end(trace)
+
+
+class ImageSpread(Means):
+    """Sums by group of images of a few tokens' vectors, for the jackknife of the similarity between images."""
+
+    def __init__(self, plan: Plan, point: str, axis: str, centred: bool) -> None:
+        super().__init__()
+        self.point, self.axis, self.centred, self.token_dim = point, axis, centred, -2 if axis == "row" else -1
+        self.groups, self.blocks = plan.groups(), len(plan.map_layers)
+        self.room("own", GROUPS, self.blocks)
+        self.room("own_pairs", GROUPS, self.blocks)
+        self.samples = []
+        for g, ((heads, rows, columns), positions) in enumerate(self.groups.items()):
+            sample = seeded_sample(list(range(rows if axis == "row" else columns)), JACKKNIFE_TOKENS, seed=1)
+            self.samples.append(sample)
+            shape = (len(sample), columns) if axis == "row" else (rows, len(sample))
+            self.room(f"sums_{g}", GROUPS, heads, len(positions), *shape)
+            self.room(f"defined_{g}", GROUPS, heads, len(positions), len(sample))
+
+    def begin(self, trace: Trace, names: Sequence[str]) -> None:
+        """Remember the groups of this batch's images."""
+        self._group = torch.tensor([group_of(name) for name in names])
+
+    def tile(self, tile: MapTile) -> None:
+        """Add the sampled tokens' vectors to the sums of their images' groups."""
+        g = list(self.groups.values()).index(tile.positions)
+        sample, held = self.samples[g], tile.tokens(self.axis)
+        places = [i for i, t in enumerate(sample) if t in held]
+        if not tile.whole(self.axis) or not places:
+            return
+        vectors, valid = tile.unit_vectors(self.point, self.axis, self.centred)
+        inside = [held.index(sample[i]) for i in places]
+        vectors = vectors.index_select(self.token_dim, torch.tensor(inside, device=vectors.device)).double()
+        valid = valid[..., inside].double()
+        group = self._group[tile.images].to(vectors.device)
+        span = slice(places[0], places[-1] + 1)
+        getattr(self, f"sums_{g}").narrow(self.token_dim, span.start, len(places)).index_add_(0, group, vectors)
+        getattr(self, f"defined_{g}")[..., span].index_add_(0, group, valid)
+        self.own[:, tile.positions] = self.own[:, tile.positions].index_add(0, group, vectors.square().sum((1, 3, 4)))
+        self.own_pairs[:, tile.positions] = self.own_pairs[:, tile.positions].index_add(0, group, valid.square().sum((1, 3)))
+
+    def stderr(self) -> Array:
+        """Standard error [blocks] of the mean cosine between different images: a jackknife that leaves groups out."""
+        left_out = torch.full((GROUPS, self.blocks), torch.nan, dtype=torch.float64)
+        for g, positions in enumerate(self.groups.values()):
+            sums, defined = getattr(self, f"sums_{g}"), getattr(self, f"defined_{g}")
+            rest, rest_defined = sums.sum(0) - sums, defined.sum(0) - defined
+            total = rest.square().sum((1, 3, 4)) - (self.own.sum(0) - self.own)[:, positions]
+            pairs = rest_defined.square().sum((1, 3)) - (self.own_pairs.sum(0) - self.own_pairs)[:, positions]
+            left_out[:, positions] = torch.where(pairs > 0.5, total / pairs.clamp_min(0.5), torch.nan).cpu()
+            empty = (defined.sum((1, 2, 3)) == 0).cpu()
+            left_out[empty] = torch.nan
+        return _jackknife(left_out)
+
+
+def _jackknife(left_out: Tensor) -> Array:
+    used = torch.isfinite(left_out).all(1)
+    kept = left_out[used]
+    n = len(kept)
+    if n < 2:
+        return torch.full((left_out.shape[1],), torch.nan).double().numpy()
+    return ((n - 1) / n * (kept - kept.mean(0)).square().sum(0)).sqrt().numpy()

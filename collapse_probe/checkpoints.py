@@ -1,0 +1,223 @@
+"""Loads weights from a file into a model: safely, wholly, or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from collapse_probe.errors import CheckpointError
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # `.pth.tar` ends in .tar
+PLAIN = ("state_dict", "model", "model_state_dict", "module")
+AVERAGED = ("state_dict_ema", "model_ema", "ema", "teacher")
+LEARNER = ("student",)
+WRAPPERS = ("module.", "_orig_mod.")
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a checkpoint held and what of it went into the model.
+
+    `key_used` is the entry of the file that held the weights, "" where the file is the state dict itself.
+    `missing` are keys that only the model has, `unexpected` only the file; `mismatched` say
+    "key: [shape in the file], [shape in the model]".
+    """
+
+    sha256: str
+    key_used: str
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+    epoch: int | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether file and model agreed on every key and shape."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    @property
+    def differences(self) -> str:
+        """One clause that counts and samples what did not fit; empty where all did."""
+        kinds = (
+            ("missing in the file", self.missing),
+            ("unknown to the model", self.unexpected),
+            ("of another shape", self.mismatched),
+        )
+        return "; ".join(f"{len(keys)} {kind} ({_sample(keys)})" for kind, keys in kinds if keys)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the findings should know."""
+        used = (f"checkpoint: weights under {self.key_used!r}",) if self.key_used else ()
+        return used + (() if self.complete else (f"checkpoint loaded in part: {self.differences}",))
+
+
+def load_checkpoint(
+    model: nn.Module, path: str | Path, *, ema: bool | None = None, partial: bool = False
+) -> LoadReport:
+    """Load the weights at `path` into `model`; the model is untouched unless this returns.
+
+    `path` is a file with one of `SUFFIXES`, or a folder that holds exactly one. Nothing in the file is executed:
+    torch reads it with `weights_only`, and of all Python classes only `argparse.Namespace` (the settings in timm's
+    training files) is allowed. Wrapper prefixes (`module.`, `_orig_mod.`) are taken off.
+
+    `ema` chooses between plain and averaged weights where a file holds both. None, the default, takes the plain
+    ones as timm's validate.py does, and averaged ones where there are no others; of a student and its teacher it
+    takes the teacher, as the authors of that method do. True and False insist. The report says what was used.
+
+    Raises CheckpointError if the file cannot be read safely, holds no weights, or does not fit. With `partial`
+    whatever fits is loaded and the rest reported; it is still an error if nothing fits.
+    """
+    file = _checkpoint_file(Path(path))
+    held = _read(file)
+    key, state = _choose(held, ema, file)
+    report, fitting = _match(model, _clean(state, model), _sha256(file), key, _epoch(held))
+    if not fitting or not (report.complete or partial):
+        means = "nothing was loaded; use the model that it was made from"
+        means += " (same sizes and number of classes)" if not fitting else ", or --partial for what fits"
+        raise CheckpointError(f"{file} does not fit {type(model).__name__}: {report.differences}; {means}")
+    model.load_state_dict(fitting, strict=False)
+    return report
+
+
+def _checkpoint_file(path: Path) -> Path:
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}; give an existing file ({', '.join(SUFFIXES)})")
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise CheckpointError(f"{path} is no known kind of checkpoint; expected {', '.join(SUFFIXES)}")
+        return path
+    inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    if len(inside) != 1:
+        found = _sample([file.name for file in inside]) if inside else "none"
+        raise CheckpointError(
+            f"the folder {path} must hold one checkpoint, found {len(inside)} ({found}); name one"
+        )
+    return inside[0]
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    if file.suffix.lower() == ".safetensors":
+        held: Any = _guarded(file, _read_safetensors)
+    else:
+        held = _guarded(file, _read_torch)
+    if not isinstance(held, Mapping):
+        came = type(held).__name__
+        raise CheckpointError(
+            f"{file} holds a {came}, expected a dictionary of tensors; save model.state_dict()"
+        )
+    return held
+
+
+def _guarded(file: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(file)
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL\s+([\w.]+)", str(error))
+        if culprit is None:
+            raise CheckpointError(
+                f"{file} is not a checkpoint that torch can read safely: it may be damaged"
+            ) from error
+        what = f"it holds the Python object {culprit[1]!r}, and loading that could run code"
+        raise CheckpointError(
+            f"{file} was not loaded: {what}; save the tensors alone, e.g. as .safetensors"
+        ) from error
+    except Exception as error:  # damaged files fail in many ways
+        why = (str(error).strip().splitlines() or [""])[0][:160]
+        raise CheckpointError(
+            f"{file} cannot be read as a checkpoint ({type(error).__name__}: {why})"
+        ) from error
+
+
+def _read_safetensors(file: Path) -> Any:
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+def _read_torch(file: Path) -> Any:
+    allow = getattr(torch.serialization, "safe_globals", None)  # since torch 2.5
+    with allow([argparse.Namespace]) if allow else contextlib.nullcontext():
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _choose(held: Mapping[str, Any], ema: bool | None, file: Path) -> tuple[str, State]:
+    """The entry that holds the wanted weights and its name; "" for a file that is a state dict itself."""
+    orders = {None: PLAIN + AVERAGED + LEARNER, True: AVERAGED, False: PLAIN + LEARNER}
+    for key in orders[ema]:
+        if _is_state(held.get(key)):
+            return key, held[key]
+    if _is_state(held) and ema is not True:
+        return "", held
+    wanted = {None: "weights", True: "averaged (EMA) weights", False: "plain weights"}[ema]
+    expected = "a state dict" if ema is None else " or ".join(orders[ema])
+    keys = _sample([str(key) for key in held]) or "nothing"
+    raise CheckpointError(f"{file} holds no {wanted}: expected {expected}, found the entries {keys}")
+
+
+def _is_state(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(leaf, Tensor) for leaf in value.values())
+    )
+
+
+def _clean(state: State, model: nn.Module) -> dict[str, Tensor]:
+    """Take wrapper prefixes off the keys, and DINO's `backbone.`, unless the model has keys that start so."""
+    own = model.state_dict()
+    prefixes = [p for p in (*WRAPPERS, "backbone.") if not any(key.startswith(p) for key in own)]
+    cleaned = {}
+    for key, tensor in state.items():
+        while prefix := next((p for p in prefixes if key.startswith(p)), None):
+            key = key[len(prefix) :]
+        cleaned[key] = tensor
+    return cleaned
+
+
+def _match(
+    model: nn.Module, state: State, sha256: str, key: str, epoch: int | None
+) -> tuple[LoadReport, dict[str, Tensor]]:
+    """Compare keys and shapes; give the report and the tensors that fit."""
+    own = model.state_dict()
+    both = [name for name in own if name in state]
+    wrong = [name for name in both if own[name].shape != state[name].shape]
+    report = LoadReport(
+        sha256,
+        key,
+        missing=tuple(name for name in own if name not in state),
+        unexpected=tuple(name for name in state if name not in own),
+        mismatched=tuple(f"{name}: {list(state[name].shape)}, {list(own[name].shape)}" for name in wrong),
+        epoch=epoch,
+    )
+    return report, {name: state[name] for name in both if name not in wrong}
+
+
+def _epoch(held: Mapping[str, Any]) -> int | None:
+    epoch = held.get("epoch")
+    return epoch if isinstance(epoch, int) else None
+
+
+def _sample(names: Iterable[str], count: int = 3) -> str:
+    listed = list(names)
+    return ", ".join(listed[:count]) + (", …" if len(listed) > count else "")
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

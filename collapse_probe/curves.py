@@ -1,0 +1,187 @@
+"""Numbers over the blocks of a model as curves, with their intervals and what they would be with nothing to find."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from collapse_probe.drawing import (
+    INK,
+    MUTED,
+    NARROW,
+    ROLES,
+    WIDE,
+    Array,
+    curve,
+    drawn,
+    over_blocks,
+    share_legend,
+    sheet,
+)
+from collapse_probe.findings import Findings
+from collapse_probe.heatmaps import UNSIGNED, Panel, heat
+from collapse_probe.readings import adjacent, entropy_share, held, kappa_ci95, null, nulls
+
+THRESHOLDS = (0.8, 0.9, 0.95)
+KAPPA_THRESHOLD = 0.5
+OVER_BLOCKS = {
+    "head-similarity": "between heads of one block",
+    "image-similarity": "between images",
+    "patch-diversity": "patch diversity",
+}
+
+
+@drawn
+def adjacent_blocks(findings: Findings, narrow: bool = False) -> Figure | None:
+    """Similarity of each block with the one before, its nulls and thresholds; kappa beneath, on one x axis."""
+    reading = held(findings, "attention-similarity")
+    if reading is None or reading.values is None or len(reading.values) < 2:
+        return None
+    x, kappa = np.arange(1.0, len(reading.values)), null(reading, "kappa")
+    rows = 1 if kappa is None else 2
+    figure = sheet(NARROW if narrow else WIDE, 3.8 if kappa is None else 5.6)
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=[3, 2][:rows])[:, 0]
+    references = {role: adjacent(values) for role, values in nulls(reading).items()}
+    _with_references(axes[0], x, adjacent(reading.values), _adjacent_or_none(reading.ci95), references)
+    _thresholds(axes[0], THRESHOLDS)
+    axes[0].set_ylabel("cosine with the block before")
+    if kappa is not None:
+        _kappa(axes[1], x, adjacent(kappa), _adjacent_or_none(kappa_ci95(reading)))
+    over_blocks(axes[-1], x, "block b, compared with block b − 1")
+    share_legend(figure, axes[0], columns=2 if narrow else 5)
+    return figure
+
+
+def _adjacent_or_none(matrix: Array | None) -> Array | None:
+    return None if matrix is None else adjacent(matrix)
+
+
+def _with_references(
+    axes: Axes, x: Array, values: Array, ci95: Array | None, others: Mapping[str, Array]
+) -> None:
+    """The measured curve with its band, and the references that `others` holds, from 0 (or the lowest) to 1."""
+    for role, line in others.items():
+        curve(axes, x, line, ROLES[role])
+    curve(axes, x, values, ROLES["measured"], ci95)
+    axes.set_ylim(_floor([values, *others.values()]), 1.03)
+    axes.grid(axis="y")
+
+
+def _floor(lines: Iterable[Array]) -> float:
+    lowest = min(float(np.min(line[np.isfinite(line)], initial=0.0)) for line in lines)
+    return lowest * 1.1 - 0.03
+
+
+def _thresholds(axes: Axes, levels: Iterable[float]) -> None:
+    for level in levels:
+        axes.axhline(level, color=MUTED, linewidth=0.8, linestyle=(0, (1, 3)), zorder=0)
+        axes.annotate(
+            f"{level:g}", (1.0, level), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+            fontsize=7, color=MUTED, va="center",
+        )  # fmt: skip
+
+
+def _kappa(axes: Axes, x: Array, values: Array, ci95: Array | None) -> None:
+    curve(axes, x, values, ROLES["measured"], ci95)
+    axes.axhline(
+        0.0, color=ROLES["other_token"].colour, linestyle=ROLES["other_token"].line, linewidth=1.4, zorder=1
+    )
+    _thresholds(axes, (KAPPA_THRESHOLD,))
+    axes.set(ylabel="κ, null-corrected", ylim=(min(_floor([values]), -0.25), 1.05))
+    axes.grid(axis="y")
+
+
+@drawn
+def per_block(findings: Findings, narrow: bool = False) -> Figure | None:
+    """Head similarity, image similarity and patch diversity over the blocks, each with its nulls."""
+    found = {name: reading for name in OVER_BLOCKS if (reading := held(findings, name)) is not None}
+    if not found:
+        return None
+    count = len(found)
+    size = (NARROW, 2.5 * count + 0.6) if narrow else ({1: 5.0, 2: 7.5}.get(count, WIDE), 3.4)
+    figure = sheet(*size)
+    axes = figure.subplots(count if narrow else 1, 1 if narrow else count, squeeze=False).ravel()
+    for place, (name, reading) in zip(axes, found.items(), strict=True):
+        assert reading.values is not None
+        x = np.arange(len(reading.values), dtype=np.float64)
+        _with_references(place, x, reading.values, reading.ci95, nulls(reading))
+        deep = reading.dims == ("depth",)
+        over_blocks(place, x, "depth (0: before block 0)" if deep else "block")
+        unit = "1 − mean |cosine|" if name == "patch-diversity" else "cosine"
+        place.set(title=OVER_BLOCKS[name], ylabel=unit)
+    share_legend(figure, *axes, columns=2 if narrow else 5)
+    return figure
+
+
+@drawn
+def entropy(findings: Findings, narrow: bool = False) -> Figure | None:
+    """Attention entropy of every head as a share of log N, and beneath it the mean over heads."""
+    share = entropy_share(findings)
+    if share is None:
+        return None
+    blocks, heads = share.heads.shape
+    width = NARROW if narrow else WIDE
+    tall = min(max(0.16 * heads, 0.8), 2.6)
+    figure = sheet(width, tall + 3.9)
+    top, bottom = figure.subplots(2, 1, height_ratios=[tall, 2.5])
+    title = f"entropy / log {share.tokens:.0f} (1: uniform attention)"
+    heat(top, Panel(share.heads.T, title, UNSIGNED, "head", "block"), width - 1.0, square=False)
+    x = np.arange(blocks, dtype=np.float64)
+    bottom.plot(
+        np.repeat(x, heads), share.heads.ravel(), ".", color=ROLES["measured"].colour, alpha=0.3, markersize=4,
+        label="one head", markeredgewidth=0,
+    )  # fmt: skip
+    others = {} if share.untrained is None else {"untrained": share.untrained}
+    _with_references(bottom, x, share.mean, share.ci95, others)
+    over_blocks(bottom, x, "block")
+    bottom.set(ylabel="share of log N", title="mean over heads")
+    share_legend(figure, bottom, columns=2 if narrow else 4)
+    return figure
+
+
+@drawn
+def similar_blocks(findings: Findings, narrow: bool = False) -> Figure | None:
+    """How many adjacent pairs pass each threshold, with bootstrap intervals; last, how many pass it by kappa."""
+    reading = held(findings, "similar-blocks")
+    if reading is None or reading.values is None:
+        return None
+    levels = [float(level) for level in reading.settings.get("thresholds", THRESHOLDS)]
+    corrected = findings.summary.get("similar_blocks_corrected")
+    rows = [f"raw > {level:g}" for level in levels] + [f"κ > {KAPPA_THRESHOLD:g}"] * (corrected is not None)
+    figure = sheet(NARROW if narrow else 7.5, 0.42 * len(rows) + 1.3)
+    axes, fresh = figure.subplots(), null(reading, "untrained")
+    for y, value in enumerate(reading.values):
+        _count(axes, y, float(value), None if reading.ci95 is None else reading.ci95[y])
+        if fresh is not None:
+            _count(axes, y, float(fresh[y]), None, "untrained")
+    if corrected is not None:
+        _count(axes, len(levels), float(corrected), None)
+    pairs = max(int(findings.model.get("blocks") or 0) - 1, int(np.nanmax(reading.values, initial=1)), 1)
+    axes.set(
+        xlim=(-0.03 * pairs, pairs * 1.03), ylim=(len(rows) - 0.5, -0.5), xlabel=f"adjacent pairs, of {pairs}"
+    )
+    axes.set_yticks(range(len(rows)), rows)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.grid(axis="x")
+    share_legend(figure, axes, columns=2)
+    return figure
+
+
+def _count(axes: Axes, y: int, value: float, ends: Array | None, role: str = "measured") -> None:
+    """One count as a dot on row `y`, with its interval as a bar and the number above it."""
+    look = ROLES[role]
+    filled = role == "measured"
+    axes.plot(
+        [value], [y], linestyle="", marker="o" if filled else "D", markersize=7 if filled else 6, color=look.colour,
+        markerfacecolor=look.colour if filled else "white", label=look.label, zorder=3 if filled else 2,
+    )  # fmt: skip
+    if ends is not None and np.isfinite(ends).all():
+        axes.plot(ends, [y, y], color=look.colour, linewidth=4, alpha=0.35, solid_capstyle="butt", zorder=1)
+    if filled and np.isfinite(value):
+        axes.annotate(
+            f"{value:.3g}", (value, y), (0, 7), textcoords="offset points", ha="center", fontsize=8, color=INK
+        )

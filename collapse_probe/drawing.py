@@ -1,0 +1,176 @@
+"""How every figure looks: one colour for one role, fixed scales, and files that come out the same twice."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ParamSpec
+
+import matplotlib
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from numpy.typing import NDArray
+
+P = ParamSpec("P")
+Array = NDArray[np.float64]
+
+WIDE, NARROW = 10.0, 3.7  # inches: a column on a desk, a column on a phone
+INK, MUTED, FAINT = "#22303c", "#66737f", "#dde3e8"
+HATCH, PAPER = "#b9c1c8", "#eef1f3"  # an undefined cell
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.edgecolor": "#9aa5ae",
+    "axes.labelcolor": INK,
+    "axes.labelsize": 9.0,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9.5,
+    "axes.titlepad": 8.0,
+    "xtick.color": "#9aa5ae",
+    "ytick.color": "#9aa5ae",
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 8.0,
+    "ytick.labelsize": 8.0,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.7,
+    "hatch.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "collapse-probe",
+}
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a line stands for, and how it looks in every figure."""
+
+    label: str
+    colour: str
+    line: Any = "-"
+    marker: str = ""
+    width: float = 1.4
+
+
+ROLES: dict[str, Role] = {
+    "measured": Role("measured, with its 95 % interval", "#0b5fa5", marker="o", width=2.0),
+    "untrained": Role("untrained twin", "#6b7680", (0, (5, 2))),
+    "other_token": Role("other token", "#d55e00", (0, (1.2, 1.2)), width=1.8),
+    "other_image": Role("other image", "#01855f", (0, (6, 1.5, 1.2, 1.5))),
+    "other_head": Role("other head", "#b5579b", (0, (3, 1.2))),
+}
+
+
+def in_style() -> Any:
+    """A context in which figures are made and saved; leaves matplotlib's own settings as they were."""
+    return style.context(["default", STYLE])
+
+
+def drawn(draw: Callable[P, Figure | None]) -> Callable[P, Figure | None]:
+    """Run `draw` in our style, then settle its layout, so that it comes out the same however often it is saved."""
+
+    @functools.wraps(draw)
+    def settled(*args: P.args, **kwargs: P.kwargs) -> Figure | None:
+        with in_style():
+            figure = draw(*args, **kwargs)
+            if figure is not None:
+                figure.draw_without_rendering()
+                figure.set_layout_engine("none")
+        return figure
+
+    return settled
+
+
+def sheet(width: float, height: float) -> Figure:
+    """An empty figure of so many inches whose parts make room for each other."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.05, hspace=0.05)  # type: ignore[union-attr]
+    return figure
+
+
+def curve(axes: Axes, x: Array, values: Array, role: Role, ci95: Array | None = None) -> None:
+    """One line over blocks, with its interval as a band; `ci95` [..., 2]. Undefined points leave a gap."""
+    few = len(x) <= 40
+    axes.plot(
+        x,
+        values,
+        color=role.colour,
+        linestyle=role.line,
+        linewidth=role.width,
+        marker=role.marker if few else "",
+        markersize=4.0,
+        label=role.label,
+        zorder=3 if role.marker else 2,
+    )
+    if ci95 is not None:
+        axes.fill_between(x, ci95[..., 0], ci95[..., 1], color=role.colour, alpha=0.2, linewidth=0, zorder=1)
+
+
+def share_legend(figure: Figure, *sources: Axes, columns: int) -> None:
+    """One legend above the figure for everything that `sources` name, each name once."""
+    named: dict[str, Any] = {}
+    for axes in sources:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    figure.legend(
+        list(named.values()),
+        list(named),
+        loc="outside upper left",
+        ncols=columns,
+        handlelength=2.6,
+        borderaxespad=0.3,
+    )
+
+
+def over_blocks(axes: Axes, x: Array, label: str) -> None:
+    """Whole numbers along the x axis, half a step of room at both ends, faint lines across."""
+    first, last = int(x[0]), int(x[-1])
+    ticks = [first + tick for tick in whole_ticks(last - first + 1)]
+    axes.set(xlabel=label, xticks=ticks, xlim=(first - 0.5, last + 0.5))
+
+
+def whole_ticks(count: int, most: int = 16) -> list[int]:
+    """Every, every second, fourth … index below `count`, at most `most` of them."""
+    step = 1
+    while count > step * most:
+        step *= 2
+    return list(range(0, count, step))
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    return frozenset(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
+
+
+def printable(text: str, most: int = 40) -> str:
+    """`text` in letters that the figures' font has, shortened in the middle; for names that users chose."""
+    known = "".join(letter if ord(letter) in _glyphs() and letter.isprintable() else "□" for letter in text)
+    if len(known) <= most:
+        return known
+    half = (most - 1) // 2
+    return f"{known[:half]}…{known[-half:]}"
+
+
+def encode(figure: Figure, kind: str, dpi: float = 150) -> bytes:
+    """`figure` as the bytes of an svg, png or jpg; the same figure gives the same bytes."""
+    extra: dict[str, Any] = {
+        "svg": {"metadata": {"Date": None, "Creator": None}},
+        "png": {"metadata": {"Software": None}},
+        "jpg": {"pil_kwargs": {"quality": 86, "optimize": True}},
+    }[kind]
+    buffer = io.BytesIO()
+    with in_style(), matplotlib.rc_context({"svg.hashsalt": STYLE["svg.hashsalt"]}):
+        figure.savefig(buffer, format=kind, dpi=dpi, **extra)
+    return buffer.getvalue()

@@ -1,0 +1,112 @@
+"""Findings → matplotlib figures: pure functions, each returning None where it has nothing to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from collapse_probe.curves import adjacent_blocks, entropy, per_block, similar_blocks
+from collapse_probe.drawing import drawn, encode
+from collapse_probe.findings import Findings, Reading
+from collapse_probe.gallery import attention_gallery
+from collapse_probe.heatmaps import SIGNED, Panel, grid, scale_of
+from collapse_probe.readings import held, null
+
+VARIANTS = {
+    "row": "by rows: where one query looks",
+    "centred": "centred: each vector's mean taken off",
+    "patches": "without prefix tokens",
+}
+
+
+def _pair(reading: Reading, raw: str, corrected: str) -> list[Panel | None]:
+    assert reading.values is not None
+    axis = "depth (0: before block 0)" if "depth" in reading.dims else "block"
+    centred = reading.settings.get("centred") is True  # a correlation, whichever sign it happens to have
+    kappa = null(reading, "kappa")
+    return [
+        Panel(reading.values, raw, SIGNED if centred else scale_of(reading.values), axis, axis),
+        None if kappa is None else Panel(kappa, corrected, SIGNED, axis, axis),
+    ]
+
+
+def _similarity(findings: Findings, name: str, narrow: bool) -> Figure | None:
+    reading = held(findings, name)
+    if reading is None:
+        return None
+    panels = _pair(reading, "raw cosine", "null-corrected κ (0: no more alike than the null)")
+    return grid(panels, 2 if panels[1] else 1, narrow=narrow)
+
+
+@drawn
+def attention_similarity(findings: Findings, narrow: bool = False) -> Figure | None:
+    """Cosine between the maps of every two blocks, raw and null-corrected side by side."""
+    return _similarity(findings, "attention-similarity", narrow)
+
+
+@drawn
+def feature_similarity(findings: Findings, narrow: bool = False) -> Figure | None:
+    """Cosine between the patch embeddings at every two depths, raw and null-corrected side by side."""
+    return _similarity(findings, "feature-similarity", narrow)
+
+
+@drawn
+def attention_variants(findings: Findings, narrow: bool = False) -> Figure | None:
+    """The other readings of attention similarity (rows, centred, …), one row each: raw, null-corrected."""
+    panels: list[Panel | None] = []
+    for name, reading in findings.metrics.items():
+        family, _, variant = name.partition("@")
+        if family == "attention-similarity" and variant not in ("", "probs") and reading.values is not None:
+            panels += _pair(reading, VARIANTS.get(variant, variant), f"κ, {variant}")
+    return grid(panels, 2, narrow=narrow) if panels else None
+
+
+@drawn
+def probs_and_weights(findings: Findings, narrow: bool = False) -> Figure | None:
+    """What softmax gives beside what multiplies V, on one scale; drawn only where the two differ."""
+    weights, probs = held(findings, "attention-similarity"), held(findings, "attention-similarity@probs")
+    if weights is None or probs is None or weights.values is None or probs.values is None:
+        return None
+    scale = scale_of(weights.values, probs.values)
+    panels = [
+        Panel(probs.values, "probs: what softmax gives", scale),
+        Panel(weights.values, "weights: what multiplies V", scale),
+    ]
+    return grid(panels, 2, narrow=narrow)
+
+
+FIGURES: dict[str, Callable[[Findings, bool], Figure | None]] = {
+    "attention-similarity": attention_similarity,
+    "attention-adjacent": adjacent_blocks,
+    "similar-blocks": similar_blocks,
+    "attention-gallery": attention_gallery,
+    "attention-variants": attention_variants,
+    "probs-and-weights": probs_and_weights,
+    "attention-entropy": entropy,
+    "per-block": per_block,
+    "feature-similarity": feature_similarity,
+}
+
+
+def draw_all(findings: Findings, *, narrow: bool = False) -> dict[str, Figure]:
+    """Every figure that these findings can fill, by name, in the order of the page; `narrow` for a phone."""
+    made = {name: draw(findings, narrow) for name, draw in FIGURES.items()}
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def save_all(findings: Findings, folder: str | Path) -> dict[str, Figure]:
+    """Write figures/NAME.png and figures/NAME.svg into `folder`, and return the figures."""
+    figures = draw_all(findings)
+    save(figures, folder)
+    return figures
+
+
+def save(figures: Mapping[str, Figure], folder: str | Path) -> None:
+    """Write each figure as figures/NAME.png and figures/NAME.svg into `folder`."""
+    inside = Path(folder) / "figures"
+    inside.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        for kind in ("png", "svg"):
+            (inside / f"{name}.{kind}").write_bytes(encode(figure, kind, dpi=180))

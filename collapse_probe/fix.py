@@ -1,0 +1,286 @@
+"""What a fix may touch: the sockets of a transformer, and the attention that runs through them.
+
+A fix is a frozen dataclass of its settings. It owns no tensor: `parts` makes its parameters, and `mount`
+registers them on the module where the official code keeps them (an attention, a block, the model), under the
+official names, so that official checkpoints fit. A socket is a method that receives a tensor and returns it
+changed; the base class returns it as it came. Several fixes in one place act in the order of mounting.
+
+    tokens ─ enter ─┬─ norm1 ─ qkv ─ query ─ logits ─ softmax ─ probs ─ dropout ─ weights ─ @v ─ heads ─ proj ─ branch ─┐
+                    └──────────────────────────────── one block ─────────────────────────────────────────── + ─┴─ … ─ leave
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from collapse_probe.errors import ModelError, SettingError
+
+Part = nn.Module | nn.Parameter
+
+
+@dataclass(eq=False)
+class Site:
+    """Where one fix sits in one model.
+
+    `home` is the module that holds the fix's parts, `block` its block (-1 for the whole model), `blocks` all blocks
+    of this fix, `prefix` the number of prefix tokens before it came. `memory` is shared by the sites of one
+    mounted fix: what one block leaves there, a later block of the same forward pass takes.
+    """
+
+    home: Any
+    block: int
+    blocks: tuple[int, ...]
+    depth: int
+    width: int
+    heads: int
+    prefix: int
+    memory: dict[str, Tensor]
+
+    def take(self, key: str) -> Tensor:
+        """What an earlier block left under `key`; the last block of the fix clears it away."""
+        if key not in self.memory:
+            raise ModelError(
+                f"block {self.block} needs the {key} of an earlier block, which has not run in this forward pass "
+                "(blocks run alone, or under gradient checkpointing, cannot pass anything on)"
+            )
+        return self.memory.pop(key) if self.block in (-1, self.blocks[-1]) else self.memory[key]
+
+
+@dataclass(frozen=True)
+class Fix:
+    """One remedy: its settings are the fields, its sockets the methods it overrides.
+
+    `neutral` holds the settings under which the model computes what it computed without the fix; None where no
+    such setting exists. `official_keys` are the names of its parameters in the official checkpoints, relative to
+    the block (or the model).
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    neutral: ClassVar[Mapping[str, Any] | None]
+    official_keys: ClassVar[tuple[str, ...]] = ()
+    home: ClassVar[Literal["attention", "block", "model", "modules"]] = "attention"
+
+    @classmethod
+    def with_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """The fix with these settings; SettingError for a name that it does not have."""
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise SettingError(
+                    f"{cls.name} has no setting {name!r}; it has {', '.join(known) if known else 'no settings'}"
+                )
+        return cls(**settings)
+
+    def reach(self, blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
+        """The blocks in which the fix sits, given those that the user chose (None: no choice made)."""
+        if self.home == "model" and blocks is not None:
+            raise SettingError(f"{self.name} acts on the whole model: it cannot be put into single blocks")
+        return tuple(range(depth)) if blocks is None else blocks
+
+    def parts(self, site: Site) -> Mapping[str, Part]:
+        """The parameters and modules that the fix adds to `site.home`, by name."""
+        return {}
+
+    def query(self, q_BHNK: Tensor, site: Site) -> Tensor:
+        """Queries, before they meet the keys."""
+        return q_BHNK
+
+    def borrow(self, site: Site) -> Tensor | None:
+        """A map [B, H, N, N] to be used in place of this block's own softmax; None: compute the own one."""
+        return None
+
+    def logits(self, logits_BHNN: Tensor, site: Site) -> Tensor:
+        """Scaled logits, before the mask and the softmax."""
+        return logits_BHNN
+
+    def probs(self, probs_BHNN: Tensor, site: Site) -> Tensor:
+        """The map after the softmax, before attention dropout."""
+        return probs_BHNN
+
+    def weights(self, weights_BHNN: Tensor, site: Site) -> Tensor:
+        """The map after attention dropout; the result multiplies V."""
+        return weights_BHNN
+
+    def heads(self, out_BHNK: Tensor, v_BHNK: Tensor, site: Site) -> Tensor:
+        """What each head gives, before the projection."""
+        return out_BHNK
+
+    def branch(self, x_BND: Tensor, kind: Literal["attention", "mlp"], site: Site) -> Tensor:
+        """What a branch of the block adds to the residual stream."""
+        return x_BND
+
+    def enter(self, tokens_BND: Tensor, site: Site) -> Tensor:
+        """The token sequence before the first block, positions added."""
+        return tokens_BND
+
+    def leave(self, tokens_BND: Tensor, site: Site) -> Tensor:
+        """The token sequence after the last block, before the final norm."""
+        return tokens_BND
+
+    def prefix_tokens(self, count: int) -> int:
+        """How many prefix tokens the blocks see, when they saw `count` without the fix."""
+        return count
+
+    def convert(self, module: nn.Module) -> bool:
+        """Turn a module into the fix's own kind, in place and with its parameters; False if it is none of its."""
+        return False
+
+    def overrides(self, socket: str) -> bool:
+        """Whether this fix fills the socket."""
+        return getattr(type(self), socket) is not getattr(Fix, socket)
+
+    @property
+    def needs_map(self) -> bool:
+        """Whether the fix must see the attention map, which rules out fused attention."""
+        return any(map(self.overrides, ("borrow", "logits", "probs", "weights")))
+
+    def _number(self, setting: str, low: float, high: float, ends: str = "[]") -> None:
+        value = getattr(self, setting)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        if not fits or (ends[0] == "(" and value == low) or (ends[1] == ")" and value == high):
+            raise SettingError(
+                f"{self.name}: {setting} must be a number in {ends[0]}{low}, {high}{ends[1]}, not {value!r}"
+            )
+
+    def _whole(self, setting: str, low: int) -> None:
+        value = getattr(self, setting)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise SettingError(f"{self.name}: {setting} must be a whole number from {low} up, not {value!r}")
+
+    def _choice(self, setting: str, *allowed: object) -> None:
+        value = getattr(self, setting)
+        if not any(value is each or (isinstance(value, str) and value == each) for each in allowed):
+            raise SettingError(f"{self.name}: {setting} must be one of {allowed}, not {value!r}")
+
+
+Seats = list[tuple[Fix, Site]]
+
+
+@dataclass(frozen=True)
+class Mounted:
+    """The record of one fix in a model: `model.fixes` lists them in order."""
+
+    name: str
+    settings: Mapping[str, Any]
+    blocks: tuple[int, ...]
+
+
+def through(seats: Seats, socket: str, x: Tensor, *others: Any) -> Tensor:
+    """Pass `x` through one socket of every fix in `seats`, in order."""
+    for fix, site in seats:
+        x = getattr(fix, socket)(x, *others, site)
+    return x
+
+
+def attend(
+    seats: Seats,
+    q_BHNK: Tensor,
+    k_BHNK: Tensor,
+    v_BHNK: Tensor,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    fused: bool = True,
+) -> Tensor:
+    """Attention through the sockets, [B, H, N, K] three times -> [B, H, N, K]; the kernel is fused unless a fix needs the map.
+
+    `dropout` is the rate in force now (0 in eval mode); `mask` is boolean (True: may be seen) or added to the logits.
+    """
+    q_BHNK = through(seats, "query", q_BHNK)
+    if fused and not any(fix.needs_map for fix, _ in seats):
+        out_BHNK = F.scaled_dot_product_attention(
+            q_BHNK, k_BHNK, v_BHNK, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
+        )
+    else:
+        borrowed = [each for fix, site in seats if (each := fix.borrow(site)) is not None]
+        if borrowed:
+            probs_BHNN = borrowed[-1]
+        else:
+            logits_BHNN = through(seats, "logits", (q_BHNK * scale) @ k_BHNK.transpose(-2, -1))
+            probs_BHNN = torch.softmax(_masked(logits_BHNN, mask, causal), dim=-1)
+        probs_BHNN = through(seats, "probs", probs_BHNN)
+        weights_BHNN = F.dropout(probs_BHNN, dropout) if dropout else probs_BHNN
+        out_BHNK = through(seats, "weights", weights_BHNN) @ v_BHNK
+    return through(seats, "heads", out_BHNK, v_BHNK)
+
+
+def _masked(logits_BHNN: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    if causal:
+        mask = torch.ones_like(logits_BHNN[0, 0], dtype=torch.bool).tril()
+    if mask is None:
+        return logits_BHNN
+    return logits_BHNN.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits_BHNN + mask
+
+
+def mount(model: Any, fix: Fix, blocks: Sequence[int] | None = None) -> None:
+    """Put `fix` into a model with sockets: into `blocks` (None: all that it can act on), at once or not at all.
+
+    A model with sockets has `blocks` (each with `attn`), `embed_dim`, `num_prefix_tokens`, and a list `seats` on
+    itself, on each block and on each attention. Raises SettingError for blocks that the model or the fix does not
+    have, ModelError where the fix already sits.
+    """
+    depth = len(model.blocks)
+    given = None if blocks is None else _checked(fix, blocks, depth)
+    reach = fix.reach(given, depth)
+    if fix.home == "modules":
+        _convert(fix, [model] if given is None else [model.blocks[i] for i in reach])
+    else:
+        _seat(model, fix, _sites(model, fix, reach))
+    model.num_prefix_tokens = fix.prefix_tokens(model.num_prefix_tokens)
+    model.fixes = (*model.fixes, Mounted(fix.name, asdict(fix), reach))
+
+
+def _checked(fix: Fix, blocks: Sequence[int], depth: int) -> tuple[int, ...]:
+    chosen = tuple(sorted({*blocks}))
+    if not chosen or len(chosen) != len(blocks) or not all(type(i) is int and 0 <= i < depth for i in chosen):
+        raise SettingError(f"{fix.name}: blocks must be different numbers from 0 to {depth - 1}, not {list(blocks)}")
+    return chosen
+
+
+def _sites(model: Any, fix: Fix, reach: tuple[int, ...]) -> list[Site]:
+    memory: dict[str, Tensor] = {}
+    homes: list[tuple[int, Any]] = [(-1, model)]
+    if fix.home != "model":
+        homes = [(i, model.blocks[i].attn if fix.home == "attention" else model.blocks[i]) for i in reach]
+    return [
+        Site(
+            home, i, reach, len(model.blocks), model.embed_dim, model.blocks[i].attn.num_heads, model.num_prefix_tokens, memory
+        )
+        for i, home in homes
+    ]  # fmt: skip
+
+
+def _seat(model: Any, fix: Fix, sites: list[Site]) -> None:
+    like = next(model.parameters())
+    made: list[Mapping[str, Part]] = []
+    for site in sites:
+        where = "the model" if site.block < 0 else f"block {site.block}"
+        if any(type(other) is type(fix) for other, _ in site.home.seats):
+            raise ModelError(f"{where} already has {fix.name}: a fix goes into one place once")
+        with torch.device(like.device):
+            made.append(fix.parts(site))
+        for name in made[-1]:
+            if hasattr(site.home, name):
+                raise ModelError(f"{where} already has a {name}, which {fix.name} would add: is the fix built in?")
+    for site, parts in zip(sites, made, strict=True):
+        for name, part in parts.items():
+            placed = part.to(like.dtype) if isinstance(part, nn.Module) else nn.Parameter(part.to(like.dtype))
+            setattr(site.home, name, placed.train(site.home.training) if isinstance(placed, nn.Module) else placed)
+        site.home.seats.append((fix, site))
+
+
+def _convert(fix: Fix, roots: list[nn.Module]) -> None:
+    modules = [module for root in roots for module in root.modules()]
+    if not sum(fix.convert(module) for module in modules):
+        raise ModelError(f"the model has no layer that {fix.name} could act on")

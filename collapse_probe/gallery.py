@@ -1,0 +1,174 @@
+"""The attention gallery: the map of every block laid over the picture, on one scale for all blocks and pictures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap, Normalize
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from collapse_probe.drawing import INK, MUTED, NARROW, WIDE, Array, drawn, printable
+from collapse_probe.findings import Findings, Gallery
+
+Pixels = NDArray[np.uint8]
+FOLD = 8.0  # the scale runs from 1/8 to 8 times uniform attention
+MOST_PICTURES = 6
+GAP, TITLE, FOOT = 0.05, 0.34, 0.75  # inches
+COLOURS = LinearSegmentedColormap.from_list(
+    "less-more", ["#123f8c", "#5f9bd6", "#f2f2f2", "#f39a3b", "#b3200c"]
+)
+STRENGTH = 0.88  # how far the strongest colour covers the picture
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a map's value becomes a position in −1 … 1: by doublings around uniform, or straight around zero."""
+
+    signed: bool
+    limit: float
+
+    def place(self, times_uniform: Array) -> Array:
+        """Times uniform -> −1 … 1, clipped at the ends; NaN stays."""
+        if self.signed:
+            return np.asarray(np.clip(times_uniform / self.limit, -1.0, 1.0))
+        low = np.maximum(times_uniform, 1.0 / self.limit)
+        return np.asarray(np.clip(np.log(low) / math.log(self.limit), -1.0, 1.0))
+
+    @property
+    def ticks(self) -> dict[float, str]:
+        """Positions on the colour bar with their labels."""
+        if self.signed:
+            return {-1.0: f"−{self.limit:g}×", 0.0: "0", 1.0: f"{self.limit:g}×"}
+        return {-1.0: "1/8", -2 / 3: "1/4", -1 / 3: "1/2", 0.0: "1", 1 / 3: "2", 2 / 3: "4", 1.0: "8"}
+
+
+def times_uniform(findings: Findings, gallery: Gallery) -> Array:
+    """The maps in units of uniform attention (1/N, N the model's tokens): 1 is what a uniform map pays."""
+    patches = gallery.maps.shape[-2] * gallery.maps.shape[-1]
+    return np.asarray(gallery.maps * float(findings.model.get("tokens") or patches))
+
+
+def spread_of(maps: Array) -> Spread:
+    """By doublings up to 8 times uniform; for maps with negative entries straight, up to their 99th percentile."""
+    finite = maps[np.isfinite(maps)]
+    if not (finite < 0).any():
+        return Spread(False, FOLD)
+    reach = max(float(np.quantile(np.abs(finite), 0.99)), 1e-6)
+    step = 10.0 ** math.floor(math.log10(reach))
+    return Spread(True, math.ceil(reach / step) * step)
+
+
+def overlay(picture: Pixels, positions: Array) -> Pixels:
+    """`positions` [rows, columns] in −1 … 1, coloured and laid over the grey `picture` [height, width, 3]."""
+    height, width = picture.shape[:2]
+    grey = picture.astype(np.float64) @ np.array([0.299, 0.587, 0.114]) / 255
+    base = np.repeat(0.25 + 0.72 * grey[..., None], 3, axis=2)
+    small = Image.fromarray(np.nan_to_num(positions).astype(np.float32))
+    smooth = np.asarray(small.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float64)
+    return np.asarray(_blend(base, smooth) * 255, dtype=np.uint8)
+
+
+def _blend(base: Array, positions: Array) -> Array:
+    colour = COLOURS((positions + 1) / 2)[..., :3]
+    cover = STRENGTH * np.abs(positions)[..., None] ** 0.8
+    return np.asarray(base * (1 - cover) + colour * cover)
+
+
+def _resized(picture: Pixels, height: int, width: int) -> Pixels:
+    return np.asarray(
+        Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS), dtype=np.uint8
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tiles of one picture stand, in inches: the picture, then the maps in rows of `columns`."""
+
+    width: float
+    columns: int
+    rows: int
+    tile: float
+    tall: float
+    above: bool
+
+    @classmethod
+    def of(cls, blocks: int, shape: tuple[int, ...], narrow: bool) -> Layout:
+        """The layout for so many blocks of pictures of `shape` (height, width): beside them, or above when narrow."""
+        width = NARROW if narrow else WIDE
+        columns = min(4, blocks) if narrow else (8 if blocks > 12 else max(min(6, blocks), 4))
+        across = columns if narrow else columns + 2
+        tile = (width - 0.2 - GAP * across) / across
+        return cls(width, columns, -(-blocks // columns), tile, tile * shape[0] / shape[1], narrow)
+
+    @property
+    def height(self) -> float:
+        """Inches that one picture takes with all its maps."""
+        maps = self.rows * (self.tall + GAP)
+        return TITLE + (2 * self.tall + GAP + maps if self.above else max(maps, 2 * self.tall + GAP)) + 0.1
+
+    def map_corner(self, block: int) -> tuple[float, float]:
+        """Left and top of the map of `block`."""
+        row, column = divmod(block, self.columns)
+        left = 0.1 + (0.0 if self.above else 2 * (self.tile + GAP) + GAP)
+        top = TITLE + (2 * (self.tall + GAP) if self.above else 0.0)
+        return left + column * (self.tile + GAP), top + row * (self.tall + GAP)
+
+
+@drawn
+def attention_gallery(findings: Findings, narrow: bool = False) -> Figure | None:
+    """Each picture and then the map of every block laid over it, all on one scale in times uniform attention."""
+    gallery = findings.gallery
+    if gallery is None or not len(gallery.names):
+        return None
+    maps = times_uniform(findings, gallery)[:MOST_PICTURES]
+    spread = spread_of(maps)
+    layout = Layout.of(maps.shape[1], gallery.pictures.shape[1:3], narrow)
+    height = layout.height * len(maps) + FOOT
+    figure = Figure(figsize=(layout.width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, layout.width), ylim=(height, 0))
+    axes.set_axis_off()
+    for at, positions in enumerate(spread.place(maps)):
+        _strip(axes, layout, at * layout.height, gallery.names[at], gallery.pictures[at], positions)
+    _bar(figure, spread, layout.width, height)
+    return figure
+
+
+def _strip(axes: Axes, layout: Layout, top: float, name: str, picture: Pixels, positions: Array) -> None:
+    """One picture with its maps, `top` inches down; `positions` [blocks, rows, columns]."""
+    axes.text(
+        0.1, top + TITLE - 0.08, printable(name, 36 if layout.above else 90), fontsize=9, color=INK, va="bottom",
+        parse_math=False,
+    )  # fmt: skip
+    _show(axes, picture, 0.1, top + TITLE, 2 * layout.tile + GAP, 2 * layout.tall + GAP)
+    small = _resized(picture, *(max(round(150 * side), 8) for side in (layout.tall, layout.tile)))
+    for block, one in enumerate(positions):
+        left, down = layout.map_corner(block)
+        _show(axes, overlay(small, one), left, top + down, layout.tile, layout.tall)
+        axes.text(
+            left + 0.035, top + down + 0.035, str(block), fontsize=7, color=INK, va="top", ha="left",
+            bbox={"boxstyle": "square,pad=0.15", "facecolor": "white", "alpha": 0.8, "linewidth": 0},
+        )  # fmt: skip
+
+
+def _show(axes: Axes, pixels: Pixels, left: float, top: float, width: float, height: float) -> None:
+    axes.imshow(
+        pixels, extent=(left, left + width, top + height, top), aspect="auto", interpolation="lanczos"
+    )
+
+
+def _bar(figure: Figure, spread: Spread, width: float, height: float) -> None:
+    span = min(4.2, width - 0.5)
+    bar = figure.add_axes(((width - span) / 2 / width, 0.42 / height, span / width, 0.11 / height))
+    along = np.linspace(-1.0, 1.0, 256)
+    shades = ListedColormap(_blend(np.full((256, 3), 0.75), along))
+    figure.colorbar(ScalarMappable(Normalize(-1, 1), shades), cax=bar, orientation="horizontal")
+    bar.set_xticks(list(spread.ticks), list(spread.ticks.values()))
+    bar.tick_params(length=2, labelsize=7.5)
+    bar.set_xlabel("attention to a patch, times uniform attention (1/N)", fontsize=8, color=MUTED, labelpad=2)

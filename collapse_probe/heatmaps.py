@@ -1,0 +1,129 @@
+"""Matrices as heatmaps on fixed scales, so that two models can be compared by eye."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import seaborn
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from collapse_probe.drawing import HATCH, MUTED, NARROW, PAPER, WIDE, Array, sheet, whole_ticks
+
+MOST_NUMBERED = 16  # more cells a side than this leave no room for a number in each
+SMALLEST_NUMBER = 4.6  # points
+UNDEFINED = "hatched: undefined. κ divides by 1 − (other-token null): no room is left where that null is 1"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The two ends of a colour scale; never taken from the data."""
+
+    low: float
+    high: float
+    colours: Colormap
+
+
+def _most_of(name: str, until: float) -> Colormap:
+    """A perceptually uniform map without its darkest end, on which differences near 1 would drown in black."""
+    whole = seaborn.color_palette(name, as_cmap=True)
+    return ListedColormap(whole(np.linspace(0.0, until, 256)), name=f"{name}-to-{until:g}")
+
+
+UNSIGNED = Scale(0.0, 1.0, _most_of("mako_r", 0.82))
+SIGNED = Scale(-1.0, 1.0, seaborn.color_palette("vlag", as_cmap=True))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One matrix to draw: `values` [rows, columns], NaN where undefined."""
+
+    values: Array
+    title: str
+    scale: Scale
+    rows: str = "block"
+    columns: str = "block"
+
+
+def scale_of(*matrices: Array) -> Scale:
+    """0 … 1, or −1 … 1 as soon as one value lies below zero."""
+    lowest = min((float(np.min(m[np.isfinite(m)], initial=0.0)) for m in matrices), default=0.0)
+    return SIGNED if lowest < -1e-9 else UNSIGNED
+
+
+def short(value: float) -> str:
+    """A cosine in as few characters as a cell holds.
+
+    >>> short(0.943), short(-0.05), short(1.0), short(-0.001)
+    ('.94', '−.05', '1', '0')
+    """
+    text = f"{value:.2f}".replace("-", "−")
+    return {"1.00": "1", "−1.00": "−1", "0.00": "0", "−0.00": "0"}.get(text, text.replace("0.", ".", 1))
+
+
+def heat(axes: Axes, panel: Panel, side: float, *, square: bool = True) -> None:
+    """Draw `panel` on `axes`, about `side` inches wide; undefined cells stay hatched."""
+    undefined = ~np.isfinite(panel.values)
+    size = _number_size(panel, side) if square else 0.0
+    axes.patch.set(facecolor=PAPER, edgecolor=HATCH, hatch="//////", linewidth=0)
+    seaborn.heatmap(
+        np.where(undefined, 0.0, panel.values),
+        mask=undefined,
+        vmin=panel.scale.low,
+        vmax=panel.scale.high,
+        cmap=panel.scale.colours,
+        annot=np.vectorize(short, otypes=[object])(panel.values) if size else False,
+        fmt="",
+        annot_kws={"size": size},
+        cbar=False,
+        square=square,
+        ax=axes,
+    )
+    _label(axes, panel, most=16 if side > 2.4 else 8)
+    bar = axes.figure.colorbar(axes.collections[0], cax=axes.inset_axes((1.03, 0.0, 0.1 / side, 1.0)))
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.set_ticks([panel.scale.low, (panel.scale.low + panel.scale.high) / 2, panel.scale.high])
+    bar.ax.tick_params(length=2, labelsize=7.5)
+
+
+def _label(axes: Axes, panel: Panel, most: int) -> None:
+    rows, columns = panel.values.shape
+    for axis, count in ((axes.xaxis, columns), (axes.yaxis, rows)):
+        ticks = whole_ticks(count, most)
+        axis.set_ticks([t + 0.5 for t in ticks], labels=[str(t) for t in ticks], rotation=0)
+    axes.tick_params(length=0, pad=3)
+    axes.set(title=panel.title, ylabel=panel.rows, xlabel=panel.columns)
+
+
+def _number_size(panel: Panel, side: float) -> float:
+    cells = max(panel.values.shape)
+    size = min(7.5, side * 72 / cells * (0.36 if panel.scale == SIGNED else 0.5))
+    return size if cells <= MOST_NUMBERED and size >= SMALLEST_NUMBER else 0.0
+
+
+def grid(places: Sequence[Panel | None], columns: int, *, narrow: bool = False) -> Figure:
+    """Panels in rows of `columns` (one column when narrow), None leaving a gap; a key explains any hatching."""
+    panels = [panel for panel in places if panel is not None]
+    places, columns = (panels, 1) if narrow else (places, columns)
+    rows = -(-len(places) // columns)
+    cell = NARROW if narrow else WIDE / max(columns, 2)
+    side = cell - 1.05
+    hatched = any(not np.isfinite(panel.values).all() for panel in panels)
+    figure = sheet(cell * columns, (side + 0.75) * rows + (0.5 if narrow else 0.3) * hatched)
+    for at, panel in enumerate(places):
+        if panel is not None:
+            heat(figure.add_subplot(rows, columns, at + 1), panel, side)
+    if hatched:
+        lines = textwrap.fill(UNDEFINED, 46 if cell * columns < 6 else 200)
+        figure.legend([undefined_patch()], [lines], loc="outside lower left", labelcolor=MUTED)
+    return figure
+
+
+def undefined_patch() -> Patch:
+    """The key to an undefined cell."""
+    return Patch(facecolor=PAPER, edgecolor=HATCH, hatch="//////", linewidth=0)

@@ -1,0 +1,57 @@
+"""A model that the caller already holds: a plain nn.Module."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from collapse_probe.blueprint import Blueprint, Request
+from collapse_probe.errors import ModelError
+from collapse_probe.preprocessing import of_module
+from collapse_probe.sockets import SOURCES
+
+
+class ModuleSource:
+    """Takes the module as it is, out of its wrappers; nobody knows how to make it afresh."""
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """Nothing: such a model comes from Python only."""
+        return []
+
+    def has(self, name: str) -> bool:
+        """False: no address leads here."""
+        return False
+
+    def blueprint(self, request: Request) -> Blueprint:
+        """Raises ModelError where there is no module, or settings that could only have gone to its constructor."""
+        if request.module is None:
+            raise ModelError("a plain module is passed from Python: collapse_probe.analyze(module, …)")
+        if request.model_kwargs:
+            raise ModelError(
+                "model_kwargs go to a constructor, but the model is already made: set them there"
+            )
+        module = unwrapped(request.module)
+        return Blueprint(
+            type(module).__name__,
+            lambda _: module,
+            lambda model: of_module(model, request.img_size),
+            fixed="as given",
+            remakable=False,
+        )
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside torch.compile, DataParallel and DistributedDataParallel, however they are nested.
+
+    Hooks registered on a compiled module after its first call are never called, so the plain one is what can be
+    listened to.
+    """
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = module.module
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+SOURCES.add("module", ModuleSource())

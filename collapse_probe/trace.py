@@ -1,0 +1,333 @@
+"""What one batch leaves behind: the tokens and the attention of every block, and the plan that says which is which.
+
+The dimension key, used as suffixes throughout: B images, H heads, N tokens, P patches, D width, K head width,
+L blocks (or attention layers), R and C the queries and keys inside a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from collapse_probe.geometry import centred_unit, unit
+
+POINTS = ("probs", "weights")
+AXES = ("column", "row")
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """How far the captured attention is from the model's own, on the probe's images; all of it absolute errors.
+
+    `row_sum` |sum of a row − 1|; `output` |A·V − the kernel's output| relative to the output's largest entry (nan
+    where no kernel output was there to compare); `logsumexp` |ours − the kernel's| (nan where the kernel gave none).
+    """
+
+    row_sum: float
+    output: float
+    logsumexp: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention call of the model, as the probe found it.
+
+    `block` is the index of its block, None for attention outside the blocks (pooling heads). `reason` says why its
+    maps cannot be compared token by token (a window, a pool, channels); empty for ordinary token attention. `mixed`: what
+    multiplies V is another map than the softmax.
+    """
+
+    owner: str
+    call: int
+    block: int | None
+    operation: str
+    heads: int
+    queries: int
+    keys: int
+    mixed: bool = False
+    reason: str = ""
+
+    @property
+    def signature(self) -> tuple[int, int, int]:
+        """Heads, queries, keys: only layers of one signature are compared with one another."""
+        return self.heads, self.queries, self.keys
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where the tokens at one depth are read: the `side` ("input" or "output") of call `call` of module `path`.
+
+    `width` tells channels from space where the tensor has four axes.
+    """
+
+    path: str
+    call: int
+    side: str
+    width: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the probe learned of a model: its blocks, attention layers, prefix tokens and where tokens are read.
+
+    `prefix` are the positions of tokens that do not come from the image (class, distillation, register tokens);
+    `grid` is (rows, columns) of the patches, None where they form no rectangle.
+    """
+
+    blocks: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    taps: tuple[Tap, ...]
+    prefix: tuple[int, ...]
+    tokens: int
+    width: int
+    grid: tuple[int, int] | None
+    bytes_per_image: int
+    check: SelfCheck
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def token_layers(self) -> list[int]:
+        """Indices of the layers inside blocks whose maps run over the image's tokens."""
+        return [i for i, layer in enumerate(self.layers) if layer.block is not None and not layer.reason]
+
+    @property
+    def map_layers(self) -> list[int]:
+        """Indices of the layers inside blocks, in call order: the `block` axis of the attention metrics."""
+        return [i for i, layer in enumerate(self.layers) if layer.block is not None]
+
+    def groups(self) -> dict[tuple[int, int, int], list[int]]:
+        """Positions on the `block` axis of the layers that share a signature, token attention only."""
+        found: dict[tuple[int, int, int], list[int]] = {}
+        for position, index in enumerate(self.map_layers):
+            if not self.layers[index].reason:
+                found.setdefault(self.layers[index].signature, []).append(position)
+        return found
+
+
+@dataclass
+class Attention:
+    """The attention of one layer for one batch: either q and k (a fused kernel) or the map itself (eager attention).
+
+    q [B, H, N, K], k [B, H or fewer, N, K], `bias` broadcast to [B, H, N, N] or None (bool: True may be seen);
+    `probs` [B, H, N, N] the softmax, `weights` what multiplies V where that is another tensor, else None.
+    """
+
+    owner: str
+    operation: str
+    q: Tensor | None = None
+    k: Tensor | None = None
+    bias: Tensor | None = None
+    causal: bool = False
+    scale: float = 1.0
+    logsumexp: Tensor | None = None
+    probs: Tensor | None = None
+    weights: Tensor | None = None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the model changes the map between the softmax and V."""
+        return self.weights is not None
+
+    def logits(self, images: slice, rows: slice, columns: slice) -> Tensor:
+        """The scaled, masked logits in float32 [b, H, R, C]; only where q and k were heard."""
+        assert self.q is not None and self.k is not None
+        q_BHRK = self.q[images, :, rows].float() * self.scale
+        k_BHCK = self.k[images, :, columns].float()
+        if k_BHCK.shape[1] != q_BHRK.shape[1]:
+            k_BHCK = k_BHCK.repeat_interleave(q_BHRK.shape[1] // k_BHCK.shape[1], dim=1)
+        logits = q_BHRK @ k_BHCK.transpose(-1, -2)
+        if self.bias is not None:
+            logits = logits + additive(self.bias, images, rows, columns)
+        if self.causal:
+            logits = logits.masked_fill(_future(self.q.shape[2], self.k.shape[2], rows, columns, logits), -torch.inf)
+        return logits
+
+
+def additive(bias: Tensor, images: slice, rows: slice, columns: slice) -> Tensor:
+    """The part of a mask or bias that belongs to some images, queries and keys, as a float32 term of the logits."""
+    part = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    part = part[images if part.shape[0] > 1 else slice(None)]
+    part = part[:, :, rows if part.shape[2] > 1 else slice(None), columns if part.shape[3] > 1 else slice(None)]
+    if part.dtype == torch.bool:
+        return torch.zeros(part.shape, device=part.device).masked_fill(~part, -torch.inf)
+    return part.float()
+
+
+def _future(queries: int, keys: int, rows: slice, columns: slice, like: Tensor) -> Tensor:
+    r = torch.arange(queries, device=like.device)[rows]
+    c = torch.arange(keys, device=like.device)[columns]
+    return c[None, :] > r[:, None]
+
+
+class MapTile:
+    """The maps of all layers of one signature, for some images and some of their queries or keys.
+
+    `positions` are the layers' places on the `block` axis. `probs` and `weights` are [b, H, L, R, C] in float32, the
+    same object where the model multiplies V by its softmax. A tile with `whole_rows` holds every key of its queries, one
+    with `whole_columns` every query of its keys; small maps come as tiles that hold both. `last` marks the last tile
+    with that property of these images.
+    """
+
+    def __init__(
+        self,
+        positions: list[int],
+        images: slice,
+        rows: slice,
+        columns: slice,
+        maps: dict[str, Tensor],
+        whole: frozenset[str],
+        last: bool,
+    ) -> None:
+        self.positions, self.images, self.rows, self.columns = positions, images, rows, columns
+        self.probs, self.weights = maps["probs"], maps["weights"]
+        self.whole_rows, self.whole_columns, self.last = "row" in whole, "column" in whole, last
+        self._units: dict[tuple[str, str, bool, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+
+    def whole(self, axis: str) -> bool:
+        """Whether the vectors along `axis` are complete here."""
+        return self.whole_rows if axis == "row" else self.whole_columns
+
+    def maps(self, point: str) -> Tensor:
+        """The maps at `point`, [b, H, L, R, C]."""
+        return self.probs if point == "probs" else self.weights
+
+    def tokens(self, axis: str, without: tuple[int, ...] = ()) -> list[int]:
+        """Which tokens this tile holds vectors of: keys for columns, queries for rows."""
+        span = self.rows if axis == "row" else self.columns
+        return [t for t in range(span.start, span.stop) if t not in without]
+
+    def unit_vectors(
+        self, point: str, axis: str, centred: bool, without: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """The rows or columns as unit vectors, [b, H, L, R, C], and which of them are defined, [b, H, L, tokens].
+
+        Tokens in `without` are left out as queries and as keys. Computed once per tile, whoever asks.
+        """
+        if self.weights is self.probs:
+            point = "probs"
+        key = (point, axis, centred, without)
+        if key not in self._units:
+            maps = self.maps(point)
+            if without:
+                rows = [t - self.rows.start for t in self.tokens("row", without)]
+                columns = [t - self.columns.start for t in self.tokens("column", without)]
+                maps = maps[..., rows, :][..., columns]
+            scaled = centred_unit if centred else unit
+            self._units[key] = scaled(maps, dim=-1 if axis == "row" else -2)
+        return self._units[key]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One batch heard: `tokens[d]` [B, N, D] at each depth (None where a depth has no token sequence), `attention` by layer.
+
+    `output` is what the model returned. Depth 0 is the sequence that enters the first block.
+    """
+
+    plan: Plan
+    images: int
+    tokens: tuple[Tensor | None, ...]
+    attention: tuple[Attention, ...]
+    output: object
+
+    def patches(self, depth: int) -> Tensor | None:
+        """The patch tokens at `depth` in float32, [B, P, D]; prefix tokens are left out."""
+        tokens_BND = self.tokens[depth]
+        if tokens_BND is None:
+            return None
+        if self.plan.prefix and tokens_BND.shape[1] == self.plan.tokens:
+            keep = [i for i in range(tokens_BND.shape[1]) if i not in self.plan.prefix]
+            first, last = keep[0], keep[-1] + 1
+            contiguous = last - first == len(keep)
+            tokens_BND = tokens_BND[:, first:last] if contiguous else tokens_BND[:, keep]
+        return tokens_BND.float()
+
+    def maps(self, layer: int, point: str = "probs") -> Tensor:
+        """The whole map of one layer, [B, H, N, N] in float32: for looking at; the metrics use `tiles`."""
+        everything = slice(None)
+        heard = self.attention[layer]
+        return _maps(heard, everything, everything, everything, None)[point]
+
+    def tiles(self, budget: int) -> Iterator[MapTile]:
+        """All token maps of the batch in tiles of at most about `budget` bytes each, one signature after the other."""
+        for signature, positions in self.plan.groups().items():
+            layers = [self.attention[self.plan.map_layers[p]] for p in positions]
+            yield from _tiles(layers, positions, signature, self.images, budget)
+
+
+def tile_shape(signature: tuple[int, int, int], layers: int, budget: int) -> tuple[int, int, int]:
+    """Images, queries and keys of a tile within `budget` bytes: several whole maps, or part of one image's."""
+    heads, queries, keys = signature
+    one_image = layers * heads * queries * keys * 4
+    if one_image <= budget:
+        return max(1, budget // one_image), queries, keys
+    rows = max(1, budget // (layers * heads * keys * 4))
+    columns = max(1, budget // (layers * heads * queries * 4))
+    return 1, min(rows, queries), min(columns, keys)
+
+
+def _tiles(
+    layers: list[Attention], positions: list[int], signature: tuple[int, int, int], images: int, budget: int
+) -> Iterator[MapTile]:
+    _, queries, keys = signature
+    b, rows, columns = tile_shape(signature, len(layers), budget)
+    for start in range(0, images, b):
+        chosen = slice(start, min(start + b, images))
+        if rows == queries and columns == keys:
+            maps = _stack(layers, chosen, slice(0, queries), slice(0, keys), None)
+            both = frozenset(AXES)
+            yield MapTile(positions, chosen, slice(0, queries), slice(0, keys), maps, both, last=True)
+        else:
+            yield from _swept(layers, positions, chosen, (queries, keys), (rows, columns))
+
+
+def _swept(
+    layers: list[Attention], positions: list[int], images: slice, size: tuple[int, int], step: tuple[int, int]
+) -> Iterator[MapTile]:
+    """One sweep over queries, which also gives the logsumexp, then one over keys."""
+    (queries, keys), everything = size, slice(0, size[1])
+    sums: list[list[Tensor]] = [[] for _ in layers]
+    for start in range(0, queries, step[0]):
+        rows = slice(start, min(start + step[0], queries))
+        maps = _stack(layers, images, rows, everything, sums)
+        yield MapTile(positions, images, rows, everything, maps, frozenset({"row"}), last=rows.stop == queries)
+    totals = [[torch.cat(parts, dim=2)] if parts else [] for parts in sums]
+    everything = slice(0, queries)
+    for start in range(0, keys, step[1]):
+        columns = slice(start, min(start + step[1], keys))
+        maps = _stack(layers, images, everything, columns, totals)
+        yield MapTile(positions, images, everything, columns, maps, frozenset({"column"}), last=columns.stop == keys)
+
+
+def _stack(
+    layers: list[Attention], images: slice, rows: slice, columns: slice, sums: list[list[Tensor]] | None
+) -> dict[str, Tensor]:
+    found = [_maps(a, images, rows, columns, None if sums is None else sums[i]) for i, a in enumerate(layers)]
+    probs = torch.stack([maps["probs"] for maps in found], dim=2)
+    if not any(a.mixed for a in layers):
+        return {"probs": probs, "weights": probs}
+    return {"probs": probs, "weights": torch.stack([maps["weights"] for maps in found], dim=2)}
+
+
+def _maps(
+    heard: Attention, images: slice, rows: slice, columns: slice, sums: list[Tensor] | None
+) -> dict[str, Tensor]:
+    """probs and weights [b, H, R, C]. `sums` collects the logsumexp in a sweep over queries and is used over keys."""
+    if heard.q is None:
+        assert heard.probs is not None
+        probs = heard.probs[images, :, rows, columns].float()
+    else:
+        logits = heard.logits(images, rows, columns)
+        if sums is None:
+            probs = torch.softmax(logits, dim=-1)
+        else:
+            if columns == slice(0, heard.k.shape[2]):  # type: ignore[union-attr]
+                sums.append(torch.logsumexp(logits, dim=-1, keepdim=True))
+            probs = torch.exp(logits - sums[-1])
+        if heard.bias is not None or heard.causal:
+            probs = probs.nan_to_num(0.0)  # a query that may see nothing attends to nothing
+    weights = probs if heard.weights is None else heard.weights[images, :, rows, columns].float()
+    return {"probs": probs, "weights": weights}
