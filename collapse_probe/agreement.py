@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,6 +39,16 @@ def seeded_sample(tokens: list[int], size: int, seed: int = 0) -> list[int]:
         return tokens
     order = sorted(tokens, key=lambda t: zlib.crc32(f"{seed}/{t}".encode()))
     return sorted(order[:size])
+
+
+@dataclass(frozen=True)
+class VectorGroup:
+    """Vectors that can be compared: their heads, length and tokens, and the blocks (positions) that have them."""
+
+    heads: int
+    length: int
+    tokens: list[int]
+    positions: list[int]
 
 
 class PairSums:
@@ -92,46 +103,51 @@ class Agreement(Means):
     pairs of different images: the same four, from sums over images.
     """
 
-    def __init__(self, blocks: int, groups: dict[tuple[int, int, int], list[int]], axis: str, tokens: list[int]) -> None:
+    def __init__(self, blocks: int, groups: Sequence[VectorGroup], axis: str) -> None:
         super().__init__()
-        self.blocks, self.groups, self.token_dim = blocks, list(groups.values()), -2 if axis == "row" else -1
+        self.blocks, self.groups, self.token_dim = blocks, list(groups), -2 if axis == "row" else -1
         square = (blocks, blocks)
         self.means_of(real=square, other_token=square, other_head=square, other_both=square)
         self.room("covariance", *square)
         self.room("own_sums", 4, *square)
         self.room("own_pairs", 4, *square)
-        self.samples: list[list[int]] = []
-        for g, ((heads, rows, columns), positions) in enumerate(groups.items()):
-            all_tokens = [t for t in tokens if t < (rows if axis == "row" else columns)]
-            size = heads * len(positions) * rows * columns * 8
-            sample = all_tokens if size <= STATE_BUDGET else seeded_sample(all_tokens, SAMPLED_TOKENS)
-            self.samples.append(sample)
-            shape = (len(sample), columns) if axis == "row" else (rows, len(sample))
-            self.room(f"over_images_{g}", heads, len(positions), *shape)
-            self.room(f"defined_{g}", heads, len(positions), len(sample))
-        self._all = [len(s) for s in self.samples]
+        self.samples = [self._sample(group) for group in groups]
+        self.sampled = any(len(s) < len(g.tokens) for s, g in zip(self.samples, groups, strict=True))
+        for g, (group, sample) in enumerate(zip(groups, self.samples, strict=True)):
+            blocks_here = len(group.positions)
+            shape = (len(sample), group.length) if axis == "row" else (group.length, len(sample))
+            self.room(f"over_images_{g}", group.heads, blocks_here, *shape)
+            self.room(f"defined_{g}", group.heads, blocks_here, len(sample))
+
+    @staticmethod
+    def _sample(group: VectorGroup) -> list[int]:
+        size = group.heads * len(group.positions) * group.length * len(group.tokens) * 8
+        return group.tokens if size <= STATE_BUDGET else seeded_sample(group.tokens, SAMPLED_TOKENS)
 
     def begin(self, trace: Trace, names: Sequence[str]) -> None:
         """Make room for the pair sums of a batch."""
         device = next(t.device for t in _tensors_of(trace))
         self._pairs = PairSums(trace.images, self.blocks, device)
-        self._sampled = PairSums(trace.images, self.blocks, device)
+        self._own = PairSums(trace.images, self.blocks, device) if self.sampled else self._pairs
 
-    def absorb(self, images: slice, positions: list[int], tokens: list[int], unit_vectors: tuple[Tensor, Tensor], last: bool) -> None:
+    def absorb(
+        self, images: slice, positions: list[int], tokens: list[int], unit_vectors: tuple[Tensor, Tensor], last: bool
+    ) -> None:
         """Take the unit vectors [b, H, L, R, C] of some tokens of some images."""
         vectors, valid = unit_vectors
         self._pairs.add((images, positions), vectors, valid, self.token_dim, last)
-        g = self.groups.index(positions)
-        sample = self.samples[g]
-        inside = [i for i, t in enumerate(tokens) if t in set(sample)]
-        if len(inside) < len(tokens) or len(sample) < self._all[g]:
+        g = next(i for i, group in enumerate(self.groups) if group.positions == positions)
+        place_of = {token: place for place, token in enumerate(self.samples[g])}
+        inside = [i for i, token in enumerate(tokens) if token in place_of]
+        if len(inside) < len(tokens):
             vectors, valid = vectors.index_select(self.token_dim, self._index(inside, vectors)), valid[..., inside]
-        places = [sample.index(tokens[i]) for i in inside]
-        if places:
-            span = slice(places[0], places[-1] + 1)
-            getattr(self, f"over_images_{g}").narrow(self.token_dim, span.start, len(places)).add_(vectors.sum(0))
-            getattr(self, f"defined_{g}")[..., span] += valid.sum(0)
-        self._sampled.add((images, positions), vectors, valid, self.token_dim, last)
+        if inside:
+            first = place_of[tokens[inside[0]]]
+            state = getattr(self, f"over_images_{g}").narrow(self.token_dim, first, len(inside))
+            state += vectors[0] if len(vectors) == 1 else vectors.sum(0)
+            getattr(self, f"defined_{g}")[..., first : first + len(inside)] += valid.sum(0)
+        if self.sampled:
+            self._own.add((images, positions), vectors, valid, self.token_dim, last)
 
     @staticmethod
     def _index(places: list[int], like: Tensor) -> Tensor:
@@ -144,18 +160,17 @@ class Agreement(Means):
             self.take(name, values)
         product = found["real"] * found["other_token"]
         self.into("covariance", torch.where(torch.isfinite(product), product, 0.0).sum(0))
-        self.into("own_sums", self._sampled.sums.sum(1))
-        self.into("own_pairs", self._sampled.pairs.sum(1))
+        self.into("own_sums", self._own.sums.sum(1))
+        self.into("own_pairs", self._own.pairs.sum(1))
         adjacent = {name: found[name].diagonal(-1, -2, -1) for name in ("real", "other_token")}
-        head = {f"{name}_within": found[name].diagonal(0, -2, -1) for name in ("other_head",)}
-        return adjacent | head
+        return adjacent | {"within": found["other_head"].diagonal(0, -2, -1)}
 
     def across_images(self) -> dict[str, Array]:
         """real, other_token, other_head, other_both between different images, [blocks, blocks]; NaN with one image."""
         whole = PairSums(1, self.blocks, self.own_sums.device)
-        for g, positions in enumerate(self.groups):
+        for g, group in enumerate(self.groups):
             vectors, valid = getattr(self, f"over_images_{g}")[None], getattr(self, f"defined_{g}")[None]
-            whole.add((slice(0, 1), positions), vectors, valid, self.token_dim, last=True)
+            whole.add((slice(0, 1), group.positions), vectors, valid, self.token_dim, last=True)
         found = mean_cosines(whole.sums[:, 0] - self.own_sums, whole.pairs[:, 0] - self.own_pairs)
         return {name: values.cpu().numpy() for name, values in found.items()}
 
@@ -169,16 +184,12 @@ class MapAgreement(Agreement):
 
     def __init__(self, plan: Plan, point: str, axis: str, centred: bool, without: tuple[int, ...] = ()) -> None:
         self.point, self.axis, self.centred, self.without = point, axis, centred, without
-        groups = {
-            (heads, queries - _missing(without, queries), keys - _missing(without, keys)): positions
-            for (heads, queries, keys), positions in plan.groups().items()
-        }
-        longest = max((max(s[1], s[2]) for s in plan.groups()), default=0)
-        tokens = [t for t in range(longest) if t not in without]
-        super().__init__(len(plan.map_layers), groups, axis, tokens)
-        for g, signature in enumerate(plan.groups()):
-            size = signature[1] if axis == "row" else signature[2]
-            self.samples[g] = [t for t in self.samples[g] if t < size]
+        groups = []
+        for (heads, queries, keys), positions in plan.groups().items():
+            kept = {size: [t for t in range(size) if t not in without] for size in (queries, keys)}
+            tokens, length = (kept[queries], len(kept[keys])) if axis == "row" else (kept[keys], len(kept[queries]))
+            groups.append(VectorGroup(heads, length, tokens, positions))
+        super().__init__(len(plan.map_layers), groups, axis)
 
     def tile(self, tile: MapTile) -> None:
         """Take the vectors of a tile that holds them whole."""
@@ -186,10 +197,6 @@ class MapAgreement(Agreement):
             vectors = tile.unit_vectors(self.point, self.axis, self.centred, self.without)
             tokens = tile.tokens(self.axis, self.without)
             self.absorb(tile.images, tile.positions, tokens, vectors, tile.last)
-
-
-def _missing(without: tuple[int, ...], size: int) -> int:
-    return sum(t < size for t in without)
 
 
 def _tensors_of(trace: Trace) -> Iterator[Tensor]:
@@ -202,16 +209,17 @@ class TokenAgreement(Agreement):
     """Agreement of the patch embeddings of the same token at two depths."""
 
     def __init__(self, plan: Plan, shapes: Sequence[tuple[int, int] | None]) -> None:
-        groups: dict[tuple[int, int, int], list[int]] = {}
+        depths: dict[tuple[int, int], list[int]] = {}
         for depth, shape in enumerate(shapes):
             if shape is not None:
-                groups.setdefault((1, *shape), []).append(depth)
-        longest = max((s[1] for s in groups), default=0)
-        super().__init__(len(shapes), groups, "row", list(range(longest)))
+                depths.setdefault(shape, []).append(depth)
+        groups = [VectorGroup(1, width, list(range(n)), at) for (n, width), at in depths.items()]
+        super().__init__(len(shapes), groups, "row")
 
     def end(self, trace: Trace) -> dict[str, Tensor]:
         """Take the whole batch, a few images at a time."""
-        for positions in self.groups:
+        for group in self.groups:
+            positions = group.positions
             patches = [trace.patches(depth) for depth in positions]
             one_image = sum(p[0].numel() * 4 for p in patches if p is not None)
             step = max(1, SPARE_BYTES // max(one_image, 1))

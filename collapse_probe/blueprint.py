@@ -13,9 +13,10 @@ from collapse_probe.subject import Preprocess
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted of a source: `name` is the address without its scheme, `img_size` the input side in pixels.
+    """What is wanted of a source: `name` is the address without its scheme.
 
-    `module` is the model itself where the caller already holds it; otherwise None.
+    `img_size` is the side of the input in pixels. `module` is the model itself where the caller already holds
+    it; otherwise None.
     """
 
     address: str
@@ -30,9 +31,9 @@ class Blueprint:
     """How a source would make one model.
 
     `make(trained)` makes it with its published weights, or with fresh ones drawn from torch's CPU generator.
-    `preprocess(model)` gives its preprocessing, and notes on what had to be assumed. `trained` is the tag of the
-    published weights, None where there are none. `fixed` is set where the weights are not ours to choose and says
-    whose they are. `remakable` is False where `make` cannot give a second, fresh model.
+    `preprocess(model)` gives its preprocessing, and notes on what had to be assumed. `trained` is the tag of
+    the published weights, None where there are none. `fixed` is set where the weights are not ours to choose
+    and says whose they are. `remakable` is False where `make` cannot give a second, fresh model.
     """
 
     name: str
@@ -44,10 +45,10 @@ class Blueprint:
 
 
 class Source(Protocol):
-    """One place where models come from; an instance of each is entered in `SOURCES` under its address scheme."""
+    """One place where models come from; an instance is entered in `SOURCES` under its address scheme."""
 
     def names(self, pattern: str = "*") -> list[str]:
-        """Names that match a shell pattern, sorted; empty where the place cannot be listed. Fetches nothing."""
+        """Names that match a shell pattern; none where the place cannot be listed. Fetches nothing."""
         ...
 
     def has(self, name: str) -> bool:

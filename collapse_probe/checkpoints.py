@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,16 +70,17 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load the weights at `path` into `model`; the model is untouched unless this returns.
 
-    `path` is a file with one of `SUFFIXES`, or a folder that holds exactly one. Nothing in the file is executed:
-    torch reads it with `weights_only`, and of all Python classes only `argparse.Namespace` (the settings in timm's
-    training files) is allowed. Wrapper prefixes (`module.`, `_orig_mod.`) are taken off.
+    `path` is a file with one of `SUFFIXES`, or a folder that holds exactly one. Nothing in the file is
+    executed: torch reads it with `weights_only`, and of all Python classes only `argparse.Namespace` (the
+    settings in timm's training files) is allowed. Wrapper prefixes (`module.`, `_orig_mod.`) are taken off.
 
-    `ema` chooses between plain and averaged weights where a file holds both. None, the default, takes the plain
-    ones as timm's validate.py does, and averaged ones where there are no others; of a student and its teacher it
-    takes the teacher, as the authors of that method do. True and False insist. The report says what was used.
+    `ema` chooses between plain and averaged weights where a file holds both. None, the default, takes the
+    plain ones as timm's validate.py does, and averaged ones where there are no others; of a student and its
+    teacher it takes the teacher, as the authors of that method do. True and False insist. The report says
+    what was used.
 
-    Raises CheckpointError if the file cannot be read safely, holds no weights, or does not fit. With `partial`
-    whatever fits is loaded and the rest reported; it is still an error if nothing fits.
+    Raises CheckpointError if the file cannot be read safely, holds no weights, or does not fit. With
+    `partial` whatever fits is loaded and the rest reported; it is still an error if nothing fits.
     """
     file = _checkpoint_file(Path(path))
     held = _read(file)
@@ -127,9 +129,8 @@ def _guarded(file: Path, read: Callable[[Path], Any]) -> Any:
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL\s+([\w.]+)", str(error))
         if culprit is None:
-            raise CheckpointError(
-                f"{file} is not a checkpoint that torch can read safely: it may be damaged"
-            ) from error
+            why = "it is damaged, or holds more than tensors"
+            raise CheckpointError(f"{file} is no checkpoint that torch can read safely: {why}") from error
         what = f"it holds the Python object {culprit[1]!r}, and loading that could run code"
         raise CheckpointError(
             f"{file} was not loaded: {what}; save the tensors alone, e.g. as .safetensors"
@@ -149,7 +150,8 @@ def _read_safetensors(file: Path) -> Any:
 
 def _read_torch(file: Path) -> Any:
     allow = getattr(torch.serialization, "safe_globals", None)  # since torch 2.5
-    with allow([argparse.Namespace]) if allow else contextlib.nullcontext():
+    with warnings.catch_warnings(), allow([argparse.Namespace]) if allow else contextlib.nullcontext():
+        warnings.simplefilter("ignore")  # on pickles of other protocols
         return torch.load(file, map_location="cpu", weights_only=True)
 
 

@@ -1,4 +1,4 @@
-"""Numbers over the blocks of a model as curves, with their intervals and what they would be with nothing to find."""
+"""Numbers over the blocks of a model as curves, with their intervals and their nulls."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import blended_transform_factory
 
 from collapse_probe.drawing import (
     INK,
@@ -24,10 +25,19 @@ from collapse_probe.drawing import (
 )
 from collapse_probe.findings import Findings
 from collapse_probe.heatmaps import UNSIGNED, Panel, heat
-from collapse_probe.readings import adjacent, entropy_share, held, kappa_ci95, null, nulls
+from collapse_probe.readings import (
+    KAPPA_THRESHOLD,
+    adjacent,
+    corrected_count,
+    entropy_share,
+    held,
+    kappa_ci95,
+    null,
+    nulls,
+    pairs_of,
+)
 
 THRESHOLDS = (0.8, 0.9, 0.95)
-KAPPA_THRESHOLD = 0.5
 OVER_BLOCKS = {
     "head-similarity": "between heads of one block",
     "image-similarity": "between images",
@@ -37,7 +47,7 @@ OVER_BLOCKS = {
 
 @drawn
 def adjacent_blocks(findings: Findings, narrow: bool = False) -> Figure | None:
-    """Similarity of each block with the one before, its nulls and thresholds; kappa beneath, on one x axis."""
+    """Similarity of each block with the one before, with nulls and thresholds; kappa beneath."""
     reading = held(findings, "attention-similarity")
     if reading is None or reading.values is None or len(reading.values) < 2:
         return None
@@ -63,10 +73,10 @@ def _adjacent_or_none(matrix: Array | None) -> Array | None:
 def _with_references(
     axes: Axes, x: Array, values: Array, ci95: Array | None, others: Mapping[str, Array]
 ) -> None:
-    """The measured curve with its band, and the references that `others` holds, from 0 (or the lowest) to 1."""
+    """The measured curve with its band and the references in `others`, from 0 (or the lowest) to 1."""
+    curve(axes, x, values, ROLES["measured"], ci95)
     for role, line in others.items():
         curve(axes, x, line, ROLES[role])
-    curve(axes, x, values, ROLES["measured"], ci95)
     axes.set_ylim(_floor([values, *others.values()]), 1.03)
     axes.grid(axis="y")
 
@@ -79,19 +89,16 @@ def _floor(lines: Iterable[Array]) -> float:
 def _thresholds(axes: Axes, levels: Iterable[float]) -> None:
     for level in levels:
         axes.axhline(level, color=MUTED, linewidth=0.8, linestyle=(0, (1, 3)), zorder=0)
-        axes.annotate(
-            f"{level:g}", (1.0, level), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-            fontsize=7, color=MUTED, va="center",
-        )  # fmt: skip
+        place = blended_transform_factory(axes.transAxes, axes.transData)
+        axes.text(1.005, level, f"{level:g}", fontsize=7.5, color=MUTED, va="center", transform=place)
 
 
 def _kappa(axes: Axes, x: Array, values: Array, ci95: Array | None) -> None:
     curve(axes, x, values, ROLES["measured"], ci95)
-    axes.axhline(
-        0.0, color=ROLES["other_token"].colour, linestyle=ROLES["other_token"].line, linewidth=1.4, zorder=1
-    )
+    null_role = ROLES["other_token"]
+    axes.axhline(0.0, color=null_role.colour, linestyle=null_role.line, linewidth=null_role.width, zorder=1)
     _thresholds(axes, (KAPPA_THRESHOLD,))
-    axes.set(ylabel="κ, null-corrected", ylim=(min(_floor([values]), -0.25), 1.05))
+    axes.set(ylabel="null-corrected κ", ylim=(min(_floor([values]), -0.25), 1.05))
     axes.grid(axis="y")
 
 
@@ -110,7 +117,7 @@ def per_block(findings: Findings, narrow: bool = False) -> Figure | None:
         x = np.arange(len(reading.values), dtype=np.float64)
         _with_references(place, x, reading.values, reading.ci95, nulls(reading))
         deep = reading.dims == ("depth",)
-        over_blocks(place, x, "depth (0: before block 0)" if deep else "block")
+        over_blocks(place, x, "depth (0: before block 0)" if deep else "block", 9)
         unit = "1 − mean |cosine|" if name == "patch-diversity" else "cosine"
         place.set(title=OVER_BLOCKS[name], ylabel=unit)
     share_legend(figure, *axes, columns=2 if narrow else 5)
@@ -128,15 +135,21 @@ def entropy(findings: Findings, narrow: bool = False) -> Figure | None:
     tall = min(max(0.16 * heads, 0.8), 2.6)
     figure = sheet(width, tall + 3.9)
     top, bottom = figure.subplots(2, 1, height_ratios=[tall, 2.5])
-    title = f"entropy / log {share.tokens:.0f} (1: uniform attention)"
+    title = f"entropy / {share.unit} (1: uniform attention)"
     heat(top, Panel(share.heads.T, title, UNSIGNED, "head", "block"), width - 1.0, square=False)
     x = np.arange(blocks, dtype=np.float64)
-    bottom.plot(
-        np.repeat(x, heads), share.heads.ravel(), ".", color=ROLES["measured"].colour, alpha=0.3, markersize=4,
-        label="one head", markeredgewidth=0,
-    )  # fmt: skip
     others = {} if share.untrained is None else {"untrained": share.untrained}
     _with_references(bottom, x, share.mean, share.ci95, others)
+    bottom.plot(
+        np.repeat(x, heads),
+        share.heads.ravel(),
+        ".",
+        color=ROLES["measured"].colour,
+        alpha=0.3,
+        markersize=6,
+        markeredgewidth=0,
+        label="one head",
+    )
     over_blocks(bottom, x, "block")
     bottom.set(ylabel="share of log N", title="mean over heads")
     share_legend(figure, bottom, columns=2 if narrow else 4)
@@ -145,30 +158,33 @@ def entropy(findings: Findings, narrow: bool = False) -> Figure | None:
 
 @drawn
 def similar_blocks(findings: Findings, narrow: bool = False) -> Figure | None:
-    """How many adjacent pairs pass each threshold, with bootstrap intervals; last, how many pass it by kappa."""
+    """How many adjacent pairs pass each threshold, with bootstrap intervals; last, how many pass by kappa."""
     reading = held(findings, "similar-blocks")
     if reading is None or reading.values is None:
         return None
     levels = [float(level) for level in reading.settings.get("thresholds", THRESHOLDS)]
-    corrected = findings.summary.get("similar_blocks_corrected")
-    rows = [f"raw > {level:g}" for level in levels] + [f"κ > {KAPPA_THRESHOLD:g}"] * (corrected is not None)
-    figure = sheet(NARROW if narrow else 7.5, 0.42 * len(rows) + 1.3)
+    rows = [f"raw > {level:g}" for level in levels]
+    corrected = corrected_count(findings)
+    figure = sheet(NARROW if narrow else 7.5, 0.42 * (len(rows) + (corrected is not None)) + 1.3)
     axes, fresh = figure.subplots(), null(reading, "untrained")
     for y, value in enumerate(reading.values):
         _count(axes, y, float(value), None if reading.ci95 is None else reading.ci95[y])
         if fresh is not None:
             _count(axes, y, float(fresh[y]), None, "untrained")
     if corrected is not None:
-        _count(axes, len(levels), float(corrected), None)
-    pairs = max(int(findings.model.get("blocks") or 0) - 1, int(np.nanmax(reading.values, initial=1)), 1)
-    axes.set(
-        xlim=(-0.03 * pairs, pairs * 1.03), ylim=(len(rows) - 0.5, -0.5), xlabel=f"adjacent pairs, of {pairs}"
-    )
+        _count(axes, len(levels), corrected.value, corrected.ci95)
+        rows.append(f"κ > {corrected.above:g}")
+    _count_axes(axes, rows, pairs_of(findings))
+    share_legend(figure, axes, columns=2)
+    return figure
+
+
+def _count_axes(axes: Axes, rows: list[str], pairs: int) -> None:
+    room = max(0.03 * pairs, 0.1)
+    axes.set(xlim=(-room, pairs + room), ylim=(len(rows) - 0.5, -0.5), xlabel=f"adjacent pairs, of {pairs}")
     axes.set_yticks(range(len(rows)), rows)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.grid(axis="x")
-    share_legend(figure, axes, columns=2)
-    return figure
 
 
 def _count(axes: Axes, y: int, value: float, ends: Array | None, role: str = "measured") -> None:
@@ -176,9 +192,16 @@ def _count(axes: Axes, y: int, value: float, ends: Array | None, role: str = "me
     look = ROLES[role]
     filled = role == "measured"
     axes.plot(
-        [value], [y], linestyle="", marker="o" if filled else "D", markersize=7 if filled else 6, color=look.colour,
-        markerfacecolor=look.colour if filled else "white", label=look.label, zorder=3 if filled else 2,
-    )  # fmt: skip
+        [value],
+        [y],
+        linestyle="",
+        marker="o" if filled else "D",
+        markersize=7 if filled else 6,
+        color=look.colour,
+        markerfacecolor=look.colour if filled else "white",
+        label=look.label,
+        zorder=3 if filled else 2,
+    )
     if ends is not None and np.isfinite(ends).all():
         axes.plot(ends, [y, y], color=look.colour, linewidth=4, alpha=0.35, solid_capstyle="butt", zorder=1)
     if filled and np.isfinite(value):

@@ -36,7 +36,7 @@ def _similarity(findings: Findings, name: str, narrow: bool) -> Figure | None:
     reading = held(findings, name)
     if reading is None:
         return None
-    panels = _pair(reading, "raw cosine", "null-corrected κ (0: no more alike than the null)")
+    panels = _pair(reading, "raw cosine", "null-corrected κ (0: as alike as the null)")
     return grid(panels, 2 if panels[1] else 1, narrow=narrow)
 
 
@@ -109,4 +109,4 @@ def save(figures: Mapping[str, Figure], folder: str | Path) -> None:
     inside.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         for kind in ("png", "svg"):
-            (inside / f"{name}.{kind}").write_bytes(encode(figure, kind, dpi=180))
+            (inside / f"{name}.{kind}").write_bytes(encode(figure, kind))

@@ -1,37 +1,38 @@
 """What a fix may touch: the sockets of a transformer, and the attention that runs through them.
 
-A fix is a frozen dataclass of its settings. It owns no tensor: `parts` makes its parameters, and `mount`
-registers them on the module where the official code keeps them (an attention, a block, the model), under the
-official names, so that official checkpoints fit. A socket is a method that receives a tensor and returns it
-changed; the base class returns it as it came. Several fixes in one place act in the order of mounting.
+A fix is a frozen dataclass of its settings. It owns no tensor: `parts` makes its parameters, and
+`mounting.mount` registers them on the module where the official code keeps them (an attention, a block, the
+model), under the official names, so that official checkpoints fit. A socket is a method that receives a
+tensor and returns it changed; the base class returns it as it came. Several fixes in one place act in the
+order of mounting.
 
-    tokens ─ enter ─┬─ norm1 ─ qkv ─ query ─ logits ─ softmax ─ probs ─ dropout ─ weights ─ @v ─ heads ─ proj ─ branch ─┐
-                    └──────────────────────────────── one block ─────────────────────────────────────────── + ─┴─ … ─ leave
+    model      enter → blocks → leave → norm → head
+    block      x + branch(attention(norm1(x))),  x + branch(mlp(norm2(x)))
+    attention  query → logits → softmax → probs → dropout → weights → @v → heads → proj
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from collapse_probe.errors import ModelError, SettingError
 
 Part = nn.Module | nn.Parameter
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # a printed site would print the model
 class Site:
     """Where one fix sits in one model.
 
-    `home` is the module that holds the fix's parts, `block` its block (-1 for the whole model), `blocks` all blocks
-    of this fix, `prefix` the number of prefix tokens before it came. `memory` is shared by the sites of one
-    mounted fix: what one block leaves there, a later block of the same forward pass takes.
+    `home` is the module that holds the fix's parts, `block` its block (-1 for the whole model), `blocks` all
+    blocks of this fix, `prefix` the number of prefix tokens before it came. `memory` is shared by the sites
+    of one mounted fix: what one block leaves there, a later block of the same forward pass takes.
     """
 
     home: Any
@@ -47,8 +48,8 @@ class Site:
         """What an earlier block left under `key`; the last block of the fix clears it away."""
         if key not in self.memory:
             raise ModelError(
-                f"block {self.block} needs the {key} of an earlier block, which has not run in this forward pass "
-                "(blocks run alone, or under gradient checkpointing, cannot pass anything on)"
+                f"block {self.block} needs the {key} of an earlier block, which has not run in this forward "
+                "pass (blocks run alone, or under gradient checkpointing, cannot pass anything on)"
             )
         return self.memory.pop(key) if self.block in (-1, self.blocks[-1]) else self.memory[key]
 
@@ -57,9 +58,9 @@ class Site:
 class Fix:
     """One remedy: its settings are the fields, its sockets the methods it overrides.
 
-    `neutral` holds the settings under which the model computes what it computed without the fix; None where no
-    such setting exists. `official_keys` are the names of its parameters in the official checkpoints, relative to
-    the block (or the model).
+    `neutral` holds the settings under which the model computes what it computed without the fix; None where
+    no such setting exists. `official_keys` are the names of its parameters in the official checkpoints,
+    relative to the block (or the model).
     """
 
     name: ClassVar[str]
@@ -70,14 +71,12 @@ class Fix:
     home: ClassVar[Literal["attention", "block", "model", "modules"]] = "attention"
 
     @classmethod
-    def with_settings(cls, settings: Mapping[str, Any]) -> Self:
+    def with_settings(cls, settings: Mapping[str, Any]) -> Fix:
         """The fix with these settings; SettingError for a name that it does not have."""
         known = [field.name for field in fields(cls)]
         for name in settings:
             if name not in known:
-                raise SettingError(
-                    f"{cls.name} has no setting {name!r}; it has {', '.join(known) if known else 'no settings'}"
-                )
+                raise SettingError(f"{cls.name} has no setting {name!r}; it has {', '.join(known)}")
         return cls(**settings)
 
     def reach(self, blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
@@ -93,10 +92,6 @@ class Fix:
     def query(self, q_BHNK: Tensor, site: Site) -> Tensor:
         """Queries, before they meet the keys."""
         return q_BHNK
-
-    def borrow(self, site: Site) -> Tensor | None:
-        """A map [B, H, N, N] to be used in place of this block's own softmax; None: compute the own one."""
-        return None
 
     def logits(self, logits_BHNN: Tensor, site: Site) -> Tensor:
         """Scaled logits, before the mask and the softmax."""
@@ -130,8 +125,10 @@ class Fix:
         """How many prefix tokens the blocks see, when they saw `count` without the fix."""
         return count
 
-    def convert(self, module: nn.Module) -> bool:
-        """Turn a module into the fix's own kind, in place and with its parameters; False if it is none of its."""
+    def convert(self, module: nn.Module, width: int) -> bool:
+        """Turn a module into the fix's own kind, in place and with its parameters; False if it is none of
+        its.
+        """
         return False
 
     def overrides(self, socket: str) -> bool:
@@ -141,7 +138,7 @@ class Fix:
     @property
     def needs_map(self) -> bool:
         """Whether the fix must see the attention map, which rules out fused attention."""
-        return any(map(self.overrides, ("borrow", "logits", "probs", "weights")))
+        return any(map(self.overrides, ("logits", "probs", "weights")))
 
     def _number(self, setting: str, low: float, high: float, ends: str = "[]") -> None:
         value = getattr(self, setting)
@@ -158,7 +155,7 @@ class Fix:
 
     def _choice(self, setting: str, *allowed: object) -> None:
         value = getattr(self, setting)
-        if not any(value is each or (isinstance(value, str) and value == each) for each in allowed):
+        if not any(type(value) is type(each) and value == each for each in allowed):
             raise SettingError(f"{self.name}: {setting} must be one of {allowed}, not {value!r}")
 
 
@@ -193,9 +190,11 @@ def attend(
     causal: bool = False,
     fused: bool = True,
 ) -> Tensor:
-    """Attention through the sockets, [B, H, N, K] three times -> [B, H, N, K]; the kernel is fused unless a fix needs the map.
+    """Attention through the sockets, [B, H, N, K] three times -> [B, H, N, K]; the kernel is fused unless a
+    fix needs the map.
 
-    `dropout` is the rate in force now (0 in eval mode); `mask` is boolean (True: may be seen) or added to the logits.
+    `dropout` is the rate in force now (0 in eval mode); `mask` is boolean (True: may be seen) or added to
+    the logits.
     """
     q_BHNK = through(seats, "query", q_BHNK)
     if fused and not any(fix.needs_map for fix, _ in seats):
@@ -203,13 +202,8 @@ def attend(
             q_BHNK, k_BHNK, v_BHNK, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
         )
     else:
-        borrowed = [each for fix, site in seats if (each := fix.borrow(site)) is not None]
-        if borrowed:
-            probs_BHNN = borrowed[-1]
-        else:
-            logits_BHNN = through(seats, "logits", (q_BHNK * scale) @ k_BHNK.transpose(-2, -1))
-            probs_BHNN = torch.softmax(_masked(logits_BHNN, mask, causal), dim=-1)
-        probs_BHNN = through(seats, "probs", probs_BHNN)
+        logits_BHNN = through(seats, "logits", (q_BHNK * scale) @ k_BHNK.transpose(-2, -1))
+        probs_BHNN = through(seats, "probs", torch.softmax(_masked(logits_BHNN, mask, causal), dim=-1))
         weights_BHNN = F.dropout(probs_BHNN, dropout) if dropout else probs_BHNN
         out_BHNK = through(seats, "weights", weights_BHNN) @ v_BHNK
     return through(seats, "heads", out_BHNK, v_BHNK)
@@ -221,66 +215,3 @@ def _masked(logits_BHNN: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     if mask is None:
         return logits_BHNN
     return logits_BHNN.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits_BHNN + mask
-
-
-def mount(model: Any, fix: Fix, blocks: Sequence[int] | None = None) -> None:
-    """Put `fix` into a model with sockets: into `blocks` (None: all that it can act on), at once or not at all.
-
-    A model with sockets has `blocks` (each with `attn`), `embed_dim`, `num_prefix_tokens`, and a list `seats` on
-    itself, on each block and on each attention. Raises SettingError for blocks that the model or the fix does not
-    have, ModelError where the fix already sits.
-    """
-    depth = len(model.blocks)
-    given = None if blocks is None else _checked(fix, blocks, depth)
-    reach = fix.reach(given, depth)
-    if fix.home == "modules":
-        _convert(fix, [model] if given is None else [model.blocks[i] for i in reach])
-    else:
-        _seat(model, fix, _sites(model, fix, reach))
-    model.num_prefix_tokens = fix.prefix_tokens(model.num_prefix_tokens)
-    model.fixes = (*model.fixes, Mounted(fix.name, asdict(fix), reach))
-
-
-def _checked(fix: Fix, blocks: Sequence[int], depth: int) -> tuple[int, ...]:
-    chosen = tuple(sorted({*blocks}))
-    if not chosen or len(chosen) != len(blocks) or not all(type(i) is int and 0 <= i < depth for i in chosen):
-        raise SettingError(f"{fix.name}: blocks must be different numbers from 0 to {depth - 1}, not {list(blocks)}")
-    return chosen
-
-
-def _sites(model: Any, fix: Fix, reach: tuple[int, ...]) -> list[Site]:
-    memory: dict[str, Tensor] = {}
-    homes: list[tuple[int, Any]] = [(-1, model)]
-    if fix.home != "model":
-        homes = [(i, model.blocks[i].attn if fix.home == "attention" else model.blocks[i]) for i in reach]
-    return [
-        Site(
-            home, i, reach, len(model.blocks), model.embed_dim, model.blocks[i].attn.num_heads, model.num_prefix_tokens, memory
-        )
-        for i, home in homes
-    ]  # fmt: skip
-
-
-def _seat(model: Any, fix: Fix, sites: list[Site]) -> None:
-    like = next(model.parameters())
-    made: list[Mapping[str, Part]] = []
-    for site in sites:
-        where = "the model" if site.block < 0 else f"block {site.block}"
-        if any(type(other) is type(fix) for other, _ in site.home.seats):
-            raise ModelError(f"{where} already has {fix.name}: a fix goes into one place once")
-        with torch.device(like.device):
-            made.append(fix.parts(site))
-        for name in made[-1]:
-            if hasattr(site.home, name):
-                raise ModelError(f"{where} already has a {name}, which {fix.name} would add: is the fix built in?")
-    for site, parts in zip(sites, made, strict=True):
-        for name, part in parts.items():
-            placed = part.to(like.dtype) if isinstance(part, nn.Module) else nn.Parameter(part.to(like.dtype))
-            setattr(site.home, name, placed.train(site.home.training) if isinstance(placed, nn.Module) else placed)
-        site.home.seats.append((fix, site))
-
-
-def _convert(fix: Fix, roots: list[nn.Module]) -> None:
-    modules = [module for root in roots for module in root.modules()]
-    if not sum(fix.convert(module) for module in modules):
-        raise ModelError(f"the model has no layer that {fix.name} could act on")

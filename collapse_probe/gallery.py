@@ -1,4 +1,4 @@
-"""The attention gallery: the map of every block laid over the picture, on one scale for all blocks and pictures."""
+"""The attention gallery: the map of every block laid over the picture, on one scale for all of them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from collapse_probe.drawing import INK, MUTED, NARROW, WIDE, Array, drawn, printable
+from collapse_probe.drawing import MUTED, NARROW, WIDE, Array, drawn, printable
 from collapse_probe.findings import Findings, Gallery
 
 Pixels = NDArray[np.uint8]
 FOLD = 8.0  # the scale runs from 1/8 to 8 times uniform attention
-MOST_PICTURES = 6
+MOST_PICTURES = 4
 GAP, TITLE, FOOT = 0.05, 0.34, 0.75  # inches
+PER_INCH = 160  # pixels of the photographs
 COLOURS = LinearSegmentedColormap.from_list(
-    "less-more", ["#123f8c", "#5f9bd6", "#f2f2f2", "#f39a3b", "#b3200c"]
+    "less-more", ["#1d4f9c", "#6ea4da", "#f2f2f2", "#f39a3b", "#b3200c"]
 )
-STRENGTH = 0.88  # how far the strongest colour covers the picture
+LABEL = {"boxstyle": "square,pad=0.15", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
+STRENGTH = (0.72, 0.9)  # how far the strongest blue, the strongest red covers the picture
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How a map's value becomes a position in −1 … 1: by doublings around uniform, or straight around zero."""
+    """How a map's value becomes a position in −1 … 1: by doublings around uniform, or linear around 0."""
 
     signed: bool
     limit: float
@@ -55,7 +57,7 @@ def times_uniform(findings: Findings, gallery: Gallery) -> Array:
 
 
 def spread_of(maps: Array) -> Spread:
-    """By doublings up to 8 times uniform; for maps with negative entries straight, up to their 99th percentile."""
+    """By doublings up to 8 times uniform; for maps with negative entries linear, to the 99th percentile."""
     finite = maps[np.isfinite(maps)]
     if not (finite < 0).any():
         return Spread(False, FOLD)
@@ -68,7 +70,7 @@ def overlay(picture: Pixels, positions: Array) -> Pixels:
     """`positions` [rows, columns] in −1 … 1, coloured and laid over the grey `picture` [height, width, 3]."""
     height, width = picture.shape[:2]
     grey = picture.astype(np.float64) @ np.array([0.299, 0.587, 0.114]) / 255
-    base = np.repeat(0.25 + 0.72 * grey[..., None], 3, axis=2)
+    base = np.repeat(0.38 + 0.6 * grey[..., None], 3, axis=2)
     small = Image.fromarray(np.nan_to_num(positions).astype(np.float32))
     smooth = np.asarray(small.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float64)
     return np.asarray(_blend(base, smooth) * 255, dtype=np.uint8)
@@ -76,53 +78,52 @@ def overlay(picture: Pixels, positions: Array) -> Pixels:
 
 def _blend(base: Array, positions: Array) -> Array:
     colour = COLOURS((positions + 1) / 2)[..., :3]
-    cover = STRENGTH * np.abs(positions)[..., None] ** 0.8
+    cover = np.where(positions < 0, STRENGTH[0], STRENGTH[1])[..., None] * np.abs(positions)[..., None]
     return np.asarray(base * (1 - cover) + colour * cover)
-
-
-def _resized(picture: Pixels, height: int, width: int) -> Pixels:
-    return np.asarray(
-        Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS), dtype=np.uint8
-    )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tiles of one picture stand, in inches: the picture, then the maps in rows of `columns`."""
+    """Where the tiles of one picture stand, in inches.
+
+    The picture takes two by two tiles; the maps stand right of it in rows of `columns`, or flow around it.
+    """
 
     width: float
     columns: int
     rows: int
     tile: float
     tall: float
-    above: bool
+    around: bool
 
     @classmethod
     def of(cls, blocks: int, shape: tuple[int, ...], narrow: bool) -> Layout:
-        """The layout for so many blocks of pictures of `shape` (height, width): beside them, or above when narrow."""
+        """The layout for so many blocks of pictures of `shape` (height, width); they flow when narrow."""
         width = NARROW if narrow else WIDE
-        columns = min(4, blocks) if narrow else (8 if blocks > 12 else max(min(6, blocks), 4))
+        columns = 4 if narrow else (8 if blocks > 12 else max(min(6, blocks), 4))
         across = columns if narrow else columns + 2
+        rows = -(-(blocks + 4 * narrow) // columns)  # the picture takes the place of four maps
         tile = (width - 0.2 - GAP * across) / across
-        return cls(width, columns, -(-blocks // columns), tile, tile * shape[0] / shape[1], narrow)
+        return cls(width, columns, max(rows, 2), tile, tile * shape[0] / shape[1], narrow)
 
     @property
     def height(self) -> float:
         """Inches that one picture takes with all its maps."""
-        maps = self.rows * (self.tall + GAP)
-        return TITLE + (2 * self.tall + GAP + maps if self.above else max(maps, 2 * self.tall + GAP)) + 0.1
+        return TITLE + self.rows * (self.tall + GAP) + 0.1
 
     def map_corner(self, block: int) -> tuple[float, float]:
         """Left and top of the map of `block`."""
-        row, column = divmod(block, self.columns)
-        left = 0.1 + (0.0 if self.above else 2 * (self.tile + GAP) + GAP)
-        top = TITLE + (2 * (self.tall + GAP) if self.above else 0.0)
-        return left + column * (self.tile + GAP), top + row * (self.tall + GAP)
+        if self.around:
+            row, column = divmod(block + 4, 4) if block >= 4 else (block // 2, block % 2 + 2)
+        else:
+            row, column = divmod(block, self.columns)
+            column += 2
+        return 0.1 + column * (self.tile + GAP), TITLE + row * (self.tall + GAP)
 
 
 @drawn
 def attention_gallery(findings: Findings, narrow: bool = False) -> Figure | None:
-    """Each picture and then the map of every block laid over it, all on one scale in times uniform attention."""
+    """Each picture and then the map of every block laid over it, all on one scale."""
     gallery = findings.gallery
     if gallery is None or not len(gallery.names):
         return None
@@ -142,25 +143,32 @@ def attention_gallery(findings: Findings, narrow: bool = False) -> Figure | None
 
 def _strip(axes: Axes, layout: Layout, top: float, name: str, picture: Pixels, positions: Array) -> None:
     """One picture with its maps, `top` inches down; `positions` [blocks, rows, columns]."""
-    axes.text(
-        0.1, top + TITLE - 0.08, printable(name, 36 if layout.above else 90), fontsize=9, color=INK, va="bottom",
-        parse_math=False,
-    )  # fmt: skip
-    _show(axes, picture, 0.1, top + TITLE, 2 * layout.tile + GAP, 2 * layout.tall + GAP)
-    small = _resized(picture, *(max(round(150 * side), 8) for side in (layout.tall, layout.tile)))
+    name = printable(name, 36 if layout.around else 90)
+    axes.text(0.1, top + TITLE - 0.08, name, fontsize=9, va="bottom", parse_math=False)
+    canvas = np.full((_pixels(layout.height), _pixels(layout.width), 3), 255, dtype=np.uint8)
+    _paste(canvas, picture, 0.1, TITLE, 2 * layout.tile + GAP, 2 * layout.tall + GAP)
+    small = _resized(picture, layout.tall, layout.tile)
     for block, one in enumerate(positions):
         left, down = layout.map_corner(block)
-        _show(axes, overlay(small, one), left, top + down, layout.tile, layout.tall)
-        axes.text(
-            left + 0.035, top + down + 0.035, str(block), fontsize=7, color=INK, va="top", ha="left",
-            bbox={"boxstyle": "square,pad=0.15", "facecolor": "white", "alpha": 0.8, "linewidth": 0},
-        )  # fmt: skip
+        _paste(canvas, overlay(small, one), left, down, layout.tile, layout.tall)
+        axes.text(left + 0.035, top + down + 0.035, str(block), fontsize=7, va="top", bbox=LABEL)
+    extent = (0.0, canvas.shape[1] / PER_INCH, top + canvas.shape[0] / PER_INCH, top)
+    axes.imshow(canvas, extent=extent, aspect="auto", interpolation="antialiased", zorder=0)
 
 
-def _show(axes: Axes, pixels: Pixels, left: float, top: float, width: float, height: float) -> None:
-    axes.imshow(
-        pixels, extent=(left, left + width, top + height, top), aspect="auto", interpolation="lanczos"
-    )
+def _pixels(inches: float) -> int:
+    return max(round(inches * PER_INCH), 1)
+
+
+def _resized(picture: Pixels, tall: float, wide: float) -> Pixels:
+    size = (_pixels(wide), _pixels(tall))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS), dtype=np.uint8)
+
+
+def _paste(canvas: Pixels, tile: Pixels, left: float, top: float, wide: float, tall: float) -> None:
+    fitted = _resized(tile, tall, wide)
+    y, x = _pixels(top), _pixels(left)
+    canvas[y : y + fitted.shape[0], x : x + fitted.shape[1]] = fitted
 
 
 def _bar(figure: Figure, spread: Spread, width: float, height: float) -> None:

@@ -17,7 +17,7 @@ from collapse_probe.drawing import HATCH, MUTED, NARROW, PAPER, WIDE, Array, she
 
 MOST_NUMBERED = 16  # more cells a side than this leave no room for a number in each
 SMALLEST_NUMBER = 4.6  # points
-UNDEFINED = "hatched: undefined. κ divides by 1 − (other-token null): no room is left where that null is 1"
+UNDEFINED = "hatched: undefined (as κ is wherever the other-token null is 1)"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Scale:
 
 
 def _most_of(name: str, until: float) -> Colormap:
-    """A perceptually uniform map without its darkest end, on which differences near 1 would drown in black."""
+    """A perceptually uniform map without its darkest end, where differences near 1 drown in black."""
     whole = seaborn.color_palette(name, as_cmap=True)
     return ListedColormap(whole(np.linspace(0.0, until, 256)), name=f"{name}-to-{until:g}")
 
@@ -84,9 +84,11 @@ def heat(axes: Axes, panel: Panel, side: float, *, square: bool = True) -> None:
         square=square,
         ax=axes,
     )
+    for text in axes.texts:
+        text.set_in_layout(False)  # they lie inside the cells; measuring each is slow
     _label(axes, panel, most=16 if side > 2.4 else 8)
     bar = axes.figure.colorbar(axes.collections[0], cax=axes.inset_axes((1.03, 0.0, 0.1 / side, 1.0)))
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.set_ticks([panel.scale.low, (panel.scale.low + panel.scale.high) / 2, panel.scale.high])
     bar.ax.tick_params(length=2, labelsize=7.5)
 
@@ -107,7 +109,7 @@ def _number_size(panel: Panel, side: float) -> float:
 
 
 def grid(places: Sequence[Panel | None], columns: int, *, narrow: bool = False) -> Figure:
-    """Panels in rows of `columns` (one column when narrow), None leaving a gap; a key explains any hatching."""
+    """Panels in rows of `columns` (one when narrow), None leaving a gap; a key explains any hatching."""
     panels = [panel for panel in places if panel is not None]
     places, columns = (panels, 1) if narrow else (places, columns)
     rows = -(-len(places) // columns)

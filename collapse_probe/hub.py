@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +24,29 @@ def fetching(what: str, raises: type[CollapseProbeError], way_out: str, *, hub: 
     """Turn a failed download within the block into one error of the type `raises`.
 
     With `hub` the Hugging Face hub is asked once whether it answers; if it does not, the hub library's own
-    offline switch is on for the length of the block, so that what is cached loads and what is not fails at once.
+    offline switch is on for the length of the block: what is cached loads, what is not fails at once.
     """
     with hub_offline_if_silent() if hub else contextlib.nullcontext(True) as answers:
         try:
             yield
-        except OSError as error:
-            why = first_line(error) if answers else "no network, the model hub does not answer"
+        except Exception as error:
+            if not _from_network(error):
+                raise
+            why = _why(error) if answers else "no network: the model hub does not answer"
             raise raises(f"cannot fetch {what} ({why}); {way_out}") from error
+
+
+def _from_network(error: BaseException | None) -> bool:
+    """Whether the error is an OSError, as all download errors are, or comes from one."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
+        return f"no network: {error.reason}"
+    return first_line(error)
 
 
 @contextlib.contextmanager
@@ -48,7 +64,7 @@ def hub_offline_if_silent() -> Iterator[bool]:
 
 
 def _hub_answers(endpoint: str) -> bool:
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import get_session
 
     try:
         get_session().head(endpoint, timeout=PATIENCE)

@@ -61,6 +61,7 @@ def make_plan(model: nn.Module, heard: Hearing, check: SelfCheck) -> Plan:
         prefix=prefix,
         tokens=tokens,
         width=width,
+        patch_shapes=tuple(_patch_shape(tap, heard, tokens, prefix) for tap in taps),
         grid=_grid(tokens - len(prefix), heard.input),
         bytes_per_image=_bytes_per_image(events, len(taps), tokens * width),
         check=check,
@@ -212,6 +213,13 @@ def _prefix(first: Tensor | None) -> tuple[int, ...]:
     if bool(same.all()):
         return ()
     return tuple(int(i) for i in torch.nonzero(same).flatten())
+
+
+def _patch_shape(tap: Tap, heard: Hearing, tokens: int, prefix: tuple[int, ...]) -> tuple[int, int] | None:
+    found = as_tokens(read_tap(tap, heard), heard.images, tap.width)
+    if found is None:
+        return None
+    return found.shape[1] - (len(prefix) if found.shape[1] == tokens else 0), found.shape[2]
 
 
 def _grid(patches: int, images: Tensor | None) -> tuple[int, int] | None:

@@ -14,14 +14,15 @@ from collapse_probe.subject import Preprocess
 
 
 def from_timm_config(config: Mapping[str, Any], img_size: int | None = None) -> Preprocess:
-    """timm's evaluation transform for a pretrained_cfg; what the config leaves out is timm's ImageNet default.
+    """timm's evaluation transform for a pretrained_cfg; what it leaves out is timm's ImageNet default.
 
     `img_size` [pixels] replaces the config's input size; the crop keeps its share of the resized picture.
     """
-    from timm.data import create_transform, resolve_data_config
+    import timm.data
 
+    factory: Any = timm.data  # untyped
     args = {} if img_size is None else {"img_size": img_size}
-    settled = resolve_data_config(args, pretrained_cfg=dict(config) or {"input_size": (3, 224, 224)})
+    settled = factory.resolve_data_config(args, pretrained_cfg=dict(config) or {"input_size": (3, 224, 224)})
     height, width = settled["input_size"][-2:]
     edge = [math.floor(side / settled["crop_pct"]) for side in (height, width)]
     description = {
@@ -33,7 +34,7 @@ def from_timm_config(config: Mapping[str, Any], img_size: int | None = None) -> 
         "mean": list(settled["mean"]),
         "std": list(settled["std"]),
     }
-    return Preprocess(create_transform(**settled, is_training=False), (height, width), description)
+    return Preprocess(factory.create_transform(**settled, is_training=False), (height, width), description)
 
 
 def from_callable(transform: Callable[[Image.Image], Tensor], description: Mapping[str, Any]) -> Preprocess:
@@ -51,15 +52,15 @@ def from_callable(transform: Callable[[Image.Image], Tensor], description: Mappi
             f"the model's own preprocessing must give a float tensor [3, height, width], not {came}"
         )
     size = (int(pixels.shape[1]), int(pixels.shape[2]))
-    return Preprocess(transform, size, {"size": list(size), **description})
+    return Preprocess(transform, size, {**description, "size": list(size)})
 
 
 def of_module(module: nn.Module, img_size: int | None = None) -> tuple[Preprocess, tuple[str, ...]]:
     """The preprocessing that a module brings along, and notes on what had to be assumed.
 
-    In this order: the attribute `preprocess` (a Preprocess, or a transform from picture to tensor), a timm-style
-    `pretrained_cfg` or `default_cfg`, and else ImageNet's mean and std. `img_size` [pixels] overrides what the
-    module declares; without either it is 224.
+    In this order: the attribute `preprocess` (a Preprocess, or a transform from picture to tensor), a
+    timm-style `pretrained_cfg` or `default_cfg`, and else ImageNet's mean and std. `img_size` [pixels]
+    overrides what the module declares; without either it is 224.
     """
     own = getattr(module, "preprocess", None)
     if isinstance(own, Preprocess):

@@ -1,14 +1,14 @@
-"""What figures and tables both take out of a reading: adjacent pairs, the nulls that are there, shares of log N."""
+"""What figures and tables both take out of a reading: adjacent pairs, nulls, shares of log N."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from collapse_probe.findings import Array, Findings, Reading
 
+KAPPA_THRESHOLD = 0.5  # above it a pair counts as similar after correction
 NULLS = ("other_token", "other_image", "other_head", "untrained")
 
 
@@ -49,30 +49,63 @@ def mean(values: Array | None) -> float | None:
 
 
 @dataclass(frozen=True)
-class Entropy:
-    """Attention entropy as a share of log N, N keys: 1 is uniform attention, 0 is one key."""
+class Corrected:
+    """How many adjacent pairs have a kappa above `above`, with its interval where one was taken."""
 
-    tokens: float
+    value: float
+    ci95: Array | None
+    above: float
+
+
+def corrected_count(findings: Findings) -> Corrected | None:
+    """The null-corrected count of similar blocks, from the metric's settings or else from the summary."""
+    reading = held(findings, "similar-blocks")
+    stored = {} if reading is None else reading.settings.get("corrected", {})
+    value = stored.get("value", findings.summary.get("similar_blocks_corrected"))
+    if value is None:
+        return None
+    ends = stored.get("ci95")
+    ci95 = None if ends is None or None in ends else np.asarray(ends, dtype=np.float64)
+    return Corrected(float(value), ci95, float(stored.get("kappa_above", KAPPA_THRESHOLD)))
+
+
+def pairs_of(findings: Findings) -> int:
+    """How many pairs of adjacent blocks there are."""
+    reading = held(findings, "similar-blocks")
+    stored = None if reading is None else reading.settings.get("pairs")
+    return int(stored or max(int(findings.model.get("blocks") or 0) - 1, 1))
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Attention entropy as a share of log N: 1 is uniform attention, 0 is one key; `keys` is N, block by block."""
+
+    keys: Array
     heads: Array
     mean: Array
     ci95: Array | None
     untrained: Array | None
 
+    @property
+    def unit(self) -> str:
+        """What 1 stands for: log 50, or log N where blocks differ."""
+        return f"log {self.keys[0]:.0f}" if len(set(self.keys.tolist())) == 1 else "log N"
+
 
 def entropy_share(findings: Findings) -> Entropy | None:
-    """The attention entropy of `findings` in shares of log N: heads [L, H], mean over heads [L], its interval [L, 2]."""
+    """Attention entropy in shares of log N: `heads` [L, H], `mean` over heads [L], its `ci95` [L, 2]."""
     reading = held(findings, "attention-entropy")
-    tokens = None if reading is None else reading.settings.get("tokens")
-    if reading is None or reading.values is None or not isinstance(tokens, (int, float)) or tokens <= 1:
+    if reading is None or reading.values is None or "tokens" not in reading.settings:
         return None
-    scale = math.log(tokens)
+    keys = np.broadcast_to(np.asarray(reading.settings["tokens"], dtype=np.float64), len(reading.values))
+    scale = np.where(keys > 1, np.log(np.maximum(keys, 2)), np.nan)[:, None]
     fresh = null(reading, "untrained")
     if reading.head_mean is not None:
         average, ci95 = reading.head_mean[0], reading.head_mean[2] / scale
     else:
         average, ci95 = _over_heads(reading.values), None
-    untrained = None if fresh is None else _over_heads(fresh) / scale
-    return Entropy(float(tokens), reading.values / scale, average / scale, ci95, untrained)
+    untrained = None if fresh is None else _over_heads(fresh / scale)
+    return Entropy(keys, reading.values / scale, average / scale[:, 0], ci95, untrained)
 
 
 def _over_heads(values: Array) -> Array:

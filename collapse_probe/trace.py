@@ -74,7 +74,8 @@ class Plan:
     """What the probe learned of a model: its blocks, attention layers, prefix tokens and where tokens are read.
 
     `prefix` are the positions of tokens that do not come from the image (class, distillation, register tokens);
-    `grid` is (rows, columns) of the patches, None where they form no rectangle.
+    `patch_shapes` are (patches, width) at each depth, None where a depth has no token sequence; `grid` is (rows, columns)
+    of the patches, None where they form no rectangle.
     """
 
     blocks: tuple[str, ...]
@@ -83,6 +84,7 @@ class Plan:
     prefix: tuple[int, ...]
     tokens: int
     width: int
+    patch_shapes: tuple[tuple[int, int] | None, ...]
     grid: tuple[int, int] | None
     bytes_per_image: int
     check: SelfCheck
@@ -248,8 +250,12 @@ class Trace:
     def maps(self, layer: int, point: str = "probs") -> Tensor:
         """The whole map of one layer, [B, H, N, N] in float32: for looking at; the metrics use `tiles`."""
         everything = slice(None)
-        heard = self.attention[layer]
-        return _maps(heard, everything, everything, everything, None)[point]
+        return _maps(self.attention[layer], everything, everything, everything, None)[point]
+
+    def map_of(self, layer: int, image: int, point: str = "probs") -> Tensor:
+        """The whole map of one layer for one image, [H, N, N] in float32."""
+        everything = slice(None)
+        return _maps(self.attention[layer], slice(image, image + 1), everything, everything, None)[point][0]
 
     def tiles(self, budget: int) -> Iterator[MapTile]:
         """All token maps of the batch in tiles of at most about `budget` bytes each, one signature after the other."""

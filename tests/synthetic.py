@@ -71,7 +71,7 @@ def _entropy(blocks: int, heads: int, rng: np.random.Generator) -> Reading:
         definition="entropy of the rows of the map, nats",
         collapsed="low",
         point="probs",
-        settings={"tokens": TOKENS},
+        settings={"tokens": [TOKENS] * blocks, "share": values / math.log(TOKENS)},
         nulls=Nulls({"untrained": np.full(values.shape, 0.97 * math.log(TOKENS))}, {"untrained": 16}),
         head_mean=(mean["values"], mean["stderr"], mean["ci95"]),
         **with_interval(values, 0.05),
@@ -88,7 +88,9 @@ def _over_depth(blocks: int, rng: np.random.Generator, *, nulls: bool) -> dict[s
             ("block",), "cosine between heads", collapsed="high", **with_interval(heads),
             nulls=Nulls({"untrained": heads + 0.2, "other_token": heads - 0.1}, fresh) if nulls else None,
         ),
-        "image-similarity": Reading(("block",), "cosine between images", collapsed="high", **with_interval(heads / 2)),
+        "image-similarity": Reading(
+            ("block",), "cosine between images", collapsed="high", **with_interval(heads / 2)
+        ),
         "feature-similarity": Reading(
             ("depth", "depth"), "cosine of embeddings", collapsed="high", **with_interval(features),
             nulls=nulls_of(features, rng) if nulls else None,
@@ -115,7 +117,7 @@ def make_gallery(
         maps = maps - maps.mean()
     count = len(names)
     pictures = np.repeat((picture * 255).astype(np.uint8)[None], count, 0)
-    return Gallery(names, pictures, np.repeat(maps[None], count, 0), "mean over all queries")
+    return Gallery(names, pictures, np.repeat(maps[None], count, 0), "the class token")
 
 
 def synthetic(
@@ -133,10 +135,11 @@ def synthetic(
     rng = np.random.default_rng(blocks)
     metrics = _similarities(blocks, rng, nulls=nulls, signed=signed)
     pairs = np.diagonal(metrics["attention-similarity"].values, offset=-1)  # type: ignore[arg-type]
+    corrected = {"corrected": {"kappa_above": 0.5, "value": 1.0, "ci95": [0.0, 2.0]}} if nulls else {}
     counts = np.array([(pairs > t).sum() for t in (0.8, 0.9, 0.95)], dtype=np.float64)
     metrics["similar-blocks"] = Reading(
-        ("threshold",), "blocks above a threshold", collapsed="high", settings={"thresholds": [0.8, 0.9, 0.95]},
-        **with_interval(counts, 1.0),
+        ("threshold",), "blocks above a threshold", collapsed="high",
+        settings={"thresholds": [0.8, 0.9, 0.95], "pairs": blocks - 1, **corrected}, **with_interval(counts, 1.0),
     )  # fmt: skip
     metrics["attention-entropy"] = _entropy(blocks, heads, rng)
     metrics |= _over_depth(blocks, rng, nulls=nulls)
@@ -163,9 +166,10 @@ def synthetic(
             "names_sha256": "ab" * 32, "bundled": False,
         },
         run={
-            "device": "cpu", "dtype": "float32", "batch_size": 16, "world_size": 1, "seed": 0, "seconds": 12.25,
-            "images_per_second": 5.2, "peak_memory_bytes": 2**30, "command": "collapse-probe analyze -m vit_b_32",
-            "versions": {"torch": "2.13", "timm": "1.0.31"}, "created": "2026-01-01T00:00:00+00:00", "self_check": 3e-7,
+            "device": "cpu", "dtype": "float32", "batch_size": 16, "world_size": 1, "seed": 0,
+            "seconds": 12.25, "images_per_second": 5.2, "peak_memory_bytes": 2**30,
+            "command": "collapse-probe analyze -m vit_b_32", "versions": {"torch": "2.13", "timm": "1.0.31"},
+            "created": "2026-01-01T00:00:00+00:00", "self_check": {"rows": 3e-7, "output": 2e-6, "logsumexp": None},
         },
         metrics=metrics,
         summary=summary,

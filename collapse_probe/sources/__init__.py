@@ -33,10 +33,11 @@ def resolve(
 ) -> Subject:
     """Make the model at `address` ready, in eval mode on the CPU, with its own preprocessing.
 
-    A bare name is looked up in `BARE`; `SCHEME:NAME` names an entry of `SOURCES`; an nn.Module is taken as it is
-    (a checkpoint then loads into that very module). `pretrained` None means published weights unless a checkpoint
-    is given. Fresh weights are drawn under `seed`, and the global generators stay as they were. `model_kwargs` go
-    to the model's constructor, `img_size` [pixels] sets its input side, `partial` lets a checkpoint load in part.
+    A bare name is looked up in `BARE`; `SCHEME:NAME` names an entry of `SOURCES`; an nn.Module is taken as it
+    is, out of its wrappers (a checkpoint then loads into that very module). `pretrained` None means published
+    weights unless a checkpoint is given. Fresh weights are drawn under `seed`, and the global generators stay
+    as they were. `model_kwargs` go to the model's constructor, `img_size` [pixels] sets its input side,
+    `partial` lets a checkpoint load in part.
 
     Raises UnknownNameError, ModelError, CheckpointError, SettingError.
     """

@@ -21,8 +21,8 @@ from collapse_probe.sockets import SOURCES
 class ImportSource:
     """Calls a class or function that returns an nn.Module.
 
-    `model_kwargs` are its arguments; `img_size` is passed on where it has a parameter of that name or `image_size`;
-    `pretrained` where it has one of that name. Modules are also found in the current folder.
+    `model_kwargs` are its arguments; `img_size` is passed on where it has a parameter of that name or
+    `image_size`, `pretrained` where it has one of that name. Modules are also found in the current folder.
     """
 
     def names(self, pattern: str = "*") -> list[str]:

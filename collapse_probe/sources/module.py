@@ -22,7 +22,7 @@ class ModuleSource:
         return False
 
     def blueprint(self, request: Request) -> Blueprint:
-        """Raises ModelError where there is no module, or settings that could only have gone to its constructor."""
+        """Raises ModelError where there is no module, or settings that only its constructor could take."""
         if request.module is None:
             raise ModelError("a plain module is passed from Python: collapse_probe.analyze(module, …)")
         if request.model_kwargs:
@@ -42,8 +42,8 @@ class ModuleSource:
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside torch.compile, DataParallel and DistributedDataParallel, however they are nested.
 
-    Hooks registered on a compiled module after its first call are never called, so the plain one is what can be
-    listened to.
+    Hooks registered on a compiled module after its first call are never called, so the plain one is what can
+    be listened to.
     """
     while True:
         inner = getattr(module, "_orig_mod", None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -42,18 +45,14 @@ class TimmSource:
         """timm's constructor, its weights and its evaluation transform."""
         import timm
 
+        place = f"{self.scheme}:{request.name}" if self.scheme else request.name
         settings: dict[str, Any] = dict(request.model_kwargs)
         if request.img_size is not None:
             settings["img_size"] = request.img_size
 
         def make(trained: bool) -> nn.Module:
-            # "hf-hub" needs the hub even for fresh weights: the configuration lies there
-            with fetching(
-                f"weights of {request.address!r}", ModelError, WAY_OUT, hub=trained or self._remote
-            ):
-                model: nn.Module = timm.create_model(
-                    self._address(request.name), pretrained=trained, **settings
-                )
+            with self._fetching(request, trained):
+                model: nn.Module = timm.create_model(place, pretrained=trained, **settings)
             _check_patches(model, request.img_size)
             return model
 
@@ -63,12 +62,14 @@ class TimmSource:
 
         return Blueprint(request.name, make, preprocess, trained=self._tag(request.name))
 
-    @property
-    def _remote(self) -> bool:
-        return self.scheme == "hf-hub"
-
-    def _address(self, name: str) -> str:
-        return f"{self.scheme}:{name}" if self.scheme else name
+    def _fetching(self, request: Request, trained: bool) -> AbstractContextManager[None]:
+        if self.scheme == "local-dir":
+            if not Path(request.name).is_dir():
+                raise ModelError(f"no folder {request.name}; 'local-dir:' takes one with a config.json")
+            return contextlib.nullcontext()
+        # "hf-hub" needs the hub even for fresh weights: the configuration lies there
+        hub = trained or self.scheme == "hf-hub"
+        return fetching(f"weights of {request.address!r}", ModelError, WAY_OUT, hub=hub)
 
     def _tag(self, name: str) -> str | None:
         """The weights' tag; the default one where the name has none; None where nothing was published."""

@@ -1,0 +1,263 @@
+"""The one loop: a subject, batches of images and metrics become findings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from collapse_probe.capture import probe
+from collapse_probe.data import Batch, ImageSet, batches, from_loader, open_data
+from collapse_probe.devices import budget_line, choose_device, device_name, peak_memory, tile_bytes
+from collapse_probe.errors import DataError, SettingError
+from collapse_probe.findings import Findings, Reading
+from collapse_probe.measure import Metric, make
+from collapse_probe.nulls import with_untrained
+from collapse_probe.one_pass import Progress, Run, one_pass, reading_of, records_of
+from collapse_probe.overlay import gallery_of, spread_out
+from collapse_probe.processes import rank_and_world
+from collapse_probe.provenance import names_sha256, versions
+from collapse_probe.sources import resolve
+from collapse_probe.subject import Subject
+from collapse_probe.summary import summarise
+from collapse_probe.trace import Plan
+
+DEFAULT_METRICS = (
+    "attention-similarity",
+    "attention-similarity@row",
+    "attention-similarity@centred",
+    "similar-blocks",
+    "head-similarity",
+    "image-similarity",
+    "attention-entropy",
+    "feature-similarity",
+    "patch-diversity",
+)
+PROBS_METRICS = (
+    "attention-similarity@probs",
+    "attention-similarity@row@probs",
+    "attention-similarity@centred@probs",
+    "similar-blocks@probs",
+    "head-similarity@probs",
+    "image-similarity@probs",
+)
+NULL_IMAGES = 64
+GALLERY_IMAGES = 4
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is made; none of it changes what the numbers mean, and all of it is stored."""
+
+    device: str = "auto"
+    amp: bool = False
+    amp_dtype: str = "float16"
+    batch_size: int = 64
+    workers: int = 0
+    seed: int = 0
+    metrics: tuple[str, ...] = ()
+    null_images: int = NULL_IMAGES
+    gallery_images: int = GALLERY_IMAGES
+    command: str = ""
+
+    @property
+    def amp_as(self) -> str | None:
+        """The dtype of automatic mixed precision, None where it is off."""
+        return self.amp_dtype if self.amp else None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise SettingError(f"the batch size must be 1 or more, not {self.batch_size}")
+        if self.null_images < 0:
+            raise SettingError(f"the number of null images must be 0 or more, not {self.null_images}")
+        if self.amp_dtype not in ("float16", "bfloat16"):
+            raise SettingError(f"the amp dtype must be float16 or bfloat16, not {self.amp_dtype!r}")
+
+
+def analyze(
+    model: str | nn.Module | Subject,
+    data: str | ImageSet | Iterable[Any],
+    *,
+    limit: int | None = None,
+    split: str | None = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+    report: Report | None = None,
+    **options: Any,
+) -> Findings:
+    """Measure the collapse of one model over images: the main job.
+
+    `model` is an address, a module or a Subject; `data` an address, an ImageSet or any iterable of image batches
+    [B, 3, H, W]. `options` are fields of `Settings` (device, batch_size, metrics, …) and, for an address, those of
+    `sources.resolve` (checkpoint, pretrained, img_size, …). Raises CollapseProbeError where the input cannot be analysed.
+    """
+    known = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
+    settings = replace(settings or Settings(), **known)
+    subject = _subject(model, options, settings.seed)
+    images = open_data(data, split=split, limit=limit, seed=settings.seed) if isinstance(data, str) else data
+    return measure(subject, images, settings, progress=progress, report=report)
+
+
+def measure(
+    subject: Subject,
+    images: ImageSet | Iterable[Any],
+    settings: Settings,
+    *,
+    progress: Progress | None = None,
+    report: Report | None = None,
+) -> Findings:
+    """Probe the subject, run the images, then the untrained twin; see `analyze`."""
+    say = report or (lambda text: None)
+    device = choose_device(settings.device)
+    model = subject.model.to(device)
+    plan = probe(model, subject.preprocess.size, seed=settings.seed)
+    metrics = chosen_metrics(plan, settings.metrics)
+    say(budget_line(plan, device))
+    stream, wanted = _stream(images, subject, settings), _wanted(images, settings)
+    run = one_pass(model, plan, metrics, stream, device, amp=settings.amp_as, wanted=wanted, progress=progress)
+    if not run.names:
+        raise DataError(f"no readable image in {_address(images)}{_why(run.skipped)}")
+    readings = {name: reading_of(metric, run) for name, metric in metrics.items()}
+    readings, twin_note = _against_twin(readings, subject, images, settings, device, say)
+    _, world = rank_and_world()
+    facts = {
+        "device": device_name(device),
+        "dtype": settings.amp_dtype if settings.amp else str(next(model.parameters()).dtype).removeprefix("torch."),
+        "batch_size": settings.batch_size,
+        "world_size": world,
+        "seed": settings.seed,
+        "seconds": round(run.seconds, 3),
+        "images_per_second": round(len(run.names) / max(run.seconds, 1e-9), 2),
+        "peak_memory_bytes": peak_memory(device),
+        "command": settings.command,
+        "versions": versions(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "self_check": {k: None if math.isnan(v) else v for k, v in vars(plan.check).items()},
+        "tile_bytes": tile_bytes(plan, device),
+        "notes": [*subject.notes, *plan.notes, *twin_note],
+    }
+    return Findings(
+        model=_model_facts(subject, plan),
+        data=_data_facts(images, run),
+        run=facts,
+        metrics=readings,
+        summary=summarise(readings, len(run.names)),
+        images=_image_table(metrics, run),
+        gallery=gallery_of(run.pictures, run.names, plan, subject.preprocess.description),
+    )
+
+
+def chosen_metrics(plan: Plan, names: Sequence[str]) -> dict[str, Metric]:
+    """The metrics of a run by name: those asked for, or the default set (with @probs where the model mixes its maps)."""
+    if not names:
+        mixed = any(plan.layers[i].mixed for i in plan.map_layers)
+        names = [*DEFAULT_METRICS, *(PROBS_METRICS if mixed else ())]
+    return {name: make(name, plan) for name in dict.fromkeys(names)}
+
+
+def _subject(model: str | nn.Module | Subject, options: dict[str, Any], seed: int) -> Subject:
+    if isinstance(model, Subject):
+        return model
+    return resolve(model, seed=seed, **options)
+
+
+def _stream(images: ImageSet | Iterable[Any], subject: Subject, settings: Settings) -> Iterator[Batch]:
+    if not isinstance(images, ImageSet):
+        return from_loader(images)
+    rank, world = rank_and_world()
+    size, workers = settings.batch_size, settings.workers
+    return batches(images, subject.preprocess, batch_size=size, workers=workers, rank=rank, world=world)
+
+
+def _against_twin(
+    readings: dict[str, Reading],
+    subject: Subject,
+    images: ImageSet | Iterable[Any],
+    settings: Settings,
+    device: torch.device,
+    say: Report,
+) -> tuple[dict[str, Reading], list[str]]:
+    """The readings beside those of the same architecture with fresh weights, on a seeded subset of the images."""
+    if subject.fresh is None or not isinstance(images, ImageSet) or settings.null_images == 0:
+        why = "the model's architecture cannot be made anew from what was given"
+        if not isinstance(images, ImageSet):
+            why = "the images came from an iterable that can be run through once"
+        elif settings.null_images == 0:
+            why = "no null images were asked for"
+        return {name: with_untrained(r, None, 0, why) for name, r in readings.items()}, []
+    few = images.subset(settings.null_images, settings.seed)
+    say(f"measuring the untrained twin on {len(few)} images")
+    twin = subject.fresh(settings.seed + 1).to(device)
+    plan = probe(twin, subject.preprocess.size, seed=settings.seed)
+    metrics = chosen_metrics(plan, list(readings))
+    run = one_pass(twin, plan, metrics, _stream(few, subject, settings), device, amp=settings.amp_as)
+    twins = {name: reading_of(metric, run) for name, metric in metrics.items()}
+    note = f"untrained twin: fresh weights with seed {settings.seed + 1} on {len(run.names)} images"
+    return {name: with_untrained(r, twins[name], len(run.names)) for name, r in readings.items()}, [note]
+
+
+def _wanted(images: ImageSet | Iterable[Any], settings: Settings) -> frozenset[str]:
+    if isinstance(images, ImageSet):
+        return spread_out(images.names, settings.gallery_images)
+    return frozenset(str(i) for i in range(settings.gallery_images))
+
+
+def _image_table(metrics: Mapping[str, Metric], run: Run) -> dict[str, Any]:
+    table: dict[str, Any] = {"names": np.array(run.names, dtype=np.str_)}
+    for name, metric in metrics.items():
+        values = None if metric.inapplicable() else metric.per_image(records_of(metric, run))
+        if values is not None:
+            table[name] = values
+    return table
+
+
+def _model_facts(subject: Subject, plan: Plan) -> dict[str, Any]:
+    heads = [plan.layers[i].heads for i in plan.map_layers]
+    return {
+        "address": subject.address,
+        "source": subject.source,
+        "name": subject.name,
+        "weights": subject.weights,
+        "checkpoint": subject.checkpoint,
+        "checkpoint_sha256": subject.checkpoint_sha256,
+        "class": f"{type(subject.model).__module__}.{type(subject.model).__qualname__}",
+        "parameters": sum(p.numel() for p in subject.model.parameters()),
+        "blocks": len(plan.blocks),
+        "heads": heads[0] if len(set(heads)) == 1 else heads,
+        "tokens": plan.tokens,
+        "prefix_tokens": len(plan.prefix),
+        "width": plan.width,
+        "preprocess": subject.preprocess.description,
+        "block_names": list(plan.blocks),
+        "attention_layers": [plan.layers[i].owner for i in plan.map_layers],
+        "mixes_maps": any(plan.layers[i].mixed for i in plan.map_layers),
+    }
+
+
+def _data_facts(images: ImageSet | Iterable[Any], run: Run) -> dict[str, Any]:
+    return {
+        "address": _address(images),
+        "images": len(run.names),
+        "skipped": [{"name": name, "reason": reason} for name, reason in run.skipped],
+        "names_sha256": names_sha256(run.names),
+        "bundled": isinstance(images, ImageSet) and images.bundled,
+    }
+
+
+def _address(images: ImageSet | Iterable[Any]) -> str:
+    return images.address if isinstance(images, ImageSet) else f"an iterable ({type(images).__name__})"
+
+
+def _why(skipped: Sequence[tuple[str, str]]) -> str:
+    if not skipped:
+        return ""
+    name, reason = skipped[0]
+    return f": all {len(skipped)} were skipped, the first ({name}) because {reason}"

@@ -1,0 +1,107 @@
+"""How widely does each head spread its attention?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collapse_probe.findings import Reading
+from collapse_probe.measure import Array, Metric, Need, mean_over_images, no_token_maps
+from collapse_probe.nulls import untrained_only
+from collapse_probe.sockets import METRICS
+from collapse_probe.sums import Means
+from collapse_probe.trace import MapTile, Plan, Trace
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """Shannon entropy of distributions along the last axis, [..., N] -> [...], in nats, 0 … log N; 0·log 0 is 0.
+
+    >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]])).tolist()
+    [0.6931471824645996, -0.0]
+    """
+    floor = torch.finfo(probs.dtype).tiny
+    return -(probs * probs.clamp_min(floor).log()).sum(-1)
+
+
+class EntropySums(Means):
+    """Per image the mean over queries of the entropy of their distributions over keys."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.shape = (len(plan.map_layers), max((heads for heads, _, _ in plan.groups()), default=1))
+        self.means_of(value=self.shape, over_heads=self.shape[:1])
+
+    def begin(self, trace: Trace, names: Sequence[str]) -> None:
+        """Make room for a batch."""
+        self._total = torch.zeros(trace.images, *self.shape)
+        self._rows = torch.zeros(self.shape)
+
+    def tile(self, tile: MapTile) -> None:
+        """Add the rows of a tile."""
+        if tile.whole_rows:
+            sums_bLH = entropy(tile.probs).sum(-1).transpose(1, 2).cpu()
+            heads = sums_bLH.shape[-1]
+            place = torch.tensor(tile.positions)
+            self._total[tile.images, place, :heads] += sums_bLH
+            if tile.images.start == 0:
+                self._rows[place, :heads] += tile.rows.stop - tile.rows.start
+
+    def end(self, trace: Trace) -> dict[str, Tensor]:
+        """Close the batch."""
+        values = torch.where(self._rows > 0, self._total / self._rows, torch.nan)
+        self.take("value", values)
+        mean = values.nanmean(-1)
+        self.take("over_heads", mean)
+        return {"value": mean}
+
+
+class AttentionEntropy(Metric):
+    """Entropy of the attention distributions (Zhai et al., arXiv 2303.06296)."""
+
+    name = "attention-entropy"
+    line = "entropy of each head's attention, in nats and as a share of log N"
+    dims = ("block", "head")
+    defaults = {"point": "probs"}  # noqa: RUF012
+
+    def inapplicable(self) -> str:
+        """Windowed, pooled and channel attention has no map over the image's tokens."""
+        return no_token_maps(self.plan)
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        return (
+            "Mean over images and queries (prefix tokens included) of −Σ_j p_j log p_j over the keys, in nats, on the softmax "
+            "(probs). settings.tokens holds the number of keys N of each block and settings.share the entropy over log N: 1 is "
+            "uniform attention, 0 one key alone. Low is entropy collapse (arXiv 2303.06296), the opposite pole of near-uniform maps."
+        )
+
+    def needs(self) -> dict[str, Need]:
+        """Entropies by block and head."""
+        return {"entropy": (("entropy",), lambda: EntropySums(self.plan))}
+
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+        """Entropies in nats with intervals, and as a share of log N."""
+        facts = mean_over_images(folds["entropy"])
+        means = mean_over_images(folds["entropy"], "over_heads")
+        keys = np.array([self.plan.layers[i].keys for i in self.plan.map_layers], dtype=np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.where(keys[:, None] > 1, facts["values"] / np.log(keys)[:, None], np.nan)
+        return self.reading(
+            **facts,
+            point="probs",
+            settings={**self.settings, "unit": "nats", "tokens": keys.astype(int).tolist(), "share": share},
+            head_mean=(means["values"], means["stderr"], means["ci95"]),
+            nulls=untrained_only(),
+        )
+
+    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
+        """Mean over heads, [images, blocks]."""
+        return records["entropy"]["value"]
+
+
+METRICS.add(AttentionEntropy.name, AttentionEntropy)

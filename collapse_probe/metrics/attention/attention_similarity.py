@@ -1,0 +1,66 @@
+"""Do two blocks attend alike? DeepViT's cross-layer similarity, with what it would be by chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from collapse_probe.agreement import MapAgreement
+from collapse_probe.findings import Reading
+from collapse_probe.measure import Array, Metric, Need, mean_over_images, no_token_maps
+from collapse_probe.nulls import between_blocks
+from collapse_probe.sockets import METRICS
+
+
+class AttentionSimilarity(Metric):
+    """Cosine of the attention vectors of the same head and token in two blocks (DeepViT, arXiv 2103.11886, Eq. 2)."""
+
+    name = "attention-similarity"
+    line = "cosine of the attention of the same head and token in two blocks (DeepViT Eq. 2)"
+    dims = ("block", "block")
+    collapsed = "high"
+    defaults = {"axis": "column", "centred": False, "prefix": True, "point": "weights"}  # noqa: RUF012
+    variants = {  # noqa: RUF012
+        "row": {"axis": "row"},
+        "centred": {"centred": True},
+        "probs": {"point": "probs"},
+        "patches": {"prefix": False},
+    }
+
+    def inapplicable(self) -> str:
+        """Windowed, pooled and channel attention has no map over the image's tokens."""
+        return no_token_maps(self.plan)
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        which = "columns A[h, :, t] (what key t gives to every query; DeepViT Eq. 2)"
+        if self.settings["axis"] == "row":
+            which = "rows A[h, t, :] (what query t attends to)"
+        centred = ", each with its mean subtracted (Pearson correlation)" if self.settings["centred"] else ""
+        tokens = "all tokens" if self.settings["prefix"] else "patch tokens only (prefix queries and keys dropped)"
+        return (
+            f"Mean over images, heads h and {tokens} t of the cosine between the {which}{centred} of two blocks, taken at "
+            f"{self.settings['point']}: per image, head and token first, then averaged. Heads are matched by index."
+        )
+
+    def needs(self) -> dict[str, Need]:
+        """The agreement of all blocks' vectors."""
+        without = () if self.settings["prefix"] else self.plan.prefix
+        key = (self.settings["point"], self.settings["axis"], self.settings["centred"], without)
+        return {"agreement": (("maps", *key), lambda: MapAgreement(self.plan, *key))}
+
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+        """The matrix with its intervals and nulls."""
+        fold = folds["agreement"]
+        facts = mean_over_images(fold, "real")
+        settings = {**self.settings, "tokens_for_other_image": [len(sample) for sample in fold.samples]}
+        nulls = between_blocks(fold, heads=True)
+        return self.reading(**facts, point=self.settings["point"], nulls=nulls, settings=settings)
+
+    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
+        """The similarity of each block with the block before, [images, blocks − 1]."""
+        return records["agreement"]["real"]
+
+
+METRICS.add(AttentionSimilarity.name, AttentionSimilarity)

@@ -1,0 +1,70 @@
+"""Do the heads of one block attend alike?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from collapse_probe.agreement import MapAgreement
+from collapse_probe.findings import Reading
+from collapse_probe.measure import Array, Metric, Need, no_token_maps
+from collapse_probe.nulls import finished
+from collapse_probe.sockets import METRICS
+from collapse_probe.statistics import interval, kappa
+
+
+class HeadSimilarity(Metric):
+    """Cosine between the attention vectors of the same token in different heads of one block."""
+
+    name = "head-similarity"
+    line = "cosine between the attention of different heads of one block"
+    dims = ("block",)
+    collapsed = "high"
+    defaults = {"axis": "column", "centred": False, "point": "weights"}  # noqa: RUF012
+    variants = {"row": {"axis": "row"}, "centred": {"centred": True}, "probs": {"point": "probs"}}  # noqa: RUF012
+
+    def inapplicable(self) -> str:
+        """One head has no other to be like; windows and channels have no map over tokens."""
+        missing = no_token_maps(self.plan)
+        if missing:
+            return missing
+        return "" if any(heads > 1 for heads, _, _ in self.plan.groups()) else "every block has one head"
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        return (
+            f"Mean over images, tokens t and pairs of different heads of the cosine between the {self.settings['axis']}s t of "
+            f"their maps in the same block, at {self.settings['point']}. Its other_token null compares different heads and "
+            "different tokens; other_image different heads of different images."
+        )
+
+    def needs(self) -> dict[str, Need]:
+        """The same agreement as attention-similarity."""
+        key = (self.settings["point"], self.settings["axis"], self.settings["centred"], ())
+        return {"agreement": (("maps", *key), lambda: MapAgreement(self.plan, *key))}
+
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+        """The diagonal of the wrong-head agreement."""
+        fold = folds["agreement"]
+        mean, stderr, n = (np.diagonal(a).copy() for a in fold.mean("other_head"))
+        token = np.diagonal(fold.mean("other_both")[0]).copy()
+        values: dict[str, Array | None] = {
+            "untrained": None,
+            "other_token": token,
+            "other_image": np.diagonal(fold.across_images()["other_head"]).copy(),
+            "other_head": None,
+            "kappa": kappa(mean, token),
+        }
+        reasons = {"other_head": "the metric itself compares heads"}
+        nulls = finished(values, reasons, int(n.max(initial=0)), None)
+        return self.reading(mean, stderr=stderr, ci95=interval(mean, stderr, n), point=self.settings["point"], nulls=nulls)
+
+    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
+        """[images, blocks]."""
+        return records["agreement"]["within"]
+
+
+METRICS.add(HeadSimilarity.name, HeadSimilarity)

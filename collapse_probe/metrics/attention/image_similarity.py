@@ -1,0 +1,72 @@
+"""Does a block attend alike whatever the image?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from collapse_probe.agreement import JACKKNIFE_TOKENS, ImageSpread, MapAgreement
+from collapse_probe.findings import Reading
+from collapse_probe.measure import Array, Metric, Need, no_token_maps
+from collapse_probe.nulls import finished
+from collapse_probe.sockets import METRICS
+from collapse_probe.statistics import interval, kappa
+from collapse_probe.sums import GROUPS
+
+
+class ImageSimilarity(Metric):
+    """Cosine of one block's attention vectors across different images: how far attention ignores the input."""
+
+    name = "image-similarity"
+    line = "cosine of one block's attention across different images: how far it ignores the input"
+    dims = ("block",)
+    collapsed = "high"
+    defaults = {"axis": "column", "centred": False, "point": "weights"}  # noqa: RUF012
+    variants = {"row": {"axis": "row"}, "centred": {"centred": True}, "probs": {"point": "probs"}}  # noqa: RUF012
+
+    def inapplicable(self) -> str:
+        """Windowed, pooled and channel attention has no map over the image's tokens."""
+        return no_token_maps(self.plan)
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        return (
+            f"Mean over all pairs of different images, heads and tokens t of the cosine between the {self.settings['axis']}s t "
+            f"of the same head of one block, at {self.settings['point']}; exact over all pairs, from sums over images. Its "
+            f"standard error is a jackknife over {GROUPS} groups of images (by a hash of their names) on {JACKKNIFE_TOKENS} "
+            "seeded tokens."
+        )
+
+    def needs(self) -> dict[str, Need]:
+        """The agreement, whose vectors are summed over images, and their sums by group of images."""
+        key = (self.settings["point"], self.settings["axis"], self.settings["centred"])
+        return {
+            "agreement": (("maps", *key, ()), lambda: MapAgreement(self.plan, *key)),
+            "spread": (("spread", *key), lambda: ImageSpread(self.plan, *key)),
+        }
+
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+        """The diagonal of the wrong-image agreement."""
+        across = {name: np.diagonal(a).copy() for name, a in folds["agreement"].across_images().items()}
+        mean, stderr = across["real"], folds["spread"].stderr()
+        images = int(folds["agreement"].mean("real")[2].max(initial=0))
+        if not np.isfinite(mean).any():
+            return self.refused("needs two different images")
+        values: dict[str, Array | None] = {
+            "untrained": None,
+            "other_token": across["other_token"],
+            "other_image": None,
+            "other_head": across["other_head"],
+            "kappa": kappa(mean, across["other_token"]),
+        }
+        nulls = finished(values, {"other_image": "the metric itself compares images"}, images, None)
+        settings = {**self.settings, "tokens": [len(sample) for sample in folds["agreement"].samples]}
+        bounds = interval(mean, stderr, min(images, GROUPS))
+        facts = {"stderr": stderr, "ci95": bounds, "point": self.settings["point"]}
+        return self.reading(mean, **facts, nulls=nulls, settings=settings)
+
+
+METRICS.add(ImageSimilarity.name, ImageSimilarity)

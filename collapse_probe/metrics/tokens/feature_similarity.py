@@ -1,0 +1,52 @@
+"""Do patch embeddings still change from block to block?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from collapse_probe.agreement import TokenAgreement
+from collapse_probe.findings import Reading
+from collapse_probe.measure import Array, Metric, Need, mean_over_images
+from collapse_probe.nulls import between_blocks
+from collapse_probe.sockets import METRICS
+
+
+class FeatureSimilarity(Metric):
+    """Cosine of the patch embeddings of the same token at two depths (DeepViT Fig. 4)."""
+
+    name = "feature-similarity"
+    line = "cosine of the embedding of the same patch at two depths (DeepViT Fig. 4)"
+    dims = ("depth", "depth")
+    collapsed = "high"
+
+    def inapplicable(self) -> str:
+        """The patches must be read somewhere."""
+        return "" if self.plan.width else "no token sequence was found at the first block's input"
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        return (
+            "Mean over images and patch tokens (prefix tokens left out) of the cosine between the residual stream at two depths: "
+            "depth 0 enters the first block, depth b leaves block b − 1, before any final norm. Depths of other shapes are "
+            "not compared. DeepViT's Figure 4 does not state its averaging; this is our reading."
+        )
+
+    def needs(self) -> dict[str, Need]:
+        """The agreement of the patches."""
+        return {"agreement": (("patches",), lambda: TokenAgreement(self.plan, self.plan.patch_shapes))}
+
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+        """The matrix with its intervals and nulls."""
+        fold = folds["agreement"]
+        settings = {"prefix": False, "tokens_for_other_image": [len(sample) for sample in fold.samples]}
+        nulls = between_blocks(fold, heads=False)
+        return self.reading(**mean_over_images(fold, "real"), nulls=nulls, settings=settings)
+
+    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
+        """The similarity of each depth with the depth before, [images, blocks]."""
+        return records["agreement"]["real"]
+
+
+METRICS.add(FeatureSimilarity.name, FeatureSimilarity)

@@ -1,0 +1,86 @@
+"""Are the patches of an image still different from one another?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collapse_probe.findings import Reading
+from collapse_probe.geometry import gram, unit
+from collapse_probe.measure import Array, Metric, Need, mean_over_images
+from collapse_probe.nulls import untrained_only
+from collapse_probe.sockets import METRICS
+from collapse_probe.sums import PerImage
+from collapse_probe.trace import Trace
+
+GRAM_BYTES = 64 * 2**20
+
+
+def patch_cosine(patches_BPD: Tensor) -> Tensor:
+    """P(h), the mean absolute cosine between different patches of an image, [B, P, D] -> [B], 0 … 1.
+
+    P = 1/(n(n−1)) Σ_{i≠j} |cos(h_i, h_j)| (Patch Diversification, arXiv 2104.12753). Pairs with a zero patch have no
+    angle and do not count; NaN where fewer than two patches have a direction.
+
+    >>> patch_cosine(torch.tensor([[[1.0, 0.0], [-2.0, 0.0], [0.0, 3.0]]])).item()
+    0.3333333432674408
+    """
+    unit_BPD, valid_BP = unit(patches_BPD)
+    total = gram(unit_BPD).abs_().sum((-2, -1)) - unit_BPD.square().sum((-2, -1))
+    n = valid_BP.sum(-1).to(total.dtype)
+    pairs = n * (n - 1)
+    return torch.where(pairs > 0, total / pairs.clamp_min(1), torch.nan)
+
+
+def diversity(trace: Trace) -> Tensor:
+    """1 − P at every depth, [B, depths]; NaN where a depth has no patches."""
+    columns = []
+    for depth in range(len(trace.tokens)):
+        patches = trace.patches(depth)
+        if patches is None:
+            columns.append(torch.full((trace.images,), torch.nan))
+            continue
+        step = max(1, GRAM_BYTES // (patches.shape[1] ** 2 * 4))
+        parts = [patch_cosine(patches[i : i + step]) for i in range(0, trace.images, step)]
+        columns.append(1 - torch.cat(parts).cpu())
+    return torch.stack(columns, dim=1)
+
+
+class PatchDiversity(Metric):
+    """One minus the mean absolute cosine between different patches (Patch Diversification)."""
+
+    name = "patch-diversity"
+    line = "one minus the mean absolute cosine between different patches of an image"
+    dims = ("depth",)
+    collapsed = "low"
+
+    def inapplicable(self) -> str:
+        """The patches must be read somewhere."""
+        return "" if self.plan.width else "no token sequence was found at the first block's input"
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        return (
+            "1 − P, P = 1/(n(n−1)) Σ_{i≠j} |cos(h_i, h_j)| over the n patch tokens of one image (prefix tokens left out), on the "
+            "residual stream, averaged over images (Patch Diversification, arXiv 2104.12753). 0: all patches are parallel."
+        )
+
+    def needs(self) -> dict[str, Need]:
+        """A mean over images."""
+        shape = (len(self.plan.taps),)
+        return {"diversity": (("patch-diversity",), lambda: PerImage(diversity, shape))}
+
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+        """The curve over depth."""
+        return self.reading(**mean_over_images(folds["diversity"]), settings={"prefix": False}, nulls=untrained_only())
+
+    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
+        """[images, depths]."""
+        return records["diversity"]["value"]
+
+
+METRICS.add(PatchDiversity.name, PatchDiversity)

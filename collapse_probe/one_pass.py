@@ -1,0 +1,136 @@
+"""One pass: every image once through a listened-to model, and into the sums that the metrics asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from collapse_probe.capture import listen
+from collapse_probe.data import Batch
+from collapse_probe.devices import TILE_BYTES, autocast, micro_batch
+from collapse_probe.findings import Array, Reading
+from collapse_probe.measure import Metric
+from collapse_probe.overlay import Glimpse, overlay
+from collapse_probe.processes import gathered, rank_and_world
+from collapse_probe.sums import Fold
+from collapse_probe.trace import Plan, Trace
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Run:
+    """What one pass over the images gathered."""
+
+    folds: dict[Hashable, Fold]
+    names: list[str] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    records: dict[Hashable, dict[str, list[Array]]] = field(default_factory=dict)
+    pictures: dict[str, Glimpse] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def one_pass(
+    model: nn.Module,
+    plan: Plan,
+    metrics: Mapping[str, Metric],
+    stream: Iterator[Batch],
+    device: torch.device,
+    *,
+    amp: str | None = None,
+    wanted: frozenset[str] = frozenset(),
+    progress: Progress | None = None,
+) -> Run:
+    """Every image once through the model and into the folds; then all processes' sums and records together."""
+    run = Run(folds=folds_for(metrics, device))
+    start, done, skipped = time.perf_counter(), 0, 0
+    step = micro_batch(plan, device)
+    with torch.no_grad(), listen(model, plan) as ears:
+        for batch in stream:
+            for first in range(0, len(batch.names), step):
+                part = slice(first, first + step)
+                with autocast(device, amp):
+                    model(batch.pixels[part].to(device, next(model.parameters()).dtype, non_blocking=True))
+                _absorb(run, ears.take(), batch.names[part], batch.pixels[part], TILE_BYTES[device.type], wanted)
+            run.names += batch.names
+            run.indices += list(batch.indices)
+            run.skipped += batch.skipped
+            done, skipped = done + len(batch.names), skipped + len(batch.skipped)
+            if progress is not None:
+                progress(done, skipped)
+    run.seconds = time.perf_counter() - start
+    return _joined(run)
+
+
+def folds_for(metrics: Mapping[str, Metric], device: torch.device) -> dict[Hashable, Fold]:
+    """The folds that the metrics need, each once."""
+    folds: dict[Hashable, Fold] = {}
+    for metric in metrics.values():
+        if not metric.inapplicable():
+            for key, build in metric.needs().values():
+                if key not in folds:
+                    folds[key] = build().to(device if device.type != "mps" else "cpu")
+    return folds
+
+
+def _absorb(
+    run: Run, trace: Trace, names: Sequence[str], pixels: Tensor, budget: int, wanted: frozenset[str]
+) -> None:
+    for fold in run.folds.values():
+        fold.begin(trace, names)
+    for tile in trace.tiles(budget):
+        for fold in run.folds.values():
+            fold.tile(tile)
+    for key, fold in run.folds.items():
+        for name, values in fold.end(trace).items():
+            store = run.records.setdefault(key, {}).setdefault(name, [])
+            store.append(values.detach().cpu().to(torch.float64).numpy())
+    for i, name in enumerate(names):
+        if name in wanted:
+            run.pictures[name] = (pixels[i].cpu().float(), overlay(trace, i))
+
+
+def _joined(run: Run) -> Run:
+    """All processes' sums added and their images brought into the order of the data set."""
+    _, world = rank_and_world()
+    for fold in run.folds.values():
+        fold._update_count = max(len(run.names), 1)
+        if world > 1:
+            fold.sync()
+    mine = (run.names, run.indices, run.skipped, run.records, run.pictures, run.seconds)
+    parts = gathered(mine)
+    order = np.argsort([i for part in parts for i in part[1]], kind="stable")
+    names = [name for part in parts for name in part[0]]
+    records: dict[Hashable, dict[str, list[Array]]] = {}
+    for key in {key: None for part in parts for key in part[3]}:
+        for name in {name: None for part in parts for name in part[3].get(key, {})}:
+            chunks = [chunk for part in parts for chunk in part[3].get(key, {}).get(name, [])]
+            records.setdefault(key, {})[name] = [np.concatenate(chunks)[order]]
+    return Run(
+        folds=run.folds,
+        names=[names[i] for i in order],
+        skipped=sorted(s for part in parts for s in part[2]),
+        records=records,
+        pictures={name: shown for part in parts for name, shown in part[4].items()},
+        seconds=max(part[5] for part in parts),
+    )
+
+
+def reading_of(metric: Metric, run: Run) -> Reading:
+    """The metric's numbers off the run's sums, or why it has none."""
+    reason = metric.inapplicable()
+    if reason:
+        return metric.refused(reason)
+    return metric.read({n: run.folds[key] for n, (key, _) in metric.needs().items()}, records_of(metric, run))
+
+
+def records_of(metric: Metric, run: Run) -> dict[str, dict[str, Array]]:
+    """The per-image values of the folds that a metric needs."""
+    keys = {name: key for name, (key, _) in metric.needs().items()}
+    return {name: {k: v[0] for k, v in run.records.get(key, {}).items()} for name, key in keys.items()}

@@ -1,0 +1,68 @@
+"""The report's gallery: a few images with the attention that each patch receives in every block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collapse_probe.findings import Gallery
+from collapse_probe.trace import Plan, Trace
+
+Glimpse = tuple[Tensor, Tensor]
+"""A picture as the model saw it, [3, height, width], and its overlays, [L, rows, columns]."""
+
+
+def spread_out(names: Sequence[str], count: int) -> frozenset[str]:
+    """`count` names, evenly spaced over the data set."""
+    if len(names) <= count:
+        return frozenset(names)
+    places = np.linspace(0, len(names) - 1, count + 2)[1:-1].round().astype(int)
+    return frozenset(names[i] for i in places)
+
+
+def overlay(trace: Trace, image: int) -> Tensor:
+    """What each patch receives in every block, [L, rows, columns]: mean over heads, from the class token or all queries."""
+    plan, maps = trace.plan, []
+    for index in plan.map_layers:
+        layer = plan.layers[index]
+        grid = plan.grid
+        kept = [t for t in range(layer.keys) if t not in plan.prefix]
+        if grid is None or layer.reason or len(kept) != grid[0] * grid[1]:
+            continue
+        mean_NN = trace.map_of(index, image).mean(0)
+        received = mean_NN[plan.prefix[0]] if plan.prefix else mean_NN.mean(0)
+        maps.append(received[kept].reshape(grid).cpu())
+    return torch.stack(maps) if maps else torch.empty(0)
+
+
+def gallery_of(
+    glimpses: Mapping[str, Glimpse], names: Sequence[str], plan: Plan, preprocess: Mapping[str, Any]
+) -> Gallery | None:
+    """The glimpses in the order of `names`; None where no block has a map over a grid of patches."""
+    shown = {name: (p, m) for name, (p, m) in glimpses.items() if m.numel()}
+    if not shown:
+        return None
+    chosen = tuple(name for name in names if name in shown)
+    query = "the class token" if plan.prefix else "all patches"
+    return Gallery(
+        names=chosen,
+        pictures=np.stack([_picture(shown[name][0], preprocess) for name in chosen]),
+        maps=np.stack([shown[name][1].double().numpy() for name in chosen]),
+        query=query,
+    )
+
+
+def _picture(pixels_CHW: Tensor, facts: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The model's input as a picture again."""
+    mean, std = facts.get("mean"), facts.get("std")
+    if mean is not None and std is not None:
+        pixels_CHW = pixels_CHW * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    else:
+        low, high = pixels_CHW.min(), pixels_CHW.max()
+        pixels_CHW = (pixels_CHW - low) / (high - low).clamp_min(1e-6)
+    shown: np.ndarray[Any, np.dtype[np.uint8]] = (pixels_CHW.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return shown
