@@ -78,7 +78,7 @@ def pairs_of(findings: Findings) -> int:
 
 @dataclass(frozen=True)
 class Entropy:
-    """Attention entropy as a share of log N: 1 is uniform attention, 0 is one key; `keys` is N, block by block."""
+    """Attention entropy as a share of log N: 1 is uniform, 0 is one key; `keys` is N, block by block."""
 
     keys: Array
     heads: Array

@@ -40,7 +40,7 @@ def plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
-        return ", ".join(f"{_spaced(key)} {plain(item)}" for key, item in value.items()) or DASH
+        return ", ".join(f"{_spaced(key)} {_inner(item)}" for key, item in value.items()) or DASH
     if isinstance(value, np.ndarray):
         return plain(value.tolist())
     if isinstance(value, (list, tuple)):
@@ -48,6 +48,10 @@ def plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}".replace("-", "−") if abs(value) < 1e5 else f"{value:,.0f}"
     return str(value)
+
+
+def _inner(value: Any) -> str:
+    return f"({plain(value)})" if isinstance(value, (list, tuple, Mapping)) and value else plain(value)
 
 
 def _several(items: list[str]) -> str:

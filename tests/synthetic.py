@@ -139,7 +139,8 @@ def synthetic(
     counts = np.array([(pairs > t).sum() for t in (0.8, 0.9, 0.95)], dtype=np.float64)
     metrics["similar-blocks"] = Reading(
         ("threshold",), "blocks above a threshold", collapsed="high",
-        settings={"thresholds": [0.8, 0.9, 0.95], "pairs": blocks - 1, **corrected}, **with_interval(counts, 1.0),
+        settings={"thresholds": [0.8, 0.9, 0.95], "pairs": blocks - 1, **corrected},
+        **with_interval(counts, 1.0),
     )  # fmt: skip
     metrics["attention-entropy"] = _entropy(blocks, heads, rng)
     metrics |= _over_depth(blocks, rng, nulls=nulls)
@@ -169,7 +170,8 @@ def synthetic(
             "device": "cpu", "dtype": "float32", "batch_size": 16, "world_size": 1, "seed": 0,
             "seconds": 12.25, "images_per_second": 5.2, "peak_memory_bytes": 2**30,
             "command": "collapse-probe analyze -m vit_b_32", "versions": {"torch": "2.13", "timm": "1.0.31"},
-            "created": "2026-01-01T00:00:00+00:00", "self_check": {"rows": 3e-7, "output": 2e-6, "logsumexp": None},
+            "created": "2026-01-01T00:00:00+00:00",
+            "self_check": {"rows": 3e-7, "output": 2e-6, "logsumexp": None},
         },
         metrics=metrics,
         summary=summary,

@@ -137,10 +137,11 @@ def test_a_tar_reads_as_its_folder_would(tmp_path):
 
 def test_a_tar_of_tars(tmp_path):
     inner = tarred(tmp_path / "inner", {"1.png": encoded(Image.new("RGB", (8, 6), GREEN))}).read_bytes()
-    images = open_data(tarred(tmp_path / "outer.tar", {"n01.tar": inner, "n02.tar": inner}))
-    assert images.names == ["n01/1.png", "n02/1.png"]
-    assert images.labels == [0, 1]
-    assert images[1].getpixel((0, 0)) == GREEN
+    middle = tarred(tmp_path / "middle", {"n01.tar": inner, "n02.tar": inner}).read_bytes()
+    images = open_data(tarred(tmp_path / "outer.tar", {"n00.tar": inner, "deep.tar": middle}))
+    assert images.names == ["deep/n01/1.png", "deep/n02/1.png", "n00/1.png"]
+    assert images.labels == [1, 2, 0]
+    assert [images[i].getpixel((0, 0)) for i in range(3)] == [GREEN] * 3
 
 
 def test_a_damaged_tar_and_an_empty_one(tmp_path):

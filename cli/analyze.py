@@ -1,0 +1,78 @@
+"""`collapse-probe analyze`: one pass over the data, all metrics, findings and report."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from collapse_probe.cli import options
+
+
+@click.command("analyze", context_settings={"help_option_names": ["-h", "--help"]})
+@options.model
+@options.data
+@options.running
+@options.output
+@click.option("--json", "as_json", is_flag=True, help="Print findings.json on stdout; a folder is written only with -o.")
+@options.talking
+def command(output: str | None, as_json: bool, quiet: bool, verbose: int, **flags: Any) -> None:
+    """Measure the collapse of one model over a data set: one pass, all metrics, findings and report."""
+    from collapse_probe.processes import joined
+
+    with joined():
+        run(output=output, as_json=as_json, quiet=quiet, **flags)
+
+
+def run(*, model: str, data: str, output: str | None, as_json: bool, quiet: bool, **flags: Any) -> Path | None:
+    """Analyse, write the folder, print the answer; the folder's path where one was written."""
+    from collapse_probe.analysis import Settings, measure
+    from collapse_probe.cli.talk import Talk, answer
+    from collapse_probe.data import open_data
+    from collapse_probe.findings import check_writable
+    from collapse_probe.processes import rank_and_world
+    from collapse_probe.sources import resolve
+
+    talk = Talk(quiet)
+    images = open_data(data, split=flags.pop("split"), limit=flags.pop("limit"), seed=flags["seed"])
+    named = {key: flags.pop(key) for key in ("checkpoint", "partial", "pretrained", "model_kwargs", "img_size")}
+    subject = resolve(model, seed=flags["seed"], **named)
+    folder = None if as_json and output is None else Path(output or Path("findings") / subject.name.replace("/", "-"))
+    if folder is not None:
+        check_writable(folder)
+    talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
+    talk.say("preprocessing " + ", ".join(f"{k} {v}" for k, v in subject.preprocess.description.items()))
+    talk.say(f"data {images.address}, {len(images)} images")
+    flags["metrics"] = tuple(flags["metrics"])
+    settings = Settings(**flags, command=command_line())
+    with talk.bar(len(images)) as progress:
+        findings = measure(subject, images, settings, progress=progress, report=talk.say)
+    if rank_and_world()[0] > 0:
+        return None
+    if folder is not None:
+        write(findings, folder)
+    if as_json:
+        click.echo(json.dumps(findings.to_json(), allow_nan=False))
+    else:
+        click.echo(answer(findings))
+        click.echo(f"\nreport: {folder / 'report.html'}" if folder is not None else "")
+    return folder
+
+
+def write(findings: Any, folder: Path) -> None:
+    """The whole output folder, or nothing of it."""
+    from collapse_probe.findings import new_folder
+    from collapse_probe.page import write_report
+
+    with new_folder(folder) as inside:
+        findings.write(inside)
+        write_report(findings, inside)
+
+
+def command_line() -> str:
+    """The command as it was typed."""
+    return shlex.join(["collapse-probe", *sys.argv[1:]])

@@ -1,0 +1,97 @@
+"""`collapse-probe doctor`: can this model be probed? Block by block."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import click
+
+from collapse_probe.cli import options
+
+
+@click.command("doctor", context_settings={"help_option_names": ["-h", "--help"]})
+@options.model
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@options.talking
+def command(model: str, device: str, seed: int, as_json: bool, quiet: bool, verbose: int, **named: Any) -> None:
+    """Run two noise images through a model and say how each block's attention is heard, and how exactly."""
+    from collapse_probe.capture import probe
+    from collapse_probe.devices import choose_device
+    from collapse_probe.sources import resolve
+
+    named.setdefault("pretrained", None)
+    subject = resolve(model, seed=seed, **named)
+    plan = probe(subject.model.to(choose_device(device)), subject.preprocess.size, seed=seed)
+    facts = diagnosis(subject, plan)
+    if as_json:
+        click.echo(json.dumps(facts, allow_nan=False))
+    else:
+        show(facts)
+
+
+def diagnosis(subject: Any, plan: Any) -> dict[str, Any]:
+    """What the probe found, as plain values."""
+    return {
+        "model": f"{subject.source}:{subject.name}",
+        "weights": subject.weights,
+        "class": type(subject.model).__name__,
+        "blocks": len(plan.blocks),
+        "tokens": plan.tokens,
+        "prefix_tokens": list(plan.prefix),
+        "grid": plan.grid,
+        "width": plan.width,
+        "bytes_per_image": plan.bytes_per_image,
+        "self_check": {key: None if math.isnan(value) else value for key, value in vars(plan.check).items()},
+        "layers": [
+            {
+                "owner": layer.owner,
+                "block": layer.block,
+                "operation": layer.operation.removeprefix("aten::"),
+                "heads": layer.heads,
+                "queries": layer.queries,
+                "keys": layer.keys,
+                "mixed": layer.mixed,
+                "compared": not layer.reason and layer.block is not None,
+                "reason": layer.reason or ("outside the blocks" if layer.block is None else ""),
+            }
+            for layer in plan.layers
+        ],
+        "notes": list(plan.notes),
+    }
+
+
+def show(facts: dict[str, Any]) -> None:
+    """The diagnosis as a table."""
+    from rich.table import Table
+
+    from collapse_probe.cli.talk import table
+
+    console = table()
+    grid = "no grid" if facts["grid"] is None else f"{facts['grid'][0]} × {facts['grid'][1]} patches"
+    prefix = facts["prefix_tokens"]
+    console.print(f"{facts['model']} ({facts['class']}), weights {facts['weights']}", markup=False)
+    console.print(f"{facts['blocks']} blocks, {facts['tokens']} tokens ({grid}, {len(prefix)} prefix tokens {prefix}), width {facts['width']}", markup=False)
+    shown = Table("block", "attention", "heard as", "heads", "map", "weights", "compared", box=None, pad_edge=False)
+    for layer in facts["layers"]:
+        shown.add_row(
+            "–" if layer["block"] is None else str(layer["block"]),
+            layer["owner"],
+            layer["operation"],
+            str(layer["heads"]),
+            f"{layer['queries']} × {layer['keys']}",
+            "another map" if layer["mixed"] else "the softmax",
+            "yes" if layer["compared"] else f"no: {layer['reason']}",
+        )
+    console.print(shown)
+    check = {key: "not given by the kernels" if value is None else f"{value:.1e}" for key, value in facts["self_check"].items()}
+    console.print(f"outputs are equal bit for bit with and without listening; rows sum to one within {check['row_sum']}", markup=False)
+    console.print(f"A·V against the kernels' output: {check['output']}; logsumexp: {check['logsumexp']}", markup=False)
+    console.print(f"{facts['bytes_per_image'] / 2**20:.1f} MiB are held per image while a batch is analysed", markup=False)
+    for note in facts["notes"]:
+        console.print(f"note: {note}", markup=False)
+    able = sum(layer["compared"] for layer in facts["layers"])
+    console.print(f"this model can be probed: {able} of {len(facts['layers'])} attention layers can be compared" if able else "no attention layer of this model can be compared token by token; token metrics still apply", markup=False)

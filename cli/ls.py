@@ -1,0 +1,66 @@
+"""`collapse-probe ls`: what there is, one line each."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+
+import click
+
+from collapse_probe.cli import options
+
+KINDS = ("models", "metrics", "fixes", "data")
+
+
+@click.command("ls", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("kind", type=click.Choice(KINDS))
+@click.argument("pattern", required=False)
+@options.talking
+def command(kind: str, pattern: str | None, quiet: bool, verbose: int) -> None:
+    """List models, metrics, fixes or data, those that match PATTERN (* and ? as in a shell)."""
+    found = [(name, line) for name, line in entries(kind) if matches(name, pattern)]
+    width = max((len(name) for name, _ in found), default=0)
+    for name, line in found:
+        click.echo(f"{name:<{width}}  {line}".rstrip())
+    if not found:
+        click.echo(f"nothing among the {kind} matches {pattern!r}", err=True)
+
+
+def matches(name: str, pattern: str | None) -> bool:
+    """Whether a name fits the pattern; a pattern without wildcards fits anywhere in the name."""
+    if pattern is None:
+        return True
+    return fnmatch.fnmatch(name, pattern if any(c in pattern for c in "*?[") else f"*{pattern}*")
+
+
+def entries(kind: str) -> Iterator[tuple[str, str]]:
+    """Names and lines of one kind."""
+    if kind == "models":
+        from collapse_probe.sockets import SOURCES
+
+        for scheme, source in SOURCES.items():
+            yield from ((f"{scheme}:{name}", "") for name in source.names())
+    elif kind == "metrics":
+        from collapse_probe.sockets import METRICS
+
+        for name, metric in METRICS.items():
+            variants = "".join(f" @{suffix}" for suffix in metric.variants)
+            yield name, metric.line + (f"; variants{variants}" if variants else "")
+    elif kind == "fixes":
+        from collapse_probe.sockets import FIXES
+
+        yield from ((name, fix.line) for name, fix in FIXES.items())
+    else:
+        yield from DATA
+
+
+DATA = (
+    ("FOLDER", "a folder of images, flat or with class folders"),
+    ("FILE.tar", "a tar archive of images"),
+    ("bundled:digits", "scikit-learn's 1797 handwritten digits, 8 × 8 pixels, with labels"),
+    ("bundled:photos", "crops of photographs that come with scikit-image and scikit-learn"),
+    ("hfds/ORG/NAME", "a Hugging Face data set (hfids/… streams it)"),
+    ("wds/FOLDER", "WebDataset shards"),
+    ("tfds/NAME", "a TensorFlow data set"),
+    ("torch/NAME", "a torchvision data set"),
+)

@@ -1,0 +1,89 @@
+"""The flags that commands share, spelled as in timm's validate.py."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import yaml
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def keywords(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """`k=v` words, several in one value or one each, as a dictionary; values are Python literals or else text."""
+    found: dict[str, Any] = {}
+    for word in " ".join(values).split():
+        key, equals, text = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise click.BadParameter(f"expected NAME=VALUE, came {word!r}", ctx, parameter)
+        try:
+            found[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[key] = text
+    return found
+
+
+def configuration(ctx: click.Context, parameter: click.Parameter, path: str | None) -> None:
+    """Defaults from a YAML file; flags on the command line override them."""
+    if path is None:
+        return
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise click.BadParameter(f"{path} cannot be read as YAML: {' '.join(str(error).split())}", ctx, parameter) from error
+    if not isinstance(content, dict):
+        raise click.BadParameter(f"{path} holds no mapping of flags to values", ctx, parameter)
+    names = {option.lstrip("-"): p.name for p in ctx.command.params for option in p.opts if option.startswith("--")}
+    defaults = {}
+    for key, value in content.items():
+        flag = str(key).replace("_", "-")
+        if flag not in names or flag == "config":
+            raise click.BadParameter(f"{path} sets {key!r}, which is no flag of this command", ctx, parameter)
+        if flag == "model-kwargs" and isinstance(value, dict):
+            value = [f"{k}={v}" for k, v in value.items()]
+        defaults[names[flag]] = value
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def add(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+model = _all(
+    click.option("-m", "--model", required=True, metavar="ADDRESS", help="vit_b_32, timm:NAME, torchvision:NAME, hf-hub:ORG/NAME, local-dir:PATH, import:module:callable, …"),
+    click.option("--checkpoint", metavar="FILE", help="Weights to load: .safetensors, .pth, .pth.tar."),
+    click.option("--partial", is_flag=True, help="Accept a checkpoint that fits only in part."),
+    click.option("--pretrained/--no-pretrained", default=None, help="Published or fresh weights.  [default: published, unless a checkpoint is given]"),
+    click.option("--model-kwargs", multiple=True, callback=keywords, metavar="K=V", help="Arguments of the model's constructor."),
+    click.option("--img-size", type=click.IntRange(min=1), metavar="N", help="Side of the input in pixels."),
+)
+data = _all(
+    click.option("--data", required=True, metavar="ADDRESS", help="A folder of images, a .tar, hfds/ORG/NAME, wds/…, torch/NAME, bundled:photos, …"),
+    click.option("--split", metavar="NAME", help="A subfolder, or a split of the data set."),
+    click.option("--limit", type=click.IntRange(min=1), metavar="N", help="A seeded subset.  [default: everything]"),
+)
+running = _all(
+    click.option("-b", "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, metavar="N"),
+    click.option("-j", "--workers", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Processes that read images."),
+    click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:N or mps."),
+    click.option("--amp", is_flag=True, help="Run the model in automatic mixed precision; maps and cosines stay in float32."),
+    click.option("--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True),
+    click.option("--seed", type=int, default=0, show_default=True, metavar="N"),
+    click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Only these metrics; see `ls metrics`."),
+    click.option("--null-images", type=click.IntRange(min=0), default=64, show_default=True, metavar="N", help="Images for the untrained twin; 0 leaves it out."),
+)
+talking = _all(
+    click.option("--config", callback=configuration, is_eager=True, expose_value=False, metavar="FILE", help="Flags from a YAML file; the command line overrides them."),
+    click.option("-v", "--verbose", count=True, help="Say more; show tracebacks."),
+    click.option("-q", "--quiet", is_flag=True, help="Say nothing but results and errors."),
+)
+output = click.option("-o", "--output", metavar="DIR", help="The output folder.")

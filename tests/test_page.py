@@ -1,0 +1,301 @@
+"""The page: one self-contained file that answers first, hides nothing undefined and trusts no name."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from synthetic import synthetic
+
+from collapse_probe.captions import CAPTIONS
+from collapse_probe.colophon import definitions, not_measured, skipped
+from collapse_probe.figures import FIGURES
+from collapse_probe.findings import Findings
+from collapse_probe.page import render, write_report
+from collapse_probe.tables import key_numbers, per_block
+from collapse_probe.words import interval, number, plain
+
+VOID = {"meta", "img", "source", "br", "hr", "link", "input"}
+ANSWER = ("The blocks look alike, and that is not collapse.", "The wrong-token null explains it.")
+
+
+@pytest.fixture(autouse=True)
+def fixed_verdict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    fake = ModuleType("collapse_probe.verdict")
+    fake.judge = lambda findings: SimpleNamespace(  # type: ignore[attr-defined]
+        case="near-uniform", sentences=ANSWER, caveats=("It says nothing about <accuracy>.",)
+    )
+    monkeypatch.setitem(sys.modules, "collapse_probe.verdict", fake)
+    yield
+
+
+class Tree(HTMLParser):
+    """Checks that every tag closes, and collects what a reader and a browser see."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def links(self) -> list[str]:
+        names = ("src", "href", "srcset", "action", "data", "poster")
+        return [attributes[n] or "" for _, attributes in self.tags for n in names if n in attributes]
+
+
+@functools.cache
+def page(blocks: int = 4, **kind: object) -> str:
+    return render(synthetic(blocks, **kind))  # type: ignore[arg-type]
+
+
+def tree(blocks: int = 4, **kind: object) -> Tree:
+    return Tree(page(blocks, **kind))
+
+
+def with_kappa(findings: Findings, kappa: np.ndarray | None, reason: str) -> Findings:
+    reading = findings.metrics["attention-similarity"]
+    assert reading.nulls is not None
+    nulls = replace(
+        reading.nulls,
+        values={**reading.nulls.values, "kappa": kappa},
+        reasons={"kappa": reason},
+        kappa_ci95=None,
+    )
+    return replace(
+        findings, metrics={**findings.metrics, "attention-similarity": replace(reading, nulls=nulls)}
+    )
+
+
+def noisy(blocks: int) -> Findings:
+    """Findings with as many figures as there can be, and pictures that compress as badly as pictures can."""
+    findings = synthetic(blocks, heads=16, images=("a", "b", "c", "d", "e"))
+    rng = np.random.default_rng(0)
+    gallery = findings.gallery
+    assert gallery is not None
+    gallery = replace(gallery, pictures=rng.integers(0, 256, (5, 224, 224, 3), dtype=np.uint8))
+    probs = findings.metrics["attention-similarity"]
+    metrics = {**findings.metrics, "attention-similarity@probs": probs, "attention-similarity@patches": probs}
+    return replace(findings, gallery=gallery, metrics=metrics)
+
+
+@pytest.mark.parametrize(("blocks", "most"), [(12, 3_000_000), (32, 8_000_000)])
+def test_the_page_stays_small_and_fetches_nothing(blocks: int, most: int) -> None:
+    html = render(noisy(blocks))
+    assert len(html.encode()) < most
+    found = Tree(html)
+    assert found.links()
+    assert all(link.startswith("data:image/") for link in found.links())
+    assert "http" not in re.sub(r"data:image[^\"]+", "", html)
+    assert not any(tag in ("script", "link", "iframe") for tag, _ in found.tags)
+    assert "url(" not in html
+    assert "@import" not in html
+
+
+def test_the_answer_stands_before_everything_else() -> None:
+    text = tree().text
+    assert text.index(ANSWER[0]) < text.index(ANSWER[1]) < text.index("nothing about <accuracy>")
+    assert text.index(ANSWER[1]) < text.index("similarity of adjacent blocks") < text.index("Pictures")
+    assert text.index("Pictures") < text.index("Block by block") < text.index("How it was measured")
+    assert [tag for tag, _ in tree().tags if tag == "h1"] == ["h1"]
+
+
+@pytest.mark.parametrize("kind", [{}, {"nulls": False}, {"signed": True}, {"gallery": False}])
+def test_nothing_undefined_is_printed_as_such(kind: dict[str, bool]) -> None:
+    text = tree(**kind).text
+    assert not re.search(r"\b(nan|None|NaN|inf|null\)|Undefined)\b", text)
+    assert "array(" not in text
+
+
+def test_every_dash_has_its_reason() -> None:
+    text = tree().text
+    assert "Block 0 has no block before it" in text
+    assert "other head: one head only." in text
+    assert "κ is undefined where the other-token null is 1" in text
+    bare = tree(nulls=False).text
+    assert "other token: not taken in this run." in bare
+
+
+def test_kappa_that_is_missing_says_why() -> None:
+    reason = "the wrong-token null is 1 itself"
+    text = Tree(render(with_kappa(synthetic(4), None, reason))).text
+    assert f"κ is not drawn here: {reason}." in text
+    assert f"κ: {reason}." in text
+    (card,) = [c for c in key_numbers(with_kappa(synthetic(4), None, reason)) if c.label.startswith("κ")]
+    assert (card.value, card.detail) == ("–", reason)
+
+
+def test_names_cannot_become_markup() -> None:
+    hostile = "<script>alert(1)</script>"
+    findings = synthetic(3, name=hostile, images=(hostile, '"><img src=x>'))
+    data = {**findings.data, "address": hostile, "skipped": [{"name": hostile, "reason": "<b>bad</b>"}]}
+    html = render(replace(findings, data=data))
+    assert "<script" not in html
+    assert "<b>bad" not in html
+    assert "&lt;script&gt;" in html
+    assert hostile in Tree(html).text
+
+
+def test_an_untrained_model_is_called_so_before_the_answer() -> None:
+    text = tree(weights="random (seed 0)").text
+    assert text.index("This model is untrained") < text.index(ANSWER[0])
+    assert "untrained:" not in tree().text
+
+
+def test_without_a_gallery_the_page_still_stands() -> None:
+    names = {attributes.get("id") for tag, attributes in tree(gallery=False).tags if tag == "figure"}
+    assert "attention-gallery" not in names
+    assert "attention-similarity" in names
+
+
+def test_figures_have_a_version_for_phones_a_size_and_a_caption() -> None:
+    found = tree()
+    images = [attributes for tag, attributes in found.tags if tag == "img"]
+    sources = [attributes for tag, attributes in found.tags if tag == "source"]
+    assert len(images) == len(sources) == 8
+    assert all("max-width: 600px" in (source["media"] or "") for source in sources)
+    assert all(int(image["width"] or 0) <= 960 and image["alt"] for image in images)
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in found.tags
+    assert found.text.count("What it does not say.") == len(images)
+    assert set(CAPTIONS) == set(FIGURES)
+
+
+def test_tables_scroll_in_their_own_box() -> None:
+    html = page()
+    assert re.search(r"\.scroll \{ overflow-x: auto", html)
+    assert re.search(r'<div class="scroll"[^>]*>\s*<table>', html)
+
+
+def test_the_table_holds_the_findings() -> None:
+    findings = synthetic(5)
+    table = per_block(findings)
+    assert len(table.rows) == 5
+    assert all(len(row) == len(table.header) for row in table.rows)
+    cells = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    matrix = findings.matrix("attention-similarity")
+    assert cells[0]["adjacent similarity"] == "–"
+    assert cells[3]["adjacent similarity"] == number(matrix[3, 2])
+    assert cells[3]["other token"] == number(
+        findings.metrics["attention-similarity"].nulls.values["other_token"][3, 2]
+    )
+    assert cells[4]["κ"] == "–"
+    assert cells[2]["patch diversity"] == number(findings.matrix("patch-diversity")[3])
+    assert cells[2]["entropy, nats"] == number(findings.matrix("attention-entropy")[2].mean(), 2)
+
+
+def test_key_numbers_are_means_over_adjacent_pairs() -> None:
+    findings = synthetic(5)
+    cards = {card.label: card for card in key_numbers(findings)}
+    pairs = np.diagonal(findings.matrix("attention-similarity"), -1)
+    raw = cards["similarity of adjacent blocks, raw"]
+    assert raw.value == number(pairs.mean())
+    assert raw.detail == f"95 %: {interval((pairs.mean() - 0.02, pairs.mean() + 0.02))}"
+    assert cards["similar blocks, raw / corrected"].detail.startswith("of 4 pairs")
+    assert cards["κ, similarity beyond that null"].reference == "undefined for 1 of 4 pairs"
+    assert len(cards) == 6
+    assert key_numbers(replace(findings, metrics={}, summary={})) == []
+
+
+def test_what_does_not_apply_is_named_with_its_reason() -> None:
+    findings = synthetic(3)
+    gone = replace(
+        findings.metrics["attention-entropy"], values=None, not_applicable="rows do not sum to one"
+    )
+    changed = replace(findings, metrics={**findings.metrics, "attention-entropy": gone})
+    assert not_measured(changed) == [("attention-entropy", "rows do not sum to one")]
+    text = Tree(render(changed)).text
+    assert "Not measured here" in text
+    assert "rows do not sum to one" in text
+
+
+def test_definitions_state_settings_end_and_images_of_the_nulls() -> None:
+    entries = {entry.title: dict(entry.facts) for entry in definitions(synthetic(3))}
+    facts = entries["attention-similarity"]
+    assert facts["collapse"] == "high values are the collapsed end"
+    assert facts["axis"] == "column"
+    assert facts["null: untrained twin"] == "on 16 images"
+    assert facts["null: other head"] == "one head only"
+    assert entries["attention-entropy"]["share"] == "3 × 6 numbers, in findings.json"
+
+
+def test_provenance_is_on_the_page() -> None:
+    text = tree().text
+    for fact in (
+        "IMAGENET1K_V1",
+        "collapse-probe analyze -m vit_b_32",
+        "torch 2.13",
+        "1,024 MiB",
+        "truncated file",
+    ):
+        assert fact in text
+    assert "self-check, worst error rows 3e−07" in text
+
+
+def test_a_long_list_of_skipped_images_is_cut() -> None:
+    findings = synthetic(2)
+    many = [{"name": f"{i}.jpg", "reason": "broken"} for i in range(500)]
+    listed, more = skipped(replace(findings, data={**findings.data, "skipped": many}))
+    assert (len(listed), more) == (200, 300)
+
+
+def test_write_report_fills_the_folder_and_repeats_itself(tmp_path) -> None:
+    findings = synthetic(3)
+    path = write_report(findings, tmp_path)
+    assert path == tmp_path / "report.html"
+    first = path.read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} == {"report.html", "figures"}
+    assert write_report(findings, tmp_path).read_bytes() == first
+
+
+def test_a_report_needs_the_folder_alone(tmp_path) -> None:
+    findings = synthetic(3)
+    again = Findings.load(findings.save(tmp_path / "out"))
+    assert Tree(render(again)).text == Tree(render(findings)).text
+
+
+def test_findings_of_nothing_make_a_page() -> None:
+    empty = Findings(model={}, data={}, run={}, metrics={}, summary={})
+    text = Tree(render(empty)).text
+    assert "hold nothing that can be drawn" in text
+    assert ANSWER[0] in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (float("nan"), "–"),
+        (True, "yes"),
+        ({"size": [224, 224], "crop": None}, "size (224, 224), crop –"),
+        ([50] * 12, "50 (each of 12)"),
+        ([], "–"),
+        (-1.5, "−1.5"),
+    ],
+)
+def test_facts_become_words(value: object, text: str) -> None:
+    assert plain(value) == text
