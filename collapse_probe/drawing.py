@@ -11,6 +11,7 @@ from typing import Any, ParamSpec
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -96,7 +97,14 @@ def drawn(draw: Callable[P, Figure | None]) -> Callable[P, Figure | None]:
 def sheet(width: float, height: float) -> Figure:
     """An empty figure of so many inches whose parts make room for each other."""
     layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.05, hspace=0.05)
-    return Figure(figsize=(width, height), layout=layout)
+    return blank(width, height, layout=layout)
+
+
+def blank(width: float, height: float, **options: Any) -> Figure:
+    """A figure of so many inches with a canvas of its own, known to no window system."""
+    figure = Figure(figsize=(width, height), **options)
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def curve(axes: Axes, x: Array, values: Array, role: Role, ci95: Array | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -90,9 +90,12 @@ FIGURES: dict[str, Callable[[Findings, bool], Figure | None]] = {
 }
 
 
-def draw_all(findings: Findings, *, narrow: bool = False) -> dict[str, Figure]:
-    """Every figure that these findings can fill, by name, in the order of the page; `narrow` for a phone."""
-    made = {name: draw(findings, narrow) for name, draw in FIGURES.items()}
+def draw_all(
+    findings: Findings, *, narrow: bool = False, names: Collection[str] | None = None
+) -> dict[str, Figure]:
+    """Every figure (of `names`) that these findings can fill, in the order of the page; `narrow` for a phone."""
+    wanted = FIGURES if names is None else names
+    made = {name: draw(findings, narrow) for name, draw in FIGURES.items() if name in wanted}
     return {name: figure for name, figure in made.items() if figure is not None}
 
 

@@ -50,11 +50,11 @@ def write_report(findings: Findings, folder: str | Path) -> Path:
 
 
 def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> str:
-    """One self-contained HTML page; `figures` (as `draw_all` makes them) are drawn where not given."""
+    """One self-contained HTML page with `figures`, or with all that `draw_all` makes."""
     from collapse_probe.verdict import judge
 
     figures = draw_all(findings) if figures is None else figures
-    narrow = draw_all(findings, narrow=True)
+    narrow = draw_all(findings, narrow=True, names=figures)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
