@@ -17,6 +17,8 @@ from collapse_probe.cli import options
 @options.model
 @options.data
 @options.running
+@options.remedies
+@options.failing
 @options.output
 @click.option("--json", "as_json", is_flag=True, help="Print findings.json on stdout; a folder is written only with -o.")
 @options.talking
@@ -31,16 +33,17 @@ def command(output: str | None, as_json: bool, quiet: bool, verbose: int, **flag
 def run(*, model: str, data: str, output: str | None, as_json: bool, quiet: bool, **flags: Any) -> Path | None:
     """Analyse, write the folder, print the answer; the folder's path where one was written."""
     from collapse_probe.analysis import Settings, measure
+    from collapse_probe.cli.failing import stop_if_tripped, thresholds
     from collapse_probe.cli.talk import Talk, answer
     from collapse_probe.data import open_data
     from collapse_probe.findings import check_writable
     from collapse_probe.processes import rank_and_world
     from collapse_probe.sources import resolve
 
-    talk = Talk(quiet)
+    talk, rules = Talk(quiet), thresholds(flags.pop("fail_on", ()))
     images = open_data(data, split=flags.pop("split"), limit=flags.pop("limit"), seed=flags["seed"])
     named = {key: flags.pop(key) for key in ("checkpoint", "partial", "pretrained", "model_kwargs", "img_size")}
-    subject = resolve(model, seed=flags["seed"], **named)
+    subject = remedied(resolve(model, seed=flags["seed"], **named), images, flags)
     folder = None if as_json and output is None else Path(output or Path("findings") / subject.name.replace("/", "-"))
     if folder is not None:
         check_writable(folder)
@@ -60,7 +63,18 @@ def run(*, model: str, data: str, output: str | None, as_json: bool, quiet: bool
     else:
         click.echo(answer(findings))
         click.echo(f"\nreport: {folder / 'report.html'}" if folder is not None else "")
+    stop_if_tripped(rules, {"": findings.summary})
     return folder
+
+
+def remedied(subject: Any, images: Any, flags: dict[str, Any]) -> Any:
+    """The subject as --fix and --recalibrate-bn want it; takes these flags out of `flags`."""
+    from collapse_probe.remedied import blocks_in, recalibrated, with_fixes
+
+    fixes, where, count = flags.pop("fixes", ()), flags.pop("fix_blocks", None), flags.pop("recalibrate_bn", 0)
+    subject = with_fixes(subject, fixes, None if where is None else blocks_in(where), flags["seed"])
+    facts = {key: flags[key] for key in ("batch_size", "device", "seed")}
+    return recalibrated(subject, images, count, **facts)
 
 
 def write(findings: Any, folder: Path) -> None:

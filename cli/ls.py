@@ -45,11 +45,11 @@ def entries(kind: str) -> Iterator[tuple[str, str]]:
 
         for name, metric in METRICS.items():
             variants = "".join(f" @{suffix}" for suffix in metric.variants)
-            yield name, metric.line + (f"; variants{variants}" if variants else "")
+            yield name, metric.summary + (f"; variants{variants}" if variants else "")
     elif kind == "fixes":
         from collapse_probe.sockets import FIXES
 
-        yield from ((name, fix.line) for name, fix in FIXES.items())
+        yield from ((name, fix.summary) for name, fix in FIXES.items())
     else:
         yield from DATA
 

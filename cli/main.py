@@ -15,6 +15,7 @@ from collapse_probe.errors import CollapseProbeError
 
 COMMANDS = {
     "analyze": "Measure the collapse of one model over a data set: the main job.",
+    "compare": "Set two or more models, checkpoints or findings side by side on the same images.",
     "report": "Rebuild figures and page from a findings folder.",
     "doctor": "Say whether a model can be probed, block by block.",
     "ls": "List models, metrics, fixes or data.",
@@ -57,10 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr)
     try:
         code = group.main(args=words, prog_name="collapse-probe", standalone_mode=False)
-    except click.exceptions.Abort:
-        code = INTERRUPTED
-    except KeyboardInterrupt:
-        click.echo("interrupted; nothing was written", err=True)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("interrupted; no output was written", err=True)
         code = INTERRUPTED
     except click.ClickException as error:
         error.show()

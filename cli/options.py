@@ -81,6 +81,30 @@ running = _all(
     click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Only these metrics; see `ls metrics`."),
     click.option("--null-images", type=click.IntRange(min=0), default=64, show_default=True, metavar="N", help="Images for the untrained twin; 0 leaves it out."),
 )
+remedies = _all(
+    click.option(
+        "--fix",
+        "fixes",
+        multiple=True,
+        metavar="NAME[:K=V,…]",
+        help="Put a fix into the model: at its neutral setting where it has one, or with these settings; see `ls fixes`.",
+    ),
+    click.option("--fix-blocks", metavar="BLOCKS", help="Where: 6-11, or 0,2,5-7.  [default: wherever the fix can act]"),
+    click.option(
+        "--recalibrate-bn",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Re-estimate BatchNorm statistics over N batches of the images first.",
+    ),
+)
+failing = click.option(
+    "--fail-on",
+    multiple=True,
+    metavar="EXPR",
+    help="Exit with code 3 where this holds of the summary, or cannot be decided: 'similar_blocks > 4 or kappa_adjacent > 0.5'.",
+)
 talking = _all(
     click.option("--config", callback=configuration, is_eager=True, expose_value=False, metavar="FILE", help="Flags from a YAML file; the command line overrides them."),
     click.option("-v", "--verbose", count=True, help="Say more; show tracebacks."),

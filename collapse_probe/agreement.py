@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from collapse_probe.geometry import gram, unit
+from collapse_probe.geometry import gram, unit, wide_gram
 from collapse_probe.sums import GROUPS, Array, Means, group_of
 from collapse_probe.trace import MapTile, Plan, Trace
 
@@ -63,14 +63,15 @@ class PairSums:
     def add(self, at: tuple[slice, list[int]], vectors: Tensor, valid: Tensor, token_dim: int, last: bool) -> None:
         """Vectors [b, H, L, R, C] whose tokens run along `token_dim`, defined where `valid` [b, H, L, tokens]."""
         valid = valid.to(vectors.dtype)
-        over_tokens = (vectors.sum(token_dim), valid.sum(-1, keepdim=True))
+        wide = self.sums.dtype
+        over_tokens = (vectors.sum(token_dim, dtype=wide), valid.sum(-1, keepdim=True, dtype=wide))
         if self._open is not None:
             over_tokens = (self._open[0] + over_tokens[0], self._open[1] + over_tokens[1])
         self._open = None if last else over_tokens
         for target, x, total in ((self.sums, vectors, over_tokens[0]), (self.pairs, valid, over_tokens[1])):
             x = x.flatten(3)
-            self._into(target, 0, at, gram(x).sum(1))
-            self._into(target, 2, at, gram(x.sum(1)))
+            self._into(target, 0, at, wide_gram(x).sum(1))
+            self._into(target, 2, at, wide_gram(x.sum(1)))
             if last:
                 self._into(target, 1, at, gram(total).sum(1))
                 self._into(target, 3, at, gram(total.sum(1)))

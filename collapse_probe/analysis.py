@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
@@ -15,11 +16,11 @@ from torch import nn
 from collapse_probe.capture import probe
 from collapse_probe.data import Batch, ImageSet, batches, from_loader, open_data
 from collapse_probe.devices import budget_line, choose_device, device_name, peak_memory, tile_bytes
-from collapse_probe.errors import DataError, SettingError
+from collapse_probe.errors import DataError, ModelError, SettingError
 from collapse_probe.findings import Findings, Reading
 from collapse_probe.measure import Metric, make
 from collapse_probe.nulls import with_untrained
-from collapse_probe.one_pass import Progress, Run, one_pass, reading_of, records_of
+from collapse_probe.one_pass import Outputs, Progress, Run, one_pass, reading_of, records_of
 from collapse_probe.overlay import gallery_of, spread_out
 from collapse_probe.processes import rank_and_world
 from collapse_probe.provenance import names_sha256, versions
@@ -101,9 +102,27 @@ def analyze(
     """
     known = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
     settings = replace(settings or Settings(), **known)
-    subject = _subject(model, options, settings.seed)
     images = open_data(data, split=split, limit=limit, seed=settings.seed) if isinstance(data, str) else data
-    return measure(subject, images, settings, progress=progress, report=report)
+    with as_it_was(model):
+        subject = _subject(model, options, settings.seed)
+        return measure(subject, images, settings, progress=progress, report=report)
+
+
+@contextmanager
+def as_it_was(model: str | nn.Module | Subject) -> Iterator[None]:
+    """Give a caller's own module back in the modes and on the device in which it came."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    training = {module: module.training for module in model.modules()}
+    device = next((p.device for p in model.parameters()), None)
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        if device is not None:
+            model.to(device)
 
 
 def measure(
@@ -113,8 +132,9 @@ def measure(
     *,
     progress: Progress | None = None,
     report: Report | None = None,
+    outputs: Outputs | None = None,
 ) -> Findings:
-    """Probe the subject, run the images, then the untrained twin; see `analyze`."""
+    """Probe the subject, run the images, then the untrained twin; see `analyze`. `outputs` hears the model's outputs."""
     say = report or (lambda text: None)
     device = choose_device(settings.device)
     model = subject.model.to(device)
@@ -122,7 +142,9 @@ def measure(
     metrics = chosen_metrics(plan, settings.metrics)
     say(budget_line(plan, device))
     stream, wanted = _stream(images, subject, settings), _wanted(images, settings)
-    run = one_pass(model, plan, metrics, stream, device, amp=settings.amp_as, wanted=wanted, progress=progress)
+    run = one_pass(
+        model, plan, metrics, stream, device, amp=settings.amp_as, wanted=wanted, progress=progress, outputs=outputs
+    )
     if not run.names:
         raise DataError(f"no readable image in {_address(images)}{_why(run.skipped)}")
     readings = {name: reading_of(metric, run) for name, metric in metrics.items()}
@@ -186,22 +208,31 @@ def _against_twin(
     say: Report,
 ) -> tuple[dict[str, Reading], list[str]]:
     """The readings beside those of the same architecture with fresh weights, on a seeded subset of the images."""
-    if subject.fresh is None or not isinstance(images, ImageSet) or settings.null_images == 0:
-        why = "the model's architecture cannot be made anew from what was given"
-        if not isinstance(images, ImageSet):
-            why = "the images came from an iterable that can be run through once"
-        elif settings.null_images == 0:
-            why = "no null images were asked for"
-        return {name: with_untrained(r, None, 0, why) for name, r in readings.items()}, []
+    try:
+        twin = _twin(subject, images, settings)
+    except ModelError as error:
+        return {name: with_untrained(r, None, 0, str(error)) for name, r in readings.items()}, []
+    assert isinstance(images, ImageSet)
     few = images.subset(settings.null_images, settings.seed)
     say(f"measuring the untrained twin on {len(few)} images")
-    twin = subject.fresh(settings.seed + 1).to(device)
+    twin = twin.to(device)
     plan = probe(twin, subject.preprocess.size, seed=settings.seed)
     metrics = chosen_metrics(plan, list(readings))
     run = one_pass(twin, plan, metrics, _stream(few, subject, settings), device, amp=settings.amp_as)
     twins = {name: reading_of(metric, run) for name, metric in metrics.items()}
     note = f"untrained twin: fresh weights with seed {settings.seed + 1} on {len(run.names)} images"
     return {name: with_untrained(r, twins[name], len(run.names)) for name, r in readings.items()}, [note]
+
+
+def _twin(subject: Subject, images: ImageSet | Iterable[Any], settings: Settings) -> nn.Module:
+    """The untrained twin; raises ModelError with the reason where there is none."""
+    if settings.null_images == 0:
+        raise ModelError("no null images were asked for")
+    if not isinstance(images, ImageSet):
+        raise ModelError("the images came from an iterable that can be run through once")
+    if subject.fresh is None:
+        raise ModelError("the model came as an object, and its architecture cannot be made anew")
+    return subject.fresh(settings.seed + 1)
 
 
 def _wanted(images: ImageSet | Iterable[Any], settings: Settings) -> frozenset[str]:
@@ -213,9 +244,12 @@ def _wanted(images: ImageSet | Iterable[Any], settings: Settings) -> frozenset[s
 def _image_table(metrics: Mapping[str, Metric], run: Run) -> dict[str, Any]:
     table: dict[str, Any] = {"names": np.array(run.names, dtype=np.str_)}
     for name, metric in metrics.items():
-        values = None if metric.inapplicable() else metric.per_image(records_of(metric, run))
+        records = {} if metric.inapplicable() else records_of(metric, run)
+        values = metric.per_image(records) if records else None
         if values is not None:
             table[name] = values
+            nulls = [r["other_token"] for r in records.values() if values is r.get("real")]  # the null that is theirs
+            table |= {f"{name}/other_token": null for null in nulls}
     return table
 
 

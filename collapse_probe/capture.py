@@ -1,4 +1,4 @@
-"""Listen to a model for the length of a `with`: prove first that it is heard rightly, and leave nothing behind."""
+"""Listen to a model for the length of a `with`: prove that it is heard rightly, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.ear import Event, Hearing, ear
+from collapse_probe.ear import Ear, Event, Hearing, ear
 from collapse_probe.errors import CaptureError, NoAttentionFoundError
+from collapse_probe.kernels import tensors_in
+from collapse_probe.layouts import as_tokens
 from collapse_probe.planning import (
-    as_tokens,
     attention_like,
     call_frames,
+    heads_queries_keys,
     make_plan,
     module_class,
     read_tap,
     regular,
     sizes_of,
 )
-from collapse_probe.trace import Attention, Plan, SelfCheck, Trace
+from collapse_probe.trace import Plan, SelfCheck, Trace
 
 ROW_SUM_TOLERANCE = 1e-4
 OUTPUT_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -31,17 +33,21 @@ CHECKED_ROWS = 8
 
 
 class Listener:
-    """What `listen` yields: `last` is the Trace of the newest forward pass, `plan` what is known of the model."""
+    """What `listen` yields: `last`, the Trace of the newest forward pass, and the model's `plan`."""
 
     def __init__(self, model: nn.Module, plan: Plan | None) -> None:
         self.model, self.plan = model, plan
         self._last: Trace | None = None
+        self._ear: Ear | None = None
 
     @property
     def last(self) -> Trace:
-        """The trace of the newest forward pass; raises CaptureError where the model has not run since."""
+        """The trace of the newest forward pass; raises CaptureError where none was heard."""
         if self._last is None:
-            raise CaptureError("no forward pass was heard yet: call the model inside the `with` first")
+            raise CaptureError(
+                "no forward pass was heard: call the model itself, inside the `with`, in the thread that "
+                "entered it"
+            )
         return self._last
 
     def take(self) -> Trace:
@@ -51,8 +57,11 @@ class Listener:
         return trace
 
     def _on_forward(self, heard: Hearing) -> None:
+        self._last = None
         if self.plan is None:
             self.plan = plan_from(self.model, heard)
+            assert self._ear is not None
+            self._ear.thorough, self._ear.watched = False, call_frames(self.plan.taps)
         self._last = _trace(self.plan, heard)
 
 
@@ -61,12 +70,13 @@ def listen(model: nn.Module, plan: Plan | None = None) -> Iterator[Listener]:
     """Hear the tokens and attention of every block of `model` in each forward pass inside the `with`.
 
     Without a `plan` (from `probe`) the first forward pass makes one; give it two different images or more, so
-    that prefix tokens can be told from patches. Raises NoAttentionFoundError or CaptureError where attention cannot be heard.
+    that prefix tokens can be told from patches. Raises NoAttentionFoundError or CaptureError where attention
+    cannot be heard.
     """
     model = unwrap(model)
     listener = Listener(model, plan)
     watched = frozenset() if plan is None else call_frames(plan.taps)
-    with ear(model, listener._on_forward, thorough=plan is None, watched=watched):
+    with ear(model, listener._on_forward, thorough=plan is None, watched=watched) as listener._ear:
         yield listener
 
 
@@ -82,29 +92,35 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def probe(model: nn.Module, size: tuple[int, int], channels: int = 3, seed: int = 0) -> Plan:
-    """Run two seeded noise images [2, channels, *size] through the model, plainly and captured, and check the capture.
+    """Run two noise images [2, channels, *size] through the model, plainly and captured; check the capture.
 
-    The outputs must be equal bit for bit, rows of every softmax must sum to one, and A·V and the logsumexp must agree with
-    what each fused kernel returned. Raises CaptureError with the number where they do not.
+    The outputs must be equal bit for bit, rows of every softmax must sum to one, and A·V and the logsumexp
+    must agree with what each fused kernel returned. Raises CaptureError with the number where they do not.
     """
     model = unwrap(model)
-    images = noise(model, size, channels, seed)
     heard: list[Hearing] = []
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
+        images = noise(model, size, channels, seed)
         plain = model(images)
         with ear(model, heard.append, thorough=True):
             captured = model(images)
-    if not heard:
-        raise CaptureError("the model's forward was not called through its own __call__; nothing could be heard")
-    if not same(plain, captured):
-        again = model(images)
-        why = (
-            "the model is not deterministic (dropout or random drops are on): call eval() first"
-            if not same(plain, again)
-            else "listening changed the model's output; please report this model"
-        )
-        raise CaptureError(f"two passes over the same images differ: {why}")
+        if not heard:
+            raise CaptureError(
+                "the model's forward was not called through its own __call__: nothing could be heard"
+            )
+        if not same(plain, captured):
+            raise CaptureError(
+                f"two passes over the same images differ: {_why_different(plain, model(images))}"
+            )
     return plan_from(model, heard[0])
+
+
+def _why_different(plain: object, again: object) -> str:
+    if same(plain, again):
+        return "listening changed the model's output; please report this model"
+    if any(bool(torch.isnan(x).any()) for x in tensors_in((plain,))):
+        return "the model's output holds NaN; check its weights and its precision"
+    return "the model is not deterministic (dropout or random drops are on): call eval() first"
 
 
 def noise(model: nn.Module, size: tuple[int, int], channels: int, seed: int) -> Tensor:
@@ -123,8 +139,8 @@ def plan_from(model: nn.Module, heard: Hearing) -> Plan:
     notes = _incomplete(model, heard)
     plan = make_plan(model, heard, _self_check(heard.events))
     if not plan.map_layers:
-        raise NoAttentionFoundError(_deaf(model, heard))
-    return replace(plan, notes=tuple(notes))
+        raise NoAttentionFoundError(_homeless(model, heard.events[0].attention.owner))
+    return replace(plan, notes=(*plan.notes, *notes))
 
 
 def same(a: Any, b: Any) -> bool:
@@ -139,15 +155,19 @@ def same(a: Any, b: Any) -> bool:
 
 
 def _trace(plan: Plan, heard: Hearing) -> Trace:
-    owners = [layer.owner for layer in plan.layers]
     events = [regular(event, heard.images) for event in heard.events]
-    found = [event.attention.owner for event in events]
-    if found != owners:
+    if [event.attention.owner for event in events] != [layer.owner for layer in plan.layers]:
         raise CaptureError(
-            f"this batch ran {len(found)} attention calls, the probe {len(owners)}; a model whose depth depends on "
-            "the data (early exit, random drops) cannot be analysed"
+            f"this batch ran {len(events)} attention calls, the probe {len(plan.layers)}, or in another "
+            "order; a model whose depth depends on the data (early exit, random drops) cannot be analysed"
         )
-    tokens = tuple(as_tokens(read_tap(tap, heard), heard.images, tap.width) for tap in plan.taps)
+    for event, layer in zip(events, plan.layers, strict=True):
+        if (found := heads_queries_keys(event.attention)) != layer.signature:
+            raise CaptureError(
+                f"{layer.owner} has {found} heads, queries and keys in this batch, {layer.signature} in the "
+                "probe; probe the model with images of the batch's own size"
+            )
+    tokens = tuple(as_tokens(read_tap(tap, heard), heard.images, tap.layout) for tap in plan.taps)
     attention = tuple(event.attention for event in events)
     return Trace(plan=plan, images=heard.images, tokens=tokens, attention=attention, output=heard.output)
 
@@ -160,24 +180,27 @@ def _self_check(events: list[Event]) -> SelfCheck:
         leading, queries, _ = sizes_of(a)
         if len(leading) != 2:
             continue
-        chosen = slice(0, min(CHECKED_ROWS, queries))
         if a.q is None:
             assert a.probs is not None
             rows.append(_row_error(a.probs.float()))
             continue
+        chosen = slice(0, queries if event.finish else min(CHECKED_ROWS, queries))
         logits = a.logits(slice(None), chosen, slice(None))
         probs = torch.softmax(logits, -1).nan_to_num(0.0)
         rows.append(_row_error(probs))
         if a.logsumexp is not None:
-            sums.append(_worst(torch.logsumexp(logits, -1) - a.logsumexp[:, :, chosen]))
+            expected = a.logsumexp[:, :, chosen]
+            sums.append(_worst((torch.logsumexp(logits, -1) - expected) / expected.abs().clamp_min(1.0)))
         if event.value is not None and event.out is not None:
             outputs.append(_output_error(event, probs, chosen))
     check = SelfCheck(max(rows), max(outputs, default=math.nan), max(sums, default=math.nan))
     dtype = next((e.attention.q.dtype for e in events if e.attention.q is not None), torch.float32)
-    if check.row_sum > ROW_SUM_TOLERANCE or check.output > OUTPUT_TOLERANCE.get(dtype, 1e-3):
+    tolerance = OUTPUT_TOLERANCE.get(dtype, 1e-3)
+    if check.row_sum > ROW_SUM_TOLERANCE or check.output > tolerance or check.logsumexp > tolerance:
         raise CaptureError(
-            f"the captured attention is not the model's: rows sum to one within {check.row_sum:.1e}, "
-            f"A·V agrees with the kernel within {check.output:.1e}; please report this model"
+            f"the captured attention is not the model's: rows sum to one within {check.row_sum:.1e}, A·V "
+            f"agrees with the kernel within {check.output:.1e}, the logsumexp within {check.logsumexp:.1e}; "
+            "please report this model"
         )
     return check
 
@@ -193,19 +216,18 @@ def _worst(difference: Tensor) -> float:
 
 
 def _output_error(event: Event, probs: Tensor, rows: slice) -> float:
+    """Largest error of what the kernel would return for these maps, relative to its largest entry."""
     value, out = event.value, event.out
-    assert value is not None and out is not None
-    value = value.float()
+    assert value is not None
+    assert out is not None
     if value.shape[1] != probs.shape[1]:
         value = value.repeat_interleave(probs.shape[1] // value.shape[1], dim=1)
-    mixed, expected = probs @ value, out.float()
+    mixed, expected = probs @ value.float(), out.float()
     if event.finish is not None:
-        dtype = event.attention.q.dtype  # type: ignore[union-attr]
-        whole = Attention(**{**vars(event.attention)}).logits(slice(None), slice(None), slice(None))
-        full = torch.softmax(whole, -1).nan_to_num(0.0) @ value
-        got = event.finish(full.to(dtype)).float()
-        return _worst(got - expected) / max(float(expected.abs().max()), 1e-12)
-    return _worst(mixed - expected[:, :, rows]) / max(float(expected.abs().max()), 1e-12)
+        mixed = event.finish(mixed.to(value.dtype)).float()
+    else:
+        expected = expected[:, :, rows]
+    return _worst(mixed - expected) / max(float(expected.abs().max()), 1e-12)
 
 
 def _deaf(model: nn.Module, heard: Hearing) -> str:
@@ -215,24 +237,25 @@ def _deaf(model: nn.Module, heard: Hearing) -> str:
     if heard.suspects:
         owner, kind = heard.suspects[0]
         return (
-            f"{name} has no softmax attention that can be heard: {owner or name} ({module_class(model, owner)}) computes "
-            f"{kind}, which has no attention map; analyse a model with softmax attention"
+            f"{name} has no softmax attention that can be heard: {owner or name} "
+            f"({module_class(model, owner)}) computes {kind}, which has no attention map; analyse a model "
+            "with softmax attention"
         )
     like = [path for path in attention_like(model, heard.calls) if path]
     if like:
         return (
-            f"{name} has no token attention that can be heard; {like[0]} ({module_class(model, like[0])}) ran without "
-            "a softmax whose result multiplies values; analyse a model with softmax attention"
+            f"{name} has no token attention that can be heard; {like[0]} ({module_class(model, like[0])}) "
+            "ran without a softmax whose result multiplies values; analyse a model with softmax attention"
         )
-    return f"{name} has no attention: no softmax multiplied any values in its forward pass; analyse a Vision Transformer"
+    return f"{name} has no attention: no softmax multiplied any values in it; analyse a Vision Transformer"
 
 
 def _opaque_text(model: nn.Module, heard: Hearing) -> str:
     owner, operator = heard.opaque[0]
     return (
-        f"the attention of {owner or 'the model'} ({module_class(model, owner)}) runs inside {operator}, which cannot be "
-        "listened to; switch the model to PyTorch's scaled_dot_product_attention or to eager attention "
-        "(transformers: attn_implementation='sdpa')"
+        f"the attention of {owner or 'the model'} ({module_class(model, owner)}) runs inside {operator}, "
+        "which cannot be listened to; switch the model to PyTorch's scaled_dot_product_attention or to eager "
+        "attention (transformers: attn_implementation='sdpa')"
     )
 
 
@@ -241,24 +264,35 @@ def _refuse_opaque(model: nn.Module, heard: Hearing) -> None:
         raise CaptureError(_opaque_text(model, heard))
 
 
+def _homeless(model: nn.Module, owner: str) -> str:
+    return (
+        f"attention was heard in {owner or type(model).__name__}, but in no block that attends "
+        "between its own tokens; blocks are the children of an nn.ModuleList, nn.Sequential or nn.ModuleDict"
+    )
+
+
 def _incomplete(model: nn.Module, heard: Hearing) -> list[str]:
-    """Attention that ran unheard beside attention that was heard: an error where it is of the same kind, else a note."""
+    """Attention that ran unheard beside some that was heard: an error if of the same kind, else a note."""
     owners = {event.attention.owner for event in heard.events}
-    classes = {type(model.get_submodule(owner)) for owner in owners}
-    ran = {call.path for call in heard.calls}
-    twins = [path for path in ran if type(model.get_submodule(path)) in classes and path not in owners and path]
-    lost = sorted(p for p in twins if not any(o.startswith(p + ".") for o in owners))
+    classes = {type(model.get_submodule(owner)) for owner in owners if owner}
+    inside = {frame for event in heard.events for frame in event.stack}
+    ran = [(call.path, call.number) for call in heard.calls]
+    lost = [f for f in ran if f[0] and f not in inside and type(model.get_submodule(f[0])) in classes]
     if lost:
+        path = lost[0][0]
         raise CaptureError(
-            f"only {len(owners)} of {len(owners) + len(lost)} attention modules were heard; "
-            f"{lost[0]} ({module_class(model, lost[0])}) was not: it may have no softmax here; please report this model"
+            f"only {len(heard.events)} attention calls were heard; {path} ({module_class(model, path)}) ran "
+            "without one: it may have no softmax here; please report this model"
         )
     by_hand = [(o, kind) for o, kind in heard.suspects if o not in owners]
     named = [(o, kind) for o, kind in by_hand if o in attention_like(model, heard.calls)]
     if named:
         owner, kind = named[0]
         raise CaptureError(
-            f"{owner} ({module_class(model, owner)}) computes {kind}, which cannot be listened to, beside attention that "
-            "can; a part of the attention would be missing"
+            f"{owner} ({module_class(model, owner)}) computes {kind}, which cannot be listened to, beside "
+            "attention that can; a part of the attention would be missing"
         )
-    return [f"{o or 'the model'} multiplies products of products ({kind}?); it is not counted as attention" for o, kind in by_hand]
+    return [
+        f"{o or 'the model'} multiplies products of products ({kind}?); it is not counted as attention"
+        for o, kind in dict.fromkeys(by_hand)
+    ]

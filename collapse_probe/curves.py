@@ -196,7 +196,7 @@ def _count(axes: Axes, y: int, value: float, ends: Array | None, role: str = "me
         [y],
         linestyle="",
         marker="o" if filled else "D",
-        markersize=7 if filled else 6,
+        markersize=7 if filled else 11,
         color=look.colour,
         markerfacecolor=look.colour if filled else "white",
         label=look.label,
@@ -206,5 +206,5 @@ def _count(axes: Axes, y: int, value: float, ends: Array | None, role: str = "me
         axes.plot(ends, [y, y], color=look.colour, linewidth=4, alpha=0.35, solid_capstyle="butt", zorder=1)
     if filled and np.isfinite(value):
         axes.annotate(
-            f"{value:.3g}", (value, y), (0, 7), textcoords="offset points", ha="center", fontsize=8, color=INK
+            f"{value:.3g}", (value, y), (0, 9), textcoords="offset points", ha="center", fontsize=8, color=INK
         )

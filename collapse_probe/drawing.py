@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ParamSpec
 
@@ -12,10 +13,12 @@ import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
+from PIL import Image
 
 P = ParamSpec("P")
 Array = NDArray[np.float64]
@@ -87,24 +90,24 @@ def drawn(draw: Callable[P, Figure | None]) -> Callable[P, Figure | None]:
         with in_style():
             figure = draw(*args, **kwargs)
             if figure is not None:
-                figure.draw_without_rendering()
-                figure.set_layout_engine("none")
+                _settle(figure)
         return figure
 
     return settled
 
 
+def _settle(figure: Figure) -> None:
+    FigureCanvasAgg(figure)  # a canvas known to no window system, with which text can be measured
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+
+
 def sheet(width: float, height: float) -> Figure:
     """An empty figure of so many inches whose parts make room for each other."""
     layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.05, hspace=0.05)
-    return blank(width, height, layout=layout)
-
-
-def blank(width: float, height: float, **options: Any) -> Figure:
-    """A figure of so many inches with a canvas of its own, known to no window system."""
-    figure = Figure(figsize=(width, height), **options)
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def curve(axes: Axes, x: Array, values: Array, role: Role, ci95: Array | None = None) -> None:
@@ -119,7 +122,7 @@ def curve(axes: Axes, x: Array, values: Array, role: Role, ci95: Array | None = 
         marker=role.marker if few else "",
         markersize=4.0,
         label=role.label,
-        zorder=3 if role.marker else 2,
+        zorder=2 if role.marker else 3,  # a null that coincides stays visible on top
     )
     if ci95 is not None:
         axes.fill_between(x, ci95[..., 0], ci95[..., 1], color=role.colour, alpha=0.2, linewidth=0, zorder=1)
@@ -171,16 +174,38 @@ def printable(text: str, most: int = 40) -> str:
     return f"{known[:half]}…{known[-half:]}"
 
 
-def encode(figure: Figure, kind: str, dpi: float | None = None) -> bytes:
-    """`figure` as the bytes of an svg or png; the same figure gives the same bytes.
+@contextlib.contextmanager
+def _as_it_was(figure: Figure) -> Iterator[None]:
+    """Style on, and afterwards the figure's own canvas and resolution again, which writing changes."""
+    canvas, dpi = figure.canvas, figure.dpi
+    try:
+        with in_style():
+            yield
+    finally:
+        figure.dpi = dpi
+        figure.set_canvas(canvas)
 
-    `dpi` (of photographs alone, in an svg) is 100 for svg and 180 otherwise.
-    """
-    extras: dict[str, dict[str, Any]] = {
-        "svg": {"metadata": {"Date": None, "Creator": None}},
-        "png": {"metadata": {"Software": None}},
-    }
+
+def pixels(figure: Figure, dpi: float) -> Image.Image:
+    """`figure` as an RGB picture with `dpi` pixels an inch."""
+    with _as_it_was(figure):
+        figure.dpi = dpi
+        canvas: Any = FigureCanvasAgg(figure)  # its methods have no types
+        canvas.draw()
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def svg(figure: Figure) -> bytes:
+    """`figure` as an SVG with text as outlines, without a date: the same figure gives the same bytes."""
+    buffer = io.StringIO()
+    with _as_it_was(figure):
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
+    return buffer.getvalue().encode()
+
+
+def png(figure: Figure, dpi: float = 180) -> bytes:
+    """`figure` as a PNG; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    with in_style():
-        figure.savefig(buffer, format=kind, dpi=dpi or (100 if kind == "svg" else 180), **extras[kind])
+    pixels(figure, dpi).save(buffer, "png")
     return buffer.getvalue()

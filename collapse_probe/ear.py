@@ -1,7 +1,8 @@
-"""The ear: hears every operator of one model's forward pass, and keeps what is attention. It changes nothing."""
+"""The ear: hears every operator of one model's forward pass, keeps what is attention, and changes nothing."""
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,16 +15,17 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from collapse_probe import kernels
+from collapse_probe.attention import Attention
 from collapse_probe.errors import CaptureError
-from collapse_probe.trace import Attention
+from collapse_probe.kernels import storage_of, tensors_in
+from collapse_probe.softmaxes import Frame, Products, Softmaxes, rescue
 
-Frame = tuple[str, int]
 _LISTENING: set[int] = set()
 
 
 @dataclass
 class Event:
-    """One attention call, as it was heard: its maps, where in the model it stood, and what the self-check needs."""
+    """One attention call as it was heard: its maps, where it stood, and what the self-check needs."""
 
     attention: Attention
     stack: tuple[Frame, ...]
@@ -34,7 +36,7 @@ class Event:
 
 @dataclass
 class Call:
-    """One call of a module: when it began, and its first input tensor and its output where these were asked for."""
+    """One call of a module, with its first input tensor and its output where these were asked for."""
 
     path: str
     number: int
@@ -45,7 +47,11 @@ class Call:
 
 @dataclass
 class Hearing:
-    """All that was heard of one forward pass, in the order in which it happened."""
+    """All that was heard of one forward pass, in the order in which it happened.
+
+    `input` is the first tensor that any module received: the images, also where the model is called by
+    keyword.
+    """
 
     images: int = 0
     input: Tensor | None = None
@@ -56,20 +62,8 @@ class Hearing:
     suspects: list[tuple[str, str]] = field(default_factory=list)
 
 
-@dataclass(eq=False)
-class _Pending:
-    """A softmax that may turn out to be attention, with every storage that holds values made from it."""
-
-    event: Event
-    holder: str
-    exact: set[int]
-    derived: set[int]
-    alive: list[Tensor]
-    hops: int = 0
-
-
-class Ear(TorchDispatchMode):
-    """Hears one model on one thread. `thorough` keeps what the plan and the self-check need, for every module call.
+class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Hears one model on one thread. `thorough` keeps what plan and self-check need, for every module call.
 
     `on_forward` is called with the Hearing of each forward pass that ended without an exception.
     """
@@ -84,71 +78,78 @@ class Ear(TorchDispatchMode):
         thorough: bool = False,
         watched: frozenset[Frame] = frozenset(),
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.on_forward, self.thorough, self.watched = model, on_forward, thorough, watched
         self.names = {id(module): name for name, module in model.named_modules()}
-        self.holds = {name for name, module in model.named_modules() if next(module.parameters(), None) is not None}
+        self.holds = {
+            name for name, module in model.named_modules() if next(module.parameters(), None) is not None
+        }
         self.thread = threading.get_ident()
         self.stack: list[Call] = []
+        self.error_before: BaseException | None = None
         self._forget()
 
     def _forget(self) -> None:
         self.hearing = Hearing()
         self.counts: dict[str, int] = {}
-        self.pending: list[_Pending] = []
-        self.products: dict[int, tuple[str, bool, Tensor]] = {}
+        self.softmaxes, self.products = Softmaxes(), Products()
 
     # ---- which module is running ----
 
     def enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A global forward pre-hook: push the module on the stack."""
-        if threading.get_ident() != self.thread or id(module) not in self.names:
+        path = self._path(module)
+        if path is None or (module is not self.model and not self.stack):
             return
-        path = self.names[id(module)]
         if module is self.model:
-            self.stack.clear()  # a KeyboardInterrupt skips the hooks that would have emptied it
-            self._forget()
-            self.hearing.input = _first_tensor(args)
-            self.hearing.images = 0 if self.hearing.input is None else len(self.hearing.input)
+            self._begin()
         number = self.counts.get(path, 0)
         self.counts[path] = number + 1
         call = Call(path, number, self._frames())
+        if self.hearing.input is None:
+            self.hearing.input = _first_tensor(args)
+            self.hearing.images = 0 if self.hearing.input is None else len(self.hearing.input)
         if self.thorough or (path, number) in self.watched:
-            call.input = _detached(_first_tensor(args))
+            call.input = _first_tensor(args)
             self.hearing.calls.append(call)
         self.stack.append(call)
 
+    def _begin(self) -> None:
+        if torch.is_inference_mode_enabled():
+            raise CaptureError(
+                "torch.inference_mode began inside the listening, where it would change the model's outputs; "
+                "let it begin before, or use torch.no_grad"
+            )
+        self.stack.clear()  # a KeyboardInterrupt skips the hooks that would have emptied it
+        self._forget()
+        self.error_before = sys.exc_info()[1]
+
     def leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A global forward hook, called after exceptions too: pop the module, and finish with the root."""
-        if threading.get_ident() != self.thread or id(module) not in self.names or not self.stack:
+        path = self._path(module)
+        if path is None or not self.stack or self.stack[-1].path != path:
             return
         call = self.stack.pop()
-        self._hand_over(call.path)
-        if self.thorough or (call.path, call.number) in self.watched:
+        self.softmaxes.hand_up(path, self._holder())
+        if path in self.holds:
+            self.products.forget(path)
+        if self.thorough or (path, call.number) in self.watched:
             call.output = _detached_tree(output)
-        if not self.stack and output is not None:
+        if not self.stack and sys.exc_info()[1] is self.error_before:
             self.hearing.output = output
             heard = self.hearing
             self._forget()
             self.on_forward(heard)
+
+    def _path(self, module: nn.Module) -> str | None:
+        """The name of one of the model's own modules, running in the thread that listens."""
+        return self.names.get(id(module)) if threading.get_ident() == self.thread else None
 
     def _frames(self) -> tuple[Frame, ...]:
         return tuple((call.path, call.number) for call in self.stack)
 
     def _holder(self) -> str:
         return next((call.path for call in reversed(self.stack) if call.path in self.holds), "")
-
-    def _hand_over(self, path: str) -> None:
-        """A softmax made in a sub-module that ends may still be contracted by the module around it; not further up."""
-        kept = []
-        for pending in self.pending:
-            if pending.holder == path:
-                pending.holder, pending.hops = self._holder(), pending.hops + 1
-            if pending.hops < 2:
-                kept.append(pending)
-        self.pending = kept
-        if path in self.holds:
-            self.products = {key: entry for key, entry in self.products.items() if entry[0] != path}
 
     # ---- what is running in it ----
 
@@ -171,118 +172,63 @@ class Ear(TorchDispatchMode):
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         if func in kernels.FUSED:
-            self._fused(*kernels.read_fused(func, kernels.arguments(func, args, kwargs), out))
+            self._kernel(*kernels.read_fused(func, kernels.arguments(func, args, kwargs), out))
         elif func in kernels.MULTI_HEAD:
-            self._multi_head(func, kernels.arguments(func, args, kwargs), out)
+            self._kernel(*kernels.read_multi_head(func, kernels.arguments(func, args, kwargs), out))
         elif func in kernels.ENCODER_LAYER:
-            self._heard(Event(kernels.read_encoder_layer(func, kernels.arguments(func, args, kwargs)), ()))
+            self._kernel(
+                *kernels.read_encoder_layer(func, kernels.arguments(func, args, kwargs), out),
+                inside="self_attn",
+            )
         elif func in kernels.SOFTMAX:
-            self._softmax(kernels.arguments(func, args, kwargs), out)
+            attention = kernels.read_softmax(kernels.arguments(func, args, kwargs), out)
+            if attention is not None:
+                self.softmaxes.begin(attention, self._frames(), self._holder())
         elif kernels.opaque(func):
             self.hearing.opaque.append((self._holder(), func._schema.name))
         else:
-            if self.pending:
-                self._follow(func, args, out)
-            if self.thorough:
-                self._suspect(func, args, out)
+            self._follow(func, args, out)
 
-    def _heard(self, event: Event) -> None:
-        event.stack, event.attention.owner = self._frames(), self._holder()
+    def _kernel(
+        self,
+        attention: Attention,
+        value: Tensor,
+        out: Tensor,
+        finish: kernels.Finish | None,
+        inside: str = "",
+    ) -> None:
+        """Attention in one operator; `inside` names the sub-module that it stands for without calling it."""
+        owner, stack = self._holder(), self._frames()
+        if inside:
+            owner = f"{owner}.{inside}".removeprefix(".")
+            stack = (*stack, (owner, stack[-1][1]))
+        attention.owner = owner
+        event = Event(attention, stack)
+        if self.thorough:
+            event.value, event.out, event.finish = value, out, finish
         self.hearing.events.append(event)
 
-    def _fused(self, attention: Attention, value: Tensor, out: Tensor) -> None:
-        event = Event(attention, ())
-        if self.thorough:
-            event.value, event.out = value, out
-        self._heard(event)
-
-    def _multi_head(self, func: Any, bound: dict[str, Any], out: Any) -> None:
-        attention, value, finish = kernels.read_multi_head(func, bound, out)
-        event = Event(attention, ())
-        if self.thorough:
-            event.value, event.out, event.finish = value, out[0], finish
-        self._heard(event)
-
-    def _softmax(self, bound: dict[str, Any], out: Tensor) -> None:
-        attention = kernels.read_softmax(bound, out)
-        if attention is not None:
-            storage = _storage(out)
-            event = Event(attention, self._frames())
-            self.pending.append(_Pending(event, self._holder(), {storage}, {storage}, [out]))
-
     def _follow(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
-        """Keep track of what is made from a softmax, until it meets the values."""
-        inputs = list(_tensors(args))
-        for pending in list(self.pending):
-            touched = [x for x in inputs if _storage(x) in pending.derived]
-            if not touched or pending not in self.pending:
-                continue
-            if func in kernels.CONTRACTIONS or func in kernels.MULTIPLY:
-                operand = next((x for x in touched if _same_map(x, pending.event.attention.probs)), None)
-                single_key = pending.event.attention.probs.shape[-1] == 1  # type: ignore[union-attr]
-                if operand is not None and (func in kernels.CONTRACTIONS or (single_key and len(inputs) == 2)):
-                    self._confirm(pending, operand)
-                    continue
-            exact = func in kernels.KEEPS_VALUES and _storage(touched[0]) in pending.exact
-            for result in _tensors((out,)):
-                storage = _storage(result)
-                if storage not in pending.derived:
-                    pending.alive.append(result)
-                    pending.derived.add(storage)
-                    pending.exact |= {storage} if exact else set()
-
-    def _confirm(self, pending: _Pending, operand: Tensor) -> None:
-        """The softmax multiplies something: attention. What multiplies may be another tensor than the softmax."""
-        attention, storage = pending.event.attention, _storage(operand)
-        if storage not in pending.exact:
-            probs = attention.probs
-            assert probs is not None
-            turned = operand.shape[-2:] != probs.shape[-2:]
-            attention.weights = (operand.transpose(-1, -2) if turned else operand).reshape(probs.shape)
-        # maps that were merged into this one are parts of one effective map
-        self.pending = [p for p in self.pending if p is not pending and storage not in p.derived]
-        self._heard_at(pending)
-
-    def _heard_at(self, pending: _Pending) -> None:
-        pending.event.attention.owner = pending.holder
-        self.hearing.events.append(pending.event)
-
-    def _suspect(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
-        """A product of products without a softmax between: attention by hand, or linear attention."""
-        holder = self._holder()
-        touched = [self.products[key] for x in _tensors(args) if (key := _storage(x)) in self.products]
-        changed = any(entry[1] for entry in touched if entry[0] == holder)
-        if func in kernels.BATCHED_PRODUCTS:
-            if any(entry[0] == holder for entry in touched):
-                kind = "a softmax written by hand" if changed else "linear attention"
+        for softmax in self.softmaxes.follow(func, args, out) if self.softmaxes.pending else ():
+            softmax.attention.owner = softmax.holder
+            self.hearing.events.append(Event(softmax.attention, softmax.stack))
+        if self.thorough:
+            holder = self._holder()
+            kind = self.products.follow(func, args, out, holder)
+            if kind is not None:
                 self.hearing.suspects.append((holder, kind))
-            self.products[_storage(out)] = (holder, False, out)
-        elif touched:
-            for result in _tensors((out,)):
-                key = _storage(result)
-                if key not in self.products:
-                    self.products[key] = (holder, True, result)
 
     def _guard(self, targets: list[Tensor]) -> None:
         """Before an operator writes into a tensor that was captured, keep a copy of what was captured."""
-        storages = {_storage(target) for target in targets}
-        for pending in self.pending:
-            if storages & pending.derived:
-                _rescue(pending.event.attention, storages)
+        storages = {storage_of(target) for target in targets}
+        self.softmaxes.overwritten(storages)
         for event in self.hearing.events:
-            _rescue(event.attention, storages)
+            rescue(event.attention, storages)
+            rescue(event, storages, ("value", "out"))
         for call in self.hearing.calls:
-            if call.input is not None and _storage(call.input) in storages:
-                call.input = call.input.clone()
-            if isinstance(call.output, Tensor) and _storage(call.output) in storages:
-                call.output = call.output.clone()
-
-
-def _rescue(attention: Attention, storages: set[int]) -> None:
-    for name in ("q", "k", "bias", "probs", "weights", "logsumexp"):
-        tensor = getattr(attention, name)
-        if tensor is not None and _storage(tensor) in storages:
-            setattr(attention, name, tensor.clone())
+            rescue(call, storages, ("input", "output"))
+            if isinstance(call.output, tuple):
+                call.output = tuple(x.clone() if storage_of(x) in storages else x for x in call.output)
 
 
 @contextmanager
@@ -295,11 +241,13 @@ def ear(
 ) -> Iterator[Ear]:
     """Listen to `model` inside the `with`; every forward pass of it is handed to `on_forward`.
 
-    Raises CaptureError where this model is being listened to already. Under `torch.inference_mode` a dispatch mode
-    would change low-level choices of PyTorch, so that inside the `with` it is `torch.no_grad` instead.
+    Raises CaptureError where this model is being listened to already. Under `torch.inference_mode` a dispatch
+    mode would change low-level choices of PyTorch, so that inside the `with` it is `torch.no_grad` instead.
     """
     if id(model) in _LISTENING:
-        raise CaptureError("this model is being listened to already; leave the first `with` before the second begins")
+        raise CaptureError(
+            "this model is being listened to already; leave the first `with` before the second begins"
+        )
     hears = Ear(model, on_forward, thorough=thorough, watched=watched)
     with ExitStack() as stack:
         _LISTENING.add(id(model))
@@ -308,7 +256,9 @@ def ear(
         stack.callback(entered.remove)
         left = register_module_forward_hook(hears.leave_module, always_call=True)
         stack.callback(left.remove)
-        if hasattr(torch.compiler, "set_stance"):
+        if (
+            hasattr(torch.compiler, "set_stance") and "torch._dynamo" in sys.modules
+        ):  # loading it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
@@ -318,19 +268,8 @@ def ear(
 
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor | None:
-    return next(_tensors(args), None)
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
+    found = next(tensors_in(args), None)
+    return None if found is None else found.detach()
 
 
 def _detached_tree(value: Any) -> Any:
@@ -340,15 +279,5 @@ def _detached_tree(value: Any) -> Any:
     if isinstance(value, dict):
         value = tuple(value.values())
     if isinstance(value, (list, tuple)):
-        return tuple(x.detach() for x in _tensors(value))
+        return tuple(x.detach() for x in tensors_in(value))
     return None
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _same_map(operand: Tensor, probs: Tensor | None) -> bool:
-    assert probs is not None
-    sizes = {probs.shape[-2:], probs.shape[-2:][::-1]}
-    return operand.numel() == probs.numel() and operand.shape[-2:] in sizes

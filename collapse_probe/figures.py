@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from collapse_probe.curves import adjacent_blocks, entropy, per_block, similar_blocks
-from collapse_probe.drawing import drawn, encode
+from collapse_probe.drawing import drawn, png, svg
 from collapse_probe.findings import Findings, Reading
 from collapse_probe.gallery import attention_gallery
 from collapse_probe.heatmaps import SIGNED, Panel, grid, scale_of
@@ -93,7 +93,7 @@ FIGURES: dict[str, Callable[[Findings, bool], Figure | None]] = {
 def draw_all(
     findings: Findings, *, narrow: bool = False, names: Collection[str] | None = None
 ) -> dict[str, Figure]:
-    """Every figure (of `names`) that these findings can fill, in the order of the page; `narrow` for a phone."""
+    """Every figure (of `names`) that these findings fill, in the order of the page; `narrow` for a phone."""
     wanted = FIGURES if names is None else names
     made = {name: draw(findings, narrow) for name, draw in FIGURES.items() if name in wanted}
     return {name: figure for name, figure in made.items() if figure is not None}
@@ -111,5 +111,5 @@ def save(figures: Mapping[str, Figure], folder: str | Path) -> None:
     inside = Path(folder) / "figures"
     inside.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        for kind in ("png", "svg"):
-            (inside / f"{name}.{kind}").write_bytes(encode(figure, kind))
+        (inside / f"{name}.png").write_bytes(png(figure))
+        (inside / f"{name}.svg").write_bytes(svg(figure))

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from collapse_probe.drawing import MUTED, NARROW, WIDE, Array, blank, drawn, printable
+from collapse_probe.drawing import MUTED, NARROW, WIDE, Array, drawn, printable
 from collapse_probe.findings import Findings, Gallery
 
 Pixels = NDArray[np.uint8]
@@ -131,7 +131,7 @@ def attention_gallery(findings: Findings, narrow: bool = False) -> Figure | None
     spread = spread_of(maps)
     layout = Layout.of(maps.shape[1], gallery.pictures.shape[1:3], narrow)
     height = layout.height * len(maps) + FOOT
-    figure = blank(layout.width, height)
+    figure = Figure(figsize=(layout.width, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, layout.width), ylim=(height, 0))
     axes.set_axis_off()

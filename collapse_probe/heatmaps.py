@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,11 +58,13 @@ def scale_of(*matrices: Array) -> Scale:
 
 
 def short(value: float) -> str:
-    """A cosine in as few characters as a cell holds.
+    """A cosine in as few characters as a cell holds; 1 stays for what is 1, everything nearly so is .99.
 
-    >>> short(0.943), short(-0.05), short(1.0), short(-0.001)
-    ('.94', '−.05', '1', '0')
+    >>> short(0.943), short(-0.05), short(0.998), short(1.0), short(-0.001)
+    ('.94', '−.05', '.99', '1', '0')
     """
+    if 0.99 < abs(value) < 0.9995:
+        value = math.copysign(0.99, value)
     text = f"{value:.2f}".replace("-", "−")
     return {"1.00": "1", "−1.00": "−1", "0.00": "0", "−0.00": "0"}.get(text, text.replace("0.", ".", 1))
 
@@ -69,18 +72,21 @@ def short(value: float) -> str:
 def heat(axes: Axes, panel: Panel, side: float, *, square: bool = True) -> None:
     """Draw `panel` on `axes`, about `side` inches wide; undefined cells stay hatched."""
     undefined = ~np.isfinite(panel.values)
+    shown = np.where(undefined, 0.0, panel.values)
     size = _number_size(panel, side) if square else 0.0
     axes.patch.set(facecolor=PAPER, edgecolor=HATCH, hatch="//////", linewidth=0)
     seaborn.heatmap(
-        np.where(undefined, 0.0, panel.values),
+        shown,
         mask=undefined,
         vmin=panel.scale.low,
         vmax=panel.scale.high,
         cmap=panel.scale.colours,
-        annot=np.vectorize(short, otypes=[object])(panel.values) if size else False,
+        annot=np.vectorize(short, otypes=[object])(shown) if size else False,
         fmt="",
         annot_kws={"size": size},
         cbar=False,
+        xticklabels=False,
+        yticklabels=False,
         square=square,
         ax=axes,
     )

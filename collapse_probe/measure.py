@@ -28,7 +28,7 @@ class Metric(ABC):
     """
 
     name: ClassVar[str]
-    line: ClassVar[str]
+    summary: ClassVar[str]
     dims: ClassVar[tuple[str, ...]]
     collapsed: ClassVar[str | None] = None
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

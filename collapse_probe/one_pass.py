@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from collapse_probe.sums import Fold
 from collapse_probe.trace import Plan, Trace
 
 Progress = Callable[[int, int], None]
+Outputs = Callable[[Sequence[str], Any], None]
+"""Takes the names of some images and what the model answered for them."""
 
 
 @dataclass
@@ -46,6 +49,7 @@ def one_pass(
     amp: str | None = None,
     wanted: frozenset[str] = frozenset(),
     progress: Progress | None = None,
+    outputs: Outputs | None = None,
 ) -> Run:
     """Every image once through the model and into the folds; then all processes' sums and records together."""
     run = Run(folds=folds_for(metrics, device))
@@ -56,8 +60,10 @@ def one_pass(
             for first in range(0, len(batch.names), step):
                 part = slice(first, first + step)
                 with autocast(device, amp):
-                    model(batch.pixels[part].to(device, next(model.parameters()).dtype, non_blocking=True))
-                _absorb(run, ears.take(), batch.names[part], batch.pixels[part], TILE_BYTES[device.type], wanted)
+                    answer = model(batch.pixels[part].to(device, next(model.parameters()).dtype, non_blocking=True))
+                if outputs is not None:
+                    outputs(batch.names[part], answer)
+                absorb(run, ears.take(), batch.names[part], batch.pixels[part], TILE_BYTES[device.type], wanted)
             run.names += batch.names
             run.indices += list(batch.indices)
             run.skipped += batch.skipped
@@ -79,9 +85,10 @@ def folds_for(metrics: Mapping[str, Metric], device: torch.device) -> dict[Hasha
     return folds
 
 
-def _absorb(
+def absorb(
     run: Run, trace: Trace, names: Sequence[str], pixels: Tensor, budget: int, wanted: frozenset[str]
 ) -> None:
+    """One batch's trace into all folds and records; overlays of the images that are wanted."""
     for fold in run.folds.values():
         fold.begin(trace, names)
     for tile in trace.tiles(budget):

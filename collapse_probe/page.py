@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from matplotlib.collections import QuadMesh
@@ -16,7 +17,7 @@ from PIL import Image
 
 from collapse_probe.captions import CAPTIONS, Caption
 from collapse_probe.colophon import definitions, not_measured, provenance, skipped
-from collapse_probe.drawing import encode
+from collapse_probe.drawing import pixels, svg
 from collapse_probe.figures import draw_all, save
 from collapse_probe.findings import Findings
 from collapse_probe.readings import held, null
@@ -81,28 +82,26 @@ def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> s
 def data_url(figure: Figure, dpi: float) -> str:
     """`figure` as a data URL: lines as svg, heatmaps as lossless webp, photographs as jpeg."""
     if any(axes.images for axes in figure.axes):
-        kind, content = "jpeg", _photograph(encode(figure, "png", dpi))
+        kind, content = "jpeg", _photograph(pixels(figure, dpi))
     elif any(isinstance(part, QuadMesh) for axes in figure.axes for part in axes.collections):
-        kind, content = "webp", _lossless(encode(figure, "png", dpi))
+        kind, content = "webp", _saved(pixels(figure, dpi), "webp", lossless=True, quality=30, method=2)
     else:
-        kind, content = "svg+xml", encode(figure, "svg")
+        kind, content = "svg+xml", svg(figure)
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _lossless(png: bytes) -> bytes:
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(buffer, "webp", lossless=True, quality=50, method=3)
-    return buffer.getvalue()
-
-
-def _photograph(png: bytes) -> bytes:
+def _photograph(picture: Image.Image) -> bytes:
     """A jpeg of at most PHOTOGRAPH_MOST bytes where any quality allows it."""
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
     for quality in (86, 76, 64, 50, 35, 20):
-        buffer = io.BytesIO()
-        picture.save(buffer, "jpeg", quality=quality, optimize=True)
-        if buffer.tell() <= PHOTOGRAPH_MOST:
+        content = _saved(picture, "jpeg", quality=quality, optimize=True)
+        if len(content) <= PHOTOGRAPH_MOST:
             break
+    return content
+
+
+def _saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""From what was heard of one forward pass to the plan: which attention belongs to which block, where tokens are read."""
+"""From what was heard of one forward pass to the plan: whose attention it is, and where tokens are read."""
 
 from __future__ import annotations
 
@@ -8,52 +8,63 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.ear import Call, Event, Frame, Hearing
+from collapse_probe.attention import Attention
+from collapse_probe.ear import Call, Event, Hearing
 from collapse_probe.errors import CaptureError
-from collapse_probe.trace import Attention, Layer, Plan, SelfCheck, Tap
+from collapse_probe.kernels import storage_of
+from collapse_probe.layouts import as_tokens, layout_of
+from collapse_probe.softmaxes import Frame
+from collapse_probe.trace import Layer, Plan, SelfCheck, Tap
 
 MOST_ADDED_TOKENS = 8
 """A block may add this many tokens of its own (a class token) before it attends."""
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+_CHANNEL_ATTENTION = ("xca", "channel", "covariance")
 
 
 def block_paths(model: nn.Module, owners: Sequence[str]) -> dict[str, str | None]:
     """For each attention owner the dotted path of its block, None where no container of blocks is around it.
 
-    The block is the innermost child of a container that has a matrix outside all attention owners (its MLP), else
-    the innermost child of a container.
+    The block is the innermost child of a container that has a matrix outside all attention owners (its MLP),
+    else the innermost child of a container.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    attention = {id(p) for owner in owners for p in modules[owner].parameters()} if "" not in owners else set()
+    attention = (
+        {id(p) for owner in owners for p in modules[owner].parameters()} if "" not in owners else set()
+    )
     found: dict[str, str | None] = {}
     for owner in dict.fromkeys(owners):
         parts = owner.split(".") if owner else []
         children = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
         children = [c for c in children if isinstance(modules[c.rpartition(".")[0]], _CONTAINERS)]
         has_mlp = [
-            c for c in children if any(p.ndim >= 2 and id(p) not in attention for p in modules[c].parameters())
+            c
+            for c in children
+            if any(p.ndim >= 2 and id(p) not in attention for p in modules[c].parameters())
         ]
         found[owner] = (has_mlp or children or [None])[0]  # type: ignore[list-item]
     return found
 
 
 def make_plan(model: nn.Module, heard: Hearing, check: SelfCheck) -> Plan:
-    """Read one thorough Hearing (of at least two different images) into a Plan; raises CaptureError where it cannot."""
+    """Read one thorough Hearing, of at least two different images, into a Plan."""
     events = [regular(event, heard.images) for event in heard.events]
     paths = block_paths(model, [event.attention.owner for event in events])
     instances = [_instance(event, paths[event.attention.owner]) for event in events]
-    widths = {frame: _width(model, frame[0]) for frame in dict.fromkeys(instances) if frame is not None}
-    sizes = {frame: _input_tokens(frame, heard, width) for frame, width in widths.items()}
     main = [f for event, f in zip(events, instances, strict=True) if f is not None and not _is_pool(event)]
     blocks = list(dict.fromkeys(main))
+    inputs = {
+        frame: _input_tap(model, frame, heard) for frame in dict.fromkeys(instances) if frame is not None
+    }
     layers = tuple(
-        _layer(event, frame, blocks, None if frame is None else sizes[frame], heard.images)
+        _layer(model, event, blocks, frame, _tokens_at(inputs[frame], heard) if frame else None, heard.images)
         for event, frame in zip(events, instances, strict=True)
     )
-    taps = tuple(_taps(blocks, heard, widths)) if blocks else ()
-    first = as_tokens(read_tap(taps[0], heard), heard.images, taps[0].width) if taps else None
+    taps = (inputs[blocks[0]], *(_output_tap(model, frame, heard) for frame in blocks)) if blocks else ()
+    first = _tokens_at(taps[0], heard) if taps else None
     prefix = _prefix(first)
     tokens, width = (0, 0) if first is None else (first.shape[1], first.shape[2])
+    grid = _grid(tokens - len(prefix), heard, _calls_in(blocks[0], heard)[0]) if blocks else None
     return Plan(
         blocks=tuple(_block_name(frame, blocks) for frame in blocks),
         layers=layers,
@@ -61,10 +72,13 @@ def make_plan(model: nn.Module, heard: Hearing, check: SelfCheck) -> Plan:
         prefix=prefix,
         tokens=tokens,
         width=width,
-        patch_shapes=tuple(_patch_shape(tap, heard, tokens, prefix) for tap in taps),
-        grid=_grid(tokens - len(prefix), heard.input),
-        bytes_per_image=_bytes_per_image(events, len(taps), tokens * width),
+        patch_shapes=tuple(_patch_shape(_tokens_at(tap, heard), tokens, prefix, heard) for tap in taps),
+        grid=grid,
+        bytes_per_image=_bytes_per_image(events, heard.images, len(taps) * tokens * width),
         check=check,
+        notes=()
+        if heard.images > 1
+        else ("the plan was made from one image: class and register tokens are unknown",),
     )
 
 
@@ -88,41 +102,35 @@ def sizes_of(attention: Attention) -> tuple[tuple[int, ...], int, int]:
     return tuple(attention.probs.shape[:-2]), attention.probs.shape[-2], attention.probs.shape[-1]
 
 
+def heads_queries_keys(attention: Attention) -> tuple[int, int, int]:
+    """What an attention call is compared by."""
+    leading, queries, keys = sizes_of(attention)
+    return leading[-1] if leading else 1, queries, keys
+
+
 def read_tap(tap: Tap, heard: Hearing) -> object:
-    """The tensor (or tuple of tensors) that passed where the tap points; raises CaptureError where nothing did."""
+    """The tensor or tuple of tensors that passed where the tap points; CaptureError where nothing did."""
     for call in heard.calls:
         if (call.path, call.number) == (tap.path, tap.call):
             return call.input if tap.side == "input" else call.output
-    raise CaptureError(f"module {tap.path!r} did not run in this forward pass as it did in the probe: a depth that depends on the data cannot be analysed")
-
-
-def as_tokens(value: object, images: int, width: int | None) -> Tensor | None:
-    """A block's output as a token sequence [B, N, D]: from [B, N, D], [B, h, w, D] or [B, D, h, w]; None otherwise."""
-    candidates = value if isinstance(value, tuple) else (value,)
-    for x in candidates:
-        if not isinstance(x, Tensor) or len(x) != images or not x.is_floating_point():
-            continue
-        if x.ndim == 3:
-            return x
-        if x.ndim == 4 and width is not None and x.shape[-1] == width:
-            return x.flatten(1, 2)
-        if x.ndim == 4 and width is not None and x.shape[1] == width:
-            return x.flatten(2).transpose(1, 2)
-    return None
+    raise CaptureError(
+        f"module {tap.path!r} did not run in this forward pass as it did in the probe: a depth that depends "
+        "on the data cannot be analysed"
+    )
 
 
 def _instance(event: Event, path: str | None) -> Frame | None:
-    """The block's path with the number of its call; a group that is never called itself counts with its owner."""
+    """The block's path and the number of its call; a group that is never called counts with its owner."""
     if path is None:
         return None
     for frame in event.stack:
         if frame[0] == path:
             return frame
-    return path, next((number for p, number in reversed(event.stack) if p.startswith(path)), 0)
+    return path, next((number for p, number in reversed(event.stack) if p.startswith(path + ".")), 0)
 
 
 def _calls_in(frame: Frame, heard: Hearing) -> list[int]:
-    """Positions in the call log of the block itself, or of the modules of a group that is never called itself."""
+    """Positions in the call log of the block itself, or of the modules of a group that is never called."""
     path, number = frame
     own = [i for i, c in enumerate(heard.calls) if (c.path, c.number) == frame]
     if own:
@@ -131,13 +139,21 @@ def _calls_in(frame: Frame, heard: Hearing) -> list[int]:
     return list(inside)
 
 
-def _taps(blocks: list[Frame], heard: Hearing, widths: dict[Frame, int | None]) -> list[Tap]:
-    first = heard.calls[_calls_in(blocks[0], heard)[0]]
-    taps = [Tap(first.path, first.number, "input"), *(_output_tap(frame, heard) for frame in blocks)]
-    return [replace(tap, width=widths[frame]) for tap, frame in zip(taps, [blocks[0], *blocks], strict=True)]
+def _input_tap(model: nn.Module, frame: Frame, heard: Hearing) -> Tap:
+    """What enters the block: its first positional tensor, or that of the first module in it that got one."""
+    block, images = model.get_submodule(frame[0]), heard.images
+    first, *later = heard.calls[_calls_in(frame, heard)[0] :]
+    inside = (c for c in later if c.path.startswith(frame[0] + "."))
+    call = first if first.input is not None else next((c for c in inside if c.input is not None), first)
+    return Tap(call.path, call.number, "input", layout_of(block, call.input, images))
 
 
-def _output_tap(frame: Frame, heard: Hearing) -> Tap:
+def _output_tap(model: nn.Module, frame: Frame, heard: Hearing) -> Tap:
+    tap = _output_place(frame, heard)
+    return replace(tap, layout=layout_of(model.get_submodule(frame[0]), read_tap(tap, heard), heard.images))
+
+
+def _output_place(frame: Frame, heard: Hearing) -> Tap:
     inside = _calls_in(frame, heard)
     if (heard.calls[inside[0]].path, heard.calls[inside[0]].number) == frame:
         return Tap(frame[0], frame[1], "output")
@@ -151,9 +167,8 @@ def _output_tap(frame: Frame, heard: Hearing) -> Tap:
     return Tap(parent[0], parent[1], "output")
 
 
-def _input_tokens(frame: Frame, heard: Hearing, width: int | None) -> int | None:
-    tokens = as_tokens(heard.calls[_calls_in(frame, heard)[0]].input, heard.images, width)
-    return None if tokens is None else tokens.shape[1]
+def _tokens_at(tap: Tap, heard: Hearing) -> Tensor | None:
+    return as_tokens(read_tap(tap, heard), heard.images, tap.layout)
 
 
 def _is_pool(event: Event) -> bool:
@@ -161,35 +176,42 @@ def _is_pool(event: Event) -> bool:
     return queries == 1 and keys > 1
 
 
-def _layer(event: Event, frame: Frame | None, blocks: list[Frame], tokens: int | None, images: int) -> Layer:
-    leading, queries, keys = sizes_of(event.attention)
-    block = blocks.index(frame) if frame in blocks else None
-    heads = leading[-1] if leading else 1
+def _layer(
+    model: nn.Module,
+    event: Event,
+    blocks: list[Frame],
+    frame: Frame | None,
+    first: Tensor | None,
+    images: int,
+) -> Layer:
+    heads, queries, keys = heads_queries_keys(event.attention)
+    owner, block = event.attention.owner, blocks.index(frame) if frame in blocks else None
+    channels = any(word in module_class(model, owner).lower() for word in _CHANNEL_ATTENTION)
     return Layer(
-        owner=event.attention.owner,
-        call=next((number for path, number in reversed(event.stack) if path == event.attention.owner), 0),
+        owner=owner,
+        call=next((number for path, number in reversed(event.stack) if path == owner), 0),
         block=None if _is_pool(event) else block,
         operation=event.attention.operation,
         heads=heads,
         queries=queries,
         keys=keys,
         mixed=event.attention.mixed,
-        reason=_reason(event, leading, (queries, keys), tokens, images),
+        reason=_reason(event, images, None if first is None else first.shape[1], channels),
     )
 
 
-def _reason(event: Event, leading: tuple[int, ...], size: tuple[int, int], tokens: int | None, images: int) -> str:
-    queries, keys = size
+def _reason(event: Event, images: int, tokens: int | None, channels: bool) -> str:
+    """Why maps are not between a block's tokens; empty where they are."""
+    leading, queries, keys = sizes_of(event.attention)
     if _is_pool(event):
         return "a pooling query, not token attention"
     if len(leading) != 2 or leading[0] != images:
         return f"attention inside windows ({list(leading)} maps of {queries} × {keys} for {images} images)"
-    q = event.attention.q
-    if tokens is not None and queries != tokens:
-        if q is not None and q.shape[-1] == tokens:
-            return f"channel attention (maps of {queries} × {keys} channels)"
-        if abs(queries - tokens) > MOST_ADDED_TOKENS:
-            return f"attention between {queries} × {keys} positions, not between the block's {tokens} tokens"
+    q, fits = event.attention.q, tokens is None or tokens <= queries <= tokens + MOST_ADDED_TOKENS
+    if channels or (not fits and q is not None and q.shape[-1] == tokens):
+        return f"channel attention (maps of {queries} × {keys} channels)"
+    if not fits:
+        return f"attention between {queries} × {keys} positions, not between the block's {tokens} tokens"
     return ""
 
 
@@ -198,15 +220,8 @@ def _block_name(frame: Frame, blocks: list[Frame]) -> str:
     return f"{frame[0]} (call {frame[1] + 1})" if repeated else frame[0]
 
 
-def _width(model: nn.Module, path: str) -> int | None:
-    """The width of a block's tokens: the length of its first vector of parameters, its first norm's."""
-    vectors = (p for p in model.get_submodule(path).parameters() if p.ndim == 1)
-    first = next(vectors, None)
-    return None if first is None else len(first)
-
-
 def _prefix(first: Tensor | None) -> tuple[int, ...]:
-    """Positions that are the same for different images, bit for bit: tokens that do not come from the image."""
+    """Positions that are bitwise the same for different images: tokens that do not come from the image."""
     if first is None or len(first) < 2:
         return ()
     same = (first == first[:1]).flatten(2).all(2).all(0)
@@ -215,30 +230,46 @@ def _prefix(first: Tensor | None) -> tuple[int, ...]:
     return tuple(int(i) for i in torch.nonzero(same).flatten())
 
 
-def _patch_shape(tap: Tap, heard: Hearing, tokens: int, prefix: tuple[int, ...]) -> tuple[int, int] | None:
-    found = as_tokens(read_tap(tap, heard), heard.images, tap.width)
+def _patch_shape(
+    found: Tensor | None, tokens: int, prefix: tuple[int, ...], heard: Hearing
+) -> tuple[int, int] | None:
+    """Patches and width; where patches were merged, their grid tells if the prefix is still there."""
     if found is None:
         return None
-    return found.shape[1] - (len(prefix) if found.shape[1] == tokens else 0), found.shape[2]
+    here, without = found.shape[1], found.shape[1] - len(prefix)
+    merged = here != tokens and not _rectangle(here, heard.input) and _rectangle(without, heard.input)
+    return (without if here == tokens or merged else here), found.shape[2]
 
 
-def _grid(patches: int, images: Tensor | None) -> tuple[int, int] | None:
-    """Rows and columns of the patches: the factorisation nearest to the image's own shape."""
+def _grid(patches: int, heard: Hearing, before: int) -> tuple[int, int] | None:
+    """Rows and columns of the patches, as some module made them before block 0 or from the image's shape."""
+    for call in reversed(heard.calls[:before]):
+        x = call.output
+        if isinstance(x, Tensor) and x.ndim == 4 and len(x) == heard.images:
+            for shape in (x.shape[2:], x.shape[1:3]):
+                if shape[0] * shape[1] == patches:
+                    return int(shape[0]), int(shape[1])
+    return _rectangle(patches, heard.input)
+
+
+def _rectangle(patches: int, images: Tensor | None) -> tuple[int, int] | None:
+    """The factorisation in which square patches cover the image, up to less than one patch at its borders."""
     if patches < 1 or images is None or images.ndim != 4:
         return None
     height, width = images.shape[-2:]
     shapes = [(rows, patches // rows) for rows in range(1, patches + 1) if patches % rows == 0]
     rows, columns = min(shapes, key=lambda s: abs(s[0] * width - s[1] * height))
-    return (rows, columns) if abs(rows * width - columns * height) <= max(height, width) * 1.5 else None
+    return (rows, columns) if abs(rows * width - columns * height) < max(height, width) else None
 
 
-def _bytes_per_image(events: Sequence[Event], depths: int, elements: int) -> int:
-    total = depths * elements * 4
+def _bytes_per_image(events: Sequence[Event], images: int, token_elements: int) -> int:
+    """Bytes held of one image: the memory behind q, k and maps (often v's too), and the tokens in float32."""
+    held: dict[int, int] = {}
     for event in events:
-        a = event.attention
-        held = [t for t in (a.q, a.k, a.probs, a.weights) if t is not None]
-        total += sum(t[0].numel() * t.element_size() for t in held)
-    return total
+        for tensor in (event.attention.q, event.attention.k, event.attention.probs, event.attention.weights):
+            if tensor is not None:
+                held[storage_of(tensor)] = tensor.untyped_storage().nbytes()
+    return sum(held.values()) // max(images, 1) + token_elements * 4
 
 
 def call_frames(taps: Sequence[Tap]) -> frozenset[Frame]:

@@ -1,4 +1,4 @@
-"""What one batch leaves behind: the tokens and the attention of every block, and the plan that says which is which.
+"""What one batch leaves behind: tokens and attention of every block, and the plan that says which is which.
 
 The dimension key, used as suffixes throughout: B images, H heads, N tokens, P patches, D width, K head width,
 L blocks (or attention layers), R and C the queries and keys inside a tile.
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from collapse_probe.attention import Attention as Attention
+from collapse_probe.attention import maps_of
 from collapse_probe.geometry import centred_unit, unit
 
 POINTS = ("probs", "weights")
@@ -20,10 +22,11 @@ AXES = ("column", "row")
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """How far the captured attention is from the model's own, on the probe's images; all of it absolute errors.
+    """How far the captured attention is from the model's own, on the probe's images.
 
-    `row_sum` |sum of a row − 1|; `output` |A·V − the kernel's output| relative to the output's largest entry (nan
-    where no kernel output was there to compare); `logsumexp` |ours − the kernel's| (nan where the kernel gave none).
+    `row_sum` |sum of a row − 1|; `output` |A·V − the kernel's output| relative to the output's largest entry
+    (nan where no kernel ran); `logsumexp` |ours − the kernel's|, relative where that is above 1 (nan where
+    none gave it).
     """
 
     row_sum: float
@@ -35,9 +38,9 @@ class SelfCheck:
 class Layer:
     """One attention call of the model, as the probe found it.
 
-    `block` is the index of its block, None for attention outside the blocks (pooling heads). `reason` says why its
-    maps cannot be compared token by token (a window, a pool, channels); empty for ordinary token attention. `mixed`: what
-    multiplies V is another map than the softmax.
+    `block` is the index of its block, None for attention outside the blocks (pooling heads). `reason` says
+    why its maps cannot be compared token by token (a window, a pool, channels); empty for ordinary token
+    attention. `mixed`: what multiplies V is another map than the softmax.
     """
 
     owner: str
@@ -58,24 +61,25 @@ class Layer:
 
 @dataclass(frozen=True)
 class Tap:
-    """Where the tokens at one depth are read: the `side` ("input" or "output") of call `call` of module `path`.
+    """Where the tokens at one depth are read: the `side` ("input", "output") of call `call` of module `path`.
 
-    `width` tells channels from space where the tensor has four axes.
+    `layout` names the axes of the tensor there: "BND", "NBD", "BhwD", "BDhw", or "" where it is no token
+    sequence.
     """
 
     path: str
     call: int
     side: str
-    width: int | None = None
+    layout: str = "BND"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the probe learned of a model: its blocks, attention layers, prefix tokens and where tokens are read.
+    """What the probe learned of a model: blocks, attention layers, prefix tokens, where tokens are read.
 
-    `prefix` are the positions of tokens that do not come from the image (class, distillation, register tokens);
-    `patch_shapes` are (patches, width) at each depth, None where a depth has no token sequence; `grid` is (rows, columns)
-    of the patches, None where they form no rectangle.
+    `prefix` are the positions of tokens that do not come from the image (class, distillation, register
+    tokens); `patch_shapes` are (patches, width) at each depth, None where a depth has no token sequence;
+    `grid` is (rows, columns) of the patches, None where they form no rectangle.
     """
 
     blocks: tuple[str, ...]
@@ -109,68 +113,13 @@ class Plan:
         return found
 
 
-@dataclass
-class Attention:
-    """The attention of one layer for one batch: either q and k (a fused kernel) or the map itself (eager attention).
-
-    q [B, H, N, K], k [B, H or fewer, N, K], `bias` broadcast to [B, H, N, N] or None (bool: True may be seen);
-    `probs` [B, H, N, N] the softmax, `weights` what multiplies V where that is another tensor, else None.
-    """
-
-    owner: str
-    operation: str
-    q: Tensor | None = None
-    k: Tensor | None = None
-    bias: Tensor | None = None
-    causal: bool = False
-    scale: float = 1.0
-    logsumexp: Tensor | None = None
-    probs: Tensor | None = None
-    weights: Tensor | None = None
-
-    @property
-    def mixed(self) -> bool:
-        """Whether the model changes the map between the softmax and V."""
-        return self.weights is not None
-
-    def logits(self, images: slice, rows: slice, columns: slice) -> Tensor:
-        """The scaled, masked logits in float32 [b, H, R, C]; only where q and k were heard."""
-        assert self.q is not None and self.k is not None
-        q_BHRK = self.q[images, :, rows].float() * self.scale
-        k_BHCK = self.k[images, :, columns].float()
-        if k_BHCK.shape[1] != q_BHRK.shape[1]:
-            k_BHCK = k_BHCK.repeat_interleave(q_BHRK.shape[1] // k_BHCK.shape[1], dim=1)
-        logits = q_BHRK @ k_BHCK.transpose(-1, -2)
-        if self.bias is not None:
-            logits = logits + additive(self.bias, images, rows, columns)
-        if self.causal:
-            logits = logits.masked_fill(_future(self.q.shape[2], self.k.shape[2], rows, columns, logits), -torch.inf)
-        return logits
-
-
-def additive(bias: Tensor, images: slice, rows: slice, columns: slice) -> Tensor:
-    """The part of a mask or bias that belongs to some images, queries and keys, as a float32 term of the logits."""
-    part = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
-    part = part[images if part.shape[0] > 1 else slice(None)]
-    part = part[:, :, rows if part.shape[2] > 1 else slice(None), columns if part.shape[3] > 1 else slice(None)]
-    if part.dtype == torch.bool:
-        return torch.zeros(part.shape, device=part.device).masked_fill(~part, -torch.inf)
-    return part.float()
-
-
-def _future(queries: int, keys: int, rows: slice, columns: slice, like: Tensor) -> Tensor:
-    r = torch.arange(queries, device=like.device)[rows]
-    c = torch.arange(keys, device=like.device)[columns]
-    return c[None, :] > r[:, None]
-
-
 class MapTile:
     """The maps of all layers of one signature, for some images and some of their queries or keys.
 
-    `positions` are the layers' places on the `block` axis. `probs` and `weights` are [b, H, L, R, C] in float32, the
-    same object where the model multiplies V by its softmax. A tile with `whole_rows` holds every key of its queries, one
-    with `whole_columns` every query of its keys; small maps come as tiles that hold both. `last` marks the last tile
-    with that property of these images.
+    `positions` are the layers' places on the `block` axis. `probs` and `weights` are [b, H, L, R, C] in
+    float32, the same object where the model multiplies V by its softmax. A tile with `whole_rows` holds every
+    key of its queries, one with `whole_columns` every query of its keys; small maps come as tiles that hold
+    both. `last` marks the last tile with that property of these images.
     """
 
     def __init__(
@@ -204,7 +153,7 @@ class MapTile:
     def unit_vectors(
         self, point: str, axis: str, centred: bool, without: tuple[int, ...] = ()
     ) -> tuple[Tensor, Tensor]:
-        """The rows or columns as unit vectors, [b, H, L, R, C], and which of them are defined, [b, H, L, tokens].
+        """Rows or columns as unit vectors, [b, H, L, R, C], and which of them are defined, [b, H, L, tokens].
 
         Tokens in `without` are left out as queries and as keys. Computed once per tile, whoever asks.
         """
@@ -224,9 +173,10 @@ class MapTile:
 
 @dataclass(frozen=True)
 class Trace:
-    """One batch heard: `tokens[d]` [B, N, D] at each depth (None where a depth has no token sequence), `attention` by layer.
+    """One batch heard: `tokens[d]` [B, N, D] at each depth, `attention` by layer.
 
-    `output` is what the model returned. Depth 0 is the sequence that enters the first block.
+    Depth 0 is the sequence that enters the first block; None stands where a depth has no token sequence.
+    `output` is what the model returned.
     """
 
     plan: Plan
@@ -237,10 +187,10 @@ class Trace:
 
     def patches(self, depth: int) -> Tensor | None:
         """The patch tokens at `depth` in float32, [B, P, D]; prefix tokens are left out."""
-        tokens_BND = self.tokens[depth]
+        tokens_BND, shape = self.tokens[depth], self.plan.patch_shapes[depth]
         if tokens_BND is None:
             return None
-        if self.plan.prefix and tokens_BND.shape[1] == self.plan.tokens:
+        if self.plan.prefix and (shape is None or tokens_BND.shape[1] != shape[0]):
             keep = [i for i in range(tokens_BND.shape[1]) if i not in self.plan.prefix]
             first, last = keep[0], keep[-1] + 1
             contiguous = last - first == len(keep)
@@ -250,22 +200,22 @@ class Trace:
     def maps(self, layer: int, point: str = "probs") -> Tensor:
         """The whole map of one layer, [B, H, N, N] in float32: for looking at; the metrics use `tiles`."""
         everything = slice(None)
-        return _maps(self.attention[layer], everything, everything, everything, None)[point]
+        return maps_of(self.attention[layer], everything, everything, everything, None)[point]
 
     def map_of(self, layer: int, image: int, point: str = "probs") -> Tensor:
         """The whole map of one layer for one image, [H, N, N] in float32."""
         everything = slice(None)
-        return _maps(self.attention[layer], slice(image, image + 1), everything, everything, None)[point][0]
+        return maps_of(self.attention[layer], slice(image, image + 1), everything, everything, None)[point][0]
 
     def tiles(self, budget: int) -> Iterator[MapTile]:
-        """All token maps of the batch in tiles of at most about `budget` bytes each, one signature after the other."""
+        """All token maps of the batch in tiles of about `budget` bytes, one signature after the other."""
         for signature, positions in self.plan.groups().items():
             layers = [self.attention[self.plan.map_layers[p]] for p in positions]
             yield from _tiles(layers, positions, signature, self.images, budget)
 
 
 def tile_shape(signature: tuple[int, int, int], layers: int, budget: int) -> tuple[int, int, int]:
-    """Images, queries and keys of a tile within `budget` bytes: several whole maps, or part of one image's."""
+    """Images, queries and keys of a tile within `budget` bytes: several whole maps, or part of one."""
     heads, queries, keys = signature
     one_image = layers * heads * queries * keys * 4
     if one_image <= budget:
@@ -299,41 +249,26 @@ def _swept(
     for start in range(0, queries, step[0]):
         rows = slice(start, min(start + step[0], queries))
         maps = _stack(layers, images, rows, everything, sums)
-        yield MapTile(positions, images, rows, everything, maps, frozenset({"row"}), last=rows.stop == queries)
+        yield MapTile(
+            positions, images, rows, everything, maps, frozenset({"row"}), last=rows.stop == queries
+        )
     totals = [[torch.cat(parts, dim=2)] if parts else [] for parts in sums]
     everything = slice(0, queries)
     for start in range(0, keys, step[1]):
         columns = slice(start, min(start + step[1], keys))
         maps = _stack(layers, images, everything, columns, totals)
-        yield MapTile(positions, images, everything, columns, maps, frozenset({"column"}), last=columns.stop == keys)
+        yield MapTile(
+            positions, images, everything, columns, maps, frozenset({"column"}), last=columns.stop == keys
+        )
 
 
 def _stack(
     layers: list[Attention], images: slice, rows: slice, columns: slice, sums: list[list[Tensor]] | None
 ) -> dict[str, Tensor]:
-    found = [_maps(a, images, rows, columns, None if sums is None else sums[i]) for i, a in enumerate(layers)]
+    found = [
+        maps_of(a, images, rows, columns, None if sums is None else sums[i]) for i, a in enumerate(layers)
+    ]
     probs = torch.stack([maps["probs"] for maps in found], dim=2)
     if not any(a.mixed for a in layers):
         return {"probs": probs, "weights": probs}
     return {"probs": probs, "weights": torch.stack([maps["weights"] for maps in found], dim=2)}
-
-
-def _maps(
-    heard: Attention, images: slice, rows: slice, columns: slice, sums: list[Tensor] | None
-) -> dict[str, Tensor]:
-    """probs and weights [b, H, R, C]. `sums` collects the logsumexp in a sweep over queries and is used over keys."""
-    if heard.q is None:
-        assert heard.probs is not None
-        probs = heard.probs[images, :, rows, columns].float()
-    else:
-        logits = heard.logits(images, rows, columns)
-        if sums is None:
-            probs = torch.softmax(logits, dim=-1)
-        else:
-            if columns == slice(0, heard.k.shape[2]):  # type: ignore[union-attr]
-                sums.append(torch.logsumexp(logits, dim=-1, keepdim=True))
-            probs = torch.exp(logits - sums[-1])
-        if heard.bias is not None or heard.causal:
-            probs = probs.nan_to_num(0.0)  # a query that may see nothing attends to nothing
-    weights = probs if heard.weights is None else heard.weights[images, :, rows, columns].float()
-    return {"probs": probs, "weights": weights}

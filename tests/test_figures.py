@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from synthetic import TOKENS, make_gallery, synthetic
 
 from collapse_probe.curves import adjacent_blocks, entropy, per_block, similar_blocks
-from collapse_probe.drawing import ROLES, encode, printable, whole_ticks
+from collapse_probe.drawing import ROLES, png, printable, svg, whole_ticks
 from collapse_probe.figures import (
     attention_similarity,
     attention_variants,
@@ -72,8 +72,7 @@ def with_values(findings: Findings, name: str, values: np.ndarray) -> Findings:
     )
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("blocks", [12, 32])
+@pytest.mark.parametrize(("blocks", "narrow"), [(12, False), (12, True), (32, False), (32, True)])
 def test_every_figure_is_drawn_and_nothing_leaves_its_edges(blocks: int, narrow: bool) -> None:
     figures = drawn(blocks, narrow)
     assert set(figures) == NAMES
@@ -91,7 +90,8 @@ def test_every_figure_is_drawn_and_nothing_leaves_its_edges(blocks: int, narrow:
 def test_drawing_leaves_no_trace_in_matplotlib() -> None:
     before = dict(matplotlib.rcParams)
     figures = draw_all(synthetic(4))
-    encode(figures["per-block"], "svg")
+    assert svg(figures["per-block"])
+    assert png(figures["per-block"])
     assert dict(matplotlib.rcParams) == before
     assert not sys.modules["matplotlib.pyplot"].get_fignums()
 
@@ -106,6 +106,12 @@ def test_heatmaps_show_the_matrices_on_fixed_scales() -> None:
     expected = reading.nulls.values["kappa"]
     np.testing.assert_array_equal(cells(kappa).mask, np.isnan(expected))
     np.testing.assert_array_equal(cells(kappa).compressed(), expected[np.isfinite(expected)])
+
+
+def test_the_scale_does_not_follow_the_data() -> None:
+    pale = with_values(synthetic(4), "attention-similarity", np.full((4, 4), 0.3))
+    raw, _ = heatmaps(attention_similarity(pale))
+    assert raw.collections[0].get_clim() == (0.0, 1.0)
 
 
 def test_undefined_cells_are_hatched_and_explained() -> None:
@@ -157,7 +163,7 @@ def test_probs_stand_beside_weights_on_one_scale() -> None:
     np.testing.assert_array_equal(cells(left), probs.values)
     np.testing.assert_array_equal(cells(right), findings.matrix("attention-similarity"))
     assert left.collections[0].get_clim() == right.collections[0].get_clim() == (-1.0, 1.0)
-    assert "probs-and-weights" in draw_all(both)
+    assert set(draw_all(both, names=["probs-and-weights"])) == {"probs-and-weights"}
 
 
 def test_adjacent_curves_are_the_findings() -> None:
@@ -305,19 +311,22 @@ def test_a_metric_that_does_not_apply_is_not_drawn() -> None:
 
 
 def test_saved_files_are_the_same_byte_for_byte(tmp_path) -> None:
-    findings = synthetic(3)
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        save_all(findings, tmp_path / folder)
-    first = sorted((tmp_path / "a" / "figures").iterdir())
-    assert {path.name for path in first} == {f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")}
-    for path in first:
-        assert path.read_bytes() == (tmp_path / "b" / "figures" / path.name).read_bytes(), path.name
-    assert b"<dc:date>" not in (tmp_path / "a" / "figures" / "per-block.svg").read_bytes()
+    findings = synthetic(2)
+    save_all(findings, tmp_path)
+    inside = tmp_path / "figures"
+    assert {path.name for path in inside.iterdir()} == {
+        f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")
+    }
+    for name, figure in draw_all(findings).items():
+        written = (inside / f"{name}.svg").read_bytes()
+        assert svg(figure) == written, name
+        assert png(figure) == (inside / f"{name}.png").read_bytes(), name
+        assert b"<dc:date>" not in written
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.943, ".94"), (-0.05, "−.05"), (0.999, "1"), (-0.001, "0"), (-1.0, "−1")]
+    ("value", "text"),
+    [(0.943, ".94"), (-0.05, "−.05"), (0.9999, "1"), (0.999, ".99"), (-0.001, "0"), (-1.0, "−1")],
 )
 def test_numbers_in_cells_are_short(value: float, text: str) -> None:
     assert short(value) == text

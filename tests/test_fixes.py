@@ -388,16 +388,22 @@ def test_feat_scale_splits_mean_and_rest_once_or_twice(images: Tensor) -> None:
     torch.testing.assert_close(scale_bands(x, s, t), x + s * mean + t * (x - mean))
     once, twice = fixed("feat-scale", {"init": 0.2}), fixed("feat-scale", {"init": 0.1, "multiplicity": 2})
     torch.testing.assert_close(once(images), twice(images))
+    block = once.blocks[1]
+    x = torch.randn(2, 5, 24)
+    attended = block.attn(block.norm1(x))
+    mean = attended.mean(1, keepdim=True)
+    x_attended = x + attended + 0.2 * mean + 0.2 * (attended - mean)
+    torch.testing.assert_close(block(x), x_attended + block.mlp(block.norm2(x_attended)))
 
 
 def test_layer_scale_scales_both_branches(images: Tensor) -> None:
-    model = fixed("layer-scale", {"init": 0.5})
-    halved = plain()
-    for block in halved.blocks:
-        for layer in (block.attn.proj, block.mlp.fc2):
-            layer.weight.data.mul_(0.5)
-            layer.bias.data.mul_(0.5)
-    torch.testing.assert_close(model(images), halved(images))
+    model, scaled = fixed("layer-scale", {"init": 0.5}), plain()
+    for block, other in zip(model.blocks, scaled.blocks, strict=True):
+        block.gamma_2.data.fill_(0.25)
+        for layer, factor in ((other.attn.proj, 0.5), (other.mlp.fc2, 0.25)):
+            layer.weight.data.mul_(factor)
+            layer.bias.data.mul_(factor)
+    torch.testing.assert_close(model(images), scaled(images))
 
 
 def test_neutreno_pulls_towards_the_first_values(images: Tensor) -> None:
@@ -474,6 +480,9 @@ def test_sigma_reparam_follows_the_largest_singular_value() -> None:
     kept = layer.u.clone()
     layer.eval()(x)
     assert torch.equal(layer.u, kept), "u moves in train mode only"
+    layer.train()(x).square().sum().backward()
+    along = (layer.weight.grad * layer.weight).sum()
+    assert along.abs() < 1e-6, "the size of W does not matter, so no gradient runs along W"
     for _ in range(500):
         layer.train()(x)
     largest = torch.linalg.matrix_norm(layer.weight, 2)
@@ -489,6 +498,27 @@ def test_sigma_reparam_covers_every_linear_and_convolution(images: Tensor) -> No
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.weight.data.mul_(2.0)
     torch.testing.assert_close(doubled(images), model(images), rtol=0, atol=1e-5)
+
+
+def test_refiner_is_a_bottleneck_over_heads_and_positions() -> None:
+    torch.manual_seed(0)
+    fix = FIXES["refiner"]()
+    site = site_of(fix, heads=3)
+    p = dict(site.home.state_dict())
+    shapes = [tuple(p[f"DLA.{name}.weight"].shape) for name in ("conv_exp", "depth_sep_conv", "conv_pro")]
+    assert shapes == [(9, 3, 1, 1), (9, 1, 3, 3), (3, 9, 1, 1)]
+    probs = torch.randn(2, 3, 5, 5, dtype=torch.float64).softmax(-1)
+
+    def norm(x: Tensor) -> Tensor:
+        return (x - x.mean((0, 2, 3), keepdim=True)) / (
+            x.var((0, 2, 3), keepdim=True, correction=0) + 1e-5
+        ).sqrt()
+
+    x = norm(torch.einsum("ogxy,bgij->boij", p["DLA.conv_exp.weight"], probs)).clamp(0, 6)
+    x = nn.functional.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)
+    x = norm((x * p["DLA.depth_sep_conv.weight"][:, 0, None, None]).sum((-2, -1))).clamp(0, 6)
+    x = norm(torch.einsum("ogxy,bgij->boij", p["DLA.conv_pro.weight"], x))
+    torch.testing.assert_close(fix.weights(probs, site).detach(), norm(probs + x))
 
 
 def test_temperature_divides_the_logits() -> None:

@@ -85,6 +85,16 @@ def test_the_neutral_setting_keeps_the_logits(name: str, kind: str, images: Tens
     assert all(dict(model.named_parameters())[key] is parameters[key] for key in parameters)
 
 
+@pytest.mark.parametrize("name", list(FIXES))
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_fix_adds_has_the_mode_and_dtype_of_the_model(name: str, training: bool) -> None:
+    model = apply(make().double().train(training), name)
+    assert {module.training for module in model.modules()} == {training}
+    assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {
+        torch.float64
+    }
+
+
 @pytest.mark.parametrize("name", [name for name in NEEDS_MAP if name != "refiner"])
 def test_without_the_fused_kernel_the_logits_are_equal_to_the_bit(name: str, images: Tensor) -> None:
     model = make()
@@ -121,6 +131,10 @@ def test_blocks_without_a_map_stay_fused(images: Tensor, monkeypatch: pytest.Mon
     )
     model = apply(make(), "re-attention", blocks=[2])
     apply(model, "feat-scale")
+    model(images)
+    assert len(calls) == 2
+    for block in model.blocks:
+        block.attn.fused_attn = False  # timm's own switch, which stays in force
     model(images)
     assert len(calls) == 2
 

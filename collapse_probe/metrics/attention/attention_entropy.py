@@ -63,7 +63,7 @@ class AttentionEntropy(Metric):
     """Entropy of the attention distributions (Zhai et al., arXiv 2303.06296)."""
 
     name = "attention-entropy"
-    line = "entropy of each head's attention, in nats and as a share of log N"
+    summary = "entropy of each head's attention, in nats and as a share of log N"
     dims = ("block", "head")
     defaults = {"point": "probs"}  # noqa: RUF012
 

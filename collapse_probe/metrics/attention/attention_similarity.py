@@ -16,7 +16,7 @@ class AttentionSimilarity(Metric):
     """Cosine of the attention vectors of the same head and token in two blocks (DeepViT, arXiv 2103.11886, Eq. 2)."""
 
     name = "attention-similarity"
-    line = "cosine of the attention of the same head and token in two blocks (DeepViT Eq. 2)"
+    summary = "cosine of the attention of the same head and token in two blocks (DeepViT Eq. 2)"
     dims = ("block", "block")
     collapsed = "high"
     defaults = {"axis": "column", "centred": False, "prefix": True, "point": "weights"}  # noqa: RUF012

@@ -19,7 +19,7 @@ class HeadSimilarity(Metric):
     """Cosine between the attention vectors of the same token in different heads of one block."""
 
     name = "head-similarity"
-    line = "cosine between the attention of different heads of one block"
+    summary = "cosine between the attention of different heads of one block"
     dims = ("block",)
     collapsed = "high"
     defaults = {"axis": "column", "centred": False, "point": "weights"}  # noqa: RUF012

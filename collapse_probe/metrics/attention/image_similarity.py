@@ -20,7 +20,7 @@ class ImageSimilarity(Metric):
     """Cosine of one block's attention vectors across different images: how far attention ignores the input."""
 
     name = "image-similarity"
-    line = "cosine of one block's attention across different images: how far it ignores the input"
+    summary = "cosine of one block's attention across different images: how far it ignores the input"
     dims = ("block",)
     collapsed = "high"
     defaults = {"axis": "column", "centred": False, "point": "weights"}  # noqa: RUF012

@@ -45,7 +45,7 @@ class SimilarBlocks(Metric):
     """The number of blocks whose mean similarity with the block before is above a threshold."""
 
     name = "similar-blocks"
-    line = "how many blocks attend like the block before (DeepViT Fig. 3b), at 0.8 / 0.9 / 0.95"
+    summary = "how many blocks attend like the block before (DeepViT Fig. 3b), at 0.8 / 0.9 / 0.95"
     dims = ("threshold",)
     collapsed = "high"
     defaults = {"axis": "column", "centred": False, "point": "weights", "thresholds": list(THRESHOLDS)}  # noqa: RUF012

@@ -16,7 +16,7 @@ class FeatureSimilarity(Metric):
     """Cosine of the patch embeddings of the same token at two depths (DeepViT Fig. 4)."""
 
     name = "feature-similarity"
-    line = "cosine of the embedding of the same patch at two depths (DeepViT Fig. 4)"
+    summary = "cosine of the embedding of the same patch at two depths (DeepViT Fig. 4)"
     dims = ("depth", "depth")
     collapsed = "high"
 

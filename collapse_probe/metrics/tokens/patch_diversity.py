@@ -53,7 +53,7 @@ class PatchDiversity(Metric):
     """One minus the mean absolute cosine between different patches (Patch Diversification)."""
 
     name = "patch-diversity"
-    line = "one minus the mean absolute cosine between different patches of an image"
+    summary = "one minus the mean absolute cosine between different patches of an image"
     dims = ("depth",)
     collapsed = "low"
 

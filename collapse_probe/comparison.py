@@ -1,0 +1,184 @@
+"""The verb compare: two or more subjects on the same images, paired image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from collapse_probe.analysis import Report, Settings, as_it_was, measure
+from collapse_probe.answers import Answers, Listener, labels_for, mean_kl
+from collapse_probe.cost import measure_cost
+from collapse_probe.data import ImageSet, open_data
+from collapse_probe.errors import DataError
+from collapse_probe.findings import Findings
+from collapse_probe.lineup import Candidate, Entry, Recipe, line_up
+from collapse_probe.one_pass import Progress
+from collapse_probe.pairing import LABELS, TOP1, Agreement, Pair, pair_up
+from collapse_probe.provenance import versions
+from collapse_probe.remedied import recalibrated
+from collapse_probe.side_by_side import Comparison
+from collapse_probe.subject import Subject
+
+__all__ = ["Comparison", "compare"]
+COST_BATCH = 16  # images a time when throughput is measured; fewer where the run's own batch is smaller
+Images = ImageSet | Iterable[Any] | None
+Watch = Callable[[str, "int | None"], AbstractContextManager["Progress | None"]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all subjects of one comparison share."""
+
+    images: Images
+    settings: Settings
+    recalibrate_bn: int
+    watch: Watch
+    report: Report
+
+
+def compare(
+    subjects: Mapping[str, Candidate] | Sequence[Candidate],
+    data: str | Path | ImageSet | Iterable[Any] | None = None,
+    *,
+    model: str | None = None,
+    fixes: Sequence[str] = (),
+    fix_blocks: Sequence[int] | None = None,
+    recalibrate_bn: int = 0,
+    limit: int | None = None,
+    split: str | None = None,
+    settings: Settings | None = None,
+    watch: Watch | None = None,
+    report: Report | None = None,
+    **options: Any,
+) -> Comparison:
+    """Measure every subject that is a model, take the findings of the others, and pair all with the first,
+    image by image.
+
+    `subjects` maps labels to addresses, modules, Subjects, checkpoint files (of the architecture `model`),
+    folders of checkpoints, findings folders or Findings; a sequence gets labels from their names. `data`
+    as `analyze` takes it; findings need none. `fixes` and `fix_blocks` (see `remedied.with_fixes`) go into
+    every model after the first; `recalibrate_bn` is a number of batches. `options` are fields of
+    `Settings`, and those of `sources.resolve`. Raises DataError for subjects on different images, naming
+    the first difference, and for models without data.
+    """
+    known = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
+    settings = replace(settings or Settings(), **known)
+    blocks = None if fix_blocks is None else tuple(fix_blocks)
+    lineup = line_up(subjects, Recipe(model, options, tuple(fixes), blocks, settings.seed))
+    models = [entry.label for entry in lineup.entries if entry.is_model]
+    if models and data is None:
+        raise DataError(
+            f"{models[0]!r} is a model, to be run on images: give --data (findings folders need none)"
+        )
+    images = (
+        open_data(data, split=split, limit=limit, seed=settings.seed)
+        if isinstance(data, (str, Path))
+        else data
+    )
+    run = Run(
+        images,
+        settings,
+        recalibrate_bn,
+        watch or (lambda label, total: nullcontext()),
+        report or (lambda text: None),
+    )
+    found, pairs = _run_all(lineup.entries, run)
+    facts = {
+        "command": settings.command,
+        "seed": settings.seed,
+        "versions": versions(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    return Comparison(found, tuple(pairs), lineup.trajectory, facts)
+
+
+def _run_all(entries: Sequence[Entry], run: Run) -> tuple[dict[str, Findings], list[Pair]]:
+    """Every subject in turn, paired with the first at once; the logits of two subjects are held at a time."""
+    found: dict[str, Findings] = {}
+    pairs: list[Pair] = []
+    first: tuple[str, Findings, Answers | None] | None = None
+    for entry in entries:
+        run.report(f"subject {entry.label}")
+        findings, answers = _one(entry, run)
+        found[entry.label] = findings
+        if first is None:
+            first = (entry.label, findings, answers)
+            continue
+        pair = pair_up(first[1], findings, (first[0], entry.label), run.settings.seed)
+        pairs.append(replace(pair, agreement=_agreement(pair, (first[2], answers), first[1], findings)))
+    return found, pairs
+
+
+def _one(entry: Entry, run: Run) -> tuple[Findings, Answers | None]:
+    subject = entry.open()
+    if isinstance(subject, Findings):
+        return subject, None
+    assert run.images is not None
+    with as_it_was(subject.model):
+        return _measured(entry.label, subject, run.images, run)
+
+
+def _measured(
+    label: str, subject: Subject, images: ImageSet | Iterable[Any], run: Run
+) -> tuple[Findings, Answers]:
+    settings, listener = run.settings, Listener()
+    subject = recalibrated(
+        subject,
+        images,
+        run.recalibrate_bn,
+        batch_size=settings.batch_size,
+        device=settings.device,
+        seed=settings.seed,
+    )
+    run.report(f"model {subject.source}:{subject.name}, weights {subject.weights}")
+    total = len(images) if isinstance(images, ImageSet) else None
+    with run.watch(label, total) as progress:
+        findings = measure(subject, images, settings, progress=progress, report=run.report, outputs=listener)
+    answers = listener.answers(findings.images["names"].tolist())
+    cost = measure_cost(subject.model, subject.preprocess.size, min(COST_BATCH, settings.batch_size))
+    return _with_answers(findings.with_run(cost=cost.facts()), answers, images), answers
+
+
+def _with_answers(findings: Findings, answers: Answers, images: ImageSet | Iterable[Any]) -> Findings:
+    """The findings with top answers, labels and accuracy, as far as there are any."""
+    top1, names = answers.top1(), list(answers.names)
+    table: dict[str, Any] = {} if top1 is None else {TOP1: top1}
+    accuracy, why = None, answers.reason
+    if top1 is not None:
+        labels, kinds = _labels(images)
+        label, why = labels_for(names, labels, kinds, answers.classes)
+        if label is not None:
+            table[LABELS] = label
+            accuracy = float(np.mean(top1 == label))
+    return replace(
+        findings,
+        images={**findings.images, **table},
+        summary={**findings.summary, "accuracy": accuracy},
+        run={**findings.run, "outputs": {"classes": answers.classes, "accuracy": accuracy, "reason": why}},
+    )
+
+
+def _labels(images: ImageSet | Iterable[Any]) -> tuple[dict[str, int] | None, int]:
+    """The class of every image by name and the number of classes, where the data tell."""
+    if not isinstance(images, ImageSet) or images.labels is None:
+        return None, 0
+    kinds = len(images.class_names) or max(images.labels) + 1
+    return dict(zip(images.names, images.labels, strict=True)), kinds
+
+
+def _agreement(
+    pair: Pair, answers: tuple[Answers | None, Answers | None], first: Findings, second: Findings
+) -> Agreement:
+    """Agreement of the top answers, with the KL divergence where both models' logits are at hand."""
+    one, other = answers
+    if one is None or other is None or one.logits is None or other.logits is None:
+        return pair.agreement
+    if one.classes != other.classes or one.names != other.names:
+        return pair.agreement
+    return replace(pair.agreement, kl=mean_kl(one.logits, other.logits), reason="")

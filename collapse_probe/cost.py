@@ -1,0 +1,92 @@
+"""What a model costs to run: parameters, floating-point operations of one image, images in a second."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+RUNS, SECONDS, MOST_RUNS = 5, 1.0, 20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`flops` of one image (a multiplication and an addition are two; None with the reason in `note`).
+
+    `images_per_second` is the median of `runs` plain forward passes without gradients, after one to warm
+    up, on noise in batches of `batch_size` on `device`.
+    """
+
+    parameters: int
+    flops: int | None
+    images_per_second: float
+    batch_size: int
+    device: str
+    runs: int
+    note: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return asdict(self)
+
+
+def measure_cost(model: nn.Module, size: tuple[int, int], batch_size: int) -> Cost:
+    """Count and time a model in eval mode, where it lies, on images of `size` (height, width)."""
+    like = next(model.parameters())
+    noise = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0)).to(
+        like.device, like.dtype
+    )
+    with torch.no_grad():
+        flops, note = _flops(model, noise[:1])
+        seconds = _seconds(model, noise)
+    return Cost(
+        parameters=sum(p.numel() for p in model.parameters()),
+        flops=flops,
+        images_per_second=batch_size / float(np.median(seconds)),
+        batch_size=batch_size,
+        device=_name(like.device),
+        runs=len(seconds),
+        note=note,
+    )
+
+
+def _flops(model: nn.Module, image: Tensor) -> tuple[int | None, str]:
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter:
+            model(image)
+    except Exception as error:  # models with operations of their own fail in many ways under a dispatch mode
+        return None, f"operations cannot be counted: {type(error).__name__}"
+    return int(counter.get_total_flops()), ""
+
+
+def _seconds(model: nn.Module, noise: Tensor) -> list[float]:
+    model(noise)
+    found: list[float] = []
+    while len(found) < RUNS or (sum(found) < SECONDS and len(found) < MOST_RUNS):
+        _wait(noise.device)
+        start = time.perf_counter()
+        model(noise)
+        _wait(noise.device)
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _name(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device}, {torch.get_num_threads()} threads"
+    )

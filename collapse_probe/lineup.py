@@ -1,0 +1,217 @@
+"""Who is compared: what each word or object stands for, in order, under a short label of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from collapse_probe import checkpoints
+from collapse_probe.errors import CheckpointError, CollapseProbeError, SettingError
+from collapse_probe.findings import Findings
+from collapse_probe.remedied import with_fixes
+from collapse_probe.sources import resolve
+from collapse_probe.subject import Subject
+
+Candidate = str | Path | nn.Module | Subject | Findings
+MOST_LABEL = 40
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How models are made of addresses and checkpoints: what `sources.resolve` and `with_fixes` take.
+
+    `model` is the architecture of all checkpoints; `fixes` go into every model after the first subject.
+    """
+
+    model: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fixes: tuple[str, ...] = ()
+    fix_blocks: tuple[int, ...] | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One subject: `open()` gives its findings, or the model that is to be measured."""
+
+    label: str
+    is_model: bool
+    open: Callable[[], Subject | Findings]
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """The subjects in order; `trajectory` where they are the checkpoints of one folder."""
+
+    entries: tuple[Entry, ...]
+    trajectory: bool
+
+
+def line_up(subjects: Mapping[str, Candidate] | Sequence[Candidate], recipe: Recipe) -> Lineup:
+    """The subjects behind names, paths and objects; nothing is loaded yet.
+
+    A string is a path where one is there, else a model address. A folder with findings.json is findings, a
+    folder of checkpoint files all of them in natural order (epoch 2 before epoch 10), a file a checkpoint.
+    One model alone with fixes is compared with itself without them. Raises SettingError for fewer than two
+    subjects, CheckpointError and OutputError for paths that hold neither.
+    """
+    named = subjects.items() if isinstance(subjects, Mapping) else [(None, subject) for subject in subjects]
+    given = list(named)
+    if len(given) == 1 and recipe.fixes and not _is_folder(given[0][1]):
+        given = given * 2
+    found: list[tuple[str, bool, Callable[[bool], Subject | Findings]]] = []
+    for label, subject in given:
+        found += _expand(label, subject, recipe)
+    if len(found) < 2:
+        raise SettingError(
+            f"compare takes two or more subjects, came {len(found)}: models, checkpoints, findings folders, "
+            "or one folder of two or more checkpoints"
+        )
+    fixed = "".join(f"+{fix.partition(':')[0]}" for fix in recipe.fixes)
+    labels = unique([label + fixed * (is_model and at > 0) for at, (label, is_model, _) in enumerate(found)])
+    entries = tuple(
+        Entry(label, is_model, _Opened(make, at > 0))
+        for at, (label, (_, is_model, make)) in enumerate(zip(labels, found, strict=True))
+    )
+    return Lineup(entries, trajectory=len(given) == 1 and len(found) > 1 and _is_folder(given[0][1]))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    make: Callable[[bool], Subject | Findings]
+    fixed: bool
+
+    def __call__(self) -> Subject | Findings:
+        return self.make(self.fixed)
+
+
+def _is_folder(subject: Candidate) -> bool:
+    return (
+        isinstance(subject, (str, Path))
+        and Path(subject).is_dir()
+        and not (Path(subject) / "findings.json").exists()
+    )
+
+
+def _expand(
+    label: str | None, subject: Candidate, recipe: Recipe
+) -> list[tuple[str, bool, Callable[[bool], Subject | Findings]]]:
+    if isinstance(subject, Findings):
+        return [(label or str(subject.model.get("name")), False, lambda fixed: subject)]
+    if isinstance(subject, Subject):
+        return [(label or subject.name, True, lambda fixed: _remedied(subject, recipe, fixed))]
+    if isinstance(subject, nn.Module):
+        return [(label or type(subject).__name__, True, lambda fixed: _of_address(subject, recipe, fixed))]
+    path = Path(subject).expanduser()
+    if (path / "findings.json").exists():
+        return [(label or path.resolve().name, False, lambda fixed: Findings.load(path))]
+    if path.is_dir():
+        files = checkpoints_in(path)
+        names = [f"{label}/{file.stem}" if label else stem(file) for file in files]
+        return [(name, True, _checkpoint(file, recipe)) for name, file in zip(names, files, strict=True)]
+    if path.is_file() or path.suffix.lower() in checkpoints.SUFFIXES:
+        return [(label or stem(path), True, _checkpoint(path, recipe))]
+    address = str(subject)
+    return [(label or _short(address), True, lambda fixed: _of_address(address, recipe, fixed))]
+
+
+def _checkpoint(path: Path, recipe: Recipe) -> Callable[[bool], Subject | Findings]:
+    return lambda fixed: _of_checkpoint(path, recipe, fixed)
+
+
+def _of_address(address: str | nn.Module, recipe: Recipe, fixed: bool) -> Subject:
+    return _remedied(resolve(address, seed=recipe.seed, **recipe.options), recipe, fixed)
+
+
+def _of_checkpoint(path: Path, recipe: Recipe, fixed: bool) -> Subject:
+    """The model that a checkpoint's weights belong to: the one named, or the DeepViT that its keys tell."""
+    options = dict(recipe.options)
+    address = recipe.model
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}; give an existing file or folder")
+    if address is None:
+        address, kwargs = deepvit_of(path)
+        options["model_kwargs"] = {**kwargs, **dict(options.get("model_kwargs") or {})}
+    options["pretrained"] = False
+    return _remedied(resolve(address, checkpoint=path, seed=recipe.seed, **options), recipe, fixed)
+
+
+def _remedied(subject: Subject, recipe: Recipe, fixed: bool) -> Subject:
+    return with_fixes(subject, recipe.fixes, recipe.fix_blocks, recipe.seed) if fixed else subject
+
+
+def deepvit_of(path: Path) -> tuple[str, dict[str, Any]]:
+    """Address and constructor arguments of the official DeepViT whose weights a file holds;
+    CheckpointError for others.
+    """
+    from collapse_probe.deepvit import FAMILY, settings_from
+
+    try:
+        _, state = checkpoints._choose(checkpoints._read(path), None, path)
+        found = settings_from(state)
+    except CollapseProbeError as error:
+        hint = "name the architecture with --model"
+        raise CheckpointError(f"{path} does not say which model it belongs to ({error}); {hint}") from error
+    for name, settings in FAMILY.items():
+        if settings == replace(found, classes=settings.classes):
+            return f"ours:{name}", {} if found.classes == settings.classes else {"num_classes": found.classes}
+    raise CheckpointError(
+        f"{path} holds a DeepViT of no official size ({found}); name the architecture with --model"
+    )
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoint files of a folder in natural order; CheckpointError where there is none."""
+    files = [f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in checkpoints.SUFFIXES]
+    if not files:
+        kinds = ", ".join(checkpoints.SUFFIXES)
+        raise CheckpointError(f"the folder {folder} holds neither findings.json nor a checkpoint ({kinds})")
+    return sorted(files, key=lambda file: natural(file.name))
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A sort key in which numbers count as numbers.
+
+    >>> sorted(["epoch-10.pth", "epoch-2.pth"], key=natural)
+    ['epoch-2.pth', 'epoch-10.pth']
+    """
+    parts = re.findall(r"\d+|\D+", name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part.casefold()) for part in parts]
+
+
+def stem(path: Path) -> str:
+    """A file's name without its checkpoint suffixes: `a.pth.tar` is `a`."""
+    name = path.name
+    while Path(name).suffix.lower() in checkpoints.SUFFIXES and Path(name).stem:
+        name = Path(name).stem
+    return name
+
+
+def _short(address: str) -> str:
+    return address.rpartition(":")[2].rstrip("/").rpartition("/")[2] or address
+
+
+def unique(labels: Sequence[str]) -> list[str]:
+    """The labels, those that come again with a number behind: each is another.
+
+    >>> unique(["vit", "vit", "deit"])
+    ['vit', 'vit (2)', 'deit']
+    """
+    found: list[str] = []
+    for label in labels:
+        short = (
+            label
+            if len(label) <= MOST_LABEL
+            else f"{label[: MOST_LABEL // 2 - 1]}…{label[-MOST_LABEL // 2 :]}"
+        )
+        number, each = 1, short
+        while each in found:
+            number += 1
+            each = f"{short} ({number})"
+        found.append(each)
+    return found
