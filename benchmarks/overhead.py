@@ -65,16 +65,16 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
             model(images)
 
     def capture(images: torch.Tensor) -> None:
-        with torch.no_grad(), listen(model, plan) as ears:
+        with torch.no_grad():
             for part in images.split(micro_batch(plan, device)):
-                with autocast(device, amp):
+                with listen(model, plan) as ears, autocast(device, amp):
                     model(part)
                 ears.take()
 
     def analysis(images: torch.Tensor) -> None:
-        with torch.no_grad(), listen(model, plan) as ears:
+        with torch.no_grad():
             for part in images.split(micro_batch(plan, device)):
-                with autocast(device, amp):
+                with listen(model, plan) as ears, autocast(device, amp):
                     model(part)
                 names = [f"{len(run.names) + i}" for i in range(len(part))]
                 absorb(run, ears.take(), names, part, TILE_BYTES[device.type], frozenset())

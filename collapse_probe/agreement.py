@@ -64,7 +64,7 @@ class PairSums:
         """Vectors [b, H, L, R, C] whose tokens run along `token_dim`, defined where `valid` [b, H, L, tokens]."""
         valid = valid.to(vectors.dtype)
         wide = self.sums.dtype
-        over_tokens = (vectors.sum(token_dim, dtype=wide), valid.sum(-1, keepdim=True, dtype=wide))
+        over_tokens = (vectors.sum(token_dim).to(wide), valid.sum(-1, keepdim=True).to(wide))
         if self._open is not None:
             over_tokens = (self._open[0] + over_tokens[0], self._open[1] + over_tokens[1])
         self._open = None if last else over_tokens
@@ -130,6 +130,15 @@ class Agreement(Means):
         device = next(t.device for t in _tensors_of(trace))
         self._pairs = PairSums(trace.images, self.blocks, device)
         self._own = PairSums(trace.images, self.blocks, device) if self.sampled else self._pairs
+        self._batch = [self._room_for(g, device) for g in range(len(self.groups))]
+
+    def _room_for(self, g: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The sums over one batch's images, in float32: the run's own are float64."""
+        total, defined = getattr(self, f"over_images_{g}"), getattr(self, f"defined_{g}")
+        return (
+            torch.zeros(total.shape, dtype=torch.float32, device=device),
+            torch.zeros(defined.shape, dtype=torch.float32, device=device),
+        )
 
     def absorb(
         self, images: slice, positions: list[int], tokens: list[int], unit_vectors: tuple[Tensor, Tensor], last: bool
@@ -144,9 +153,11 @@ class Agreement(Means):
             vectors, valid = vectors.index_select(self.token_dim, self._index(inside, vectors)), valid[..., inside]
         if inside:
             first = place_of[tokens[inside[0]]]
-            state = getattr(self, f"over_images_{g}").narrow(self.token_dim, first, len(inside))
-            state += vectors[0] if len(vectors) == 1 else vectors.sum(0)
-            getattr(self, f"defined_{g}")[..., first : first + len(inside)] += valid.sum(0)
+            total, defined = self._batch[g]
+            total = total.narrow(self.token_dim, first, len(inside))
+            for one_image in vectors:
+                total += one_image
+            defined[..., first : first + len(inside)] += valid.sum(0)
         if self.sampled:
             self._own.add((images, positions), vectors, valid, self.token_dim, last)
 
@@ -163,6 +174,10 @@ class Agreement(Means):
         self.into("covariance", torch.where(torch.isfinite(product), product, 0.0).sum(0))
         self.into("own_sums", self._own.sums.sum(1))
         self.into("own_pairs", self._own.pairs.sum(1))
+        for g, (total, defined) in enumerate(self._batch):
+            self.into(f"over_images_{g}", total)
+            self.into(f"defined_{g}", defined)
+        del self._batch
         adjacent = {name: found[name].diagonal(-1, -2, -1) for name in ("real", "other_token")}
         return adjacent | {"within": found["other_head"].diagonal(0, -2, -1)}
 

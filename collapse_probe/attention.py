@@ -71,7 +71,7 @@ def _future(queries: int, keys: int, rows: slice, columns: slice, like: Tensor) 
 def maps_of(
     heard: Attention, images: slice, rows: slice, columns: slice, sums: list[Tensor] | None
 ) -> dict[str, Tensor]:
-    """probs and weights [b, H, R, C]. A sweep over queries leaves its logsumexp in `sums` for one over keys."""
+    """probs and weights [b, H, R, C]. A sweep over queries leaves its logsumexp in `sums`."""
     if heard.q is None:
         assert heard.probs is not None
         probs = heard.probs[images, :, rows, columns].float()

@@ -59,13 +59,14 @@ def answers(comparison: Comparison) -> tuple[Answer, ...]:
 
 def answer(pair: Pair, first: Findings, second: Findings) -> Answer:
     """The answer for one pair, from the first rule that fits."""
-    case, sentence = _rule(pair, first, second)
+    case, *sentences = _rule(pair, first, second)
     more = () if case == "same" else (say.levels(pair), say.softmax(pair, first, second), say.outputs(pair))
-    said = tuple(s for s in (sentence, *more) if s)
+    said = tuple(s for s in (*sentences, *more) if s)
     return Answer(case, pair.first, pair.second, said, tuple(_caveats(case, pair, first, second)))
 
 
-def _rule(pair: Pair, first: Findings, second: Findings) -> tuple[str, str]:
+def _rule(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:
+    """The case and its sentences."""
     raw, kappa = pair.differences.get(RAW), pair.differences.get(RAW + KAPPA)
     if raw is None:
         return "by-summary", say.by_summary(pair, first, second)
@@ -76,7 +77,7 @@ def _rule(pair: Pair, first: Findings, second: Findings) -> tuple[str, str]:
         if untrained(first) and untrained(second):
             labels = (pair.first, pair.second)
             mixes, other = labels if first.model.get("mixes_maps") else labels[::-1]
-            return "without-training", say.without_training(pair, mixes, other)
+            return "without-training", *say.without_training(pair, mixes, other)
         twins = _twins(first, second)
         if twins is not None and (twins[1] - twins[0]) / raw.overall.difference[0] >= HALF:
             return "architecture", say.architecture(pair, twins)

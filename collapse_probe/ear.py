@@ -87,6 +87,7 @@ class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.thread = threading.get_ident()
         self.stack: list[Call] = []
         self.error_before: BaseException | None = None
+        self.lowered: torch.dtype | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -113,6 +114,7 @@ class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
             call.input = _first_tensor(args)
             self.hearing.calls.append(call)
         self.stack.append(call)
+        self.lowered = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
     def _begin(self) -> None:
         if torch.is_inference_mode_enabled():
@@ -166,6 +168,13 @@ class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             self._guard(kernels.written(func, args, kwargs))
+        if func in kernels.ENCODER_LAYER and self.lowered is not None:
+            # this kernel calls operators that autocast lowers, unless a dispatch mode has switched it off
+            with torch.autocast("cpu", self.lowered):
+                return self._run(func, args, kwargs)
+        return self._run(func, args, kwargs)
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         self._note(func, args, kwargs, out)
         return out
@@ -256,9 +265,7 @@ def ear(
         stack.callback(entered.remove)
         left = register_module_forward_hook(hears.leave_module, always_call=True)
         stack.callback(left.remove)
-        if (
-            hasattr(torch.compiler, "set_stance") and "torch._dynamo" in sys.modules
-        ):  # loading it takes seconds
+        if hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))

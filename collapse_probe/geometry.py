@@ -9,6 +9,7 @@ SMALLEST_SPREAD = 1e-5
 """A centred vector shorter than this share of the vector it came from is rounding, not direction."""
 
 SPAN = 1024
+MANY_SPANS = 8
 
 
 def unit(vectors: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
@@ -22,7 +23,7 @@ def unit(vectors: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
     """
     length = _length(vectors, dim)
     valid = length > 0
-    return vectors / torch.where(valid, length, torch.ones_like(length)), valid.squeeze(dim)
+    return vectors / torch.where(valid, length, 1.0), valid.squeeze(dim)
 
 
 def centred_unit(vectors: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
@@ -30,11 +31,12 @@ def centred_unit(vectors: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
 
     A constant vector (spread below `SMALLEST_SPREAD` of its length) has no direction left: zero, marked False.
     """
-    centred = vectors - vectors.mean(dim, keepdim=True)
+    mean = vectors.mean(dim, keepdim=True)
+    centred = vectors - mean
     length = _length(centred, dim)
-    valid = length > SMALLEST_SPREAD * _length(vectors, dim)
-    divisor = torch.where(valid, length, torch.full_like(length, torch.inf))
-    return centred / divisor, valid.squeeze(dim)
+    whole = (length * length + vectors.shape[dim] * mean * mean).sqrt()
+    valid = length > SMALLEST_SPREAD * whole
+    return centred / torch.where(valid, length, torch.inf), valid.squeeze(dim)
 
 
 def gram(vectors: Tensor) -> Tensor:
@@ -43,17 +45,21 @@ def gram(vectors: Tensor) -> Tensor:
 
 
 def wide_gram(vectors: Tensor) -> Tensor:
-    """Inner products of long rows with a float64 sum, [..., n, d] -> [..., n, n].
+    """Inner products of contiguous rows with a float64 sum, [..., n, d] -> [..., n, n].
 
-    Products of `SPAN` entries are summed in the vectors' own precision, those sums in float64: the error of a float32 cosine
-    falls from 3e-7 to 2e-8, at the same cost.
+    On the CPU products of `SPAN` entries are summed in the vectors' own precision and those sums in float64: the error of a
+    cosine of 40 thousand float32 entries falls from 3e-7 to 2e-8, at the same cost. A GPU's kernels sum in such parts already.
     """
-    spans, wide = vectors.shape[-1] // SPAN, torch.float64 if vectors.device.type != "mps" else torch.float32
-    rest = gram(vectors[..., spans * SPAN :]).to(wide)
-    if not spans:
-        return rest
-    parts = vectors[..., : spans * SPAN].unflatten(-1, (spans, SPAN)).transpose(-2, -3)
-    return rest + gram(parts).sum(-3, dtype=wide)
+    wide = torch.float64 if vectors.device.type != "mps" else torch.float32
+    if vectors.device.type != "cpu" or vectors.shape[-1] < MANY_SPANS * SPAN:
+        return gram(vectors).to(wide)
+    n, d = vectors.shape[-2:]
+    spans = d // SPAN
+    found = []
+    for rows in vectors.reshape(-1, n, d):
+        parts = rows[:, : spans * SPAN].view(n, spans, SPAN).transpose(0, 1)
+        found.append(gram(parts).sum(0, dtype=wide) + gram(rows[:, spans * SPAN :]))
+    return torch.stack(found).reshape(*vectors.shape[:-1], n)
 
 
 def _length(vectors: Tensor, dim: int) -> Tensor:

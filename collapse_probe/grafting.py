@@ -74,9 +74,9 @@ def _refuse(model: Any) -> None:
     for i, block in enumerate(blocks):
         found = type(getattr(block, "attn", None))
         if found is not Attention:
-            what = "no attention" if found is type(None) else f"attention of the kind {found.__name__}"
+            what = "no attention" if found is type(None) else f"{found.__module__}.{found.__qualname__}"
             raise ModelError(
-                f"block {i} of {kind} has {what}, which has no place for a fix: timm's Attention has"
+                f"block {i} of {kind} has {what}; a fix has its place in timm.layers.Attention alone"
             )
     missing = [
         name for name in ("embed_dim", "num_prefix_tokens", "norm_pre", "norm") if not hasattr(model, name)

@@ -54,13 +54,14 @@ def one_pass(
     """Every image once through the model and into the folds; then all processes' sums and records together."""
     run = Run(folds=folds_for(metrics, device))
     start, done, skipped = time.perf_counter(), 0, 0
-    step = micro_batch(plan, device)
-    with torch.no_grad(), listen(model, plan) as ears:
+    step, dtype = micro_batch(plan, device), next(model.parameters()).dtype
+    with torch.no_grad():
         for batch in stream:
             for first in range(0, len(batch.names), step):
                 part = slice(first, first + step)
-                with autocast(device, amp):
-                    answer = model(batch.pixels[part].to(device, next(model.parameters()).dtype, non_blocking=True))
+                images = batch.pixels[part].to(device, dtype, non_blocking=True)
+                with listen(model, plan) as ears, autocast(device, amp):
+                    answer = model(images)
                 if outputs is not None:
                     outputs(batch.names[part], answer)
                 absorb(run, ears.take(), batch.names[part], batch.pixels[part], TILE_BYTES[device.type], wanted)

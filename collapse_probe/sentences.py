@@ -37,15 +37,15 @@ def moved(paired: Paired, at: int, controlled: bool = False) -> str:
     return f"difference {number(paired.difference[at])}, 95 % {interval(paired.ci95[at])}, {p}"
 
 
-def without_training(pair: Pair, mixes: str, other: str) -> str:
-    """The contrast of two untrained models of which one mixes its maps."""
+def without_training(pair: Pair, mixes: str, other: str) -> tuple[str, str]:
+    """The contrast of two untrained models of which one mixes its maps, and where it comes from."""
     count = next((c for c in pair.counts if c.name == "similar-blocks" and c.threshold == 0.9), None)
     counted = "" if count is None else f"; {count.first:g} and {count.second:g} similar blocks at 0.9"
     return (
-        f"Neither {pair.first} nor {pair.second} has been trained, and yet their raw similarities lie far "
-        f"apart ({both(pair.differences[RAW])}{counted}): the contrast exists without any training. It comes from "
-        f"{mixes} mixing its maps after the softmax, which {other} does not, and is no evidence that the "
-        "mixing cures a collapse."
+        f"The contrast exists without any training: neither {pair.first} nor {pair.second} has been trained, "
+        f"and yet their raw similarities are {both(pair.differences[RAW])}{counted}.",
+        f"It comes from {mixes} mixing its maps after the softmax, which {other} does not do, and is no evidence "
+        "that the mixing cures a collapse.",
     )
 
 

@@ -53,7 +53,7 @@ class Softmaxes:
             touched = [x for x in inputs if storage_of(x) in softmax.derived]
             if not touched or softmax not in self.pending:
                 continue
-            operand = _operand(func, inputs, touched, softmax)
+            operand = _operand(func, inputs, touched, softmax, out)
             if operand is None:
                 _derive(softmax, func, touched, out)
                 continue
@@ -109,15 +109,15 @@ def rescue(holder: Any, storages: set[int], names: Iterable[str] = kernels.KEPT)
             setattr(holder, name, tensor.clone())
 
 
-def _operand(func: Any, inputs: list[Tensor], touched: list[Tensor], softmax: Softmax) -> Tensor | None:
-    """The operand of a product that is the map; a map of one key may be multiplied elementwise."""
+def _operand(func: Any, inputs: list[Tensor], touched: list[Tensor], softmax: Softmax, out: Any) -> Tensor | None:
+    """The operand of a product that is the map; a map of one key may be multiplied elementwise into wider values."""
     probs = softmax.attention.probs
     assert probs is not None
-    one_key = probs.shape[-1] == 1 and func in kernels.MULTIPLY and len(inputs) == 2
-    if not one_key and func not in kernels.CONTRACTIONS:
-        return None
+    alike = [x for x in touched if x.numel() == probs.numel()]
+    if probs.shape[-1] == 1 and func in kernels.MULTIPLY and len(inputs) == 2 and out.numel() > probs.numel():
+        return alike[0] if alike else None
     sizes = {probs.shape[-2:], probs.shape[-2:][::-1]}
-    return next((x for x in touched if x.numel() == probs.numel() and x.shape[-2:] in sizes), None)
+    return next((x for x in alike if func in kernels.CONTRACTIONS and x.shape[-2:] in sizes), None)
 
 
 def _confirm(softmax: Softmax, operand: Tensor, turned: bool) -> None:

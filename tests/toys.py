@@ -87,6 +87,7 @@ class ToyViT(nn.Module):
 
 
 def sharpen(model, seed=0, scale=1.5):
+    """Weights drawn so wide that attention is far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -225,7 +226,9 @@ class Bmm(Matmul):
 
     def mix(self, q, k, v):
         flat = [x.flatten(0, 1) for x in (q, k, v)]
-        scores = torch.baddbmm(torch.zeros(1), flat[0], flat[1].transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+        scores = torch.baddbmm(
+            torch.zeros(1), flat[0], flat[1].transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5
+        )
         return torch.bmm(scores.softmax(-1), flat[2]).unflatten(0, q.shape[:2])
 
 

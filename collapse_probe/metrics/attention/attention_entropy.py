@@ -24,7 +24,7 @@ def entropy(probs: Tensor) -> Tensor:
     [0.6931471824645996, -0.0]
     """
     floor = torch.finfo(probs.dtype).tiny
-    return -(probs * probs.clamp_min(floor).log()).sum(-1)
+    return -probs.clamp_min(floor).log_().mul_(probs).sum(-1)
 
 
 class EntropySums(Means):

@@ -1,0 +1,157 @@
+"""The tables of a comparison's page: the subjects, and every paired number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from collapse_probe.counting import KAPPA
+from collapse_probe.findings import Findings
+from collapse_probe.pairing import ACCURACY, Difference, Pair
+from collapse_probe.sentences import RAW, p_value
+from collapse_probe.side_by_side import Comparison
+from collapse_probe.tables import Table
+from collapse_probe.verdict import judge
+from collapse_probe.words import DASH, interval, number, plain
+
+MOST_COLUMNS = 4  # subjects that stand side by side
+FIRST = (RAW + KAPPA, RAW)
+HEADER = ("first", "second", "difference", "95 % interval", "kind", "p", "q", "effect", "images", "left out")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A table under a title; `open` says whether the page shows it at once."""
+
+    title: str
+    table: Table
+    open: bool = False
+
+
+def subjects(comparison: Comparison) -> Table:
+    """What each subject is, costs, answers, and how it is judged; a column each, a row each where there
+    are many.
+    """
+    header = (
+        "subject",
+        "weights",
+        "blocks",
+        "parameters",
+        "GFLOPs",
+        "images/s",
+        "accuracy",
+        "raw similarity",
+        "κ",
+        "similar blocks, raw / corrected",
+        "patch diversity",
+        "verdict alone",
+    )
+    rows = [_subject(label, findings) for label, findings in comparison.subjects.items()]
+    told = [at for at in range(len(header)) if any(row[at] != DASH for row in rows)]
+    kept = [tuple(row[at] for at in told) for row in [header, *rows]]
+    if len(rows) <= MOST_COLUMNS:
+        kept = list(zip(*kept, strict=True))
+    return Table(kept[0], tuple(kept[1:]), tuple(_notes(comparison)))
+
+
+def _subject(label: str, findings: Findings) -> tuple[str, ...]:
+    cost: Mapping[str, Any] = findings.run.get("cost") or {}
+    summary = findings.summary
+    flops, parameters = cost.get("flops"), findings.model.get("parameters")
+    counts = (summary.get("similar_blocks"), summary.get("similar_blocks_corrected"))
+    return (
+        label,
+        plain(findings.model.get("weights")),
+        plain(findings.model.get("blocks")),
+        DASH if parameters is None else f"{parameters / 1e6:.2f} M",
+        DASH if flops is None else number(flops / 1e9, 3 if flops < 1e10 else 1),
+        number(cost.get("images_per_second"), 1),
+        number(summary.get("accuracy")),
+        number(summary.get("attention_similarity_adjacent")),
+        number(summary.get("kappa_adjacent")),
+        " / ".join(DASH if count is None else f"{count:g}" for count in counts),
+        number(summary.get("patch_diversity_last")),
+        judge(findings).case,
+    )
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    found = []
+    costs = {label: f.run.get("cost") for label, f in comparison.subjects.items()}
+    measured = {(c["batch_size"], c["device"]) for c in costs.values() if c}
+    for batch, device in sorted(measured):
+        found.append(
+            f"images/s: median of plain forward passes on noise, {batch} images at a time, on {device}; "
+            "GFLOPs: of one image, a multiplication and an addition are two operations."
+        )
+    found += [f"{label}: {cost['note']}." for label, cost in costs.items() if cost and cost.get("note")]
+    missing = [label for label, cost in costs.items() if not cost]
+    if missing:
+        found.append(f"{', '.join(missing)}: findings that analyze wrote hold no cost; compare measures it.")
+    for label, findings in comparison.subjects.items():
+        outputs = findings.run.get("outputs") or {}
+        if outputs.get("reason") and findings.summary.get(ACCURACY) is None:
+            found.append(f"{label}: no accuracy, {outputs['reason']}.")
+        changed = [n for n in findings.run.get("notes", []) if n.startswith(("fixes put", "BatchNorm"))]
+        found += [f"{label}: {note}." for note in changed]
+    return found
+
+
+def paired(pair: Pair) -> list[Named]:
+    """One table for each quantity that was paired, the counts last; kappa and raw similarity are shown at
+    once.
+    """
+    names = [*(n for n in FIRST if n in pair.differences), *(n for n in pair.differences if n not in FIRST)]
+    found = [Named(name, _differences(pair.differences[name]), name == FIRST[0]) for name in names]
+    if pair.counts:
+        rows = tuple(
+            (
+                f"{count.name} > {count.threshold:g}",
+                f"{count.first:g}",
+                f"{count.second:g}",
+                number(count.second - count.first, 0),
+                interval(count.ci95, 0),
+            )
+            for count in pair.counts
+        )
+        table = Table(("count", "first", "second", "difference", "95 % interval"), rows, ())
+        found.append(Named("counts of similar blocks", table))
+    return found
+
+
+def _differences(difference: Difference) -> Table:
+    whole = difference.overall
+    rows = [_row("mean", whole, 0)]
+    if difference.axis != "all":
+        rows = [_row(str(place), difference.paired, at) for at, place in enumerate(difference.places)] + rows
+    return Table((difference.axis, *HEADER), tuple(rows), ())
+
+
+def _row(name: str, numbers: Any, at: int) -> tuple[str, ...]:
+    left = int(numbers.left_out[at])
+    q = numbers.q[at] if name != "mean" else np.nan
+    return (
+        name,
+        number(numbers.first[at]),
+        number(numbers.second[at]),
+        number(numbers.difference[at]),
+        interval(numbers.ci95[at]),
+        numbers.interval[at],
+        p_value(numbers.p[at]),
+        p_value(q),
+        number(numbers.effect[at], 2),
+        str(int(numbers.images[at])),
+        str(left),
+    )
+
+
+def agreement(pair: Pair) -> str:
+    """How far the outputs agree, in one line."""
+    found = pair.agreement
+    if found.top1 is None:
+        return f"not known: {found.reason}"
+    kl = f"mean KL {found.kl:.3g} nats" if found.kl is not None else f"KL not known: {found.reason}"
+    return f"the same top answer on {100 * found.top1:.1f} % of {found.images} images; {kl}"
