@@ -164,7 +164,9 @@ def kernels_on_gpu() -> list[str]:
                 after = model(images)
         heard = ears.last.attention[0]
         shape = None if heard.logsumexp is None else tuple(heard.logsumexp.shape)
-        lines.append(f"{dtype}: {heard.operation}, logsumexp {shape}, q {tuple(heard.q.shape)}, equal {torch.equal(before, after)}")
+        lines.append(
+            f"{dtype}: {heard.operation}, logsumexp {shape}, q {tuple(heard.q.shape)}, equal {torch.equal(before, after)}"
+        )
     return lines
 
 
@@ -172,7 +174,9 @@ def hardware(device: torch.device) -> str:
     """What this ran on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+    ]
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
@@ -189,9 +193,18 @@ def main() -> None:
         show_peak(args.peak_of, args.side)
         return
     device = torch.device(args.device)
-    found: dict[str, object] = {"date": str(date.today()), "hardware": hardware(device), "versions": versions(), "images": args.images}
+    found: dict[str, object] = {
+        "date": str(date.today()),
+        "hardware": hardware(device),
+        "versions": versions(),
+        "images": args.images,
+    }
     table = []
-    jobs = [("vit_base_patch16_224", "bfloat16", 256, 2.0)] if device.type == "cuda" else [(n, None, BATCH, limit) for n, limit in MODELS.items()]
+    jobs = (
+        [("vit_base_patch16_224", "bfloat16", 256, 2.0)]
+        if device.type == "cuda"
+        else [(n, None, BATCH, limit) for n, limit in MODELS.items()]
+    )
     for name, amp, batch, limit in jobs:
         seconds = timed(name, device, amp, max(args.images, batch), batch)
         ratios = {variant: value / seconds["plain"] for variant, value in seconds.items()}
@@ -204,7 +217,10 @@ def main() -> None:
     else:
         peaks = {variant: peak_memory(variant) for variant in ("plain", "capture", "analysis")}
         found["peak memory at 1025 tokens"] = {**peaks, "limit": MEMORY_LIMIT}
-        table += [f"1025 tokens, batch 4       {v:<12} {b / 2**20:8.0f} MiB {b / peaks['plain']:5.2f} × plain" for v, b in peaks.items()]
+        table += [
+            f"1025 tokens, batch 4       {v:<12} {b / 2**20:8.0f} MiB {b / peaks['plain']:5.2f} × plain"
+            for v, b in peaks.items()
+        ]
     print("\n".join(table))
     if args.store:
         folder = Path(__file__).parent / "results"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from collapse_probe.cli import options
 
 
@@ -32,11 +31,12 @@ def command(output: str | None, as_json: bool, quiet: bool, verbose: int, **flag
 
 def run(*, model: str, data: str, output: str | None, as_json: bool, quiet: bool, **flags: Any) -> Path | None:
     """Analyse, write the folder, print the answer; the folder's path where one was written."""
-    from collapse_probe.analysis import Settings, measure
     from collapse_probe.cli.failing import stop_if_tripped, thresholds
     from collapse_probe.cli.talk import Talk, answer
+
+    from collapse_probe.analysis import Settings, measure
     from collapse_probe.data import open_data
-    from collapse_probe.findings import check_writable
+    from collapse_probe.folders import check_writable
     from collapse_probe.processes import rank_and_world
     from collapse_probe.sources import resolve
 
@@ -79,7 +79,7 @@ def remedied(subject: Any, images: Any, flags: dict[str, Any]) -> Any:
 
 def write(findings: Any, folder: Path) -> None:
     """The whole output folder, or nothing of it."""
-    from collapse_probe.findings import new_folder
+    from collapse_probe.folders import new_folder
     from collapse_probe.page import write_report
 
     with new_folder(folder) as inside:

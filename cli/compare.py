@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from collapse_probe.cli import options
 
 MODEL = (
-    click.option(
-        "-m", "--model", metavar="ADDRESS", help="The architecture of the subjects that are checkpoints."
-    ),
+    click.option("-m", "--model", metavar="ADDRESS", help="The architecture of the subjects that are checkpoints."),
     click.option("--partial", is_flag=True, help="Accept checkpoints that fit only in part."),
     click.option(
         "--pretrained/--no-pretrained",
@@ -87,8 +84,9 @@ def run(
     from collapse_probe.cli.analyze import command_line
     from collapse_probe.cli.failing import stop_if_tripped, thresholds
     from collapse_probe.cli.talk import Talk
+
     from collapse_probe.comparison import compare
-    from collapse_probe.findings import check_writable
+    from collapse_probe.folders import check_writable
     from collapse_probe.processes import rank_and_world
     from collapse_probe.remedied import blocks_in
 
@@ -121,7 +119,7 @@ def run(
 def write(comparison: Any, folder: Path) -> None:
     """The whole output folder, or nothing of it."""
     from collapse_probe.comparison_page import write_comparison
-    from collapse_probe.findings import new_folder
+    from collapse_probe.folders import new_folder
 
     with new_folder(folder) as inside:
         comparison.write(inside)
@@ -149,9 +147,7 @@ def told(comparison: Any) -> str:
     )
     for name in names:
         cells = (_shown(summary.get(name)) for summary in held)
-        lines.append(
-            "  ".join([f"  {name:<{wide}}", *(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))])
-        )
+        lines.append("  ".join([f"  {name:<{wide}}", *(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))]))
     return "\n".join(lines)
 
 

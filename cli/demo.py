@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-
 from collapse_probe.cli import options
 
 MODEL = "timm:vit_tiny_patch16_224"

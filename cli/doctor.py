@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import click
-
 from collapse_probe.cli import options
 
 
@@ -66,15 +65,18 @@ def diagnosis(subject: Any, plan: Any) -> dict[str, Any]:
 
 def show(facts: dict[str, Any]) -> None:
     """The diagnosis as a table."""
-    from rich.table import Table
-
     from collapse_probe.cli.talk import table
+    from rich.table import Table
 
     console = table()
     grid = "no grid" if facts["grid"] is None else f"{facts['grid'][0]} × {facts['grid'][1]} patches"
     prefix = facts["prefix_tokens"]
     console.print(f"{facts['model']} ({facts['class']}), weights {facts['weights']}", markup=False)
-    console.print(f"{facts['blocks']} blocks, {facts['tokens']} tokens ({grid}, {len(prefix)} prefix tokens {prefix}), width {facts['width']}", markup=False)
+    console.print(
+        f"{facts['blocks']} blocks, {facts['tokens']} tokens ({grid}, {len(prefix)} prefix tokens {prefix}), "
+        f"width {facts['width']}",
+        markup=False,
+    )
     shown = Table("block", "attention", "heard as", "heads", "map", "weights", "compared", box=None, pad_edge=False)
     for layer in facts["layers"]:
         shown.add_row(
@@ -88,10 +90,17 @@ def show(facts: dict[str, Any]) -> None:
         )
     console.print(shown)
     check = {key: "not given by the kernels" if value is None else f"{value:.1e}" for key, value in facts["self_check"].items()}
-    console.print(f"outputs are equal bit for bit with and without listening; rows sum to one within {check['row_sum']}", markup=False)
+    console.print(
+        f"outputs are equal bit for bit with and without listening; rows sum to one within {check['row_sum']}", markup=False
+    )
     console.print(f"A·V against the kernels' output: {check['output']}; logsumexp: {check['logsumexp']}", markup=False)
     console.print(f"{facts['bytes_per_image'] / 2**20:.1f} MiB are held per image while a batch is analysed", markup=False)
     for note in facts["notes"]:
         console.print(f"note: {note}", markup=False)
     able = sum(layer["compared"] for layer in facts["layers"])
-    console.print(f"this model can be probed: {able} of {len(facts['layers'])} attention layers can be compared" if able else "no attention layer of this model can be compared token by token; token metrics still apply", markup=False)
+    console.print(
+        f"this model can be probed: {able} of {len(facts['layers'])} attention layers can be compared"
+        if able
+        else "no attention layer of this model can be compared token by token; token metrics still apply",
+        markup=False,
+    )

@@ -6,7 +6,6 @@ import fnmatch
 from collections.abc import Iterator
 
 import click
-
 from collapse_probe.cli import options
 
 KINDS = ("models", "metrics", "fixes", "data")

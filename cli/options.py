@@ -59,27 +59,59 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 model = _all(
-    click.option("-m", "--model", required=True, metavar="ADDRESS", help="vit_b_32, timm:NAME, torchvision:NAME, hf-hub:ORG/NAME, local-dir:PATH, import:module:callable, …"),
+    click.option(
+        "-m",
+        "--model",
+        required=True,
+        metavar="ADDRESS",
+        help="vit_b_32, timm:NAME, torchvision:NAME, hf-hub:ORG/NAME, local-dir:PATH, import:module:callable, …",
+    ),
     click.option("--checkpoint", metavar="FILE", help="Weights to load: .safetensors, .pth, .pth.tar."),
     click.option("--partial", is_flag=True, help="Accept a checkpoint that fits only in part."),
-    click.option("--pretrained/--no-pretrained", default=None, help="Published or fresh weights.  [default: published, unless a checkpoint is given]"),
-    click.option("--model-kwargs", multiple=True, callback=keywords, metavar="K=V", help="Arguments of the model's constructor."),
+    click.option(
+        "--pretrained/--no-pretrained",
+        default=None,
+        help="Published or fresh weights.  [default: published, unless a checkpoint is given]",
+    ),
+    click.option(
+        "--model-kwargs", multiple=True, callback=keywords, metavar="K=V", help="Arguments of the model's constructor."
+    ),
     click.option("--img-size", type=click.IntRange(min=1), metavar="N", help="Side of the input in pixels."),
 )
 data = _all(
-    click.option("--data", required=True, metavar="ADDRESS", help="A folder of images, a .tar, hfds/ORG/NAME, wds/…, torch/NAME, bundled:photos, …"),
+    click.option(
+        "--data",
+        required=True,
+        metavar="ADDRESS",
+        help="A folder of images, a .tar, hfds/ORG/NAME, wds/…, torch/NAME, bundled:photos, …",
+    ),
     click.option("--split", metavar="NAME", help="A subfolder, or a split of the data set."),
     click.option("--limit", type=click.IntRange(min=1), metavar="N", help="A seeded subset.  [default: everything]"),
 )
 running = _all(
     click.option("-b", "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, metavar="N"),
-    click.option("-j", "--workers", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Processes that read images."),
+    click.option(
+        "-j",
+        "--workers",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Processes that read images.",
+    ),
     click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:N or mps."),
     click.option("--amp", is_flag=True, help="Run the model in automatic mixed precision; maps and cosines stay in float32."),
     click.option("--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True),
     click.option("--seed", type=int, default=0, show_default=True, metavar="N"),
     click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Only these metrics; see `ls metrics`."),
-    click.option("--null-images", type=click.IntRange(min=0), default=64, show_default=True, metavar="N", help="Images for the untrained twin; 0 leaves it out."),
+    click.option(
+        "--null-images",
+        type=click.IntRange(min=0),
+        default=64,
+        show_default=True,
+        metavar="N",
+        help="Images for the untrained twin; 0 leaves it out.",
+    ),
 )
 remedies = _all(
     click.option(
@@ -103,10 +135,17 @@ failing = click.option(
     "--fail-on",
     multiple=True,
     metavar="EXPR",
-    help="Exit with code 3 where this holds of the summary, or cannot be decided: 'similar_blocks > 4 or kappa_adjacent > 0.5'.",
+    help="Exit with code 3 where this holds of the summary, or cannot be decided: 'similar_blocks > 4'.",
 )
 talking = _all(
-    click.option("--config", callback=configuration, is_eager=True, expose_value=False, metavar="FILE", help="Flags from a YAML file; the command line overrides them."),
+    click.option(
+        "--config",
+        callback=configuration,
+        is_eager=True,
+        expose_value=False,
+        metavar="FILE",
+        help="Flags from a YAML file; the command line overrides them.",
+    ),
     click.option("-v", "--verbose", count=True, help="Say more; show tracebacks."),
     click.option("-q", "--quiet", is_flag=True, help="Say nothing but results and errors."),
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-
 from collapse_probe.cli import options
 
 
@@ -14,7 +13,8 @@ from collapse_probe.cli import options
 @options.talking
 def command(folder: str, quiet: bool, verbose: int) -> None:
     """Rebuild figures and page from the findings in DIR; needs no model and no GPU."""
-    from collapse_probe.findings import Findings, new_folder
+    from collapse_probe.findings import Findings
+    from collapse_probe.folders import new_folder
     from collapse_probe.page import write_report
 
     findings = Findings.load(folder)

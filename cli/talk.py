@@ -36,7 +36,13 @@ class Talk:
         if self.silent or not sys.stderr.isatty():
             yield self._lines(total)
             return
-        columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("images"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task, start = progress.add_task("images", total=total, speed=""), time.perf_counter()
 
@@ -76,5 +82,7 @@ def answer(findings: Findings) -> str:
         lines.append(f"  {name:<{width}}  {shown}")
     skipped = findings.data.get("skipped") or []
     if skipped:
-        lines.append(f"\n{len(skipped)} unreadable images were skipped, the first: {skipped[0]['name']} ({skipped[0]['reason']})")
+        lines.append(
+            f"\n{len(skipped)} unreadable images were skipped, the first: {skipped[0]['name']} ({skipped[0]['reason']})"
+        )
     return "\n".join(lines)

@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 
 from collapse_probe.geometry import gram, unit, wide_gram
-from collapse_probe.sums import GROUPS, Array, Means, group_of
+from collapse_probe.sums import Array, Means
 from collapse_probe.trace import MapTile, Plan, Trace
 
 STATE_BUDGET = 48 * 2**20
 """Bytes that the sum over images of one kind of vector may take; beyond it a seeded sample of tokens is summed."""
 SAMPLED_TOKENS = 32
-JACKKNIFE_TOKENS = 4
 SPARE_BYTES = 32 * 2**20
 
 
@@ -134,7 +133,7 @@ class Agreement(Means):
 
     def _room_for(self, g: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The sums over one batch's images, in float32: the run's own are float64."""
-        total, defined = getattr(self, f"over_images_{g}"), getattr(self, f"defined_{g}")
+        total, defined = self.state(f"over_images_{g}"), self.state(f"defined_{g}")
         return (
             torch.zeros(total.shape, dtype=torch.float32, device=device),
             torch.zeros(defined.shape, dtype=torch.float32, device=device),
@@ -183,11 +182,12 @@ class Agreement(Means):
 
     def across_images(self) -> dict[str, Array]:
         """real, other_token, other_head, other_both between different images, [blocks, blocks]; NaN with one image."""
-        whole = PairSums(1, self.blocks, self.own_sums.device)
+        own_sums, own_pairs = self.state("own_sums"), self.state("own_pairs")
+        whole = PairSums(1, self.blocks, own_sums.device)
         for g, group in enumerate(self.groups):
-            vectors, valid = getattr(self, f"over_images_{g}")[None], getattr(self, f"defined_{g}")[None]
+            vectors, valid = self.state(f"over_images_{g}")[None], self.state(f"defined_{g}")[None]
             whole.add((slice(0, 1), group.positions), vectors, valid, self.token_dim, last=True)
-        found = mean_cosines(whole.sums[:, 0] - self.own_sums, whole.pairs[:, 0] - self.own_pairs)
+        found = mean_cosines(whole.sums[:, 0] - own_sums, whole.pairs[:, 0] - own_pairs)
         return {name: values.cpu().numpy() for name, values in found.items()}
 
     def cross_moment(self) -> Array:
@@ -244,65 +244,3 @@ class TokenAgreement(Agreement):
                 stacked = torch.stack([p[chosen] for p in patches if p is not None], dim=1)[:, None]
                 self.absorb(chosen, positions, list(range(stacked.shape[3])), unit(stacked), last=True)
         return super().end(trace)
-
-
-class ImageSpread(Means):
-    """Sums by group of images of a few tokens' vectors, for the jackknife of the similarity between images."""
-
-    def __init__(self, plan: Plan, point: str, axis: str, centred: bool) -> None:
-        super().__init__()
-        self.point, self.axis, self.centred, self.token_dim = point, axis, centred, -2 if axis == "row" else -1
-        self.groups, self.blocks = plan.groups(), len(plan.map_layers)
-        self.room("own", GROUPS, self.blocks)
-        self.room("own_pairs", GROUPS, self.blocks)
-        self.samples = []
-        for g, ((heads, rows, columns), positions) in enumerate(self.groups.items()):
-            sample = seeded_sample(list(range(rows if axis == "row" else columns)), JACKKNIFE_TOKENS, seed=1)
-            self.samples.append(sample)
-            shape = (len(sample), columns) if axis == "row" else (rows, len(sample))
-            self.room(f"sums_{g}", GROUPS, heads, len(positions), *shape)
-            self.room(f"defined_{g}", GROUPS, heads, len(positions), len(sample))
-
-    def begin(self, trace: Trace, names: Sequence[str]) -> None:
-        """Remember the groups of this batch's images."""
-        self._group = torch.tensor([group_of(name) for name in names])
-
-    def tile(self, tile: MapTile) -> None:
-        """Add the sampled tokens' vectors to the sums of their images' groups."""
-        g = list(self.groups.values()).index(tile.positions)
-        sample, held = self.samples[g], tile.tokens(self.axis)
-        places = [i for i, t in enumerate(sample) if t in held]
-        if not tile.whole(self.axis) or not places:
-            return
-        vectors, valid = tile.unit_vectors(self.point, self.axis, self.centred)
-        inside = [held.index(sample[i]) for i in places]
-        vectors = vectors.index_select(self.token_dim, torch.tensor(inside, device=vectors.device)).double()
-        valid = valid[..., inside].double()
-        group = self._group[tile.images].to(vectors.device)
-        span = slice(places[0], places[-1] + 1)
-        getattr(self, f"sums_{g}").narrow(self.token_dim, span.start, len(places)).index_add_(0, group, vectors)
-        getattr(self, f"defined_{g}")[..., span].index_add_(0, group, valid)
-        self.own[:, tile.positions] = self.own[:, tile.positions].index_add(0, group, vectors.square().sum((1, 3, 4)))
-        self.own_pairs[:, tile.positions] = self.own_pairs[:, tile.positions].index_add(0, group, valid.square().sum((1, 3)))
-
-    def stderr(self) -> Array:
-        """Standard error [blocks] of the mean cosine between different images: a jackknife that leaves groups out."""
-        left_out = torch.full((GROUPS, self.blocks), torch.nan, dtype=torch.float64)
-        for g, positions in enumerate(self.groups.values()):
-            sums, defined = getattr(self, f"sums_{g}"), getattr(self, f"defined_{g}")
-            rest, rest_defined = sums.sum(0) - sums, defined.sum(0) - defined
-            total = rest.square().sum((1, 3, 4)) - (self.own.sum(0) - self.own)[:, positions]
-            pairs = rest_defined.square().sum((1, 3)) - (self.own_pairs.sum(0) - self.own_pairs)[:, positions]
-            left_out[:, positions] = torch.where(pairs > 0.5, total / pairs.clamp_min(0.5), torch.nan).cpu()
-            empty = (defined.sum((1, 2, 3)) == 0).cpu()
-            left_out[empty] = torch.nan
-        return _jackknife(left_out)
-
-
-def _jackknife(left_out: Tensor) -> Array:
-    used = torch.isfinite(left_out).all(1)
-    kept = left_out[used]
-    n = len(kept)
-    if n < 2:
-        return torch.full((left_out.shape[1],), torch.nan).double().numpy()
-    return ((n - 1) / n * (kept - kept.mean(0)).square().sum(0)).sqrt().numpy()

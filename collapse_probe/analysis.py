@@ -142,9 +142,7 @@ def measure(
     metrics = chosen_metrics(plan, settings.metrics)
     say(budget_line(plan, device))
     stream, wanted = _stream(images, subject, settings), _wanted(images, settings)
-    run = one_pass(
-        model, plan, metrics, stream, device, amp=settings.amp_as, wanted=wanted, progress=progress, outputs=outputs
-    )
+    run = one_pass(model, plan, metrics, stream, device, amp=settings.amp_as, wanted=wanted, progress=progress, outputs=outputs)
     if not run.names:
         raise DataError(f"no readable image in {_address(images)}{_why(run.skipped)}")
     readings = {name: reading_of(metric, run) for name, metric in metrics.items()}

@@ -68,9 +68,7 @@ class Listener:
         return Answers(tuple(order), logits[np.argsort(np.array(names), kind="stable")[place]])
 
 
-def labels_for(
-    names: Sequence[str], labels: Mapping[str, int] | None, kinds: int, classes: int
-) -> tuple[Any, str]:
+def labels_for(names: Sequence[str], labels: Mapping[str, int] | None, kinds: int, classes: int) -> tuple[Any, str]:
     """The label of every image [images], or None and why accuracy cannot be told.
 
     `kinds` is the number of classes in the data, `classes` that of the output: labels are positions among

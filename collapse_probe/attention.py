@@ -44,9 +44,7 @@ class Attention:
         if self.bias is not None:
             logits = logits + additive(self.bias, images, rows, columns)
         if self.causal:
-            logits = logits.masked_fill(
-                _future(self.q.shape[2], self.k.shape[2], rows, columns, logits), -torch.inf
-            )
+            logits = logits.masked_fill(_future(self.q.shape[2], self.k.shape[2], rows, columns, logits), -torch.inf)
         return logits
 
 
@@ -54,9 +52,7 @@ def additive(bias: Tensor, images: slice, rows: slice, columns: slice) -> Tensor
     """The part of a mask or bias for some images, queries and keys, as a float32 term of the logits."""
     part = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
     part = part[images if part.shape[0] > 1 else slice(None)]
-    part = part[
-        :, :, rows if part.shape[2] > 1 else slice(None), columns if part.shape[3] > 1 else slice(None)
-    ]
+    part = part[:, :, rows if part.shape[2] > 1 else slice(None), columns if part.shape[3] > 1 else slice(None)]
     if part.dtype == torch.bool:
         return torch.zeros(part.shape, device=part.device).masked_fill(~part, -torch.inf)
     return part.float()
@@ -68,9 +64,7 @@ def _future(queries: int, keys: int, rows: slice, columns: slice, like: Tensor) 
     return c[None, :] > r[:, None]
 
 
-def maps_of(
-    heard: Attention, images: slice, rows: slice, columns: slice, sums: list[Tensor] | None
-) -> dict[str, Tensor]:
+def maps_of(heard: Attention, images: slice, rows: slice, columns: slice, sums: list[Tensor] | None) -> dict[str, Tensor]:
     """probs and weights [b, H, R, C]. A sweep over queries leaves its logsumexp in `sums`."""
     if heard.q is None:
         assert heard.probs is not None

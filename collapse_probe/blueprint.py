@@ -67,9 +67,7 @@ class ImageTower(nn.Module):
     further keyword arguments of its forward.
     """
 
-    def __init__(
-        self, wrapped: nn.Module, answer: Callable[[Any], Tensor], settings: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, wrapped: nn.Module, answer: Callable[[Any], Tensor], settings: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.wrapped, self.answer, self.settings = wrapped, answer, dict(settings or {})
 

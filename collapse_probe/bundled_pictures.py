@@ -58,9 +58,7 @@ def photos() -> Pictures:
     Each photograph gives its largest centred square, then the squares of a grid of at most 2×3 cells (fewer
     where a cell would fall under 224 pixels): two scales, and no overlap within one.
     """
-    crops = [
-        (f"{name}/{i}.png", crop) for name, photo in _photographs() for i, crop in enumerate(_squares(photo))
-    ]
+    crops = [(f"{name}/{i}.png", crop) for name, photo in _photographs() for i, crop in enumerate(_squares(photo))]
     names = tuple(name for name, _ in crops)
     return Pictures(names, _ArrayReader(tuple(crop for _, crop in crops)), bundled=True)
 

@@ -78,8 +78,7 @@ CAPTIONS: dict[str, Caption] = {
         "How alike the heads of one block are, how alike a block's maps are for different images (near 1: "
         "attention ignores the picture), and how different the patches of one image remain through depth, "
         "each where measured and with its references.",
-        "These are different illnesses: patches can grow alike while attention stays diverse, and the "
-        "other way round.",
+        "These are different illnesses: patches can grow alike while attention stays diverse, and the other way round.",
     ),
     "feature-similarity": Caption(
         "How alike the patch embeddings at two depths are",

@@ -47,8 +47,7 @@ class Listener:
         """The trace of the newest forward pass; raises CaptureError where none was heard."""
         if self._last is None:
             raise CaptureError(
-                "no forward pass was heard: call the model itself, inside the `with`, in the thread that "
-                "entered it"
+                "no forward pass was heard: call the model itself, inside the `with`, in the thread that entered it"
             )
         return self._last
 
@@ -107,13 +106,9 @@ def probe(model: nn.Module, size: tuple[int, int], channels: int = 3, seed: int 
         with ear(model, heard.append, thorough=True):
             captured = model(images)
         if not heard:
-            raise CaptureError(
-                "the model's forward was not called through its own __call__: nothing could be heard"
-            )
+            raise CaptureError("the model's forward was not called through its own __call__: nothing could be heard")
         if not same(plain, captured):
-            raise CaptureError(
-                f"two passes over the same images differ: {_why_different(plain, model(images))}"
-            )
+            raise CaptureError(f"two passes over the same images differ: {_why_different(plain, model(images))}")
     return plan_from(model, heard[0])
 
 

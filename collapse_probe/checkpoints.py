@@ -65,9 +65,7 @@ class LoadReport:
         return used + (() if self.complete else (f"checkpoint loaded in part: {self.differences}",))
 
 
-def load_checkpoint(
-    model: nn.Module, path: str | Path, *, ema: bool | None = None, partial: bool = False
-) -> LoadReport:
+def load_checkpoint(model: nn.Module, path: str | Path, *, ema: bool | None = None, partial: bool = False) -> LoadReport:
     """Load the weights at `path` into `model`; the model is untouched unless this returns.
 
     `path` is a file with one of `SUFFIXES`, or a folder that holds exactly one. Nothing in the file is
@@ -104,9 +102,7 @@ def _checkpoint_file(path: Path) -> Path:
     inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
     if len(inside) != 1:
         found = _sample([file.name for file in inside]) if inside else "none"
-        raise CheckpointError(
-            f"the folder {path} must hold one checkpoint, found {len(inside)} ({found}); name one"
-        )
+        raise CheckpointError(f"the folder {path} must hold one checkpoint, found {len(inside)} ({found}); name one")
     return inside[0]
 
 
@@ -117,9 +113,7 @@ def _read(file: Path) -> Mapping[str, Any]:
         held = _guarded(file, _read_torch)
     if not isinstance(held, Mapping):
         came = type(held).__name__
-        raise CheckpointError(
-            f"{file} holds a {came}, expected a dictionary of tensors; save model.state_dict()"
-        )
+        raise CheckpointError(f"{file} holds a {came}, expected a dictionary of tensors; save model.state_dict()")
     return held
 
 
@@ -132,14 +126,10 @@ def _guarded(file: Path, read: Callable[[Path], Any]) -> Any:
             why = "it is damaged, or holds more than tensors"
             raise CheckpointError(f"{file} is no checkpoint that torch can read safely: {why}") from error
         what = f"it holds the Python object {culprit[1]!r}, and loading that could run code"
-        raise CheckpointError(
-            f"{file} was not loaded: {what}; save the tensors alone, e.g. as .safetensors"
-        ) from error
+        raise CheckpointError(f"{file} was not loaded: {what}; save the tensors alone, e.g. as .safetensors") from error
     except Exception as error:  # damaged files fail in many ways
         why = (str(error).strip().splitlines() or [""])[0][:160]
-        raise CheckpointError(
-            f"{file} cannot be read as a checkpoint ({type(error).__name__}: {why})"
-        ) from error
+        raise CheckpointError(f"{file} cannot be read as a checkpoint ({type(error).__name__}: {why})") from error
 
 
 def _read_safetensors(file: Path) -> Any:
@@ -170,11 +160,7 @@ def _choose(held: Mapping[str, Any], ema: bool | None, file: Path) -> tuple[str,
 
 
 def _is_state(value: object) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(isinstance(leaf, Tensor) for leaf in value.values())
-    )
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(leaf, Tensor) for leaf in value.values())
 
 
 def _clean(state: State, model: nn.Module) -> dict[str, Tensor]:
@@ -189,9 +175,7 @@ def _clean(state: State, model: nn.Module) -> dict[str, Tensor]:
     return cleaned
 
 
-def _match(
-    model: nn.Module, state: State, sha256: str, key: str, epoch: int | None
-) -> tuple[LoadReport, dict[str, Tensor]]:
+def _match(model: nn.Module, state: State, sha256: str, key: str, epoch: int | None) -> tuple[LoadReport, dict[str, Tensor]]:
     """Compare keys and shapes; give the report and the tensors that fit."""
     own = model.state_dict()
     both = [name for name in own if name in state]

@@ -55,9 +55,7 @@ class Entry:
 
 def definitions(findings: Findings) -> list[Entry]:
     """What each metric is, how it was set, and on how many images its nulls were taken."""
-    return [
-        Entry(name, reading.definition, tuple(_metric(reading))) for name, reading in findings.metrics.items()
-    ]
+    return [Entry(name, reading.definition, tuple(_metric(reading))) for name, reading in findings.metrics.items()]
 
 
 def _metric(reading: Reading) -> list[tuple[str, str]]:

@@ -31,9 +31,7 @@ def roles(comparison: Comparison, most: int | None = None) -> dict[str, Role]:
     shown = chosen(list(named), most or len(named))
     places = {label: at for at, label in enumerate(named)}
     return {
-        label: Role(
-            printable(label, 34), named[label], marker=MARKERS[places[label] % len(MARKERS)], width=1.8
-        )
+        label: Role(printable(label, 34), named[label], marker=MARKERS[places[label] % len(MARKERS)], width=1.8)
         for label in shown
     }
 

@@ -73,14 +73,8 @@ def compare(
     lineup = line_up(subjects, Recipe(model, options, tuple(fixes), blocks, settings.seed))
     models = [entry.label for entry in lineup.entries if entry.is_model]
     if models and data is None:
-        raise DataError(
-            f"{models[0]!r} is a model, to be run on images: give --data (findings folders need none)"
-        )
-    images = (
-        open_data(data, split=split, limit=limit, seed=settings.seed)
-        if isinstance(data, (str, Path))
-        else data
-    )
+        raise DataError(f"{models[0]!r} is a model, to be run on images: give --data (findings folders need none)")
+    images = open_data(data, split=split, limit=limit, seed=settings.seed) if isinstance(data, (str, Path)) else data
     run = Run(
         images,
         settings,
@@ -124,9 +118,7 @@ def _one(entry: Entry, run: Run) -> tuple[Findings, Answers | None]:
         return _measured(entry.label, subject, run.images, run)
 
 
-def _measured(
-    label: str, subject: Subject, images: ImageSet | Iterable[Any], run: Run
-) -> tuple[Findings, Answers]:
+def _measured(label: str, subject: Subject, images: ImageSet | Iterable[Any], run: Run) -> tuple[Findings, Answers]:
     settings, listener = run.settings, Listener()
     subject = recalibrated(
         subject,
@@ -172,9 +164,7 @@ def _labels(images: ImageSet | Iterable[Any]) -> tuple[dict[str, int] | None, in
     return dict(zip(images.names, images.labels, strict=True)), kinds
 
 
-def _agreement(
-    pair: Pair, answers: tuple[Answers | None, Answers | None], first: Findings, second: Findings
-) -> Agreement:
+def _agreement(pair: Pair, answers: tuple[Answers | None, Answers | None], first: Findings, second: Findings) -> Agreement:
     """Agreement of the top answers, with the KL divergence where both models' logits are at hand."""
     one, other = answers
     if one is None or other is None or one.logits is None or other.logits is None:

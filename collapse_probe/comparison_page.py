@@ -35,9 +35,7 @@ def render(comparison: Comparison, figures: Mapping[str, Figure] | None = None) 
     """One self-contained HTML page; `figures` (as `draw_all` makes them) are drawn where not given."""
     figures = draw_all(comparison) if figures is None else figures
     narrow = draw_all(comparison, narrow=True)
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     first = comparison.subjects[comparison.first]
     pairs = comparison.pairs[-1:] if comparison.trajectory else comparison.pairs
     return environment.from_string(_file("comparison.html")).render(

@@ -31,9 +31,7 @@ CASES = {
     "by-summary": "compared by summary",
     "course": "over training",
 }
-SEED_CAVEAT = (
-    "Intervals and tests cover the choice of images, not the training run: another seed may differ by more."
-)
+SEED_CAVEAT = "Intervals and tests cover the choice of images, not the training run: another seed may differ by more."
 
 
 @dataclass(frozen=True)
@@ -142,9 +140,7 @@ def _caveats(case: str, pair: Pair, first: Findings, second: Findings) -> list[s
     fresh = [label for label, f in ((pair.first, first), (pair.second, second)) if untrained(f)]
     if fresh and case != "without-training":
         who = f"{fresh[0]} is" if len(fresh) == 1 else f"{' and '.join(fresh)} are"
-        found.append(
-            f"{who} untrained: the numbers describe architecture and initialisation, nothing learned."
-        )
+        found.append(f"{who} untrained: the numbers describe architecture and initialisation, nothing learned.")
     left_out = {name: int(d.paired.left_out.max(initial=0)) for name, d in pair.differences.items()}
     if any(left_out.values()):
         most = max(left_out, key=lambda name: left_out[name])

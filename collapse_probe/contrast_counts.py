@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from collapse_probe.colours import NULL_LABELS, roles
 from collapse_probe.drawing import (
     INK,
+    MUTED,
     NARROW,
     ROLES,
     WIDE,
@@ -43,9 +44,7 @@ def similar_blocks(comparison: Comparison, narrow: bool = False) -> Figure | Non
     """How many adjacent pairs pass each threshold in each subject, with intervals; hollow: its untrained
     twin.
     """
-    looks = {
-        label: r for label, r in roles(comparison, MOST).items() if held(comparison.subjects[label], COUNTS)
-    }
+    looks = {label: r for label, r in roles(comparison, MOST).items() if held(comparison.subjects[label], COUNTS)}
     if not looks:
         return None
     subjects = {label: comparison.subjects[label] for label in looks}
@@ -64,6 +63,7 @@ def similar_blocks(comparison: Comparison, narrow: bool = False) -> Figure | Non
     axes.grid(axis="x")
     for y in range(1, len(rows)):
         axes.axhline(y - 0.5, color=INK, linewidth=0.3, alpha=0.4)
+    axes.plot([], [], "D", color=MUTED, markerfacecolor="white", markersize=9, label=NULL_LABELS["untrained"])
     share_legend(figure, axes, columns=1 if narrow else 3)
     return figure
 
@@ -88,9 +88,7 @@ def _of_row(findings: Findings, row: str) -> tuple[float | None, Array | None, f
     return float(reading.values[at]), ci95, None if fresh is None else float(fresh[at])
 
 
-def _count(
-    axes: Axes, y: float, numbers: tuple[float | None, Array | None, float | None], role: Role
-) -> None:
+def _count(axes: Axes, y: float, numbers: tuple[float | None, Array | None, float | None], role: Role) -> None:
     value, ends, fresh = numbers
     style = {"linestyle": "", "color": role.colour}
     if fresh is not None:
@@ -100,9 +98,7 @@ def _count(
         return
     look = {"marker": role.marker, "markersize": 5.5, "label": role.label}
     axes.plot([value], [y], zorder=3, **look, **style)  # type: ignore[arg-type]
-    axes.annotate(
-        f"{value:.3g}", (value, y), (10, 0), textcoords="offset points", va="center", fontsize=8, color=INK
-    )
+    axes.annotate(f"{value:.3g}", (value, y), (10, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
     if ends is not None and np.isfinite(ends).all():
         axes.plot(ends, [y, y], color=role.colour, linewidth=4, alpha=0.35, solid_capstyle="butt", zorder=1)
 
@@ -114,11 +110,7 @@ def course(comparison: Comparison, narrow: bool = False) -> Figure | None:
         return None
     held_all = list(comparison.subjects.values())
     x = np.arange(len(held_all), dtype=np.float64)
-    panels = [
-        p
-        for p in (_counts_over, _raw_over, _kappa_over, _diversity_over, _accuracy_over)
-        if p(None, x, held_all)
-    ]
+    panels = [p for p in (_counts_over, _raw_over, _kappa_over, _diversity_over, _accuracy_over) if p(None, x, held_all)]
     if not panels:
         return None
     columns = 1 if narrow else 2
@@ -150,9 +142,7 @@ def _counts_over(axes: Axes | None, x: Array, subjects: list[Findings]) -> bool:
     if axes is None:
         return any(value is not None for value, _, _ in raw)
     look = ROLES["measured"]
-    curve(
-        axes, x, _floats([v for v, _, _ in raw]), Role("raw", look.colour, marker="o", width=2.0), _ends(raw)
-    )
+    curve(axes, x, _floats([v for v, _, _ in raw]), Role("raw", look.colour, marker="o", width=2.0), _ends(raw))
     curve(axes, x, _floats([v for v, _, _ in corrected]), CORRECTED, _ends(corrected))
     axes.set_title(f"similar blocks: raw > 0.9, corrected κ > 0.5 (of {max(map(pairs_of, subjects))} pairs)")
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -189,13 +179,12 @@ def _raw_over(axes: Axes | None, x: Array, subjects: list[Findings]) -> bool:
         probs = Role("at the softmax (probs)", "#01855f", (0, (4, 1.5)), marker="^")
         curve(axes, x, _floats([_adjacent_mean(f, RAW + PROBS, None) for f in subjects]), probs)
     axes.set_title("raw similarity of neighbouring blocks, and its nulls")
+    axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.03)
     return True
 
 
 def _kappa_over(axes: Axes | None, x: Array, subjects: list[Findings]) -> bool:
-    return _one_curve(
-        axes, x, [_adjacent_mean(f, RAW, "kappa") for f in subjects], "κ of neighbouring blocks"
-    )
+    return _one_curve(axes, x, [_adjacent_mean(f, RAW, "kappa") for f in subjects], "κ of neighbouring blocks")
 
 
 def _diversity_over(axes: Axes | None, x: Array, subjects: list[Findings]) -> bool:

@@ -100,6 +100,7 @@ def per_block(comparison: Comparison, narrow: bool = False) -> Figure | None:
     places = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (title, unit, along, lines) in zip(places, found, strict=False):
         _overlay(axes, lines, roles(comparison, MOST))
+        axes.set_ylim(_floor(lines), 1.03)
         over_blocks(axes, _widest(lines), along, 12)
         axes.set(title=title, ylabel=unit)
     for axes in places[len(found) :]:
@@ -124,6 +125,7 @@ def paired_differences(comparison: Comparison, narrow: bool = False) -> Figure |
         _differences(axes, name, pairs, looks)
     for axes in places[len(names) :]:
         axes.set_axis_off()
+    places[0].plot([], [], " ", label=f"filled: q ≤ {ALPHA:g}")
     share_legend(figure, *places, columns=1 if narrow else 3)
     return figure
 
@@ -136,26 +138,18 @@ def _differences(axes: Axes, name: str, pairs: list[Pair], looks: dict[str, Role
     for at, pair in enumerate(there):
         found, role = pair.differences[name], looks[pair.second]
         paired = found.paired
-        x = np.array(found.places, dtype=np.float64) + (at - (len(there) - 1) / 2) * min(
-            0.12, 0.6 / len(there)
-        )
+        x = np.array(found.places, dtype=np.float64) + (at - (len(there) - 1) / 2) * min(0.12, 0.6 / len(there))
         axes.vlines(x, paired.ci95[:, 0], paired.ci95[:, 1], color=role.colour, linewidth=1.6, alpha=0.6)
         sure = paired.q <= ALPHA
         label = f"{role.label} − {looks[pair.first].label}" if pair.first in looks else role.label
         style = {"linestyle": "", "marker": role.marker, "color": role.colour, "markersize": 5.0}
-        axes.plot(x[sure], paired.difference[sure], label=f"{label} (filled: q ≤ {ALPHA:g})", **style)  # type: ignore[arg-type]
+        axes.plot(x[sure], paired.difference[sure], label=label, **style)  # type: ignore[arg-type]
         axes.plot(x[~sure], paired.difference[~sure], markerfacecolor="white", **style)  # type: ignore[arg-type]
     if there:
         places = there[0].differences[name].places
         axis = there[0].differences[name].axis
         pairwise = "similarity" in name and places[0] == 1
-        label = (
-            "depth (0: before block 0)"
-            if axis == "depth"
-            else "block b, with block b − 1"
-            if pairwise
-            else "block"
-        )
+        label = "depth (0: before block 0)" if axis == "depth" else "block b, with block b − 1" if pairwise else "block"
         over_blocks(axes, np.array(places, dtype=np.float64), label, 12)
 
 
@@ -218,11 +212,15 @@ def _widest(lines: dict[str, Line]) -> Array:
     return max((line.x for line in lines.values()), key=len)
 
 
+def _floor(lines: dict[str, Line]) -> float:
+    """Zero, or a little below the lowest value: the scale must not make much of tiny differences."""
+    values = np.concatenate([v for line in lines.values() for v in (line.values, *line.nulls.values())])
+    return float(np.min(values[np.isfinite(values)], initial=0.0)) * 1.1 - 0.03
+
+
 def _legend(figure: Figure, axes: Axes, lines: dict[str, Line], narrow: bool) -> None:
     """Subjects by colour, and what the other lines of that colour are."""
     kinds: Iterable[str] = dict.fromkeys(role for line in lines.values() for role in line.nulls)
     for role in kinds:
-        axes.add_line(
-            Line2D([], [], color=MUTED, linestyle=FAINTER[role], linewidth=1.2, label=NULL_LABELS[role])
-        )
+        axes.add_line(Line2D([], [], color=MUTED, linestyle=FAINTER[role], linewidth=1.2, label=NULL_LABELS[role]))
     share_legend(figure, axes, columns=1 if narrow else 4)

@@ -43,8 +43,7 @@ CAPTIONS: dict[str, Caption] = {
     ),
     "difference-maps": Caption(
         "What the others have more or less than the first",
-        "Each subject's matrix less the first subject's, raw and null-corrected, all on one scale that the "
-        "colour bars name.",
+        "Each subject's matrix less the first subject's, raw and null-corrected, all on one scale that the colour bars name.",
         "A difference in the raw panel that is missing beside it, in κ, is explained by the null.",
     ),
     "adjacent": Caption(
@@ -82,9 +81,8 @@ CAPTIONS: dict[str, Caption] = {
     ),
     "attention-gallery": Caption(
         "Where each subject looks",
-        "The same pictures, a row a subject: the picture as that model sees it, then the map of every "
-        "block. All maps share one scale, unless only some have negative entries: then each kind has its "
-        "own.",
+        "The same pictures, a row a subject: the picture as that model sees it, then the map of every block "
+        "at the softmax, as times uniform attention. All maps share one scale.",
         "A map is a mean over heads and can look flat although single heads are sharp.",
     ),
 }

@@ -16,7 +16,7 @@ from collapse_probe.drawing import MUTED, NARROW, WIDE, Array, drawn, printable
 from collapse_probe.gallery import COLOURS, LABEL, Spread, overlay, spread_of, times_uniform
 from collapse_probe.side_by_side import Comparison
 
-MOST_SUBJECTS, MOST_PICTURES, MOST_COLUMNS = 4, 3, 12
+MOST_SUBJECTS, MOST_PICTURES, LEAST_COLUMNS, MOST_COLUMNS = 4, 3, 10, 12
 GAP, NAME, TITLE, BAR = 0.04, 0.22, 0.3, 0.8  # inches
 
 
@@ -40,7 +40,7 @@ def attention_gallery(comparison: Comparison, narrow: bool = False) -> Figure | 
     if not subjects:
         return None
     width = NARROW if narrow else WIDE
-    columns = 4 if narrow else min(MOST_COLUMNS, max(s.maps.shape[1] for s in subjects))
+    columns = 4 if narrow else min(MOST_COLUMNS, max(LEAST_COLUMNS, *(s.maps.shape[1] for s in subjects)))
     tile = (width - 0.2) / (columns + 1) - GAP
     tall = tile * subjects[0].pictures.shape[1] / subjects[0].pictures.shape[2]
     strips = [NAME + -(-s.maps.shape[1] // columns) * (tall + GAP) for s in subjects]

@@ -29,9 +29,7 @@ def matrices(comparison: Comparison, narrow: bool = False) -> Figure | None:
     scale = scale_of(*found.values())
     raw = [Panel(m, f"{printable(label, 30)}: raw cosine", scale) for label, m in found.items()]
     kappas = {label: _kappa(comparison.subjects[label], RAW) for label in found}
-    corrected = [
-        None if m is None else Panel(m, f"{printable(label, 30)}: κ", SIGNED) for label, m in kappas.items()
-    ]
+    corrected = [None if m is None else Panel(m, f"{printable(label, 30)}: κ", SIGNED) for label, m in kappas.items()]
     return grid([*raw, *(corrected if any(corrected) else [])], len(found), narrow=narrow)
 
 
@@ -51,10 +49,7 @@ def difference_maps(comparison: Comparison, narrow: bool = False) -> Figure | No
     panels: list[Panel | None] = []
     for label, raw, kappa in maps:
         name = f"{printable(label, 22)} − {printable(first, 22)}"
-        panels += [
-            None if m is None else Panel(m, f"{name}, {kind}", scale)
-            for m, kind in ((raw, "raw"), (kappa, "κ"))
-        ]
+        panels += [None if m is None else Panel(m, f"{name}, {kind}", scale) for m, kind in ((raw, "raw"), (kappa, "κ"))]
     return grid(panels, 2, narrow=narrow)
 
 

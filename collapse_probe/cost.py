@@ -38,9 +38,7 @@ class Cost:
 def measure_cost(model: nn.Module, size: tuple[int, int], batch_size: int) -> Cost:
     """Count and time a model in eval mode, where it lies, on images of `size` (height, width)."""
     like = next(model.parameters())
-    noise = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0)).to(
-        like.device, like.dtype
-    )
+    noise = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     with torch.no_grad():
         flops, note = _flops(model, noise[:1])
         seconds = _seconds(model, noise)
@@ -85,8 +83,4 @@ def _wait(device: torch.device) -> None:
 
 
 def _name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device}, {torch.get_num_threads()} threads"
-    )
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"

@@ -35,9 +35,7 @@ class CountDifference:
     ci95: tuple[float, float]
 
 
-def count_differences(
-    first: Findings, second: Findings, names: Iterable[str], seed: int = 0
-) -> list[CountDifference]:
+def count_differences(first: Findings, second: Findings, names: Iterable[str], seed: int = 0) -> list[CountDifference]:
     """The counts among the metrics `names` of two findings on the same images in the same order.
 
     Undefined ends where the findings hold no values of single images, or one image only.
@@ -51,9 +49,7 @@ def count_differences(
     return found
 
 
-def _of_metric(
-    name: str, source: str, first: Findings, second: Findings, seed: int
-) -> Iterable[CountDifference]:
+def _of_metric(name: str, source: str, first: Findings, second: Findings, seed: int) -> Iterable[CountDifference]:
     one, other = first.metrics[name], second.metrics[name]
     assert one.values is not None
     assert other.values is not None

@@ -70,9 +70,7 @@ def _adjacent_or_none(matrix: Array | None) -> Array | None:
     return None if matrix is None else adjacent(matrix)
 
 
-def _with_references(
-    axes: Axes, x: Array, values: Array, ci95: Array | None, others: Mapping[str, Array]
-) -> None:
+def _with_references(axes: Axes, x: Array, values: Array, ci95: Array | None, others: Mapping[str, Array]) -> None:
     """The measured curve with its band and the references in `others`, from 0 (or the lowest) to 1."""
     curve(axes, x, values, ROLES["measured"], ci95)
     for role, line in others.items():
@@ -205,6 +203,4 @@ def _count(axes: Axes, y: int, value: float, ends: Array | None, role: str = "me
     if ends is not None and np.isfinite(ends).all():
         axes.plot(ends, [y, y], color=look.colour, linewidth=4, alpha=0.35, solid_capstyle="butt", zorder=1)
     if filled and np.isfinite(value):
-        axes.annotate(
-            f"{value:.3g}", (value, y), (0, 9), textcoords="offset points", ha="center", fontsize=8, color=INK
-        )
+        axes.annotate(f"{value:.3g}", (value, y), (0, 9), textcoords="offset points", ha="center", fontsize=8, color=INK)

@@ -69,9 +69,7 @@ class ImageSet(Dataset[Image]):
         Raises SettingError if `count` < 1.
         """
         if count < 1:
-            raise SettingError(
-                f"the number of images to take must be at least 1, not {count}; leave it out for all"
-            )
+            raise SettingError(f"the number of images to take must be at least 1, not {count}; leave it out for all")
         if count >= len(self):
             return self
         drawn = np.random.default_rng(seed).choice(len(self), size=count, replace=False)
@@ -98,9 +96,7 @@ class Batch:
     skipped: tuple[Skipped, ...] = ()
 
 
-def open_data(
-    address: str | Path, *, split: str | None = None, limit: int | None = None, seed: int = 0
-) -> ImageSet:
+def open_data(address: str | Path, *, split: str | None = None, limit: int | None = None, seed: int = 0) -> ImageSet:
     """The pictures at a data address; nothing is decoded yet.
 
     A folder, flat or with class folders; a `.tar`; `bundled:digits` (1797 images) or `bundled:photos` (53);
@@ -112,9 +108,7 @@ def open_data(
     unknown bundled data.
     """
     if limit is not None and limit < 1:
-        raise SettingError(
-            f"the number of images to take must be at least 1, not {limit}; leave it out for all"
-        )
+        raise SettingError(f"the number of images to take must be at least 1, not {limit}; leave it out for all")
     pictures = _find(str(address), split, limit)
     if not pictures.names:
         raise DataError(f"{address} holds no image")
@@ -177,9 +171,7 @@ def batches(
         raise SettingError(f"the batch size must be at least 1, not {batch_size}")
     if workers < 0 or not 0 <= rank < world:
         raise SettingError(f"expected workers ≥ 0 and 0 ≤ rank < world, not {workers}, {rank}, {world}")
-    return _batches(
-        images, preprocess, batch_size, workers, range(rank, len(images), world), alone=world == 1
-    )
+    return _batches(images, preprocess, batch_size, workers, range(rank, len(images), world), alone=world == 1)
 
 
 def _batches(
@@ -195,9 +187,7 @@ def _batches(
         yield batch
     if alone and not read:
         example = f", for example {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
-        raise DataError(
-            f"no image of {images.address} can be read: {len(skipped)} of {len(mine)} failed{example}"
-        )
+        raise DataError(f"no image of {images.address} can be read: {len(skipped)} of {len(mine)} failed{example}")
 
 
 def _loaded(
@@ -254,9 +244,7 @@ def from_loader(loader: Iterable[Any]) -> Iterator[Batch]:
             raise DataError(f"a loader must give {wanted}; came {came}")
         indices = tuple(range(seen, seen + len(pixels)))
         seen += len(pixels)
-        fits = (
-            isinstance(labels, Tensor) and labels.shape == (len(pixels),) and not labels.is_floating_point()
-        )
+        fits = isinstance(labels, Tensor) and labels.shape == (len(pixels),) and not labels.is_floating_point()
         yield Batch(indices, tuple(map(str, indices)), pixels.float(), labels.long() if fits else None)
     if not seen:
         raise DataError("the loader gave no image")
@@ -272,8 +260,4 @@ def _pixels_and_labels(held: Any) -> tuple[Any, Any]:
 
 
 def _kind(held: Any) -> str:
-    return (
-        f"a dict with {', '.join(map(str, held))}"
-        if isinstance(held, Mapping)
-        else f"a {type(held).__name__}"
-    )
+    return f"a dict with {', '.join(map(str, held))}" if isinstance(held, Mapping) else f"a {type(held).__name__}"

@@ -48,18 +48,12 @@ class DeepViTSettings:
 
 FAMILY: Mapping[str, DeepViTSettings] = {
     **{
-        f"deepvit_patch16_224_re_attn_{depth}b": DeepViTSettings(
-            depth=depth, re_attention=tuple(range(depth))
-        )
+        f"deepvit_patch16_224_re_attn_{depth}b": DeepViTSettings(depth=depth, re_attention=tuple(range(depth)))
         for depth in (16, 24, 32)
     },
-    "deepvit_s": DeepViTSettings(
-        396, 16, tuple(range(11, 16)), "cnn", transform_scale=True, residual_scale=0.5
-    ),
+    "deepvit_s": DeepViTSettings(396, 16, tuple(range(11, 16)), "cnn", transform_scale=True, residual_scale=0.5),
     "deepvit_l": DeepViTSettings(420, 32, tuple(range(20, 32)), "cnn", residual_scale=0.5),
-    "deepvit_l_384": DeepViTSettings(
-        420, 32, tuple(range(20, 32)), "cnn", residual_scale=0.5, image_size=384
-    ),
+    "deepvit_l_384": DeepViTSettings(420, 32, tuple(range(20, 32)), "cnn", residual_scale=0.5, image_size=384),
     **{f"deepvit_patch16_224_mhsa_{depth}b": DeepViTSettings(depth=depth) for depth in (12, 16, 24, 32)},
 }
 HIDDEN = {384: (False, 1.0), 396: (True, 0.5), 420: (False, 0.5)}  # width: (transform_scale, residual_scale)
@@ -74,9 +68,7 @@ class ConvStem(PatchEmbed):
     def __init__(self, *, in_chans: int, embed_dim: int, **timm: Any) -> None:
         super().__init__(in_chans=in_chans, embed_dim=embed_dim, **timm)
         if self.patch_size != (16, 16) or not self.flatten:
-            raise ModelError(
-                "the convolutional stem of DeepViT makes patches of 16 pixels, for one image size"
-            )
+            raise ModelError("the convolutional stem of DeepViT makes patches of 16 pixels, for one image size")
         like = self.proj.weight
         self.conv1 = nn.Conv2d(in_chans, 64, 7, 2, 3, bias=False, device=like.device, dtype=like.dtype)
         self.bn1 = nn.BatchNorm2d(64, device=like.device, dtype=like.dtype)
@@ -87,9 +79,7 @@ class ConvStem(PatchEmbed):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """One token a patch, row by row; ModelError for images of another size."""
         if tuple(images_BCHW.shape[-2:]) != self.img_size:
-            raise ModelError(
-                f"this DeepViT takes images of {self.img_size}, not {tuple(images_BCHW.shape[-2:])}"
-            )
+            raise ModelError(f"this DeepViT takes images of {self.img_size}, not {tuple(images_BCHW.shape[-2:])}")
         x = F.relu(self.bn1(self.conv1(images_BCHW)))
         x = F.relu(self.bn2(self.conv2(x)))
         tokens_BPD: Tensor = self.proj(x).flatten(2).transpose(1, 2)
@@ -165,9 +155,7 @@ default_cfgs = generate_default_cfgs({name: _data(settings) for name, settings i
 def _entrypoint(name: str) -> Callable[..., Any]:
     def make(pretrained: bool = False, **timm: Any) -> Any:
         features = {"out_indices": timm.pop("out_indices", 3), "feature_cls": "getter"}
-        return build_model_with_cfg(
-            DeepViT, name, pretrained, deepvit=FAMILY[name], feature_cfg=features, **timm
-        )
+        return build_model_with_cfg(DeepViT, name, pretrained, deepvit=FAMILY[name], feature_cfg=features, **timm)
 
     make.__name__ = make.__qualname__ = name
     make.__doc__ = f"{name}: {FAMILY[name]}"
@@ -206,9 +194,7 @@ def settings_from(state_dict: Mapping[str, Tensor], name: str | None = None) -> 
         if getattr(found, what) != getattr(named, what)
     ]
     if wrong:
-        alike = [
-            other for other, each in FAMILY.items() if (each.width, each.depth) == (found.width, found.depth)
-        ]
+        alike = [other for other, each in FAMILY.items() if (each.width, each.depth) == (found.width, found.depth)]
         hint = f"; they look like {' or '.join(alike)}" if alike else ""
         raise CheckpointError(f"these weights are not {name}: {'; '.join(wrong)}{hint}")
     return replace(named, classes=found.classes)
@@ -225,11 +211,7 @@ def _read(shapes: Mapping[str, Any]) -> DeepViTSettings:
         if key not in shapes:
             raise CheckpointError(f"these are no weights of a DeepViT: there is no {key!r}")
     blocks = [key.split(".") for key in shapes if key.startswith("blocks.")]
-    mixing = {
-        int(key[1]): shapes[".".join(key)]
-        for key in blocks
-        if key[2:] == ["attn", "reatten_matrix", "weight"]
-    }
+    mixing = {int(key[1]): shapes[".".join(key)] for key in blocks if key[2:] == ["attn", "reatten_matrix", "weight"]}
     heads = {shape[0] for shape in mixing.values()} or {DeepViTSettings.heads}
     side = math.isqrt(shapes["pos_embed"][1] - 1)
     if len(heads) > 1 or side**2 + 1 != shapes["pos_embed"][1]:

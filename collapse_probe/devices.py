@@ -19,7 +19,7 @@ PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; auto takes this process's GPU where there is one. Raises SettingError for one that is not there."""
+    """The device called `name`; auto takes this process's GPU where there is one. Raises SettingError where it is not there."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", local_rank() % torch.cuda.device_count())
@@ -37,7 +37,8 @@ def budget_line(plan: Plan, device: torch.device) -> str:
     """One line on what listening costs in memory."""
     held = plan.bytes_per_image / 2**20
     tile = tile_bytes(plan, device) / 2**20
-    return f"maps are recomputed in tiles of {tile:.1f} MiB; {held:.1f} MiB are held per image, {micro_batch(plan, device)} images at a time"
+    step = micro_batch(plan, device)
+    return f"maps are recomputed in tiles of {tile:.1f} MiB; {held:.1f} MiB are held per image, {step} images at a time"
 
 
 def tile_bytes(plan: Plan, device: torch.device) -> int:
@@ -61,7 +62,7 @@ def autocast(device: torch.device, dtype: str | None) -> AbstractContextManager[
 
 def device_name(device: torch.device) -> str:
     """The device, with the name of the GPU."""
-    return f"{device} ({torch.cuda.getdevice_name(device)})" if device.type == "cuda" else str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -81,9 +81,7 @@ class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.on_forward, self.thorough, self.watched = model, on_forward, thorough, watched
         self.names = {id(module): name for name, module in model.named_modules()}
-        self.holds = {
-            name for name, module in model.named_modules() if next(module.parameters(), None) is not None
-        }
+        self.holds = {name for name, module in model.named_modules() if next(module.parameters(), None) is not None}
         self.thread = threading.get_ident()
         self.stack: list[Call] = []
         self.error_before: BaseException | None = None
@@ -254,9 +252,7 @@ def ear(
     mode would change low-level choices of PyTorch, so that inside the `with` it is `torch.no_grad` instead.
     """
     if id(model) in _LISTENING:
-        raise CaptureError(
-            "this model is being listened to already; leave the first `with` before the second begins"
-        )
+        raise CaptureError("this model is being listened to already; leave the first `with` before the second begins")
     hears = Ear(model, on_forward, thorough=thorough, watched=watched)
     with ExitStack() as stack:
         _LISTENING.add(id(model))

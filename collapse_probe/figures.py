@@ -90,9 +90,7 @@ FIGURES: dict[str, Callable[[Findings, bool], Figure | None]] = {
 }
 
 
-def draw_all(
-    findings: Findings, *, narrow: bool = False, names: Collection[str] | None = None
-) -> dict[str, Figure]:
+def draw_all(findings: Findings, *, narrow: bool = False, names: Collection[str] | None = None) -> dict[str, Figure]:
     """Every figure (of `names`) that these findings fill, in the order of the page; `narrow` for a phone."""
     wanted = FIGURES if names is None else names
     made = {name: draw(findings, narrow) for name, draw in FIGURES.items() if name in wanted}

@@ -144,9 +144,7 @@ class Fix:
         value = getattr(self, setting)
         fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
         if not fits or (ends[0] == "(" and value == low) or (ends[1] == ")" and value == high):
-            raise SettingError(
-                f"{self.name}: {setting} must be a number in {ends[0]}{low}, {high}{ends[1]}, not {value!r}"
-            )
+            raise SettingError(f"{self.name}: {setting} must be a number in {ends[0]}{low}, {high}{ends[1]}, not {value!r}")
 
     def _whole(self, setting: str, low: int) -> None:
         value = getattr(self, setting)

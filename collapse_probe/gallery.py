@@ -21,9 +21,7 @@ FOLD = 8.0  # the scale runs from 1/8 to 8 times uniform attention
 MOST_PICTURES = 4
 GAP, TITLE, FOOT = 0.05, 0.34, 0.75  # inches
 PER_INCH = 160  # pixels of the photographs
-COLOURS = LinearSegmentedColormap.from_list(
-    "less-more", ["#1d4f9c", "#6ea4da", "#f2f2f2", "#f39a3b", "#b3200c"]
-)
+COLOURS = LinearSegmentedColormap.from_list("less-more", ["#1d4f9c", "#6ea4da", "#f2f2f2", "#f39a3b", "#b3200c"])
 LABEL = {"boxstyle": "square,pad=0.15", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
 STRENGTH = (0.72, 0.9)  # how far the strongest blue, the strongest red covers the picture
 

@@ -68,23 +68,15 @@ def _refuse(model: Any) -> None:
     kind = type(model).__name__
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
-        raise ModelError(
-            f"{kind} has no list of blocks: fixes go into timm's VisionTransformer, DeiT or our ViT"
-        )
+        raise ModelError(f"{kind} has no list of blocks: fixes go into timm's VisionTransformer, DeiT or our ViT")
     for i, block in enumerate(blocks):
         found = type(getattr(block, "attn", None))
         if found is not Attention:
             what = "no attention" if found is type(None) else f"{found.__module__}.{found.__qualname__}"
-            raise ModelError(
-                f"block {i} of {kind} has {what}; a fix has its place in timm.layers.Attention alone"
-            )
-    missing = [
-        name for name in ("embed_dim", "num_prefix_tokens", "norm_pre", "norm") if not hasattr(model, name)
-    ]
+            raise ModelError(f"block {i} of {kind} has {what}; a fix has its place in timm.layers.Attention alone")
+    missing = [name for name in ("embed_dim", "num_prefix_tokens", "norm_pre", "norm") if not hasattr(model, name)]
     if missing or not all(hasattr(block, "mlp") for block in blocks):
-        raise ModelError(
-            f"{kind} is not built like timm's VisionTransformer (no {', '.join(missing) or 'mlp'})"
-        )
+        raise ModelError(f"{kind} is not built like timm's VisionTransformer (no {', '.join(missing) or 'mlp'})")
 
 
 def open_sockets(model: Any) -> None:

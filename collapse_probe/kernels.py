@@ -79,9 +79,7 @@ def written(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for argument in operator._schema.arguments:
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = bound.get(argument.name)
-            targets += [
-                v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Tensor)
-            ]
+            targets += [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Tensor)]
     return targets
 
 
@@ -134,9 +132,7 @@ def _logsumexp(outputs: tuple[Any, ...], q: Tensor) -> Tensor | None:
         if isinstance(candidate, Tensor) and candidate.dtype == torch.float32 and candidate.ndim >= 3:
             if candidate.shape[:3] == q.shape[:3]:
                 return candidate.reshape(q.shape[:3])
-            if (
-                candidate.shape[:2] == q.shape[:2] and candidate.shape[2] > q.shape[2]
-            ):  # padded to the kernel's tile
+            if candidate.shape[:2] == q.shape[:2] and candidate.shape[2] > q.shape[2]:  # padded to the kernel's tile
                 return candidate[:, :, : q.shape[2]].reshape(q.shape[:3])
     return None
 
@@ -158,9 +154,7 @@ def read_encoder_layer(operator: Operator, bound: Arguments, out: Any) -> Read:
     first = bound["norm_first"]
 
     def norm(tokens: Tensor, number: int) -> Tensor:
-        return F.layer_norm(
-            tokens, (width,), bound[f"norm_weight_{number}"], bound[f"norm_bias_{number}"], bound["eps"]
-        )
+        return F.layer_norm(tokens, (width,), bound[f"norm_weight_{number}"], bound[f"norm_bias_{number}"], bound["eps"])
 
     def feed(tokens: Tensor) -> Tensor:
         activate = F.gelu if bound["use_gelu"] else F.relu
@@ -179,14 +173,10 @@ def read_encoder_layer(operator: Operator, bound: Arguments, out: Any) -> Read:
     return attention, value, out.detach(), finish
 
 
-def _projected(
-    operator: Operator, bound: Arguments, x: Tensor, width: int, heads: int
-) -> tuple[Attention, Tensor]:
+def _projected(operator: Operator, bound: Arguments, x: Tensor, width: int, heads: int) -> tuple[Attention, Tensor]:
     """Attention and value [B, H, N, K] of a fast path whose attention reads `x` [B, N, D]."""
     _refuse_nested(x)
-    parts = F.linear(x, bound["qkv_weight"], bound["qkv_bias"]).reshape(
-        *x.shape[:2], 3, heads, width // heads
-    )
+    parts = F.linear(x, bound["qkv_weight"], bound["qkv_bias"]).reshape(*x.shape[:2], 3, heads, width // heads)
     q, k, v = parts.permute(2, 0, 3, 1, 4).detach()
     attention = Attention(
         owner="",

@@ -91,11 +91,7 @@ class _Opened:
 
 
 def _is_folder(subject: Candidate) -> bool:
-    return (
-        isinstance(subject, (str, Path))
-        and Path(subject).is_dir()
-        and not (Path(subject) / "findings.json").exists()
-    )
+    return isinstance(subject, (str, Path)) and Path(subject).is_dir() and not (Path(subject) / "findings.json").exists()
 
 
 def _expand(
@@ -160,9 +156,7 @@ def deepvit_of(path: Path) -> tuple[str, dict[str, Any]]:
     for name, settings in FAMILY.items():
         if settings == replace(found, classes=settings.classes):
             return f"ours:{name}", {} if found.classes == settings.classes else {"num_classes": found.classes}
-    raise CheckpointError(
-        f"{path} holds a DeepViT of no official size ({found}); name the architecture with --model"
-    )
+    raise CheckpointError(f"{path} holds a DeepViT of no official size ({found}); name the architecture with --model")
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -204,11 +198,7 @@ def unique(labels: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for label in labels:
-        short = (
-            label
-            if len(label) <= MOST_LABEL
-            else f"{label[: MOST_LABEL // 2 - 1]}…{label[-MOST_LABEL // 2 :]}"
-        )
+        short = label if len(label) <= MOST_LABEL else f"{label[: MOST_LABEL // 2 - 1]}…{label[-MOST_LABEL // 2 :]}"
         number, each = 1, short
         while each in found:
             number += 1

@@ -26,9 +26,7 @@ def mount(model: Any, fix: Fix, blocks: Sequence[int] | None = None) -> None:
     reach = fix.reach(given, depth)
     for before in model.fixes:
         if before.name == fix.name and set(before.blocks) & set(reach):
-            raise ModelError(
-                f"the model already has {fix.name} in blocks {list(before.blocks)}: once is enough"
-            )
+            raise ModelError(f"the model already has {fix.name} in blocks {list(before.blocks)}: once is enough")
     if fix.home == "modules":
         _convert(model, fix, given)
     else:
@@ -40,9 +38,7 @@ def mount(model: Any, fix: Fix, blocks: Sequence[int] | None = None) -> None:
 def _checked(fix: Fix, blocks: Sequence[int], depth: int) -> tuple[int, ...]:
     chosen = tuple(sorted({*blocks}))
     if not chosen or len(chosen) != len(blocks) or not all(type(i) is int and 0 <= i < depth for i in chosen):
-        raise SettingError(
-            f"{fix.name}: blocks must be different numbers from 0 to {depth - 1}, not {list(blocks)}"
-        )
+        raise SettingError(f"{fix.name}: blocks must be different numbers from 0 to {depth - 1}, not {list(blocks)}")
     return chosen
 
 
@@ -53,10 +49,7 @@ def _sites(model: Any, fix: Fix, reach: tuple[int, ...]) -> list[Site]:
     if fix.home == "model":
         return [Site(model, -1, *facts, memory)]
     blocks = {i: model.blocks[i] for i in reach}
-    return [
-        Site(block.attn if fix.home == "attention" else block, i, *facts, memory)
-        for i, block in blocks.items()
-    ]
+    return [Site(block.attn if fix.home == "attention" else block, i, *facts, memory) for i, block in blocks.items()]
 
 
 def _seat(model: Any, fix: Fix, sites: list[Site]) -> None:

@@ -86,9 +86,7 @@ def folds_for(metrics: Mapping[str, Metric], device: torch.device) -> dict[Hasha
     return folds
 
 
-def absorb(
-    run: Run, trace: Trace, names: Sequence[str], pixels: Tensor, budget: int, wanted: frozenset[str]
-) -> None:
+def absorb(run: Run, trace: Trace, names: Sequence[str], pixels: Tensor, budget: int, wanted: frozenset[str]) -> None:
     """One batch's trace into all folds and records; overlays of the images that are wanted."""
     for fold in run.folds.values():
         fold.begin(trace, names)

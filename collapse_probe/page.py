@@ -56,9 +56,7 @@ def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> s
 
     figures = draw_all(findings) if figures is None else figures
     narrow = draw_all(findings, narrow=True, names=figures)
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = resources.files("collapse_probe").joinpath("page.html").read_text(encoding="utf-8")
     listed, more = skipped(findings)
     return environment.from_string(text).render(

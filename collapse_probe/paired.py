@@ -84,9 +84,7 @@ def _averaged(values: Array) -> Array:
     """The mean over the defined places, [n, places] -> [n, 1]; NaN where there is none."""
     defined = np.isfinite(values)
     count = defined.sum(-1, keepdims=True)
-    return np.where(
-        count > 0, np.where(defined, values, 0.0).sum(-1, keepdims=True) / np.maximum(count, 1), np.nan
-    )
+    return np.where(count > 0, np.where(defined, values, 0.0).sum(-1, keepdims=True) / np.maximum(count, 1), np.nan)
 
 
 @dataclass(frozen=True)
@@ -169,9 +167,7 @@ def _signed_ranks(differences: Array) -> tuple[float, float]:
     ranks = stats.rankdata(np.abs(moved))
     effect = float((ranks * np.sign(moved)).sum() / ranks.sum())
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # on ties and zeros in few images, where scipy takes the normal approximation
+        warnings.simplefilter("ignore")  # on ties and zeros in few images, where scipy takes the normal approximation
         p = float(stats.wilcoxon(moved, method="auto").pvalue)
     return p, effect
 

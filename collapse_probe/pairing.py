@@ -106,9 +106,7 @@ def _first_difference(first: list[str], second: list[str], labels: tuple[str, st
         if name not in held:
             return f"{name!r} is only in {labels[1]}"
     twice = next(name for name in first if first.count(name) != second.count(name))
-    return (
-        f"{twice!r} is {first.count(twice)} times in {labels[0]}, {second.count(twice)} times in {labels[1]}"
-    )
+    return f"{twice!r} is {first.count(twice)} times in {labels[0]}, {second.count(twice)} times in {labels[1]}"
 
 
 def _mismatch(first: Findings, second: Findings, labels: tuple[str, str], what: str) -> DataError:
@@ -117,9 +115,7 @@ def _mismatch(first: Findings, second: Findings, labels: tuple[str, str], what: 
         f"(names_sha256 {str(f.data.get('names_sha256'))[:12]})"
         for label, f in zip(labels, (first, second), strict=True)
     ]
-    return DataError(
-        f"the images are not the same: {what}; {'; '.join(facts)}; analyse both on the same images"
-    )
+    return DataError(f"the images are not the same: {what}; {'; '.join(facts)}; analyse both on the same images")
 
 
 def pair_up(first: Findings, second: Findings, labels: tuple[str, str], seed: int = 0) -> Pair:
@@ -195,9 +191,7 @@ def _of_metric(name: str, first: Findings, second: Findings, seed: int) -> dict[
     found = {name: _difference(axis, places, Sides(one, other), seed)}
     nulls = [f.images.get(name + NULL) for f in (first, second)]
     if nulls[0] is not None and nulls[1] is not None:
-        sides = Sides(
-            one, other, (np.asarray(nulls[0], dtype=np.float64), np.asarray(nulls[1], dtype=np.float64))
-        )
+        sides = Sides(one, other, (np.asarray(nulls[0], dtype=np.float64), np.asarray(nulls[1], dtype=np.float64)))
         found[name + KAPPA] = _difference(axis, places, sides, seed)
     return found
 

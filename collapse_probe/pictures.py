@@ -116,9 +116,7 @@ def in_tar(file: Path) -> Pictures:
     return Pictures(names, _TarReader(file, tuple(members[name] for name in names)), *_classes(names))
 
 
-def _tar_members(
-    stream: IO[bytes], folder: str, start: int, extensions: set[str]
-) -> Iterator[tuple[str, tuple[int, int]]]:
+def _tar_members(stream: IO[bytes], folder: str, start: int, extensions: set[str]) -> Iterator[tuple[str, tuple[int, int]]]:
     """Path, and absolute offset and length, of each picture; a tar inside counts as a folder of its stem."""
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
@@ -128,9 +126,7 @@ def _tar_members(
             if path.suffix.lower() in extensions:
                 yield str(path), (start + member.offset_data, member.size)
             elif path.suffix.lower() == ".tar" and (inner := tar.extractfile(member)):
-                yield from _tar_members(
-                    inner, str(path.with_suffix("")), start + member.offset_data, extensions
-                )
+                yield from _tar_members(inner, str(path.with_suffix("")), start + member.offset_data, extensions)
 
 
 def _extensions() -> set[str]:
@@ -145,9 +141,7 @@ def _split_folder(root: Path, split: str) -> Path:
     for name in (split, *same):
         if (root / name).is_dir():
             return root / name
-    raise DataError(
-        f"{root} has no folder for the split {split!r}; leave --split out, or name the folder itself"
-    )
+    raise DataError(f"{root} has no folder for the split {split!r}; leave --split out, or name the folder itself")
 
 
 def _classes(names: Sequence[str]) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:

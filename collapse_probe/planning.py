@@ -29,19 +29,13 @@ def block_paths(model: nn.Module, owners: Sequence[str]) -> dict[str, str | None
     else the innermost child of a container.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    attention = (
-        {id(p) for owner in owners for p in modules[owner].parameters()} if "" not in owners else set()
-    )
+    attention = {id(p) for owner in owners for p in modules[owner].parameters()} if "" not in owners else set()
     found: dict[str, str | None] = {}
     for owner in dict.fromkeys(owners):
         parts = owner.split(".") if owner else []
         children = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
         children = [c for c in children if isinstance(modules[c.rpartition(".")[0]], _CONTAINERS)]
-        has_mlp = [
-            c
-            for c in children
-            if any(p.ndim >= 2 and id(p) not in attention for p in modules[c].parameters())
-        ]
+        has_mlp = [c for c in children if any(p.ndim >= 2 and id(p) not in attention for p in modules[c].parameters())]
         found[owner] = (has_mlp or children or [None])[0]  # type: ignore[list-item]
     return found
 
@@ -53,9 +47,7 @@ def make_plan(model: nn.Module, heard: Hearing, check: SelfCheck) -> Plan:
     instances = [_instance(event, paths[event.attention.owner]) for event in events]
     main = [f for event, f in zip(events, instances, strict=True) if f is not None and not _is_pool(event)]
     blocks = list(dict.fromkeys(main))
-    inputs = {
-        frame: _input_tap(model, frame, heard) for frame in dict.fromkeys(instances) if frame is not None
-    }
+    inputs = {frame: _input_tap(model, frame, heard) for frame in dict.fromkeys(instances) if frame is not None}
     layers = tuple(
         _layer(model, event, blocks, frame, _tokens_at(inputs[frame], heard) if frame else None, heard.images)
         for event, frame in zip(events, instances, strict=True)
@@ -76,9 +68,7 @@ def make_plan(model: nn.Module, heard: Hearing, check: SelfCheck) -> Plan:
         grid=grid,
         bytes_per_image=_bytes_per_image(events, heard.images, len(taps) * tokens * width),
         check=check,
-        notes=()
-        if heard.images > 1
-        else ("the plan was made from one image: class and register tokens are unknown",),
+        notes=() if heard.images > 1 else ("the plan was made from one image: class and register tokens are unknown",),
     )
 
 
@@ -230,15 +220,18 @@ def _prefix(first: Tensor | None) -> tuple[int, ...]:
     return tuple(int(i) for i in torch.nonzero(same).flatten())
 
 
-def _patch_shape(
-    found: Tensor | None, tokens: int, prefix: tuple[int, ...], heard: Hearing
-) -> tuple[int, int] | None:
-    """Patches and width; where patches were merged, their grid tells if the prefix is still there."""
+def _patch_shape(found: Tensor | None, tokens: int, prefix: tuple[int, ...], heard: Hearing) -> tuple[int, int] | None:
+    """Patches and width, without prefix tokens and those that were added on the way.
+
+    Where patches were merged on the way, their grid tells if the prefix is still there.
+    """
     if found is None:
         return None
-    here, without = found.shape[1], found.shape[1] - len(prefix)
-    merged = here != tokens and not _rectangle(here, heard.input) and _rectangle(without, heard.input)
-    return (without if here == tokens or merged else here), found.shape[2]
+    here, patches, without = found.shape[1], tokens - len(prefix), found.shape[1] - len(prefix)
+    if patches <= here <= max(tokens, patches + MOST_ADDED_TOKENS):
+        return patches, found.shape[2]
+    merged = not _rectangle(here, heard.input) and _rectangle(without, heard.input)
+    return (without if merged else here), found.shape[2]
 
 
 def _grid(patches: int, heard: Hearing, before: int) -> tuple[int, int] | None:

@@ -48,9 +48,7 @@ def from_callable(transform: Callable[[Image.Image], Tensor], description: Mappi
         raise ModelError(f"the model's own preprocessing failed on an RGB picture: {error}") from error
     if not isinstance(pixels, Tensor) or pixels.ndim != 3 or not pixels.is_floating_point():
         came = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise ModelError(
-            f"the model's own preprocessing must give a float tensor [3, height, width], not {came}"
-        )
+        raise ModelError(f"the model's own preprocessing must give a float tensor [3, height, width], not {came}")
     size = (int(pixels.shape[1]), int(pixels.shape[2]))
     return Preprocess(transform, size, {**description, "size": list(size)})
 

@@ -48,18 +48,14 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], n: int = 50) -> int:
 def _images(batch: Any) -> Tensor:
     images = batch[0] if isinstance(batch, Sequence) and batch else batch
     if not isinstance(images, Tensor) or images.ndim != 4:
-        raise DataError(
-            f"expected images [B, C, height, width] to recalibrate on, not {type(images).__name__}"
-        )
+        raise DataError(f"expected images [B, C, height, width] to recalibrate on, not {type(images).__name__}")
     return images
 
 
 @contextmanager
 def _averaging(model: nn.Module, norms: list[nn.BatchNorm2d]) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    before = [
-        (norm, norm.momentum, {key: value.clone() for key, value in norm.named_buffers()}) for norm in norms
-    ]
+    before = [(norm, norm.momentum, {key: value.clone() for key, value in norm.named_buffers()}) for norm in norms]
     try:
         model.eval()
         for norm in norms:

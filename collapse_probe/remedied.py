@@ -23,9 +23,7 @@ from collapse_probe.subject import Subject
 Chosen = tuple[str, dict[str, Any]]
 
 
-def with_fixes(
-    subject: Subject, fixes: Sequence[str], blocks: Sequence[int] | None = None, seed: int = 0
-) -> Subject:
+def with_fixes(subject: Subject, fixes: Sequence[str], blocks: Sequence[int] | None = None, seed: int = 0) -> Subject:
     """The subject with `fixes` grafted into its model in place, into `blocks` (None: all that each can act
     on).
 
@@ -63,9 +61,7 @@ def blocks_in(text: str) -> list[int]:
             raise SettingError(f"{text!r} names no blocks; expected for example 6-11 or 0,2,5-7")
         found += range(int(ends[0]), int(ends[1]) + 1)
     if not found or len(set(found)) != len(found):
-        raise SettingError(
-            f"{text!r} must name blocks from low to high, each once; for example 6-11 or 0,2,5-7"
-        )
+        raise SettingError(f"{text!r} must name blocks from low to high, each once; for example 6-11 or 0,2,5-7")
     return sorted(found)
 
 
@@ -88,9 +84,7 @@ def recalibrated(
         note = asked if count else stored if norms else ""
         return replace(subject, notes=(*subject.notes, note)) if note else subject
     if not isinstance(images, ImageSet):
-        raise SettingError(
-            "recalibration reads some images twice: give a data address or an ImageSet, not an iterable"
-        )
+        raise SettingError("recalibration reads some images twice: give a data address or an ImageSet, not an iterable")
     few, before, place = images.subset(count * batch_size, seed), subject.fresh, choose_device(device)
 
     def settled(model: nn.Module) -> int:
@@ -127,9 +121,7 @@ def _read(text: str) -> Chosen:
     return name, settings
 
 
-def _grafted(
-    model: nn.Module, chosen: Sequence[Chosen], blocks: Sequence[int] | None, seed: int
-) -> nn.Module:
+def _grafted(model: nn.Module, chosen: Sequence[Chosen], blocks: Sequence[int] | None, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for name, settings in chosen:

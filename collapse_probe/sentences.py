@@ -44,8 +44,8 @@ def without_training(pair: Pair, mixes: str, other: str) -> tuple[str, str]:
     return (
         f"The contrast exists without any training: neither {pair.first} nor {pair.second} has been trained, "
         f"and yet their raw similarities are {both(pair.differences[RAW])}{counted}.",
-        f"It comes from {mixes} mixing its maps after the softmax, which {other} does not do, and is no evidence "
-        "that the mixing cures a collapse.",
+        f"It comes from {mixes} mixing its maps after the softmax, which {other} does not do, and is no "
+        "evidence that the mixing cures a collapse.",
     )
 
 

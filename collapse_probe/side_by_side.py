@@ -15,7 +15,8 @@ import numpy as np
 
 from collapse_probe.counting import CountDifference
 from collapse_probe.errors import OutputError
-from collapse_probe.findings import Findings, new_folder
+from collapse_probe.findings import Findings
+from collapse_probe.folders import new_folder
 from collapse_probe.paired import BCA_IMAGES, RESAMPLES, Paired
 from collapse_probe.pairing import Agreement, Difference, Pair
 
@@ -77,8 +78,7 @@ class Comparison:
             "trajectory": self.trajectory,
             "methods": METHODS,
             "subjects": [
-                {"label": label, "folder": folders[label], **_subject(findings)}
-                for label, findings in self.subjects.items()
+                {"label": label, "folder": folders[label], **_subject(findings)} for label, findings in self.subjects.items()
             ],
             "pairs": [_pair_to_json(pair) for pair in self.pairs],
         }
@@ -106,13 +106,9 @@ class Comparison:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise OutputError(
-                f"{folder} is no comparison ({error}); expected comparison.json as compare writes it"
-            ) from error
+            raise OutputError(f"{folder} is no comparison ({error}); expected comparison.json as compare writes it") from error
         if content.get("schema") != SCHEMA:
-            raise OutputError(
-                f"{path} has schema {content.get('schema')!r}; expected {SCHEMA!r}: compare again"
-            )
+            raise OutputError(f"{path} has schema {content.get('schema')!r}; expected {SCHEMA!r}: compare again")
         subjects = {s["label"]: Findings.load(Path(folder) / s["folder"]) for s in content["subjects"]}
         pairs = tuple(_pair_from_json(entry) for entry in content["pairs"])
         return cls(subjects, pairs, content["trajectory"], content["run"])
@@ -204,9 +200,7 @@ def _pair_from_json(entry: Mapping[str, Any]) -> Pair:
         name: Difference(d["axis"], tuple(d["places"]), _paired_from_json(d), _paired_from_json(d["overall"]))
         for name, d in entry["metrics"].items()
     }
-    counts = tuple(
-        CountDifference(**{**c, "ci95": tuple(_array(c["ci95"]).tolist())}) for c in entry["counts"]
-    )
+    counts = tuple(CountDifference(**{**c, "ci95": tuple(_array(c["ci95"]).tolist())}) for c in entry["counts"])
     return Pair(
         first=entry["first"],
         second=entry["second"],

@@ -128,9 +128,7 @@ def _confirm(softmax: Softmax, operand: Tensor, turned: bool) -> None:
         return
     if probs.shape[-1] != probs.shape[-2]:
         turned = operand.shape[-2:] != probs.shape[-2:]
-    softmax.attention.weights = (
-        (operand.transpose(-1, -2) if turned else operand).reshape(probs.shape).detach()
-    )
+    softmax.attention.weights = (operand.transpose(-1, -2) if turned else operand).reshape(probs.shape).detach()
 
 
 def _derive(softmax: Softmax, func: Any, touched: list[Tensor], out: Any) -> None:

@@ -46,7 +46,7 @@ def bootstrap(
 ) -> tuple[Array, Array]:
     """Standard error and 95 % percentile interval [..., 2] of a statistic of `images` images (two or more).
 
-    `statistic(chosen)` takes indices of images, [..., images], drawn with replacement, and gives its value for each draw, [...]:
+    `statistic(chosen)` takes indices of images, [..., images], drawn with replacement, and gives a value for each draw, [...]:
     whatever it reads of one image stays together.
     """
     result = stats.bootstrap(

@@ -27,7 +27,12 @@ def mean(values: Array) -> float | None:
 def summarise(readings: Mapping[str, Reading], images: int) -> Summary:
     """Flat names and numbers; None where a metric was not measured or is undefined."""
     found: Summary = {"images": images}
-    for name, key in (("attention-similarity", ""), ("attention-similarity@row", "_row"), ("attention-similarity@centred", "_centred"), ("attention-similarity@probs", "_probs")):
+    for name, key in (
+        ("attention-similarity", ""),
+        ("attention-similarity@row", "_row"),
+        ("attention-similarity@centred", "_centred"),
+        ("attention-similarity@probs", "_probs"),
+    ):
         if name in readings:
             found |= _similarity(readings[name], key)
     for name, key in (("similar-blocks", ""), ("similar-blocks@probs", "_probs")):

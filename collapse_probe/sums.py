@@ -24,7 +24,7 @@ def group_of(name: str) -> int:
     return zlib.crc32(name.encode()) % GROUPS
 
 
-class Fold(StateHolder):  # type: ignore[misc]
+class Fold(StateHolder):
     """One thing taken from every batch and added up. States are tensors that add across batches and processes.
 
     For each batch `begin` comes first, then `tile` for every tile of the maps, then `end`. What `end` returns are per-image
@@ -53,9 +53,14 @@ class Fold(StateHolder):  # type: ignore[misc]
         """A float64 state of zeros that adds across processes."""
         self.add_state(name, torch.zeros(*shape, dtype=torch.float64), dist_reduce_fx="sum")
 
+    def state(self, name: str) -> Tensor:
+        """A state by its name."""
+        found: Tensor = getattr(self, name)
+        return found
+
     def into(self, name: str, value: Tensor) -> None:
         """Add `value` to a state."""
-        state = getattr(self, name)
+        state = self.state(name)
         state += value.to(state.device, torch.float64)
 
 
@@ -89,7 +94,7 @@ class Means(Fold):
 
     def array(self, name: str) -> Array:
         """A state as a NumPy array."""
-        return np.array(getattr(self, name).cpu().numpy(), dtype=np.float64)
+        return np.array(self.state(name).cpu().numpy(), dtype=np.float64)
 
 
 class PerImage(Means):

@@ -142,8 +142,7 @@ def per_block(findings: Findings) -> Table:
     columns, notes = _columns(findings)
     blocks = max((len(cells) for cells in columns.values()), default=0)
     rows = [
-        (str(block), *(cells[block] if block < len(cells) else DASH for cells in columns.values()))
-        for block in range(blocks)
+        (str(block), *(cells[block] if block < len(cells) else DASH for cells in columns.values())) for block in range(blocks)
     ]
     return Table(("block", *columns), tuple(rows), tuple(notes))
 
@@ -155,11 +154,7 @@ def _columns(findings: Findings) -> tuple[dict[str, list[str]], list[str]]:
     if similarity is not None:
         columns |= _similarity_columns(similarity)
         notes.append("Block 0 has no block before it, so nothing to be compared with.")
-        notes += [
-            f"{NULL_NAMES[r]}: {_why(similarity, r)}."
-            for r in (*NULLS, "kappa")
-            if null(similarity, r) is None
-        ]
+        notes += [f"{NULL_NAMES[r]}: {_why(similarity, r)}." for r in (*NULLS, "kappa") if null(similarity, r) is None]
         kappa = null(similarity, "kappa")
         if kappa is not None and not np.isfinite(adjacent(kappa)).all():
             notes.append("κ is undefined where the other-token null is 1: nothing is left to be explained.")

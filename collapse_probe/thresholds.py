@@ -111,17 +111,13 @@ def _expect_number(node: ast.expr, text: str) -> None:
         _expect_number(node.right, text)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
         _expect_number(node.operand, text)
-    elif not isinstance(node, ast.Name) and not (
-        isinstance(node, ast.Constant) and type(node.value) in (int, float)
-    ):
+    elif not isinstance(node, ast.Name) and not (isinstance(node, ast.Constant) and type(node.value) in (int, float)):
         raise _refused(node, text, "a number or a name of the summary")
 
 
 def _refused(node: ast.expr, text: str, expected: str) -> SettingError:
     part = ast.unparse(node)
-    return SettingError(
-        f"in the threshold {text!r}, {part!r} is not {expected}; write for example {EXAMPLE!r}"
-    )
+    return SettingError(f"in the threshold {text!r}, {part!r} is not {expected}; write for example {EXAMPLE!r}")
 
 
 def _truth(node: ast.expr, numbers: Numbers) -> bool | None:

@@ -150,9 +150,7 @@ class MapTile:
         span = self.rows if axis == "row" else self.columns
         return [t for t in range(span.start, span.stop) if t not in without]
 
-    def unit_vectors(
-        self, point: str, axis: str, centred: bool, without: tuple[int, ...] = ()
-    ) -> tuple[Tensor, Tensor]:
+    def unit_vectors(self, point: str, axis: str, centred: bool, without: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Rows or columns as unit vectors, [b, H, L, R, C], and which of them are defined, [b, H, L, tokens].
 
         Tokens in `without` are left out as queries and as keys. Computed once per tile, whoever asks.
@@ -190,7 +188,10 @@ class Trace:
         tokens_BND, shape = self.tokens[depth], self.plan.patch_shapes[depth]
         if tokens_BND is None:
             return None
-        if self.plan.prefix and (shape is None or tokens_BND.shape[1] != shape[0]):
+        extra = 0 if shape is None else tokens_BND.shape[1] - shape[0]
+        if extra != len(self.plan.prefix):  # tokens that were added on the way come first
+            tokens_BND = tokens_BND[:, extra:]
+        elif extra:
             keep = [i for i in range(tokens_BND.shape[1]) if i not in self.plan.prefix]
             first, last = keep[0], keep[-1] + 1
             contiguous = last - first == len(keep)
@@ -249,25 +250,19 @@ def _swept(
     for start in range(0, queries, step[0]):
         rows = slice(start, min(start + step[0], queries))
         maps = _stack(layers, images, rows, everything, sums)
-        yield MapTile(
-            positions, images, rows, everything, maps, frozenset({"row"}), last=rows.stop == queries
-        )
+        yield MapTile(positions, images, rows, everything, maps, frozenset({"row"}), last=rows.stop == queries)
     totals = [[torch.cat(parts, dim=2)] if parts else [] for parts in sums]
     everything = slice(0, queries)
     for start in range(0, keys, step[1]):
         columns = slice(start, min(start + step[1], keys))
         maps = _stack(layers, images, everything, columns, totals)
-        yield MapTile(
-            positions, images, everything, columns, maps, frozenset({"column"}), last=columns.stop == keys
-        )
+        yield MapTile(positions, images, everything, columns, maps, frozenset({"column"}), last=columns.stop == keys)
 
 
 def _stack(
     layers: list[Attention], images: slice, rows: slice, columns: slice, sums: list[list[Tensor]] | None
 ) -> dict[str, Tensor]:
-    found = [
-        maps_of(a, images, rows, columns, None if sums is None else sums[i]) for i, a in enumerate(layers)
-    ]
+    found = [maps_of(a, images, rows, columns, None if sums is None else sums[i]) for i, a in enumerate(layers)]
     probs = torch.stack([maps["probs"] for maps in found], dim=2)
     if not any(a.mixed for a in layers):
         return {"probs": probs, "weights": probs}

@@ -219,9 +219,7 @@ def _shared(pairs: _Pairs, kinds: tuple[str, ...], shared: list[int], total: int
     return Verdict("shared", True, (first, second), caveats, kinds)
 
 
-def _query_independent(
-    pairs: _Pairs, kinds: tuple[str, ...], ignoring: int, total: int, caveats: tuple[str, ...]
-) -> Verdict:
+def _query_independent(pairs: _Pairs, kinds: tuple[str, ...], ignoring: int, total: int, caveats: tuple[str, ...]) -> Verdict:
     at = [i for i, k in enumerate(kinds) if k in ("query-independent", "same-everywhere")]
     everywhere = kinds.count("same-everywhere") > len(at) / 2
     first = f"Attention ignores the query in {ignoring} of {total} neighbouring pairs of blocks: every token attends with the same row"
@@ -244,16 +242,22 @@ def _numbers(pairs: _Pairs) -> str:
 def _caveats(pairs: _Pairs, kinds: tuple[str, ...], findings: Findings) -> tuple[str, ...]:
     found = []
     if str(findings.model.get("weights", "")).startswith("random"):
-        found.append("The model is untrained: these numbers describe its architecture and initialisation, not anything learned.")
+        found.append(
+            "The model is untrained: these numbers describe its architecture and initialisation, not anything learned."
+        )
     unsure = [i + 1 for i, k in enumerate(kinds) if k == "shared" and not pairs.kappa_low[i] > SHARED_KAPPA]
     if unsure:
-        found.append(f"For blocks {spans(unsure)} the interval of kappa reaches below {SHARED_KAPPA:g}: more images are needed to be sure.")
+        found.append(
+            f"For blocks {spans(unsure)} the interval of kappa reaches below {SHARED_KAPPA:g}: more images are needed to be sure."
+        )
     if findings.model.get("mixes_maps"):
         found.append(
             "This model changes its maps after the softmax. The similarity is that of what multiplies V (weights); the @probs metrics "
             "show the softmax itself, which may tell another story."
         )
-    found.append("Similar maps are not proof of wasted blocks, and distinct maps no proof of useful ones: values and MLPs are not compared.")
+    found.append(
+        "Similar maps are not proof of wasted blocks, and distinct maps no proof of useful ones: values and MLPs are not compared."
+    )
     return tuple(found)
 
 

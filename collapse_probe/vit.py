@@ -54,13 +54,9 @@ class ViTSettings:
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "channels", "depth", "width", "heads"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise SettingError(
-                    f"ViT: {name} must be a whole number from 1 up, not {getattr(self, name)!r}"
-                )
+                raise SettingError(f"ViT: {name} must be a whole number from 1 up, not {getattr(self, name)!r}")
         if self.image_size % self.patch_size:
-            raise SettingError(
-                f"ViT: image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
-            )
+            raise SettingError(f"ViT: image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             raise SettingError(f"ViT: width {self.width} is no multiple of heads {self.heads}")
         if self.init not in ("trunc_normal", "xavier", "torch"):
@@ -71,10 +67,7 @@ class ViTSettings:
     def plain(self) -> dict[str, Any]:
         """The settings as plain values, which JSON can hold and `ViTSettings(**…)` takes back."""
         fixes = {
-            name: {
-                key: list(value) if key == "blocks" and value is not None else value
-                for key, value in chosen.items()
-            }
+            name: {key: list(value) if key == "blocks" and value is not None else value for key, value in chosen.items()}
             for name, chosen in self.fixes.items()
         }
         return {**vars(self), "fixes": fixes}

@@ -102,16 +102,12 @@ def _over_depth(blocks: int, rng: np.random.Generator, *, nulls: bool) -> dict[s
     }  # fmt: skip
 
 
-def make_gallery(
-    blocks: int, *, signed: bool = False, names: tuple[str, ...] = ("cat.png", "sea.png")
-) -> Gallery:
+def make_gallery(blocks: int, *, signed: bool = False, names: tuple[str, ...] = ("cat.png", "sea.png")) -> Gallery:
     """Smooth pictures with one bright spot of attention that wanders with the block."""
     y, x = np.mgrid[0:96, 0:96] / 95.0
     picture = np.stack([x, y, np.sin(6 * x) ** 2 * np.cos(5 * y) ** 2], -1)
     rows, columns = np.mgrid[0:7, 0:7]
-    maps = np.stack(
-        [np.exp(-((rows - b % 7) ** 2 + (columns - (b * 3) % 7) ** 2) / 4.0) for b in range(blocks)]
-    )
+    maps = np.stack([np.exp(-((rows - b % 7) ** 2 + (columns - (b * 3) % 7) ** 2) / 4.0) for b in range(blocks)])
     maps = maps / maps.sum((1, 2), keepdims=True)
     if signed:
         maps = maps - maps.mean()

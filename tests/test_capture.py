@@ -214,9 +214,7 @@ def test_a_steady_run_holds_no_more_than_the_plan_says(name):
     with torch.no_grad(), ear(model, heard.append, watched=call_frames(plan.taps)):
         model(images(6))
     assert {(call.path, call.number) for call in heard[0].calls} == call_frames(plan.taps)
-    assert all(
-        event.value is None and event.out is None and event.finish is None for event in heard[0].events
-    )
+    assert all(event.value is None and event.out is None and event.finish is None for event in heard[0].events)
     with torch.no_grad(), listen(model, plan) as ears:
         model(images(6))
     tensors = [getattr(a, n) for a in ears.last.attention for n in ("q", "k", "probs", "weights")]

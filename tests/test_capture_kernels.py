@@ -62,9 +62,7 @@ def test_maps_are_those_of_an_eager_calculation(attention):
     assert_maps(trace, expected)
     assert [layer.owner for layer in trace.plan.layers] == ["blocks.0.attn", "blocks.1.attn"]
     assert [layer.mixed for layer in trace.plan.layers] == [attention in CHANGED] * 2
-    assert all(
-        ("scaled_dot_product" in layer.operation) == (attention in FUSED) for layer in trace.plan.layers
-    )
+    assert all(("scaled_dot_product" in layer.operation) == (attention in FUSED) for layer in trace.plan.layers)
 
 
 def test_a_query_that_sees_nothing_has_a_row_of_zeros():
@@ -248,10 +246,7 @@ class Groups(nn.Module):
     def __init__(self):
         super().__init__()
         self.patches = nn.Conv2d(3, WIDTH, 8, 8)
-        pairs = [
-            nn.ModuleList([nn.Sequential(nn.LayerNorm(WIDTH), Matmul()), nn.Linear(WIDTH, WIDTH)])
-            for _ in range(3)
-        ]
+        pairs = [nn.ModuleList([nn.Sequential(nn.LayerNorm(WIDTH), Matmul()), nn.Linear(WIDTH, WIDTH)]) for _ in range(3)]
         self.layers, self.norm = nn.ModuleList(pairs), nn.LayerNorm(WIDTH)
         self.seen = []
         sharpen(self)

@@ -89,9 +89,7 @@ def test_which_entry_is_used(path, entries, ema, used):
 
 def test_missing_averaged_weights_are_an_error(path):
     torch.save({"state_dict": filled(1.0), "epoch": 3}, path)
-    with pytest.raises(
-        CheckpointError, match=r"averaged \(EMA\) weights.*found the entries state_dict, epoch"
-    ):
+    with pytest.raises(CheckpointError, match=r"averaged \(EMA\) weights.*found the entries state_dict, epoch"):
         load_checkpoint(small(), path, ema=True)
 
 
@@ -182,9 +180,7 @@ def test_a_damaged_file_is_one_line(tmp_path, suffix, content):
 
 def test_a_file_without_weights_is_an_error(path):
     torch.save({"epoch": 3, "lr": 0.1}, path)
-    with pytest.raises(
-        CheckpointError, match="holds no weights: expected a state dict, found the entries epoch, lr"
-    ):
+    with pytest.raises(CheckpointError, match="holds no weights: expected a state dict, found the entries epoch, lr"):
         load_checkpoint(small(), path)
 
 

@@ -11,12 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from collapse_probe.cli.main import main
 from making import small_vit
 
-from collapse_probe.cli.main import main
 from collapse_probe.findings import Findings
 
-SMALL_MODEL = ["-m", "timm:vit_tiny_patch16_224", "--no-pretrained", "--img-size", "64", "--model-kwargs", "depth=3 num_classes=7"]
+SMALL_MODEL = [
+    "-m",
+    "timm:vit_tiny_patch16_224",
+    "--no-pretrained",
+    "--img-size",
+    "64",
+    "--model-kwargs",
+    "depth=3 num_classes=7",
+]
 
 
 @pytest.fixture
@@ -41,7 +49,14 @@ def test_analyze_writes_the_whole_folder(run, photos, tmp_path):
     code, out, err = analyze(run, photos, "-o", "out", "-b", "4")
     assert code == 0
     names = {str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file()}
-    assert {"findings.json", "blocks.csv", "matrices.npz", "images.npz", "report.html", "figures/attention-similarity.png"} <= names
+    assert {
+        "findings.json",
+        "blocks.csv",
+        "matrices.npz",
+        "images.npz",
+        "report.html",
+        "figures/attention-similarity.png",
+    } <= names
     assert "figures/attention-similarity.svg" in names
     assert out.splitlines()[0].endswith(".")
     assert "attention_similarity_adjacent" in out
@@ -88,7 +103,15 @@ def test_doctor(run):
     assert json.loads(out)["prefix_tokens"] == [0]
 
 
-@pytest.mark.parametrize(("kind", "pattern", "expected"), [("metrics", None, "patch-diversity"), ("models", "vit_b_32", "torchvision:vit_b_32"), ("data", "bundled", "bundled:digits"), ("fixes", "re-att*", "re-attention")])
+@pytest.mark.parametrize(
+    ("kind", "pattern", "expected"),
+    [
+        ("metrics", None, "patch-diversity"),
+        ("models", "vit_b_32", "torchvision:vit_b_32"),
+        ("data", "bundled", "bundled:digits"),
+        ("fixes", "re-att*", "re-attention"),
+    ],
+)
 def test_ls(run, kind, pattern, expected):
     code, out, _ = run("ls", kind, *([pattern] if pattern else []))
     assert code == 0
@@ -132,7 +155,12 @@ def prepare(kind, folder):
     if kind == "an output that is a file":
         (folder / "taken").write_text("")
         return ["-o", folder / "taken"]
-    return {"batch size 0": ["-b", "0"], "unknown metric": ["--metric", "patch-diversty"], "no such device": ["--device", "cuda:99"], "limit 0": ["--limit", "0"]}[kind]
+    return {
+        "batch size 0": ["-b", "0"],
+        "unknown metric": ["--metric", "patch-diversty"],
+        "no such device": ["--device", "cuda:99"],
+        "limit 0": ["--limit", "0"],
+    }[kind]
 
 
 BAD = [

@@ -47,9 +47,7 @@ RE_ATTENDING = {
     "deepvit_l": range(20, 32),
     "deepvit_l_384": range(20, 32),
 }
-TINY = DeepViTSettings(
-    12, 3, (1, 2), "cnn", transform_scale=True, residual_scale=0.5, heads=3, image_size=32, classes=5
-)
+TINY = DeepViTSettings(12, 3, (1, 2), "cnn", transform_scale=True, residual_scale=0.5, heads=3, image_size=32, classes=5)
 
 
 @cache
@@ -59,9 +57,7 @@ def on_meta(name: str) -> Any:
         return timm.create_model(name)
 
 
-def official_layout(
-    width: int, depth: int, mixing: range, cnn: bool, positions: int
-) -> dict[str, tuple[int, ...]]:
+def official_layout(width: int, depth: int, mixing: range, cnn: bool, positions: int) -> dict[str, tuple[int, ...]]:
     """Every key and shape of the official state dict."""
     norm = {
         "weight": (12,),
@@ -166,9 +162,7 @@ def test_timm_settings_pass_and_plain_blocks_stay_fused(monkeypatch: pytest.Monk
     model = DeepViT(TINY, num_classes=7, drop_path_rate=0.2)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
     assert len(calls) == 1
-    assert [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks] == pytest.approx(
-        [0, 0.1, 0.2]
-    )
+    assert [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks] == pytest.approx([0, 0.1, 0.2])
     with pytest.raises(ModelError, match=r"takes images of \(32, 32\), not \(48, 32\)"):
         model(torch.randn(2, 3, 48, 32))
 
@@ -200,9 +194,7 @@ def batch_norm(x: np.ndarray, p: Arrays, key: str, training: bool) -> np.ndarray
 
 def layer_norm(x: np.ndarray, p: Arrays, key: str) -> np.ndarray:
     centred = x - x.mean(-1, keepdims=True)
-    return (
-        centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p[f"{key}.weight"] + p[f"{key}.bias"]
-    )
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p[f"{key}.weight"] + p[f"{key}.bias"]
 
 
 def linear(x: np.ndarray, p: Arrays, key: str) -> np.ndarray:
@@ -228,12 +220,8 @@ def attention(x: np.ndarray, p: Arrays, key: str, settings: DeepViTSettings, tra
 def forward(images: np.ndarray, p: Arrays, settings: DeepViTSettings, training: bool) -> np.ndarray:
     x = images
     if settings.stem == "cnn":
-        x = np.maximum(
-            batch_norm(conv2d(x, p["patch_embed.conv1.weight"], 2, 3), p, "patch_embed.bn1", training), 0
-        )
-        x = np.maximum(
-            batch_norm(conv2d(x, p["patch_embed.conv2.weight"], 1, 1), p, "patch_embed.bn2", training), 0
-        )
+        x = np.maximum(batch_norm(conv2d(x, p["patch_embed.conv1.weight"], 2, 3), p, "patch_embed.bn1", training), 0)
+        x = np.maximum(batch_norm(conv2d(x, p["patch_embed.conv2.weight"], 1, 1), p, "patch_embed.bn2", training), 0)
     patches = conv2d(x, p["patch_embed.proj.weight"], 8 if settings.stem == "cnn" else 16, 0)
     patches = patches.reshape(*patches.shape[:2], -1).transpose(0, 2, 1) + p["patch_embed.proj.bias"]
     x = np.concatenate((np.repeat(p["cls_token"], len(images), 0), patches), 1) + p["pos_embed"]

@@ -67,9 +67,7 @@ def without(findings: Findings, *names: str) -> Findings:
 
 
 def with_values(findings: Findings, name: str, values: np.ndarray) -> Findings:
-    return replace(
-        findings, metrics={**findings.metrics, name: replace(findings.metrics[name], values=values)}
-    )
+    return replace(findings, metrics={**findings.metrics, name: replace(findings.metrics[name], values=values)})
 
 
 @pytest.mark.parametrize(("blocks", "narrow"), [(12, False), (12, True), (32, False), (32, True)])
@@ -207,9 +205,7 @@ def test_per_block_curves_carry_their_references() -> None:
     figure = per_block(findings)
     assert figure is not None
     heads, images, diversity = figure.axes
-    np.testing.assert_array_equal(
-        line(heads, "untrained"), findings.metrics["head-similarity"].nulls.values["untrained"]
-    )
+    np.testing.assert_array_equal(line(heads, "untrained"), findings.metrics["head-similarity"].nulls.values["untrained"])
     np.testing.assert_array_equal(line(images, "measured"), findings.matrix("image-similarity"))
     np.testing.assert_array_equal(line(diversity, "measured"), findings.matrix("patch-diversity"))
     fewer = per_block(without(findings, "image-similarity"))
@@ -314,9 +310,7 @@ def test_saved_files_are_the_same_byte_for_byte(tmp_path) -> None:
     findings = synthetic(2)
     save_all(findings, tmp_path)
     inside = tmp_path / "figures"
-    assert {path.name for path in inside.iterdir()} == {
-        f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")
-    }
+    assert {path.name for path in inside.iterdir()} == {f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")}
     for name, figure in draw_all(findings).items():
         written = (inside / f"{name}.svg").read_bytes()
         assert svg(figure) == written, name

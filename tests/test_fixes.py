@@ -33,9 +33,7 @@ SMALL = {
     "classes": 5,
     "init_std": 0.2,
 }
-LEARNING = {
-    "temperature": {"learnable": True, "tau": 0.7}
-}  # settings with parameters, where the default has none
+LEARNING = {"temperature": {"learnable": True, "tau": 0.7}}  # settings with parameters, where the default has none
 WITHOUT_PARAMETERS = {"contra-norm", "drop-attention", "neutreno", "shared-attention"}
 NO_NEUTRAL = {"class-attention", "registers", "shared-attention"}
 MIXES = {
@@ -165,9 +163,7 @@ def test_it_runs_under_bf16_autocast_and_in_bf16(name: str, images: Tensor) -> N
         "registers",
         "layer-scale",
     }:
-        torch.testing.assert_close(
-            rough.float(), exact, rtol=0.1, atol=0.1
-        )  # those draw their start at random
+        torch.testing.assert_close(rough.float(), exact, rtol=0.1, atol=0.1)  # those draw their start at random
     assert torch.isfinite(model.bfloat16()(images.bfloat16())).all()
 
 
@@ -321,9 +317,7 @@ def test_re_attention_rows_sum_to_n_beta_in_train_mode_whatever_the_bias() -> No
     site = site_of(fix)
     site.home.var_norm.bias.data.copy_(torch.tensor([0.25, -1.5]))
     first = fix.weights(probs, site)
-    torch.testing.assert_close(
-        first.sum(-1), torch.tensor([0.25, -1.5])[:, None].double().expand(4, 2, 7) * 7
-    )
+    torch.testing.assert_close(first.sum(-1), torch.tensor([0.25, -1.5])[:, None].double().expand(4, 2, 7) * 7)
     site.home.reatten_matrix.bias.data.add_(5.0)
     torch.testing.assert_close(fix.weights(probs, site), first)
 
@@ -332,9 +326,7 @@ def test_re_attention_scale_multiplies_the_normalised_map() -> None:
     torch.manual_seed(0)
     probs = torch.randn(1, 2, 5, 5, dtype=torch.float64).softmax(-1)
     site = site_of(ReAttention())
-    torch.testing.assert_close(
-        ReAttention(scale=0.25).weights(probs, site), 0.25 * ReAttention().weights(probs, site)
-    )
+    torch.testing.assert_close(ReAttention(scale=0.25).weights(probs, site), 0.25 * ReAttention().weights(probs, site))
 
 
 def test_the_layernorm_variant_has_the_names_and_orientation_of_vit_pytorch() -> None:
@@ -361,13 +353,9 @@ def test_talking_heads_mix_heads_on_both_sides_of_the_softmax() -> None:
     got = attend([(fix, site)], q, k, v, scale=0.5).detach()
     logits = np.einsum("hid,hjd->hij", q[0], k[0]) * 0.5
     left, right = site.home.proj_l, site.home.proj_w
-    logits = (
-        np.einsum("hg,gij->hij", left.weight.detach(), logits) + left.bias.detach().numpy()[:, None, None]
-    )
+    logits = np.einsum("hg,gij->hij", left.weight.detach(), logits) + left.bias.detach().numpy()[:, None, None]
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    weights = (
-        np.einsum("hg,gij->hij", right.weight.detach(), probs) + right.bias.detach().numpy()[:, None, None]
-    )
+    weights = np.einsum("hg,gij->hij", right.weight.detach(), probs) + right.bias.detach().numpy()[:, None, None]
     np.testing.assert_allclose(got[0], weights @ v[0].numpy(), atol=1e-12)
 
 
@@ -510,9 +498,7 @@ def test_refiner_is_a_bottleneck_over_heads_and_positions() -> None:
     probs = torch.randn(2, 3, 5, 5, dtype=torch.float64).softmax(-1)
 
     def norm(x: Tensor) -> Tensor:
-        return (x - x.mean((0, 2, 3), keepdim=True)) / (
-            x.var((0, 2, 3), keepdim=True, correction=0) + 1e-5
-        ).sqrt()
+        return (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
 
     x = norm(torch.einsum("ogxy,bgij->boij", p["DLA.conv_exp.weight"], probs)).clamp(0, 6)
     x = nn.functional.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)
@@ -585,9 +571,7 @@ def test_masks_reach_the_map_like_the_fused_kernel() -> None:
     boolean = torch.rand(5, 5) > 0.3
     boolean.fill_diagonal_(True)
     for given in ({"causal": True}, {"mask": boolean}, {"mask": torch.randn(5, 5)}):
-        torch.testing.assert_close(
-            attend(seats, q, k, v, scale=0.5, **given).detach(), attend([], q, k, v, scale=0.5, **given)
-        )
+        torch.testing.assert_close(attend(seats, q, k, v, scale=0.5, **given).detach(), attend([], q, k, v, scale=0.5, **given))
 
 
 def test_all_errors_are_ours() -> None:

@@ -90,9 +90,7 @@ def test_the_neutral_setting_keeps_the_logits(name: str, kind: str, images: Tens
 def test_what_a_fix_adds_has_the_mode_and_dtype_of_the_model(name: str, training: bool) -> None:
     model = apply(make().double().train(training), name)
     assert {module.training for module in model.modules()} == {training}
-    assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {
-        torch.float64
-    }
+    assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {torch.float64}
 
 
 @pytest.mark.parametrize("name", [name for name in NEEDS_MAP if name != "refiner"])
@@ -112,9 +110,7 @@ def test_a_grafted_model_is_our_vit_with_the_same_fix(name: str, images: Tensor)
     apply(theirs, name, **chosen)
     theirs.train()(images)  # running statistics move
     theirs.eval()
-    ours = ViT(
-        image_size=32, patch_size=8, width=24, depth=3, heads=3, classes=5, fixes={name: chosen}
-    ).eval()
+    ours = ViT(image_size=32, patch_size=8, width=24, depth=3, heads=3, classes=5, fixes={name: chosen}).eval()
     ours.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(ours(images), theirs(images))
     assert ours.num_prefix_tokens == theirs.num_prefix_tokens
@@ -144,9 +140,7 @@ def test_fine_tuning_moves_the_fix_and_the_model(images: Tensor) -> None:
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     model.train()(images).square().sum().backward()
     optimiser.step()
-    assert [key for key in model.state_dict() if key.endswith("lamb")] == [
-        f"blocks.{i}.attn.lamb" for i in (1, 2)
-    ]
+    assert [key for key in model.state_dict() if key.endswith("lamb")] == [f"blocks.{i}.attn.lamb" for i in (1, 2)]
     assert all(model.blocks[i].attn.lamb.any() for i in (1, 2))
 
 
@@ -202,12 +196,8 @@ def test_masks_pass(images: Tensor) -> None:
     plain, fixed = make(), apply(make(), "talking-heads")
     mask = torch.rand(17, 17) > 0.3
     mask.fill_diagonal_(True)
-    torch.testing.assert_close(
-        fixed(images, attn_mask=mask), plain(images, attn_mask=mask), rtol=0, atol=1e-5
-    )
-    torch.testing.assert_close(
-        fixed(images, is_causal=True), plain(images, is_causal=True), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(fixed(images, attn_mask=mask), plain(images, attn_mask=mask), rtol=0, atol=1e-5)
+    torch.testing.assert_close(fixed(images, is_causal=True), plain(images, is_causal=True), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"errors", "geometry", "processes", "provenance", "statistics", "subject"},
+    {"errors", "folders", "geometry", "processes", "provenance", "statistics", "subject"},
     {"trace", "findings", "sockets", "fix", "blueprint", "hub", "pictures", "preprocessing", "checkpoints", "recalibration"},
     {"kernels", "sums", "summary", "bundled_pictures", "timm_pictures", "devices", "overlay", "mounting"},
     {"ear", "agreement", "data", "verdict", "measure", "vit", "thresholds"},
@@ -80,7 +80,9 @@ def test_files_of_one_family_do_not_import_each_other(family):
 
 
 def test_no_room_without_a_subject():
-    names = {p.stem for p in ROOT.rglob("*.py") if ".venv" not in p.parts} | {p.name for p in (ROOT / "collapse_probe").iterdir()}
+    names = {p.stem for p in ROOT.rglob("*.py") if ".venv" not in p.parts} | {
+        p.name for p in (ROOT / "collapse_probe").iterdir()
+    }
     assert not names & FORBIDDEN
 
 
@@ -93,7 +95,9 @@ def test_files_are_short_and_say_why_they_exist(path):
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_library_does_not_print(path):
-    calls = [n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    calls = [
+        n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    ]
     assert "print" not in calls
 
 
@@ -103,7 +107,10 @@ def fresh(code):
 
 @pytest.mark.parametrize(
     "front_door",
-    ["import collapse_probe", "import collapse_probe.cli.main as m\ntry:\n    m.main(['--help'])\nexcept SystemExit:\n    pass"],
+    [
+        "import collapse_probe",
+        "import collapse_probe.cli.main as m\ntry:\n    m.main(['--help'])\nexcept SystemExit:\n    pass",
+    ],
 )
 def test_the_front_door_is_light(front_door):
     code = f"{front_door}\nimport sys\nheavy = {HEAVY!r}\nloaded = [n for n in heavy if n in sys.modules]\nsys.exit(str(loaded) if loaded else 0)"
@@ -132,7 +139,6 @@ FLAGS = {
 @pytest.mark.parametrize("name", FLAGS)
 def test_command_line_flags_are_frozen(name):
     import click
-
     from collapse_probe.cli.main import group
 
     command = group.get_command(click.Context(group), name)

@@ -90,9 +90,7 @@ def with_kappa(findings: Findings, kappa: np.ndarray | None, reason: str) -> Fin
         reasons={"kappa": reason},
         kappa_ci95=None,
     )
-    return replace(
-        findings, metrics={**findings.metrics, "attention-similarity": replace(reading, nulls=nulls)}
-    )
+    return replace(findings, metrics={**findings.metrics, "attention-similarity": replace(reading, nulls=nulls)})
 
 
 def noisy(blocks: int) -> Findings:
@@ -206,9 +204,7 @@ def test_the_table_holds_the_findings() -> None:
     matrix = findings.matrix("attention-similarity")
     assert cells[0]["adjacent similarity"] == "–"
     assert cells[3]["adjacent similarity"] == number(matrix[3, 2])
-    assert cells[3]["other token"] == number(
-        findings.metrics["attention-similarity"].nulls.values["other_token"][3, 2]
-    )
+    assert cells[3]["other token"] == number(findings.metrics["attention-similarity"].nulls.values["other_token"][3, 2])
     assert cells[4]["κ"] == "–"
     assert cells[2]["patch diversity"] == number(findings.matrix("patch-diversity")[3])
     assert cells[2]["entropy, nats"] == number(findings.matrix("attention-entropy")[2].mean(), 2)
@@ -229,9 +225,7 @@ def test_key_numbers_are_means_over_adjacent_pairs() -> None:
 
 def test_what_does_not_apply_is_named_with_its_reason() -> None:
     findings = synthetic(3)
-    gone = replace(
-        findings.metrics["attention-entropy"], values=None, not_applicable="rows do not sum to one"
-    )
+    gone = replace(findings.metrics["attention-entropy"], values=None, not_applicable="rows do not sum to one")
     changed = replace(findings, metrics={**findings.metrics, "attention-entropy": gone})
     assert not_measured(changed) == [("attention-entropy", "rows do not sum to one")]
     text = words(changed)

@@ -20,7 +20,13 @@ def free_port():
 def found_by(world, photos):
     words = ["analyze", "-m", "timm:vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32", "--model-kwargs", "depth=3"]
     words += ["--data", str(photos), "--limit", "5", "--json", "--null-images", "2", "-b", "2", "-q", "--device", "cpu"]
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={world}",
+        "--master-addr=127.0.0.1",
+        f"--master-port={free_port()}",
+    ]
     start = [*torchrun, "-m", "collapse_probe"] if world > 1 else ["-m", "collapse_probe"]
     done = subprocess.run([sys.executable, *start, *words], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

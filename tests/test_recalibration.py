@@ -15,9 +15,7 @@ from collapse_probe.vit import ViT
 
 def small() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Dropout(0.5), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)
-    )
+    model = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
     return model.append(nn.BatchNorm2d(2, momentum=0.3))
 
 

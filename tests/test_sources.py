@@ -236,9 +236,7 @@ def test_a_model_without_published_weights_says_so():
 
 def test_a_checkpoint_replaces_published_weights(tmp_path):
     trained = tiny(seed=9).model
-    torch.save(
-        {"state_dict": {f"module.{k}": v for k, v in trained.state_dict().items()}}, tmp_path / "a.pth.tar"
-    )
+    torch.save({"state_dict": {f"module.{k}": v for k, v in trained.state_dict().items()}}, tmp_path / "a.pth.tar")
     subject = tiny(pretrained=None, checkpoint=tmp_path / "a.pth.tar")
     assert same(subject.model, trained)
     assert subject.weights == "checkpoint"

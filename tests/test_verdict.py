@@ -86,7 +86,9 @@ def test_shared_maps_are_collapse(pictures):
     assert found.summary["kappa_adjacent"] > 0.95
     answer = judge(found)
     assert (answer.case, answer.collapsed) == ("shared", True)
-    assert answer.sentences[0].startswith("Attention has collapsed across depth in 3 of 3 neighbouring pairs of blocks: blocks 1–3")
+    assert answer.sentences[0].startswith(
+        "Attention has collapsed across depth in 3 of 3 neighbouring pairs of blocks: blocks 1–3"
+    )
 
 
 def test_one_copied_block_is_found_where_it_is(pictures):

@@ -37,9 +37,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def test_it_is_timms_vit_with_other_code(images: Tensor) -> None:
     ours = ViT(**SMALL, mlp_ratio=3.0, init_std=0.3).eval()
-    timms = timm.models.VisionTransformer(
-        32, 8, 3, 5, embed_dim=24, depth=4, num_heads=3, mlp_ratio=3.0
-    ).eval()
+    timms = timm.models.VisionTransformer(32, 8, 3, 5, embed_dim=24, depth=4, num_heads=3, mlp_ratio=3.0).eval()
     timms.load_state_dict(ours.state_dict())
     torch.testing.assert_close(ours(images), timms(images))
     torch.testing.assert_close(ours.forward_features(images), timms.forward_features(images))
@@ -53,9 +51,7 @@ def test_the_map_in_the_open_gives_what_the_fused_kernel_gives(images: Tensor) -
     torch.testing.assert_close(model(images), fused)
 
 
-def test_attention_is_fused_except_where_a_fix_needs_the_map(
-    images: Tensor, fused_calls: list[tuple[int, ...]]
-) -> None:
+def test_attention_is_fused_except_where_a_fix_needs_the_map(images: Tensor, fused_calls: list[tuple[int, ...]]) -> None:
     fixes = {"re-attention": {"blocks": [1, 2]}, "temperature": {}, "neutreno": {}, "layer-scale": {}}
     ViT(**SMALL, fixes=fixes)(images)
     assert fused_calls == [(2, 3, 17, 8)] * 2

@@ -1,7 +1,7 @@
 """Small Vision Transformers, one for each way of computing attention, that can also say what their maps are.
 
-`reference(model, images)` runs a model plainly and returns, for every attention call, the maps in float64 that follow
-from that call's own queries and keys: (probs, weights), worked out without the library.
+`reference(model, images)` runs a model plainly and returns, for every attention call, the maps in float64 that
+follow from that call's own queries and keys: (probs, weights). The library has no part in it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class ToyViT(nn.Module):
-    """Patches of 8 × 8, a class token, and whatever blocks it is given; `sharpen` makes the maps far from uniform."""
+    """Patches of 8 × 8, a class token, whatever blocks it is given, and maps that are far from uniform."""
 
     def __init__(self, blocks, seed=0):
         super().__init__()
@@ -226,9 +226,7 @@ class Bmm(Matmul):
 
     def mix(self, q, k, v):
         flat = [x.flatten(0, 1) for x in (q, k, v)]
-        scores = torch.baddbmm(
-            torch.zeros(1), flat[0], flat[1].transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5
-        )
+        scores = torch.baddbmm(torch.zeros(1), flat[0], flat[1].transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
         return torch.bmm(scores.softmax(-1), flat[2]).unflatten(0, q.shape[:2])
 
 
@@ -245,7 +243,7 @@ class OneKey(Matmul):
 
 
 class Changed(ToyAttention):
-    """Eager attention whose map is changed before it multiplies the values; `own` is the model's own tensor."""
+    """Eager attention whose map is changed before it multiplies the values; `own` is that changed map."""
 
     def __init__(self):
         super().__init__()

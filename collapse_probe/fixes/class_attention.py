@@ -99,12 +99,8 @@ class ClassAttentionStage(Fix):
         if getattr(model, "cls_token", None) is None or site.prefix < 1:
             raise ModelError(f"{self.name} needs a model with a CLS token, and this one has none")
         if hasattr(model, "dist_token") or getattr(model, "global_pool", "token") != "token":
-            raise ModelError(
-                f"{self.name} needs a head that reads CLS alone; this model's reads other tokens too"
-            )
-        blocks = [
-            ClassBlock(site.width, site.heads, self.mlp_ratio, float(self.init)) for _ in range(self.depth)
-        ]
+            raise ModelError(f"{self.name} needs a head that reads CLS alone; this model's reads other tokens too")
+        blocks = [ClassBlock(site.width, site.heads, self.mlp_ratio, float(self.init)) for _ in range(self.depth)]
         for module in (m for block in blocks for m in block.modules() if isinstance(m, nn.Linear)):
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)

@@ -51,9 +51,7 @@ class FeatScale(Fix):
 
     def parts(self, site: Site) -> Mapping[str, Part]:
         """`lamb1` and `lamb2`, [D]."""
-        return {
-            name: nn.Parameter(torch.full((site.width,), float(self.init))) for name in ("lamb1", "lamb2")
-        }
+        return {name: nn.Parameter(torch.full((site.width,), float(self.init))) for name in ("lamb1", "lamb2")}
 
     def branch(self, x_BND: Tensor, kind: Literal["attention", "mlp"], site: Site) -> Tensor:
         """[B, N, D] -> [B, N, D]; the MLP branch stays as it is."""

@@ -35,9 +35,7 @@ class LayerScale(Fix):
 
     def parts(self, site: Site) -> Mapping[str, Part]:
         """`gamma_1` and `gamma_2`, [D]."""
-        return {
-            name: nn.Parameter(torch.full((site.width,), float(self.init))) for name in ("gamma_1", "gamma_2")
-        }
+        return {name: nn.Parameter(torch.full((site.width,), float(self.init))) for name in ("gamma_1", "gamma_2")}
 
     def branch(self, x_BND: Tensor, kind: Literal["attention", "mlp"], site: Site) -> Tensor:
         """[B, N, D] -> [B, N, D], each channel times its gain."""

@@ -79,9 +79,7 @@ class ReAttention(Fix):
             with torch.no_grad():
                 conv.weight.copy_(torch.eye(heads)[:, :, None, None])
                 nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-        return {"reatten_matrix": conv} | (
-            {"var_norm": nn.BatchNorm2d(heads)} if self.norm == "batch" else {}
-        )
+        return {"reatten_matrix": conv} | ({"var_norm": nn.BatchNorm2d(heads)} if self.norm == "batch" else {})
 
     def weights(self, weights_BHNN: Tensor, site: Site) -> Tensor:
         """[B, H, N, N] -> [B, H, N, N], heads mixed."""

@@ -26,9 +26,7 @@ class DistributedLocalAttention(nn.Module):
         hidden = heads * expansion
         self.conv_exp = nn.Conv2d(heads, hidden, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
-        self.depth_sep_conv = nn.Conv2d(
-            hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False
-        )
+        self.depth_sep_conv = nn.Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False)
         self.bn2 = nn.BatchNorm2d(hidden)
         self.conv_pro = nn.Conv2d(hidden, heads, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(heads)

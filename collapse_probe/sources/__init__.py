@@ -84,9 +84,7 @@ def _unknown(name: str, scheme: str | None) -> str:
     """One line with the nearest names: of the scheme that was asked for, or of all places for a bare name."""
     said = f"no model called {name!r}" + (f" in {scheme!r}" if scheme else "")
     if scheme is None and "/" in name:
-        return (
-            f"{said}; an address there has a scheme, such as 'hf:{name}' or 'timm:NAME' or 'local-dir:PATH'"
-        )
+        return f"{said}; an address there has a scheme, such as 'hf:{name}' or 'timm:NAME' or 'local-dir:PATH'"
     places = {known: f"{place}:{known}" for place in reversed(BARE) for known in SOURCES[place].names()}
     if scheme is not None:
         if name in places:
@@ -128,9 +126,7 @@ def _fresh(blueprint: Blueprint, request: Request) -> Callable[[int], nn.Module]
         """The same architecture with weights drawn under `seed`, in eval mode."""
         model = _make(blueprint, request, False, seed).eval()
         if blueprint.fixed and _same_weights(model, _make(blueprint, request, False, seed + 1)):
-            raise ModelError(
-                f"{request.address!r} makes the same weights whatever the seed: no untrained twin"
-            )
+            raise ModelError(f"{request.address!r} makes the same weights whatever the seed: no untrained twin")
         return model
 
     return fresh
@@ -141,9 +137,7 @@ def _same_weights(one: nn.Module, other: nn.Module) -> bool:
 
 
 def _load(model: nn.Module, checkpoint: str | Path, partial: bool) -> LoadReport:
-    return load_checkpoint(
-        model.wrapped if isinstance(model, ImageTower) else model, checkpoint, partial=partial
-    )
+    return load_checkpoint(model.wrapped if isinstance(model, ImageTower) else model, checkpoint, partial=partial)
 
 
 def _weights_text(before: str, report: LoadReport | None) -> str:

@@ -83,11 +83,7 @@ def _import(name: str) -> Any:
 
 
 def _near(module: Any) -> str:
-    models = [
-        name
-        for name, thing in vars(module).items()
-        if isinstance(thing, type) and issubclass(thing, nn.Module)
-    ]
+    models = [name for name, thing in vars(module).items() if isinstance(thing, type) and issubclass(thing, nn.Module)]
     return f"; its modules are {', '.join(models[:5])}" if models else ""
 
 

@@ -26,9 +26,7 @@ class ModuleSource:
         if request.module is None:
             raise ModelError("a plain module is passed from Python: collapse_probe.analyze(module, …)")
         if request.model_kwargs:
-            raise ModelError(
-                "model_kwargs go to a constructor, but the model is already made: set them there"
-            )
+            raise ModelError("model_kwargs go to a constructor, but the model is already made: set them there")
         module = unwrapped(request.module)
         return Blueprint(
             type(module).__name__,

@@ -33,9 +33,7 @@ class OpenClipSource:
         """Whether OpenCLIP has this architecture and, if given, this tag; ModelError without OpenCLIP."""
         base, _, tag = name.partition("/")
         library = _library()
-        return base in library.list_models() and (
-            not tag or tag in library.list_pretrained_tags_by_model(base)
-        )
+        return base in library.list_models() and (not tag or tag in library.list_pretrained_tags_by_model(base))
 
     def blueprint(self, request: Request) -> Blueprint:
         """OpenCLIP's constructor and its own transform; the text tower is dropped."""
@@ -44,9 +42,7 @@ class OpenClipSource:
 
         def make(trained: bool) -> nn.Module:
             if trained and not tag:
-                raise ModelError(
-                    f"{request.address!r} needs a tag: {_tags(library, base)}; or --no-pretrained"
-                )
+                raise ModelError(f"{request.address!r} needs a tag: {_tags(library, base)}; or --no-pretrained")
             with fetching(f"weights of {request.address!r}", ModelError, WAY_OUT, hub=trained):
                 model = library.create_model(
                     base,

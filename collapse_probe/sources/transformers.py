@@ -17,9 +17,7 @@ from collapse_probe.preprocessing import from_callable, from_timm_config
 from collapse_probe.sockets import SOURCES
 from collapse_probe.subject import Preprocess
 
-WAY_OUT = (
-    "--no-pretrained and --checkpoint FILE need its configuration too: fetch it once, or name a local folder"
-)
+WAY_OUT = "--no-pretrained and --checkpoint FILE need its configuration too: fetch it once, or name a local folder"
 FACTS = {"size": "resize", "crop_size": "crop", "image_mean": "mean", "image_std": "std"}  # their names: ours
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
@@ -73,13 +71,9 @@ def _fetched(request: Request, load: Callable[[Any], T]) -> T:
     try:
         import transformers
     except ImportError as error:
-        raise ModelError(
-            f"{request.address!r} needs transformers ({error}); pip install transformers"
-        ) from error
+        raise ModelError(f"{request.address!r} needs transformers ({error}); pip install transformers") from error
     try:
-        with fetching(
-            repr(request.address), ModelError, WAY_OUT, hub=not Path(request.name).expanduser().is_dir()
-        ):
+        with fetching(repr(request.address), ModelError, WAY_OUT, hub=not Path(request.name).expanduser().is_dir()):
             return load(transformers)
     except CollapseProbeError:
         raise

@@ -77,7 +77,7 @@ class AttentionEntropy(Metric):
         return (
             "Mean over images and queries (prefix tokens included) of −Σ_j p_j log p_j over the keys, in nats, on the softmax "
             "(probs). settings.tokens holds the number of keys N of each block and settings.share the entropy over log N: 1 is "
-            "uniform attention, 0 one key alone. Low is entropy collapse (arXiv 2303.06296), the opposite pole of near-uniform maps."
+            "uniform attention, 0 one key alone. Low is entropy collapse (arXiv 2303.06296), the opposite of near-uniform maps."
         )
 
     def needs(self) -> dict[str, Need]:

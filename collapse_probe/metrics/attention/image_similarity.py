@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from collapse_probe.agreement import JACKKNIFE_TOKENS, ImageSpread, MapAgreement
+from collapse_probe.agreement import MapAgreement
 from collapse_probe.findings import Reading
+from collapse_probe.image_spread import JACKKNIFE_TOKENS, ImageSpread
 from collapse_probe.measure import Array, Metric, Need, no_token_maps
 from collapse_probe.nulls import finished
 from collapse_probe.sockets import METRICS

@@ -28,7 +28,7 @@ class FeatureSimilarity(Metric):
     def definition(self) -> str:
         """The definition in words."""
         return (
-            "Mean over images and patch tokens (prefix tokens left out) of the cosine between the residual stream at two depths: "
+            "Mean over images and patch tokens (prefix tokens out) of the cosine between the residual stream at two depths; "
             "depth 0 enters the first block, depth b leaves block b − 1, before any final norm. Depths of other shapes are "
             "not compared. DeepViT's Figure 4 does not state its averaging; this is our reading."
         )

@@ -65,7 +65,7 @@ class PatchDiversity(Metric):
     def definition(self) -> str:
         """The definition in words."""
         return (
-            "1 − P, P = 1/(n(n−1)) Σ_{i≠j} |cos(h_i, h_j)| over the n patch tokens of one image (prefix tokens left out), on the "
+            "1 − P, P = 1/(n(n−1)) Σ_{i≠j} |cos(h_i, h_j)| over the n patch tokens of one image (prefix tokens out), on the "
             "residual stream, averaged over images (Patch Diversification, arXiv 2104.12753). 0: all patches are parallel."
         )
 
