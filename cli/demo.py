@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 from collapse_probe.cli import options
@@ -18,7 +19,7 @@ def command(output: str, quiet: bool, verbose: int) -> None:
     """Analyse a small untrained ViT on bundled photographs; needs no network."""
     from collapse_probe.cli.analyze import run
 
-    flags = {
+    flags: dict[str, Any] = {
         "checkpoint": None,
         "partial": False,
         "pretrained": False,

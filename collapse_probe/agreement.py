@@ -192,7 +192,8 @@ class Agreement(Means):
 
     def cross_moment(self) -> Array:
         """The mean over images of real × other_token."""
-        return self.array("covariance") / self.array("other_token_count").clip(1)
+        found: Array = self.array("covariance") / self.array("other_token_count").clip(1)
+        return found
 
 
 class MapAgreement(Agreement):

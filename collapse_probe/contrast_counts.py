@@ -144,7 +144,7 @@ def _counts_over(axes: Axes | None, x: Array, subjects: list[Findings]) -> bool:
     look = ROLES["measured"]
     curve(axes, x, _floats([v for v, _, _ in raw]), Role("raw", look.colour, marker="o", width=2.0), _ends(raw))
     curve(axes, x, _floats([v for v, _, _ in corrected]), CORRECTED, _ends(corrected))
-    axes.set_title(f"similar blocks: raw > 0.9, corrected κ > 0.5 (of {max(map(pairs_of, subjects))} pairs)")
+    axes.set_title(f"similar blocks, of {max(map(pairs_of, subjects))} pairs (raw > 0.9)")
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_ylim(bottom=min(-0.3, axes.get_ylim()[0]))
     return True
@@ -178,13 +178,13 @@ def _raw_over(axes: Axes | None, x: Array, subjects: list[Findings]) -> bool:
     if any(f.model.get("mixes_maps") for f in subjects):
         probs = Role("at the softmax (probs)", "#01855f", (0, (4, 1.5)), marker="^")
         curve(axes, x, _floats([_adjacent_mean(f, RAW + PROBS, None) for f in subjects]), probs)
-    axes.set_title("raw similarity of neighbouring blocks, and its nulls")
+    axes.set_title("raw similarity, mean over neighbours")
     axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.03)
     return True
 
 
 def _kappa_over(axes: Axes | None, x: Array, subjects: list[Findings]) -> bool:
-    return _one_curve(axes, x, [_adjacent_mean(f, RAW, "kappa") for f in subjects], "κ of neighbouring blocks")
+    return _one_curve(axes, x, [_adjacent_mean(f, RAW, "kappa") for f in subjects], "κ, mean over neighbours")
 
 
 def _diversity_over(axes: Axes | None, x: Array, subjects: list[Findings]) -> bool:

@@ -24,6 +24,7 @@ from collapse_probe.drawing import (
     curve,
     drawn,
     over_blocks,
+    printable,
     share_legend,
     sheet,
 )
@@ -122,7 +123,7 @@ def paired_differences(comparison: Comparison, narrow: bool = False) -> Figure |
     figure = sheet(NARROW if narrow else WIDE, 2.7 * rows + 0.5)
     places = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, name in zip(places, names, strict=False):
-        _differences(axes, name, pairs, looks)
+        _differences(axes, name, pairs, looks, 18 if narrow else 34)
     for axes in places[len(names) :]:
         axes.set_axis_off()
     places[0].plot([], [], " ", label=f"filled: q ≤ {ALPHA:g}")
@@ -130,7 +131,7 @@ def paired_differences(comparison: Comparison, narrow: bool = False) -> Figure |
     return figure
 
 
-def _differences(axes: Axes, name: str, pairs: list[Pair], looks: dict[str, Role]) -> None:
+def _differences(axes: Axes, name: str, pairs: list[Pair], looks: dict[str, Role], room: int) -> None:
     axes.axhline(0.0, color=INK, linewidth=0.8, zorder=0)
     axes.grid(axis="y")
     axes.set_title(DIFFERENCES[name])
@@ -141,7 +142,7 @@ def _differences(axes: Axes, name: str, pairs: list[Pair], looks: dict[str, Role
         x = np.array(found.places, dtype=np.float64) + (at - (len(there) - 1) / 2) * min(0.12, 0.6 / len(there))
         axes.vlines(x, paired.ci95[:, 0], paired.ci95[:, 1], color=role.colour, linewidth=1.6, alpha=0.6)
         sure = paired.q <= ALPHA
-        label = f"{role.label} − {looks[pair.first].label}" if pair.first in looks else role.label
+        label = f"{printable(pair.second, room)} − {printable(pair.first, room)}"
         style = {"linestyle": "", "marker": role.marker, "color": role.colour, "markersize": 5.0}
         axes.plot(x[sure], paired.difference[sure], label=label, **style)  # type: ignore[arg-type]
         axes.plot(x[~sure], paired.difference[~sure], markerfacecolor="white", **style)  # type: ignore[arg-type]

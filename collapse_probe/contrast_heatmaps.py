@@ -48,7 +48,8 @@ def difference_maps(comparison: Comparison, narrow: bool = False) -> Figure | No
     scale = difference_scale([m for _, *both in maps for m in both if m is not None])
     panels: list[Panel | None] = []
     for label, raw, kappa in maps:
-        name = f"{printable(label, 22)} − {printable(first, 22)}"
+        room = 14 if narrow else 22
+        name = f"{printable(label, room)} − {printable(first, room)}"
         panels += [None if m is None else Panel(m, f"{name}, {kind}", scale) for m, kind in ((raw, "raw"), (kappa, "κ"))]
     return grid(panels, 2, narrow=narrow)
 
@@ -69,10 +70,10 @@ def probs_and_weights(comparison: Comparison, narrow: bool = False) -> Figure | 
     scale = scale_of(*(m for _, *both in found for m in both))
     panels: list[Panel | None] = []
     for label, probs, weights in found:
-        same = "" if probs is not weights else " (the same)"
+        same = " = probs" if probs is weights else ""
         panels += [
-            Panel(probs, f"{printable(label, 26)}: softmax (probs)", scale),
-            Panel(weights, f"{printable(label, 26)}: times V (weights){same}", scale),
+            Panel(probs, f"{printable(label, 22)}: probs", scale),
+            Panel(weights, f"{printable(label, 22)}: weights{same}", scale),
         ]
     return grid(panels, 2, narrow=narrow)
 

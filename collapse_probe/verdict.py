@@ -135,7 +135,8 @@ def classify(pairs: _Pairs, i: int) -> str:
 
 
 def _pairs(metrics: Mapping[str, Reading], reading: Reading) -> _Pairs:
-    assert reading.values is not None and reading.nulls is not None
+    assert reading.values is not None
+    assert reading.nulls is not None
     raw = adjacent(reading.values)
     missing = np.full(len(raw), np.nan)
 
@@ -183,8 +184,8 @@ def _say(pairs: _Pairs, kinds: tuple[str, ...], findings: Findings) -> Verdict:
         share = mean(pairs.share)
         spread = f": each query spreads its attention over nearly all tokens (entropy {_percent(share)} of uniform)"
         first = (
-            f"This is not collapse: {explained} of {total} neighbouring pairs of blocks score above {HIGH_RAW:g} in raw similarity, "
-            f"but no more than chance would give{spread if uniform and share is not None else ''}."
+            f"This is not collapse: {explained} of {total} neighbouring pairs of blocks score above {HIGH_RAW:g} in raw "
+            f"similarity, but no more than chance would give{spread if uniform and share is not None else ''}."
         )
         case = "near-uniform" if uniform else "explained"
         return Verdict(case, False, (first, numbers), caveats, kinds)
@@ -207,14 +208,14 @@ def _shared(pairs: _Pairs, kinds: tuple[str, ...], shared: list[int], total: int
     )
     if by_row:
         second = (
-            f"There the maps do not depend on the query, so that columns cannot tell tokens apart; the rows of the two blocks agree at "
-            f"{_mean(pairs.row, shared)} against {_mean(pairs.row_head, shared)} for different heads."
+            f"There the maps do not depend on the query, so that columns cannot tell tokens apart; the rows of the "
+            f"two blocks agree at {_mean(pairs.row, shared)} against {_mean(pairs.row_head, shared)} for different heads."
         )
         return Verdict("query-independent", True, (first, second), caveats, kinds)
     at = [i for i in shared if kinds[i] == "shared"]
     second = (
-        f"Other tokens' attention explains {_mean(pairs.null, at)} of a raw similarity of {_mean(pairs.raw, at)} there; of what "
-        f"is left to agree, {_percent(_mean_number(pairs.kappa, at))} does (kappa {_mean(pairs.kappa, at)})."
+        f"Other tokens' attention explains {_mean(pairs.null, at)} of a raw similarity of {_mean(pairs.raw, at)} there; of "
+        f"what is left to agree, {_percent(_mean_number(pairs.kappa, at))} does (kappa {_mean(pairs.kappa, at)})."
     )
     return Verdict("shared", True, (first, second), caveats, kinds)
 
@@ -222,18 +223,19 @@ def _shared(pairs: _Pairs, kinds: tuple[str, ...], shared: list[int], total: int
 def _query_independent(pairs: _Pairs, kinds: tuple[str, ...], ignoring: int, total: int, caveats: tuple[str, ...]) -> Verdict:
     at = [i for i, k in enumerate(kinds) if k in ("query-independent", "same-everywhere")]
     everywhere = kinds.count("same-everywhere") > len(at) / 2
-    first = f"Attention ignores the query in {ignoring} of {total} neighbouring pairs of blocks: every token attends with the same row"
+    first = f"Attention ignores the query in {ignoring} of {total} neighbouring pairs of blocks: every token attends with the "
+    first += "same row"
     first += ", and all heads and blocks with nearly the same one." if everywhere else ", but each block with a row of its own."
     second = (
-        f"Columns are alike whichever tokens are compared (wrong-token null {_mean(pairs.null, at)}), so that column similarity and kappa "
-        f"say nothing; rows agree at {_mean(pairs.row, at)} between blocks, {_mean(pairs.row_head, at)} between different heads."
+        f"Columns are alike whichever tokens are compared (wrong-token null {_mean(pairs.null, at)}), so that column similarity "
+        f"and kappa say nothing; rows agree at {_mean(pairs.row, at)} between blocks, {_mean(pairs.row_head, at)} between heads."
     )
     return Verdict("query-independent", None if everywhere else False, (first, second), caveats, kinds)
 
 
 def _numbers(pairs: _Pairs) -> str:
     raw, null, kappa = mean(pairs.raw), mean(pairs.null), mean(pairs.kappa)
-    text = f"Neighbouring blocks are alike at {_number(raw)} in raw cosine, and the same blocks with the wrong tokens at {_number(null)}"
+    text = f"Neighbouring blocks are alike at {_number(raw)} in raw cosine, and with the wrong tokens at {_number(null)}"
     if kappa is None:
         return text + "; kappa is undefined, because the wrong-token null is 1 itself."
     return text + f": of what is left to agree, {_percent(kappa)} does (kappa {_number(kappa)})."
@@ -248,15 +250,15 @@ def _caveats(pairs: _Pairs, kinds: tuple[str, ...], findings: Findings) -> tuple
     unsure = [i + 1 for i, k in enumerate(kinds) if k == "shared" and not pairs.kappa_low[i] > SHARED_KAPPA]
     if unsure:
         found.append(
-            f"For blocks {spans(unsure)} the interval of kappa reaches below {SHARED_KAPPA:g}: more images are needed to be sure."
+            f"For blocks {spans(unsure)} the interval of kappa reaches below {SHARED_KAPPA:g}: more images are needed."
         )
     if findings.model.get("mixes_maps"):
         found.append(
-            "This model changes its maps after the softmax. The similarity is that of what multiplies V (weights); the @probs metrics "
-            "show the softmax itself, which may tell another story."
+            "This model changes its maps after the softmax. The similarity is that of what multiplies V (weights); the "
+            "@probs metrics show the softmax itself, which may tell another story."
         )
     found.append(
-        "Similar maps are not proof of wasted blocks, and distinct maps no proof of useful ones: values and MLPs are not compared."
+        "Similar maps are no proof of wasted blocks, distinct maps none of useful ones: values and MLPs are not compared."
     )
     return tuple(found)
 

@@ -32,6 +32,14 @@ from toys import (
 from collapse_probe.capture import listen, probe
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def hear(model, pictures, plan=None):
     """One listened-to pass without gradients; its outputs are the plain ones."""
     with torch.no_grad():

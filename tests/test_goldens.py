@@ -16,9 +16,9 @@ def softmax(x):
     return x / x.sum(-1, keepdims=True)
 
 
-B, H, I, J = np.ogrid[:2, :3, :5, :5]
-A1 = softmax(2 * np.sin(0.2 + 0.5 * B + 1.1 * H + 0.6 * I + 0.4 * J + 0.3 * I * J))
-A2 = softmax(2 * np.cos(0.1 + 0.3 * B + 0.7 * H + 0.9 * I + 0.5 * J + 0.2 * I * J))
+B, H, Q, K = np.ogrid[:2, :3, :5, :5]
+A1 = softmax(2 * np.sin(0.2 + 0.5 * B + 1.1 * H + 0.6 * Q + 0.4 * K + 0.3 * Q * K))
+A2 = softmax(2 * np.cos(0.1 + 0.3 * B + 0.7 * H + 0.9 * Q + 0.5 * K + 0.2 * Q * K))
 b, t, c = np.ogrid[:2, :6, :5]
 E1 = np.sin(1 + 0.7 * b + 1.3 * t + 0.9 * c + 0.5 * t * c)
 

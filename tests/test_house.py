@@ -33,7 +33,7 @@ HEAVY = ("torch", "timm", "torchvision", "matplotlib", "pandas", "numpy", "scipy
 
 
 def modules():
-    files = [p for p in (ROOT / "collapse_probe").rglob("*.py")] + list((ROOT / "cli").glob("*.py"))
+    files = list((ROOT / "collapse_probe").rglob("*.py")) + list((ROOT / "cli").glob("*.py"))
     return sorted(p for p in files if "__pycache__" not in p.parts)
 
 
@@ -113,7 +113,8 @@ def fresh(code):
     ],
 )
 def test_the_front_door_is_light(front_door):
-    code = f"{front_door}\nimport sys\nheavy = {HEAVY!r}\nloaded = [n for n in heavy if n in sys.modules]\nsys.exit(str(loaded) if loaded else 0)"
+    look = "loaded = [n for n in heavy if n in sys.modules]\nsys.exit(str(loaded) if loaded else 0)"
+    code = f"{front_door}\nimport sys\nheavy = {HEAVY!r}\n{look}"
     fresh(code)
 
 
@@ -126,13 +127,15 @@ def test_public_names():
         collapse_probe.nonsense  # noqa: B018
 
 
+MODEL = "-m --model --checkpoint --partial --pretrained --model-kwargs --img-size"
+RUN = "-b --batch-size -j --workers --device --amp --amp-dtype --seed --metric --null-images"
+TALK = "--config -v --verbose -q --quiet -h --help"
 FLAGS = {
-    "analyze": "-m --model --checkpoint --partial --pretrained --model-kwargs --img-size --data --split --limit -b --batch-size -j "
-    "--workers --device --amp --amp-dtype --seed --metric --null-images -o --output --json --config -v --verbose -q --quiet -h --help",
-    "report": "--config -v --verbose -q --quiet -h --help",
-    "doctor": "-m --model --checkpoint --partial --pretrained --model-kwargs --img-size --device --seed --json --config -v --verbose -q --quiet -h --help",
-    "ls": "--config -v --verbose -q --quiet -h --help",
-    "demo": "-o --output --config -v --verbose -q --quiet -h --help",
+    "analyze": f"{MODEL} --fix --fix-blocks --data --split --limit {RUN} --recalibrate-bn -o --output --json --fail-on {TALK}",
+    "report": TALK,
+    "doctor": f"{MODEL} --device --seed --json {TALK}",
+    "ls": TALK,
+    "demo": f"-o --output {TALK}",
 }
 
 

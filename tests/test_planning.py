@@ -37,11 +37,6 @@ ISOTROPIC = {
     "beit_base_patch16_224": ({**SMALL, "img_size": 48}, 48, (0,)),
     "eva02_tiny_patch14_224": ({**SMALL, "img_size": 42}, 42, (0,)),
     "cait_xxs24_224": ({**SMALL, "img_size": 48}, 48, ()),
-    "convit_tiny": (
-        {"depth": 2, "embed_dim": 16, "num_heads": 3, "local_up_to_layer": 1, "img_size": 48},
-        48,
-        (),
-    ),
 }
 
 
@@ -55,7 +50,7 @@ def test_isotropic_models(name):
     assert plan.patch_shapes == ((9, 48),) * 3
     assert plan.groups() == {(3, plan.tokens, plan.tokens): [0, 1]}
     assert [plan.layers[i].owner for i in plan.map_layers] == ["blocks.0.attn", "blocks.1.attn"]
-    assert all(layer.mixed == (name[:3] in ("cai", "con")) for layer in plan.layers if layer.block is not None)
+    assert all(layer.mixed == (name.startswith("cait")) for layer in plan.layers if layer.block is not None)
     assert max(plan.check.row_sum, 0 if plan.layers[0].mixed else plan.check.output) < 1e-5
     assert plan.notes == ()
 
@@ -83,6 +78,20 @@ def test_token_streams_are_timms_own():
         own = model.forward_intermediates(pictures, intermediates_only=True, output_fmt="NLC", norm=False)
     assert all(torch.equal(ears.last.patches(i + 1), tokens) for i, tokens in enumerate(own))
     assert torch.equal(ears.last.patches(0), ears.last.tokens[0][:, 1:])
+
+
+def test_a_class_token_that_comes_later_is_no_patch():
+    model = make("convit_tiny", depth=2, embed_dim=16, num_heads=3, local_up_to_layer=1, img_size=48)
+    with torch.no_grad(), listen(model, probe(model, (48, 48))) as ears:
+        model(images(2, size=(48, 48)))
+        first = model.blocks[0]
+        own = first.attn.get_attention(first.norm1(ears.last.tokens[0]))
+    plan = ears.last.plan
+    assert plan.groups() == {(3, 9, 9): [0], (3, 10, 10): [1]}
+    assert plan.patch_shapes == ((9, 48),) * 3
+    assert torch.equal(ears.last.patches(2), ears.last.tokens[2][:, 1:])
+    assert torch.equal(ears.last.maps(0, "weights"), own)
+    assert not torch.equal(ears.last.maps(0, "probs"), own)
 
 
 def test_windows_have_reasons():
