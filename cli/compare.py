@@ -60,9 +60,9 @@ def _with_model(function: Any) -> Any:
 def command(output: str | None, as_json: bool, quiet: bool, verbose: int, **flags: Any) -> None:
     """Set two or more subjects side by side on the same images; each is compared with the first.
 
-    A SUBJECT is a model address, a checkpoint file (with --model for its architecture), a findings folder, or a folder of
-    checkpoints: alone, its checkpoints in natural order are shown over the training. A --fix goes into every model after
-    the first; one model alone is compared with itself with the fix.
+    A SUBJECT is a model address, a checkpoint file (with --model for its architecture), a findings folder,
+    or a folder of checkpoints: alone, its checkpoints in natural order are shown over the training. A
+    --fix goes into every model after the first; one model alone is compared with itself with the fix.
     """
     from collapse_probe.processes import joined
 
@@ -136,7 +136,7 @@ def told(comparison: Any) -> str:
     held = [findings.summary for findings in comparison.subjects.values()]
     names = list(dict.fromkeys(name for summary in held for name in summary))
     wide = max(map(len, names))
-    widths = [max(len(label), 9) for label in comparison.subjects]
+    widths = [max(len(label), 12) for label in comparison.subjects]
     lines.append(
         "  ".join(
             [

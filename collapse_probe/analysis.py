@@ -109,7 +109,7 @@ def analyze(
 
 
 @contextmanager
-def as_it_was(model: str | nn.Module | Subject) -> Iterator[None]:
+def as_it_was(model: object) -> Iterator[None]:
     """Give a caller's own module back in the modes and on the device in which it came."""
     if not isinstance(model, nn.Module):
         yield

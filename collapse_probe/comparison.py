@@ -110,11 +110,12 @@ def _run_all(entries: Sequence[Entry], run: Run) -> tuple[dict[str, Findings], l
 
 
 def _one(entry: Entry, run: Run) -> tuple[Findings, Answers | None]:
-    subject = entry.open()
-    if isinstance(subject, Findings):
-        return subject, None
-    assert run.images is not None
-    with as_it_was(subject.model):
+    """The findings of one subject, with what it answered if it was run; a module of the caller stays as it was."""
+    with as_it_was(entry.given.model if isinstance(entry.given, Subject) else entry.given):
+        subject = entry.open()
+        if isinstance(subject, Findings):
+            return subject, None
+        assert run.images is not None
         return _measured(entry.label, subject, run.images, run)
 
 

@@ -63,7 +63,8 @@ def similar_blocks(comparison: Comparison, narrow: bool = False) -> Figure | Non
     axes.grid(axis="x")
     for y in range(1, len(rows)):
         axes.axhline(y - 0.5, color=INK, linewidth=0.3, alpha=0.4)
-    axes.plot([], [], "D", color=MUTED, markerfacecolor="white", markersize=9, label=NULL_LABELS["untrained"])
+    if any(null(findings.metrics[COUNTS], "untrained") is not None for findings in subjects.values()):
+        axes.plot([], [], "D", color=MUTED, markerfacecolor="white", markersize=9, label=NULL_LABELS["untrained"])
     share_legend(figure, axes, columns=1 if narrow else 3)
     return figure
 

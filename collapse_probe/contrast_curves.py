@@ -147,11 +147,10 @@ def _differences(axes: Axes, name: str, pairs: list[Pair], looks: dict[str, Role
         axes.plot(x[sure], paired.difference[sure], label=label, **style)  # type: ignore[arg-type]
         axes.plot(x[~sure], paired.difference[~sure], markerfacecolor="white", **style)  # type: ignore[arg-type]
     if there:
-        places = there[0].differences[name].places
-        axis = there[0].differences[name].axis
-        pairwise = "similarity" in name and places[0] == 1
-        label = "depth (0: before block 0)" if axis == "depth" else "block b, with block b − 1" if pairwise else "block"
-        over_blocks(axes, np.array(places, dtype=np.float64), label, 12)
+        shown = there[0].differences[name]
+        along = "block b, with block b − 1" if shown.places[0] == 1 else "block"
+        along = "depth (0: before block 0)" if shown.axis == "depth" else along
+        over_blocks(axes, np.array(shown.places, dtype=np.float64), along, 12)
 
 
 def _lines(comparison: Comparison, of: Callable[[Findings], Line | None]) -> dict[str, Line]:

@@ -37,11 +37,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Entry:
-    """One subject: `open()` gives its findings, or the model that is to be measured."""
+    """One subject, made of what was `given`; `make(fixed)` makes it, with the recipe's fixes where `fixed`."""
 
     label: str
+    given: Candidate
     is_model: bool
-    open: Callable[[], Subject | Findings]
+    make: Callable[[bool], Subject | Findings]
+    fixed: bool = False
+
+    def open(self) -> Subject | Findings:
+        """Its findings, or the model that is to be measured."""
+        return self.make(self.fixed)
 
 
 @dataclass(frozen=True)
@@ -62,58 +68,46 @@ def line_up(subjects: Mapping[str, Candidate] | Sequence[Candidate], recipe: Rec
     """
     named = subjects.items() if isinstance(subjects, Mapping) else [(None, subject) for subject in subjects]
     given = list(named)
-    if len(given) == 1 and recipe.fixes and not _is_folder(given[0][1]):
+    alone = len(given) == 1
+    if alone and recipe.fixes and not _is_folder(given[0][1]):
         given = given * 2
-    found: list[tuple[str, bool, Callable[[bool], Subject | Findings]]] = []
-    for label, subject in given:
-        found += _expand(label, subject, recipe)
+    found = [entry for label, subject in given for entry in _expand(label, subject, recipe)]
     if len(found) < 2:
         raise SettingError(
             f"compare takes two or more subjects, came {len(found)}: models, checkpoints, findings folders, "
             "or one folder of two or more checkpoints"
         )
-    fixed = "".join(f"+{fix.partition(':')[0]}" for fix in recipe.fixes)
-    labels = unique([label + fixed * (is_model and at > 0) for at, (label, is_model, _) in enumerate(found)])
-    entries = tuple(
-        Entry(label, is_model, _Opened(make, at > 0))
-        for at, (label, (_, is_model, make)) in enumerate(zip(labels, found, strict=True))
-    )
-    return Lineup(entries, trajectory=len(given) == 1 and len(found) > 1 and _is_folder(given[0][1]))
-
-
-@dataclass(frozen=True)
-class _Opened:
-    make: Callable[[bool], Subject | Findings]
-    fixed: bool
-
-    def __call__(self) -> Subject | Findings:
-        return self.make(self.fixed)
+    fixed = [replace(entry, fixed=at > 0 and entry.is_model) for at, entry in enumerate(found)]
+    told = alone or not isinstance(subjects, Mapping)
+    suffix = "".join(f"+{fix.partition(':')[0]}" for fix in recipe.fixes) if told else ""
+    labels = unique([entry.label + suffix * entry.fixed for entry in fixed])
+    entries = tuple(replace(entry, label=label) for entry, label in zip(fixed, labels, strict=True))
+    return Lineup(entries, trajectory=alone and _is_folder(given[0][1]))
 
 
 def _is_folder(subject: Candidate) -> bool:
     return isinstance(subject, (str, Path)) and Path(subject).is_dir() and not (Path(subject) / "findings.json").exists()
 
 
-def _expand(
-    label: str | None, subject: Candidate, recipe: Recipe
-) -> list[tuple[str, bool, Callable[[bool], Subject | Findings]]]:
-    if isinstance(subject, Findings):
-        return [(label or str(subject.model.get("name")), False, lambda fixed: subject)]
-    if isinstance(subject, Subject):
-        return [(label or subject.name, True, lambda fixed: _remedied(subject, recipe, fixed))]
-    if isinstance(subject, nn.Module):
-        return [(label or type(subject).__name__, True, lambda fixed: _of_address(subject, recipe, fixed))]
-    path = Path(subject).expanduser()
+def _expand(label: str | None, given: Candidate, recipe: Recipe) -> list[Entry]:
+    """The entries behind one word or object: one, or one for each checkpoint of a folder."""
+    if isinstance(given, Findings):
+        return [Entry(label or str(given.model.get("name")), given, False, lambda fixed: given)]
+    if isinstance(given, Subject):
+        return [Entry(label or given.name, given, True, lambda fixed: _remedied(given, recipe, fixed))]
+    if isinstance(given, nn.Module):
+        return [Entry(label or type(given).__name__, given, True, lambda fixed: _of_address(given, recipe, fixed))]
+    path = Path(given).expanduser()
     if (path / "findings.json").exists():
-        return [(label or path.resolve().name, False, lambda fixed: Findings.load(path))]
+        return [Entry(label or path.resolve().name, given, False, lambda fixed: Findings.load(path))]
     if path.is_dir():
         files = checkpoints_in(path)
-        names = [f"{label}/{file.stem}" if label else stem(file) for file in files]
-        return [(name, True, _checkpoint(file, recipe)) for name, file in zip(names, files, strict=True)]
+        names = [f"{label}/{stem(file)}" if label else stem(file) for file in files]
+        return [Entry(name, given, True, _checkpoint(file, recipe)) for name, file in zip(names, files, strict=True)]
     if path.is_file() or path.suffix.lower() in checkpoints.SUFFIXES:
-        return [(label or stem(path), True, _checkpoint(path, recipe))]
-    address = str(subject)
-    return [(label or _short(address), True, lambda fixed: _of_address(address, recipe, fixed))]
+        return [Entry(label or stem(path), given, True, _checkpoint(path, recipe))]
+    address = str(given)
+    return [Entry(label or _short(address), given, True, lambda fixed: _of_address(address, recipe, fixed))]
 
 
 def _checkpoint(path: Path, recipe: Recipe) -> Callable[[bool], Subject | Findings]:

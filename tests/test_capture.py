@@ -8,12 +8,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from mixers import CHANGED, EAGER, FUSED, Matmul
 from test_capture_kernels import Encoder, Projected
 from torch import nn
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
-from toys import CHANGED, EAGER, FUSED, SIZE, Block, Matmul, ToyAttention, ToyViT, images, reference, toy
+from toys import SIZE, Block, ToyAttention, ToyViT, images, reference, toy
 
 from collapse_probe.capture import listen, probe
 from collapse_probe.ear import ear

@@ -8,26 +8,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from mixers import CAUSAL, CHANGED, EAGER, FUSED, Changed, Matmul, masked_softmax
 from torch import nn
-from toys import (
-    CAUSAL,
-    CHANGED,
-    EAGER,
-    FUSED,
-    HEADS,
-    SIZE,
-    TOKENS,
-    WIDTH,
-    Block,
-    Changed,
-    Matmul,
-    ToyViT,
-    images,
-    masked_softmax,
-    reference,
-    sharpen,
-    toy,
-)
+from toys import HEADS, SIZE, TOKENS, WIDTH, Block, ToyAttention, ToyViT, images, reference, sharpen, toy
 
 from collapse_probe.capture import listen, probe
 
@@ -58,8 +41,7 @@ def assert_maps(trace, expected, tolerance=1e-5):
             assert heard.shape == values.shape
             assert heard.dtype == torch.float32
             assert float((heard.double() - values).abs().max()) < tolerance
-        if probs.shape[-1] > 1:
-            assert float(probs.max()) > 0.25
+        assert probs.shape[-1] == 1 or float(probs.max()) > 2.5 / probs.shape[-1]
 
 
 @pytest.mark.parametrize("attention", [*FUSED, *EAGER, *CHANGED], ids=lambda a: a.__name__)
@@ -98,6 +80,46 @@ def test_bfloat16_is_not_a_change_of_the_map(attention):
         expected = reference(model, pictures)
     assert not any(heard.mixed for heard in ears.last.attention)
     assert_maps(ears.last, expected, tolerance=2e-2)
+
+
+def test_a_softmax_in_a_module_of_its_own():
+    class Tempered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(()))
+
+        def forward(self, logits):
+            return (logits * self.temperature).softmax(-1)
+
+    class Delegating(Matmul):
+        def __init__(self):
+            super().__init__()
+            self.soft = Tempered()
+
+        def mix(self, q, k, v):
+            return self.soft(self.logits(q, k)) @ v
+
+        def reference(self, q, k):
+            probs = torch.softmax(self.logits(q, k) * self.soft.temperature.double(), -1)
+            return probs, probs
+
+    trace = hear(model := toy(Delegating), images())
+    assert_maps(trace, reference(model, images()))
+    assert [layer.owner for layer in trace.plan.layers] == ["blocks.0.attn", "blocks.1.attn"]
+
+
+def test_a_softmax_that_multiplies_nothing_is_no_attention():
+    class Gating(Block):
+        """Softmax over features, over tokens, and a square one that is only looked at."""
+
+        def forward(self, x):
+            x = super().forward(x) * x.softmax(-1)
+            looked_at = (x @ x.transpose(-1, -2)).softmax(-1)
+            return x + x.softmax(1).sum(1, keepdim=True) * looked_at.amax()
+
+    model = ToyViT([Gating(ToyAttention()) for _ in range(2)])
+    trace = hear(model, images())
+    assert_maps(trace, reference(model, images()))
 
 
 class Projected(nn.Module):

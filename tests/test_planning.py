@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 import torchvision
+from mixers import Matmul
 from test_capture_kernels import Projected
 from torch import nn
-from toys import SIZE, WIDTH, Block, Matmul, ToyAttention, ToyViT, images, sharpen, toy
+from toys import SIZE, WIDTH, Block, ToyAttention, ToyViT, images, sharpen, toy
 from transformers import ViTConfig, ViTModel
 
 from collapse_probe.capture import listen, probe
