@@ -50,35 +50,59 @@ class VectorGroup:
     positions: list[int]
 
 
+@dataclass(frozen=True)
+class Part:
+    """What some vectors are a part of: images, blocks and heads, and whether the heads or the tokens end with them."""
+
+    images: slice
+    positions: list[int]
+    heads: slice
+    last_heads: bool
+    last_tokens: bool
+
+
 class PairSums:
-    """T1 … T4 of one batch, from unit vectors that may come in parts of their tokens; and the same for defined pairs."""
+    """T1 … T4 of one batch, from unit vectors that come in parts of their heads and tokens; and the same for defined pairs."""
 
     def __init__(self, images: int, blocks: int, device: torch.device) -> None:
         wide = torch.float64 if device.type != "mps" else torch.float32
         self.sums = torch.zeros(4, images, blocks, blocks, dtype=wide, device=device)
         self.pairs = torch.zeros_like(self.sums)
-        self._open: tuple[Tensor, Tensor] | None = None
+        self._over_heads: dict[str, Tensor] = {}
+        self._over_tokens: dict[tuple[str, int], Tensor] = {}
 
-    def add(self, at: tuple[slice, list[int]], vectors: Tensor, valid: Tensor, token_dim: int, last: bool) -> None:
-        """Vectors [b, H, L, R, C] whose tokens run along `token_dim`, defined where `valid` [b, H, L, tokens]."""
+    def add(self, part: Part, vectors: Tensor, valid: Tensor, token_dim: int) -> None:
+        """Vectors [b, h, L, R, C] whose tokens run along `token_dim`, defined where `valid` [b, h, L, tokens]."""
         valid = valid.to(vectors.dtype)
-        wide = self.sums.dtype
-        over_tokens = (vectors.sum(token_dim).to(wide), valid.sum(-1, keepdim=True).to(wide))
-        if self._open is not None:
-            over_tokens = (self._open[0] + over_tokens[0], self._open[1] + over_tokens[1])
-        self._open = None if last else over_tokens
-        for target, x, total in ((self.sums, vectors, over_tokens[0]), (self.pairs, valid, over_tokens[1])):
-            x = x.flatten(3)
-            self._into(target, 0, at, wide_gram(x).sum(1))
-            self._into(target, 2, at, wide_gram(x.sum(1)))
-            if last:
-                self._into(target, 1, at, gram(total).sum(1))
-                self._into(target, 3, at, gram(total.sum(1)))
+        self._add("vectors", self.sums, part, vectors, vectors.sum(token_dim))
+        self._add("valid", self.pairs, part, valid, valid.sum(-1, keepdim=True))
 
-    def _into(self, target: Tensor, which: int, at: tuple[slice, list[int]], value: Tensor) -> None:
-        images, blocks = at
-        place = torch.tensor(blocks, device=value.device)
-        target[which, images, place[:, None], place[None, :]] += value.to(target.dtype)
+    def _add(self, kind: str, target: Tensor, part: Part, x: Tensor, over_tokens: Tensor) -> None:
+        x = x.flatten(3)
+        self._into(target[0], part, wide_gram(x).sum(1))
+        over_heads = _plus(self._over_heads.pop(kind, None), x.sum(1))
+        if part.last_heads:
+            self._into(target[2], part, wide_gram(over_heads))
+        else:
+            self._over_heads[kind] = over_heads
+        over_tokens = _plus(self._over_tokens.pop((kind, part.heads.start), None), over_tokens.to(target.dtype))
+        if not part.last_tokens:
+            self._over_tokens[kind, part.heads.start] = over_tokens
+            return
+        self._into(target[1], part, gram(over_tokens).sum(1))
+        over_both = _plus(self._over_heads.pop(kind + " and tokens", None), over_tokens.sum(1))
+        if part.last_heads:
+            self._into(target[3], part, gram(over_both))
+        else:
+            self._over_heads[kind + " and tokens"] = over_both
+
+    def _into(self, target: Tensor, part: Part, value: Tensor) -> None:
+        place = torch.tensor(part.positions, device=value.device)
+        target[part.images, place[:, None], place[None, :]] += value.to(target.dtype)
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)
 
 
 def mean_cosines(sums: Tensor, pairs: Tensor) -> dict[str, Tensor]:
@@ -139,26 +163,24 @@ class Agreement(Means):
             torch.zeros(defined.shape, dtype=torch.float32, device=device),
         )
 
-    def absorb(
-        self, images: slice, positions: list[int], tokens: list[int], unit_vectors: tuple[Tensor, Tensor], last: bool
-    ) -> None:
-        """Take the unit vectors [b, H, L, R, C] of some tokens of some images."""
+    def absorb(self, part: Part, tokens: list[int], unit_vectors: tuple[Tensor, Tensor]) -> None:
+        """Take the unit vectors [b, h, L, R, C] of some heads and tokens of some images."""
         vectors, valid = unit_vectors
-        self._pairs.add((images, positions), vectors, valid, self.token_dim, last)
-        g = next(i for i, group in enumerate(self.groups) if group.positions == positions)
+        self._pairs.add(part, vectors, valid, self.token_dim)
+        g = next(i for i, group in enumerate(self.groups) if group.positions == part.positions)
         place_of = {token: place for place, token in enumerate(self.samples[g])}
         inside = [i for i, token in enumerate(tokens) if token in place_of]
         if len(inside) < len(tokens):
             vectors, valid = vectors.index_select(self.token_dim, self._index(inside, vectors)), valid[..., inside]
         if inside:
             first = place_of[tokens[inside[0]]]
-            total, defined = self._batch[g]
+            total, defined = (sums[part.heads] for sums in self._batch[g])
             total = total.narrow(self.token_dim, first, len(inside))
             for one_image in vectors:
                 total += one_image
             defined[..., first : first + len(inside)] += valid.sum(0)
         if self.sampled:
-            self._own.add((images, positions), vectors, valid, self.token_dim, last)
+            self._own.add(part, vectors, valid, self.token_dim)
 
     @staticmethod
     def _index(places: list[int], like: Tensor) -> Tensor:
@@ -186,7 +208,8 @@ class Agreement(Means):
         whole = PairSums(1, self.blocks, own_sums.device)
         for g, group in enumerate(self.groups):
             vectors, valid = self.state(f"over_images_{g}")[None], self.state(f"defined_{g}")[None]
-            whole.add((slice(0, 1), group.positions), vectors, valid, self.token_dim, last=True)
+            part = Part(slice(0, 1), group.positions, slice(0, group.heads), last_heads=True, last_tokens=True)
+            whole.add(part, vectors, valid, self.token_dim)
         found = mean_cosines(whole.sums[:, 0] - own_sums, whole.pairs[:, 0] - own_pairs)
         return {name: values.cpu().numpy() for name, values in found.items()}
 
@@ -213,7 +236,8 @@ class MapAgreement(Agreement):
         if tile.whole(self.axis):
             vectors = tile.unit_vectors(self.point, self.axis, self.centred, self.without)
             tokens = tile.tokens(self.axis, self.without)
-            self.absorb(tile.images, tile.positions, tokens, vectors, tile.last)
+            part = Part(tile.images, tile.positions, tile.heads, tile.last_heads, tile.last_tokens)
+            self.absorb(part, tokens, vectors)
 
 
 def _tensors_of(trace: Trace) -> Iterator[Tensor]:
@@ -243,5 +267,6 @@ class TokenAgreement(Agreement):
             for start in range(0, trace.images, step):
                 chosen = slice(start, min(start + step, trace.images))
                 stacked = torch.stack([p[chosen] for p in patches if p is not None], dim=1)[:, None]
-                self.absorb(chosen, positions, list(range(stacked.shape[3])), unit(stacked), last=True)
+                part = Part(chosen, positions, slice(0, 1), last_heads=True, last_tokens=True)
+                self.absorb(part, list(range(stacked.shape[3])), unit(stacked))
         return super().end(trace)

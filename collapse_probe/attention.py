@@ -32,27 +32,27 @@ class Attention:
         """Whether the model changes the map between the softmax and V."""
         return self.weights is not None
 
-    def logits(self, images: slice, rows: slice, columns: slice) -> Tensor:
-        """The scaled, masked logits in float32 [b, H, R, C]; only where q and k were heard."""
+    def logits(self, images: slice, heads: slice, rows: slice, columns: slice) -> Tensor:
+        """The scaled, masked logits in float32 [b, h, R, C]; only where q and k were heard."""
         assert self.q is not None
         assert self.k is not None
-        q_BHRK = self.q[images, :, rows].float() * self.scale
-        k_BHCK = self.k[images, :, columns].float()
-        if k_BHCK.shape[1] != q_BHRK.shape[1]:
-            k_BHCK = k_BHCK.repeat_interleave(q_BHRK.shape[1] // k_BHCK.shape[1], dim=1)
-        logits = q_BHRK @ k_BHCK.transpose(-1, -2)
+        k_BHNK = self.k[images]
+        if k_BHNK.shape[1] != self.q.shape[1]:
+            k_BHNK = k_BHNK.repeat_interleave(self.q.shape[1] // k_BHNK.shape[1], dim=1)
+        q_bhRK = self.q[images, heads, rows].float() * self.scale
+        logits = q_bhRK @ k_BHNK[:, heads, columns].float().transpose(-1, -2)
         if self.bias is not None:
-            logits = logits + additive(self.bias, images, rows, columns)
+            logits = logits + additive(self.bias, images, heads, rows, columns)
         if self.causal:
             logits = logits.masked_fill(_future(self.q.shape[2], self.k.shape[2], rows, columns, logits), -torch.inf)
         return logits
 
 
-def additive(bias: Tensor, images: slice, rows: slice, columns: slice) -> Tensor:
-    """The part of a mask or bias for some images, queries and keys, as a float32 term of the logits."""
+def additive(bias: Tensor, images: slice, heads: slice, rows: slice, columns: slice) -> Tensor:
+    """The part of a mask or bias for some images, heads, queries and keys, as a float32 term of the logits."""
     part = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
-    part = part[images if part.shape[0] > 1 else slice(None)]
-    part = part[:, :, rows if part.shape[2] > 1 else slice(None), columns if part.shape[3] > 1 else slice(None)]
+    wanted = (images, heads, rows, columns)
+    part = part[tuple(w if size > 1 else slice(None) for w, size in zip(wanted, part.shape, strict=True))]
     if part.dtype == torch.bool:
         return torch.zeros(part.shape, device=part.device).masked_fill(~part, -torch.inf)
     return part.float()
@@ -64,20 +64,23 @@ def _future(queries: int, keys: int, rows: slice, columns: slice, like: Tensor) 
     return c[None, :] > r[:, None]
 
 
-def maps_of(heard: Attention, images: slice, rows: slice, columns: slice, sums: list[Tensor] | None) -> dict[str, Tensor]:
-    """probs and weights [b, H, R, C]. A sweep over queries leaves its logsumexp in `sums`."""
+def maps_of(
+    heard: Attention, images: slice, heads: slice, rows: slice, columns: slice, sums: Tensor | None = None
+) -> dict[str, Tensor]:
+    """probs and weights [b, h, R, C]. `sums` [b, H, N, 1] takes each query's logsumexp where all keys are here, else gives it."""
     if heard.q is None:
         assert heard.probs is not None
-        probs = heard.probs[images, :, rows, columns].float()
+        probs = heard.probs[images, heads, rows, columns].float()
     else:
-        logits = heard.logits(images, rows, columns)
+        assert heard.k is not None
+        logits = heard.logits(images, heads, rows, columns)
         if sums is None:
             probs = torch.softmax(logits, dim=-1)
         else:
-            if columns == slice(0, heard.k.shape[2]):  # type: ignore[union-attr]
-                sums.append(torch.logsumexp(logits, dim=-1, keepdim=True))
-            probs = torch.exp(logits - sums[-1])
+            if columns == slice(0, heard.k.shape[2]):
+                sums[:, heads, rows] = torch.logsumexp(logits, dim=-1, keepdim=True)
+            probs = logits.sub_(sums[:, heads, rows]).exp_()
         if heard.bias is not None or heard.causal:
             probs = probs.nan_to_num(0.0)  # a query that may see nothing attends to nothing
-    weights = probs if heard.weights is None else heard.weights[images, :, rows, columns].float()
+    weights = probs if heard.weights is None else heard.weights[images, heads, rows, columns].float()
     return {"probs": probs, "weights": weights}

@@ -182,7 +182,7 @@ def _self_check(events: list[Event]) -> SelfCheck:
             rows.append(_row_error(a.probs.float()))
             continue
         chosen = slice(0, queries if event.finish else min(CHECKED_ROWS, queries))
-        logits = a.logits(slice(None), chosen, slice(None))
+        logits = a.logits(slice(None), slice(None), chosen, slice(None))
         probs = torch.softmax(logits, -1).nan_to_num(0.0)
         rows.append(_row_error(probs))
         if a.logsumexp is not None:

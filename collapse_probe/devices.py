@@ -13,7 +13,7 @@ from collapse_probe.errors import SettingError
 from collapse_probe.processes import local_rank
 from collapse_probe.trace import Plan, tile_shape
 
-TILE_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20, "mps": 128 * 2**20}
+TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20, "mps": 128 * 2**20}
 TRACE_BYTES = {"cpu": 96 * 2**20, "cuda": 8 * 2**30, "mps": 1 * 2**30}
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
 
@@ -45,8 +45,8 @@ def tile_bytes(plan: Plan, device: torch.device) -> int:
     """Bytes of the largest tile of maps."""
     largest = 0
     for signature, positions in plan.groups().items():
-        images, rows, columns = tile_shape(signature, len(positions), TILE_BYTES[device.type])
-        largest = max(largest, images * signature[0] * len(positions) * max(rows * signature[2], columns * signature[1]) * 4)
+        images, heads, rows, columns = tile_shape(signature, len(positions), TILE_BYTES[device.type])
+        largest = max(largest, images * heads * len(positions) * max(rows * signature[2], columns * signature[1]) * 4)
     return largest
 
 

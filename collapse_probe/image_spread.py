@@ -48,8 +48,8 @@ class ImageSpread(Means):
         valid = valid[..., inside].double()
         group = self._group[tile.images].to(vectors.device)
         span = slice(places[0], places[-1] + 1)
-        self.state(f"sums_{g}").narrow(self.token_dim, span.start, len(places)).index_add_(0, group, vectors)
-        self.state(f"defined_{g}")[..., span].index_add_(0, group, valid)
+        self.state(f"sums_{g}")[:, tile.heads].narrow(self.token_dim, span.start, len(places)).index_add_(0, group, vectors)
+        self.state(f"defined_{g}")[:, tile.heads, :, span].index_add_(0, group, valid)
         for name, one in (("own", vectors.square().sum((1, 3, 4))), ("own_pairs", valid.square().sum((1, 3)))):
             own = self.state(name)
             own[:, tile.positions] = own[:, tile.positions].index_add(0, group, one)

@@ -31,7 +31,7 @@ _FUSED = (
     "scaled_dot_product_attention",
 )
 _SOFTMAX = ("_softmax", "_safe_softmax", "softmax")
-_CONTRACTIONS = ("bmm", "baddbmm", "mm", "addmm", "matmul", "einsum")
+_CONTRACTIONS = ("bmm", "baddbmm", "matmul", "einsum")
 _KEEPS_VALUES = (
     "_to_copy",
     "clone",

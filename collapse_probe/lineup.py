@@ -105,6 +105,8 @@ def _expand(label: str | None, given: Candidate, recipe: Recipe) -> list[Entry]:
         names = [f"{label}/{stem(file)}" if label else stem(file) for file in files]
         return [Entry(name, given, True, _checkpoint(file, recipe)) for name, file in zip(names, files, strict=True)]
     if path.is_file() or path.suffix.lower() in checkpoints.SUFFIXES:
+        if not path.is_file():
+            raise CheckpointError(f"there is no checkpoint {path}; give an existing file or folder")
         return [Entry(label or stem(path), given, True, _checkpoint(path, recipe))]
     address = str(given)
     return [Entry(label or _short(address), given, True, lambda fixed: _of_address(address, recipe, fixed))]
@@ -122,8 +124,6 @@ def _of_checkpoint(path: Path, recipe: Recipe, fixed: bool) -> Subject:
     """The model that a checkpoint's weights belong to: the one named, or the DeepViT that its keys tell."""
     options = dict(recipe.options)
     address = recipe.model
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}; give an existing file or folder")
     if address is None:
         address, kwargs = deepvit_of(path)
         options["model_kwargs"] = {**kwargs, **dict(options.get("model_kwargs") or {})}

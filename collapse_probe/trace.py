@@ -18,6 +18,8 @@ from collapse_probe.geometry import centred_unit, unit
 
 POINTS = ("probs", "weights")
 AXES = ("column", "row")
+Place = tuple[slice, slice, slice, slice]
+"""Which images, heads, queries and keys a tile holds."""
 
 
 @dataclass(frozen=True)
@@ -114,27 +116,22 @@ class Plan:
 
 
 class MapTile:
-    """The maps of all layers of one signature, for some images and some of their queries or keys.
+    """The maps of all layers of one signature, for some images and heads and some of their queries or keys.
 
-    `positions` are the layers' places on the `block` axis. `probs` and `weights` are [b, H, L, R, C] in
-    float32, the same object where the model multiplies V by its softmax. A tile with `whole_rows` holds every
-    key of its queries, one with `whole_columns` every query of its keys; small maps come as tiles that hold
-    both. `last` marks the last tile with that property of these images.
+    `positions` are the layers' places on the `block` axis. `probs` and `weights` are [b, h, L, R, C] in float32, the same object
+    where the model multiplies V by its softmax. A tile with `whole_rows` holds every key of its queries, one with
+    `whole_columns` every query of its keys; small maps come as tiles that hold both. Heads come one tile after the other before the
+    next queries or keys: `last_heads` marks the end of the heads, `last_tokens` that no further queries (or keys) follow.
     """
 
     def __init__(
-        self,
-        positions: list[int],
-        images: slice,
-        rows: slice,
-        columns: slice,
-        maps: dict[str, Tensor],
-        whole: frozenset[str],
-        last: bool,
+        self, positions: list[int], place: Place, maps: dict[str, Tensor], whole: frozenset[str], last: tuple[bool, bool]
     ) -> None:
-        self.positions, self.images, self.rows, self.columns = positions, images, rows, columns
+        self.positions = positions
+        self.images, self.heads, self.rows, self.columns = place
         self.probs, self.weights = maps["probs"], maps["weights"]
-        self.whole_rows, self.whole_columns, self.last = "row" in whole, "column" in whole, last
+        self.whole_rows, self.whole_columns = "row" in whole, "column" in whole
+        self.last_heads, self.last_tokens = last
         self._units: dict[tuple[str, str, bool, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
 
     def whole(self, axis: str) -> bool:
@@ -142,7 +139,7 @@ class MapTile:
         return self.whole_rows if axis == "row" else self.whole_columns
 
     def maps(self, point: str) -> Tensor:
-        """The maps at `point`, [b, H, L, R, C]."""
+        """The maps at `point`, [b, h, L, R, C]."""
         return self.probs if point == "probs" else self.weights
 
     def tokens(self, axis: str, without: tuple[int, ...] = ()) -> list[int]:
@@ -151,7 +148,7 @@ class MapTile:
         return [t for t in range(span.start, span.stop) if t not in without]
 
     def unit_vectors(self, point: str, axis: str, centred: bool, without: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        """Rows or columns as unit vectors, [b, H, L, R, C], and which of them are defined, [b, H, L, tokens].
+        """Rows or columns as unit vectors, [b, h, L, R, C], and which of them are defined, [b, h, L, tokens].
 
         Tokens in `without` are left out as queries and as keys. Computed once per tile, whoever asks.
         """
@@ -200,13 +197,13 @@ class Trace:
 
     def maps(self, layer: int, point: str = "probs") -> Tensor:
         """The whole map of one layer, [B, H, N, N] in float32: for looking at; the metrics use `tiles`."""
-        everything = slice(None)
-        return maps_of(self.attention[layer], everything, everything, everything, None)[point]
+        everything = (slice(None),) * 4
+        return maps_of(self.attention[layer], *everything)[point]
 
     def map_of(self, layer: int, image: int, point: str = "probs") -> Tensor:
         """The whole map of one layer for one image, [H, N, N] in float32."""
-        everything = slice(None)
-        return maps_of(self.attention[layer], slice(image, image + 1), everything, everything, None)[point][0]
+        everything = (slice(None),) * 3
+        return maps_of(self.attention[layer], slice(image, image + 1), *everything)[point][0]
 
     def tiles(self, budget: int) -> Iterator[MapTile]:
         """All token maps of the batch in tiles of about `budget` bytes, one signature after the other."""
@@ -215,54 +212,65 @@ class Trace:
             yield from _tiles(layers, positions, signature, self.images, budget)
 
 
-def tile_shape(signature: tuple[int, int, int], layers: int, budget: int) -> tuple[int, int, int]:
-    """Images, queries and keys of a tile within `budget` bytes: several whole maps, or part of one."""
+def tile_shape(signature: tuple[int, int, int], layers: int, budget: int) -> tuple[int, int, int, int]:
+    """Images, heads, queries and keys of a tile within `budget` bytes: whole maps while one head's fit, else parts of them."""
     heads, queries, keys = signature
-    one_image = layers * heads * queries * keys * 4
-    if one_image <= budget:
-        return max(1, budget // one_image), queries, keys
-    rows = max(1, budget // (layers * heads * keys * 4))
-    columns = max(1, budget // (layers * heads * queries * 4))
-    return 1, min(rows, queries), min(columns, keys)
+    one_head = layers * queries * keys * 4
+    if heads * one_head <= budget:
+        return budget // (heads * one_head), heads, queries, keys
+    if one_head <= budget:
+        return 1, budget // one_head, queries, keys
+    rows, columns = (max(1, budget // (layers * length * 4)) for length in (keys, queries))
+    return 1, 1, min(rows, queries), min(columns, keys)
+
+
+def _spans(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def _tiles(
     layers: list[Attention], positions: list[int], signature: tuple[int, int, int], images: int, budget: int
 ) -> Iterator[MapTile]:
-    _, queries, keys = signature
-    b, rows, columns = tile_shape(signature, len(layers), budget)
-    for start in range(0, images, b):
-        chosen = slice(start, min(start + b, images))
+    """Tiles of whole maps, or one sweep over queries, which also gives the logsumexp, and one over keys."""
+    all_heads, queries, keys = signature
+    b, h, rows, columns = tile_shape(signature, len(layers), budget)
+    everything = (slice(0, queries), slice(0, keys))
+    for chosen in _spans(images, b):
         if rows == queries and columns == keys:
-            maps = _stack(layers, chosen, slice(0, queries), slice(0, keys), None)
-            both = frozenset(AXES)
-            yield MapTile(positions, chosen, slice(0, queries), slice(0, keys), maps, both, last=True)
-        else:
-            yield from _swept(layers, positions, chosen, (queries, keys), (rows, columns))
+            yield from _sweep(layers, positions, chosen, _spans(all_heads, h), [everything], frozenset(AXES), None)
+            continue
+        sums = [_no_sums(a, chosen) for a in layers]
+        by_rows = [(span, everything[1]) for span in _spans(queries, rows)]
+        by_columns = [(everything[0], span) for span in _spans(keys, columns)]
+        yield from _sweep(layers, positions, chosen, _spans(all_heads, h), by_rows, frozenset({"row"}), sums)
+        yield from _sweep(layers, positions, chosen, _spans(all_heads, h), by_columns, frozenset({"column"}), sums)
 
 
-def _swept(
-    layers: list[Attention], positions: list[int], images: slice, size: tuple[int, int], step: tuple[int, int]
+def _no_sums(heard: Attention, images: slice) -> Tensor | None:
+    """Room for the logsumexp of each query [b, H, N, 1], where the map is made from q and k."""
+    if heard.q is None:
+        return None
+    return torch.empty(images.stop - images.start, *heard.q.shape[1:3], 1, device=heard.q.device)
+
+
+def _sweep(
+    layers: list[Attention],
+    positions: list[int],
+    images: slice,
+    heads: list[slice],
+    parts: list[tuple[slice, slice]],
+    whole: frozenset[str],
+    sums: list[Tensor | None] | None,
 ) -> Iterator[MapTile]:
-    """One sweep over queries, which also gives the logsumexp, then one over keys."""
-    (queries, keys), everything = size, slice(0, size[1])
-    sums: list[list[Tensor]] = [[] for _ in layers]
-    for start in range(0, queries, step[0]):
-        rows = slice(start, min(start + step[0], queries))
-        maps = _stack(layers, images, rows, everything, sums)
-        yield MapTile(positions, images, rows, everything, maps, frozenset({"row"}), last=rows.stop == queries)
-    totals = [[torch.cat(parts, dim=2)] if parts else [] for parts in sums]
-    everything = slice(0, queries)
-    for start in range(0, keys, step[1]):
-        columns = slice(start, min(start + step[1], keys))
-        maps = _stack(layers, images, everything, columns, totals)
-        yield MapTile(positions, images, everything, columns, maps, frozenset({"column"}), last=columns.stop == keys)
+    for rows, columns in parts:
+        for some in heads:
+            place = (images, some, rows, columns)
+            last = (some is heads[-1], (rows, columns) == parts[-1])
+            yield MapTile(positions, place, _stack(layers, place, sums), whole, last)
 
 
-def _stack(
-    layers: list[Attention], images: slice, rows: slice, columns: slice, sums: list[list[Tensor]] | None
-) -> dict[str, Tensor]:
-    found = [maps_of(a, images, rows, columns, None if sums is None else sums[i]) for i, a in enumerate(layers)]
+def _stack(layers: list[Attention], place: Place, sums: list[Tensor | None] | None) -> dict[str, Tensor]:
+    found = [maps_of(a, *place, None if sums is None else sums[i]) for i, a in enumerate(layers)]
     probs = torch.stack([maps["probs"] for maps in found], dim=2)
     if not any(a.mixed for a in layers):
         return {"probs": probs, "weights": probs}

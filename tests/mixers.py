@@ -173,8 +173,14 @@ class InPlace(Changed):
 
 
 class ValuesFirst(Changed):
-    """The changed map is the second operand of the product, transposed by einsum."""
+    """The changed map is the second operand of the product, and turned."""
 
+    def mix(self, q, k, v):
+        self.own = self.change(self.logits(q, k).softmax(-1))
+        return (v.transpose(-1, -2) @ self.own.transpose(-1, -2)).transpose(-1, -2)
+
+
+class EinsumValuesFirst(Changed):
     def mix(self, q, k, v):
         self.own = self.change(self.logits(q, k).softmax(-1))
         return torch.einsum("bhjd,bhij->bhid", v, self.own)
@@ -212,4 +218,4 @@ class ErasesMap(Matmul):
 
 FUSED = [ToyAttention, Masked, Blind, Padded, Biased, Causal, Scaled, Grouped, Erases]
 EAGER = [Wide, Matmul, Einsum, Bmm, OneKey, ErasesMap]
-CHANGED = [Changed, Gated, InPlace, ValuesFirst, Merged]
+CHANGED = [Changed, Gated, InPlace, ValuesFirst, EinsumValuesFirst, Merged]

@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 from toys import SIZE, Block, ToyAttention, ToyViT, images, reference, toy
 
+from collapse_probe.attention import Attention
 from collapse_probe.capture import listen, probe
 from collapse_probe.ear import ear
 from collapse_probe.errors import CaptureError
 from collapse_probe.planning import call_frames
+from collapse_probe.softmaxes import Softmaxes
 
 MODELS = {
     "fused": lambda: toy(ToyAttention),
@@ -103,6 +105,30 @@ def test_a_model_may_be_called_by_keyword_and_return_nothing():
     assert ears.last.images == 3
     assert ears.last.plan.prefix == (0,)
     assert ears.last.output is None
+
+
+def test_tokens_are_those_before_a_block_overwrites_them():
+    class Overwriting(Block):
+        def forward(self, x):
+            x += self.attn(self.norm1(x))
+            x += self.mlp(self.norm2(x))
+            return (x,)
+
+    class Unpacking(ToyViT):
+        def forward(self, x, keep=None):
+            tokens = self.embed(x)
+            for block in self.blocks:
+                if keep is not None:
+                    keep.append(tokens.clone())
+                (tokens,) = block(tokens)
+            return self.head(tokens.mean(1))
+
+    model, expected = Unpacking([Overwriting(ToyAttention()) for _ in range(3)]), []
+    with torch.no_grad(), listen(model, probe(model, SIZE)) as ears:
+        model(images())
+        model(images(), expected)
+    assert all(map(torch.equal, ears.last.tokens, expected))
+    assert len(ears.last.tokens) == 4
 
 
 @pytest.mark.filterwarnings("ignore:Using `torch.compile")
@@ -222,6 +248,15 @@ def test_a_steady_run_holds_no_more_than_the_plan_says(name):
     tensors = [t for t in [*tensors, *ears.last.tokens] if t is not None]
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert sum(held.values()) <= 6 * plan.bytes_per_image
+
+
+def test_a_softmax_is_forgotten_when_the_module_around_its_own_ends():
+    softmaxes, probs = Softmaxes(), torch.rand(2, 3, 3)
+    softmaxes.begin(Attention(owner="", operation="softmax", probs=probs), (), "block.attn.soft")
+    for path, holder in (("block.other", "block"), ("block.attn.soft", "block.attn"), ("block.attn", "block")):
+        assert len(softmaxes.pending) == 1
+        softmaxes.hand_up(path, holder)
+    assert softmaxes.pending == []
 
 
 def test_the_first_pass_without_a_plan_makes_one_and_later_passes_are_lean():

@@ -108,18 +108,20 @@ def test_a_softmax_in_a_module_of_its_own():
     assert [layer.owner for layer in trace.plan.layers] == ["blocks.0.attn", "blocks.1.attn"]
 
 
-def test_a_softmax_that_multiplies_nothing_is_no_attention():
+def test_a_softmax_that_multiplies_no_values_is_no_attention():
     class Gating(Block):
-        """Softmax over features, over tokens, and a square one that is only looked at."""
+        """Softmax over features, which then go through a Linear, over tokens, and one that is only looked at."""
 
         def forward(self, x):
-            x = super().forward(x) * x.softmax(-1)
-            looked_at = (x @ x.transpose(-1, -2)).softmax(-1)
-            return x + x.softmax(1).sum(1, keepdim=True) * looked_at.amax()
+            looked_at = (x @ x.transpose(-1, -2)).softmax(-1).amax()
+            gated = self.mlp(x * x.softmax(-1)) + x.softmax(1).sum(1, keepdim=True)
+            return super().forward(x + looked_at * gated)
 
     model = ToyViT([Gating(ToyAttention()) for _ in range(2)])
-    trace = hear(model, images())
-    assert_maps(trace, reference(model, images()))
+    plan = probe(model, SIZE)
+    for count in (1, 3):
+        trace = hear(model, images(count), plan)
+        assert_maps(trace, reference(model, images(count)))
 
 
 class Projected(nn.Module):
@@ -246,6 +248,13 @@ def test_encoder_layer(name, norm_first):
     assert operations(trace) == {"_transformer_encoder_layer_fwd"}
     assert [layer.owner for layer in trace.plan.layers] == [f"blocks.{i}.inner.self_attn" for i in range(2)]
     assert trace.plan.check.output < 1e-5
+
+
+def test_a_shared_encoder_layer_is_heard_at_every_call():
+    model = ToyViT([Encoder(norm_first=True)] * 2)
+    trace = hear(model, images(2))
+    assert_maps(trace, reference(model, images(2)))
+    assert [layer.call for layer in trace.plan.layers] == [0, 1]
 
 
 def test_encoder_layer_is_the_same_layer_off_its_fast_path():

@@ -13,7 +13,7 @@ from collapse_probe.metrics.tokens.patch_diversity import patch_cosine
 from collapse_probe.sockets import METRICS
 
 B, L, H, N, D = 5, 4, 3, 9, 8
-BUDGETS = [2**24, L * H * N * N * 4, L * H * N * 4 * 2]
+BUDGETS = [2**24, L * H * N * N * 4, L * N * N * 4 * 2, L * H * N * 4 * 2]
 
 
 def draw(seed=0, images=B):

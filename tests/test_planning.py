@@ -263,12 +263,32 @@ def test_grid(size, patch, grid, convolution):
     assert probe(Folded([Block(ToyAttention())]), size).grid == grid
 
 
+def test_the_grid_of_patches_that_are_not_square():
+    model = toy()
+    model.patches = nn.Conv2d(3, WIDTH, (8, 4), (8, 4))
+    assert probe(model, SIZE).grid == (4, 6)
+
+
 def test_patches_in_no_rectangle_have_no_grid():
     class Odd(ToyViT):
         def embed(self, x):
-            return super().embed(x)[:, :12]
+            return super().embed(x)[:, :13]
 
-    assert probe(Odd([Block(ToyAttention())]), SIZE).grid is None
+    assert probe(Odd([Block(ToyAttention())]), (32, 32)).grid is None
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_channel_attention_that_nobody_named(fused):
+    class Crossed(ToyAttention):
+        def mix(self, q, k, v):
+            q, k, v = (x.transpose(-1, -2) for x in (q, k, v))
+            mixed = super().mix(q, k, v) if fused else self.logits(q, k).softmax(-1) @ v
+            return mixed.transpose(-1, -2)
+
+    plan = probe(toy(Crossed), SIZE)
+    expected = "channel attention" if fused else "attention between 8 × 8 positions, not between the block's 13"
+    assert all(layer.reason.startswith(expected) for layer in plan.layers)
+    assert plan.groups() == {}
 
 
 def test_the_block_is_the_innermost_list_entry_with_a_matrix_of_its_own():

@@ -79,8 +79,9 @@ def test_tiles_are_the_maps(kind, budget):
             for tile in trace.tiles(BUDGETS[budget]):
                 assert tile.positions == list(range(LAYERS))
                 if tile.whole(axis):
-                    assert np.isnan(found[tile.images, :, :, tile.rows, tile.columns]).all()
-                    found[tile.images, :, :, tile.rows, tile.columns] = tile.maps(point).double().numpy()
+                    place = (tile.images, tile.heads, slice(None), tile.rows, tile.columns)
+                    assert np.isnan(found[place]).all()
+                    found[place] = tile.maps(point).double().numpy()
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
         whole = np.stack([trace.maps(i, point).double().numpy() for i in range(LAYERS)], 2)
         np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-6)
@@ -106,11 +107,12 @@ def test_tiles_keep_to_their_budget_and_say_which_is_the_last(budget):
     assert all(tile.weights is tile.probs for tile in tiles)
     for axis in ("row", "column"):
         whole = [tile for tile in tiles if tile.whole(axis)]
-        ends = [tile.images.stop for tile in whole if tile.last]
+        ends = [tile.images.stop for tile in whole if tile.last_tokens and tile.last_heads]
         assert ends == sorted(set(ends))
         assert ends[-1] == IMAGES
-        assert whole[-1].last
-    b, rows, columns = tile_shape((HEADS, TOKENS, TOKENS), LAYERS, BUDGETS[budget])
+        assert whole[-1].last_tokens
+        assert whole[-1].last_heads
+    b, _, rows, columns = tile_shape((HEADS, TOKENS, TOKENS), LAYERS, BUDGETS[budget])
     assert (rows == columns == TOKENS) == (BUDGETS[budget] >= ONE)
     assert b == max(1, BUDGETS[budget] // ONE)
 
@@ -144,9 +146,9 @@ def test_unit_vectors(kind, axis, centred, without, budget):
         tokens = tile.tokens(axis, without)
         assert units.shape[-2] == len(tokens) == defined.shape[-1]
         places = [kept.index(t) for t in tokens]
-        np.testing.assert_allclose(units.double(), expected[tile.images][..., places, :], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(units.double(), expected[tile.images, tile.heads][..., places, :], rtol=0, atol=2e-5)
         for image in range(tile.images.start, tile.images.stop):
-            seen[image] += tokens
+            seen[image] += tokens if tile.heads.start == 0 else []
     assert all(tokens == kept for tokens in seen.values())
 
 
@@ -197,5 +199,5 @@ def test_layers_of_another_signature_come_in_tiles_of_their_own(budget):
     found = torch.full((IMAGES, HEADS, TOKENS, 3), torch.nan)
     for tile in tiles:
         if tile.positions == [1] and tile.whole_columns:
-            found[tile.images, :, tile.rows, tile.columns] = tile.probs[:, :, 0]
+            found[tile.images, tile.heads, tile.rows, tile.columns] = tile.probs[:, :, 0]
     assert torch.allclose(found, torch.softmax(fused.q @ fused.k[:, :, :3].transpose(-1, -2) / 2, -1), atol=1e-6)

@@ -43,12 +43,11 @@ class EntropySums(Means):
     def tile(self, tile: MapTile) -> None:
         """Add the rows of a tile."""
         if tile.whole_rows:
-            sums_bLH = entropy(tile.probs).sum(-1).transpose(1, 2).cpu()
-            heads = sums_bLH.shape[-1]
+            sums_bLh = entropy(tile.probs).sum(-1).transpose(1, 2).cpu()
             place = torch.tensor(tile.positions)
-            self._total[tile.images, place, :heads] += sums_bLH
+            self._total[tile.images, place, tile.heads] += sums_bLh
             if tile.images.start == 0:
-                self._rows[place, :heads] += tile.rows.stop - tile.rows.start
+                self._rows[place, tile.heads] += tile.rows.stop - tile.rows.start
 
     def end(self, trace: Trace) -> dict[str, Tensor]:
         """Close the batch."""
