@@ -103,7 +103,7 @@ def probe(model: nn.Module, size: tuple[int, int], channels: int = 3, seed: int 
     with torch.inference_mode(False), torch.no_grad():
         images = noise(model, size, channels, seed)
         plain = model(images)
-        with ear(model, heard.append, thorough=True):
+        with ear(model, heard.append, thorough=True, sketched=True):
             captured = model(images)
         if not heard:
             raise CaptureError("the model's forward was not called through its own __call__: nothing could be heard")

@@ -36,13 +36,18 @@ class Event:
 
 @dataclass
 class Call:
-    """One call of a module, with its first input tensor and its output where these were asked for."""
+    """One call of a module, with its first input tensor and its output where these were asked for.
+
+    In a sketch both are tensors without memory (on the meta device), and `steady` says which token positions of the input are
+    the same for all images.
+    """
 
     path: str
     number: int
     stack: tuple[Frame, ...]
     input: Tensor | None = None
     output: Any = None
+    steady: Tensor | None = None
 
 
 @dataclass
@@ -63,7 +68,8 @@ class Hearing:
 
 
 class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Hears one model on one thread. `thorough` keeps what plan and self-check need, for every module call.
+    """Hears one model on one thread. `thorough` keeps what plan and self-check need, for every module call; `sketched`
+    keeps of the modules' inputs and outputs no more than their shapes.
 
     `on_forward` is called with the Hearing of each forward pass that ended without an exception.
     """
@@ -76,10 +82,12 @@ class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
         on_forward: Callable[[Hearing], None],
         *,
         thorough: bool = False,
+        sketched: bool = False,
         watched: frozenset[Frame] = frozenset(),
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.on_forward, self.thorough, self.watched = model, on_forward, thorough, watched
+        self.sketched = sketched
         self.names = {id(module): name for name, module in model.named_modules()}
         self.holds = {name for name, module in model.named_modules() if next(module.parameters(), None) is not None}
         self.thread = threading.get_ident()
@@ -110,6 +118,8 @@ class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.hearing.images = 0 if self.hearing.input is None else len(self.hearing.input)
         if self.thorough or (path, number) in self.watched:
             call.input = _first_tensor(args)
+            if self.sketched:
+                call.steady, call.input = steady_tokens(call.input), _sketch(call.input)
             self.hearing.calls.append(call)
         self.stack.append(call)
         self.lowered = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -134,7 +144,7 @@ class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if path in self.holds:
             self.products.forget(path)
         if self.thorough or (path, call.number) in self.watched:
-            call.output = _detached_tree(output)
+            call.output = _sketch(_detached_tree(output)) if self.sketched else _detached_tree(output)
         if not self.stack and sys.exc_info()[1] is self.error_before:
             self.hearing.output = output
             heard = self.hearing
@@ -244,6 +254,7 @@ def ear(
     on_forward: Callable[[Hearing], None],
     *,
     thorough: bool = False,
+    sketched: bool = False,
     watched: frozenset[Frame] = frozenset(),
 ) -> Iterator[Ear]:
     """Listen to `model` inside the `with`; every forward pass of it is handed to `on_forward`.
@@ -253,7 +264,7 @@ def ear(
     """
     if id(model) in _LISTENING:
         raise CaptureError("this model is being listened to already; leave the first `with` before the second begins")
-    hears = Ear(model, on_forward, thorough=thorough, watched=watched)
+    hears = Ear(model, on_forward, thorough=thorough, sketched=sketched, watched=watched)
     with ExitStack() as stack:
         _LISTENING.add(id(model))
         stack.callback(_LISTENING.discard, id(model))
@@ -273,6 +284,20 @@ def ear(
 def _first_tensor(args: tuple[Any, ...]) -> Tensor | None:
     found = next(tensors_in(args), None)
     return None if found is None else found.detach()
+
+
+def steady_tokens(tokens: Tensor | None) -> Tensor | None:
+    """Which positions of [B, N, D] hold bitwise the same for all images, bool [N]; None for other shapes or one image."""
+    if tokens is None or tokens.ndim != 3 or len(tokens) < 2:
+        return None
+    return (tokens == tokens[:1]).all(2).all(0)
+
+
+def _sketch(value: Any) -> Any:
+    """Tensors of the same shapes that take no memory."""
+    if isinstance(value, Tensor):
+        return torch.empty_like(value, device="meta")
+    return tuple(_sketch(x) for x in value) if isinstance(value, tuple) else value
 
 
 def _detached_tree(value: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 from collapse_probe import checkpoints
 from collapse_probe.errors import CheckpointError, CollapseProbeError, SettingError
 from collapse_probe.findings import Findings
-from collapse_probe.remedied import with_fixes
+from collapse_probe.remedied import check_blocks, with_fixes
 from collapse_probe.sources import resolve
 from collapse_probe.subject import Subject
 
@@ -66,6 +66,7 @@ def line_up(subjects: Mapping[str, Candidate] | Sequence[Candidate], recipe: Rec
     One model alone with fixes is compared with itself without them. Raises SettingError for fewer than two
     subjects, CheckpointError and OutputError for paths that hold neither.
     """
+    check_blocks(recipe.fixes, recipe.fix_blocks)
     named = subjects.items() if isinstance(subjects, Mapping) else [(None, subject) for subject in subjects]
     given = list(named)
     alone = len(given) == 1

@@ -54,7 +54,7 @@ def make_plan(model: nn.Module, heard: Hearing, check: SelfCheck) -> Plan:
     )
     taps = (inputs[blocks[0]], *(_output_tap(model, frame, heard) for frame in blocks)) if blocks else ()
     first = _tokens_at(taps[0], heard) if taps else None
-    prefix = _prefix(first)
+    prefix = _prefix(taps[0], heard) if taps else ()
     tokens, width = (0, 0) if first is None else (first.shape[1], first.shape[2])
     grid = _grid(tokens - len(prefix), heard, _calls_in(blocks[0], heard)[0]) if blocks else None
     return Plan(
@@ -210,12 +210,11 @@ def _block_name(frame: Frame, blocks: list[Frame]) -> str:
     return f"{frame[0]} (call {frame[1] + 1})" if repeated else frame[0]
 
 
-def _prefix(first: Tensor | None) -> tuple[int, ...]:
+def _prefix(tap: Tap, heard: Hearing) -> tuple[int, ...]:
     """Positions that are bitwise the same for different images: tokens that do not come from the image."""
-    if first is None or len(first) < 2:
-        return ()
-    same = (first == first[:1]).flatten(2).all(2).all(0)
-    if bool(same.all()):
+    call = next(c for c in heard.calls if (c.path, c.number) == (tap.path, tap.call))
+    same = steady_tokens(call.input) if call.steady is None else call.steady
+    if same is None or bool(same.all()):
         return ()
     return tuple(int(i) for i in torch.nonzero(same).flatten())
 

@@ -32,6 +32,7 @@ def with_fixes(subject: Subject, fixes: Sequence[str], blocks: Sequence[int] | N
     is drawn under `seed`. Raises UnknownNameError, SettingError, ModelError.
     """
     if not fixes:
+        check_blocks(fixes, blocks)
         return subject
     chosen = [_read(fix) for fix in fixes]
     model = _grafted(subject.model, chosen, blocks, seed)
@@ -45,6 +46,12 @@ def with_fixes(subject: Subject, fixes: Sequence[str], blocks: Sequence[int] | N
         fresh=None if before is None else lambda s: _grafted(before(s), chosen, blocks, s),
         notes=(*subject.notes, f"fixes put into the model: {said}"),
     )
+
+
+def check_blocks(fixes: Sequence[str], blocks: Sequence[int] | None) -> None:
+    """Raise SettingError for blocks without a fix that could go there."""
+    if blocks is not None and not fixes:
+        raise SettingError(f"blocks {list(blocks)} were named for a fix, but no fix; name one (--fix)")
 
 
 def blocks_in(text: str) -> list[int]:

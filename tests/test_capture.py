@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from mixers import CHANGED, EAGER, FUSED, Matmul
-from test_capture_kernels import Encoder, Projected
+from test_capture_torch_layers import Encoder, Projected
 from torch import nn
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack

@@ -190,6 +190,7 @@ def test_fix_and_recalibration_of_analyze(run, photos):
         (["nowhere.pth", "nowhere.pth", "--data", "bundled:photos"], 1, "no checkpoint nowhere.pth"),
         (["vit_tiny_patch16_22", "x", "--data", "bundled:photos"], 1, "vit_tiny_patch16_224"),
         (["a", "b", "--fix-blocks", "six", "--data", "bundled:photos"], 1, "6-11"),
+        (["a", "b", "--fix-blocks", "1-2", "--data", "bundled:photos"], 1, "--fix"),
         (["a", "b", "--recalibrate-bn", "-1"], 2, "-1"),
     ],
 )

@@ -7,7 +7,7 @@ import timm
 import torch
 import torchvision
 from mixers import Matmul
-from test_capture_kernels import Projected
+from test_capture_torch_layers import Projected
 from torch import nn
 from toys import SIZE, WIDTH, Block, ToyAttention, ToyViT, images, sharpen, toy
 from transformers import ViTConfig, ViTModel
@@ -281,7 +281,7 @@ def test_patches_in_no_rectangle_have_no_grid():
 def test_channel_attention_that_nobody_named(fused):
     class Crossed(ToyAttention):
         def mix(self, q, k, v):
-            q, k, v = (x.transpose(-1, -2) for x in (q, k, v))
+            q, k, v = (x.transpose(-1, -2).contiguous() for x in (q, k, v))
             mixed = super().mix(q, k, v) if fused else self.logits(q, k).softmax(-1) @ v
             return mixed.transpose(-1, -2)
 

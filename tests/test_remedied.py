@@ -69,6 +69,7 @@ def test_no_fix_is_no_change():
 @pytest.mark.parametrize(
     ("fixes", "blocks", "error", "said"),
     [
+        ([], [1], SettingError, "no fix"),
         (["re-atention"], None, UnknownNameError, "re-attention"),
         (["re-attention:nrm=batch"], None, SettingError, "nrm"),
         (["re-attention:batch"], None, SettingError, "SETTING=VALUE"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from mixers import Matmul
-from test_capture_kernels import Encoder, Projected
+from test_capture_torch_layers import Encoder, Projected
 from toys import SIZE, Block, ToyViT, toy
 
 from collapse_probe import capture, kernels, planning
