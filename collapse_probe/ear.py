@@ -119,7 +119,7 @@ class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.thorough or (path, number) in self.watched:
             call.input = _first_tensor(args)
             if self.sketched:
-                call.steady, call.input = steady_tokens(call.input), _sketch(call.input)
+                call.steady, call.input = steady_tokens(call.input, self.hearing.images), _sketch(call.input)
             self.hearing.calls.append(call)
         self.stack.append(call)
         self.lowered = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -286,16 +286,17 @@ def _first_tensor(args: tuple[Any, ...]) -> Tensor | None:
     return None if found is None else found.detach()
 
 
-def steady_tokens(tokens: Tensor | None) -> Tensor | None:
-    """Which positions of [B, N, D] hold bitwise the same for all images, bool [N]; None for other shapes or one image."""
-    if tokens is None or tokens.ndim != 3 or len(tokens) < 2:
+def steady_tokens(tokens: Tensor | None, images: int) -> Tensor | None:
+    """Which positions of [B, N, D] or [N, B, D] are bitwise the same for all images, bool [N]; None for what has no positions."""
+    if tokens is None or tokens.is_nested or tokens.ndim != 3 or images < 2 or images not in tokens.shape[:2]:
         return None
+    tokens = tokens if len(tokens) == images else tokens.transpose(0, 1)
     return (tokens == tokens[:1]).all(2).all(0)
 
 
 def _sketch(value: Any) -> Any:
     """Tensors of the same shapes that take no memory."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and not value.is_nested:
         return torch.empty_like(value, device="meta")
     return tuple(_sketch(x) for x in value) if isinstance(value, tuple) else value
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from collapse_probe.attention import Attention
-from collapse_probe.ear import Call, Event, Hearing
+from collapse_probe.ear import Call, Event, Hearing, steady_tokens
 from collapse_probe.errors import CaptureError
 from collapse_probe.kernels import storage_of
 from collapse_probe.layouts import as_tokens, layout_of
@@ -213,7 +213,7 @@ def _block_name(frame: Frame, blocks: list[Frame]) -> str:
 def _prefix(tap: Tap, heard: Hearing) -> tuple[int, ...]:
     """Positions that are bitwise the same for different images: tokens that do not come from the image."""
     call = next(c for c in heard.calls if (c.path, c.number) == (tap.path, tap.call))
-    same = steady_tokens(call.input) if call.steady is None else call.steady
+    same = steady_tokens(call.input, heard.images) if call.steady is None else call.steady
     if same is None or bool(same.all()):
         return ()
     return tuple(int(i) for i in torch.nonzero(same).flatten())
