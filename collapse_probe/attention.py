@@ -67,7 +67,7 @@ def _future(queries: int, keys: int, rows: slice, columns: slice, like: Tensor) 
 def maps_of(
     heard: Attention, images: slice, heads: slice, rows: slice, columns: slice, sums: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """probs and weights [b, h, R, C]. `sums` [b, H, N, 1] takes each query's logsumexp where all keys are here, else gives it."""
+    """probs and weights [b, h, R, C]. `sums` [b, H, N, 1] takes each query's logsumexp where all keys are here, or gives it."""
     if heard.q is None:
         assert heard.probs is not None
         probs = heard.probs[images, heads, rows, columns].float()

@@ -103,7 +103,7 @@ def probe(model: nn.Module, size: tuple[int, int], channels: int = 3, seed: int 
     with torch.inference_mode(False), torch.no_grad():
         images = noise(model, size, channels, seed)
         plain = model(images)
-        with ear(model, heard.append, thorough=True, sketched=True):
+        with ear(model, heard.append, thorough=True, examine=_examine):
             captured = model(images)
         if not heard:
             raise CaptureError("the model's forward was not called through its own __call__: nothing could be heard")
@@ -169,27 +169,36 @@ def _trace(plan: Plan, heard: Hearing) -> Trace:
     return Trace(plan=plan, images=heard.images, tokens=tokens, attention=attention, output=heard.output)
 
 
+def _examine(event: Event, images: int) -> None:
+    """Check an event while its tensors are there, then keep no more than their shapes: a probe holds no batch of maps."""
+    event.errors = _errors(regular(event, images))
+    event.sketch()
+
+
 @torch.no_grad()
+def _errors(event: Event) -> tuple[float, float, float]:
+    """Errors of the rows' sums, of A·V and of the logsumexp; NaN where there is nothing to compare with."""
+    a, output, logsumexp = event.attention, math.nan, math.nan
+    leading, queries, _ = sizes_of(a)
+    if len(leading) != 2:
+        return 0.0, output, logsumexp
+    if a.q is None:
+        assert a.probs is not None
+        return _row_error(a.probs.float()), output, logsumexp
+    chosen = slice(0, queries if event.finish else min(CHECKED_ROWS, queries))
+    logits = a.logits(slice(None), slice(None), chosen, slice(None))
+    probs = torch.softmax(logits, -1).nan_to_num(0.0)
+    if a.logsumexp is not None:
+        expected = a.logsumexp[:, :, chosen]
+        logsumexp = _worst((torch.logsumexp(logits, -1) - expected) / expected.abs().clamp_min(1.0))
+    if event.value is not None and event.out is not None:
+        output = _output_error(event, probs, chosen)
+    return _row_error(probs), output, logsumexp
+
+
 def _self_check(events: list[Event]) -> SelfCheck:
-    rows, outputs, sums = [0.0], [], []
-    for event in events:
-        a = event.attention
-        leading, queries, _ = sizes_of(a)
-        if len(leading) != 2:
-            continue
-        if a.q is None:
-            assert a.probs is not None
-            rows.append(_row_error(a.probs.float()))
-            continue
-        chosen = slice(0, queries if event.finish else min(CHECKED_ROWS, queries))
-        logits = a.logits(slice(None), slice(None), chosen, slice(None))
-        probs = torch.softmax(logits, -1).nan_to_num(0.0)
-        rows.append(_row_error(probs))
-        if a.logsumexp is not None:
-            expected = a.logsumexp[:, :, chosen]
-            sums.append(_worst((torch.logsumexp(logits, -1) - expected) / expected.abs().clamp_min(1.0)))
-        if event.value is not None and event.out is not None:
-            outputs.append(_output_error(event, probs, chosen))
+    errors = [event.errors or _errors(event) for event in events]
+    rows, outputs, sums = ([e for e in found if not math.isnan(e)] for found in zip(*errors, strict=True))
     check = SelfCheck(max(rows), max(outputs, default=math.nan), max(sums, default=math.nan))
     dtype = next((e.attention.q.dtype for e in events if e.attention.q is not None), torch.float32)
     tolerance = OUTPUT_TOLERANCE.get(dtype, FLOAT32_TOLERANCE[torch.get_float32_matmul_precision()])

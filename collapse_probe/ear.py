@@ -18,20 +18,39 @@ from collapse_probe import kernels
 from collapse_probe.attention import Attention
 from collapse_probe.errors import CaptureError
 from collapse_probe.kernels import storage_of, tensors_in
+from collapse_probe.layouts import steady_tokens
 from collapse_probe.softmaxes import Frame, Products, Softmaxes, rescue
 
 _LISTENING: set[int] = set()
+_HELD = ("q", "k", "bias", "probs", "weights")
 
 
 @dataclass
 class Event:
-    """One attention call as it was heard: its maps, where it stood, and what the self-check needs."""
+    """One attention call as it was heard: its maps, where it stood, and what the self-check needs.
+
+    `errors` are the self-check's (rows, output, logsumexp) once it was made.
+    """
 
     attention: Attention
     stack: tuple[Frame, ...]
     value: Tensor | None = None
     out: Tensor | None = None
     finish: Callable[[Tensor], Tensor] | None = None
+    errors: tuple[float, float, float] | None = None
+    held: dict[int, int] = field(default_factory=dict)
+
+    def sketch(self) -> None:
+        """Keep of the tensors their shapes, and in `held` the bytes behind each storage."""
+        self.held = self.storages()
+        for name in _HELD:
+            setattr(self.attention, name, _sketch(getattr(self.attention, name)))
+        self.value = self.out = self.finish = self.attention.logsumexp = None
+
+    def storages(self) -> dict[int, int]:
+        """The bytes behind each storage that the event keeps alive."""
+        tensors = [t for name in _HELD if (t := getattr(self.attention, name)) is not None]
+        return self.held or {storage_of(t): t.untyped_storage().nbytes() for t in tensors}
 
 
 @dataclass
@@ -68,8 +87,9 @@ class Hearing:
 
 
 class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Hears one model on one thread. `thorough` keeps what plan and self-check need, for every module call; `sketched`
-    keeps of the modules' inputs and outputs no more than their shapes.
+    """Hears one model on one thread. `thorough` keeps what plan and self-check need, for every module call; `examine`
+    is called with each event and the number of images as it happens, and may sketch it; of the modules' inputs and outputs
+    then no more than the shapes are kept.
 
     `on_forward` is called with the Hearing of each forward pass that ended without an exception.
     """
@@ -82,12 +102,12 @@ class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
         on_forward: Callable[[Hearing], None],
         *,
         thorough: bool = False,
-        sketched: bool = False,
+        examine: Callable[[Event, int], None] | None = None,
         watched: frozenset[Frame] = frozenset(),
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.on_forward, self.thorough, self.watched = model, on_forward, thorough, watched
-        self.sketched = sketched
+        self.examine, self.sketched = examine, examine is not None
         self.names = {id(module): name for name, module in model.named_modules()}
         self.holds = {name for name, module in model.named_modules() if next(module.parameters(), None) is not None}
         self.thread = threading.get_ident()
@@ -146,8 +166,7 @@ class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.thorough or (path, call.number) in self.watched:
             call.output = _sketch(_detached_tree(output)) if self.sketched else _detached_tree(output)
         if not self.stack and sys.exc_info()[1] is self.error_before:
-            self.hearing.output = output
-            heard = self.hearing
+            self.hearing.output, heard = output, self.hearing
             self._forget()
             self.on_forward(heard)
 
@@ -223,12 +242,17 @@ class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
         event = Event(attention, stack)
         if self.thorough:
             event.value, event.out, event.finish = value, out, finish
+        self._heard(event)
+
+    def _heard(self, event: Event) -> None:
         self.hearing.events.append(event)
+        if self.examine is not None:
+            self.examine(event, self.hearing.images)
 
     def _follow(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         for softmax in self.softmaxes.follow(func, args, out) if self.softmaxes.pending else ():
             softmax.attention.owner = softmax.holder
-            self.hearing.events.append(Event(softmax.attention, softmax.stack))
+            self._heard(Event(softmax.attention, softmax.stack))
         if self.thorough:
             holder = self._holder()
             kind = self.products.follow(func, args, out, holder)
@@ -254,7 +278,7 @@ def ear(
     on_forward: Callable[[Hearing], None],
     *,
     thorough: bool = False,
-    sketched: bool = False,
+    examine: Callable[[Event, int], None] | None = None,
     watched: frozenset[Frame] = frozenset(),
 ) -> Iterator[Ear]:
     """Listen to `model` inside the `with`; every forward pass of it is handed to `on_forward`.
@@ -264,7 +288,7 @@ def ear(
     """
     if id(model) in _LISTENING:
         raise CaptureError("this model is being listened to already; leave the first `with` before the second begins")
-    hears = Ear(model, on_forward, thorough=thorough, sketched=sketched, watched=watched)
+    hears = Ear(model, on_forward, thorough=thorough, examine=examine, watched=watched)
     with ExitStack() as stack:
         _LISTENING.add(id(model))
         stack.callback(_LISTENING.discard, id(model))
@@ -282,16 +306,7 @@ def ear(
 
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor | None:
-    found = next(tensors_in(args), None)
-    return None if found is None else found.detach()
-
-
-def steady_tokens(tokens: Tensor | None, images: int) -> Tensor | None:
-    """Which positions of [B, N, D] or [N, B, D] are bitwise the same for all images, bool [N]; None for what has no positions."""
-    if tokens is None or tokens.is_nested or tokens.ndim != 3 or images < 2 or images not in tokens.shape[:2]:
-        return None
-    tokens = tokens if len(tokens) == images else tokens.transpose(0, 1)
-    return (tokens == tokens[:1]).all(2).all(0)
+    return next((x.detach() for x in tensors_in(args)), None)
 
 
 def _sketch(value: Any) -> Any:
@@ -302,11 +317,8 @@ def _sketch(value: Any) -> Any:
 
 
 def _detached_tree(value: Any) -> Any:
-    """The first tensors of a module's output, whatever it is wrapped in."""
+    """A module's output: a tensor, or the tensors in a list, tuple or dict as a tuple."""
     if isinstance(value, Tensor):
         return value.detach()
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if isinstance(value, (list, tuple)):
-        return tuple(x.detach() for x in tensors_in(value))
-    return None
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return tuple(x.detach() for x in tensors_in(inside)) or None

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from collapse_probe.attention import Attention
-from collapse_probe.ear import Call, Event, Hearing, steady_tokens
+from collapse_probe.ear import Call, Event, Hearing
 from collapse_probe.errors import CaptureError
-from collapse_probe.kernels import storage_of
-from collapse_probe.layouts import as_tokens, layout_of
+from collapse_probe.layouts import as_tokens, layout_of, steady_tokens
 from collapse_probe.softmaxes import Frame
 from collapse_probe.trace import Layer, Plan, SelfCheck, Tap
 
@@ -258,9 +257,7 @@ def _bytes_per_image(events: Sequence[Event], images: int, token_elements: int) 
     """Bytes held of one image: the memory behind q, k and maps (often v's too), and the tokens in float32."""
     held: dict[int, int] = {}
     for event in events:
-        for tensor in (event.attention.q, event.attention.k, event.attention.probs, event.attention.weights):
-            if tensor is not None:
-                held[storage_of(tensor)] = tensor.untyped_storage().nbytes()
+        held |= event.storages()
     return sum(held.values()) // max(images, 1) + token_elements * 4
 
 

@@ -118,10 +118,10 @@ class Plan:
 class MapTile:
     """The maps of all layers of one signature, for some images and heads and some of their queries or keys.
 
-    `positions` are the layers' places on the `block` axis. `probs` and `weights` are [b, h, L, R, C] in float32, the same object
-    where the model multiplies V by its softmax. A tile with `whole_rows` holds every key of its queries, one with
-    `whole_columns` every query of its keys; small maps come as tiles that hold both. Heads come one tile after the other before the
-    next queries or keys: `last_heads` marks the end of the heads, `last_tokens` that no further queries (or keys) follow.
+    `positions` are the layers' places on the `block` axis. `probs` and `weights` are [b, h, L, R, C] in float32, the same
+    object where the model multiplies V by its softmax. A tile with `whole_rows` holds every key of its queries, one with
+    `whole_columns` every query of its keys; small maps come as tiles that hold both. Heads come one tile after the other before
+    the next queries or keys: `last_heads` marks the end of the heads, `last_tokens` that no further queries (or keys) follow.
     """
 
     def __init__(
