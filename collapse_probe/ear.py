@@ -57,7 +57,7 @@ class Event:
 class Call:
     """One call of a module, with its first input tensor and its output where these were asked for.
 
-    In a sketch both are tensors without memory (on the meta device), and `steady` says which token positions of the input are
+    In a sketch both are tensors of one element seen as their shapes, and `steady` says which token positions of the input are
     the same for all images.
     """
 
@@ -312,7 +312,7 @@ def _first_tensor(args: tuple[Any, ...]) -> Tensor | None:
 def _sketch(value: Any) -> Any:
     """Tensors of the same shapes that take no memory."""
     if isinstance(value, Tensor) and not value.is_nested:
-        return torch.empty_like(value, device="meta")
+        return value.new_empty(()).expand(value.shape)  # a meta tensor would import half of PyTorch's compiler
     return tuple(_sketch(x) for x in value) if isinstance(value, tuple) else value
 
 

@@ -255,10 +255,8 @@ def _rectangle(patches: int, images: Tensor | None) -> tuple[int, int] | None:
 
 def _bytes_per_image(events: Sequence[Event], images: int, token_elements: int) -> int:
     """Bytes held of one image: the memory behind q, k and maps (often v's too), and the tokens in float32."""
-    held: dict[int, int] = {}
-    for event in events:
-        held |= event.storages()
-    return sum(held.values()) // max(images, 1) + token_elements * 4
+    held = sum(sum(event.storages().values()) for event in events)  # a probe lets go of one event's before the next's
+    return held // max(images, 1) + token_elements * 4
 
 
 def call_frames(taps: Sequence[Tap]) -> frozenset[Frame]:

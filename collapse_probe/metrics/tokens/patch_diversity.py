@@ -16,7 +16,7 @@ from collapse_probe.sockets import METRICS
 from collapse_probe.sums import PerImage
 from collapse_probe.trace import Trace
 
-GRAM_BYTES = 64 * 2**20
+GRAM_BYTES = 8 * 2**20
 
 
 def patch_cosine(patches_BPD: Tensor) -> Tensor:
