@@ -19,6 +19,7 @@ from collapse_probe.attention import Attention
 from collapse_probe.errors import CaptureError
 from collapse_probe.kernels import storage_of, tensors_in
 from collapse_probe.layouts import steady_tokens
+from collapse_probe.sketches import sketch, unsketched
 from collapse_probe.softmaxes import Frame, Products, Softmaxes, rescue
 
 _LISTENING: set[int] = set()
@@ -44,7 +45,7 @@ class Event:
         """Keep of the tensors their shapes, and in `held` the bytes behind each storage."""
         self.held = self.storages()
         for name in _HELD:
-            setattr(self.attention, name, _sketch(getattr(self.attention, name)))
+            setattr(self.attention, name, sketch(getattr(self.attention, name)))
         self.value = self.out = self.finish = self.attention.logsumexp = None
 
     def storages(self) -> dict[int, int]:
@@ -66,7 +67,7 @@ class Call:
     stack: tuple[Frame, ...]
     input: Tensor | None = None
     output: Any = None
-    steady: Tensor | None = None
+    steady: list[bool] | None = None
 
 
 @dataclass
@@ -139,7 +140,7 @@ class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.thorough or (path, number) in self.watched:
             call.input = _first_tensor(args)
             if self.sketched:
-                call.steady, call.input = steady_tokens(call.input, self.hearing.images), _sketch(call.input)
+                call.steady, call.input = steady_tokens(call.input, self.hearing.images), sketch(call.input)
             self.hearing.calls.append(call)
         self.stack.append(call)
         self.lowered = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -164,10 +165,12 @@ class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if path in self.holds:
             self.products.forget(path)
         if self.thorough or (path, call.number) in self.watched:
-            call.output = _sketch(_detached_tree(output)) if self.sketched else _detached_tree(output)
+            call.output = sketch(_detached_tree(output)) if self.sketched else _detached_tree(output)
         if not self.stack and sys.exc_info()[1] is self.error_before:
             self.hearing.output, heard = output, self.hearing
             self._forget()
+            if self.sketched:
+                _finish_sketch(heard)
             self.on_forward(heard)
 
     def _path(self, module: nn.Module) -> str | None:
@@ -309,11 +312,12 @@ def _first_tensor(args: tuple[Any, ...]) -> Tensor | None:
     return next((x.detach() for x in tensors_in(args)), None)
 
 
-def _sketch(value: Any) -> Any:
-    """Tensors of the same shapes that take no memory."""
-    if isinstance(value, Tensor) and not value.is_nested:
-        return value.new_empty(()).expand(value.shape)  # a meta tensor would import half of PyTorch's compiler
-    return tuple(_sketch(x) for x in value) if isinstance(value, tuple) else value
+def _finish_sketch(heard: Hearing) -> None:
+    for call in heard.calls:
+        call.input, call.output = unsketched(call.input), unsketched(call.output)
+    for event in heard.events:
+        for name in _HELD:
+            setattr(event.attention, name, unsketched(getattr(event.attention, name)))
 
 
 def _detached_tree(value: Any) -> Any:

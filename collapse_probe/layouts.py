@@ -48,9 +48,10 @@ def _is_tokens(x: object, layout: str, images: int) -> bool:
     return x.shape[layout.index("B")] == images
 
 
-def steady_tokens(tokens: Tensor | None, images: int) -> Tensor | None:
-    """Which positions of [B, N, D] or [N, B, D] are bitwise the same for all images, bool [N]; None for other shapes."""
+def steady_tokens(tokens: Tensor | None, images: int) -> list[bool] | None:
+    """Which positions of [B, N, D] or [N, B, D] are bitwise the same for all images; None for other shapes."""
     if tokens is None or tokens.is_nested or tokens.ndim != 3 or images < 2 or images not in tokens.shape[:2]:
         return None
     tokens = tokens if len(tokens) == images else tokens.transpose(0, 1)
-    return (tokens == tokens[:1]).all(2).all(0)
+    found: list[bool] = (tokens == tokens[:1]).all(2).all(0).tolist()
+    return found

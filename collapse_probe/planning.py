@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from collapse_probe.attention import Attention
@@ -213,9 +212,9 @@ def _prefix(tap: Tap, heard: Hearing) -> tuple[int, ...]:
     """Positions that are bitwise the same for different images: tokens that do not come from the image."""
     call = next(c for c in heard.calls if (c.path, c.number) == (tap.path, tap.call))
     same = steady_tokens(call.input, heard.images) if call.steady is None else call.steady
-    if same is None or bool(same.all()):
+    if same is None or all(same):
         return ()
-    return tuple(int(i) for i in torch.nonzero(same).flatten())
+    return tuple(i for i, steady in enumerate(same) if steady)
 
 
 def _patch_shape(found: Tensor | None, tokens: int, prefix: tuple[int, ...], heard: Hearing) -> tuple[int, int] | None:
