@@ -28,7 +28,7 @@ from collapse_probe.trace import MapTile, Plan, Trace
 
 STATE_BUDGET = 48 * 2**20
 """Bytes that the sum over images of one kind of vector may take; beyond it a seeded sample of tokens is summed."""
-SAMPLED_TOKENS = 32
+SAMPLED_TOKENS = 16
 SPARE_BYTES = 8 * 2**20
 
 

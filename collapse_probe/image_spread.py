@@ -28,8 +28,8 @@ class ImageSpread(Means):
             sample = seeded_sample(list(range(rows if axis == "row" else columns)), JACKKNIFE_TOKENS, seed=1)
             self.samples.append(sample)
             shape = (len(sample), columns) if axis == "row" else (rows, len(sample))
-            self.room(f"sums_{g}", GROUPS, heads, len(positions), *shape)
-            self.room(f"defined_{g}", GROUPS, heads, len(positions), len(sample))
+            self.room(f"sums_{g}", GROUPS, heads, len(positions), *shape, dtype=torch.float32)
+            self.room(f"defined_{g}", GROUPS, heads, len(positions), len(sample), dtype=torch.float32)
 
     def begin(self, trace: Trace, names: Sequence[str]) -> None:
         """Remember the groups of this batch's images."""
@@ -44,15 +44,15 @@ class ImageSpread(Means):
             return
         vectors, valid = tile.unit_vectors(self.point, self.axis, self.centred)
         inside = [held.index(sample[i]) for i in places]
-        vectors = vectors.index_select(self.token_dim, torch.tensor(inside, device=vectors.device)).double()
-        valid = valid[..., inside].double()
+        vectors = vectors.index_select(self.token_dim, torch.tensor(inside, device=vectors.device))
+        valid = valid[..., inside].to(vectors.dtype)
         group = self._group[tile.images].to(vectors.device)
         span = slice(places[0], places[-1] + 1)
         self.state(f"sums_{g}")[:, tile.heads].narrow(self.token_dim, span.start, len(places)).index_add_(0, group, vectors)
         self.state(f"defined_{g}")[:, tile.heads, :, span].index_add_(0, group, valid)
         for name, one in (("own", vectors.square().sum((1, 3, 4))), ("own_pairs", valid.square().sum((1, 3)))):
             own = self.state(name)
-            own[:, tile.positions] = own[:, tile.positions].index_add(0, group, one)
+            own[:, tile.positions] = own[:, tile.positions].index_add(0, group, one.to(own.dtype))
 
     def stderr(self) -> Array:
         """Standard error [blocks] of the mean cosine between different images: a jackknife that leaves groups out."""
@@ -60,6 +60,7 @@ class ImageSpread(Means):
         left_out = torch.full((GROUPS, self.blocks), torch.nan, dtype=torch.float64)
         for g, positions in enumerate(self.groups.values()):
             sums, defined = self.state(f"sums_{g}"), self.state(f"defined_{g}")
+            sums, defined = sums.double(), defined.double()
             rest, rest_defined = sums.sum(0) - sums, defined.sum(0) - defined
             total = rest.square().sum((1, 3, 4)) - (own.sum(0) - own)[:, positions]
             pairs = rest_defined.square().sum((1, 3)) - (own_pairs.sum(0) - own_pairs)[:, positions]

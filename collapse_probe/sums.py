@@ -49,9 +49,10 @@ class Fold(StateHolder):
     def compute(self) -> None:
         """Unused: metrics read the sums themselves."""
 
-    def room(self, name: str, *shape: int) -> None:
-        """A float64 state of zeros that adds across processes."""
-        self.add_state(name, torch.zeros(*shape, dtype=torch.float64), dist_reduce_fx="sum")
+    def room(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> None:
+        """A state of zeros that adds across processes."""
+        self.add_state(name, torch.zeros(*shape, dtype=dtype), dist_reduce_fx="sum")
+        self._defaults[name] = torch.zeros((), dtype=dtype).expand(shape)  # torchmetrics keeps a copy as large as the state
 
     def state(self, name: str) -> Tensor:
         """A state by its name."""
