@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collapse_probe.analysis import analyze as analyze
     from collapse_probe.capture import listen as listen
+    from collapse_probe.comparison import compare as compare
     from collapse_probe.findings import Findings as Findings
 
 __version__ = "0.1.0"
-_HOMES = {"analyze": "analysis", "listen": "capture", "Findings": "findings"}
-__all__ = ["Findings", "__version__", "analyze", "listen"]
+_HOMES = {"analyze": "analysis", "compare": "comparison", "listen": "capture", "Findings": "findings"}
+__all__ = ["Findings", "__version__", "analyze", "compare", "listen"]
 
 
 def __getattr__(name: str) -> Any:  # loaded on first use, so that the import stays light

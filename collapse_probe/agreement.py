@@ -97,6 +97,9 @@ class PairSums:
             self._over_heads[kind + " and tokens"] = over_both
 
     def _into(self, target: Tensor, part: Part, value: Tensor) -> None:
+        if part.positions == list(range(target.shape[-1])):
+            target[part.images] += value.to(target.dtype)
+            return
         place = torch.tensor(part.positions, device=value.device)
         target[part.images, place[:, None], place[None, :]] += value.to(target.dtype)
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.ear import Ear, Event, Hearing, ear
+from collapse_probe.ear import Ear, ear
 from collapse_probe.errors import CaptureError, NoAttentionFoundError
+from collapse_probe.hearing import Event, Hearing
 from collapse_probe.kernels import tensors_in
 from collapse_probe.layouts import as_tokens
 from collapse_probe.planning import (
@@ -131,7 +132,8 @@ def plan_from(model: nn.Module, heard: Hearing) -> Plan:
     """The plan of a thorough Hearing, after every check that it can be trusted."""
     if not heard.events:
         raise NoAttentionFoundError(_deaf(model, heard))
-    _refuse_opaque(model, heard)
+    if heard.opaque:
+        raise CaptureError(_opaque_text(model, heard))
     heard.events = [regular(event, heard.images) for event in heard.events]
     notes = _incomplete(model, heard)
     plan = make_plan(model, heard, _self_check(heard.events))
@@ -237,15 +239,14 @@ def _output_error(event: Event, probs: Tensor, rows: slice) -> float:
 
 
 def _deaf(model: nn.Module, heard: Hearing) -> str:
-    name = type(model).__name__
     if heard.opaque:
         return _opaque_text(model, heard)
+    name = type(model).__name__
     if heard.suspects:
         owner, kind = heard.suspects[0]
         return (
-            f"{name} has no softmax attention that can be heard: {owner or name} "
-            f"({module_class(model, owner)}) computes {kind}, which has no attention map; analyse a model "
-            "with softmax attention"
+            f"{name} has no softmax attention that can be heard: {owner or name} ({module_class(model, owner)}) "
+            f"computes {kind}, which has no attention map; analyse a model with softmax attention"
         )
     like = [path for path in attention_like(model, heard.calls) if path]
     if like:
@@ -263,11 +264,6 @@ def _opaque_text(model: nn.Module, heard: Hearing) -> str:
         "which cannot be listened to; switch the model to PyTorch's scaled_dot_product_attention or to eager "
         "attention (transformers: attn_implementation='sdpa')"
     )
-
-
-def _refuse_opaque(model: nn.Module, heard: Hearing) -> None:
-    if heard.opaque:
-        raise CaptureError(_opaque_text(model, heard))
 
 
 def _homeless(model: nn.Module, owner: str) -> str:

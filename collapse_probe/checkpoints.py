@@ -81,8 +81,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, ema: bool | None = No
     `partial` whatever fits is loaded and the rest reported; it is still an error if nothing fits.
     """
     file = _checkpoint_file(Path(path))
-    held = _read(file)
-    key, state = _choose(held, ema, file)
+    held = read_file(file)
+    key, state = choose_weights(held, ema, file)
     report, fitting = _match(model, _clean(state, model), _sha256(file), key, _epoch(held))
     if not fitting or not (report.complete or partial):
         means = "nothing was loaded; use the model that it was made from"
@@ -106,7 +106,8 @@ def _checkpoint_file(path: Path) -> Path:
     return inside[0]
 
 
-def _read(file: Path) -> Mapping[str, Any]:
+def read_file(file: Path) -> Mapping[str, Any]:
+    """The content of a checkpoint file; raises CheckpointError where it cannot be read safely."""
     if file.suffix.lower() == ".safetensors":
         held: Any = _guarded(file, _read_safetensors)
     else:
@@ -145,7 +146,7 @@ def _read_torch(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _choose(held: Mapping[str, Any], ema: bool | None, file: Path) -> tuple[str, State]:
+def choose_weights(held: Mapping[str, Any], ema: bool | None, file: Path) -> tuple[str, State]:
     """The entry that holds the wanted weights and its name; "" for a file that is a state dict itself."""
     orders = {None: PLAIN + AVERAGED + LEARNER, True: AVERAGED, False: PLAIN + LEARNER}
     for key in orders[ema]:

@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,74 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from collapse_probe import kernels
 from collapse_probe.attention import Attention
 from collapse_probe.errors import CaptureError
+from collapse_probe.hearing import Call, Event, Hearing, finish_sketch
 from collapse_probe.kernels import storage_of, tensors_in
 from collapse_probe.layouts import steady_tokens
-from collapse_probe.sketches import sketch, unsketched
+from collapse_probe.sketches import sketch
 from collapse_probe.softmaxes import Frame, Products, Softmaxes, rescue
 
 _LISTENING: set[int] = set()
-_HELD = ("q", "k", "bias", "probs", "weights")
-
-
-@dataclass
-class Event:
-    """One attention call as it was heard: its maps, where it stood, and what the self-check needs.
-
-    `errors` are the self-check's (rows, output, logsumexp) once it was made.
-    """
-
-    attention: Attention
-    stack: tuple[Frame, ...]
-    value: Tensor | None = None
-    out: Tensor | None = None
-    finish: Callable[[Tensor], Tensor] | None = None
-    errors: tuple[float, float, float] | None = None
-    held: dict[int, int] = field(default_factory=dict)
-
-    def sketch(self) -> None:
-        """Keep of the tensors their shapes, and in `held` the bytes behind each storage."""
-        self.held = self.storages()
-        for name in _HELD:
-            setattr(self.attention, name, sketch(getattr(self.attention, name)))
-        self.value = self.out = self.finish = self.attention.logsumexp = None
-
-    def storages(self) -> dict[int, int]:
-        """The bytes behind each storage that the event keeps alive."""
-        tensors = [t for name in _HELD if (t := getattr(self.attention, name)) is not None]
-        return self.held or {storage_of(t): t.untyped_storage().nbytes() for t in tensors}
-
-
-@dataclass
-class Call:
-    """One call of a module, with its first input tensor and its output where these were asked for.
-
-    In a sketch both are tensors of one element seen as their shapes, and `steady` says which token positions of the input are
-    the same for all images.
-    """
-
-    path: str
-    number: int
-    stack: tuple[Frame, ...]
-    input: Tensor | None = None
-    output: Any = None
-    steady: list[bool] | None = None
-
-
-@dataclass
-class Hearing:
-    """All that was heard of one forward pass, in the order in which it happened.
-
-    `input` is the first tensor that any module received: the images, also where the model is called by
-    keyword.
-    """
-
-    images: int = 0
-    input: Tensor | None = None
-    output: Any = None
-    events: list[Event] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    opaque: list[tuple[str, str]] = field(default_factory=list)
-    suspects: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -170,7 +108,7 @@ class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.hearing.output, heard = output, self.hearing
             self._forget()
             if self.sketched:
-                _finish_sketch(heard)
+                finish_sketch(heard)
             self.on_forward(heard)
 
     def _path(self, module: nn.Module) -> str | None:
@@ -310,14 +248,6 @@ def ear(
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor | None:
     return next((x.detach() for x in tensors_in(args)), None)
-
-
-def _finish_sketch(heard: Hearing) -> None:
-    for call in heard.calls:
-        call.input, call.output = unsketched(call.input), unsketched(call.output)
-    for event in heard.events:
-        for name in _HELD:
-            setattr(event.attention, name, unsketched(getattr(event.attention, name)))
 
 
 def _detached_tree(value: Any) -> Any:

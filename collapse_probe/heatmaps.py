@@ -110,7 +110,7 @@ def _label(axes: Axes, panel: Panel, most: int) -> None:
 
 def _number_size(panel: Panel, side: float) -> float:
     cells = max(panel.values.shape)
-    size = min(7.5, side * 72 / cells * (0.36 if panel.scale == SIGNED else 0.5))
+    size = min(7.5, side * 72 / cells * (0.36 if panel.scale.low < 0 else 0.5))
     return size if cells <= MOST_NUMBERED and size >= SMALLEST_NUMBER else 0.0
 
 

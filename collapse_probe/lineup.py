@@ -143,7 +143,7 @@ def deepvit_of(path: Path) -> tuple[str, dict[str, Any]]:
     from collapse_probe.deepvit import FAMILY, settings_from
 
     try:
-        _, state = checkpoints._choose(checkpoints._read(path), None, path)
+        _, state = checkpoints.choose_weights(checkpoints.read_file(path), None, path)
         found = settings_from(state)
     except CollapseProbeError as error:
         hint = "name the architecture with --model"

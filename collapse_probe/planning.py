@@ -8,8 +8,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from collapse_probe.attention import Attention
-from collapse_probe.ear import Call, Event, Hearing
 from collapse_probe.errors import CaptureError
+from collapse_probe.hearing import Call, Event, Hearing
 from collapse_probe.layouts import as_tokens, layout_of, steady_tokens
 from collapse_probe.softmaxes import Frame
 from collapse_probe.trace import Layer, Plan, SelfCheck, Tap

@@ -227,8 +227,8 @@ def _query_independent(pairs: _Pairs, kinds: tuple[str, ...], ignoring: int, tot
     first += "same row"
     first += ", and all heads and blocks with nearly the same one." if everywhere else ", but each block with a row of its own."
     second = (
-        f"Columns are alike whichever tokens are compared (wrong-token null {_mean(pairs.null, at)}), so that column similarity "
-        f"and kappa say nothing; rows agree at {_mean(pairs.row, at)} between blocks, {_mean(pairs.row_head, at)} between heads."
+        f"Columns are alike whichever tokens are compared (wrong-token null {_mean(pairs.null, at)}), so that columns "
+        f"and kappa say nothing; rows agree at {_mean(pairs.row, at)} between blocks, {_mean(pairs.row_head, at)} across heads."
     )
     return Verdict("query-independent", None if everywhere else False, (first, second), caveats, kinds)
 

@@ -11,20 +11,59 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"errors", "folders", "geometry", "processes", "provenance", "statistics", "subject"},
-    {"trace", "findings", "sockets", "fix", "blueprint", "hub", "pictures", "preprocessing", "checkpoints", "recalibration"},
-    {"kernels", "sums", "summary", "bundled_pictures", "timm_pictures", "devices", "overlay", "mounting"},
-    {"ear", "agreement", "data", "verdict", "measure", "vit", "thresholds"},
-    {"planning", "nulls"},
-    {"capture", "metrics", "fixes"},
-    {"deepvit", "grafting", "sources", "one_pass"},
-    {"analysis"},
-    {"comparison"},
-    {"captions", "drawing"},
-    {"heatmaps", "gallery", "readings", "words"},
-    {"curves", "tables", "colophon"},
-    {"figures"},
-    {"page"},
+    {
+        "attention",
+        "captions",
+        "cost",
+        "drawing",
+        "errors",
+        "geometry",
+        "layouts",
+        "processes",
+        "provenance",
+        "sketches",
+        "statistics",
+        "subject",
+    },
+    {
+        "answers",
+        "blueprint",
+        "checkpoints",
+        "fix",
+        "folders",
+        "heatmaps",
+        "hub",
+        "kernels",
+        "paired",
+        "pictures",
+        "preprocessing",
+        "recalibration",
+        "sockets",
+        "thresholds",
+        "trace",
+    },
+    {
+        "bundled_pictures",
+        "devices",
+        "findings",
+        "fixes",
+        "hearing",
+        "mounting",
+        "softmaxes",
+        "sources",
+        "sums",
+        "timm_pictures",
+    },
+    {"agreement", "data", "ear", "gallery", "grafting", "measure", "overlay", "readings", "summary", "vit", "words"},
+    {"colophon", "curves", "deepvit", "image_spread", "nulls", "planning", "remedied", "tables", "verdict"},
+    {"capture", "figures", "lineup", "metrics"},
+    {"counting", "one_pass", "page"},
+    {"analysis", "pairing"},
+    {"sentences", "side_by_side"},
+    {"colours", "comparison", "contrast", "contrast_tables"},
+    {"contrast_counts", "contrast_curves", "contrast_gallery", "contrast_heatmaps"},
+    {"contrast_figures"},
+    {"comparison_page"},
     {"cli"},
 ]
 FORBIDDEN = {"utils", "helpers", "common", "core", "misc"}
@@ -129,9 +168,12 @@ def test_public_names():
 
 MODEL = "-m --model --checkpoint --partial --pretrained --model-kwargs --img-size"
 RUN = "-b --batch-size -j --workers --device --amp --amp-dtype --seed --metric --null-images"
+GIVEN = "--fix --fix-blocks --data --split --limit"
 TALK = "--config -v --verbose -q --quiet -h --help"
+KEPT = f"-o --output --json --fail-on {TALK}"
 FLAGS = {
-    "analyze": f"{MODEL} --fix --fix-blocks --data --split --limit {RUN} --recalibrate-bn -o --output --json --fail-on {TALK}",
+    "analyze": f"{MODEL} {GIVEN} {RUN} --recalibrate-bn {KEPT}",
+    "compare": f"{MODEL} {GIVEN} {RUN} --recalibrate-bn {KEPT}".replace(" --checkpoint", ""),
     "report": TALK,
     "doctor": f"{MODEL} --device --seed --json {TALK}",
     "ls": TALK,
