@@ -43,9 +43,9 @@ class Metric(ABC):
         return ""
 
     @property
+    @abstractmethod
     def definition(self) -> str:
         """The exact definition under the current settings, with its source."""
-        raise NotImplementedError
 
     @abstractmethod
     def needs(self) -> dict[str, Need]:
