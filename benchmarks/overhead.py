@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -152,7 +151,8 @@ def show_peak(variant: str, side: int) -> None:
         job = variants(model, side, device, None)[variant]
         for _ in range(2):
             job(pixels)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would carry over the parent's peak
+    print(next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def kernels_on_gpu() -> list[str]:
