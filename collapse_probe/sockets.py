@@ -1,4 +1,4 @@
-"""The tables into which new files plug: sources, metrics, fixes, penalties. The page a contributor reads.
+"""The tables into which new files plug: sources, metrics, fixes, penalties, recipes. The page a contributor reads.
 
 Adding a thing is one file in its family's folder that ends with a table entry, for example::
 
@@ -58,3 +58,5 @@ class Table(Mapping[str, T], Generic[T]):
 SOURCES: Table[Any] = Table("model source", "collapse_probe.sources")
 METRICS: Table[Any] = Table("metric", "collapse_probe.metrics")
 FIXES: Table[Any] = Table("fix", "collapse_probe.fixes")
+PENALTIES: Table[Any] = Table("penalty", "collapse_probe.penalties")
+RECIPES: Table[Any] = Table("recipe", "collapse_probe.recipes")

@@ -109,7 +109,7 @@ def test_imports_go_down_only(path):
         assert FLOOR_OF[other] < FLOOR_OF[here], f"{here} imports {other}, which is not below it"
 
 
-@pytest.mark.parametrize("family", ["metrics", "fixes", "sources"])
+@pytest.mark.parametrize("family", ["metrics", "fixes", "penalties", "recipes", "sources"])
 def test_files_of_one_family_do_not_import_each_other(family):
     files = [p for p in (ROOT / "collapse_probe" / family).rglob("*.py") if p.name != "__init__.py"]
     for path in files:

@@ -1,0 +1,1 @@
+"""Redundancy in the weights: one file, one metric."""

@@ -1,0 +1,1 @@
+"""Losses against collapse: one file, one penalty."""

@@ -1,0 +1,1 @@
+"""Complete training recipes: Python functions that return them."""
