@@ -65,14 +65,14 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
 
     def capture(images: torch.Tensor) -> None:
         with torch.no_grad():
-            for part in images.split(micro_batch(plan, device)):
+            for part in images.split(micro_batch(plan, device, len(images))):
                 with listen(model, plan) as ears, autocast(device, amp):
                     model(part)
                 ears.take()
 
     def analysis(images: torch.Tensor) -> None:
         with torch.no_grad():
-            for part in images.split(micro_batch(plan, device)):
+            for part in images.split(micro_batch(plan, device, len(images))):
                 with listen(model, plan) as ears, autocast(device, amp):
                     model(part)
                 names = [f"{len(run.names) + i}" for i in range(len(part))]

@@ -30,6 +30,8 @@ STATE_BUDGET = 48 * 2**20
 """Bytes that the sum over images of one kind of vector may take; beyond it a seeded sample of tokens is summed."""
 SAMPLED_TOKENS = 16
 SPARE_BYTES = 8 * 2**20
+SUMMED_IMAGES = 32
+"""Vectors are added over at least this many images in float32 before they go into the run's float64 sums."""
 
 
 def seeded_sample(tokens: list[int], size: int, seed: int = 0) -> list[int]:
@@ -79,12 +81,15 @@ class PairSums:
 
     def _add(self, kind: str, target: Tensor, part: Part, x: Tensor, over_tokens: Tensor) -> None:
         x = x.flatten(3)
-        self._into(target[0], part, wide_gram(x).sum(1))
-        over_heads = _plus(self._over_heads.pop(kind, None), x.sum(1))
-        if part.last_heads:
-            self._into(target[2], part, wide_gram(over_heads))
+        same = wide_gram(x).sum(1)
+        self._into(target[0], part, same)
+        before = self._over_heads.pop(kind, None)
+        if before is None and part.last_heads and x.shape[1] == 1:
+            self._into(target[2], part, same)
+        elif part.last_heads:
+            self._into(target[2], part, wide_gram(_plus(before, x.sum(1))))
         else:
-            self._over_heads[kind] = over_heads
+            self._over_heads[kind] = _plus(before, x.sum(1))
         over_tokens = _plus(self._over_tokens.pop((kind, part.heads.start), None), over_tokens.to(target.dtype))
         if not part.last_tokens:
             self._over_tokens[kind, part.heads.start] = over_tokens
@@ -133,6 +138,8 @@ class Agreement(Means):
     def __init__(self, blocks: int, groups: Sequence[VectorGroup], axis: str) -> None:
         super().__init__()
         self.blocks, self.groups, self.token_dim = blocks, list(groups), -2 if axis == "row" else -1
+        self._recent: list[tuple[Tensor, Tensor]] = []
+        self._summed = 0
         square = (blocks, blocks)
         self.means_of(real=square, other_token=square, other_head=square, other_both=square)
         self.room("covariance", *square)
@@ -156,10 +163,11 @@ class Agreement(Means):
         device = next(t.device for t in _tensors_of(trace))
         self._pairs = PairSums(trace.images, self.blocks, device)
         self._own = PairSums(trace.images, self.blocks, device) if self.sampled else self._pairs
-        self._batch = [self._room_for(g, device) for g in range(len(self.groups))]
+        if not self._recent:
+            self._recent = [self._room_for(g, device) for g in range(len(self.groups))]
 
     def _room_for(self, g: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The sums over one batch's images, in float32: the run's own are float64."""
+        """The sums over the last few images, in float32: the run's own are float64."""
         total, defined = self.state(f"over_images_{g}"), self.state(f"defined_{g}")
         return (
             torch.zeros(total.shape, dtype=torch.float32, device=device),
@@ -177,7 +185,7 @@ class Agreement(Means):
             vectors, valid = vectors.index_select(self.token_dim, self._index(inside, vectors)), valid[..., inside]
         if inside:
             first = place_of[tokens[inside[0]]]
-            total, defined = (sums[part.heads] for sums in self._batch[g])
+            total, defined = (sums[part.heads] for sums in self._recent[g])
             total = total.narrow(self.token_dim, first, len(inside))
             for one_image in vectors:
                 total += one_image
@@ -198,15 +206,23 @@ class Agreement(Means):
         self.into("covariance", torch.where(torch.isfinite(product), product, 0.0).sum(0))
         self.into("own_sums", self._own.sums.sum(1))
         self.into("own_pairs", self._own.pairs.sum(1))
-        for g, (total, defined) in enumerate(self._batch):
-            self.into(f"over_images_{g}", total)
-            self.into(f"defined_{g}", defined)
-        del self._batch
+        self._summed += trace.images
+        if self._summed >= SUMMED_IMAGES:
+            self.settle()
         adjacent = {name: found[name].diagonal(-1, -2, -1) for name in ("real", "other_token")}
         return adjacent | {"within": found["other_head"].diagonal(0, -2, -1)}
 
+    def settle(self) -> None:
+        """Bring the sums over the last few images into the states, a head at a time."""
+        for g, recent in enumerate(self._recent):
+            for name, sums in zip((f"over_images_{g}", f"defined_{g}"), recent, strict=True):
+                for state, one_head in zip(self.state(name), sums, strict=True):
+                    state += one_head.to(state.device)
+        self._recent, self._summed = [], 0
+
     def across_images(self) -> dict[str, Array]:
         """real, other_token, other_head, other_both between different images, [blocks, blocks]; NaN with one image."""
+        self.settle()
         own_sums, own_pairs = self.state("own_sums"), self.state("own_pairs")
         whole = PairSums(1, self.blocks, own_sums.device)
         for g, group in enumerate(self.groups):
@@ -264,12 +280,21 @@ class TokenAgreement(Agreement):
         """Take the whole batch, a few images at a time."""
         for group in self.groups:
             positions = group.positions
-            patches = [trace.patches(depth) for depth in positions]
-            one_image = sum(p[0].numel() * 4 for p in patches if p is not None)
+            patches = [p for p in map(trace.patches, positions) if p is not None]
+            one_image = sum(p[0].numel() * 4 for p in patches)
             step = max(1, SPARE_BYTES // max(one_image, 1))
             for start in range(0, trace.images, step):
                 chosen = slice(start, min(start + step, trace.images))
-                stacked = torch.stack([p[chosen] for p in patches if p is not None], dim=1)[:, None]
                 part = Part(chosen, positions, slice(0, 1), last_heads=True, last_tokens=True)
-                self.absorb(part, list(range(stacked.shape[3])), unit(stacked))
+                self.absorb(part, group.tokens, _units([p[chosen] for p in patches]))
         return super().end(trace)
+
+
+def _units(patches: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The unit vectors of several depths [b, P, D] as [b, 1, L, P, D] and [b, 1, L, P]: one depth at a time, for memory."""
+    first = patches[0]
+    vectors = first.new_empty(len(first), 1, len(patches), *first.shape[1:])
+    valid = torch.empty(vectors.shape[:-1], dtype=torch.bool, device=first.device)
+    for depth, one_depth in enumerate(patches):
+        vectors[:, 0, depth], valid[:, 0, depth] = unit(one_depth)
+    return vectors, valid

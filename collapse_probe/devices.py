@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,7 @@ from collapse_probe.processes import local_rank
 from collapse_probe.trace import Plan, tile_shape
 
 TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20, "mps": 128 * 2**20}
-TRACE_BYTES = {"cpu": 96 * 2**20, "cuda": 8 * 2**30, "mps": 1 * 2**30}
+TRACE_BYTES = {"cpu": 128 * 2**20, "cuda": 8 * 2**30, "mps": 1 * 2**30}
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -50,9 +51,12 @@ def tile_bytes(plan: Plan, device: torch.device) -> int:
     return largest
 
 
-def micro_batch(plan: Plan, device: torch.device) -> int:
-    """How many images go through the model at a time, so that what is held of them stays within the budget."""
-    return max(1, TRACE_BYTES[device.type] // max(plan.bytes_per_image, 1))
+def micro_batch(plan: Plan, device: torch.device, images: int | None = None) -> int:
+    """How many images go through the model at a time, so that what is held of them stays within the budget; `images` are
+    split evenly, because a few left over cost nearly as much as many.
+    """
+    most = max(1, TRACE_BYTES[device.type] // max(plan.bytes_per_image, 1))
+    return most if images is None else math.ceil(images / math.ceil(images / most)) if images else 1
 
 
 def autocast(device: torch.device, dtype: str | None) -> AbstractContextManager[Any]:

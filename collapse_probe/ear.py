@@ -48,7 +48,7 @@ class Ear(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.model, self.on_forward, self.thorough, self.watched = model, on_forward, thorough, watched
         self.examine, self.sketched = examine, examine is not None
         self.names = {id(module): name for name, module in model.named_modules()}
-        self.holds = {name for name, module in model.named_modules() if next(module.parameters(), None) is not None}
+        self.holds = _holders(model)
         self.thread = threading.get_ident()
         self.stack: list[Call] = []
         self.error_before: BaseException | None = None
@@ -244,6 +244,17 @@ def ear(
             stack.enter_context(torch.no_grad())
         stack.enter_context(hears)
         yield hears
+
+
+def _holders(model: nn.Module) -> set[str]:
+    """The names of the modules that have parameters, of their own or of a module inside."""
+    found: set[str] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(parameter is not None for parameter in module._parameters.values()):
+            while name not in found:
+                found.add(name)
+                name = name.rpartition(".")[0]
+    return found
 
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor | None:

@@ -36,7 +36,8 @@ def centred_unit(vectors: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
     length = _length(centred, dim)
     whole = (length * length + vectors.shape[dim] * mean * mean).sqrt()
     valid = length > SMALLEST_SPREAD * whole
-    return centred / torch.where(valid, length, torch.inf), valid.squeeze(dim)
+    scale = torch.where(valid, length, torch.inf)
+    return centred / scale if centred.requires_grad else centred.div_(scale), valid.squeeze(dim)
 
 
 def gram(vectors: Tensor) -> Tensor:

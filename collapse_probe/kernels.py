@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -97,6 +98,7 @@ def storage_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else 0
 
 
+@cache
 def opaque(operator: Operator) -> bool:
     """Whether an operator looks like attention that nobody here can look into."""
     name = str(operator).lower()

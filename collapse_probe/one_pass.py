@@ -54,9 +54,10 @@ def one_pass(
     """Every image once through the model and into the folds; then all processes' sums and records together."""
     run = Run(folds=folds_for(metrics, device))
     start, done, skipped = time.perf_counter(), 0, 0
-    step, dtype = micro_batch(plan, device), next(model.parameters()).dtype
+    dtype = next(model.parameters()).dtype
     with torch.no_grad():
         for batch in stream:
+            step = micro_batch(plan, device, len(batch.names))
             for first in range(0, len(batch.names), step):
                 part = slice(first, first + step)
                 images = batch.pixels[part].to(device, dtype, non_blocking=True)
@@ -106,6 +107,7 @@ def _joined(run: Run) -> Run:
     """All processes' sums added and their images brought into the order of the data set."""
     _, world = rank_and_world()
     for fold in run.folds.values():
+        fold.settle()
         fold._update_count = max(len(run.names), 1)
         if world > 1:
             fold.sync()

@@ -43,6 +43,9 @@ class Fold(StateHolder):
         """Close the batch: add its sums to the states; per-image values [B, …] by name."""
         return {}
 
+    def settle(self) -> None:
+        """After the last batch, before the states are read or brought together: bring in what was not added yet."""
+
     def update(self, *_: Any) -> None:
         """Unused: torchmetrics asks for it."""
 
