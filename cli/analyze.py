@@ -14,7 +14,8 @@ from collapse_probe.cli import options
 
 @click.command("analyze", context_settings={"help_option_names": ["-h", "--help"]})
 @options.model
-@options.data
+@options.data_if_needed
+@options.level
 @options.running
 @options.remedies
 @options.failing
@@ -29,7 +30,7 @@ def command(output: str | None, as_json: bool, quiet: bool, verbose: int, **flag
         run(output=output, as_json=as_json, quiet=quiet, **flags)
 
 
-def run(*, model: str, data: str, output: str | None, as_json: bool, quiet: bool, **flags: Any) -> Path | None:
+def run(*, model: str, data: str | None, output: str | None, as_json: bool, quiet: bool, **flags: Any) -> Path | None:
     """Analyse, write the folder, print the answer; the folder's path where one was written."""
     from collapse_probe.cli.failing import stop_if_tripped, thresholds
     from collapse_probe.cli.talk import Talk, answer
@@ -38,21 +39,20 @@ def run(*, model: str, data: str, output: str | None, as_json: bool, quiet: bool
     from collapse_probe.data import open_data
     from collapse_probe.folders import check_writable
     from collapse_probe.processes import rank_and_world
-    from collapse_probe.sources import resolve
 
     talk, rules = Talk(quiet), thresholds(flags.pop("fail_on", ()))
-    images = open_data(data, split=flags.pop("split"), limit=flags.pop("limit"), seed=flags["seed"])
-    named = {key: flags.pop(key) for key in ("checkpoint", "partial", "pretrained", "model_kwargs", "img_size")}
-    subject = remedied(resolve(model, seed=flags["seed"], **named), images, flags)
+    flags["metrics"] = chosen(flags.pop("levels", ()), flags["metrics"], data)
+    some = {key: flags.pop(key) for key in ("split", "limit")}
+    images = None if data is None else open_data(data, seed=flags["seed"], **some)
+    subject = opened(model, images, flags)
     folder = None if as_json and output is None else Path(output or Path("findings") / subject.name.replace("/", "-"))
     if folder is not None:
         check_writable(folder)
     talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
     talk.say("preprocessing " + ", ".join(f"{k} {v}" for k, v in subject.preprocess.description.items()))
-    talk.say(f"data {images.address}, {len(images)} images")
-    flags["metrics"] = tuple(flags["metrics"])
+    talk.say("no data: the weights alone" if images is None else f"data {images.address}, {len(images)} images")
     settings = Settings(**flags, command=command_line())
-    with talk.bar(len(images)) as progress:
+    with talk.bar(0 if images is None else len(images)) as progress:
         findings = measure(subject, images, settings, progress=progress, report=talk.say)
     if rank_and_world()[0] > 0:
         return None
@@ -67,12 +67,28 @@ def run(*, model: str, data: str, output: str | None, as_json: bool, quiet: bool
     return folder
 
 
-def remedied(subject: Any, images: Any, flags: dict[str, Any]) -> Any:
-    """The subject as --fix and --recalibrate-bn want it; takes these flags out of `flags`."""
-    from collapse_probe.remedied import blocks_in, recalibrated, with_fixes
+def chosen(levels: tuple[str, ...], metrics: tuple[str, ...], data: str | None) -> tuple[str, ...]:
+    """The metrics that --level and --metric ask for (none: the default set); wrong usage where they need data and have none."""
+    from collapse_probe.sockets import METRICS
+    from collapse_probe.weight_metric import level_of, of_level
 
+    asked = (*of_level(*levels), *metrics)
+    hungry = [name for name in asked if level_of(METRICS[name.partition("@")[0]]) != "weights"]
+    if data is None and (hungry or not asked):
+        why = f"{hungry[0]} needs images" if hungry else "the default metrics need images"
+        raise click.UsageError(f"Missing option '--data': {why}; only `--level weights` and metrics of the weights do without.")
+    return tuple(dict.fromkeys(asked))
+
+
+def opened(address: str, images: Any, flags: dict[str, Any]) -> Any:
+    """The subject that the flags of model and remedies describe; takes these flags out of `flags`."""
+    from collapse_probe.remedied import blocks_in, recalibrated, resolved
+
+    named = {key: flags.pop(key) for key in ("checkpoint", "partial", "pretrained", "model_kwargs", "img_size")}
     fixes, where, count = flags.pop("fixes", ()), flags.pop("fix_blocks", None), flags.pop("recalibrate_bn", 0)
-    subject = with_fixes(subject, fixes, None if where is None else blocks_in(where), flags["seed"])
+    subject = resolved(address, fixes, None if where is None else blocks_in(where), seed=flags["seed"], **named)
+    if count and images is None:
+        raise click.UsageError("--recalibrate-bn needs images: give --data.")
     facts = {key: flags[key] for key in ("batch_size", "device", "seed")}
     return recalibrated(subject, images, count, **facts)
 

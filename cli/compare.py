@@ -34,6 +34,7 @@ MODEL = (
         metavar="N",
         help="A seeded subset.  [default: everything]",
     ),
+    click.option("--cka", is_flag=True, help="Also the CKA between each model's depths and the first's."),
 )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import click
 from collapse_probe.cli import options
 
-KINDS = ("models", "metrics", "fixes", "data")
+KINDS = ("models", "metrics", "fixes", "penalties", "recipes", "data")
 
 
 @click.command("ls", context_settings={"help_option_names": ["-h", "--help"]})
@@ -16,7 +16,7 @@ KINDS = ("models", "metrics", "fixes", "data")
 @click.argument("pattern", required=False)
 @options.talking
 def command(kind: str, pattern: str | None, quiet: bool, verbose: int) -> None:
-    """List models, metrics, fixes or data, those that match PATTERN (* and ? as in a shell)."""
+    """List models, metrics, fixes, penalties, recipes or data, those that match PATTERN (* and ? as in a shell)."""
     found = [(name, line) for name, line in entries(kind) if matches(name, pattern)]
     width = max((len(name) for name, _ in found), default=0)
     for name, line in found:
@@ -49,6 +49,14 @@ def entries(kind: str) -> Iterator[tuple[str, str]]:
         from collapse_probe.sockets import FIXES
 
         yield from ((name, fix.summary) for name, fix in FIXES.items())
+    elif kind == "penalties":
+        from collapse_probe.sockets import PENALTIES
+
+        yield from ((name, penalty.summary) for name, penalty in PENALTIES.items())
+    elif kind == "recipes":
+        from collapse_probe.sockets import RECIPES
+
+        yield from ((name, recipe().about) for name, recipe in RECIPES.items())
     else:
         yield from DATA
 

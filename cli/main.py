@@ -16,9 +16,11 @@ from collapse_probe.errors import CollapseProbeError
 COMMANDS = {
     "analyze": "Measure the collapse of one model over a data set: the main job.",
     "compare": "Set two or more models, checkpoints or findings side by side on the same images.",
+    "train": "Train a recipe, with any fixes and penalties, and watch for collapse.",
+    "intervene": "Say what the attention of each block is worth: replace its map, report the change in logits and accuracy.",
     "report": "Rebuild figures and page from a findings folder.",
     "doctor": "Say whether a model can be probed, block by block.",
-    "ls": "List models, metrics, fixes or data.",
+    "ls": "List models, metrics, fixes, penalties, recipes or data.",
     "demo": "The main job on bundled data; needs no network.",
 }
 FAILED = 1

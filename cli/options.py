@@ -78,15 +78,22 @@ model = _all(
     ),
     click.option("--img-size", type=click.IntRange(min=1), metavar="N", help="Side of the input in pixels."),
 )
-data = _all(
-    click.option(
-        "--data",
-        required=True,
-        metavar="ADDRESS",
-        help="A folder of images, a .tar, hfds/ORG/NAME, wds/…, torch/NAME, bundled:photos, …",
-    ),
+_DATA_HELP = "A folder of images, a .tar, hfds/ORG/NAME, wds/…, torch/NAME, bundled:photos, …"
+_part_of_data = _all(
     click.option("--split", metavar="NAME", help="A subfolder, or a split of the data set."),
     click.option("--limit", type=click.IntRange(min=1), metavar="N", help="A seeded subset.  [default: everything]"),
+)
+data = _all(click.option("--data", required=True, metavar="ADDRESS", help=_DATA_HELP), _part_of_data)
+data_if_needed = _all(
+    click.option("--data", metavar="ADDRESS", help=f"{_DATA_HELP}  [needed unless all metrics are of the weights]"),
+    _part_of_data,
+)
+level = click.option(
+    "--level",
+    "levels",
+    multiple=True,
+    type=click.Choice(["attention", "tokens", "weights", "all"]),
+    help="Every metric of this level, beside those of --metric; weights need no data.  [default: a fixed set]",
 )
 running = _all(
     click.option("-b", "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, metavar="N"),

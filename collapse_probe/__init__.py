@@ -10,10 +10,19 @@ if TYPE_CHECKING:
     from collapse_probe.capture import listen as listen
     from collapse_probe.comparison import compare as compare
     from collapse_probe.findings import Findings as Findings
+    from collapse_probe.intervention import intervene as intervene
+    from collapse_probe.monitoring import Monitor as Monitor
 
 __version__ = "0.1.0"
-_HOMES = {"analyze": "analysis", "compare": "comparison", "listen": "capture", "Findings": "findings"}
-__all__ = ["Findings", "__version__", "analyze", "compare", "listen"]
+_HOMES = {
+    "analyze": "analysis",
+    "compare": "comparison",
+    "listen": "capture",
+    "Findings": "findings",
+    "Monitor": "monitoring",
+    "intervene": "intervention",
+}
+__all__ = ["Findings", "Monitor", "__version__", "analyze", "compare", "intervene", "listen"]
 
 
 def __getattr__(name: str) -> Any:  # loaded on first use, so that the import stays light

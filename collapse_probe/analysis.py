@@ -17,17 +17,20 @@ from collapse_probe.capture import probe
 from collapse_probe.data import Batch, ImageSet, batches, from_loader, open_data
 from collapse_probe.devices import budget_line, choose_device, device_name, peak_memory, tile_bytes
 from collapse_probe.errors import DataError, ModelError, SettingError
+from collapse_probe.facts import address_of, data_facts, model_facts
 from collapse_probe.findings import Findings, Reading
 from collapse_probe.measure import Metric, make
 from collapse_probe.nulls import with_untrained
 from collapse_probe.one_pass import Outputs, Progress, Run, one_pass, reading_of, records_of
 from collapse_probe.overlay import gallery_of, spread_out
 from collapse_probe.processes import rank_and_world
-from collapse_probe.provenance import names_sha256, versions
+from collapse_probe.provenance import versions
 from collapse_probe.sources import resolve
 from collapse_probe.subject import Subject
 from collapse_probe.summary import summarise
 from collapse_probe.trace import Plan
+from collapse_probe.weight_analysis import apart, read_weights
+from collapse_probe.weight_metric import summary_of
 
 DEFAULT_METRICS = (
     "attention-similarity",
@@ -85,7 +88,7 @@ class Settings:
 
 def analyze(
     model: str | nn.Module | Subject,
-    data: str | ImageSet | Iterable[Any],
+    data: str | ImageSet | Iterable[Any] | None = None,
     *,
     limit: int | None = None,
     split: str | None = None,
@@ -97,8 +100,9 @@ def analyze(
     """Measure the collapse of one model over images: the main job.
 
     `model` is an address, a module or a Subject; `data` an address, an ImageSet or any iterable of image batches
-    [B, 3, H, W]. `options` are fields of `Settings` (device, batch_size, metrics, …) and, for an address, those of
-    `sources.resolve` (checkpoint, pretrained, img_size, …). Raises CollapseProbeError where the input cannot be analysed.
+    [B, 3, H, W], or None where all metrics are of the weights. `options` are fields of `Settings` (device, batch_size, metrics,
+    …) and, for an address, those of `sources.resolve` (checkpoint, pretrained, img_size, …). Raises CollapseProbeError where
+    the input cannot be analysed.
     """
     known = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
     settings = replace(settings or Settings(), **known)
@@ -127,7 +131,7 @@ def as_it_was(model: object) -> Iterator[None]:
 
 def measure(
     subject: Subject,
-    images: ImageSet | Iterable[Any],
+    images: ImageSet | Iterable[Any] | None,
     settings: Settings,
     *,
     progress: Progress | None = None,
@@ -140,13 +144,24 @@ def measure(
     model = subject.model.to(device)
     plan = probe(model, subject.preprocess.size, seed=settings.seed)
     metrics = chosen_metrics(plan, settings.metrics)
-    say(budget_line(plan, device))
-    stream, wanted = _stream(images, subject, settings), _wanted(images, settings)
-    run = one_pass(model, plan, metrics, stream, device, amp=settings.amp_as, wanted=wanted, progress=progress, outputs=outputs)
-    if not run.names:
-        raise DataError(f"no readable image in {_address(images)}{_why(run.skipped)}")
-    readings = {name: reading_of(metric, run) for name, metric in metrics.items()}
-    readings, twin_note = _against_twin(readings, subject, images, settings, device, say)
+    of_weights, heard = apart(metrics)
+    run, readings, notes = Run(folds={}), dict[str, Reading](), list[str]()
+    if heard:
+        say(budget_line(plan, device))
+        images = _needed(images, heard)
+        stream, wanted = _stream(images, subject, settings), _wanted(images, settings)
+        run = one_pass(
+            model, plan, heard, stream, device, amp=settings.amp_as, wanted=wanted, progress=progress, outputs=outputs
+        )
+        if not run.names:
+            raise DataError(f"no readable image in {address_of(images)}{_why(run.skipped)}")
+        readings = {name: reading_of(metric, run) for name, metric in heard.items()}
+        readings, notes = _against_twin(readings, subject, images, settings, device, say)
+    elif images is not None:
+        images, notes = None, ["the metrics asked for are of the weights alone: the images were not used"]
+    twin = settings.null_images > 0
+    weights = read_weights(subject, model, plan, of_weights, seed=settings.seed, device=device, twin=twin, say=say)
+    readings = {name: {**readings, **weights.readings}[name] for name in metrics}
     _, world = rank_and_world()
     facts = {
         "device": device_name(device),
@@ -154,7 +169,7 @@ def measure(
         "batch_size": settings.batch_size,
         "world_size": world,
         "seed": settings.seed,
-        "seconds": round(run.seconds, 3),
+        "seconds": round(run.seconds if heard else weights.seconds, 3),
         "images_per_second": round(len(run.names) / max(run.seconds, 1e-9), 2),
         "peak_memory_bytes": peak_memory(device),
         "command": settings.command,
@@ -162,15 +177,15 @@ def measure(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "self_check": {k: None if math.isnan(v) else v for k, v in vars(plan.check).items()},
         "tile_bytes": tile_bytes(plan, device),
-        "notes": [*subject.notes, *plan.notes, *twin_note],
+        "notes": [*subject.notes, *plan.notes, *notes, *weights.notes],
     }
     return Findings(
-        model=_model_facts(subject, plan),
-        data=_data_facts(images, run),
+        model=model_facts(subject, plan),
+        data=data_facts(images, run.names, run.skipped),
         run=facts,
         metrics=readings,
-        summary=summarise(readings, len(run.names)),
-        images=_image_table(metrics, run),
+        summary=summarise(readings, len(run.names)) | summary_of(weights.readings),
+        images=_image_table(heard, run),
         gallery=gallery_of(run.pictures, run.names, plan, subject.preprocess.description),
     )
 
@@ -181,6 +196,12 @@ def chosen_metrics(plan: Plan, names: Sequence[str]) -> dict[str, Metric]:
         mixed = any(plan.layers[i].mixed for i in plan.map_layers)
         names = [*DEFAULT_METRICS, *(PROBS_METRICS if mixed else ())]
     return {name: make(name, plan) for name in dict.fromkeys(names)}
+
+
+def _needed(images: ImageSet | Iterable[Any] | None, heard: Mapping[str, Metric]) -> ImageSet | Iterable[Any]:
+    if images is None:
+        raise DataError(f"{next(iter(heard))} needs images: give data, or ask for metrics of the weights alone")
+    return images
 
 
 def _subject(model: str | nn.Module | Subject, options: dict[str, Any], seed: int) -> Subject:
@@ -249,43 +270,6 @@ def _image_table(metrics: Mapping[str, Metric], run: Run) -> dict[str, Any]:
             nulls = [r["other_token"] for r in records.values() if values is r.get("real")]  # the null that is theirs
             table |= {f"{name}/other_token": null for null in nulls}
     return table
-
-
-def _model_facts(subject: Subject, plan: Plan) -> dict[str, Any]:
-    heads = [plan.layers[i].heads for i in plan.map_layers]
-    return {
-        "address": subject.address,
-        "source": subject.source,
-        "name": subject.name,
-        "weights": subject.weights,
-        "checkpoint": subject.checkpoint,
-        "checkpoint_sha256": subject.checkpoint_sha256,
-        "class": f"{type(subject.model).__module__}.{type(subject.model).__qualname__}",
-        "parameters": sum(p.numel() for p in subject.model.parameters()),
-        "blocks": len(plan.blocks),
-        "heads": heads[0] if len(set(heads)) == 1 else heads,
-        "tokens": plan.tokens,
-        "prefix_tokens": len(plan.prefix),
-        "width": plan.width,
-        "preprocess": subject.preprocess.description,
-        "block_names": list(plan.blocks),
-        "attention_layers": [plan.layers[i].owner for i in plan.map_layers],
-        "mixes_maps": any(plan.layers[i].mixed for i in plan.map_layers),
-    }
-
-
-def _data_facts(images: ImageSet | Iterable[Any], run: Run) -> dict[str, Any]:
-    return {
-        "address": _address(images),
-        "images": len(run.names),
-        "skipped": [{"name": name, "reason": reason} for name, reason in run.skipped],
-        "names_sha256": names_sha256(run.names),
-        "bundled": isinstance(images, ImageSet) and images.bundled,
-    }
-
-
-def _address(images: ImageSet | Iterable[Any]) -> str:
-    return images.address if isinstance(images, ImageSet) else f"an iterable ({type(images).__name__})"
 
 
 def _why(skipped: Sequence[tuple[str, str]]) -> str:

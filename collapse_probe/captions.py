@@ -87,4 +87,19 @@ CAPTIONS: dict[str, Caption] = {
         "The residual stream carries each embedding on, so neighbouring depths are close to 1 in nearly "
         "every deep network, healthy or not.",
     ),
+    "weights": Caption(
+        "How redundant the weights of each block are",
+        "For the query, key, value and projection matrices and the two layers of the MLP: mean |cosine| between the "
+        "rows, effective rank as a share of the full one, the spread of the eigenvalues of W Wᵀ, and how crowded the "
+        "rows are on the sphere. Dashed lines of the same colour are the same matrices before training.",
+        "Weights are one sample of themselves, so there is no interval. A random matrix already has a rank below the "
+        "full one and rows that are not quite orthogonal: only the distance from the dashed line is learned. "
+        "Redundant weights do not say that attention or tokens are alike.",
+    ),
+    "weights-depth": Caption(
+        "How alike the same weight matrix is in two blocks",
+        "Mean over q, k, v, proj, fc1 and fc2 of the cosine between two blocks: of all entries, or of how strongly "
+        "each direction of the token stream is read or written.",
+        "Blocks whose neurons are the same but stand in another order look unrelated entry by entry.",
+    ),
 }

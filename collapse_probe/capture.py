@@ -26,6 +26,7 @@ from collapse_probe.planning import (
     regular,
     sizes_of,
 )
+from collapse_probe.subject import unwrap
 from collapse_probe.trace import Plan, SelfCheck, Trace
 
 ROW_SUM_TOLERANCE = 1e-4
@@ -80,17 +81,6 @@ def listen(model: nn.Module, plan: Plan | None = None) -> Iterator[Listener]:
     watched = frozenset() if plan is None else call_frames(plan.taps)
     with ear(model, listener._on_forward, thorough=plan is None, watched=watched) as listener._ear:
         yield listener
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DataParallel, DistributedDataParallel and torch.compile wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def probe(model: nn.Module, size: tuple[int, int], channels: int = 3, seed: int = 0) -> Plan:

@@ -8,8 +8,8 @@ import hashlib
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class LoadReport:
 
     `key_used` is the entry of the file that held the weights, "" where the file is the state dict itself.
     `missing` are keys that only the model has, `unexpected` only the file; `mismatched` say
-    "key: [shape in the file], [shape in the model]".
+    "key: [shape in the file], [shape in the model]". `absent` are keys that the file was free to leave out, and did.
     """
 
     sha256: str
@@ -42,6 +42,7 @@ class LoadReport:
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
     epoch: int | None = None
+    absent: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -62,10 +63,18 @@ class LoadReport:
     def notes(self) -> tuple[str, ...]:
         """What a reader of the findings should know."""
         used = (f"checkpoint: weights under {self.key_used!r}",) if self.key_used else ()
-        return used + (() if self.complete else (f"checkpoint loaded in part: {self.differences}",))
+        bare = (f"checkpoint: holds no weights of what was put into the model ({_sample(self.absent)})",) if self.absent else ()
+        return used + bare + (() if self.complete else (f"checkpoint loaded in part: {self.differences}",))
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, *, ema: bool | None = None, partial: bool = False) -> LoadReport:
+def load_checkpoint(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    ema: bool | None = None,
+    partial: bool = False,
+    optional: Collection[str] = (),
+) -> LoadReport:
     """Load the weights at `path` into `model`; the model is untouched unless this returns.
 
     `path` is a file with one of `SUFFIXES`, or a folder that holds exactly one. Nothing in the file is
@@ -77,13 +86,20 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, ema: bool | None = No
     teacher it takes the teacher, as the authors of that method do. True and False insist. The report says
     what was used.
 
+    The file may leave out all keys in `optional` together: those of a fix that was put into the model after the
+    weights were trained.
+
     Raises CheckpointError if the file cannot be read safely, holds no weights, or does not fit. With
     `partial` whatever fits is loaded and the rest reported; it is still an error if nothing fits.
     """
     file = _checkpoint_file(Path(path))
     held = read_file(file)
     key, state = choose_weights(held, ema, file)
-    report, fitting = _match(model, _clean(state, model), _sha256(file), key, _epoch(held))
+    state = _clean(state, model)
+    report, fitting = _match(model, state, _sha256(file), key, _epoch(held))
+    if optional and not any(name in state for name in optional):
+        missing = tuple(name for name in report.missing if name not in optional)
+        report = replace(report, missing=missing, absent=tuple(name for name in report.missing if name in optional))
     if not fitting or not (report.complete or partial):
         means = "nothing was loaded; use the model that it was made from"
         means += " (same sizes and number of classes)" if not fitting else ", or --partial for what fits"

@@ -14,8 +14,9 @@ import numpy as np
 from collapse_probe.analysis import Report, Settings, as_it_was, measure
 from collapse_probe.answers import Answers, Listener, labels_for, mean_kl
 from collapse_probe.cost import measure_cost
+from collapse_probe.cross_cka import NAME, cross_cka
 from collapse_probe.data import ImageSet, open_data
-from collapse_probe.errors import DataError
+from collapse_probe.errors import DataError, SettingError
 from collapse_probe.findings import Findings
 from collapse_probe.lineup import Candidate, Entry, Recipe, line_up
 from collapse_probe.one_pass import Progress
@@ -40,6 +41,7 @@ class Run:
     recalibrate_bn: int
     watch: Watch
     report: Report
+    cka: bool
 
 
 def compare(
@@ -50,6 +52,7 @@ def compare(
     fixes: Sequence[str] = (),
     fix_blocks: Sequence[int] | None = None,
     recalibrate_bn: int = 0,
+    cka: bool = False,
     limit: int | None = None,
     split: str | None = None,
     settings: Settings | None = None,
@@ -63,9 +66,10 @@ def compare(
     `subjects` maps labels to addresses, modules, Subjects, checkpoint files (of the architecture `model`),
     folders of checkpoints, findings folders or Findings; a sequence gets labels from their names. `data`
     as `analyze` takes it; findings need none. `fixes` and `fix_blocks` (see `remedied.with_fixes`) go into
-    every model after the first; `recalibrate_bn` is a number of batches. `options` are fields of
-    `Settings`, and those of `sources.resolve`. Raises DataError for subjects on different images, naming
-    the first difference, and for models without data.
+    every model after the first; `recalibrate_bn` is a number of batches; `cka` also takes the CKA between the
+    depths of the first model and of each other (`cross_cka`), into the other's findings. `options` are
+    fields of `Settings`, and those of `sources.resolve`. Raises DataError for subjects on different images,
+    naming the first difference, and for models without data.
     """
     known = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
     settings = replace(settings or Settings(), **known)
@@ -74,6 +78,8 @@ def compare(
     models = [entry.label for entry in lineup.entries if entry.is_model]
     if models and data is None:
         raise DataError(f"{models[0]!r} is a model, to be run on images: give --data (findings folders need none)")
+    if cka and (len(models) < 2 or not lineup.entries[0].is_model):
+        raise SettingError("CKA is taken between the first subject and others that are models too, not findings folders")
     images = open_data(data, split=split, limit=limit, seed=settings.seed) if isinstance(data, (str, Path)) else data
     run = Run(
         images,
@@ -81,6 +87,7 @@ def compare(
         recalibrate_bn,
         watch or (lambda label, total: nullcontext()),
         report or (lambda text: None),
+        cka,
     )
     found, pairs = _run_all(lineup.entries, run)
     facts = {
@@ -96,27 +103,54 @@ def _run_all(entries: Sequence[Entry], run: Run) -> tuple[dict[str, Findings], l
     """Every subject in turn, paired with the first at once; the logits of two subjects are held at a time."""
     found: dict[str, Findings] = {}
     pairs: list[Pair] = []
-    first: tuple[str, Findings, Answers | None] | None = None
+    first: tuple[str, Findings, Answers | None, Subject | None] | None = None
     for entry in entries:
         run.report(f"subject {entry.label}")
-        findings, answers = _one(entry, run)
+        findings, answers, subject = _one(entry, run)
         found[entry.label] = findings
         if first is None:
-            first = (entry.label, findings, answers)
+            first = (entry.label, findings, answers, subject if run.cka else None)
             continue
         pair = pair_up(first[1], findings, (first[0], entry.label), run.settings.seed)
         pairs.append(replace(pair, agreement=_agreement(pair, (first[2], answers), first[1], findings)))
+        if first[3] is not None and subject is not None:
+            found[entry.label] = _with_cka(findings, (first[0], entry.label), (first[3], subject), run)
     return found, pairs
 
 
-def _one(entry: Entry, run: Run) -> tuple[Findings, Answers | None]:
-    """The findings of one subject, with what it answered if it was run; a module of the caller stays as it was."""
+def _one(entry: Entry, run: Run) -> tuple[Findings, Answers | None, Subject | None]:
+    """The findings of one subject, with what it answered and the model if it was run; a module of the caller
+    stays as it was.
+    """
     with as_it_was(entry.given.model if isinstance(entry.given, Subject) else entry.given):
         subject = entry.open()
         if isinstance(subject, Findings):
-            return subject, None
+            return subject, None, None
         assert run.images is not None
-        return _measured(entry.label, subject, run.images, run)
+        return *_measured(entry.label, subject, run.images, run), subject
+
+
+def _with_cka(findings: Findings, labels: tuple[str, str], subjects: tuple[Subject, Subject], run: Run) -> Findings:
+    """The second subject's findings with the CKA between the first model's depths and its own."""
+    run.report(f"CKA between {labels[0]} and {labels[1]}")
+    first, second = subjects
+    settings = run.settings
+    assert run.images is not None
+    with as_it_was(first.model), as_it_was(second.model):
+        first.model.eval()
+        second.model.eval()
+        reading = cross_cka(
+            first,
+            second,
+            run.images,
+            batch_size=settings.batch_size,
+            device=settings.device,
+            workers=settings.workers,
+            amp=settings.amp_as,
+            seed=settings.seed,
+        )
+    reading = replace(reading, settings={**reading.settings, "first": labels[0], "second": labels[1]})
+    return replace(findings, metrics={**findings.metrics, NAME: reading})
 
 
 def _measured(label: str, subject: Subject, images: ImageSet | Iterable[Any], run: Run) -> tuple[Findings, Answers]:

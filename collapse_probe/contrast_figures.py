@@ -12,13 +12,14 @@ from collapse_probe.captions import Caption
 from collapse_probe.contrast_counts import course, similar_blocks
 from collapse_probe.contrast_curves import adjacent_blocks, paired_differences, per_block
 from collapse_probe.contrast_gallery import attention_gallery
-from collapse_probe.contrast_heatmaps import difference_maps, matrices, probs_and_weights
+from collapse_probe.contrast_heatmaps import cross_cka, difference_maps, matrices, probs_and_weights
 from collapse_probe.side_by_side import Comparison
 
 FIGURES: dict[str, Callable[[Comparison, bool], Figure | None]] = {
     "course": course,
     "matrices": matrices,
     "difference-maps": difference_maps,
+    "cross-cka": cross_cka,
     "adjacent": adjacent_blocks,
     "similar-blocks": similar_blocks,
     "paired-differences": paired_differences,
@@ -45,6 +46,13 @@ CAPTIONS: dict[str, Caption] = {
         "What the others have more or less than the first",
         "Each subject's matrix less the first subject's, raw and null-corrected, all on one scale that the colour bars name.",
         "A difference in the raw panel that is missing beside it, in κ, is explained by the null.",
+    ),
+    "cross-cka": Caption(
+        "Which depths of two models tell the images apart alike",
+        "Unbiased linear CKA over minibatches of the same images, between each depth of the first model and each "
+        "depth of the other; 1 where the patch embeddings are equal up to rotation, shift and scale.",
+        "It compares what is told apart, not how maps look: a bright band off the diagonal means that the same "
+        "state is reached at another depth. A few dominant directions can carry all of it.",
     ),
     "adjacent": Caption(
         "Each block compared with the one before",

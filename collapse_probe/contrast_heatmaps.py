@@ -78,6 +78,21 @@ def probs_and_weights(comparison: Comparison, narrow: bool = False) -> Figure | 
     return grid(panels, 2, narrow=narrow)
 
 
+@drawn
+def cross_cka(comparison: Comparison, narrow: bool = False) -> Figure | None:
+    """CKA between each depth of the first model and each of another's, a panel a subject."""
+    found = {label: m for label in shown(comparison) if (m := _matrix(comparison, label, "cross-cka")) is not None}
+    if not found:
+        return None
+    scale = scale_of(*found.values())
+    first = printable(comparison.first, 22)
+    panels = [
+        Panel(m, printable(label, 30), scale, rows=f"depth of {first}", columns="depth of this model")
+        for label, m in found.items()
+    ]
+    return grid(panels, min(len(panels), 2), narrow=narrow)
+
+
 def shown(comparison: Comparison) -> list[str]:
     """The subjects that have room in a row, first and last among them."""
     return chosen(list(comparison.subjects), MOST)

@@ -13,6 +13,7 @@ from collapse_probe.findings import Findings, Reading
 from collapse_probe.gallery import attention_gallery
 from collapse_probe.heatmaps import SIGNED, Panel, grid, scale_of
 from collapse_probe.readings import held, null
+from collapse_probe.weight_curves import weights
 
 VARIANTS = {
     "row": "by rows: where one query looks",
@@ -77,6 +78,15 @@ def probs_and_weights(findings: Findings, narrow: bool = False) -> Figure | None
     return grid(panels, 2, narrow=narrow)
 
 
+@drawn
+def weights_depth(findings: Findings, narrow: bool = False) -> Figure | None:
+    """The same weight matrix in every two blocks: entry by entry, and by the directions that it uses."""
+    titles = {"depth": "entry by entry", "directions": "by the directions that are used"}
+    found = {title: held(findings, f"weight-similarity@{suffix}") for suffix, title in titles.items()}
+    panels = [Panel(r.values, title, SIGNED) for title, r in found.items() if r is not None and r.values is not None]
+    return grid(panels, len(panels), narrow=narrow) if panels else None
+
+
 FIGURES: dict[str, Callable[[Findings, bool], Figure | None]] = {
     "attention-similarity": attention_similarity,
     "attention-adjacent": adjacent_blocks,
@@ -87,6 +97,8 @@ FIGURES: dict[str, Callable[[Findings, bool], Figure | None]] = {
     "attention-entropy": entropy,
     "per-block": per_block,
     "feature-similarity": feature_similarity,
+    "weights": weights,
+    "weights-depth": weights_depth,
 }
 
 

@@ -13,8 +13,7 @@ from torch import nn
 from collapse_probe import checkpoints
 from collapse_probe.errors import CheckpointError, CollapseProbeError, SettingError
 from collapse_probe.findings import Findings
-from collapse_probe.remedied import check_blocks, with_fixes
-from collapse_probe.sources import resolve
+from collapse_probe.remedied import check_blocks, resolved, with_fixes
 from collapse_probe.subject import Subject
 
 Candidate = str | Path | nn.Module | Subject | Findings
@@ -23,7 +22,7 @@ MOST_LABEL = 40
 
 @dataclass(frozen=True)
 class Recipe:
-    """How models are made of addresses and checkpoints: what `sources.resolve` and `with_fixes` take.
+    """How models are made of addresses and checkpoints: what `remedied.resolved` takes.
 
     `model` is the architecture of all checkpoints; `fixes` go into every model after the first subject.
     """
@@ -52,7 +51,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Lineup:
-    """The subjects in order; `trajectory` where they are the checkpoints of one folder."""
+    """The subjects in order; `trajectory` where they are the checkpoints or the findings of one folder."""
 
     entries: tuple[Entry, ...]
     trajectory: bool
@@ -62,7 +61,8 @@ def line_up(subjects: Mapping[str, Candidate] | Sequence[Candidate], recipe: Rec
     """The subjects behind names, paths and objects; nothing is loaded yet.
 
     A string is a path where one is there, else a model address. A folder with findings.json is findings, a
-    folder of checkpoint files all of them in natural order (epoch 2 before epoch 10), a file a checkpoint.
+    folder of checkpoint files all of them in natural order (epoch 2 before epoch 10), one of findings folders
+    (as a Monitor writes) likewise, a file a checkpoint.
     One model alone with fixes is compared with itself without them. Raises SettingError for fewer than two
     subjects, CheckpointError and OutputError for paths that hold neither.
     """
@@ -76,7 +76,7 @@ def line_up(subjects: Mapping[str, Candidate] | Sequence[Candidate], recipe: Rec
     if len(found) < 2:
         raise SettingError(
             f"compare takes two or more subjects, came {len(found)}: models, checkpoints, findings folders, "
-            "or one folder of two or more checkpoints"
+            "or one folder of two or more checkpoints or findings folders"
         )
     fixed = [replace(entry, fixed=at > 0 and entry.is_model) for at, entry in enumerate(found)]
     told = alone or not isinstance(subjects, Mapping)
@@ -102,6 +102,9 @@ def _expand(label: str | None, given: Candidate, recipe: Recipe) -> list[Entry]:
     if (path / "findings.json").exists():
         return [Entry(label or path.resolve().name, given, False, lambda fixed: Findings.load(path))]
     if path.is_dir():
+        if found := findings_in(path):
+            named = [f"{label}/{folder.name}" if label else folder.name for folder in found]
+            return [Entry(n, given, False, _stored(folder)) for n, folder in zip(named, found, strict=True)]
         files = checkpoints_in(path)
         names = [f"{label}/{stem(file)}" if label else stem(file) for file in files]
         return [Entry(name, given, True, _checkpoint(file, recipe)) for name, file in zip(names, files, strict=True)]
@@ -117,8 +120,12 @@ def _checkpoint(path: Path, recipe: Recipe) -> Callable[[bool], Subject | Findin
     return lambda fixed: _of_checkpoint(path, recipe, fixed)
 
 
+def _stored(folder: Path) -> Callable[[bool], Subject | Findings]:
+    return lambda fixed: Findings.load(folder)
+
+
 def _of_address(address: str | nn.Module, recipe: Recipe, fixed: bool) -> Subject:
-    return _remedied(resolve(address, seed=recipe.seed, **recipe.options), recipe, fixed)
+    return _resolved(address, recipe, fixed, dict(recipe.options))
 
 
 def _of_checkpoint(path: Path, recipe: Recipe, fixed: bool) -> Subject:
@@ -128,8 +135,12 @@ def _of_checkpoint(path: Path, recipe: Recipe, fixed: bool) -> Subject:
     if address is None:
         address, kwargs = deepvit_of(path)
         options["model_kwargs"] = {**kwargs, **dict(options.get("model_kwargs") or {})}
-    options["pretrained"] = False
-    return _remedied(resolve(address, checkpoint=path, seed=recipe.seed, **options), recipe, fixed)
+    return _resolved(address, recipe, fixed, {**options, "checkpoint": path, "pretrained": False})
+
+
+def _resolved(address: str | nn.Module, recipe: Recipe, fixed: bool, options: dict[str, Any]) -> Subject:
+    fixes, blocks = (recipe.fixes, recipe.fix_blocks) if fixed else ((), None)
+    return resolved(address, fixes, blocks, seed=recipe.seed, **options)
 
 
 def _remedied(subject: Subject, recipe: Recipe, fixed: bool) -> Subject:
@@ -161,6 +172,15 @@ def checkpoints_in(folder: Path) -> list[Path]:
         kinds = ", ".join(checkpoints.SUFFIXES)
         raise CheckpointError(f"the folder {folder} holds neither findings.json nor a checkpoint ({kinds})")
     return sorted(files, key=lambda file: natural(file.name))
+
+
+def findings_in(folder: Path) -> list[Path]:
+    """The findings folders in a folder, in natural order; none where it holds checkpoint files of its own."""
+    inside = list(folder.iterdir())
+    if any(f.is_file() and f.suffix.lower() in checkpoints.SUFFIXES for f in inside):
+        return []
+    finished = [f for f in inside if not f.name.startswith(".") and (f / "findings.json").is_file()]
+    return sorted(finished, key=lambda folder: natural(folder.name))
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from collapse_probe.findings import Gallery
+from collapse_probe.rollout import fused, rollouts
 from collapse_probe.trace import Plan, Trace
 
 Glimpse = tuple[Tensor, Tensor]
@@ -37,6 +38,24 @@ def overlay(trace: Trace, image: int) -> Tensor:
         received = mean_NN[plan.prefix[0]] if plan.prefix else mean_NN.mean(0)
         maps.append(received[kept].reshape(grid).cpu())
     return torch.stack(maps) if maps else torch.empty(0)
+
+
+def rollout_overlay(trace: Trace, image: int, fusion: str = "mean") -> Tensor:
+    """What has come from each patch by attention rollout up to every block, [L, rows, columns]: for the class token, else the
+    mean over queries.
+
+    Empty where the blocks' maps are not all square and between the tokens of the grid. Rows of a rollout sum to one over all
+    tokens (Abnar & Zuidema, arXiv 2005.00928).
+    """
+    plan = trace.plan
+    layers = [plan.layers[index] for index in plan.map_layers]
+    whole = plan.grid is not None and all(not layer.reason and layer.queries == layer.keys == plan.tokens for layer in layers)
+    if not layers or not whole or plan.grid is None:
+        return torch.empty(0)
+    kept = [t for t in range(plan.tokens) if t not in plan.prefix]
+    followed = rollouts(torch.stack([fused(trace.map_of(index, image), fusion) for index in plan.map_layers]))
+    gathered = followed[:, plan.prefix[0]] if plan.prefix else followed.mean(1)
+    return gathered[:, kept].reshape(-1, *plan.grid).cpu()
 
 
 def gallery_of(

@@ -67,6 +67,7 @@ def make_plan(model: nn.Module, heard: Hearing, check: SelfCheck) -> Plan:
         bytes_per_image=_bytes_per_image(events, heard.images, len(taps) * tokens * width),
         check=check,
         notes=() if heard.images > 1 else ("the plan was made from one image: class and register tokens are unknown",),
+        image_size=_image_size(heard.input),
     )
 
 
@@ -250,6 +251,10 @@ def _rectangle(patches: int, images: Tensor | None) -> tuple[int, int] | None:
     shapes = [(rows, patches // rows) for rows in range(1, patches + 1) if patches % rows == 0]
     rows, columns = min(shapes, key=lambda s: abs(s[0] * width - s[1] * height))
     return (rows, columns) if abs(rows * width - columns * height) < max(height, width) else None
+
+
+def _image_size(images: Tensor | None) -> tuple[int, int] | None:
+    return None if images is None or images.ndim != 4 else (images.shape[-2], images.shape[-1])
 
 
 def _bytes_per_image(events: Sequence[Event], images: int, token_elements: int) -> int:

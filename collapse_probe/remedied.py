@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,35 @@ from collapse_probe.errors import SettingError
 from collapse_probe.grafting import apply
 from collapse_probe.recalibration import recalibrate
 from collapse_probe.sockets import FIXES
+from collapse_probe.sources import loaded, resolve
 from collapse_probe.subject import Subject
 
 Chosen = tuple[str, dict[str, Any]]
+
+
+def resolved(
+    address: str | nn.Module,
+    fixes: Sequence[str] = (),
+    blocks: Sequence[int] | None = None,
+    *,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    pretrained: bool | None = None,
+    partial: bool = False,
+    **options: Any,
+) -> Subject:
+    """The subject at `address` with `fixes` in it, then the weights of `checkpoint`: see `sources.resolve` and `with_fixes`.
+
+    The checkpoint may hold the fixes' own parameters, trained, or be one of the model without them: they then stay as the
+    fixes made them, and a note says so. Raises what those two raise.
+    """
+    if not fixes or checkpoint is None:
+        facts: dict[str, Any] = {"checkpoint": checkpoint, "pretrained": pretrained, "partial": partial, **options}
+        return with_fixes(resolve(address, seed=seed, **facts), fixes, blocks, seed)
+    subject = resolve(address, seed=seed, pretrained=bool(pretrained), **options)
+    before = set(subject.model.state_dict())
+    subject = with_fixes(subject, fixes, blocks, seed)
+    return loaded(subject, checkpoint, partial=partial, optional=set(subject.model.state_dict()) - before)
 
 
 def with_fixes(subject: Subject, fixes: Sequence[str], blocks: Sequence[int] | None = None, seed: int = 0) -> Subject:

@@ -42,3 +42,17 @@ class Subject:
     checkpoint: str | None = None
     checkpoint_sha256: str | None = None
     notes: tuple[str, ...] = field(default=())
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel and torch.compile wrappers, however they are nested.
+
+    Hooks registered on a compiled module after its first call are never called: the plain one can be listened to.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -81,7 +81,8 @@ class Plan:
 
     `prefix` are the positions of tokens that do not come from the image (class, distillation, register
     tokens); `patch_shapes` are (patches, width) at each depth, None where a depth has no token sequence;
-    `grid` is (rows, columns) of the patches, None where they form no rectangle.
+    `grid` is (rows, columns) of the patches, None where they form no rectangle; `image_size` is (height, width) of the input
+    in pixels, None where the input was no image.
     """
 
     blocks: tuple[str, ...]
@@ -95,6 +96,7 @@ class Plan:
     bytes_per_image: int
     check: SelfCheck
     notes: tuple[str, ...] = field(default=())
+    image_size: tuple[int, int] | None = None
 
     @property
     def token_layers(self) -> list[int]:

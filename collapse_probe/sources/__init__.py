@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from collapse_probe.blueprint import Blueprint, ImageTower, Request
-from collapse_probe.checkpoints import LoadReport, load_checkpoint
+from collapse_probe.checkpoints import load_checkpoint
 from collapse_probe.errors import CollapseProbeError, ModelError, SettingError, UnknownNameError
 from collapse_probe.hub import first_line
 from collapse_probe.sockets import SOURCES
@@ -48,19 +49,32 @@ def resolve(
     trained = pretrained if pretrained is not None else checkpoint is None
     model = _make(blueprint, request, trained, seed).eval()
     preprocess, notes = blueprint.preprocess(model)
-    report = _load(model, checkpoint, partial) if checkpoint is not None else None
-    weights = blueprint.fixed or (blueprint.trained if trained else None) or f"random (seed {seed})"
-    return Subject(
+    subject = Subject(
         address=request.address,
         source=source,
         name=blueprint.name,
-        weights=_weights_text(weights, report),
+        weights=blueprint.fixed or (blueprint.trained if trained else None) or f"random (seed {seed})",
         model=model,
         preprocess=preprocess,
         fresh=_fresh(blueprint, request) if blueprint.remakable else None,
-        checkpoint=None if checkpoint is None else str(checkpoint),
-        checkpoint_sha256=None if report is None else report.sha256,
-        notes=notes + (() if report is None else report.notes),
+        notes=notes,
+    )
+    return subject if checkpoint is None else loaded(subject, checkpoint, partial=partial)
+
+
+def loaded(subject: Subject, checkpoint: str | Path, *, partial: bool = False, optional: Collection[str] = ()) -> Subject:
+    """The subject with the weights of a checkpoint in its very model; see `checkpoints.load_checkpoint`.
+
+    Raises CheckpointError; the model is then as it was.
+    """
+    model = subject.model.wrapped if isinstance(subject.model, ImageTower) else subject.model
+    report = load_checkpoint(model, checkpoint, partial=partial, optional=optional)
+    return replace(
+        subject,
+        weights="checkpoint" if report.complete else f"checkpoint in part, over {subject.weights}",
+        checkpoint=str(checkpoint),
+        checkpoint_sha256=report.sha256,
+        notes=subject.notes + report.notes,
     )
 
 
@@ -134,13 +148,3 @@ def _fresh(blueprint: Blueprint, request: Request) -> Callable[[int], nn.Module]
 
 def _same_weights(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-
-
-def _load(model: nn.Module, checkpoint: str | Path, partial: bool) -> LoadReport:
-    return load_checkpoint(model.wrapped if isinstance(model, ImageTower) else model, checkpoint, partial=partial)
-
-
-def _weights_text(before: str, report: LoadReport | None) -> str:
-    if report is None:
-        return before
-    return "checkpoint" if report.complete else f"checkpoint in part, over {before}"

@@ -8,6 +8,7 @@ from collapse_probe.blueprint import Blueprint, Request
 from collapse_probe.errors import ModelError
 from collapse_probe.preprocessing import of_module
 from collapse_probe.sockets import SOURCES
+from collapse_probe.subject import unwrap
 
 
 class ModuleSource:
@@ -27,7 +28,7 @@ class ModuleSource:
             raise ModelError("a plain module is passed from Python: collapse_probe.analyze(module, …)")
         if request.model_kwargs:
             raise ModelError("model_kwargs go to a constructor, but the model is already made: set them there")
-        module = unwrapped(request.module)
+        module = unwrap(request.module)
         return Blueprint(
             type(module).__name__,
             lambda _: module,
@@ -35,21 +36,6 @@ class ModuleSource:
             fixed="as given",
             remakable=False,
         )
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside torch.compile, DataParallel and DistributedDataParallel, however they are nested.
-
-    Hooks registered on a compiled module after its first call are never called, so the plain one is what can
-    be listened to.
-    """
-    while True:
-        inner = getattr(module, "_orig_mod", None)
-        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = module.module
-        if not isinstance(inner, nn.Module):
-            return module
-        module = inner
 
 
 SOURCES.add("module", ModuleSource())

@@ -1,18 +1,24 @@
-"""This project's own models: `ours:NAME`, the families that it registers with timm."""
+"""This project's own models: `ours:NAME`, the families that it registers with timm, and `ours:FILE`, what it trained."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from typing import Any
+
+from torch import nn
 
 from collapse_probe.blueprint import Blueprint, Request
+from collapse_probe.errors import ModelError
 from collapse_probe.sockets import SOURCES
+from collapse_probe.subject import Preprocess
+from collapse_probe.trained import ModelCard, is_model_file, load_model, read_card
 
 FAMILIES = ("deepvit",)  # modules of this package that register models with timm when imported
 
 
 class OurSource:
-    """The names that `FAMILIES` brought into timm's registry; timm makes the models."""
+    """The names that `FAMILIES` brought into timm's registry, which timm makes; and model files of this project."""
 
     def names(self, pattern: str = "*") -> list[str]:
         """Our names, sorted."""
@@ -24,13 +30,58 @@ class OurSource:
         return sorted(name for family in present for name in timm.list_models(pattern, module=family))
 
     def has(self, name: str) -> bool:
-        """Whether one of our families registered `name`."""
-        return name.partition(".")[0] in self.names()
+        """Whether one of our families registered `name`, or a model file of ours lies at that path."""
+        return is_model_file(name) or name.partition(".")[0] in self.names()
 
     def blueprint(self, request: Request) -> Blueprint:
-        """timm's own blueprint: our models are registered there."""
+        """What the model file says; for a name timm's own blueprint, for our models are registered there."""
+        if is_model_file(request.name):
+            return _of_file(request)
         blueprint: Blueprint = SOURCES["timm"].blueprint(request)
         return blueprint
+
+
+def _of_file(request: Request) -> Blueprint:
+    card = read_card(request.name)
+    if request.model_kwargs or request.img_size not in (None, card.input_size[1]):
+        asked = ", ".join([*request.model_kwargs, *(["img_size"] if request.img_size else [])])
+        raise ModelError(f"{request.name} says how its model is built; {asked} cannot be changed")
+
+    def make(trained: bool) -> nn.Module:
+        if not trained:
+            fresh: nn.Module = card.architecture.build(_drawn_seed())
+            return fresh
+        model: nn.Module = load_model(request.name)[0]
+        return model
+
+    def preprocess(model: nn.Module) -> tuple[Preprocess, tuple[str, ...]]:
+        return card.preprocess(), _notes(card.facts)
+
+    return Blueprint(name=_label(card), make=make, preprocess=preprocess, trained=f"trained: {_label(card)}")
+
+
+def _drawn_seed() -> int:
+    """A seed out of torch's CPU generator, from which fresh weights are to be drawn."""
+    import torch
+
+    return int(torch.randint(2**31, ()))
+
+
+def _label(card: ModelCard) -> str:
+    recipe = card.facts.get("recipe") or {}
+    step = card.facts.get("step")
+    return str(recipe.get("name") or "model") + (f", step {step}" if step is not None else "")
+
+
+def _notes(facts: Any) -> tuple[str, ...]:
+    told = []
+    if facts.get("accuracy") is not None:
+        told.append(f"{facts['accuracy']:.2%} of the held-out images of {facts.get('data')} right at the end of its training")
+    if facts.get("recalibrated_batches"):
+        told.append(
+            f"BatchNorm statistics re-estimated over {facts['recalibrated_batches']} training batches when it was saved"
+        )
+    return tuple(told)
 
 
 SOURCES.add("ours", OurSource())

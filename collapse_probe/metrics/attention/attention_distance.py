@@ -1,0 +1,146 @@
+"""How far away does each head look?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collapse_probe.errors import SettingError
+from collapse_probe.findings import Reading
+from collapse_probe.head_means import RowMeans, by_head
+from collapse_probe.measure import Array, Metric, Need, no_token_maps
+from collapse_probe.nulls import untrained_only
+from collapse_probe.patch_grid import over_patches, patch_distances, patch_size
+from collapse_probe.sockets import METRICS
+from collapse_probe.trace import MapTile, Plan, Trace
+
+PREFIX = {
+    "renormalise": "the patches' part of each row divided by its sum",
+    "drop": "the patches' part of each row taken as it is, so that mass on prefix tokens counts as distance 0",
+    "resoftmax": "the softmax taken anew over the logits of the patches alone",
+}
+"""The three ways in which prefix tokens are left out."""
+
+
+def attended_distance(probs: Tensor, distances: Tensor, renormalise: bool = True) -> Tensor:
+    """Mean attended distance of each query, probs [..., Q, K] and distances [Q, K] -> [..., Q], in the distances' unit.
+
+    Σ_j p_j d_ij, over Σ_j p_j where `renormalise`; from 0 (each query looks at itself) to the largest distance. NaN where a
+    query has no mass to renormalise. (Dosovitskiy et al., arXiv 2010.11929, Fig. 7; Raghu et al., arXiv 2108.08810.)
+
+    >>> attended_distance(torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([[0.0, 16.0], [16.0, 0.0]])).tolist()
+    [8.0, 0.0]
+    """
+    total = (probs * distances).sum(-1)
+    if not renormalise:
+        return total
+    mass = probs.sum(-1)
+    return torch.where(mass > 0, total / mass, torch.nan)
+
+
+def uniform_distance(distances: Tensor, tokens: int, renormalise: bool = True) -> float:
+    """What `attended_distance` is, in the mean over patches, where every query attends to all of `tokens` alike."""
+    return float(distances.mean()) * (1.0 if renormalise else len(distances) / max(tokens, 1))
+
+
+def distances_of_rows(plan: Plan, prefix: str, trace: Trace, tile: MapTile) -> Tensor:
+    """Attended distance of the queries of a tile, [b, h, L, R]; NaN for prefix tokens and for tokens that are no grid."""
+    patches = over_patches(plan, plan.layers[plan.map_layers[tile.positions[0]]])
+    size = patch_size(plan)
+    found = torch.full(tile.probs.shape[:-1], torch.nan, device=tile.probs.device)
+    rows = [] if patches is None else [t for t in tile.tokens("row") if t in set(patches)]
+    if patches is None or not rows or size is None or plan.grid is None:
+        return found
+    inside = [t - tile.rows.start for t in rows]
+    maps = patches_anew(trace, tile, patches) if prefix == "resoftmax" else tile.probs[..., patches]
+    first = {token: place for place, token in enumerate(patches)}
+    distances = patch_distances(plan.grid, size)[[first[t] for t in rows]].to(maps.device, maps.dtype)
+    found[..., inside] = attended_distance(maps[..., inside, :], distances, prefix != "drop")
+    return found
+
+
+def patches_anew(trace: Trace, tile: MapTile, patches: list[int]) -> Tensor:
+    """The softmax over the patches alone, [b, h, L, R, P]: from the logits, or from log p where only the softmax was heard."""
+    found = []
+    for place, position in enumerate(tile.positions):
+        heard = trace.attention[trace.plan.map_layers[position]]
+        if heard.q is None:
+            logits = tile.probs[:, :, place].log()
+        else:
+            logits = heard.logits(tile.images, tile.heads, tile.rows, tile.columns)
+        found.append(torch.softmax(logits[..., patches], -1).nan_to_num(0.0))
+    return torch.stack(found, dim=2)
+
+
+class AttentionDistance(Metric):
+    """Mean distance in pixels between a patch and the patches that it attends to (ViT Fig. 7)."""
+
+    name = "attention-distance"
+    summary = "how far each head looks: mean attended distance, in pixels of the input"
+    dims = ("block", "head")
+    defaults = {"prefix": "renormalise", "point": "probs"}  # noqa: RUF012
+    variants = {"drop": {"prefix": "drop"}, "resoftmax": {"prefix": "resoftmax"}}  # noqa: RUF012
+
+    def __init__(self, plan: Plan, **settings: Any) -> None:
+        super().__init__(plan, **settings)
+        if self.settings["prefix"] not in PREFIX:
+            raise SettingError(f"prefix must be one of {', '.join(PREFIX)}, not {self.settings['prefix']!r}")
+
+    def inapplicable(self) -> str:
+        """Distances need maps over tokens, patches on a grid, and the input's size in pixels."""
+        if no_token_maps(self.plan):
+            return no_token_maps(self.plan)
+        if self.plan.grid is None:
+            return "the patches form no rectangle, so that nobody can say how far apart they are"
+        if self.plan.image_size is None:
+            return "the size of the input in pixels is unknown"
+        fits = any(over_patches(self.plan, self.plan.layers[i]) is not None for i in self.plan.token_layers)
+        return "" if fits else "no block attends between the patches of the grid"
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        return (
+            "Mean over images and patch queries i of Σ_j p_ij d_ij, d_ij the distance between the centres of patches i and j "
+            "in pixels of the model's input (the input's sides over the grid's), on the softmax (probs). Prefix tokens are "
+            f"left out as queries and as keys: {PREFIX[self.settings['prefix']]}. In exact arithmetic resoftmax equals "
+            "renormalise. settings.uniform is the value of uniform attention. (Dosovitskiy et al., arXiv 2010.11929, Fig. 7.)"
+        )
+
+    def needs(self) -> dict[str, Need]:
+        """Distances by block and head."""
+        prefix = self.settings["prefix"]
+        values = partial(distances_of_rows, self.plan, prefix)
+        return {"distance": (("attention-distance", prefix), lambda: RowMeans(self.plan, values))}
+
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+        """Distances in pixels, with what uniform attention would give."""
+        size = patch_size(self.plan)
+        assert size is not None
+        assert self.plan.grid is not None
+        settings = {**self.settings, "unit": "pixels", "grid": list(self.plan.grid), "patch_size": list(size)}
+        settings |= {"uniform": self._uniform(patch_distances(self.plan.grid, size))}
+        return self.reading(**by_head(folds["distance"]), point="probs", settings=settings, nulls=untrained_only())
+
+    def _uniform(self, distances: Tensor) -> Array:
+        layers = [self.plan.layers[i] for i in self.plan.map_layers]
+        renormalise = self.settings["prefix"] != "drop"
+        found = [
+            float("nan")
+            if layer.reason or over_patches(self.plan, layer) is None
+            else uniform_distance(distances, layer.keys, renormalise)
+            for layer in layers
+        ]
+        return np.array(found)
+
+    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
+        """Mean over heads, [images, blocks]."""
+        return records["distance"]["value"]
+
+
+METRICS.add(AttentionDistance.name, AttentionDistance)

@@ -1,0 +1,179 @@
+"""How far are the maps of single images from the map that all images share?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collapse_probe.agreement import SAMPLED_TOKENS, STATE_BUDGET, seeded_sample
+from collapse_probe.findings import Reading
+from collapse_probe.head_means import block_by_head
+from collapse_probe.measure import Array, Metric, Need, no_token_maps
+from collapse_probe.nulls import untrained_only
+from collapse_probe.sockets import METRICS
+from collapse_probe.statistics import interval
+from collapse_probe.sums import GROUPS, Fold, group_of
+from collapse_probe.trace import MapTile, Plan, Trace
+
+JACKKNIFE_TOKENS = 4
+
+
+def spread_about_mean(total_square: Tensor, square_of_sum: Tensor, images: Tensor) -> Tensor:
+    """Root mean square distance of maps from their mean over images, over their root mean square norm.
+
+    √( Σ_b ‖A_b − Ā‖² / (B − 1) ) / √( Σ_b ‖A_b‖² / B ), from Σ_b ‖A_b‖² and ‖Σ_b A_b‖² and B, all of one shape: 0 where all
+    images have one map, 1 where no two maps overlap, whatever B. NaN below two images and for maps of zeros.
+
+    >>> spread_about_mean(torch.tensor(2.0), torch.tensor(2.0), torch.tensor(2.0)).item()  # (1, 0) and (0, 1)
+    1.0
+    """
+    variance = (total_square - square_of_sum / images.clamp_min(1)).clamp_min(0) / (images - 1).clamp_min(1)
+    defined = (images > 1) & (total_square > 0)
+    return torch.where(defined, (variance * images / total_square.clamp_min(1e-300)).sqrt(), torch.nan)
+
+
+class ImageMean(Fold):
+    """Sums over images of the maps' rows and of their squares; and by group of images for a few rows, for a jackknife."""
+
+    def __init__(self, plan: Plan, point: str) -> None:
+        super().__init__()
+        self.point, self.groups, self.shape = point, plan.groups(), block_by_head(plan)
+        self.room("squares", *self.shape)
+        self.room("images", 1)
+        self.room("group_squares", GROUPS, *self.shape)
+        self.room("group_images", GROUPS)
+        self.samples, self.few = [], []
+        for g, ((heads, queries, keys), positions) in enumerate(self.groups.items()):
+            row = heads * len(positions) * keys * 8
+            self.samples.append(
+                seeded_sample(list(range(queries)), queries if row * queries <= STATE_BUDGET else SAMPLED_TOKENS)
+            )
+            most = min(JACKKNIFE_TOKENS, max(1, STATE_BUDGET // (row * GROUPS)))
+            self.few.append(seeded_sample(list(range(queries)), most, seed=1))
+            self.room(f"sum_{g}", heads, len(positions), len(self.samples[g]), keys)
+            self.room(f"group_sum_{g}", GROUPS, heads, len(positions), len(self.few[g]), keys)
+
+    def begin(self, trace: Trace, names: Sequence[str]) -> None:
+        """Count the images of a batch and remember their groups."""
+        self._group = [group_of(name) for name in names]
+        self.into("images", torch.tensor([float(trace.images)]))
+        self.into("group_images", torch.bincount(torch.tensor(self._group), minlength=GROUPS))
+
+    def tile(self, tile: MapTile) -> None:
+        """Add the sampled rows of a tile, one image after the other."""
+        if not tile.whole_rows:
+            return
+        g = list(self.groups.values()).index(tile.positions)
+        for place, maps_hLRC in enumerate(tile.maps(self.point)):
+            group = self._group[tile.images.start + place]
+            _add(tile, maps_hLRC, self.samples[g], self.state(f"sum_{g}"), self.state("squares"))
+            _add(tile, maps_hLRC, self.few[g], self.state(f"group_sum_{g}")[group], self.state("group_squares")[group])
+
+    def distance(self) -> Array:
+        """[blocks, heads], over all images."""
+        sums = [self.state(f"sum_{g}") for g in range(len(self.groups))]
+        found: Array = self._spread(sums, self.state("squares"), self.state("images")).cpu().numpy()
+        return found
+
+    def left_out(self) -> Array:
+        """[GROUPS, blocks, heads]: on the few rows, without one group of images each; NaN for groups without images."""
+        own, counts = self.state("group_squares"), self.state("group_images")
+        found = torch.full(own.shape, torch.nan, dtype=torch.float64)
+        sums = [self.state(f"group_sum_{g}") for g in range(len(self.groups))]
+        for group in range(GROUPS):
+            if counts[group] > 0:
+                rest = [total.sum(0) - total[group] for total in sums]
+                found[group] = self._spread(rest, own.sum(0) - own[group], counts.sum() - counts[group]).cpu()
+        return found.numpy()
+
+    def _spread(self, sums: Sequence[Tensor], squares: Tensor, images: Tensor) -> Tensor:
+        found = torch.full(self.shape, torch.nan, dtype=torch.float64, device=squares.device)
+        for ((heads, _, _), positions), total in zip(self.groups.items(), sums, strict=True):
+            square_of_sum = total.square().sum((-1, -2)).transpose(0, 1)
+            found[positions, :heads] = spread_about_mean(squares[positions, :heads], square_of_sum, images)
+        return found
+
+
+def _add(tile: MapTile, maps_hLRC: Tensor, sample: list[int], total: Tensor, squares: Tensor) -> None:
+    """Add the rows of one image's maps that are in `sample` to `total` [H, L, sample, C], their squares to [blocks, H]."""
+    places = [i for i, t in enumerate(sample) if tile.rows.start <= t < tile.rows.stop]
+    if places:
+        inside = [sample[i] - tile.rows.start for i in places]
+        rows = maps_hLRC if len(inside) == maps_hLRC.shape[2] else maps_hLRC[:, :, inside]
+        rows = rows.to(total.device).double()
+        total[tile.heads, :, places[0] : places[-1] + 1] += rows
+        squares[tile.positions, tile.heads] += rows.square().sum((-1, -2)).transpose(0, 1)
+
+
+def jackknife(left_out: Array) -> tuple[Array, int]:
+    """Standard error of a statistic from its values without one group each, [groups, ...] -> [...], and the groups used."""
+    used = np.isfinite(left_out).reshape(len(left_out), -1).any(1)
+    kept = left_out[used]
+    n = len(kept)
+    if n < 2:
+        return np.full(left_out.shape[1:], np.nan), n
+    return np.sqrt((n - 1) / n * np.square(kept - kept.mean(0)).sum(0)), n
+
+
+class DistanceFromImageMean(Metric):
+    """How far the maps of single images are from their mean map: 0 where attention ignores the input."""
+
+    name = "distance-from-image-mean"
+    summary = "how far the maps of single images are from the mean map of all images"
+    dims = ("block", "head")
+    collapsed = "low"
+    defaults = {"point": "weights"}  # noqa: RUF012
+    variants = {"probs": {"point": "probs"}}  # noqa: RUF012
+
+    def inapplicable(self) -> str:
+        """Windowed, pooled and channel attention has no map over the image's tokens."""
+        return no_token_maps(self.plan)
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        return (
+            "√(Σ_b ‖A_b − Ā‖²/(B − 1)) over √(Σ_b ‖A_b‖²/B) for the B images' maps A_b of one head, Ā their mean, Frobenius "
+            "norms over all queries and keys (or over settings.queries seeded queries where the sums would be too large), at "
+            f"{self.settings['point']}. 0: one map for all images; 1: maps that do not overlap. With B − 1 the number of "
+            f"images does not matter. Standard errors: a jackknife over {GROUPS} groups of images (by a hash of their names) "
+            f"on {JACKKNIFE_TOKENS} seeded queries or fewer."
+        )
+
+    def needs(self) -> dict[str, Need]:
+        """Sums over images."""
+        point = self.settings["point"]
+        return {"mean": (("image-mean", point), lambda: ImageMean(self.plan, point))}
+
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+        """Distances by block and head, and their mean over heads."""
+        fold = folds["mean"]
+        if fold.state("images").item() < 2:
+            return self.refused("needs two different images")
+        values, left_out = fold.distance(), fold.left_out()
+        stderr, groups = jackknife(left_out)
+        over_heads = _over_heads(values)
+        error, _ = jackknife(_over_heads(left_out))
+        return self.reading(
+            values,
+            stderr=stderr,
+            ci95=interval(values, stderr, groups),
+            head_mean=(over_heads, error, interval(over_heads, error, groups)),
+            point=self.settings["point"],
+            settings={**self.settings, "queries": [len(sample) for sample in fold.samples]},
+            nulls=untrained_only(),
+        )
+
+
+def _over_heads(values: Array) -> Array:
+    """Mean over the heads that are defined, [..., heads] -> [...]."""
+    defined = np.isfinite(values)
+    n = defined.sum(-1)
+    return np.where(n > 0, np.where(defined, values, 0.0).sum(-1) / np.maximum(n, 1), np.nan)
+
+
+METRICS.add(DistanceFromImageMean.name, DistanceFromImageMean)

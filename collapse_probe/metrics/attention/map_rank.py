@@ -1,0 +1,130 @@
+"""How many different rows does an attention map really have?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collapse_probe.attention import maps_of
+from collapse_probe.errors import SettingError
+from collapse_probe.findings import Reading
+from collapse_probe.head_means import HeadMeans, by_head
+from collapse_probe.measure import Array, Metric, Need, no_token_maps
+from collapse_probe.nulls import untrained_only
+from collapse_probe.sockets import METRICS
+from collapse_probe.spectra import effective_rank_of, singular_values, stable_rank_of
+from collapse_probe.trace import Plan, Trace
+
+MEASURES = {
+    "effective": "the effective rank exp(−Σ_i p_i log p_i), p = σ/Σσ (Roy & Vetterli 2007); 1 … N",
+    "stable": "the stable rank ‖A‖_F²/σ_1²; 1 … N",
+    "residual": "the distance to rank one ‖A − σ_1 u_1 v_1ᵀ‖_F/‖A‖_F; 0 (all rows parallel) … √(1 − 1/N)",
+}
+SPECTRUM_BYTES = 32 * 2**20
+"""Bytes of float64 maps whose singular values are taken at a time."""
+
+
+def distance_to_rank_one(values: Tensor) -> Tensor:
+    """‖A − σ_1 u_1 v_1ᵀ‖_F/‖A‖_F from singular values in descending order, [..., n] -> [...], 0 … √(1 − 1/n); NaN for zeros.
+
+    >>> distance_to_rank_one(torch.tensor([4.0, 3.0])).item()
+    0.6000000238418579
+    """
+    squares = values.square()
+    whole = squares.sum(-1)
+    return torch.where(whole > 0, (squares[..., 1:].sum(-1) / torch.where(whole > 0, whole, 1.0)).sqrt(), torch.nan)
+
+
+class MapSpectra(HeadMeans):
+    """Per image, block and head what the singular values of the whole map say; a few maps at a time."""
+
+    def __init__(self, plan: Plan, point: str, without: tuple[int, ...]) -> None:
+        super().__init__(plan, *MEASURES)
+        self.point, self.without = point, without
+
+    def end(self, trace: Trace) -> dict[str, Tensor]:
+        """Take the whole batch, map by map."""
+        found = {name: torch.full((trace.images, *self.shape), torch.nan, dtype=torch.float64) for name in MEASURES}
+        for positions in trace.plan.groups().values():
+            for position in positions:
+                layer = trace.plan.map_layers[position]
+                for image in range(trace.images):
+                    values = self._singular_values(trace, layer, image)
+                    heads = len(values)
+                    found["effective"][image, position, :heads] = effective_rank_of(values)
+                    found["stable"][image, position, :heads] = stable_rank_of(values)
+                    found["residual"][image, position, :heads] = distance_to_rank_one(values)
+        return self.taken(**found)
+
+    def _singular_values(self, trace: Trace, layer: int, image: int) -> Tensor:
+        """Singular values of the maps of all heads of one layer and image, [H, min(N, M)] in float64 on the CPU."""
+        heads, queries, keys = trace.plan.layers[layer].signature
+        rows, columns = ([t for t in range(size) if t not in self.without] for size in (queries, keys))
+        step = max(1, SPECTRUM_BYTES // (queries * keys * 8))
+        everything = slice(None)
+        found = []
+        for first in range(0, heads, step):
+            place = (slice(image, image + 1), slice(first, first + step), everything, everything)
+            maps = maps_of(trace.attention[layer], *place)[self.point][0]
+            if self.without:
+                maps = maps[:, rows][:, :, columns]
+            found.append(singular_values(maps).cpu())
+        return torch.cat(found)
+
+
+class MapRank(Metric):
+    """Effective or stable rank of the attention maps, or their distance from rank one."""
+
+    name = "map-rank"
+    summary = "effective rank of each head's map; @stable rank, @residual: distance to rank one"
+    dims = ("block", "head")
+    collapsed = "low"
+    defaults = {"measure": "effective", "prefix": True, "point": "weights"}  # noqa: RUF012
+    variants = {  # noqa: RUF012
+        "stable": {"measure": "stable"},
+        "residual": {"measure": "residual"},
+        "probs": {"point": "probs"},
+        "patches": {"prefix": False},
+    }
+
+    def __init__(self, plan: Plan, **settings: Any) -> None:
+        super().__init__(plan, **settings)
+        if self.settings["measure"] not in MEASURES:
+            raise SettingError(f"measure must be one of {', '.join(MEASURES)}, not {self.settings['measure']!r}")
+
+    def inapplicable(self) -> str:
+        """Windowed, pooled and channel attention has no map over the image's tokens."""
+        return no_token_maps(self.plan)
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        tokens = "" if self.settings["prefix"] else ", prefix queries and keys dropped"
+        return (
+            f"Mean over images of {MEASURES[self.settings['measure']]}, of the whole map of one head A (N × N{tokens}) with "
+            f"singular values σ, at {self.settings['point']}. Rank one is collapse: every query attends alike, up to a factor. "
+            "Not centred. Cost: one spectrum in float64 for each image, block and head, a few N³ each; "
+            f"maps are taken {SPECTRUM_BYTES // 2**20} MiB at a time. Zero maps have no rank."
+        )
+
+    def needs(self) -> dict[str, Need]:
+        """The spectra, shared by all measures."""
+        key = (self.settings["point"], () if self.settings["prefix"] else self.plan.prefix)
+        return {"spectra": (("map-rank", *key), lambda: MapSpectra(self.plan, *key))}
+
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+        """Ranks or distances with intervals, and the largest rank that there could be."""
+        layers = [self.plan.layers[i] for i in self.plan.map_layers]
+        settings = {**self.settings, "largest": [None if a.reason else min(a.queries, a.keys) for a in layers]}
+        facts = by_head(folds["spectra"], self.settings["measure"])
+        return self.reading(**facts, point=self.settings["point"], settings=settings, nulls=untrained_only())
+
+    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
+        """Mean over heads, [images, blocks]."""
+        return records["spectra"][self.settings["measure"]]
+
+
+METRICS.add(MapRank.name, MapRank)

@@ -1,0 +1,238 @@
+"""What share of a block's attention vectors is like those of its neighbours: the ratio of DeepViT's Figure 3a."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from collapse_probe.errors import SettingError
+from collapse_probe.findings import Reading
+from collapse_probe.measure import Array, Metric, Need, no_token_maps
+from collapse_probe.nulls import untrained_only
+from collapse_probe.sockets import METRICS
+from collapse_probe.statistics import bootstrap, interval
+from collapse_probe.sums import Means
+from collapse_probe.trace import MapTile, Plan, Trace
+
+DIRECTIONS = ("before", "both")
+NEAREST = (1, 2, 3, 5)
+THRESHOLDS: tuple[float | str, ...] = (0.7, 0.8, 0.9, 0.95, "mean")
+SIMILAR_ABOVE = 0.9
+"""A block is similar where its ratio is above this."""
+ROUNDING = 1e-6
+"""Cosines and shares nearer than this are taken as equal."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What DeepViT leaves open: how many nearest blocks count (`k`, on each side), from which side, and above what.
+
+    `threshold` is a cosine, or "mean" for the image's own mean over the heads and tokens of the block.
+    """
+
+    k: int = 1
+    threshold: float | str = 0.9
+    direction: str = "before"
+
+    def __post_init__(self) -> None:
+        if self.k not in NEAREST or self.threshold not in THRESHOLDS or self.direction not in DIRECTIONS:
+            raise SettingError(
+                f"the similarity ratio takes k from {NEAREST}, threshold from {THRESHOLDS} and direction from {DIRECTIONS}, "
+                f"not {self.k}, {self.threshold!r} and {self.direction!r}"
+            )
+
+
+CHOICES = tuple(Choice(k, t, d) for d, k, t in product(DIRECTIONS, NEAREST, THRESHOLDS))
+
+
+def nearest_mean(cosines: Tensor, k: int, direction: str) -> Tensor:
+    """Mean cosine of every vector with those of the nearest blocks, [offsets, B, L, V] -> [B, L, V].
+
+    `cosines[d − 1, :, l]` are those of block l with block l − d, NaN where there is none. The k blocks before, or up to k on
+    each side; near an end those that there are. NaN where a vector has no cosine with any of them.
+    """
+    parts = [cosines[d - 1] for d in range(1, k + 1)]
+    if direction == "both":
+        parts += [_later(cosines[d - 1], d) for d in range(1, k + 1)]
+    total, n = torch.zeros_like(parts[0]), torch.zeros_like(parts[0])
+    for part in parts:
+        defined = torch.isfinite(part)
+        total += torch.where(defined, part, 0.0)
+        n += defined
+    return torch.where(n > 0, total / n.clamp_min(1), torch.nan)
+
+
+def _later(cosines: Tensor, d: int) -> Tensor:
+    """Cosines of block l with block l + d, [B, L, V], from those with block l − d."""
+    found = torch.full_like(cosines, torch.nan)
+    found[:, : max(cosines.shape[1] - d, 0)] = cosines[:, d:]
+    return found
+
+
+def share_above(similarity: Tensor, threshold: float | str) -> Tensor:
+    """Share of the defined vectors whose similarity is above the threshold, [B, L, V] -> [B, L].
+
+    With "mean": not below the mean over the image's own vectors of the block, so that identical blocks have the share 1.
+
+    >>> share_above(torch.tensor([[[0.95, 0.5, 0.99, 0.2]]]), 0.9).item()
+    0.5
+    """
+    defined = torch.isfinite(similarity)
+    if threshold == "mean":
+        above = similarity >= similarity.nanmean(-1, keepdim=True) - ROUNDING
+    else:
+        above = similarity > float(threshold)
+    n = defined.sum(-1)
+    return torch.where(n > 0, (above & defined).sum(-1).double() / n.clamp_min(1), torch.nan)
+
+
+def sensitivity(ratios: Array, choices: Sequence[Choice] = CHOICES, above: float = SIMILAR_ABOVE) -> list[dict[str, Any]]:
+    """How many blocks have a ratio above `above` under each choice, from the ratios [choices, blocks], as plain numbers.
+
+    >>> sensitivity(np.array([[np.nan, 0.95, 0.4]]), [Choice(1, 0.9, "before")])
+    [{'k': 1, 'threshold': 0.9, 'direction': 'before', 'similar_blocks': 1, 'blocks': 2}]
+    """
+    return [
+        {**asdict(choice), "similar_blocks": int(_exceeds(ratio, above).sum()), "blocks": int(np.isfinite(ratio).sum())}
+        for choice, ratio in zip(choices, ratios, strict=True)
+    ]
+
+
+class NeighbourCosines(Means):
+    """Per image and block the similarity ratio under every choice, from the cosines with the nearest blocks."""
+
+    def __init__(self, plan: Plan, point: str, axis: str, centred: bool, choice: Choice) -> None:
+        super().__init__()
+        self.point, self.axis, self.centred, self.choice = point, axis, centred, choice
+        self.groups, self.blocks = plan.groups(), len(plan.map_layers)
+        self.means_of(ratio=(len(CHOICES), self.blocks))
+
+    def begin(self, trace: Trace, names: Sequence[str]) -> None:
+        """Make room for the cosines of a batch: by offset, image, block, head and token."""
+        self._cosines = []
+        for (heads, queries, keys), positions in self.groups.items():
+            tokens = queries if self.axis == "row" else keys
+            self._cosines.append(torch.full((max(NEAREST), trace.images, len(positions), heads, tokens), torch.nan))
+
+    def tile(self, tile: MapTile) -> None:
+        """Take the cosines of the vectors that a tile holds whole."""
+        if not tile.whole(self.axis):
+            return
+        vectors, valid = tile.unit_vectors(self.point, self.axis, self.centred)
+        target = self._cosines[list(self.groups.values()).index(tile.positions)]
+        span = tile.rows if self.axis == "row" else tile.columns
+        for d in range(1, min(max(NEAREST), len(tile.positions) - 1) + 1):
+            cosines = (vectors[:, :, d:] * vectors[:, :, :-d]).sum(-1 if self.axis == "row" else -2)
+            cosines = torch.where(valid[:, :, d:] & valid[:, :, :-d], cosines, torch.nan)
+            target[d - 1, tile.images, d:, tile.heads, span] = cosines.transpose(1, 2).cpu()
+
+    def end(self, trace: Trace) -> dict[str, Tensor]:
+        """Close the batch: ratios under every choice into the sums; those under this one, [B, blocks], are kept by image."""
+        found = torch.full((trace.images, len(CHOICES), self.blocks), torch.nan, dtype=torch.float64)
+        for positions, cosines in zip(self.groups.values(), self._cosines, strict=True):
+            means = {(k, d): nearest_mean(cosines.flatten(3), k, d) for k, d in product(NEAREST, DIRECTIONS)}
+            for place, choice in enumerate(CHOICES):
+                found[:, place, positions] = share_above(means[choice.k, choice.direction], choice.threshold)
+        del self._cosines
+        self.take("ratio", found)
+        return {"ratio": found[:, CHOICES.index(self.choice)]}
+
+
+class SimilarityRatio(Metric):
+    """The share of a block's attention vectors that are like those of the nearest blocks (DeepViT Fig. 3a)."""
+
+    name = "similarity-ratio"
+    summary = "share of a block's attention vectors that are like those of the nearest blocks (DeepViT Fig. 3a)"
+    dims = ("block",)
+    collapsed = "high"
+    defaults = {**asdict(Choice()), "axis": "column", "centred": False, "point": "weights"}  # noqa: RUF012
+    variants = {  # noqa: RUF012
+        "mean": {"threshold": "mean"},
+        "both": {"direction": "both"},
+        "nearest-3": {"k": 3},
+        "row": {"axis": "row"},
+        "centred": {"centred": True},
+        "probs": {"point": "probs"},
+    }
+
+    def __init__(self, plan: Plan, **settings: Any) -> None:
+        super().__init__(plan, **settings)
+        self.choice = Choice(self.settings["k"], self.settings["threshold"], self.settings["direction"])
+
+    def inapplicable(self) -> str:
+        """There must be two blocks with comparable maps."""
+        missing = no_token_maps(self.plan)
+        if missing:
+            return missing
+        return "" if any(len(p) > 1 for p in self.plan.groups().values()) else "no two blocks have maps of one shape"
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        sides = "before it" if self.choice.direction == "before" else "on each side of it"
+        above = f"above {self.choice.threshold}"
+        if self.choice.threshold == "mean":
+            above = "not below its mean over the heads and tokens of that image and block"
+        return (
+            f"Share of the {self.settings['axis']}s A[h, t] of a block (heads h, tokens t; prefix tokens included), at "
+            f"{self.settings['point']}, whose mean cosine with the same {self.settings['axis']} of the {self.choice.k} nearest "
+            f"block(s) {sides} is {above}; per image, then averaged over images. DeepViT (arXiv 2103.11886, Fig. 3a) leaves "
+            "number, side and threshold open: these are our readings. settings.similar_blocks counts the blocks with a ratio "
+            f"above {SIMILAR_ABOVE}, and settings.sensitivity that count under every other choice. With the mean as threshold "
+            "maps that are alike or not by chance give about one half."
+        )
+
+    def needs(self) -> dict[str, Need]:
+        """The ratios under every choice."""
+        key = (self.settings["point"], self.settings["axis"], self.settings["centred"], self.choice)
+        return {"ratio": (("similarity-ratio", *key), lambda: NeighbourCosines(self.plan, *key))}
+
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+        """The ratios under this choice; how many blocks that makes similar, under this choice and all others."""
+        mean, stderr, n = folds["ratio"].mean("ratio")
+        at = CHOICES.index(self.choice)
+        ratios = records["ratio"]["ratio"].T
+        settings = {
+            **self.settings,
+            "ratio_above": SIMILAR_ABOVE,
+            "similar_blocks": {"value": float(count_similar(ratios)), "ci95": _count_interval(ratios)},
+            "sensitivity": sensitivity(mean),
+        }
+        facts = {"stderr": stderr[at], "ci95": interval(mean[at], stderr[at], n[at])}
+        return self.reading(mean[at], **facts, point=self.settings["point"], settings=settings, nulls=untrained_only())
+
+    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
+        """[images, blocks]."""
+        return records["ratio"]["ratio"]
+
+
+def count_similar(ratios: Array, above: float = SIMILAR_ABOVE) -> Array:
+    """How many blocks have a mean ratio over images above `above`, [blocks, ..., images] -> [...]."""
+    defined = np.isfinite(ratios)
+    mean = np.where(defined, ratios, 0.0).sum(-1) / np.maximum(defined.sum(-1), 1)
+    return np.asarray(_exceeds(mean, above).sum(0), dtype=np.float64)
+
+
+def _exceeds(ratios: Array, above: float) -> NDArray[np.bool_]:
+    """Whether ratios are above a share that they can also equal: nine of ten vectors are not more than 0.9, however rounded."""
+    return np.asarray(ratios - above > ROUNDING)
+
+
+def _count_interval(ratios: Array) -> list[float] | None:
+    """Bootstrap interval over images of the count; None with one image."""
+    images = ratios.shape[-1]
+    if images < 2:
+        return None
+    _, bounds = bootstrap(lambda chosen: count_similar(ratios[:, chosen]), images)
+    found: list[float] = bounds.tolist()
+    return found
+
+
+METRICS.add(SimilarityRatio.name, SimilarityRatio)

@@ -1,0 +1,111 @@
+"""Do the patches at two depths point the same ways, whichever patch is set against which?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collapse_probe.depthwise import sequence
+from collapse_probe.findings import Reading
+from collapse_probe.geometry import unit
+from collapse_probe.measure import Array, Metric, Need, mean_over_images
+from collapse_probe.nulls import untrained_only
+from collapse_probe.sockets import METRICS
+from collapse_probe.sums import Means
+from collapse_probe.trace import Trace
+
+GRAM_BYTES = 8 * 2**20
+
+
+def cross_cosine(unit_BND: Tensor, other_BMD: Tensor) -> Tensor:
+    """Sum over all pairs of |u_i·v_j| of unit (or zero) vectors, [B, N, D] and [B, M, D] -> [B] in float64."""
+    (images, n, _), m = unit_BND.shape, other_BMD.shape[1]
+    step = max(1, GRAM_BYTES // (n * m * 4))
+    spans = [slice(i, i + step) for i in range(0, images, step)]
+    parts = [(unit_BND[span] @ other_BMD[span].transpose(1, 2)).abs_().sum((1, 2)) for span in spans]
+    return torch.cat(parts).cpu().to(torch.float64)
+
+
+def cross_patch_cosine(one_BND: Tensor, other_BMD: Tensor) -> Tensor:
+    """Mean over all pairs (i, j) of |cos(x_i, y_j)|, i = j included, [B, N, D] and [B, M, D] -> [B], 0 … 1.
+
+    1/(NM) Σ_ij |x_i·y_j|/(‖x_i‖‖y_j‖) (Diverse-ViT, arXiv 2203.06345, across layers). Pairs with a zero vector have no angle
+    and do not count; NaN where no pair has one.
+
+    >>> cross_patch_cosine(torch.eye(2)[None], torch.tensor([[[-1.0, 0.0]]])).item()
+    0.5
+    """
+    (u, u_valid), (v, v_valid) = unit(one_BND), unit(other_BMD)
+    pairs = (u_valid.sum(1) * v_valid.sum(1)).cpu().to(torch.float64)
+    return torch.where(pairs > 0, cross_cosine(u, v) / pairs.clamp_min(1), torch.nan)
+
+
+class CrossPatches(Means):
+    """Per image the mean absolute cosine between the tokens at every two depths of the same width."""
+
+    def __init__(self, depths: int, prefix: bool) -> None:
+        super().__init__()
+        self.depths, self.prefix = depths, prefix
+        self.means_of(value=(depths, depths))
+
+    def end(self, trace: Trace) -> dict[str, Tensor]:
+        """Add one batch; each depth with the depth before is kept by image."""
+        values = torch.full((trace.images, self.depths, self.depths), torch.nan, dtype=torch.float64)
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for depth in range(self.depths):
+            tokens_BND = sequence(trace, depth, self.prefix)
+            if tokens_BND is None:
+                continue
+            unit_BND, valid_BN = unit(tokens_BND)
+            found[depth] = unit_BND, valid_BN.sum(1).cpu().to(torch.float64)
+            for before, (other_BND, others) in found.items():
+                if other_BND.shape[2] == unit_BND.shape[2]:
+                    pairs = found[depth][1] * others
+                    mean = cross_cosine(unit_BND, other_BND) / pairs.clamp_min(1)
+                    values[:, depth, before] = values[:, before, depth] = torch.where(pairs > 0, mean, torch.nan)
+        self.take("value", values)
+        return {"adjacent": values.diagonal(-1, 1, 2)}
+
+
+class CrossPatchSimilarity(Metric):
+    """Mean absolute cosine between any patch at one depth and any patch at another (Diverse-ViT)."""
+
+    name = "cross-patch-similarity"
+    summary = "mean absolute cosine between any two patches at two depths (Diverse-ViT)"
+    dims = ("depth", "depth")
+    collapsed = "high"
+    defaults = {"prefix": False}  # noqa: RUF012
+    variants = {"all": {"prefix": True}}  # noqa: RUF012
+
+    def inapplicable(self) -> str:
+        """The patches must be read somewhere."""
+        return "" if self.plan.width else "no token sequence was found at the first block's input"
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        which = "all tokens, prefix tokens included" if self.settings["prefix"] else "patch tokens, prefix tokens out"
+        return (
+            f"1/(NM) Σ_ij |cos(x_i, y_j)| between the {which}, of one image at two depths of the residual stream (before any "
+            "final norm), averaged over images (Diverse-ViT, arXiv 2203.06345). i = j counts, so that the diagonal never falls "
+            "below 1/N; 1 − patch-diversity leaves it out. Depths of other widths are not compared."
+        )
+
+    def needs(self) -> dict[str, Need]:
+        """Means over images of the matrix."""
+        depths, prefix = len(self.plan.taps), bool(self.settings["prefix"])
+        return {"pairs": (("cross-patches", prefix), lambda: CrossPatches(depths, prefix))}
+
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+        """The matrix with its interval."""
+        return self.reading(**mean_over_images(folds["pairs"]), nulls=untrained_only())
+
+    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
+        """The similarity of each depth with the depth before, [images, depths − 1]."""
+        return records["pairs"]["adjacent"]
+
+
+METRICS.add(CrossPatchSimilarity.name, CrossPatchSimilarity)

@@ -1,0 +1,73 @@
+"""Do two depths tell the images apart in the same way?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from collapse_probe.depthwise import sequence
+from collapse_probe.findings import Reading
+from collapse_probe.measure import Array, Metric, Need
+from collapse_probe.minibatches import STRIDE, MinibatchHSIC, minibatch_for
+from collapse_probe.nulls import untrained_only
+from collapse_probe.sockets import METRICS
+from collapse_probe.trace import Plan, Trace
+
+
+class DepthHSIC(MinibatchHSIC):
+    """HSIC between the tokens at any two depths, one vector an image and depth."""
+
+    def __init__(self, plan: Plan, prefix: bool) -> None:
+        length = sum(patches * width for patches, width in filter(None, plan.patch_shapes))
+        super().__init__(len(plan.taps), minibatch_for(length))
+        self.prefix = prefix
+
+    def end(self, trace: Trace) -> dict[str, Tensor]:
+        """Take the batch; CKA is no mean over images, so nothing is kept by image."""
+        self.absorb([sequence(trace, depth, self.prefix) for depth in range(len(trace.tokens))])
+        return {}
+
+
+class LayerCKA(Metric):
+    """Minibatch CKA between the patch embeddings at two depths (Nguyen et al., Raghu et al.)."""
+
+    name = "layer-cka"
+    summary = "minibatch unbiased linear CKA between the patch embeddings at two depths"
+    dims = ("depth", "depth")
+    collapsed = "high"
+    defaults = {"prefix": False}  # noqa: RUF012
+    variants = {"all": {"prefix": True}}  # noqa: RUF012
+
+    def inapplicable(self) -> str:
+        """The patches must be read somewhere."""
+        return "" if self.plan.width else "no token sequence was found at the first block's input"
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        which = "all tokens, prefix tokens included," if self.settings["prefix"] else "the patch tokens, prefix tokens out,"
+        return (
+            f"Linear CKA of {which} flattened to one vector an image, at two depths of the residual stream: the unbiased "
+            "HSIC₁ averaged over minibatches of images (one of n weighs n), then HSIC(a, b)/√(HSIC(a, a)·HSIC(b, b)) (arXiv "
+            "2010.15327), in float64. Negative values are possible: the estimate is unbiased. settings.minibatch is the images "
+            f"in one; they are put together by their place in the data (the same remainder by {STRIDE}), not by the run's "
+            "batches. The standard error is a jackknife over groups of minibatches, NaN with one minibatch."
+        )
+
+    def needs(self) -> dict[str, Need]:
+        """HSIC between all depths."""
+        prefix = bool(self.settings["prefix"])
+        return {"hsic": (("depth-hsic", prefix), lambda: DepthHSIC(self.plan, prefix))}
+
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+        """The matrix with its interval."""
+        values, stderr, ci95, minibatches = folds["hsic"].cka()
+        if not minibatches:
+            return self.refused("unbiased CKA needs four images or more")
+        settings = {**self.settings, "minibatch": folds["hsic"].size, "minibatches": minibatches}
+        return self.reading(values, stderr=stderr, ci95=ci95, settings=settings, nulls=untrained_only())
+
+
+METRICS.add(LayerCKA.name, LayerCKA)

@@ -1,0 +1,56 @@
+"""How much of the tokens is not their mean: has attention filtered the high frequencies away?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from collapse_probe.depthwise import DepthMetric
+from collapse_probe.sockets import METRICS
+
+
+def frequency_ratio(tokens_BND: Tensor, *, total: bool = False) -> Tensor:
+    """‖HC‖/‖DC‖ (or ‖HC‖/‖X‖), [B, N, D] -> [B], 0 … ∞ (or 0 … 1), in the Frobenius norm.
+
+    DC = 1/N 11ᵀX is the mean token repeated, HC = X − DC (Wang et al., arXiv 2203.05962). NaN where the denominator is zero:
+    tokens whose mean is zero (their ratio has no bound), or that are zero themselves.
+
+    >>> frequency_ratio(torch.tensor([[[2.0, 1.0], [2.0, -1.0]]])).item()
+    0.5
+    """
+    mean_B1D = tokens_BND.mean(-2, keepdim=True)
+    high = (tokens_BND - mean_B1D).square().sum((-2, -1))
+    whole = tokens_BND.square().sum((-2, -1)) if total else tokens_BND.shape[-2] * mean_B1D.square().sum((-2, -1))
+    return torch.where(whole > 0, (high / torch.where(whole > 0, whole, 1.0)).sqrt(), torch.nan)
+
+
+class TokenFrequency(DepthMetric):
+    """The norm of what differs between tokens over that of what they share (Anti-Oversmoothing, arXiv 2203.05962)."""
+
+    name = "token-frequency"
+    summary = "high-frequency share: norm of the tokens minus their mean over the norm of the mean"
+    collapsed = "low"
+    names = ("mean", "total")
+    defaults = {"over": "mean", "prefix": False}  # noqa: RUF012
+    variants = {"total": {"over": "total"}, "all": {"prefix": True}}  # noqa: RUF012
+
+    @property
+    def wanted(self) -> str:
+        """The denominator."""
+        return str(self.settings["over"])
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        below = {"mean": "‖DC‖", "total": "‖X‖"}[self.wanted]
+        return (
+            f"‖HC‖/{below} in the Frobenius norm, DC = 1/N 11ᵀX the mean token repeated and HC = X − DC, over "
+            f"{self.which_tokens()} (arXiv 2203.05962, whose code counts the class token: @all). 0: only the mean is left."
+        )
+
+    def numbers(self, tokens_BND: Tensor) -> dict[str, Tensor]:
+        """The ratio to the mean and to the whole."""
+        return {"mean": frequency_ratio(tokens_BND), "total": frequency_ratio(tokens_BND, total=True)}
+
+
+METRICS.add(TokenFrequency.name, TokenFrequency)

@@ -1,0 +1,142 @@
+"""How long are the patch embeddings, and which of them are far longer than the rest?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collapse_probe.depthwise import in_parts, sequence
+from collapse_probe.errors import SettingError
+from collapse_probe.findings import Reading
+from collapse_probe.geometry import SMALLEST_SPREAD
+from collapse_probe.measure import Array, Metric, Need, mean_over_images
+from collapse_probe.nulls import untrained_only
+from collapse_probe.sockets import METRICS
+from collapse_probe.sums import Means
+from collapse_probe.trace import Plan, Trace
+
+DEVIATIONS = 6.0
+"""Six median absolute deviations are four standard deviations of a normal distribution."""
+REGISTERS_THRESHOLD = 150.0
+
+
+def robust_threshold(norms_BP: Tensor, deviations: float = DEVIATIONS) -> Tensor:
+    """median + deviations · MAD of each image's norms, [B, P] -> [B]; MAD is the median of |norm − median|.
+
+    A MAD below `SMALLEST_SPREAD` of the median is rounding and counts as that share, so that equal norms have no outliers.
+
+    >>> robust_threshold(torch.tensor([[1.0, 2.0, 3.0, 90.0]]), 6.0).item()
+    8.5
+    """
+    median = norms_BP.quantile(0.5, dim=-1, keepdim=True)
+    deviation = (norms_BP - median).abs().quantile(0.5, dim=-1, keepdim=True)
+    return (median + deviations * deviation.maximum(SMALLEST_SPREAD * median)).squeeze(-1)
+
+
+def outliers(norms_BP: Tensor, deviations: float = DEVIATIONS, threshold: float | None = None) -> Tensor:
+    """Which patches are longer than the robust threshold of their image (or than a fixed one), [B, P] -> bool [B, P]."""
+    limit = robust_threshold(norms_BP, deviations)[:, None] if threshold is None else threshold
+    return norms_BP > limit
+
+
+class NormSums(Means):
+    """By depth the mean norm, the share of outliers, and how often each place of the grid holds one."""
+
+    def __init__(self, plan: Plan, deviations: float, threshold: float | None) -> None:
+        super().__init__()
+        self.deviations, self.threshold, depths = deviations, threshold, len(plan.taps)
+        self.places = 0 if plan.grid is None else plan.grid[0] * plan.grid[1]
+        self.means_of(norm=(depths,), share=(depths,))
+        self.room("outliers", depths, self.places)
+        self.room("images", depths)
+
+    def end(self, trace: Trace) -> dict[str, Tensor]:
+        """Add one batch; mean norms and shares [B, depths] are kept by image."""
+        shape = trace.images, len(trace.tokens)
+        found = {name: torch.full(shape, torch.nan, dtype=torch.float64) for name in ("norm", "share")}
+        for depth in range(len(trace.tokens)):
+            patches_BPD = sequence(trace, depth, prefix=False)
+            if patches_BPD is None:
+                continue
+            norms_BP = in_parts(lambda x: {"norm": x.norm(dim=-1)}, patches_BPD)["norm"]
+            flagged_BP = outliers(norms_BP, self.deviations, self.threshold).to(torch.float64)
+            found["norm"][:, depth], found["share"][:, depth] = norms_BP.mean(1), flagged_BP.mean(1)
+            if flagged_BP.shape[1] == self.places:
+                self.state("outliers")[depth] += flagged_BP.sum(0).to(self.state("outliers").device)
+                self.state("images")[depth] += trace.images
+        for name, values in found.items():
+            self.take(name, values)
+        return found
+
+    def where(self, grid: tuple[int, int] | None) -> Array | None:
+        """The share of images that have an outlier at each place, [depths, rows, columns]; None without a grid."""
+        if grid is None:
+            return None
+        images = self.array("images")[:, None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            shares: Array = np.where(images > 0, self.array("outliers") / images, np.nan)
+        return shares.reshape(-1, *grid)
+
+
+class TokenNorm(Metric):
+    """Norms of the patch embeddings and the share of high-norm outliers (Darcet et al., arXiv 2309.16588)."""
+
+    name = "token-norm"
+    summary = "mean norm of the patch embeddings; share and place of high-norm outliers"
+    dims = ("depth",)
+    defaults = {"value": "norm", "deviations": DEVIATIONS, "threshold": None}  # noqa: RUF012
+    variants = {  # noqa: RUF012
+        "outliers": {"value": "share"},
+        "150": {"value": "share", "threshold": REGISTERS_THRESHOLD},
+    }
+
+    def __init__(self, plan: Plan, **settings: Any) -> None:
+        super().__init__(plan, **settings)
+        if not self.settings["deviations"] > 0:
+            raise SettingError(f"outliers lie above the median: deviations must be above 0, not {self.settings['deviations']}")
+
+    def inapplicable(self) -> str:
+        """The patches must be read somewhere."""
+        return "" if self.plan.width else "no token sequence was found at the first block's input"
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        deviations, fixed = self.settings["deviations"], self.settings["threshold"]
+        limit = (
+            f"the image's own median + {deviations:g} · MAD at that depth (MAD: the median absolute deviation)"
+            if fixed is None
+            else f"{fixed:g} (chosen by hand for DINOv2 in arXiv 2309.16588: other models have other scales)"
+        )
+        what = {
+            "norm": "Mean ℓ2 norm of the patch tokens",
+            "share": f"Share of the patch tokens whose ℓ2 norm is above {limit}",
+        }
+        return (
+            f"{what[self.settings['value']]}, prefix tokens out, on the residual stream before any final norm (which would "
+            "make all norms alike), averaged over images. settings.outlier_share is the share of tokens above "
+            f"{limit}, settings.outlier_map the share of images with such a token at each place, by depth, row and column."
+        )
+
+    def needs(self) -> dict[str, Need]:
+        """Norms and outliers; the mean norm and the share come from one fold."""
+        key = (self.settings["deviations"], self.settings["threshold"])
+        return {"norms": (("token-norm", *key), lambda: NormSums(self.plan, *key))}
+
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+        """The curve over depth, and where the outliers sit."""
+        fold = folds["norms"]
+        places = {"outlier_share": fold.mean("share")[0], "outlier_map": fold.where(self.plan.grid)}
+        facts = mean_over_images(fold, self.settings["value"])
+        return self.reading(**facts, settings={**self.settings, "prefix": False, **places}, nulls=untrained_only())
+
+    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
+        """[images, depths]."""
+        return records["norms"][self.settings["value"]]
+
+
+METRICS.add(TokenNorm.name, TokenNorm)

@@ -1,0 +1,70 @@
+"""In how many directions do the tokens of an image still differ?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collapse_probe.depthwise import DepthMetric
+from collapse_probe.geometry import SMALLEST_SPREAD
+from collapse_probe.sockets import METRICS
+from collapse_probe.spectra import effective_rank_of, singular_values, stable_rank_of
+
+
+def token_ranks(tokens_BND: Tensor, *, centred: bool = False) -> dict[str, Tensor]:
+    """Effective and stable rank of each image's token matrix, [B, N, D] -> two [B], 1 … min(N, D).
+
+    With the singular values σ and p = σ/Σσ: effective exp(−Σ p log p) (Roy & Vetterli 2007; σ, not σ²), stable Σσ²/σ₁².
+    `centred` takes the mean token off first. NaN for tokens that are all zero, or centred all equal (their spread below
+    `SMALLEST_SPREAD` of their length, which is rounding).
+
+    >>> {name: round(rank.item(), 6) for name, rank in token_ranks(torch.eye(3, dtype=torch.float64)[None]).items()}
+    {'effective': 3.0, 'stable': 3.0}
+    """
+    whole = tokens_BND.square().sum((-2, -1))
+    if centred:
+        tokens_BND = tokens_BND - tokens_BND.mean(-2, keepdim=True)
+    defined = tokens_BND.square().sum((-2, -1)) > SMALLEST_SPREAD**2 * whole
+    singular = singular_values(torch.where(defined[:, None, None], tokens_BND, 0.0))
+    return {"effective": effective_rank_of(singular), "stable": stable_rank_of(singular)}
+
+
+class TokenRank(DepthMetric):
+    """Effective or stable rank of the token matrix: 1 where all tokens are parallel."""
+
+    name = "token-rank"
+    summary = "effective and stable rank of the token matrix, centred and not"
+    collapsed = "low"
+    names = ("effective", "stable")
+    defaults = {"rank": "effective", "centred": False, "prefix": False}  # noqa: RUF012
+    variants = {"stable": {"rank": "stable"}, "centred": {"centred": True}, "all": {"prefix": True}}  # noqa: RUF012
+
+    @property
+    def wanted(self) -> str:
+        """The kind of rank."""
+        return str(self.settings["rank"])
+
+    @property
+    def same(self) -> tuple[Any, ...]:
+        """Centred or not, which tokens."""
+        return self.settings["centred"], self.settings["prefix"]
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        formula = {
+            "effective": "exp(−Σ p log p), p = σ/Σσ (Roy & Vetterli 2007)",
+            "stable": "‖X‖_F²/σ₁²",
+        }[self.wanted]
+        taken = " after their mean was taken off" if self.settings["centred"] else ""
+        least = "they are parallel" if not self.settings["centred"] else "they differ in one direction; undefined: in none"
+        return f"{formula}, σ the singular values of {self.which_tokens()}{taken}; from 1 ({least}) to min(N, D)."
+
+    def numbers(self, tokens_BND: Tensor) -> dict[str, Tensor]:
+        """Both ranks, from one spectrum."""
+        return token_ranks(tokens_BND, centred=bool(self.settings["centred"]))
+
+
+METRICS.add(TokenRank.name, TokenRank)

@@ -1,0 +1,75 @@
+"""How many directions does a weight matrix use?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from collapse_probe.matrices import BY_HEAD, NAMES, Matrices
+from collapse_probe.measure import Array
+from collapse_probe.sockets import METRICS
+from collapse_probe.spectra import components_for, effective_rank_of, pca_error, stable_rank_of
+from collapse_probe.weight_metric import WeightMetric
+
+SHARES = (0.90, 0.95, 0.99)
+
+
+class WeightRank(WeightMetric):
+    """Effective rank of the weight matrices, its relatives, and what principal components leave over."""
+
+    name = "weight-rank"
+    summary = "effective rank of q, k, v, proj, fc1, fc2; stable rank; PCA reconstruction error"
+    collapsed = "low"
+    defaults = {"measure": "effective", "by_head": False, "divided": False}  # noqa: RUF012
+    variants = {  # noqa: RUF012
+        "squared": {"measure": "squared"},
+        "stable": {"measure": "stable"},
+        "share": {"divided": True},
+        "head": {"by_head": True},
+        **{f"pca{round(100 * share)}": {"measure": "pca", "share": share} for share in SHARES},
+        **{f"components{round(100 * share)}": {"measure": "components", "share": share} for share in SHARES},
+    }
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        share = f"{100 * self.settings.get('share', 0):g} %"
+        what = {
+            "effective": "Effective rank exp(−Σ p log p) with p = σ/Σσ (Roy & Vetterli 2007) of the weight matrix",
+            "squared": "Effective rank exp(−Σ p log p) with p = σ²/Σσ², squared singular values, of the weight matrix",
+            "stable": "Stable rank ‖W‖_F² / σ₁² of the weight matrix",
+            "pca": f"PCA reconstruction error: share of the rows' variance that the leading {share} of the principal "
+            "components leave over (rows are samples, their mean is subtracted) in the weight matrix",
+            "components": f"Number of principal components that hold {share} of the rows' variance (rows are samples, their "
+            "mean is subtracted) in the weight matrix",
+        }[self.settings["measure"]]
+        parts = ", mean over the rows of each head (q, k, v)" if self.settings["by_head"] else " [out, in], whole"
+        divided = ", divided by the smaller of its sides" if self.settings["divided"] else ""
+        return (
+            f"{what}{parts}{divided}. From Diverse-ViT (arXiv 2203.06345), which names redundancy as a low rank and gives no "
+            "code for it. A random matrix has a rank of its own below the full one: the untrained twin says which."
+        )
+
+    def values(self, matrices: Matrices) -> tuple[Array, dict[str, Any]]:
+        """[block, matrix]."""
+        measure, by_head, share = self.settings["measure"], self.settings["by_head"], self.settings.get("share", 0.0)
+        full = matrices.over(lambda w: torch.full(w.shape[:-2], float(min(w.shape[-2:]))), by_head)
+        if measure == "pca":
+            found = matrices.over(lambda w: pca_error(w, share), by_head)
+        elif measure == "components":
+            found = matrices.over(lambda w: components_for(w, share), by_head)
+        elif measure == "stable":
+            found = matrices.spectral(stable_rank_of, by_head)
+        else:
+            found = matrices.spectral(lambda s: effective_rank_of(s, squared=measure == "squared"), by_head)
+        if self.settings["divided"]:
+            found = found / full
+        facts: dict[str, Any] = {"full_rank": np.where(np.isfinite(full), full, np.nan)}
+        if by_head:
+            facts["undefined"] = f"{', '.join(n for n in NAMES if n not in BY_HEAD)} have no rows of a head"
+        return found, {"settings": facts}
+
+
+METRICS.add(WeightRank.name, WeightRank)

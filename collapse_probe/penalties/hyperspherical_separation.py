@@ -1,0 +1,47 @@
+"""Hyperspherical separation: push the two nearest directions apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from collapse_probe.penalty import Direction, RowPenalty
+from collapse_probe.sockets import PENALTIES
+from collapse_probe.uniformity import hyperspherical_separation
+
+
+@dataclass(frozen=True)
+class HypersphericalSeparation(RowPenalty):
+    """Minus the smallest squared distance between two rows at unit length, −4 … 0.
+
+    Source: maximum hyperspherical separation, arXiv 2103.01649; Diverse-ViT, arXiv 2203.06345, released code, which does not
+    train with it. form="repository" multiplies the smallest by its ties and passes over exact duplicates; form="minimum" does
+    neither. Between exact duplicates no direction leads apart, so that their gradient is 0 in either form.
+    """
+
+    form: Literal["minimum", "repository"] = "minimum"
+
+    name = "hyperspherical-separation"
+    summary = "minus the smallest squared distance between the rows' directions"
+    source = "arXiv 2103.01649; Diverse-ViT, arXiv 2203.06345 (released code)"
+    metric = "patch-diversity"
+    direction = "up"
+    metrics: ClassVar[Mapping[str, tuple[str, Direction]]] = {
+        "tokens": ("patch-diversity", "up"),
+        "attention": ("head-similarity", "down"),
+        "weights": ("hyperspherical-energy", "down"),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._choice("form", "minimum", "repository")
+
+    def of_rows(self, rows: Tensor, seed: int) -> Tensor:
+        """[..., n, d] -> [...]."""
+        return -hyperspherical_separation(rows, self.form)
+
+
+PENALTIES.add(HypersphericalSeparation.name, HypersphericalSeparation)

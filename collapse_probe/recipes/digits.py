@@ -1,0 +1,81 @@
+"""Small recipes on scikit-learn's handwritten digits: a model that collapses by construction, an ordinary one,
+and each with Re-attention.
+
+Costs were measured on one core of a 2-core AMD EPYC.
+"""
+
+from __future__ import annotations
+
+import math
+
+from collapse_probe.recipe import Augmentation, Recipe
+from collapse_probe.sockets import RECIPES
+from collapse_probe.vit import ViTSettings
+
+WIDTH = 64
+STD = 0.02 * math.sqrt(768 / WIDTH)
+
+
+def _digits(name: str, about: str, *, tied: bool, fix: str | None) -> Recipe:
+    made = Recipe(
+        name=name,
+        about=about,
+        data="bundled:digits",
+        model=ViTSettings(
+            image_size=8, patch_size=2, classes=10, depth=24, width=WIDTH, heads=4, mlp_ratio=2.0, tied=tied, init_std=STD
+        ),
+        embedding_std=STD,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        betas=(0.9, 0.98),
+        weight_decay=0.05 if tied else 0.5,
+        clip=1.0,
+        steps=800 if tied else 1000,
+        warmup=80 if tied else 100,
+        label_smoothing=0.1,
+        augmentation=Augmentation(shift=1, contrast=0.2, noise=0.05),
+        recalibrate=0 if fix is None else 20,
+    )
+    return made.vary(fix=fix)
+
+
+def digits_tied_mhsa() -> Recipe:
+    """One block reused 24 times: attention that is alike across depth by construction.
+
+    What collapse looks like to every metric, and no evidence about ordinary ViTs: it is there before
+    training. 36,234 parameters.
+    """
+    return _digits("digits-tied-mhsa", "positive control: one block reused 24 times", tied=True, fix=None)
+
+
+def digits_tied_re_attention() -> Recipe:
+    """The positive control with Re-attention, Theta and BatchNorm of its own in every block. 36,906 parameters."""
+    return _digits("digits-tied-re-attention", "the positive control with Re-attention", tied=True, fix="re-attention")
+
+
+def digits_mhsa() -> Recipe:
+    """An ordinary ViT of 24 blocks. 806,090 parameters."""
+    return _digits("digits-mhsa", "an ordinary ViT of 24 blocks", tied=False, fix=None)
+
+
+def digits_re_attention() -> Recipe:
+    """The ordinary ViT of 24 blocks with Re-attention in all of them. 806,762 parameters."""
+    return _digits("digits-re-attention", "the ordinary ViT of 24 blocks with Re-attention", tied=False, fix="re-attention")
+
+
+def digits_quick() -> Recipe:
+    """Four blocks of width 32, 200 steps: a run of a few seconds to try the trainer with. 29,354 parameters."""
+    about = "a few seconds: 4 blocks of width 32, to try the trainer with"
+    made = _digits("digits-quick", about, tied=False, fix=None)
+    return made.vary(
+        depth=4,
+        width=32,
+        init_std=0.02 * math.sqrt(768 / 32),
+        embedding_std=0.02 * math.sqrt(768 / 32),
+        steps=200,
+        weight_decay=0.05,
+    )
+
+
+for _recipe in (digits_tied_mhsa, digits_tied_re_attention, digits_mhsa, digits_re_attention, digits_quick):
+    RECIPES.add(_recipe.__name__.replace("_", "-"), _recipe)

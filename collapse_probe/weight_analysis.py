@@ -1,0 +1,91 @@
+"""Reads the metrics of the weights: the matrices once, then every metric of them, beside those of an untrained twin."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from collapse_probe.capture import noise, probe
+from collapse_probe.errors import ModelError
+from collapse_probe.findings import Reading
+from collapse_probe.matrices import NAMES, Matrices
+from collapse_probe.measure import Metric
+from collapse_probe.nulls import with_untrained
+from collapse_probe.products import hear_matrices
+from collapse_probe.subject import Subject, unwrap
+from collapse_probe.trace import Plan
+from collapse_probe.weight_metric import WeightMetric
+
+Metrics = Mapping[str, Metric]
+
+
+@dataclass(frozen=True)
+class WeightRun:
+    """The readings of the weight metrics by name, notes for the run, and the seconds that the reading took."""
+
+    readings: dict[str, Reading] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+def matrices_of(model: nn.Module, plan: Plan, seed: int = 0) -> Matrices:
+    """The weight matrices of every block of `plan`, heard in one forward pass of noise; no data are needed."""
+    if plan.image_size is None:
+        reason = "the probe saw no image, so that no pass could be made to hear the products of the blocks"
+        missing = tuple(dict.fromkeys(NAMES, reason) for _ in plan.blocks)
+        return Matrices(plan.blocks, tuple({} for _ in plan.blocks), missing)
+    model = unwrap(model)
+    return hear_matrices(model, noise(model, plan.image_size, 3, seed), plan.blocks)
+
+
+def apart(metrics: Metrics) -> tuple[dict[str, WeightMetric], dict[str, Metric]]:
+    """The metrics of the weights, and those that need images."""
+    weights = {name: metric for name, metric in metrics.items() if isinstance(metric, WeightMetric)}
+    return weights, {name: metric for name, metric in metrics.items() if name not in weights}
+
+
+def read_weights(
+    subject: Subject,
+    model: nn.Module,
+    plan: Plan,
+    metrics: Mapping[str, WeightMetric],
+    *,
+    seed: int,
+    device: torch.device,
+    twin: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> WeightRun:
+    """Every weight metric of `model`, with the untrained twin's values as null; `twin` False leaves that out."""
+    if not metrics:
+        return WeightRun()
+    start = time.perf_counter()
+    say(f"reading the weights of {len(plan.blocks)} blocks")
+    readings = _readings(model, plan, metrics, seed)
+    notes = tuple(dict.fromkeys(line for metric in metrics.values() if metric.matrices for line in metric.matrices.reasons()))
+    twins: dict[str, Reading] = {}
+    try:
+        if not twin:
+            raise ModelError("no null images were asked for, which leaves the untrained twin out")
+        if subject.fresh is None:
+            raise ModelError("the model came as an object, and its architecture cannot be made anew")
+        say("reading the weights of the untrained twin")
+        fresh = subject.fresh(seed + 1).to(device)
+        fresh_plan = probe(fresh, subject.preprocess.size, seed=seed)
+        twins = _readings(fresh, fresh_plan, {name: type(m)(fresh_plan, **m.settings) for name, m in metrics.items()}, seed)
+        reason, notes = "", (*notes, f"untrained twin of the weights: fresh weights with seed {seed + 1}")
+    except ModelError as error:
+        reason = str(error)
+    found = {name: with_untrained(reading, twins.get(name), 0, reason) for name, reading in readings.items()}
+    return WeightRun(found, notes, time.perf_counter() - start)
+
+
+def _readings(model: nn.Module, plan: Plan, metrics: Mapping[str, WeightMetric], seed: int) -> dict[str, Reading]:
+    matrices = matrices_of(model, plan, seed)
+    for metric in metrics.values():
+        metric.matrices = matrices
+    refused = {name: metric.inapplicable() for name, metric in metrics.items()}
+    return {name: metric.refused(refused[name]) if refused[name] else metric.read({}, {}) for name, metric in metrics.items()}
