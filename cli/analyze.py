@@ -16,7 +16,9 @@ from collapse_probe.cli import options
 @options.model
 @options.data_if_needed
 @options.level
+@options.preset
 @options.running
+@options.surer
 @options.remedies
 @options.failing
 @options.output
@@ -38,10 +40,12 @@ def run(*, model: str, data: str | None, output: str | None, as_json: bool, quie
     from collapse_probe.analysis import Settings, measure
     from collapse_probe.data import open_data
     from collapse_probe.folders import check_writable
+    from collapse_probe.preset import with_presets
     from collapse_probe.processes import rank_and_world
 
     talk, rules = Talk(quiet), thresholds(flags.pop("fail_on", ()))
-    flags["metrics"] = chosen(flags.pop("levels", ()), flags["metrics"], data)
+    asked = with_presets(flags["metrics"], flags.get("presets", ()))
+    flags["metrics"] = chosen(flags.pop("levels", ()), asked, data)
     some = {key: flags.pop(key) for key in ("split", "limit")}
     images = None if data is None else open_data(data, seed=flags["seed"], **some)
     subject = opened(model, images, flags)
@@ -68,7 +72,7 @@ def run(*, model: str, data: str | None, output: str | None, as_json: bool, quie
 
 
 def chosen(levels: tuple[str, ...], metrics: tuple[str, ...], data: str | None) -> tuple[str, ...]:
-    """The metrics that --level and --metric ask for (none: the default set); wrong usage where they need data and have none."""
+    """The metrics that --level, --preset and --metric ask for (none: the default set); wrong usage where data are missing."""
     from collapse_probe.sockets import METRICS
     from collapse_probe.weight_metric import level_of, of_level
 

@@ -10,7 +10,7 @@ import click
 from collapse_probe.cli import options
 
 KINDS = ("share", "mean", "uniform", "identity", "skip")
-MEASURING = ("metrics", "null_images")  # flags of `running` that are about analyses
+MEASURING = ("metrics", "presets", "null_images", "null_seeds", "until_ci")  # flags of `running` that are about analyses
 
 
 @click.command("intervene", context_settings={"help_option_names": ["-h", "--help"]})

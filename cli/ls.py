@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import click
 from collapse_probe.cli import options
 
-KINDS = ("models", "metrics", "fixes", "penalties", "recipes", "data")
+KINDS = ("models", "metrics", "presets", "fixes", "penalties", "recipes", "data")
 
 
 @click.command("ls", context_settings={"help_option_names": ["-h", "--help"]})
@@ -16,7 +16,7 @@ KINDS = ("models", "metrics", "fixes", "penalties", "recipes", "data")
 @click.argument("pattern", required=False)
 @options.talking
 def command(kind: str, pattern: str | None, quiet: bool, verbose: int) -> None:
-    """List models, metrics, fixes, penalties, recipes or data, those that match PATTERN (* and ? as in a shell)."""
+    """List models, metrics, presets, fixes, penalties, recipes or data, those that match PATTERN (* and ? as in a shell)."""
     found = [(name, line) for name, line in entries(kind) if matches(name, pattern)]
     width = max((len(name) for name, _ in found), default=0)
     for name, line in found:
@@ -45,6 +45,11 @@ def entries(kind: str) -> Iterator[tuple[str, str]]:
         for name, metric in METRICS.items():
             variants = "".join(f" @{suffix}" for suffix in metric.variants)
             yield name, metric.summary + (f"; variants{variants}" if variants else "")
+    elif kind == "presets":
+        from collapse_probe.sockets import PRESETS
+
+        for name, preset in PRESETS.items():
+            yield name, f"version {preset.version}; {preset.summary} ({preset.paper}): {', '.join(preset.metrics)}"
     elif kind == "fixes":
         from collapse_probe.sockets import FIXES
 

@@ -95,6 +95,13 @@ level = click.option(
     type=click.Choice(["attention", "tokens", "weights", "all"]),
     help="Every metric of this level, beside those of --metric; weights need no data.  [default: a fixed set]",
 )
+preset = click.option(
+    "--preset",
+    "presets",
+    multiple=True,
+    metavar="NAME",
+    help="The metrics of one paper, every choice fixed, beside those of --metric; see `ls presets`.",
+)
 running = _all(
     click.option("-b", "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, metavar="N"),
     click.option(
@@ -118,6 +125,23 @@ running = _all(
         show_default=True,
         metavar="N",
         help="Images for the untrained twin; 0 leaves it out.",
+    ),
+)
+surer = _all(
+    click.option(
+        "--null-seeds",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Untrained twins of so many seeds: their mean is the null, their spread is stored.",
+    ),
+    click.option(
+        "--until-ci",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="W",
+        help="Take images in random order and stop when every headline mean's 95 % interval is within ± W (32 images or more)."
+        "  [default: all images]",
     ),
 )
 remedies = _all(

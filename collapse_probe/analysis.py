@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from collapse_probe.capture import probe
@@ -20,14 +21,20 @@ from collapse_probe.errors import DataError, ModelError, SettingError
 from collapse_probe.facts import address_of, data_facts, model_facts
 from collapse_probe.findings import Findings, Reading
 from collapse_probe.measure import Metric, make
-from collapse_probe.nulls import with_untrained
-from collapse_probe.one_pass import Outputs, Progress, Run, one_pass, reading_of, records_of
+from collapse_probe.headlines import kept_of
+from collapse_probe.nulls import with_twins, with_untrained
+from collapse_probe.one_pass import Outputs, Progress, Run, image_table, one_pass, reading_of
+from collapse_probe.outcomes import judged
 from collapse_probe.overlay import gallery_of, spread_out
+from collapse_probe.preset import records as preset_records
+from collapse_probe.preset import with_presets
 from collapse_probe.processes import rank_and_world
 from collapse_probe.provenance import versions
 from collapse_probe.sources import resolve
+from collapse_probe.stopping import FEWEST, Stopper, placed, shuffled
 from collapse_probe.subject import Subject
 from collapse_probe.summary import summarise
+from collapse_probe.sureness import against_seeds, bounds_of, sureness
 from collapse_probe.trace import Plan
 from collapse_probe.weight_analysis import apart, read_weights
 from collapse_probe.weight_metric import summary_of
@@ -68,7 +75,10 @@ class Settings:
     workers: int = 0
     seed: int = 0
     metrics: tuple[str, ...] = ()
+    presets: tuple[str, ...] = ()
     null_images: int = NULL_IMAGES
+    null_seeds: int = 1
+    until_ci: float | None = None
     gallery_images: int = GALLERY_IMAGES
     command: str = ""
 
@@ -82,6 +92,10 @@ class Settings:
             raise SettingError(f"the batch size must be 1 or more, not {self.batch_size}")
         if self.null_images < 0:
             raise SettingError(f"the number of null images must be 0 or more, not {self.null_images}")
+        if self.null_seeds < 1:
+            raise SettingError(f"the number of seeds of the untrained twin must be 1 or more, not {self.null_seeds}")
+        if self.until_ci is not None and not self.until_ci > 0:
+            raise SettingError(f"the half-width to stop at must be above 0, not {self.until_ci}")
         if self.amp_dtype not in ("float16", "bfloat16"):
             raise SettingError(f"the amp dtype must be float16 or bfloat16, not {self.amp_dtype!r}")
 
@@ -143,20 +157,22 @@ def measure(
     device = choose_device(settings.device)
     model = subject.model.to(device)
     plan = probe(model, subject.preprocess.size, seed=settings.seed)
-    metrics = chosen_metrics(plan, settings.metrics)
+    metrics = chosen_metrics(plan, with_presets(settings.metrics, settings.presets))
     of_weights, heard = apart(metrics)
-    run, readings, notes = Run(folds={}), dict[str, Reading](), list[str]()
+    run, readings, notes, stopping = Run(folds={}), dict[str, Reading](), list[str](), None
     if heard:
         say(budget_line(plan, device))
         images = _needed(images, heard)
         stream, wanted = _stream(images, subject, settings), _wanted(images, settings)
-        run = one_pass(
-            model, plan, heard, stream, device, amp=settings.amp_as, wanted=wanted, progress=progress, outputs=outputs
-        )
+        stopper = None if settings.until_ci is None else Stopper(settings.until_ci, heard, _heads(plan))
+        hearers: dict[str, Any] = {"progress": progress, "outputs": outputs, "stopper": stopper}
+        run = one_pass(model, plan, heard, stream, device, amp=settings.amp_as, wanted=wanted, **hearers)
         if not run.names:
             raise DataError(f"no readable image in {address_of(images)}{_why(run.skipped)}")
         readings = {name: reading_of(metric, run) for name, metric in heard.items()}
         readings, notes = _against_twin(readings, subject, images, settings, device, say)
+        stopping = stopper and stopper.facts(len(images) if isinstance(images, ImageSet) else None)
+        notes += [stopping["sentence"]] if stopping else []
     elif images is not None:
         images, notes = None, ["the metrics asked for are of the weights alone: the images were not used"]
     twin = settings.null_images > 0
@@ -177,17 +193,22 @@ def measure(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "self_check": {k: None if math.isnan(v) else v for k, v in vars(plan.check).items()},
         "tile_bytes": tile_bytes(plan, device),
+        "until_ci": stopping,
         "notes": [*subject.notes, *plan.notes, *notes, *weights.notes],
     }
-    return Findings(
+    table, summary = image_table(heard, run), summarise(readings, len(run.names)) | summary_of(weights.readings)
+    found = Findings(
         model=model_facts(subject, plan),
         data=data_facts(images, run.names, run.skipped),
         run=facts,
         metrics=readings,
-        summary=summarise(readings, len(run.names)) | summary_of(weights.readings),
-        images=_image_table(heard, run),
+        summary=summary | bounds_of(kept_of(table, _heads(plan))),
+        images=table,
         gallery=gallery_of(run.pictures, run.names, plan, subject.preprocess.description),
+        presets=preset_records(settings.presets),
+        sureness=sureness(table, readings, summary, heads=_heads(plan), images=images, seed=settings.seed),
     )
+    return judged(found)
 
 
 def chosen_metrics(plan: Plan, names: Sequence[str]) -> dict[str, Metric]:
@@ -214,8 +235,11 @@ def _stream(images: ImageSet | Iterable[Any], subject: Subject, settings: Settin
     if not isinstance(images, ImageSet):
         return from_loader(images)
     rank, world = rank_and_world()
-    size, workers = settings.batch_size, settings.workers
-    return batches(images, subject.preprocess, batch_size=size, workers=workers, rank=rank, world=world)
+    facts: dict[str, Any] = {"batch_size": settings.batch_size, "workers": settings.workers, "rank": rank, "world": world}
+    if settings.until_ci is None:
+        return batches(images, subject.preprocess, **facts)
+    drawn, order = shuffled(images, settings.seed)
+    return placed(batches(drawn, subject.preprocess, **facts), order)
 
 
 def _against_twin(
@@ -227,23 +251,30 @@ def _against_twin(
     say: Report,
 ) -> tuple[dict[str, Reading], list[str]]:
     """The readings beside those of the same architecture with fresh weights, on a seeded subset of the images."""
-    try:
-        twin = _twin(subject, images, settings)
-    except ModelError as error:
-        return {name: with_untrained(r, None, 0, str(error)) for name, r in readings.items()}, []
-    assert isinstance(images, ImageSet)
-    few = images.subset(settings.null_images, settings.seed)
-    say(f"measuring the untrained twin on {len(few)} images")
-    twin = twin.to(device)
-    plan = probe(twin, subject.preprocess.size, seed=settings.seed)
-    metrics = chosen_metrics(plan, list(readings))
-    run = one_pass(twin, plan, metrics, _stream(few, subject, settings), device, amp=settings.amp_as)
-    twins = {name: reading_of(metric, run) for name, metric in metrics.items()}
-    note = f"untrained twin: fresh weights with seed {settings.seed + 1} on {len(run.names)} images"
-    return {name: with_untrained(r, twins[name], len(run.names)) for name, r in readings.items()}, [note]
+    twins: dict[int, dict[str, Reading]] = {}
+    for seed in range(settings.seed + 1, settings.seed + 1 + settings.null_seeds):
+        try:
+            twin = _twin(subject, images, settings, seed).to(device)
+        except ModelError as error:
+            return {name: with_untrained(r, None, 0, str(error)) for name, r in readings.items()}, []
+        assert isinstance(images, ImageSet)
+        few = images.subset(settings.null_images, settings.seed)
+        say(f"measuring the untrained twin on {len(few)} images")
+        plan = probe(twin, subject.preprocess.size, seed=settings.seed)
+        metrics = chosen_metrics(plan, list(readings))
+        run = one_pass(twin, plan, metrics, _stream(few, subject, settings), device, amp=settings.amp_as)
+        twins[seed] = {name: reading_of(metric, run) for name, metric in metrics.items()}
+    which = f"twin: fresh weights with seed {seed}" if len(twins) == 1 else f"twins: fresh weights with seeds {[*twins]}"
+    found = {name: with_twins(r, {s: t[name] for s, t in twins.items()}, len(run.names)) for name, r in readings.items()}
+    spans = [against_seeds(found["attention-similarity"])] if "attention-similarity" in found else []
+    return found, [f"untrained {which} on {len(run.names)} images", *filter(None, spans)]
 
 
-def _twin(subject: Subject, images: ImageSet | Iterable[Any], settings: Settings) -> nn.Module:
+def _heads(plan: Plan) -> NDArray[np.float64]:
+    return np.array([plan.layers[i].heads for i in plan.map_layers], dtype=np.float64)
+
+
+def _twin(subject: Subject, images: ImageSet | Iterable[Any], settings: Settings, seed: int) -> nn.Module:
     """The untrained twin; raises ModelError with the reason where there is none."""
     if settings.null_images == 0:
         raise ModelError("no null images were asked for")
@@ -251,25 +282,14 @@ def _twin(subject: Subject, images: ImageSet | Iterable[Any], settings: Settings
         raise ModelError("the images came from an iterable that can be run through once")
     if subject.fresh is None:
         raise ModelError("the model came as an object, and its architecture cannot be made anew")
-    return subject.fresh(settings.seed + 1)
+    return subject.fresh(seed)
 
 
 def _wanted(images: ImageSet | Iterable[Any], settings: Settings) -> frozenset[str]:
     if isinstance(images, ImageSet):
-        return spread_out(images.names, settings.gallery_images)
+        sure = images.names if settings.until_ci is None else shuffled(images, settings.seed)[0].names[:FEWEST]
+        return spread_out(sure, settings.gallery_images)
     return frozenset(str(i) for i in range(settings.gallery_images))
-
-
-def _image_table(metrics: Mapping[str, Metric], run: Run) -> dict[str, Any]:
-    table: dict[str, Any] = {"names": np.array(run.names, dtype=np.str_)}
-    for name, metric in metrics.items():
-        records = {} if metric.inapplicable() else records_of(metric, run)
-        values = metric.per_image(records) if records else None
-        if values is not None:
-            table[name] = values
-            nulls = [r["other_token"] for r in records.values() if values is r.get("real")]  # the null that is theirs
-            table |= {f"{name}/other_token": null for null in nulls}
-    return table
 
 
 def _why(skipped: Sequence[tuple[str, str]]) -> str:

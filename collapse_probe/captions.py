@@ -50,6 +50,20 @@ CAPTIONS: dict[str, Caption] = {
         "A map is a mean over heads and queries and can look flat although single heads are sharp. What "
         "is attended to is not thereby what decides the output.",
     ),
+    "rollout-gallery": Caption(
+        "Attention rollout over the picture",
+        "What has come from each patch up to every block when the maps of all blocks before are multiplied, skip connections "
+        "counted as identity and heads averaged (Abnar & Zuidema): the first block's tile holds one map, the last one's the "
+        "product of all. Scale and order as in the gallery of single blocks.",
+        "Rollout ignores values and MLPs; it tends to even out with depth in every network. It is not what the decision rests on.",
+    ),
+    "token-norm-places": Caption(
+        "Where the tokens of unusual length sit",
+        "For each depth the share of images in which the patch at that place is an outlier by its norm, and above each map "
+        "the share of all patch tokens that are. One scale for all maps.",
+        "The rule compares a token with the others of its image and depth: a heavy tail of ordinary lengths gives outliers "
+        "too, with random weights as well.",
+    ),
     "attention-variants": Caption(
         "The same comparison, read in other ways",
         "Rows compare where one query looks; the default compares columns, how one key is looked at by "
@@ -93,7 +107,8 @@ CAPTIONS: dict[str, Caption] = {
         "rows, effective rank as a share of the full one, the spread of the eigenvalues of W Wᵀ, and how crowded the "
         "rows are on the sphere. Dashed lines of the same colour are the same matrices before training.",
         "Weights are one sample of themselves, so there is no interval. A random matrix already has a rank below the "
-        "full one and rows that are not quite orthogonal: only the distance from the dashed line is learned. "
+        "full one and rows that are not quite orthogonal: only the distance from the dashed line is learned. The gap follows the largest "
+        "direction, so that one outlying entry, which some initialisations draw, is enough to raise it. "
         "Redundant weights do not say that attention or tokens are alike.",
     ),
     "weights-depth": Caption(

@@ -9,18 +9,12 @@ from typing import Any
 import numpy as np
 
 from collapse_probe.findings import Findings, Nulls, Reading
+from collapse_probe.readings import NULL_LABELS
 from collapse_probe.words import DASH, plain
 
 MOST_SKIPPED = 200  # names of skipped images that the page lists
 COLLAPSED = {"high": "high values are the collapsed end", "low": "low values are the collapsed end"}
 POINTS = {"probs": "probs, the softmax", "weights": "weights, what multiplies V"}
-NULL_LABELS = {
-    "untrained": "untrained twin",
-    "other_token": "other token",
-    "other_image": "other image",
-    "other_head": "other head",
-    "kappa": "κ",
-}
 UNITS = {"seconds": "{:,.1f} s", "images_per_second": "{:,.1f}", "self_check": "{:.2g}"}
 FIRST = {
     "model": (
@@ -69,6 +63,8 @@ def _metric(reading: Reading) -> list[tuple[str, str]]:
 
 
 def _setting(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+        return f"a table of {len(value)} rows, in findings.json"
     if np.ndim(value) > 1:
         return f"{' × '.join(map(str, np.shape(value)))} numbers, in findings.json"
     return plain(value)

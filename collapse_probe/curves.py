@@ -160,11 +160,21 @@ def similar_blocks(findings: Findings, narrow: bool = False) -> Figure | None:
     reading = held(findings, "similar-blocks")
     if reading is None or reading.values is None:
         return None
+    rows = len(reading.values) + (corrected_count(findings) is not None)
+    figure = sheet(NARROW if narrow else 7.5, 0.42 * rows + 1.3)
+    axes = figure.subplots()
+    counts(axes, findings, "similar-blocks")
+    share_legend(figure, axes, columns=2)
+    return figure
+
+
+def counts(axes: Axes, findings: Findings, name: str) -> None:
+    """The counts of one similar-blocks reading, a row for each threshold; last, how many pass by kappa."""
+    reading = findings.metrics[name]
+    assert reading.values is not None
     levels = [float(level) for level in reading.settings.get("thresholds", THRESHOLDS)]
     rows = [f"raw > {level:g}" for level in levels]
-    corrected = corrected_count(findings)
-    figure = sheet(NARROW if narrow else 7.5, 0.42 * (len(rows) + (corrected is not None)) + 1.3)
-    axes, fresh = figure.subplots(), null(reading, "untrained")
+    corrected, fresh = corrected_count(findings, name), null(reading, "untrained")
     for y, value in enumerate(reading.values):
         _count(axes, y, float(value), None if reading.ci95 is None else reading.ci95[y])
         if fresh is not None:
@@ -172,9 +182,7 @@ def similar_blocks(findings: Findings, narrow: bool = False) -> Figure | None:
     if corrected is not None:
         _count(axes, len(levels), corrected.value, corrected.ci95)
         rows.append(f"κ > {corrected.above:g}")
-    _count_axes(axes, rows, pairs_of(findings))
-    share_legend(figure, axes, columns=2)
-    return figure
+    _count_axes(axes, rows, pairs_of(findings, name))
 
 
 def _count_axes(axes: Axes, rows: list[str], pairs: int) -> None:

@@ -9,35 +9,27 @@ from matplotlib.figure import Figure
 
 from collapse_probe.curves import adjacent_blocks, entropy, per_block, similar_blocks
 from collapse_probe.drawing import drawn, png, svg
-from collapse_probe.findings import Findings, Reading
-from collapse_probe.gallery import attention_gallery
+from collapse_probe.family_figures import family_figure, family_figures, pair
+from collapse_probe.findings import Findings
+from collapse_probe.gallery import attention_gallery, rollout_gallery
 from collapse_probe.heatmaps import SIGNED, Panel, grid, scale_of
-from collapse_probe.readings import held, null
+from collapse_probe.outlier_places import outlier_places
+from collapse_probe.readings import held
 from collapse_probe.weight_curves import weights
 
 VARIANTS = {
     "row": "by rows: where one query looks",
     "centred": "centred: each vector's mean taken off",
     "patches": "without prefix tokens",
+    "probs": "of the softmax (probs)",
 }
-
-
-def _pair(reading: Reading, raw: str, corrected: str) -> list[Panel | None]:
-    assert reading.values is not None
-    axis = "depth (0: before block 0)" if "depth" in reading.dims else "block"
-    centred = reading.settings.get("centred") is True  # a correlation, whichever sign it happens to have
-    kappa = null(reading, "kappa")
-    return [
-        Panel(reading.values, raw, SIGNED if centred else scale_of(reading.values), axis, axis),
-        None if kappa is None else Panel(kappa, corrected, SIGNED, axis, axis),
-    ]
 
 
 def _similarity(findings: Findings, name: str, narrow: bool) -> Figure | None:
     reading = held(findings, name)
     if reading is None:
         return None
-    panels = _pair(reading, "raw cosine", "null-corrected κ (0: as alike as the null)")
+    panels = pair(reading, "raw cosine", "null-corrected κ (0: as alike as the null)")
     return grid(panels, 2 if panels[1] else 1, narrow=narrow)
 
 
@@ -57,10 +49,12 @@ def feature_similarity(findings: Findings, narrow: bool = False) -> Figure | Non
 def attention_variants(findings: Findings, narrow: bool = False) -> Figure | None:
     """The other readings of attention similarity (rows, centred, …), one row each: raw, null-corrected."""
     panels: list[Panel | None] = []
+    beside = "probs" if held(findings, "attention-similarity") is not None else ""
     for name, reading in findings.metrics.items():
         family, _, variant = name.partition("@")
-        if family == "attention-similarity" and variant not in ("", "probs") and reading.values is not None:
-            panels += _pair(reading, VARIANTS.get(variant, variant), f"κ, {variant}")
+        if family == "attention-similarity" and variant not in ("", beside) and reading.values is not None:
+            words = "; ".join(VARIANTS.get(suffix, suffix) for suffix in variant.split("@"))
+            panels += pair(reading, words, f"κ, {variant.replace('@', ', ')}")
     return grid(panels, 2, narrow=narrow) if panels else None
 
 
@@ -92,20 +86,27 @@ FIGURES: dict[str, Callable[[Findings, bool], Figure | None]] = {
     "attention-adjacent": adjacent_blocks,
     "similar-blocks": similar_blocks,
     "attention-gallery": attention_gallery,
+    "rollout-gallery": rollout_gallery,
     "attention-variants": attention_variants,
     "probs-and-weights": probs_and_weights,
     "attention-entropy": entropy,
     "per-block": per_block,
     "feature-similarity": feature_similarity,
+    "token-norm-places": outlier_places,
     "weights": weights,
     "weights-depth": weights_depth,
 }
 
 
 def draw_all(findings: Findings, *, narrow: bool = False, names: Collection[str] | None = None) -> dict[str, Figure]:
-    """Every figure (of `names`) that these findings fill, in the order of the page; `narrow` for a phone."""
-    wanted = FIGURES if names is None else names
+    """Every figure (of `names`) that these findings fill; `narrow` for a phone.
+
+    First those of FIGURES, then one for each family of readings that these leave out (`family_figures`).
+    """
+    families = family_figures(findings)
+    wanted = {*FIGURES, *families} if names is None else set(names)
     made = {name: draw(findings, narrow) for name, draw in FIGURES.items() if name in wanted}
+    made |= {key: family_figure(findings, shown, narrow) for key, shown in families.items() if key in wanted}
     return {name: figure for name, figure in made.items() if figure is not None}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ class Nulls:
     """What a metric would read with nothing to find.
 
     `values` maps untrained, other_token, other_image, other_head and kappa to arrays with the metric's dims, or to
-    None where `reasons` says why; `images` says on how many images each was taken; `kappa_ci95` [..., 2].
+    None where `reasons` says why; `images` says on how many images each was taken; `kappa_ci95` [..., 2]; `spread`: see `nulls`.
     """
 
     values: Mapping[str, Array | None]
     images: Mapping[str, int]
     reasons: Mapping[str, str] = field(default_factory=dict)
     kappa_ci95: Array | None = None
+    spread: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,23 @@ class Gallery:
     """A few of the images with the attention map of every block, for the report.
 
     `pictures` uint8 [I, height, width, 3] (the model's own crop), `maps` float64 [I, blocks, rows, columns]
-    (attention paid to each patch, mean over heads and over the queries that `query` names).
+    (attention paid to each patch, mean over heads and over the queries that `query` names). `rollouts`, of the same shape,
+    is the same for attention rollout up to each block, from the mean over heads, where that was measured.
     """
 
     names: tuple[str, ...]
     pictures: NDArray[np.uint8]
     maps: Array
     query: str
+    rollouts: Array | None = None
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What one run found. `images` maps "names" and each metric's name to per-image arrays, first axis images."""
+    """What one run found. `images` maps "names" and each metric's name to per-image arrays, first axis images.
+
+    `presets` holds the record of every preset by name, `verdict` how each rule came out in turn; `sureness`: see there.
+    """
 
     model: Mapping[str, Any]
     data: Mapping[str, Any]
@@ -81,6 +87,9 @@ class Findings:
     summary: Mapping[str, float | int | None]
     images: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     gallery: Gallery | None = None
+    presets: Mapping[str, Any] = field(default_factory=dict)
+    sureness: Mapping[str, Any] = field(default_factory=dict)
+    verdict: Sequence[Mapping[str, Any]] = ()
 
     @property
     def blocks(self) -> pd.DataFrame:
@@ -112,6 +121,9 @@ class Findings:
             "run": _plain(self.run),
             "metrics": {name: _reading_to_json(reading) for name, reading in self.metrics.items()},
             "summary": _plain(self.summary),
+            "presets": _plain(self.presets),
+            "sureness": _plain(self.sureness),
+            "verdict": _plain(self.verdict),
         }
 
     def save(self, folder: str | Path) -> Path:
@@ -134,6 +146,7 @@ class Findings:
                 pictures=self.gallery.pictures,
                 maps=self.gallery.maps.astype(np.float32),
                 query=np.array(self.gallery.query),
+                **({} if self.gallery.rollouts is None else {"rollouts": self.gallery.rollouts.astype(np.float32)}),
             )
 
     def _matrices(self) -> dict[str, Array]:
@@ -171,6 +184,9 @@ class Findings:
             summary=content["summary"],
             images=images,
             gallery=_load_gallery(folder / "gallery.npz"),
+            presets=content.get("presets", {}),
+            sureness=content.get("sureness", {}),
+            verdict=content.get("verdict", ()),
         )
 
     def with_run(self, **facts: Any) -> Findings:
@@ -211,6 +227,7 @@ def _reading_to_json(reading: Reading) -> dict[str, Any]:
             "kappa_ci95": _plain(reading.nulls.kappa_ci95),
             "images": dict(reading.nulls.images),
             "reasons": dict(reading.nulls.reasons),
+            "spread": _plain(reading.nulls.spread),
         }
     if reading.head_mean is not None:
         entry["head_mean"] = dict(zip(("values", "stderr", "ci95"), map(_plain, reading.head_mean), strict=True))
@@ -224,12 +241,13 @@ def _array(value: Any) -> Array | None:
 def _reading_from_json(entry: Mapping[str, Any]) -> Reading:
     stored, nulls = entry["nulls"], None
     if stored is not None:
-        extra = ("kappa_ci95", "images", "reasons")
+        extra = ("kappa_ci95", "images", "reasons", "spread")
         nulls = Nulls(
             values={key: _array(value) for key, value in stored.items() if key not in extra},
             images=stored["images"],
             reasons=stored["reasons"],
             kappa_ci95=_array(stored["kappa_ci95"]),
+            spread=stored.get("spread", {}),
         )
     mean = entry.get("head_mean")
     return Reading(
@@ -278,4 +296,5 @@ def _load_gallery(path: Path) -> Gallery | None:
             pictures=stored["pictures"],
             maps=stored["maps"].astype(np.float64),
             query=str(stored["query"]),
+            rollouts=stored["rollouts"].astype(np.float64) if "rollouts" in stored.files else None,
         )

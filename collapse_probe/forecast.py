@@ -23,7 +23,7 @@ from collapse_probe.training_run import input_size, output_classes, patch_side
 TRIALS = 2
 PER_WEIGHT = 4  # tensors of the size of the weights: themselves, gradients, two moments of Adam
 IMAGENET_IMAGES = 1_281_167
-KNOWN = {"bundled:digits": 1437, "bundled:photos": 1368, "imagenet": IMAGENET_IMAGES}  # training images
+KNOWN = {"bundled:digits": 1437, "bundled:photos": 1008, "imagenet": IMAGENET_IMAGES}  # training images
 
 
 @dataclass(frozen=True)

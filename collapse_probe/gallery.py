@@ -23,6 +23,8 @@ GAP, TITLE, FOOT = 0.05, 0.34, 0.75  # inches
 PER_INCH = 160  # pixels of the photographs
 COLOURS = LinearSegmentedColormap.from_list("less-more", ["#1d4f9c", "#6ea4da", "#f2f2f2", "#f39a3b", "#b3200c"])
 LABEL = {"boxstyle": "square,pad=0.15", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
+ATTENTION = "attention to a patch, times uniform attention (1/N)"
+ROLLOUT = "rollout from a patch, times an even share (1/N)"
 STRENGTH = (0.72, 0.9)  # how far the strongest blue, the strongest red covers the picture
 
 
@@ -50,8 +52,12 @@ class Spread:
 
 def times_uniform(findings: Findings, gallery: Gallery) -> Array:
     """The maps in units of uniform attention (1/N, N the model's tokens): 1 is what a uniform map pays."""
-    patches = gallery.maps.shape[-2] * gallery.maps.shape[-1]
-    return np.asarray(gallery.maps * float(findings.model.get("tokens") or patches))
+    return scaled(findings, gallery.maps)
+
+
+def scaled(findings: Findings, maps: Array) -> Array:
+    """Maps [..., rows, columns] whose rows sum to one over all tokens, in units of 1/N."""
+    return np.asarray(maps * float(findings.model.get("tokens") or maps.shape[-2] * maps.shape[-1]))
 
 
 def spread_of(maps: Array) -> Spread:
@@ -125,7 +131,20 @@ def attention_gallery(findings: Findings, narrow: bool = False) -> Figure | None
     gallery = findings.gallery
     if gallery is None or not len(gallery.names):
         return None
-    maps = times_uniform(findings, gallery)[:MOST_PICTURES]
+    return _laid_over(gallery, times_uniform(findings, gallery), narrow, ATTENTION)
+
+
+@drawn
+def rollout_gallery(findings: Findings, narrow: bool = False) -> Figure | None:
+    """Each picture and then, laid over it, what attention rollout has gathered up to every block."""
+    gallery = findings.gallery
+    if gallery is None or gallery.rollouts is None or not len(gallery.names):
+        return None
+    return _laid_over(gallery, scaled(findings, gallery.rollouts), narrow, ROLLOUT)
+
+
+def _laid_over(gallery: Gallery, maps: Array, narrow: bool, unit: str) -> Figure:
+    maps = maps[:MOST_PICTURES]
     spread = spread_of(maps)
     layout = Layout.of(maps.shape[1], gallery.pictures.shape[1:3], narrow)
     height = layout.height * len(maps) + FOOT
@@ -135,7 +154,7 @@ def attention_gallery(findings: Findings, narrow: bool = False) -> Figure | None
     axes.set_axis_off()
     for at, positions in enumerate(spread.place(maps)):
         _strip(axes, layout, at * layout.height, gallery.names[at], gallery.pictures[at], positions)
-    _bar(figure, spread, layout.width, height)
+    _bar(figure, spread, layout.width, height, unit)
     return figure
 
 
@@ -169,7 +188,7 @@ def _paste(canvas: Pixels, tile: Pixels, left: float, top: float, wide: float, t
     canvas[y : y + fitted.shape[0], x : x + fitted.shape[1]] = fitted
 
 
-def _bar(figure: Figure, spread: Spread, width: float, height: float) -> None:
+def _bar(figure: Figure, spread: Spread, width: float, height: float, unit: str) -> None:
     span = min(4.2, width - 0.5)
     bar = figure.add_axes(((width - span) / 2 / width, 0.42 / height, span / width, 0.11 / height))
     along = np.linspace(-1.0, 1.0, 256)
@@ -177,4 +196,4 @@ def _bar(figure: Figure, spread: Spread, width: float, height: float) -> None:
     figure.colorbar(ScalarMappable(Normalize(-1, 1), shades), cax=bar, orientation="horizontal")
     bar.set_xticks(list(spread.ticks), list(spread.ticks.values()))
     bar.tick_params(length=2, labelsize=7.5)
-    bar.set_xlabel("attention to a patch, times uniform attention (1/N)", fontsize=8, color=MUTED, labelpad=2)
+    bar.set_xlabel(unit, fontsize=8, color=MUTED, labelpad=2)

@@ -26,6 +26,7 @@ from collapse_probe.subject import Subject
 from collapse_probe.trace import Plan
 
 SIMILARITY = "attention-similarity"
+RUNNING = ("device", "amp", "amp_dtype", "batch_size", "workers", "seed", "command")  # settings that are about any run
 
 
 def intervene(
@@ -56,7 +57,8 @@ def intervene(
     kinds = _known(replace)
     known = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
     given = settings or Settings()
-    settings = Settings(**{**vars(given), **known, "metrics": (SIMILARITY,), "null_images": 0, "gallery_images": 0})
+    running: dict[str, Any] = {name: known.get(name, getattr(given, name)) for name in RUNNING}
+    settings = Settings(**running, metrics=(SIMILARITY,), null_images=0, gallery_images=0)
     images = open_data(data, split=split, limit=limit, seed=settings.seed) if isinstance(data, (str, Path)) else data
     if iter(images) is images:
         raise DataError("the images are run through more than once: give an address, an ImageSet, a list or a DataLoader")

@@ -16,8 +16,9 @@ from collapse_probe.data import Batch
 from collapse_probe.devices import TILE_BYTES, autocast, micro_batch
 from collapse_probe.findings import Array, Reading
 from collapse_probe.measure import Metric
-from collapse_probe.overlay import Glimpse, overlay
+from collapse_probe.overlay import Glimpse, glimpse
 from collapse_probe.processes import gathered, rank_and_world
+from collapse_probe.stopping import Stopper
 from collapse_probe.sums import Fold
 from collapse_probe.trace import Plan, Trace
 
@@ -50,13 +51,15 @@ def one_pass(
     wanted: frozenset[str] = frozenset(),
     progress: Progress | None = None,
     outputs: Outputs | None = None,
+    stopper: Stopper | None = None,
 ) -> Run:
-    """Every image once through the model and into the folds; then all processes' sums and records together."""
+    """Every image once through the model and into the folds (or as many as `stopper` needs); then all processes' together."""
     run = Run(folds=folds_for(metrics, device))
     start, done, skipped = time.perf_counter(), 0, 0
     dtype = next(model.parameters()).dtype
     with torch.no_grad():
         for batch in stream:
+            latest = Run(folds=run.folds)
             step = micro_batch(plan, device, len(batch.names))
             for first in range(0, len(batch.names), step):
                 part = slice(first, first + step)
@@ -65,13 +68,18 @@ def one_pass(
                     answer = model(images)
                 if outputs is not None:
                     outputs(batch.names[part], answer)
-                absorb(run, ears.take(), batch.names[part], batch.pixels[part], TILE_BYTES[device.type], wanted)
-            run.names += batch.names
+                absorb(latest, ears.take(), batch.names[part], batch.pixels[part], TILE_BYTES[device.type], wanted)
+            latest.names = list(batch.names)
+            _append(run, latest)
             run.indices += list(batch.indices)
             run.skipped += batch.skipped
             done, skipped = done + len(batch.names), skipped + len(batch.skipped)
             if progress is not None:
                 progress(done, skipped)
+            if stopper is not None and stopper.enough(image_table(metrics, latest)):
+                break
+        if stopper is not None:
+            stopper.drain()
     run.seconds = time.perf_counter() - start
     return _joined(run)
 
@@ -98,9 +106,19 @@ def absorb(run: Run, trace: Trace, names: Sequence[str], pixels: Tensor, budget:
         for name, values in fold.end(trace).items():
             store = run.records.setdefault(key, {}).setdefault(name, [])
             store.append(values.detach().cpu().to(torch.float64).numpy())
+    rolled = any(isinstance(key, tuple) and key[0] == "rollout" for key in run.folds)
     for i, name in enumerate(names):
         if name in wanted:
-            run.pictures[name] = (pixels[i].cpu().float(), overlay(trace, i))
+            run.pictures[name] = glimpse(trace, i, pixels[i], rolled)
+
+
+def _append(run: Run, latest: Run) -> None:
+    """Add the names, records and pictures of a batch to the run's."""
+    run.names += latest.names
+    run.pictures |= latest.pictures
+    for key, found in latest.records.items():
+        for name, chunks in found.items():
+            run.records.setdefault(key, {}).setdefault(name, []).extend(chunks)
 
 
 def _joined(run: Run) -> Run:
@@ -141,4 +159,21 @@ def reading_of(metric: Metric, run: Run) -> Reading:
 def records_of(metric: Metric, run: Run) -> dict[str, dict[str, Array]]:
     """The per-image values of the folds that a metric needs."""
     keys = {name: key for name, (key, _) in metric.needs().items()}
-    return {name: {k: v[0] for k, v in run.records.get(key, {}).items()} for name, key in keys.items()}
+    return {name: {k: _whole(v) for k, v in run.records.get(key, {}).items()} for name, key in keys.items()}
+
+
+def _whole(chunks: list[Array]) -> Array:
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+
+def image_table(metrics: Mapping[str, Metric], run: Run) -> dict[str, Any]:
+    """What images.npz holds: the names, the per-image values of every metric that has some, and the null that is theirs."""
+    table: dict[str, Any] = {"names": np.array(run.names, dtype=np.str_)}
+    for name, metric in metrics.items():
+        records = {} if metric.inapplicable() or not run.names else records_of(metric, run)
+        values = metric.per_image(records) if records else None
+        if values is not None:
+            table[name] = values
+            nulls = [r["other_token"] for r in records.values() if "other_token" in r and values is r.get("real")]
+            table |= {f"{name}/other_token": null for null in nulls}
+    return table

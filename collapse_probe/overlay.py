@@ -13,8 +13,8 @@ from collapse_probe.findings import Gallery
 from collapse_probe.rollout import fused, rollouts
 from collapse_probe.trace import Plan, Trace
 
-Glimpse = tuple[Tensor, Tensor]
-"""A picture as the model saw it, [3, height, width], and its overlays, [L, rows, columns]."""
+Glimpse = tuple[Tensor, Tensor, Tensor]
+"""A picture as the model saw it, [3, height, width], its overlays, [L, rows, columns], and its rollouts, as these or empty."""
 
 
 def spread_out(names: Sequence[str], count: int) -> frozenset[str]:
@@ -58,20 +58,27 @@ def rollout_overlay(trace: Trace, image: int, fusion: str = "mean") -> Tensor:
     return gathered[:, kept].reshape(-1, *plan.grid).cpu()
 
 
+def glimpse(trace: Trace, image: int, pixels_CHW: Tensor, rolled: bool) -> Glimpse:
+    """What the gallery keeps of one image; its rollouts only where `rolled`."""
+    return pixels_CHW.cpu().float(), overlay(trace, image), rollout_overlay(trace, image) if rolled else torch.empty(0)
+
+
 def gallery_of(
     glimpses: Mapping[str, Glimpse], names: Sequence[str], plan: Plan, preprocess: Mapping[str, Any]
 ) -> Gallery | None:
     """The glimpses in the order of `names`; None where no block has a map over a grid of patches."""
-    shown = {name: (p, m) for name, (p, m) in glimpses.items() if m.numel()}
+    shown = {name: seen for name, seen in glimpses.items() if seen[1].numel()}
     if not shown:
         return None
     chosen = tuple(name for name in names if name in shown)
     query = "the class token" if plan.prefix else "all patches"
+    rolled = all(shown[name][2].numel() for name in chosen)
     return Gallery(
         names=chosen,
         pictures=np.stack([_picture(shown[name][0], preprocess) for name in chosen]),
         maps=np.stack([shown[name][1].double().numpy() for name in chosen]),
         query=query,
+        rollouts=np.stack([shown[name][2].double().numpy() for name in chosen]) if rolled else None,
     )
 
 

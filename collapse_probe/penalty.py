@@ -232,6 +232,8 @@ class Penalised(nn.Module):
                 self.own[name] = module.to(like.device)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self._count: int | None = None
+        loaded: Any = self.register_load_state_dict_post_hook
+        loaded(_count_again)
         self._newest: Sequence[Heard] | None = None
         _same_everywhere(self)
 
@@ -254,17 +256,12 @@ class Penalised(nn.Module):
         self._count = int(self.steps) if self._count is None else self._count
         kind = next(self._anatomy.model.parameters()).device.type
         found, own = dict[str, Tensor](), dict(self.own.items())
-        if True:
+        with torch.autocast(kind, enabled=False):
             for name, each in self.penalties.items():
                 found[name] = each.loss(heard, Given(labels, self._count, own.get(name)))
         self._count += 1
         self.steps.add_(1)
         return found
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As any module's; random starts go on from the count of steps that it holds."""
-        self._count = None
-        return super().load_state_dict(state_dict, strict, assign)
 
     def average_gradients(self) -> None:
         """Average the gradients of the penalties' own parameters over all processes; nothing to do in one."""
@@ -273,6 +270,11 @@ class Penalised(nn.Module):
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= world
+
+
+def _count_again(penalised: Penalised, keys: Any) -> None:
+    """After loading, also as part of another module: random starts go on from the count of steps that was loaded."""
+    penalised._count = None
 
 
 def _same_everywhere(module: nn.Module) -> None:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from collapse_probe.drawing import ROLES
 from collapse_probe.findings import Array, Findings, Reading
 
 KAPPA_THRESHOLD = 0.5  # above it a pair counts as similar after correction
 NULLS = ("other_token", "other_image", "other_head", "untrained")
+NULL_LABELS = {**{role: ROLES[role].label for role in NULLS}, "kappa": "κ"}
 
 
 def held(findings: Findings, name: str) -> Reading | None:
@@ -57,11 +59,13 @@ class Corrected:
     above: float
 
 
-def corrected_count(findings: Findings) -> Corrected | None:
-    """The null-corrected count of similar blocks, from the metric's settings or else from the summary."""
-    reading = held(findings, "similar-blocks")
+def corrected_count(findings: Findings, name: str = "similar-blocks") -> Corrected | None:
+    """The null-corrected count of similar blocks, from the metric's settings or (the plain one) else from the summary."""
+    reading = held(findings, name)
     stored = {} if reading is None else reading.settings.get("corrected", {})
-    value = stored.get("value", findings.summary.get("similar_blocks_corrected"))
+    value = stored.get("value")
+    if value is None and name == "similar-blocks":
+        value = findings.summary.get("similar_blocks_corrected")
     if value is None:
         return None
     ends = stored.get("ci95")
@@ -69,9 +73,9 @@ def corrected_count(findings: Findings) -> Corrected | None:
     return Corrected(float(value), ci95, float(stored.get("kappa_above", KAPPA_THRESHOLD)))
 
 
-def pairs_of(findings: Findings) -> int:
+def pairs_of(findings: Findings, name: str = "similar-blocks") -> int:
     """How many pairs of adjacent blocks there are."""
-    reading = held(findings, "similar-blocks")
+    reading = held(findings, name)
     stored = None if reading is None else reading.settings.get("pairs")
     return int(stored or max(int(findings.model.get("blocks") or 0) - 1, 1))
 
@@ -103,11 +107,12 @@ def entropy_share(findings: Findings) -> Entropy | None:
     if reading.head_mean is not None:
         average, ci95 = reading.head_mean[0], reading.head_mean[2] / scale
     else:
-        average, ci95 = _over_heads(reading.values), None
-    untrained = None if fresh is None else _over_heads(fresh / scale)
+        average, ci95 = over_heads(reading.values), None
+    untrained = None if fresh is None else over_heads(fresh / scale)
     return Entropy(keys, reading.values / scale, average / scale[:, 0], ci95, untrained)
 
 
-def _over_heads(values: Array) -> Array:
+def over_heads(values: Array) -> Array:
+    """Mean over the heads that are defined, [L, H] -> [L]."""
     counts = np.isfinite(values).sum(1)
     return np.where(counts > 0, np.nansum(values, axis=1) / np.maximum(counts, 1), np.nan)

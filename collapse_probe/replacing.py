@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from collapse_probe import kernels
 from collapse_probe.attention import Attention
-from collapse_probe.capture import noise, unwrap
+from collapse_probe.capture import noise
 from collapse_probe.ear import Ear
 from collapse_probe.errors import CaptureError
 from collapse_probe.hearing import Event
@@ -22,6 +22,7 @@ from collapse_probe.orders import Branch, Order
 from collapse_probe.planning import heads_queries_keys, regular
 from collapse_probe.softmaxes import Frame
 from collapse_probe.stand_ins import device_of, own_map, shape_of, uniform
+from collapse_probe.subject import unwrap
 from collapse_probe.trace import Plan
 
 Gather = Callable[[int, Tensor], None]

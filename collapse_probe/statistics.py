@@ -1,4 +1,4 @@
-"""Intervals over images: t intervals of means, the delta method for kappa, the bootstrap for counts."""
+"""How sure means over images are: t intervals, the delta method for kappa, the bootstrap for counts, a paired t test."""
 
 from __future__ import annotations
 
@@ -60,3 +60,39 @@ def bootstrap(
     )
     low, high = result.confidence_interval
     return np.asarray(result.standard_error), np.stack([low, high], axis=-1)
+
+
+def beyond(difference: Array, stderr: Array, n: Array | float) -> Array:
+    """One-sided p-value of a paired t test that a mean difference over n images is above 0; NaN where n < 2.
+
+    Differences that are the same in all images (a standard error of 0) give 0, 1/2 or 1 by their sign.
+    """
+    degrees = np.maximum(np.asarray(n, dtype=np.float64) - 1, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(stderr > 0, difference / stderr, np.where(difference == 0, 0.0, np.copysign(np.inf, difference)))
+    return np.where(np.isfinite(stderr) & np.isfinite(difference), stats.t.sf(t, degrees), np.nan)
+
+
+def means(values: Array) -> Array:
+    """Means over images of what is defined, [images, places] -> [places]; NaN where nothing is."""
+    return _weighted(values, np.ones((1, len(values))))[0]
+
+
+def resampled_means(values: Array, resamples: int, seed: int = 0) -> Array:
+    """`means` over images drawn with replacement, [images, places] -> [resamples, places]; an image's places stay together."""
+    generator, images = np.random.default_rng(seed), len(values)
+    step = max(1, RESAMPLED_AT_ONCE * 10 // images)
+    found = []
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        chosen = generator.integers(0, images, (rows, images)) + np.arange(rows)[:, None] * images
+        found.append(
+            _weighted(values, np.bincount(chosen.ravel(), minlength=rows * images).reshape(rows, images).astype(np.float64))
+        )
+    return np.concatenate(found)
+
+
+def _weighted(values: Array, weights: Array) -> Array:
+    defined = np.isfinite(values)
+    total = weights @ defined
+    return np.where(total > 0, weights @ np.where(defined, values, 0.0) / np.where(total > 0, total, 1.0), np.nan)

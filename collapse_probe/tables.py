@@ -9,6 +9,7 @@ import numpy as np
 from collapse_probe.findings import Array, Findings, Reading
 from collapse_probe.readings import (
     KAPPA_THRESHOLD,
+    NULL_LABELS,
     NULLS,
     adjacent,
     corrected_count,
@@ -20,14 +21,6 @@ from collapse_probe.readings import (
     pairs_of,
 )
 from collapse_probe.words import DASH, interval, number
-
-NULL_NAMES = {
-    "other_token": "other token",
-    "other_image": "other image",
-    "other_head": "other head",
-    "untrained": "untrained twin",
-    "kappa": "κ",
-}
 
 
 @dataclass(frozen=True)
@@ -42,11 +35,17 @@ class Card:
 
 @dataclass(frozen=True)
 class Table:
-    """Header, rows of the same length, and notes that explain every dash in them."""
+    """Header, rows of the same length, and notes that explain every dash in them.
+
+    `title` stands above, `marked` (row, column) cells stand out, and the columns `words` hold text that may wrap.
+    """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
+    title: str = ""
+    marked: frozenset[tuple[int, int]] = frozenset()
+    words: frozenset[int] = frozenset()
 
 
 def key_numbers(findings: Findings) -> list[Card]:
@@ -154,7 +153,7 @@ def _columns(findings: Findings) -> tuple[dict[str, list[str]], list[str]]:
     if similarity is not None:
         columns |= _similarity_columns(similarity)
         notes.append("Block 0 has no block before it, so nothing to be compared with.")
-        notes += [f"{NULL_NAMES[r]}: {_why(similarity, r)}." for r in (*NULLS, "kappa") if null(similarity, r) is None]
+        notes += [f"{NULL_LABELS[r]}: {_why(similarity, r)}." for r in (*NULLS, "kappa") if null(similarity, r) is None]
         kappa = null(similarity, "kappa")
         if kappa is not None and not np.isfinite(adjacent(kappa)).all():
             notes.append("κ is undefined where the other-token null is 1: nothing is left to be explained.")
@@ -176,7 +175,7 @@ def _similarity_columns(reading: Reading) -> dict[str, list[str]]:
     columns = {"adjacent similarity": _cells(reading.values), "stderr": _cells(reading.stderr, 4)}
     columns["95 % interval"] = _intervals(reading.ci95, len(reading.values))
     for role in (*NULLS, "kappa"):
-        columns[NULL_NAMES[role]] = _cells(null(reading, role), rows=len(reading.values))
+        columns[NULL_LABELS[role]] = _cells(null(reading, role), rows=len(reading.values))
     columns["κ, 95 % interval"] = _intervals(kappa_ci95(reading), len(reading.values))
     return columns
 

@@ -43,8 +43,8 @@ class WeightMetric(Metric):
             return self.refused("the weights were not read: this metric needs the model itself, not only what it computed")
         values, facts = self.values(self.matrices)
         if not np.isfinite(values).any():
-            reasons = "; ".join(self.matrices.reasons()) or "every matrix is undefined under this definition"
-            return self.refused(f"no matrix could be measured ({reasons})")
+            zero = ["those that were found are undefined under this definition"] if any(self.matrices.found) else []
+            return self.refused(f"no matrix could be measured ({'; '.join([*zero, *self.matrices.reasons()])})")
         settings = {
             **self.settings,
             "matrices": list(NAMES),

@@ -35,6 +35,7 @@ FLOORS = [
         "checkpoints",
         "fix",
         "folders",
+        "headlines",
         "heatmaps",
         "hub",
         "kernels",
@@ -49,11 +50,15 @@ FLOORS = [
         "stand_ins",
         "trace",
         "uniformity",
+        "verdict_rules",
     },
     {
         "bundled_pictures",
+        "classes",
+        "convergence",
         "devices",
         "effects",
+        "extremes",
         "findings",
         "fixes",
         "hearing",
@@ -62,6 +67,7 @@ FLOORS = [
         "mounting",
         "overhearing",
         "patch_grid",
+        "preset",
         "softmaxes",
         "sums",
         "timm_pictures",
@@ -77,6 +83,8 @@ FLOORS = [
         "minibatches",
         "orders",
         "overlay",
+        "permutation",
+        "presets",
         "readings",
         "summary",
         "validation",
@@ -94,12 +102,14 @@ FLOORS = [
         "planning",
         "remedied",
         "splitting",
+        "quantities",
+        "stopping",
+        "sureness",
         "tables",
-        "verdict",
         "weight_curves",
     },
-    {"architecture", "depthwise", "products", "weight_metric"},
-    {"recipe", "trained"},
+    {"architecture", "depthwise", "outcomes", "products", "weight_metric"},
+    {"recipe", "trained", "verdict"},
     {"mixing", "sources", "training_data"},
     {"capture", "figures", "lineup", "metrics"},
     {"counting", "cross_cka", "one_pass", "page", "penalty", "replacing", "weight_analysis"},
@@ -158,7 +168,7 @@ def test_imports_go_down_only(path):
         assert FLOOR_OF[other] < FLOOR_OF[here], f"{here} imports {other}, which is not below it"
 
 
-@pytest.mark.parametrize("family", ["metrics", "fixes", "penalties", "recipes", "sources"])
+@pytest.mark.parametrize("family", ["metrics", "fixes", "penalties", "presets", "recipes", "sources"])
 def test_files_of_one_family_do_not_import_each_other(family):
     files = [p for p in (ROOT / "collapse_probe" / family).rglob("*.py") if p.name != "__init__.py"]
     for path in files:
@@ -222,7 +232,7 @@ TALK = "--config -v --verbose -q --quiet -h --help"
 KEPT = f"-o --output --json --fail-on {TALK}"
 TRAINED = "--fix --penalty --set --seed --steps --device -j --workers --monitor-every --stop-after"
 FLAGS = {
-    "analyze": f"{MODEL} {GIVEN} {RUN} --level --recalibrate-bn {KEPT}",
+    "analyze": f"{MODEL} {GIVEN} {RUN} --null-seeds --until-ci --level --preset --recalibrate-bn {KEPT}",
     "compare": f"{MODEL} {GIVEN} {RUN} --recalibrate-bn --cka {KEPT}".replace(" --checkpoint", ""),
     "intervene": f"{MODEL} {GIVEN} {RUN} --recalibrate-bn --replace --blocks {KEPT}".replace(" --metric --null-images", ""),
     "report": TALK,

@@ -189,10 +189,10 @@ def test_the_sentences_follow_the_numbers(found):
 
 def test_effects_against_numbers_worked_by_hand():
     kl = np.array([[0.0, 0.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4]])
-    plain, replaced, labels = np.array([0, 1, 2, 1]), np.array([[0, 1, 2, 1], [0, 1, 1, 2]]), np.array([0, 1, 2, 2])
+    plain, replaced, labels = np.array([0, 1, 2, 1]), np.array([[0, 1, 2, 1], [0, 1, 1, 2]]), np.array([0, 1, 2, 1])
     same, other = effects_of([("mean", (0,)), ("mean", (1,))], kl, plain, replaced, labels, seed=0)
-    assert (same.kl, same.kl_ci95, same.agreement, same.accuracy, same.accuracy_change) == (0, (0, 0), 1, 0.75, 0)
-    assert (other.kl, other.agreement, other.accuracy, other.accuracy_change) == (pytest.approx(0.25), 0.5, 0.75, 0)
+    assert (same.kl, same.kl_ci95, same.agreement, same.accuracy, same.accuracy_change) == (0, (0, 0), 1, 1, 0)
+    assert (other.kl, other.agreement, other.accuracy, other.accuracy_change) == (pytest.approx(0.25), 0.5, 0.5, -0.5)
     # Wilson for 2 of 4: (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n), z = 1.959964
     assert other.agreement_ci95 == pytest.approx((0.150036, 0.849964), abs=1e-5)
 

@@ -271,12 +271,12 @@ def free_port():
 
 
 TWO = """
-import sys
+import datetime, sys
 sys.path.insert(0, {tests!r})
 import torch, torch.distributed as dist
 from test_monitoring import QUICK, Monitor, pixels, same_state, trained
 torch.set_num_threads(1)
-dist.init_process_group("gloo")
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))  # nobody waits for ever if the monitor does
 watch = Monitor(pixels(), every=2, metrics=QUICK, folder={folder!r}) if dist.get_rank() == 0 else None
 wrap = torch.nn.parallel.DistributedDataParallel
 assert same_state(trained(watch, wrap=wrap, steps=4), trained(wrap=wrap, steps=4))

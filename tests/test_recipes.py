@@ -135,3 +135,19 @@ def test_reading_a_fix():
 def test_by_picture_or_in_memory():
     assert not Augmentation(shift=1, flip=True).by_picture
     assert Augmentation(crop=0.08).by_picture
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("imagenet")])
+def test_small_recipes_know_the_classes_of_their_data(name):
+    from collapse_probe.splitting import split_data
+
+    recipe = RECIPES[name]()
+    assert len(split_data(recipe.data).classes) == recipe.model.classes
+
+
+def test_the_embedding_can_be_drawn_like_the_rest():
+    drawn = RECIPE.vary(embedding_std=0.5).architecture.build(0)
+    assert float(drawn.pos_embed.detach().std()) == pytest.approx(0.5, rel=0.2)
+    assert float(drawn.patch_embed.proj.weight.detach().std()) == pytest.approx(0.5, rel=0.2)
+    assert not drawn.patch_embed.proj.bias.any()
+    assert float(RECIPE.architecture.build(0).pos_embed.detach().std()) < 0.03

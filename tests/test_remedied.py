@@ -8,8 +8,8 @@ from torch import nn
 
 from collapse_probe.analysis import Settings, measure
 from collapse_probe.data import open_data
-from collapse_probe.errors import ModelError, SettingError, UnknownNameError
-from collapse_probe.remedied import blocks_in, recalibrated, with_fixes
+from collapse_probe.errors import CheckpointError, ModelError, SettingError, UnknownNameError
+from collapse_probe.remedied import blocks_in, recalibrated, resolved, with_fixes
 from collapse_probe.sources import resolve
 
 ADDRESS = "timm:vit_tiny_patch16_224"
@@ -134,3 +134,42 @@ def test_recalibration_needs_images_that_can_be_read_twice(pictures):
         recalibrated(fixed, iter([torch.zeros(1, 3, 32, 32)]), 1)
     with pytest.raises(SettingError, match="0 or more"):
         recalibrated(fixed, pictures, -1)
+
+
+def trained(**settings):
+    """A model with re-attention in its last block whose weights, the fix's too, are nobody's defaults."""
+    made = with_fixes(subject(), ["re-attention:norm=batch"], [2], **settings).model
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return made
+
+
+WHERE = {"pretrained": False, "img_size": 32, "model_kwargs": {"depth": 3, "num_classes": 5}}
+
+
+def test_a_checkpoint_that_holds_a_fix_loads_after_the_fix_is_in(images, tmp_path):
+    made = trained()
+    torch.save(made.state_dict(), tmp_path / "reattention.pth")
+    found = resolved(ADDRESS, ["re-attention:norm=batch"], [2], checkpoint=tmp_path / "reattention.pth", **WHERE)
+    assert torch.equal(found.model(images), made(images))
+    assert (found.weights, found.name) == ("checkpoint", "vit_tiny_patch16_224+re-attention")
+    assert found.checkpoint_sha256 is not None
+
+
+def test_a_checkpoint_without_the_fix_loads_too_and_the_notes_say_so(images, tmp_path):
+    plain = subject().model
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    found = resolved(ADDRESS, ["re-attention"], checkpoint=tmp_path / "plain.pth", **WHERE)
+    torch.testing.assert_close(found.model(images), plain(images))
+    assert found.weights == "checkpoint"
+    assert any("holds no weights of what was put into the model" in note for note in found.notes)
+
+
+def test_a_checkpoint_with_half_of_a_fix_is_refused(tmp_path):
+    state = trained().state_dict()
+    torch.save({k: v for k, v in state.items() if not k.endswith("reatten_matrix.bias")}, tmp_path / "half.pth")
+    with pytest.raises(CheckpointError, match="1 missing in the file"):
+        resolved(ADDRESS, ["re-attention:norm=batch"], [2], checkpoint=tmp_path / "half.pth", **WHERE)
+    with pytest.raises(CheckpointError, match="unknown to the model"):
+        resolved(ADDRESS, checkpoint=tmp_path / "half.pth", **WHERE)

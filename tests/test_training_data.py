@@ -92,7 +92,7 @@ def test_other_classes_and_missing_labels_are_told(tmp_path):
 @pytest.mark.parametrize(("batch", "world"), [(8, 1), (8, 2), (32, 4), (6, 3)])
 def test_shares_are_a_partition_closed_under_the_mirror(batch, world):
     shares = [share_of(batch, rank, world) for rank in range(world)]
-    assert sorted(sum(shares, [])) == list(range(batch))
+    assert sorted(place for share in shares for place in share) == list(range(batch))
     for share in shares:
         assert [batch - 1 - place for place in share] == share[::-1]
 

@@ -1,4 +1,4 @@
-"""The verdict tells four cases apart, each on a model built for it, and every rule turns around when its number does."""
+"""The verdict tells its cases apart, each on a model built for it, and says nothing that no rule is behind."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from making import photographs, small_vit
 
 import collapse_probe as cp
-from collapse_probe import verdict
 from collapse_probe.analysis import measure
-from collapse_probe.verdict import RULES, classify, judge, spans
+from collapse_probe.quantities import Pairs, classify
+from collapse_probe.verdict import judge, spans
+from collapse_probe.verdict_rules import BY_NAME
 
 KEPT = {"init_values": 1e-5}  # LayerScale so small that every block sees the same tokens
 
@@ -109,8 +110,8 @@ def test_distinct_maps(pictures):
 
 
 def pair(**numbers):
-    base = {"raw": 0.5, "null": 0.4, "kappa": 0.1, "kappa_low": 0.0, "row": 0.5, "row_head": 0.4, "share": 0.6}
-    return verdict._Pairs(**{name: np.array([value]) for name, value in {**base, **numbers}.items()})
+    base = {"raw": 0.5, "null": 0.4, "kappa": 0.1, "row": 0.5, "row_head": 0.4, "share": 0.6}
+    return Pairs(**{name: np.array([value]) for name, value in {**base, **numbers}.items()})
 
 
 @pytest.mark.parametrize(
@@ -133,10 +134,27 @@ def test_each_rule_on_both_sides_of_its_threshold(numbers, kind):
     assert classify(pair(**numbers), 0) == kind
 
 
-def test_rules_are_documented_with_the_thresholds_that_are_used():
-    used = {verdict.SHARED_KAPPA, verdict.SAME_WHATEVER_TOKEN, verdict.HIGH_RAW, verdict.NEAR_UNIFORM_SHARE}
-    assert {rule.threshold for rule in RULES} == used
-    assert all(rule.does_not_say for rule in RULES)
+def test_every_sentence_comes_from_a_rule(pictures):
+    model = small_vit(sharpness=12, **KEPT)
+    copy_attention(model, 1, 2)
+    for found in (findings_of(model, pictures), findings_of(small_vit(sharpness=25), pictures)):
+        answer = judge(found)
+        assert len(answer.rules) == len(answer.sentences) >= 2
+        assert len(answer.caveat_rules) == len(answer.caveats) >= 1
+        assert set(answer.rules) | set(answer.caveat_rules) <= set(BY_NAME)
+
+
+def test_what_the_page_says_is_what_the_findings_keep(pictures):
+    model = small_vit(sharpness=12, **KEPT)
+    copy_attention(model, 1, 2)
+    found = findings_of(model, pictures)
+    kept = {row["rule"]: row for row in found.to_json()["verdict"]}
+    assert list(kept) == list(BY_NAME)
+    assert judge(found).collapsed is True
+    assert kept["shared"]["answer"] == "yes"
+    assert [place["at"] for place in kept["shared"]["places"] if place["answer"] == "yes"] == [2]
+    assert kept["constant-tokens"]["answer"] == "not applicable"
+    assert "rank-residual was not measured" in kept["constant-tokens"]["reason"]
 
 
 def test_not_applicable_says_why(pictures):
@@ -163,7 +181,20 @@ def test_unsure_collapse_says_so(pictures):
     wide = np.stack([np.zeros((4, 4)), np.ones((4, 4))], axis=-1)
     unsure = replace(reading, nulls=replace(reading.nulls, kappa_ci95=wide))
     answer = judge(replace(found, metrics={**found.metrics, "attention-similarity": unsure}))
+    assert (answer.case, answer.collapsed) == ("undecided", None)
+    assert answer.sentences[0].startswith("It cannot be told from these images")
     assert any("more images are needed" in caveat for caveat in answer.caveats)
+
+
+def test_one_image_decides_nothing(pictures):
+    model = small_vit(sharpness=12, **KEPT)
+    copy_attention(model, 1, 2)
+    found = cp.analyze(model, pictures, img_size=64, limit=1, gallery_images=0)
+    answer = judge(found)
+    assert (answer.case, answer.collapsed) == ("undecided", None)
+    measured = {row["rule"]: row["answer"] for row in found.verdict if row["level"] in ("attention", "tokens")}
+    assert measured["shared"] == measured["parallel-patches"] == measured["near-uniform"] == "undecided"
+    assert set(measured.values()) <= {"undecided", "not applicable"}
 
 
 def test_spans():

@@ -1,7 +1,8 @@
 """Small recipes on scikit-learn's handwritten digits: a model that collapses by construction, an ordinary one,
 and each with Re-attention.
 
-Costs were measured on one core of a 2-core AMD EPYC.
+Every recipe draws all weights from a truncated normal of 0.02·√(768/width). Images are not shifted: with shifts by
+±1 of their 8 pixels the control is at 78 % after its 800 steps, without at 97 % (one seed).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _digits(name: str, about: str, *, tied: bool, fix: str | None) -> Recipe:
         steps=800 if tied else 1000,
         warmup=80 if tied else 100,
         label_smoothing=0.1,
-        augmentation=Augmentation(shift=1, contrast=0.2, noise=0.05),
+        augmentation=Augmentation(contrast=0.2, noise=0.05),
         recalibrate=0 if fix is None else 20,
     )
     return made.vary(fix=fix)
@@ -64,7 +65,7 @@ def digits_re_attention() -> Recipe:
 
 
 def digits_quick() -> Recipe:
-    """Four blocks of width 32, 200 steps: a run of a few seconds to try the trainer with. 29,354 parameters."""
+    """Four blocks of width 32, 200 steps: a run of a few seconds to try the trainer with. 35,562 parameters."""
     about = "a few seconds: 4 blocks of width 32, to try the trainer with"
     made = _digits("digits-quick", about, tied=False, fix=None)
     return made.vary(

@@ -1,6 +1,6 @@
 """Small recipes on tiles of the bundled photographs: from which photograph is this tile?
 
-Costs were measured on one core of a 2-core AMD EPYC.
+Twelve photographs; 1008 tiles are trained on, 432 held out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collapse_probe.vit import ViTSettings
 
 WIDTH = 64
 STD = 0.02 * math.sqrt(768 / WIDTH)
-CLASSES = 11  # photographs that are large enough for a grid of crops
+CLASSES = 12  # photographs that are large enough for a grid of crops
 
 
 def _photos(name: str, about: str, *, tied: bool, fix: str | None) -> Recipe:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from collapse_probe.blueprint import Blueprint, Request
 from collapse_probe.errors import ModelError
 from collapse_probe.preprocessing import of_module

@@ -1,0 +1,38 @@
+"""Which images collapse most, and which least."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from collapse_probe.headlines import HEADLINES, Kept
+
+EACH_SIDE = 5
+WARNING = (
+    "These are the ends of {images} sorted values, not typical ones: the most extreme of many images lies far out even where "
+    "all images are alike, and further out the more images there are. Read them as examples to look at."
+)
+
+
+def extremes_of(kept: Kept) -> dict[str, Any]:
+    """Names and values of the images with the highest and lowest headline numbers, as plain data; {} with fewer than two.
+
+    By number: `highest` and `lowest`, up to five each (no image in both) with the outermost first, each {name, value};
+    `median`; `images`; `collapsed`, the end that is the sick one. An image's kappa is the mean over adjacent pairs of its own kappas.
+    """
+    found: dict[str, Any] = {}
+    for name, values in kept.each().items():
+        order = np.argsort(values, kind="stable")
+        order = order[np.isfinite(values[order])]
+        count = min(EACH_SIDE, len(order) // 2)
+        if not count:
+            continue
+        found[name] = {
+            "highest": [{"name": kept.names[i], "value": float(values[i])} for i in order[::-1][:count]],
+            "lowest": [{"name": kept.names[i], "value": float(values[i])} for i in order[:count]],
+            "median": float(np.median(values[order])),
+            "images": len(order),
+            "collapsed": HEADLINES[name].collapsed,
+        }
+    return {"numbers": found, "warning": WARNING.format(images=len(kept))} if found else {}

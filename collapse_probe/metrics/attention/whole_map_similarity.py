@@ -1,0 +1,117 @@
+"""Are the heads' maps, each taken as one long vector, alike within a block and across blocks?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collapse_probe.attention import maps_of
+from collapse_probe.findings import Reading
+from collapse_probe.geometry import wide_gram
+from collapse_probe.measure import Array, Metric, Need, mean_over_images, no_token_maps
+from collapse_probe.nulls import untrained_only
+from collapse_probe.sockets import METRICS
+from collapse_probe.sums import Means
+from collapse_probe.trace import Plan, Trace
+
+MAP_BYTES = 32 * 2**20
+"""Bytes of float32 maps, of all blocks and heads, that are alive at a time."""
+
+
+def head_cosine(products_LHLH: Tensor) -> Tensor:
+    """Mean |cosine| over the head pairs of two blocks, from inner products of flat maps, [L, H, L, H] -> [L, L], 0 … 1.
+
+    1/H² Σ_gh |<A_g, B_h>| / (‖A_g‖‖B_h‖), a head with itself included (Diverse-ViT, arXiv 2203.06345). Zero maps have no
+    direction and do not count; NaN where no pair is left.
+
+    >>> head_cosine(torch.eye(2).view(1, 2, 1, 2)).item()
+    0.5
+    """
+    blocks, heads = products_LHLH.shape[:2]
+    flat = products_LHLH.reshape(blocks * heads, blocks * heads)
+    lengths = flat.diagonal().clamp_min(0).sqrt()
+    defined = lengths > 0
+    scale = torch.where(defined, 1 / torch.where(defined, lengths, 1.0), 0.0)
+    cosines = (flat * scale[:, None] * scale[None]).abs().view(blocks, heads, blocks, heads).sum((1, 3))
+    count = defined.view(blocks, heads).sum(1).to(cosines.dtype)
+    pairs = count[:, None] * count[None]
+    return torch.where(pairs > 0, cosines / pairs.clamp_min(1), torch.nan)
+
+
+class WholeMaps(Means):
+    """Per image the mean absolute cosine between the flat maps of any two heads, by two blocks."""
+
+    def __init__(self, plan: Plan, point: str) -> None:
+        super().__init__()
+        self.point, self.blocks = point, len(plan.map_layers)
+        self.means_of(value=(self.blocks, self.blocks))
+
+    def end(self, trace: Trace) -> dict[str, Tensor]:
+        """Take the batch image by image; each block with the block before is kept by image."""
+        values = torch.full((trace.images, self.blocks, self.blocks), torch.nan, dtype=torch.float64)
+        for (heads, queries, keys), positions in trace.plan.groups().items():
+            layers = [trace.plan.map_layers[position] for position in positions]
+            place = torch.tensor(positions)
+            for image in range(trace.images):
+                products = self._products(trace, layers, image, (heads, queries, keys))
+                found = head_cosine(products.view(len(layers), heads, len(layers), heads))
+                values[image, place[:, None], place[None]] = found.cpu().to(torch.float64)
+        self.take("value", values)
+        return {"adjacent": values.diagonal(-1, 1, 2)}
+
+    def _products(self, trace: Trace, layers: list[int], image: int, shape: tuple[int, int, int]) -> Tensor:
+        """Inner products of all blocks' and heads' maps of one image, [L·H, L·H]; some queries at a time."""
+        heads, queries, keys = shape
+        step = max(1, MAP_BYTES // (len(layers) * heads * keys * 4))
+        one, all_heads, all_keys = slice(image, image + 1), slice(0, heads), slice(0, keys)
+        total: Tensor | None = None
+        for first in range(0, queries, step):
+            rows = slice(first, min(first + step, queries))
+            maps = [maps_of(trace.attention[i], one, all_heads, rows, all_keys)[self.point][0].flatten(1) for i in layers]
+            part = wide_gram(torch.cat(maps))
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+
+class WholeMapSimilarity(Metric):
+    """Mean absolute cosine between the flattened maps of any two heads, in one block or two (Diverse-ViT)."""
+
+    name = "whole-map-similarity"
+    summary = "mean |cosine| between any two heads' whole maps, in one block or two (Diverse-ViT)"
+    dims = ("block", "block")
+    collapsed = "high"
+    defaults = {"point": "weights"}  # noqa: RUF012
+    variants = {"probs": {"point": "probs"}}  # noqa: RUF012
+
+    def inapplicable(self) -> str:
+        """Windowed, pooled and channel attention has no map over the image's tokens."""
+        return no_token_maps(self.plan)
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        return (
+            "1/H² Σ_gh |cos(A_g, B_h)| between the maps of head g of one block and head h of another (or the same), each "
+            f"flattened to one vector, prefix tokens included, at {self.settings['point']}; per image, then averaged over "
+            "images. A head with itself counts within a block, so that the diagonal never falls below 1/H. Diverse-ViT (arXiv "
+            "2203.06345) and its released code. Near-uniform maps are alike without having learned it: see the untrained twin."
+        )
+
+    def needs(self) -> dict[str, Need]:
+        """Means over images of the matrix."""
+        return {"pairs": (("whole-maps", self.settings["point"]), lambda: WholeMaps(self.plan, self.settings["point"]))}
+
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+        """The matrix with its interval."""
+        return self.reading(**mean_over_images(folds["pairs"]), point=self.settings["point"], nulls=untrained_only())
+
+    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
+        """The similarity of each block with the block before, [images, blocks − 1]."""
+        return records["pairs"]["adjacent"]
+
+
+METRICS.add(WholeMapSimilarity.name, WholeMapSimilarity)

@@ -1,0 +1,144 @@
+"""Is a pair of blocks more alike than its null? A sign-flip permutation test over images, with false discoveries controlled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from collapse_probe.findings import Reading
+from collapse_probe.paired import controlled
+
+Array = NDArray[np.float64]
+PERMUTATIONS = 9999
+LEVEL = 0.05
+"""The false discovery rate at which a pair counts as more alike than its null."""
+FLIPS_AT_ONCE = 2_000_000
+TIE = 1e-12
+NULL = "/other_token"
+ASSUMPTION = (
+    "If two blocks agreed on nothing, the similarity of an image's right tokens and that of its wrong tokens could be "
+    "exchanged, so that their difference would be as likely to have either sign, image by image and independently (the images "
+    "are a sample; all pairs of an image are flipped together). A significant pair is more alike than chance, however little: "
+    "kappa says how much."
+)
+
+
+@dataclass(frozen=True)
+class SignFlips:
+    """One-sided p-values [places] that a mean over images is above 0, and the smallest that so many images can give."""
+
+    p: Array
+    smallest: Array
+    permutations: int
+    exact: bool
+
+
+def sign_flips(differences: Array, *, seed: int = 0, permutations: int = PERMUTATIONS) -> SignFlips:
+    """Paired sign-flip test of differences [images, places] -> [places].
+
+    p is the share of sign patterns with a sum at least as large as the one seen: of all 2ⁿ where these are no more than
+    `permutations` + 1, else (1 + count)/(1 + `permutations`) over seeded random patterns, the same for every place. A place is
+    tested on its defined images; differences of 0 leave it fewer signs to flip. NaN where no image is defined.
+
+    >>> sign_flips(np.array([[1.0, 1.0], [2.0, -1.0], [0.5, np.nan]])).p.tolist()
+    [0.125, 0.75]
+    """
+    defined = np.isfinite(differences)
+    held = np.where(defined, differences, 0.0)
+    images = len(held)
+    exact = 2.0**images <= permutations + 1
+    seen = held.sum(0)
+    count = np.zeros(held.shape[1])
+    for signs in _all_signs(images) if exact else _random_signs(images, permutations, seed):
+        count += (signs @ held >= seen - TIE * np.abs(held).sum(0)).sum(0)
+    p = count / 2.0**images if exact else (1 + count) / (1 + permutations)
+    floor = np.exp2(-np.count_nonzero(held, axis=0).astype(np.float64))
+    smallest = floor if exact else np.maximum(floor, 1 / (1 + permutations))
+    known = defined.any(0)
+    return SignFlips(np.where(known, p, np.nan), np.where(known, smallest, np.nan), 2**images if exact else permutations, exact)
+
+
+def _all_signs(images: int) -> Iterator[Array]:
+    yield 1.0 - 2.0 * ((np.arange(2**images)[:, None] >> np.arange(images)) & 1)
+
+
+def _random_signs(images: int, permutations: int, seed: int) -> Iterator[Array]:
+    generator = np.random.default_rng(seed)
+    step = max(1, FLIPS_AT_ONCE // images)
+    for start in range(0, permutations, step):
+        rows = min(step, permutations - start)
+        packed = generator.integers(0, 256, (rows, (images + 7) // 8), dtype=np.uint8)
+        yield 1.0 - 2.0 * np.unpackbits(packed, axis=1, count=images)
+
+
+def pair_tests(table: Mapping[str, NDArray[Any]], readings: Mapping[str, Reading], seed: int = 0) -> dict[str, Any]:
+    """The tests of every block × block similarity whose single images were kept with their null, as plain data by metric.
+
+    Adjacent pairs by `sign_flips`; all pairs by the paired t test of the run's sums. `q` is p with the false discovery rate
+    controlled (Benjamini–Hochberg) over the pairs of the metric.
+    """
+    names = [name for name in table if name + NULL in table and len(table[name])]
+    if not names:
+        return {}
+    each = [np.asarray(table[name] - table[name + NULL], dtype=np.float64) for name in names]
+    places = np.cumsum([0, *(part.shape[1] for part in each)])
+    found = sign_flips(np.concatenate(each, axis=1), seed=seed)
+    tests = {}
+    for name, part, first, last in zip(names, each, places, places[1:], strict=False):
+        one = SignFlips(found.p[first:last], found.smallest[first:last], found.permutations, found.exact)
+        reading = readings.get(name)
+        tests[name] = _plain(part, one) | ({} if reading is None else {"all_pairs": _all_pairs(reading)})
+    return tests
+
+
+def _plain(differences: Array, found: SignFlips) -> dict[str, Any]:
+    """One metric's test of adjacent pairs, with what its images could have shown at most."""
+    pairs, images = differences.shape[1], int(np.isfinite(differences).any(1).sum())
+    smallest = float(np.nanmin(found.smallest, initial=1.0))
+    q = controlled(found.p)
+    enough = smallest <= LEVEL
+    significant = int((q <= LEVEL).sum())
+    tested = int(np.isfinite(found.p).sum())
+    said = f"{significant} of {tested} neighbouring pairs are more alike than with the wrong tokens (FDR {LEVEL:g})."
+    if not enough:
+        said = f"Too few images to tell: with {images} the smallest p-value is {smallest:.2g}, above {LEVEL:g}."
+    return {
+        "null": "other_token",
+        "alternative": "real > other_token",
+        "test": "sign-flip permutation over images, one-sided" + (", exact" if found.exact else ", Monte Carlo"),
+        "permutations": found.permutations,
+        "exact": found.exact,
+        "images": images,
+        "pairs": [[block, block - 1] for block in range(1, pairs + 1)],
+        "p": found.p,
+        "q": q,
+        "level": LEVEL,
+        "significant": significant,
+        "tested": tested,
+        "smallest_p": smallest,
+        "enough_images": enough,
+        "assumption": ASSUMPTION,
+        "sentence": said,
+    }
+
+
+def _all_pairs(reading: Reading) -> dict[str, Any] | None:
+    """p and q [blocks, blocks] of the paired t test of every pair of different blocks; None where the sums were not kept."""
+    if reading.nulls is None or "beyond_p" not in reading.nulls.spread:
+        return None
+    p = np.array(reading.nulls.spread["beyond_p"], dtype=np.float64)
+    np.fill_diagonal(p, np.nan)
+    q, (rows, columns) = np.full(p.shape, np.nan), np.tril_indices(len(p), -1)
+    q[rows, columns] = q[columns, rows] = controlled(p[rows, columns])
+    below = q[rows, columns]
+    return {
+        "test": "paired t over images, one-sided",
+        "p": p,
+        "q": q,
+        "significant": int((below <= LEVEL).sum()),
+        "tested": int(np.isfinite(below).sum()),
+    }

@@ -1,0 +1,284 @@
+"""The number that each rule of the verdict is about, read off findings with its interval, place by place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from collapse_probe.findings import Findings, Reading
+from collapse_probe.readings import entropy_share
+from collapse_probe.statistics import interval
+from collapse_probe.summary import adjacent
+from collapse_probe.verdict_rules import BY_NAME
+
+Array = NDArray[np.float64]
+NO_INTERVAL_OF_NULL = "decided by its value: no interval is taken of this null"
+TWIN_EXACT = "the twin's own sampling error is not counted"
+ONE_SET = "decided by its value: a model has one set of weights, which is no sample"
+AS_STORED = "decided by its value: a fact of the run"
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A rule's number at each place: `values` [places], NaN where undefined, and `low` and `high` of its 95 % interval.
+
+    `places` are numbers of blocks, or of depths, as `axis` says; a pair of neighbouring blocks goes by the later one. Without
+    `low` the number has no interval by its nature, and `note` says why; NaN there means that there are too few images.
+    """
+
+    values: Array
+    places: tuple[int, ...]
+    axis: str = "block"
+    low: Array | None = None
+    high: Array | None = None
+    note: str = ""
+
+
+class Absent(Exception):
+    """A rule's number is not in the findings; the text says why."""
+
+
+def quantity(name: str, findings: Findings) -> Quantity | str:
+    """The number that rule `name` is about, or why these findings do not hold it."""
+    try:
+        return READERS[name](findings, BY_NAME[name].metric)
+    except Absent as absent:
+        return str(absent)
+
+
+def _held(findings: Findings, metric: str) -> tuple[Reading, Array]:
+    reading = findings.metrics.get(metric)
+    if reading is None:
+        raise Absent(f"{metric} was not measured in this run")
+    if reading.values is None:
+        raise Absent(f"{metric} does not apply here: {reading.not_applicable or 'it has no values'}")
+    return reading, reading.values
+
+
+def _null(reading: Reading, metric: str, role: str) -> Array:
+    found = None if reading.nulls is None else reading.nulls.values.get(role)
+    if found is None or not np.isfinite(found).any():
+        reasons = {} if reading.nulls is None else reading.nulls.reasons
+        raise Absent(f"{role} of {metric} was not taken: {reasons.get(role, 'it is defined nowhere')}")
+    return found
+
+
+def _pairs(values: Array, bounds: Array | None = None, note: str = "") -> Quantity:
+    """Of each block with the block before, from what runs over pairs of blocks."""
+    places = tuple(range(1, len(values) + 1))
+    if bounds is None:
+        return Quantity(values, places, note=note)
+    return Quantity(values, places, low=bounds[..., 0], high=bounds[..., 1], note=note)
+
+
+def _kappa(findings: Findings, metric: str) -> Quantity:
+    reading, _ = _held(findings, metric)
+    found = adjacent(_null(reading, metric, "kappa"))
+    bounds = None if reading.nulls is None else reading.nulls.kappa_ci95
+    none = "decided by its value: the findings hold no interval of kappa"
+    return _pairs(found, None if bounds is None else _neighbours(bounds), "" if bounds is not None else none)
+
+
+def _neighbours(bounds: Array) -> Array:
+    return np.stack([adjacent(bounds[..., end]) for end in (0, 1)], axis=-1)
+
+
+def _wrong_token(findings: Findings, metric: str) -> Quantity:
+    reading, _ = _held(findings, metric)
+    found = adjacent(_null(reading, metric, "other_token"))
+    by_image = findings.images.get(f"{metric}/other_token")
+    if by_image is None or by_image.shape[1:] != found.shape:
+        return _pairs(found, note=NO_INTERVAL_OF_NULL)
+    count = np.isfinite(by_image).sum(0)
+    spread = np.where(np.isfinite(by_image), (by_image - found) ** 2, 0.0).sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        stderr = np.where(count > 1, np.sqrt(spread / (count - 1) / count), np.nan)
+    return _pairs(found, interval(found, stderr, count))
+
+
+def _wrong_head(findings: Findings, metric: str) -> Quantity:
+    reading, _ = _held(findings, metric)
+    return _pairs(adjacent(_null(reading, metric, "other_head")), note=NO_INTERVAL_OF_NULL)
+
+
+def _beyond_heads(findings: Findings, metric: str) -> Quantity:
+    reading, values = _held(findings, metric)
+    head = adjacent(_null(reading, metric, "other_head"))
+    independent = query_independent(pairs_of(findings))
+    if not independent.any():
+        raise Absent("no neighbouring blocks have maps that are query-independent, not near-uniform, and tell heads apart")
+    room = np.where(independent & (head < 1), 1 - head, np.nan)
+    low, high = (None, None) if reading.ci95 is None else (adjacent(reading.ci95[..., end]) for end in (0, 1))
+    bounds = None if low is None or high is None else np.stack([(low - head) / room, (high - head) / room], axis=-1)
+    return _pairs((adjacent(values) - head) / room, bounds, "the interval is that of the row similarity alone")
+
+
+def _raw(findings: Findings, metric: str) -> Quantity:
+    reading, values = _held(findings, metric)
+    return _pairs(adjacent(values), None if reading.ci95 is None else _neighbours(reading.ci95))
+
+
+def _share(findings: Findings, metric: str) -> Quantity:
+    _held(findings, metric)
+    share = entropy_share(findings)
+    assert share is not None
+    places = tuple(range(len(share.mean)))
+    if share.ci95 is None:
+        return Quantity(share.mean, places, note="decided by its value: the findings hold no interval over heads")
+    return Quantity(share.mean, places, low=share.ci95[:, 0], high=share.ci95[:, 1])
+
+
+def _share_of_pairs(findings: Findings, metric: str) -> Quantity:
+    of = _share(findings, metric)
+    ends = None if of.low is None or of.high is None else np.stack([_paired(of.low), _paired(of.high)], axis=-1)
+    return _pairs(_paired(of.values), ends, of.note)
+
+
+def _paired(values: Array) -> Array:
+    return (values[1:] + values[:-1]) / 2
+
+
+def _share_of_kinds(*wanted: str) -> Callable[[Findings, str], Quantity]:
+    def read(findings: Findings, metric: str) -> Quantity:
+        _held(findings, metric)
+        kinds = [kind for kind in kinds_of(pairs_of(findings)) if kind != "undefined"]
+        share = sum(kind in wanted for kind in kinds) / len(kinds) if kinds else np.nan
+        return Quantity(np.array([share]), (), "model", note="decided by the values of the pairs")
+
+    return read
+
+
+def _last(findings: Findings, metric: str) -> Quantity:
+    reading, values = _held(findings, metric)
+    bounds = np.full((len(values), 2), np.nan) if reading.ci95 is None else reading.ci95
+    return Quantity(values[-1:], (len(values) - 1,), "depth", bounds[-1:, 0], bounds[-1:, 1])
+
+
+def _last_cosine(findings: Findings, metric: str) -> Quantity:
+    of = _last(findings, metric)
+    assert of.low is not None
+    assert of.high is not None
+    return Quantity(1 - of.values, of.places, of.axis, 1 - of.high, 1 - of.low)
+
+
+def _last_over_twin(findings: Findings, metric: str) -> Quantity:
+    of = _last(findings, metric)
+    fresh = _null(findings.metrics[metric], metric, "untrained")[-1:]
+    fresh = np.where(fresh > 0, fresh, np.nan)
+    assert of.low is not None
+    assert of.high is not None
+    return Quantity(of.values / fresh, of.places, of.axis, of.low / fresh, of.high / fresh, TWIN_EXACT)
+
+
+def _outliers(findings: Findings, metric: str) -> Quantity:
+    plain = findings.metrics.get("token-norm")
+    if metric in findings.metrics or plain is None or plain.values is None:
+        return _last(findings, metric)
+    share = np.asarray(plain.settings["outlier_share"], dtype=np.float64)[-1:]
+    nan = np.full(1, np.nan)
+    return Quantity(share, (len(plain.values) - 1,), "depth", nan, nan, f"{metric} was not measured, which has the interval")
+
+
+def _over_twin(findings: Findings, metric: str) -> Quantity:
+    reading, values = _held(findings, metric)
+    fresh = _null(reading, metric, "untrained")
+    both = np.isfinite(values) & np.isfinite(fresh) & (fresh > 0)
+    count = both.sum(1)
+    ratios = np.where(both, values / np.where(both, fresh, 1.0), 0.0).sum(1) / np.maximum(count, 1)
+    return Quantity(np.where(count > 0, ratios, np.nan), tuple(range(len(values))), note=ONE_SET)
+
+
+def _fact(holds: bool) -> Quantity:
+    return Quantity(np.array([float(holds)]), (), "model", note=AS_STORED)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The numbers of each neighbouring pair of blocks that its kind depends on; NaN where undefined or not measured."""
+
+    raw: Array
+    null: Array
+    kappa: Array
+    row: Array
+    row_head: Array
+    share: Array
+
+
+def pairs_of(findings: Findings) -> Pairs:
+    """The numbers of the neighbouring pairs; `attention-similarity` must have values."""
+    raw = _raw(findings, "attention-similarity").values
+
+    def values(read: Callable[[Findings, str], Quantity], metric: str) -> Array:
+        try:
+            found = read(findings, metric).values
+        except Absent:
+            return np.full(len(raw), np.nan)
+        return found if found.shape == raw.shape else np.full(len(raw), np.nan)
+
+    return Pairs(
+        raw=raw,
+        null=values(_wrong_token, "attention-similarity"),
+        kappa=values(_kappa, "attention-similarity"),
+        row=values(_raw, "attention-similarity@row"),
+        row_head=values(_wrong_head, "attention-similarity@row"),
+        share=values(_share_of_pairs, "attention-entropy"),
+    )
+
+
+def query_independent(pairs: Pairs) -> NDArray[np.bool_]:
+    """Which pairs have maps that ignore the query and tell heads apart: there rows say what columns cannot."""
+    found = [classify(pairs, i) in ("shared-row", "query-independent") for i in range(len(pairs.raw))]
+    return np.array(found, dtype=np.bool_)
+
+
+def kinds_of(pairs: Pairs) -> tuple[str, ...]:
+    """The kind of each neighbouring pair; see `classify`."""
+    return tuple(classify(pairs, i) for i in range(len(pairs.raw)))
+
+
+def classify(pairs: Pairs, i: int) -> str:
+    """The rule that the pair of block i + 1 with block i falls under, by its values: the first that holds."""
+
+    def holds(name: str, values: Array) -> bool:
+        return BY_NAME[name].holds(float(values[i]))
+
+    if not np.isfinite(pairs.raw[i]):
+        return "undefined"
+    if holds("shared", pairs.kappa):
+        return "shared"
+    uniform = holds("near-uniform", pairs.share)
+    if holds("query-independent", pairs.null) and not uniform:
+        if holds("same-everywhere", pairs.row_head):
+            return "same-everywhere"
+        with np.errstate(divide="ignore", invalid="ignore"):
+            beyond = (pairs.row - pairs.row_head) / (1 - pairs.row_head)
+        return "shared-row" if holds("shared-row", beyond) else "query-independent"
+    if holds("high-raw", pairs.raw):
+        return "near-uniform" if uniform else "explained"
+    return "distinct"
+
+
+READERS: Mapping[str, Callable[[Findings, str], Quantity]] = {
+    "shared": _kappa,
+    "query-independent": _wrong_token,
+    "same-everywhere": _wrong_head,
+    "shared-row": _beyond_heads,
+    "high-raw": _raw,
+    "near-uniform": _share_of_pairs,
+    "mostly-query-independent": _share_of_kinds("query-independent", "same-everywhere"),
+    "mostly-explained": _share_of_kinds("near-uniform", "explained"),
+    "entropy-collapse": _share,
+    "parallel-patches": _last_cosine,
+    "less-diverse-than-untrained": _last_over_twin,
+    "constant-tokens": _last,
+    "lower-rank-than-untrained": _last_over_twin,
+    "outlier-tokens": _outliers,
+    "norm-above-150": _last,
+    "weights-lost-rank": _over_twin,
+    "rows-more-alike": _over_twin,
+    "untrained": lambda findings, _: _fact(str(findings.model.get("weights", "")).startswith("random")),
+    "mixed-maps": lambda findings, _: _fact(bool(findings.model.get("mixes_maps"))),
+}
