@@ -17,6 +17,7 @@ COMMANDS = {
     "analyze": "Measure the collapse of one model over a data set: the main job.",
     "compare": "Set two or more models, checkpoints or findings side by side on the same images.",
     "train": "Train a recipe, with any fixes and penalties, and watch for collapse.",
+    "sweep": "Train and measure a recipe over a grid of depths, widths, fixes and seeds: one table, one page.",
     "intervene": "Say what the attention of each block is worth: replace its map, report the change in logits and accuracy.",
     "report": "Rebuild figures and page from a findings folder.",
     "doctor": "Say whether a model can be probed, block by block.",

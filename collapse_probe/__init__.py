@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collapse_probe.findings import Findings as Findings
     from collapse_probe.intervention import intervene as intervene
     from collapse_probe.monitoring import Monitor as Monitor
+    from collapse_probe.sweeping import sweep as sweep
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -21,8 +22,9 @@ _HOMES = {
     "Findings": "findings",
     "Monitor": "monitoring",
     "intervene": "intervention",
+    "sweep": "sweeping",
 }
-__all__ = ["Findings", "Monitor", "__version__", "analyze", "compare", "intervene", "listen"]
+__all__ = ["Findings", "Monitor", "__version__", "analyze", "compare", "intervene", "listen", "sweep"]
 
 
 def __getattr__(name: str) -> Any:  # loaded on first use, so that the import stays light

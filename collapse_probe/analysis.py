@@ -20,8 +20,8 @@ from collapse_probe.devices import budget_line, choose_device, device_name, peak
 from collapse_probe.errors import DataError, ModelError, SettingError
 from collapse_probe.facts import address_of, data_facts, model_facts
 from collapse_probe.findings import Findings, Reading
-from collapse_probe.measure import Metric, make
 from collapse_probe.headlines import kept_of
+from collapse_probe.measure import Metric, make
 from collapse_probe.nulls import with_twins, with_untrained
 from collapse_probe.one_pass import Outputs, Progress, Run, image_table, one_pass, reading_of
 from collapse_probe.outcomes import judged
@@ -206,7 +206,7 @@ def measure(
         images=table,
         gallery=gallery_of(run.pictures, run.names, plan, subject.preprocess.description),
         presets=preset_records(settings.presets),
-        sureness=sureness(table, readings, summary, heads=_heads(plan), images=images, seed=settings.seed),
+        sureness=sureness(table, readings, heads=_heads(plan), images=images, seed=settings.seed),
     )
     return judged(found)
 

@@ -55,7 +55,8 @@ CAPTIONS: dict[str, Caption] = {
         "What has come from each patch up to every block when the maps of all blocks before are multiplied, skip connections "
         "counted as identity and heads averaged (Abnar & Zuidema): the first block's tile holds one map, the last one's the "
         "product of all. Scale and order as in the gallery of single blocks.",
-        "Rollout ignores values and MLPs; it tends to even out with depth in every network. It is not what the decision rests on.",
+        "Rollout ignores values and MLPs, and evens out with depth in every network. It does not show what the decision "
+        "rests on.",
     ),
     "token-norm-places": Caption(
         "Where the tokens of unusual length sit",
@@ -100,6 +101,13 @@ CAPTIONS: dict[str, Caption] = {
         "what enters the first block.",
         "The residual stream carries each embedding on, so neighbouring depths are close to 1 in nearly "
         "every deep network, healthy or not.",
+    ),
+    "convergence": Caption(
+        "How the headline numbers settle as images come in",
+        "Value and 95 % interval over the first images of a seeded shuffle, on a logarithmic axis. Dotted: the value over all "
+        "images; the grey band is the tolerance that the number is held against. The scale follows each number.",
+        "A curve that has settled has settled for images like these, not for other data. The points share images, so that "
+        "the curve is smoother than as many independent samples would be.",
     ),
     "weights": Caption(
         "How redundant the weights of each block are",

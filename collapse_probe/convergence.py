@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collapse_probe.headlines import HEADLINES, SIMILARITY, Estimate, Kept
-from collapse_probe.statistics import means, resampled_means
+from collapse_probe.statistics import count_bounds, mean_parts, parts_stderr
 
 Array = NDArray[np.float64]
 SIZES = 20
 COUNT, COUNT_ABOVE, COUNT_TOLERANCE = "similar_blocks", 0.9, 1.0
-RESAMPLES = 400
 MOST_NEEDED = 10_000_000
 """Beyond so many images the estimate of how many would do says nothing."""
 
@@ -31,21 +30,21 @@ def sizes_for(images: int) -> list[int]:
     return sorted({round(size) for size in np.geomspace(2, images, SIZES).tolist()})
 
 
-def convergence_of(kept: Kept, counted: Mapping[str, float | int | None], seed: int = 0) -> dict[str, Any]:
+def convergence_of(kept: Kept, seed: int = 0) -> dict[str, Any]:
     """Running values and 95 % intervals of the headline numbers, as plain data; {} with fewer than two images.
 
     `sizes`: numbers of images. `numbers`: by name `value`, `ci_low` and `ci_high` at every size (NaN where undefined), the
     `half_width` at the end, the `tolerance` it is held against, whether it is `settled`, and `images_needed`: about how many
-    images would bring it there (half-width falls with the root of their number; None for a count). `counted` is the
-    summary: the count of similar blocks over all images stands there. `sentences`: what was too small to tell.
+    images would bring it there (half-width falls with the root of their number; None for a count). `sentences`: what
+    there were too few images for.
     """
     sizes = sizes_for(len(kept))
     order = np.random.default_rng(seed).permutation(len(kept))
     steps = [kept.only(order[:size]) if size < len(kept) else kept for size in sizes]
     running = [step.estimates() for step in steps]
     found = {name: _curve(name, [step.get(name) for step in running]) for name in (running[-1] if running else {})}
-    if SIMILARITY in kept.values and counted.get(COUNT) is not None and steps:
-        found[COUNT] = _count_curve(steps, counted, seed)
+    if SIMILARITY in kept.values and steps:
+        found[COUNT] = _count_curve(steps)
     if not found:
         return {}
     return {
@@ -77,22 +76,19 @@ def _settled(half_width: float, tolerance: float, images: int | None) -> dict[st
     return {"half_width": half_width, "tolerance": tolerance, "settled": settled, "images_needed": needed}
 
 
-def _count_curve(steps: list[Kept], counted: Mapping[str, float | int | None], seed: int) -> dict[str, Any]:
-    """The count of similar blocks with bootstrap percentile intervals; over all images the summary's own."""
+def _count_curve(steps: list[Kept]) -> dict[str, Any]:
+    """The count of similar blocks with the bounds that similar-blocks has."""
     values, ends = [], []
-    for step in steps[:-1]:
-        real = step.values[SIMILARITY]
-        drawn = (resampled_means(real, RESAMPLES, seed) > COUNT_ABOVE).sum(1)
-        values.append(float((means(real) > COUNT_ABOVE).sum()))
-        ends.append(tuple(np.quantile(drawn, [0.025, 0.975]).tolist()))
-    low, high = (counted.get(f"{COUNT}_ci_{end}") for end in ("low", "high"))
-    last = float(counted[COUNT] or 0)
-    bounds = (math.nan if low is None else float(low), math.nan if high is None else float(high))
+    for step in steps:
+        means, parts, defined = mean_parts(step.values[SIMILARITY])
+        values.append(float((means > COUNT_ABOVE).sum()))
+        ends.append(count_bounds(means, parts_stderr(parts, defined.sum(0)), defined.sum(0), COUNT_ABOVE).tolist())
+    low, high = ends[-1]
     return {
-        "value": [*values, last],
-        "ci_low": [*(a for a, _ in ends), bounds[0]],
-        "ci_high": [*(b for _, b in ends), bounds[1]],
-        **_settled((bounds[1] - bounds[0]) / 2, COUNT_TOLERANCE, None),
+        "value": values,
+        "ci_low": [low for low, _ in ends],
+        "ci_high": [high for _, high in ends],
+        **_settled((high - low) / 2, COUNT_TOLERANCE, None),
     }
 
 

@@ -19,7 +19,7 @@ def extremes_of(kept: Kept) -> dict[str, Any]:
     """Names and values of the images with the highest and lowest headline numbers, as plain data; {} with fewer than two.
 
     By number: `highest` and `lowest`, up to five each (no image in both) with the outermost first, each {name, value};
-    `median`; `images`; `collapsed`, the end that is the sick one. An image's kappa is the mean over adjacent pairs of its own kappas.
+    `median`; `images`; `collapsed`, the end that is the sick one. An image's kappa is the mean of its own over adjacent pairs.
     """
     found: dict[str, Any] = {}
     for name, values in kept.each().items():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from collapse_probe.convergence_figure import convergence
 from collapse_probe.curves import adjacent_blocks, entropy, per_block, similar_blocks
 from collapse_probe.drawing import drawn, png, svg
 from collapse_probe.family_figures import family_figure, family_figures, pair
@@ -92,6 +93,7 @@ FIGURES: dict[str, Callable[[Findings, bool], Figure | None]] = {
     "attention-entropy": entropy,
     "per-block": per_block,
     "feature-similarity": feature_similarity,
+    "convergence": convergence,
     "token-norm-places": outlier_places,
     "weights": weights,
     "weights-depth": weights_depth,

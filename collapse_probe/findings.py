@@ -26,7 +26,7 @@ class Nulls:
     """What a metric would read with nothing to find.
 
     `values` maps untrained, other_token, other_image, other_head and kappa to arrays with the metric's dims, or to
-    None where `reasons` says why; `images` says on how many images each was taken; `kappa_ci95` [..., 2]; `spread`: see `nulls`.
+    None where `reasons` says why; `images` says on how many images each was taken; `kappa_ci95` [..., 2]; `spread`: see nulls.
     """
 
     values: Mapping[str, Array | None]

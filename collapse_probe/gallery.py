@@ -18,7 +18,7 @@ from collapse_probe.findings import Findings, Gallery
 
 Pixels = NDArray[np.uint8]
 FOLD = 8.0  # the scale runs from 1/8 to 8 times uniform attention
-MOST_PICTURES = 4
+MOST_PICTURES, MOST_ROLLED = 4, 2
 GAP, TITLE, FOOT = 0.05, 0.34, 0.75  # inches
 PER_INCH = 160  # pixels of the photographs
 COLOURS = LinearSegmentedColormap.from_list("less-more", ["#1d4f9c", "#6ea4da", "#f2f2f2", "#f39a3b", "#b3200c"])
@@ -140,7 +140,7 @@ def rollout_gallery(findings: Findings, narrow: bool = False) -> Figure | None:
     gallery = findings.gallery
     if gallery is None or gallery.rollouts is None or not len(gallery.names):
         return None
-    return _laid_over(gallery, scaled(findings, gallery.rollouts), narrow, ROLLOUT)
+    return _laid_over(gallery, scaled(findings, gallery.rollouts)[:MOST_ROLLED], narrow, ROLLOUT)
 
 
 def _laid_over(gallery: Gallery, maps: Array, narrow: bool, unit: str) -> Figure:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collapse_probe.statistics import UNDEFINED_KAPPA, interval, kappa
+from collapse_probe.statistics import interval, kappa, kappa_parts, mean_parts, parts_stderr
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -61,9 +61,7 @@ class Estimate:
     @property
     def stderr(self) -> float:
         """The standard error over images; NaN with fewer than two."""
-        if self.images < 2:
-            return float("nan")
-        return float(np.sqrt(np.square(self.parts).sum() * self.images / (self.images - 1)))
+        return float(parts_stderr(self.parts, self.images))
 
     @property
     def ci95(self) -> tuple[float, float]:
@@ -134,30 +132,16 @@ def mean_of(values: Array, weights: Array | None = None) -> Estimate | None:
     >>> mean_of(np.array([[1.0, 3.0], [3.0, 5.0]])).value
     3.0
     """
-    means, parts, defined = _means(values)
-    return _over_places(means, parts, defined, weights)
+    return _over_places(*mean_parts(values), weights)
 
 
 def kappa_of(real: Array, null: Array) -> Estimate | None:
     """The mean over places of (r − t)/(1 − t), r and t the means over images of two [images, places]; None where undefined.
 
-    An image's part is that of r less (1 − kappa) times that of t, over 1 − t: the delta method.
+    >>> kappa_of(np.array([[0.9], [0.7]]), np.array([[0.6], [0.6]])).value
+    0.5000000000000001
     """
-    (r, r_parts, defined), (t, t_parts, also) = _means(real), _means(null)
-    ratio = kappa(r, t)
-    room = np.where(1 - t > UNDEFINED_KAPPA, 1 - t, 1.0)
-    with np.errstate(invalid="ignore"):
-        parts = (r_parts - (1 - ratio) * t_parts) / room
-    return _over_places(ratio, parts, defined | also, None)
-
-
-def _means(values: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
-    """Means over images [places], each image's part in them [images, places], and where images are defined."""
-    defined = np.isfinite(values)
-    count = defined.sum(0)
-    safe = np.maximum(count, 1)
-    means = np.where(count > 0, np.where(defined, values, 0.0).sum(0) / safe, np.nan)
-    return means, np.where(defined, values - means, 0.0) / safe, defined
+    return _over_places(*kappa_parts(real, null), None)
 
 
 def _over_places(means: Array, parts: Array, defined: NDArray[np.bool_], weights: Array | None) -> Estimate | None:
@@ -167,7 +151,7 @@ def _over_places(means: Array, parts: Array, defined: NDArray[np.bool_], weights
     weight = np.ones(len(means)) if weights is None else np.asarray(weights, dtype=np.float64)
     weight = np.where(places, weight, 0.0) / weight[places].sum()
     whole = np.where(places, parts, 0.0) @ weight
-    return Estimate(float(means[places] @ weight[places]), whole, defined[:, places].any(1))
+    return Estimate(float(means[places] @ weight[places]), whole, np.asarray(defined[:, places].any(1)))
 
 
 def _row_means(values: Array, weights: Array | None = None) -> Array:

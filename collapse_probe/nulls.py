@@ -21,8 +21,8 @@ NO_KAPPA_INTERVAL = "undefined: how kappa's null varies with the images was not 
 def between_blocks(fold: Agreement, heads: bool) -> Nulls:
     """The nulls of a block × block similarity; `heads` says whether its vectors have heads to confuse.
 
-    `spread` holds `other_token_ci95` [blocks, blocks, 2] and `beyond_p` [blocks, blocks], the one-sided p of a paired t test over
-    images that the pair is more alike than with the wrong tokens.
+    `spread` holds `other_token_ci95` [blocks, blocks, 2] and `beyond_p` [blocks, blocks], the one-sided p of a paired t test
+    over images that the pair is more alike than with the wrong tokens.
     """
     real, real_error, n = fold.mean("real")
     token, token_error, _ = fold.mean("other_token")
@@ -83,8 +83,8 @@ def with_untrained(reading: Reading, twin: Reading | None, images: int, reason: 
 def with_twins(reading: Reading, twins: Mapping[int, Reading], images: int) -> Reading:
     """The reading with the mean over untrained twins by seed, and with several how they spread over the seeds.
 
-    `spread["untrained_seeds"]`: the `seeds`, the standard deviation `sd` (n − 1) and the range `low`, `high` over them, with the metric's
-    dims. Seeds are few: look at the range before the deviation.
+    `spread["untrained_seeds"]`: the `seeds`, the standard deviation `sd` (n − 1) and the range `low`, `high` over them, with
+    the metric's dims. Seeds are few: look at the range before the deviation.
     """
     first = next(iter(twins.values()))
     held = [twin.values for twin in twins.values() if twin.values is not None]

@@ -6,31 +6,38 @@ import base64
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from PIL import Image
 
-from collapse_probe.captions import CAPTIONS, Caption
+from collapse_probe.captions import Caption
 from collapse_probe.colophon import definitions, not_measured, provenance, skipped
 from collapse_probe.drawing import pixels, svg
+from collapse_probe.family_figures import family_figures, undrawn
 from collapse_probe.figures import draw_all, save
 from collapse_probe.findings import Findings
+from collapse_probe.outlier_places import without_outliers
+from collapse_probe.ratio_tables import sensitivity_tables
 from collapse_probe.readings import held, null
-from collapse_probe.tables import key_numbers, per_block
+from collapse_probe.sections import caption_of, sections
+from collapse_probe.sureness_tables import certainty, rules_table
+from collapse_probe.tables import Table, key_numbers, per_block
 from collapse_probe.words import plain
 
-NARROW_DPI, WIDE_DPI = 190, 150
-PHOTOGRAPH_MOST = 450_000  # bytes
+NARROW_DPI, WIDE_DPI, PHOTOGRAPH_DPI = 190, 150, 150
+PHOTOGRAPH_MOST = 400_000  # bytes
+LINES_MOST = 60_000  # bytes of an svg beyond which pixels are tried
+SHADES = 256  # of a drawing in pixels: what its colour scale has
+UNTRAINED = "The model is untrained"  # how the caveat begins that the banner says already
 
 
 @dataclass(frozen=True)
 class Plate:
-    """One figure on the page: its data URL (and one for phones), its size in CSS pixels and its caption."""
+    """One figure on the page: its data URL (and one for phones), its size in CSS pixels, its caption, and what stands below."""
 
     name: str
     source: str
@@ -38,7 +45,9 @@ class Plate:
     width: int
     height: int
     caption: Caption
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
 
 
 def write_report(findings: Findings, folder: str | Path) -> Path:
@@ -55,20 +64,22 @@ def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> s
     from collapse_probe.verdict import judge
 
     figures = draw_all(findings) if figures is None else figures
-    narrow = draw_all(findings, narrow=True, names=figures)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = resources.files("collapse_probe").joinpath("page.html").read_text(encoding="utf-8")
     listed, more = skipped(findings)
-    return environment.from_string(text).render(
+    untrained, verdict = str(findings.model.get("weights") or "").startswith("random"), judge(findings)
+    return paper(
+        "findings.html",
         name=plain(findings.model.get("name")),
         weights=plain(findings.model.get("weights")),
         images=plain(findings.data.get("images")),
         data=plain(findings.data.get("address")),
-        verdict=judge(findings),
-        untrained=str(findings.model.get("weights") or "").startswith("random"),
+        verdict=verdict,
+        caveats=[caveat for caveat in verdict.caveats if not (untrained and caveat.startswith(UNTRAINED))],
+        untrained=untrained,
+        rules=rules_table(findings),
         cards=key_numbers(findings),
-        plates=[_plate(findings, name, figure, narrow.get(name)) for name, figure in figures.items()],
-        absent=not_measured(findings),
+        sections=_filled(findings, figures),
+        absent=[*not_measured(findings), *undrawn(findings)],
+        sure=certainty(findings),
         table=per_block(findings),
         definitions=definitions(findings),
         provenance=provenance(findings),
@@ -77,15 +88,41 @@ def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> s
     )
 
 
+def paper(template: str, **content: Any) -> str:
+    """The page that `template` makes of `content`; templates share one layout and the macros for tables and figures."""
+    environment = Environment(
+        loader=PackageLoader("collapse_probe", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**content)
+
+
+def plate_of(name: str, figure: Figure, narrow: Figure | None, caption: Caption, **more: Any) -> Plate:
+    """`figure` and its version for phones as a plate; `more` are the plate's further fields."""
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    phone = "" if narrow is None else data_url(narrow, NARROW_DPI)
+    return Plate(name, data_url(figure, WIDE_DPI), phone, width, height, caption, **more)
+
+
 def data_url(figure: Figure, dpi: float) -> str:
-    """`figure` as a data URL: lines as svg, heatmaps as lossless webp, photographs as jpeg."""
+    """`figure` as a data URL: lines as svg (many, or for a phone: webp), heatmaps as webp, photographs as jpeg."""
     if any(axes.images for axes in figure.axes):
-        kind, content = "jpeg", _photograph(pixels(figure, dpi))
-    elif any(isinstance(part, QuadMesh) for axes in figure.axes for part in axes.collections):
-        kind, content = "webp", _saved(pixels(figure, dpi), "webp", lossless=True, quality=30, method=2)
+        kind, content = "jpeg", _photograph(pixels(figure, min(dpi, PHOTOGRAPH_DPI)))
+    elif dpi == NARROW_DPI or any(isinstance(part, QuadMesh) for axes in figure.axes for part in axes.collections):
+        kind, content = "webp", _in_pixels(figure, dpi)
     else:
         kind, content = "svg+xml", svg(figure)
+        if len(content) > LINES_MOST and len(drawn := _in_pixels(figure, dpi)) < len(content):
+            kind, content = "webp", drawn
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _in_pixels(figure: Figure, dpi: float) -> bytes:
+    picture = pixels(figure, dpi).quantize(SHADES, dither=Image.Dither.NONE).convert("RGB")
+    return _saved(picture, "webp", lossless=True, quality=30, method=2)
 
 
 def _photograph(picture: Image.Image) -> bytes:
@@ -103,25 +140,41 @@ def _saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _plate(findings: Findings, name: str, figure: Figure, narrow: Figure | None) -> Plate:
-    width, height = (round(96 * inches) for inches in figure.get_size_inches())
-    return Plate(
-        name=name,
-        source=data_url(figure, WIDE_DPI),
-        narrow="" if narrow is None else data_url(narrow, NARROW_DPI),
-        width=width,
-        height=height,
-        caption=CAPTIONS.get(name, Caption(name, "", "")),
-        notes=tuple(_notes(findings, name)),
-    )
+def _filled(findings: Findings, figures: Mapping[str, Figure]) -> list[dict[str, Any]]:
+    """The sections of the page with their plates."""
+    narrow, families = draw_all(findings, narrow=True, names=figures), family_figures(findings)
+
+    def plates(names: tuple[str, ...]) -> list[Plate]:
+        return [
+            plate_of(
+                name,
+                figures[name],
+                narrow.get(name),
+                caption_of(name, families, findings),
+                notes=tuple(_notes(findings, name)),
+                metrics=tuple(families.get(name, ())),
+                tables=tuple(sensitivity_tables(findings)) if name == "similarity-ratio" else (),
+            )
+            for name in names
+        ]
+
+    return [
+        {"title": part.title, "anchor": part.anchor, "plates": plates(part.figures), "aside": plates(part.aside)}
+        for part in sections(findings, figures)
+    ]
 
 
 def _notes(findings: Findings, name: str) -> list[str]:
     """What a caption must say about these findings alone."""
-    if name == "attention-gallery" and findings.gallery is not None:
-        return [f"Here the attention of {findings.gallery.query} is drawn, a mean over heads."]
+    gallery = findings.gallery
+    if name in ("attention-gallery", "rollout-gallery") and gallery is not None:
+        drawn = "the attention" if name == "attention-gallery" else "the rollout"
+        return [f"Here {drawn} of {gallery.query} is drawn, a mean over heads."]
+    if name.startswith("token-norm"):
+        rules = without_outliers(findings)
+        return [f"No token of any image stands out by the rule “{rule}”." for rule in rules] if name == "token-norm" else []
     reading = held(findings, name)
-    if name not in ("attention-similarity", "feature-similarity") or reading is None:
+    if name not in ("attention-similarity", "feature-similarity", "attention-rollout") or reading is None:
         return []
     if null(reading, "kappa") is not None:
         return []

@@ -63,7 +63,7 @@ def sign_flips(differences: Array, *, seed: int = 0, permutations: int = PERMUTA
 
 
 def _all_signs(images: int) -> Iterator[Array]:
-    yield 1.0 - 2.0 * ((np.arange(2**images)[:, None] >> np.arange(images)) & 1)
+    yield _signs((np.arange(2**images)[:, None] >> np.arange(images)) & 1)
 
 
 def _random_signs(images: int, permutations: int, seed: int) -> Iterator[Array]:
@@ -72,7 +72,11 @@ def _random_signs(images: int, permutations: int, seed: int) -> Iterator[Array]:
     for start in range(0, permutations, step):
         rows = min(step, permutations - start)
         packed = generator.integers(0, 256, (rows, (images + 7) // 8), dtype=np.uint8)
-        yield 1.0 - 2.0 * np.unpackbits(packed, axis=1, count=images)
+        yield _signs(np.unpackbits(packed, axis=1, count=images))
+
+
+def _signs(bits: NDArray[Any]) -> Array:
+    return 1.0 - 2.0 * bits.astype(np.float64)
 
 
 def pair_tests(table: Mapping[str, NDArray[Any]], readings: Mapping[str, Reading], seed: int = 0) -> dict[str, Any]:

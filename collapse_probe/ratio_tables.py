@@ -11,9 +11,9 @@ from collapse_probe.words import plain
 
 SIDES = {"before": "blocks before", "both": "blocks on each side"}
 NOTE = (
-    "Blocks whose similarity ratio is above {above:g}, of those that have neighbours; outlined: the choice drawn above. DeepViT "
-    "leaves number, side and threshold open, so that no cell is the paper's own. With the mean as threshold a vector counts when "
-    "it is not below the mean of its block, which about half of them are by chance."
+    "Blocks whose similarity ratio is above {above:g}, of those that have neighbours; outlined: the choice drawn above. "
+    "DeepViT leaves these choices open, so that no cell is the paper's own. With the mean as threshold a vector counts when it "
+    "is not below the mean of its block, which about half of them are by chance."
 )
 
 

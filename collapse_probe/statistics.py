@@ -70,29 +70,57 @@ def beyond(difference: Array, stderr: Array, n: Array | float) -> Array:
     degrees = np.maximum(np.asarray(n, dtype=np.float64) - 1, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(stderr > 0, difference / stderr, np.where(difference == 0, 0.0, np.copysign(np.inf, difference)))
-    return np.where(np.isfinite(stderr) & np.isfinite(difference), stats.t.sf(t, degrees), np.nan)
+    found: Array = np.where(np.isfinite(stderr) & np.isfinite(difference), stats.t.sf(t, degrees), np.nan)
+    return found
 
 
-def means(values: Array) -> Array:
-    """Means over images of what is defined, [images, places] -> [places]; NaN where nothing is."""
-    return _weighted(values, np.ones((1, len(values))))[0]
+def mean_parts(values: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
+    """Means over images of [images, places] -> [places], each image's part in them, and where images are defined.
 
-
-def resampled_means(values: Array, resamples: int, seed: int = 0) -> Array:
-    """`means` over images drawn with replacement, [images, places] -> [resamples, places]; an image's places stay together."""
-    generator, images = np.random.default_rng(seed), len(values)
-    step = max(1, RESAMPLED_AT_ONCE * 10 // images)
-    found = []
-    for start in range(0, resamples, step):
-        rows = min(step, resamples - start)
-        chosen = generator.integers(0, images, (rows, images)) + np.arange(rows)[:, None] * images
-        found.append(
-            _weighted(values, np.bincount(chosen.ravel(), minlength=rows * images).reshape(rows, images).astype(np.float64))
-        )
-    return np.concatenate(found)
-
-
-def _weighted(values: Array, weights: Array) -> Array:
+    An image's part (x − mean)/n is what it moves the mean by: parts sum to 0; those of undefined values are 0. NaN means where
+    nothing is defined.
+    """
     defined = np.isfinite(values)
-    total = weights @ defined
-    return np.where(total > 0, weights @ np.where(defined, values, 0.0) / np.where(total > 0, total, 1.0), np.nan)
+    count = defined.sum(0)
+    safe = np.maximum(count, 1)
+    means = np.where(count > 0, np.where(defined, values, 0.0).sum(0) / safe, np.nan)
+    return means, np.where(defined, values - means, 0.0) / safe, defined
+
+
+def kappa_parts(real: Array, null: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
+    """`mean_parts` of kappa = (r − t)/(1 − t), r and t the means over images of two [images, places].
+
+    An image's part is that of r less (1 − kappa) times that of t, over 1 − t: the delta method.
+    """
+    (r, r_parts, defined), (t, t_parts, also) = mean_parts(real), mean_parts(null)
+    ratio = kappa(r, t)
+    room = np.where(1 - t > UNDEFINED_KAPPA, 1 - t, 1.0)
+    with np.errstate(invalid="ignore"):
+        parts = (r_parts - (1 - ratio) * t_parts) / room
+    return ratio, np.where(np.isfinite(parts), parts, 0.0), defined | also
+
+
+def parts_stderr(parts: Array, n: Array | float) -> Array:
+    """Standard error √(n/(n − 1) · Σ parts²) over images of [images, ...] -> [...]; NaN where n < 2."""
+    images = np.asarray(n, dtype=np.float64)
+    found: Array = np.where(images > 1, np.sqrt(np.square(parts).sum(0) * images / np.maximum(images - 1, 1)), np.nan)
+    return found
+
+
+def count_bounds(means: Array, stderr: Array, n: Array, above: float) -> Array:
+    """A 95 % interval [2] of how many of the means over n images, all [places], are truly above a threshold.
+
+    From the places whose lower bound is above it to those whose upper bound is, each bound a one-sided t bound at 5 % over the
+    number of places (Bonferroni): the truth is missed only where some place errs, and each can err on one side alone. So it
+    covers at least 95 % however the places hang together, and more where few are near the threshold; a bootstrap of the count
+    covers far less where many are. NaN where some place has fewer than two images; places without a mean count for nothing.
+
+    >>> count_bounds(np.array([0.95, 0.91, 0.5]), np.full(3, 0.01), np.full(3, 50), 0.9).tolist()
+    [1.0, 2.0]
+    """
+    known = np.isfinite(means)
+    if not known.any() or not np.isfinite(stderr[known]).all():
+        return np.full(2, np.nan)
+    reach = stats.t.ppf(1 - 0.05 / known.sum(), np.maximum(np.asarray(n, dtype=np.float64) - 1, 1)) * stderr
+    with np.errstate(invalid="ignore"):
+        return np.array([(means - reach > above).sum(), (means + reach > above).sum()], dtype=np.float64)

@@ -50,9 +50,9 @@ def placed(stream: Iterator[Batch], order: tuple[int, ...]) -> Iterator[Batch]:
 class Stopper:
     """Decides after every batch, alike in all processes, whether every headline mean's interval is narrow enough.
 
-    `half_width` is what half of each 95 % interval may be at most, in the number's own unit (nats for the entropy). Numbers that
-    are undefined so far are not waited for. A process that has no images left goes on with `drain`, so that all decide together.
-    Raises SettingError where none of the metrics `measured` gives a headline mean.
+    `half_width` is what half of each 95 % interval may be at most, in the number's own unit (nats for the entropy). Numbers
+    that are undefined so far are not waited for. A process that has no images left goes on with `drain`, so that all decide
+    together. Raises SettingError where none of the metrics `measured` gives a headline mean.
     """
 
     def __init__(self, half_width: float, measured: Iterable[str], heads: Array | None = None) -> None:
@@ -93,11 +93,7 @@ class Stopper:
     def facts(self, total: int | None) -> dict[str, Any]:
         """What the findings say of it: after how many of `total` images it stopped, and how wide the intervals then were."""
         used = len(self.kept)
-        taken = (
-            f"{used} images in the order in which they were given"
-            if total is None
-            else f"{used} of {total} images drawn at random"
-        )
+        taken = f"{used} images in the order given" if total is None else f"{used} of {total} images drawn at random"
         wide = f"every headline mean's 95 % interval is within ± {self.half_width:g}"
         reached = self.stopped
         said = f"stopped after {taken}, because {wide}; {CAUTION}"

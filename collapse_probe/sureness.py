@@ -20,22 +20,21 @@ from collapse_probe.summary import Summary, adjacent, mean
 def sureness(
     table: Mapping[str, NDArray[Any]],
     readings: Mapping[str, Reading],
-    summary: Summary,
     *,
     heads: Array | None = None,
     images: object = None,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """`tests`, `convergence`, `extremes` and `classes` of a run by name, as plain data; each empty where there is nothing to say.
+    """`tests`, `convergence`, `extremes` and `classes` of a run by name, as plain data; each empty where nothing can be said.
 
-    `table` is the content of images.npz, `heads` the heads of every block; `images` gives the labels where it is an ImageSet that
-    has some. See `pair_tests`, `convergence_of`, `extremes_of` and `classes_of` for what each holds.
+    `table` is the content of images.npz, `heads` the heads of every block; `images` gives the labels where it is an ImageSet
+    that has some. See `pair_tests`, `convergence_of`, `extremes_of` and `classes_of` for what each holds.
     """
     kept = kept_of(table, heads)
     labels, class_names = labels_of(images)
     return {
         "tests": pair_tests(table, readings, seed),
-        "convergence": convergence_of(kept, summary, seed),
+        "convergence": convergence_of(kept, seed),
         "extremes": extremes_of(kept),
         "classes": classes_of(kept, labels, class_names),
     }
@@ -49,7 +48,7 @@ def labels_of(images: object) -> tuple[dict[str, int] | None, Sequence[str]]:
 
 
 def bounds_of(kept: Kept) -> Summary:
-    """The ends of the 95 % intervals of the headline means, for the summary: NAME_ci_low and NAME_ci_high; None with one image."""
+    """The ends of the headline means' 95 % intervals, for the summary: NAME_ci_low and NAME_ci_high; None with one image."""
     found: Summary = {}
     for name, estimate in kept.estimates().items():
         for end, value in zip(("low", "high"), estimate.ci95, strict=True):

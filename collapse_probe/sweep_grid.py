@@ -138,6 +138,4 @@ def _check_names(made: Sequence[Cell]) -> None:
         raise SettingError(f"two cells would share the folder {twice[0]}; give the values in spellings that differ in letters")
     long = [name for name in names if len(name.encode()) > LONGEST_NAME]
     if long:
-        raise SettingError(
-            f"the folder of a cell would be called {long[0][:60]}…, which is too long; vary fewer values at once"
-        )
+        raise SettingError(f"a cell's folder would be called {long[0][:60]}…, which is too long; vary fewer values at once")

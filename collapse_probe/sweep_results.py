@@ -23,7 +23,7 @@ FINISHED, FAILED, WAITING = "finished", "failed", "waiting"
 UNTRAINED = "untrained."
 PUBLISHED: dict[str, Any] = {
     "source": "README of the official DeepViT code (arXiv 2103.11886)",
-    "conditions": "ImageNet, images of 224 pixels, width 384, 12 heads, 300 epochs; the code of the count was not published",
+    "conditions": "ImageNet, images of 224 pixels, width 384, 12 heads; the code of the count was not published",
     "depth": [16, 24, 32],
     "similar_blocks": {"ViT": [5, 11, 15], "DeepViT": [0, 0, 0]},
 }
@@ -145,7 +145,7 @@ class Sweep:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a cell: what was varied, seed, status, accuracy, seconds, then the summaries (`untrained.NAME` for the twin)."""
+        """One row a cell: varied values, seed, status, accuracy, seconds, then the summaries (`untrained.NAME`: the twin)."""
         rows = []
         for cell in self.cells:
             row: dict[str, Any] = {"cell": cell.name, **{name: spelled(value) for name, value in cell.values.items()}}

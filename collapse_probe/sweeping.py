@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -27,6 +28,7 @@ from collapse_probe.training import Progress
 
 SETTLED_OVER = 20  # batches
 Say = Callable[[str], None]
+Task = tuple[Cell, Path, Terms]
 Watch = Callable[[int], AbstractContextManager[Progress]]
 
 
@@ -160,28 +162,32 @@ def told(outcome: Outcome) -> str:
 
 
 @contextmanager
-def _crew(jobs: int) -> Iterator[Callable[[Sequence[tuple[Cell, Path, Terms]]], Iterator[Outcome]]]:
+def _crew(jobs: int) -> Iterator[Callable[[Sequence[Task]], Iterator[Outcome]]]:
     """Runs cells in `jobs` processes at once, a fresh one for each, so that one that is killed takes no other along."""
     context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // jobs)
     running: set[Any] = set()
-    stopped = False
+    stopped = threading.Event()
 
-    def one(task: tuple[Cell, Path, Terms]) -> Outcome:
+    def one(task: Task) -> Outcome:
+        cell = task[0]
+        if stopped.is_set():
+            return Outcome(name=cell.name, values=dict(cell.values), seed=cell.seed)
         process = context.Process(target=_alone, args=(*task, threads))
-        if stopped:
-            return failed(task[0], task[1], "the sweep was stopped before this cell began")
-        process.start()
         running.add(process)
+        process.start()
         process.join()
         running.discard(process)
         return ended(*task, process.exitcode)
 
+    def start(tasks: Sequence[Task]) -> Iterator[Outcome]:
+        yield from (future.result() for future in as_completed([pool.submit(one, task) for task in tasks]))
+
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            yield lambda tasks: pool.map(one, tasks)
+            yield start
         except BaseException:
-            stopped = True
-            for process in list(running):
+            stopped.set()
+            for process in [p for p in running if p.pid is not None]:
                 process.terminate()
             raise
 

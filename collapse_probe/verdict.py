@@ -74,22 +74,33 @@ def _unknown(text: str) -> tuple[str, bool | None, list[Said]]:
 def _depth(pairs: Pairs, kinds: tuple[str, ...], outcomes: Outcomes) -> tuple[str, bool | None, list[Said]]:
     """Whether attention has collapsed across depth: the case, the answer and its two sentences."""
     total = sum(kind != "undefined" for kind in kinds)
-    for name in ("shared", "shared-row"):
-        found = [block - 1 for block in outcomes[name].at("yes")]
-        if found:
-            return _shared(pairs, kinds, [i for i, k in enumerate(kinds) if _sure(outcomes, k, i)], total)
-    unsure = sorted({block for name in ("shared", "shared-row") for block in outcomes[name].at("undecided")})
+    sure = [i for i, k in enumerate(kinds) if k in ("shared", "shared-row") and i + 1 in outcomes[k].at("yes")]
+    if sure:
+        return _shared(pairs, kinds, sure, total)
+    unsure = {name: outcomes[name].at("undecided") for name in ("shared", "shared-row")}
+    ignoring = BY_NAME["mostly-query-independent"].holds(_part(kinds, "query-independent", "same-everywhere"))
+    if ignoring and not unsure["shared"]:
+        return _query_independent(pairs, kinds, total, sure=not unsure["shared-row"])
+    if any(unsure.values()):
+        return _undecided(pairs, unsure, total)
+    return _apart(pairs, kinds, total)
+
+
+def _undecided(pairs: Pairs, unsure: Mapping[str, list[int]], total: int) -> tuple[str, bool | None, list[Said]]:
+    found = sorted({block for blocks in unsure.values() for block in blocks})
+    first = (
+        f"It cannot be told from these images whether attention has collapsed across depth: in {len(found)} of {total} "
+        f"neighbouring pairs ({_blocks(found)} with the block before) the interval is missing or holds the threshold."
+    )
+    rule = next(name for name, blocks in unsure.items() if blocks)
+    return "undecided", None, [(first, rule), (_numbers(pairs), "shared")]
+
+
+def _apart(pairs: Pairs, kinds: tuple[str, ...], total: int) -> tuple[str, bool | None, list[Said]]:
+    """Where no pair shares its attention: whether raw similarity is high all the same."""
     numbers = (_numbers(pairs), "shared")
-    if unsure:
-        first = (
-            f"It cannot be told from these images whether attention has collapsed across depth: in {len(unsure)} of {total} "
-            f"neighbouring pairs ({_blocks(unsure)} with the block before) the interval is missing or holds the threshold."
-        )
-        return "undecided", None, [(first, outcomes["shared"].rule.name), numbers]
-    if outcomes["mostly-query-independent"].rule.holds(_part(kinds, "query-independent", "same-everywhere")):
-        return _query_independent(pairs, kinds, total)
     explained = kinds.count("near-uniform") + kinds.count("explained")
-    if outcomes["mostly-explained"].rule.holds(_part(kinds, "near-uniform", "explained")):
+    if BY_NAME["mostly-explained"].holds(_part(kinds, "near-uniform", "explained")):
         uniform = kinds.count("near-uniform") >= kinds.count("explained")
         share = mean(pairs.share)
         spread = f": each query spreads its attention over nearly all tokens (entropy {_percent(share)} of uniform)"
@@ -105,10 +116,6 @@ def _depth(pairs: Pairs, kinds: tuple[str, ...], outcomes: Outcomes) -> tuple[st
         + f" (kappa above {BY_NAME['shared'].threshold:g} in 0 of {total} pairs)."
     )
     return "distinct", False, [(first, "shared"), numbers]
-
-
-def _sure(outcomes: Outcomes, kind: str, i: int) -> bool:
-    return kind in ("shared", "shared-row") and i + 1 in outcomes[kind].at("yes")
 
 
 def _part(kinds: tuple[str, ...], *wanted: str) -> float:
@@ -139,18 +146,21 @@ def _shared(pairs: Pairs, kinds: tuple[str, ...], shared: list[int], total: int)
     return "shared", True, [(first, "shared"), (second, "shared")]
 
 
-def _query_independent(pairs: Pairs, kinds: tuple[str, ...], total: int) -> tuple[str, bool | None, list[Said]]:
+def _query_independent(pairs: Pairs, kinds: tuple[str, ...], total: int, sure: bool) -> tuple[str, bool | None, list[Said]]:
     at = [i for i, k in enumerate(kinds) if k in ("query-independent", "same-everywhere")]
     everywhere = kinds.count("same-everywhere") > len(at) / 2
     first = f"Attention ignores the query in {len(at)} of {total} neighbouring pairs of blocks: every token attends with the "
     first += "same row"
-    first += ", and all heads and blocks with nearly the same one." if everywhere else ", but each block with a row of its own."
+    if everywhere:
+        first += ", and all heads and blocks with nearly the same one."
+    else:
+        first += ", but each block with a row of its own." if sure else "; whether blocks share it, more images must tell."
     second = (
         f"Columns are alike whichever tokens are compared (wrong-token null {_mean(pairs.null, at)}), so that columns "
         f"and kappa say nothing; rows agree at {_mean(pairs.row, at)} between blocks, {_mean(pairs.row_head, at)} across heads."
     )
     rule = "same-everywhere" if everywhere else "query-independent"
-    return "query-independent", None if everywhere else False, [(first, "mostly-query-independent"), (second, rule)]
+    return "query-independent", None if everywhere or not sure else False, [(first, "mostly-query-independent"), (second, rule)]
 
 
 def _numbers(pairs: Pairs) -> str:

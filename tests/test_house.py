@@ -110,19 +110,21 @@ FLOORS = [
     },
     {"architecture", "depthwise", "outcomes", "products", "weight_metric"},
     {"recipe", "trained", "verdict"},
-    {"mixing", "sources", "training_data"},
-    {"capture", "figures", "lineup", "metrics"},
-    {"counting", "cross_cka", "one_pass", "page", "penalty", "replacing", "weight_analysis"},
+    {"mixing", "sources", "sweep_grid", "training_data"},
+    {"capture", "figures", "lineup", "metrics", "sweep_results"},
+    {"counting", "cross_cka", "one_pass", "page", "penalty", "replacing", "weight_analysis", "sweep_answers"},
     {"analysis", "pairing", "penalties"},
     {"intervention_answers", "monitoring", "penalty_presets", "replaced_runs", "sentences", "side_by_side"},
     {"adapters", "colours", "comparison", "contrast", "contrast_tables", "intervention"},
-    {"contrast_counts", "contrast_curves", "contrast_gallery", "contrast_heatmaps", "intervention_figures"},
+    {"contrast_counts", "contrast_curves", "contrast_gallery", "contrast_heatmaps", "intervention_figures", "sweep_figures"},
     {"contrast_figures"},
-    {"comparison_page", "intervention_page"},
+    {"comparison_page", "intervention_page", "sweep_page"},
     {"lesson", "recipes"},
     {"learner"},
     {"training_run"},
     {"forecast", "training"},
+    {"sweep_cell"},
+    {"sweeping"},
     {"cli"},
 ]
 FORBIDDEN = {"utils", "helpers", "common", "core", "misc"}
@@ -239,6 +241,8 @@ FLAGS = {
     "doctor": f"{MODEL} --device --seed --json {TALK}",
     "ls": TALK,
     "demo": f"-o --output {TALK}",
+    "sweep": f"--vary --seeds --set --steps --data --val-data --eval-data --limit --null-images -o --output --device --amp "
+    f"--amp-dtype --jobs --dry-run --json {TALK}",
     "train": f"--data --val-data {TRAINED} --amp --amp-dtype --resume --dry-run -o --output {TALK}",
 }
 

@@ -266,3 +266,25 @@ def test_bfloat16_and_timm_models_train(tmp_path):
     for at, each in enumerate((recipe, timm)):
         ended = train(each, DIGITS, tmp_path / str(at))
         assert weights(ended.model)["blocks.0.attn.qkv.weight"].dtype == torch.float32
+
+
+def picture_folders(root):
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (root / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
+    return str(root)
+
+
+@pytest.mark.parametrize("name", ["imagenet-diverse-vit-s", "imagenet-patch-diversification-b", "imagenet-mhsa-16b"])
+def test_a_recipe_for_imagenet_runs_on_a_small_folder_laid_out_like_it(tmp_path, name):
+    from collapse_probe.sockets import RECIPES
+
+    small = {"depth": 2, "width": 24, "heads": 12, "classes": 2, "steps": 3, "batch_size": 4, "image_size": 32, "workers": 0}
+    recipe = RECIPES[name]().vary(**small, amp="bfloat16")
+    ended = train(recipe, picture_folders(tmp_path / "data"), tmp_path / "out")
+    assert ended.steps == 3
+    assert resolve(str(ended.model)).preprocess.size == (32, 32)

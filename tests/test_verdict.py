@@ -68,6 +68,11 @@ def test_query_independent_maps_with_rows_of_their_own(pictures):
     assert np.diag(column.nulls.values["other_token"], -1) == pytest.approx(1, abs=1e-4)
     assert found.summary["kappa_adjacent"] is None
     answer = judge(found)
+    assert (answer.case, answer.collapsed) == ("query-independent", None)
+    assert "whether blocks share it, more images must tell" in answer.sentences[0]
+    row = found.metrics["attention-similarity@row"]
+    sure = {**found.metrics, "attention-similarity@row": replace(row, ci95=np.stack([row.values] * 2, axis=-1))}
+    answer = judge(replace(found, metrics=sure))
     assert (answer.case, answer.collapsed) == ("query-independent", False)
     assert "each block with a row of its own" in answer.sentences[0]
 

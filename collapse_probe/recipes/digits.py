@@ -26,8 +26,6 @@ def _digits(name: str, about: str, *, tied: bool, fix: str | None) -> Recipe:
             image_size=8, patch_size=2, classes=10, depth=24, width=WIDTH, heads=4, mlp_ratio=2.0, tied=tied, init_std=STD
         ),
         embedding_std=STD,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
         betas=(0.9, 0.98),
         weight_decay=0.05 if tied else 0.5,
         clip=1.0,
@@ -44,28 +42,37 @@ def digits_tied_mhsa() -> Recipe:
     """One block reused 24 times: attention that is alike across depth by construction.
 
     What collapse looks like to every metric, and no evidence about ordinary ViTs: it is there before
-    training. 36,234 parameters.
+    training. 36,234 parameters, 2.2e12 operations: about a minute on one core.
     """
     return _digits("digits-tied-mhsa", "positive control: one block reused 24 times", tied=True, fix=None)
 
 
 def digits_tied_re_attention() -> Recipe:
-    """The positive control with Re-attention, Theta and BatchNorm of its own in every block. 36,906 parameters."""
+    """The positive control with Re-attention, Theta and BatchNorm of its own in every block.
+
+    36,906 parameters, 2.2e12 operations: two to three minutes on one core.
+    """
     return _digits("digits-tied-re-attention", "the positive control with Re-attention", tied=True, fix="re-attention")
 
 
 def digits_mhsa() -> Recipe:
-    """An ordinary ViT of 24 blocks. 806,090 parameters."""
+    """An ordinary ViT of 24 blocks. 806,090 parameters, 2.7e12 operations: minutes on one core."""
     return _digits("digits-mhsa", "an ordinary ViT of 24 blocks", tied=False, fix=None)
 
 
 def digits_re_attention() -> Recipe:
-    """The ordinary ViT of 24 blocks with Re-attention in all of them. 806,762 parameters."""
+    """The ordinary ViT of 24 blocks with Re-attention in all of them.
+
+    806,762 parameters, 2.8e12 operations: minutes on one core.
+    """
     return _digits("digits-re-attention", "the ordinary ViT of 24 blocks with Re-attention", tied=False, fix="re-attention")
 
 
 def digits_quick() -> Recipe:
-    """Four blocks of width 32, 200 steps: a run of a few seconds to try the trainer with. 35,562 parameters."""
+    """Four blocks of width 32, 200 steps: a run of a few seconds to try the trainer with.
+
+    35,562 parameters, 2.4e10 operations.
+    """
     about = "a few seconds: 4 blocks of width 32, to try the trainer with"
     made = _digits("digits-quick", about, tied=False, fix=None)
     return made.vary(

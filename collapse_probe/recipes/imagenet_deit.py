@@ -49,23 +49,29 @@ def _preset(name: str) -> dict[str, PenaltyTerm]:
 
 
 def deit_s() -> Recipe:
-    """DeiT-S without distillation. 22.1 M parameters."""
+    """DeiT-S without distillation. 22.1 M parameters, 9.2 GFLOP an image, 1.1e19 in all."""
     return _deit("imagenet-deit-s", "DeiT-S, 12 blocks")
 
 
 def deit_s_24() -> Recipe:
-    """DeiT-S with 24 blocks. 43.3 M parameters."""
+    """DeiT-S with 24 blocks. 43.3 M parameters, 18.3 GFLOP an image, 2.1e19 in all."""
     return _deit("imagenet-deit-s-24", "DeiT-S with 24 blocks", depth=24)
 
 
 def diverse_vit_s() -> Recipe:
-    """DeiT-S with the penalties of Diverse-ViT, whose mixing takes the place of the classification loss."""
+    """DeiT-S with the penalties of Diverse-ViT, whose mixing takes the place of the classification loss.
+
+    22.1 M parameters, 9.2 GFLOP an image, 1.1e19 in all without the penalties.
+    """
     made = _deit("imagenet-diverse-vit-s", "DeiT-S, 12 blocks, with the penalties of Diverse-ViT")
     return replace(made, penalties=_preset("diverse-vit"))
 
 
 def diverse_vit_s_24() -> Recipe:
-    """DeiT-S with 24 blocks and the penalties of Diverse-ViT."""
+    """DeiT-S with 24 blocks and the penalties of Diverse-ViT.
+
+    43.3 M parameters, 18.3 GFLOP an image, 2.1e19 in all without the penalties.
+    """
     made = _deit("imagenet-diverse-vit-s-24", "DeiT-S with 24 blocks and the penalties of Diverse-ViT", depth=24)
     return replace(made, penalties=_preset("diverse-vit"))
 
@@ -74,7 +80,8 @@ def patch_diversification_b() -> Recipe:
     """DeiT-B with talking heads, stochastic depth 0.5 and the penalties of Patch Diversification's released code.
 
     That code cuts along the patches, and its talking heads have no bias; here timm's CutMix cuts at any pixel,
-    a patch on the cut counts to the second region, and the heads are mixed as in CaiT. 86.6 M parameters.
+    a patch on the cut counts to the second region, and the heads are mixed as in CaiT.
+    86.6 M parameters, 35.4 GFLOP an image, 4.1e19 in all without the penalties.
     """
     about = "DeiT-B with talking heads and the penalties of Patch Diversification"
     made = _deit("imagenet-patch-diversification-b", about, "timm:deit_base_patch16_224", drop_path=0.5)

@@ -25,8 +25,6 @@ def _photos(name: str, about: str, *, tied: bool, fix: str | None) -> Recipe:
             image_size=32, patch_size=4, classes=CLASSES, depth=12, width=WIDTH, heads=4, mlp_ratio=2.0, tied=tied, init_std=STD
         ),
         embedding_std=STD,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
         betas=(0.9, 0.98),
         weight_decay=0.05,
         clip=1.0,
@@ -40,23 +38,32 @@ def _photos(name: str, about: str, *, tied: bool, fix: str | None) -> Recipe:
 
 
 def photos_tied_mhsa() -> Recipe:
-    """One block reused 12 times on colour tiles: collapse by construction."""
+    """One block reused 12 times on colour tiles: collapse by construction.
+
+    41,740 parameters, 5.0e12 operations: minutes on one core.
+    """
     return _photos("photos-tied-mhsa", "positive control on colour tiles: one block reused 12 times", tied=True, fix=None)
 
 
 def photos_tied_re_attention() -> Recipe:
-    """The positive control on colour tiles with Re-attention, of its own in every block."""
+    """The positive control on colour tiles with Re-attention, of its own in every block.
+
+    42,076 parameters, 5.1e12 operations: minutes on one core.
+    """
     about = "the positive control on colour tiles with Re-attention"
     return _photos("photos-tied-re-attention", about, tied=True, fix="re-attention")
 
 
 def photos_mhsa() -> Recipe:
-    """An ordinary ViT of 12 blocks on colour tiles."""
+    """An ordinary ViT of 12 blocks on colour tiles. 409,932 parameters, 5.0e12 operations: minutes on one core."""
     return _photos("photos-mhsa", "an ordinary ViT of 12 blocks on colour tiles", tied=False, fix=None)
 
 
 def photos_re_attention() -> Recipe:
-    """The ordinary ViT of 12 blocks on colour tiles with Re-attention in all of them."""
+    """The ordinary ViT of 12 blocks on colour tiles with Re-attention in all of them.
+
+    410,268 parameters, 5.1e12 operations: minutes on one core.
+    """
     return _photos("photos-re-attention", "the same with Re-attention", tied=False, fix="re-attention")
 
 

@@ -14,7 +14,7 @@ from collapse_probe.findings import Reading
 from collapse_probe.measure import Array, Metric, Need, no_token_maps
 from collapse_probe.nulls import untrained_only
 from collapse_probe.sockets import METRICS
-from collapse_probe.statistics import bootstrap, kappa
+from collapse_probe.statistics import bootstrap, count_bounds, kappa, kappa_parts, mean_parts, parts_stderr
 
 THRESHOLDS = (0.8, 0.9, 0.95)
 CORRECTED_ABOVE = 0.5
@@ -61,8 +61,9 @@ class SimilarBlocks(Metric):
         return (
             "Number of blocks whose attention-similarity with the block before, averaged over images, heads and tokens, is "
             f"above the threshold ({self.settings['axis']}s, at {self.settings['point']}). DeepViT does not define its count; "
-            "this is our reading. The corrected count asks for kappa above 0.5 instead. Standard errors and intervals: "
-            "bootstrap over images (scipy.stats.bootstrap, percentile)."
+            "this is our reading. The corrected count asks for kappa above 0.5 instead. Standard errors: bootstrap "
+            "over images (scipy.stats.bootstrap). Intervals: from the pairs surely above the threshold to those not surely "
+            "below it, by one-sided t bounds at 5 % over the number of pairs (Bonferroni), which cover at least 95 %."
         )
 
     def needs(self) -> dict[str, Need]:
@@ -71,12 +72,12 @@ class SimilarBlocks(Metric):
         return {"agreement": (("maps", *key), lambda: MapAgreement(self.plan, *key))}
 
     def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
-        """Counts with bootstrap intervals; the corrected count and its interval stand in the settings."""
+        """Counts with their intervals; the corrected count and its interval stand in the settings."""
         real, null = (records["agreement"][name].T for name in ("real", "other_token"))
         counts = [count_above(real, t) for t in self.settings["thresholds"]]
-        spread = [_spread(partial(_above, real, t), real.shape[-1]) for t in self.settings["thresholds"]]
+        errors = [_error(partial(_above, real, t), real.shape[-1]) for t in self.settings["thresholds"]]
         corrected = count_corrected(real, null)
-        _, corrected_ci95 = _spread(lambda chosen: count_corrected(real[:, chosen], null[:, chosen]), real.shape[-1])
+        corrected_ci95 = _bounds(kappa_parts(real.T, null.T), CORRECTED_ABOVE)
         settings = {
             **self.settings,
             "pairs": len(real),
@@ -84,8 +85,8 @@ class SimilarBlocks(Metric):
         }
         return self.reading(
             np.array(counts),
-            stderr=np.array([error for error, _ in spread]),
-            ci95=np.array([bounds for _, bounds in spread]),
+            stderr=np.array(errors),
+            ci95=np.array([_bounds(mean_parts(real.T), t) for t in self.settings["thresholds"]]),
             point=self.settings["point"],
             settings=settings,
             nulls=untrained_only(),
@@ -96,12 +97,15 @@ def _above(real: Array, threshold: float, chosen: NDArray[np.int64]) -> Array:
     return count_above(real[:, chosen], threshold)
 
 
-def _spread(statistic: Callable[[NDArray[np.int64]], Array], images: int) -> tuple[float, Array]:
-    """Bootstrap error and interval; NaN with one image."""
-    if images < 2:
-        return float("nan"), np.full(2, np.nan)
-    error, bounds = bootstrap(statistic, images)
-    return float(error), bounds
+def _error(statistic: Callable[[NDArray[np.int64]], Array], images: int) -> float:
+    """The bootstrap standard error; NaN with one image."""
+    return float(bootstrap(statistic, images)[0]) if images > 1 else float("nan")
+
+
+def _bounds(of_pairs: tuple[Array, Array, NDArray[np.bool_]], above: float) -> Array:
+    """The interval of the count, from the pairs' means and what each image contributes; NaN with one image."""
+    means, parts, defined = of_pairs
+    return count_bounds(means, parts_stderr(parts, defined.sum(0)), defined.sum(0), above)
 
 
 METRICS.add(SimilarBlocks.name, SimilarBlocks)

@@ -1,0 +1,170 @@
+"""`collapse-probe sweep`: the same training over a grid, one folder a cell, one table and one page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from collapse_probe.cli import options
+
+FAILED = 1
+INTERRUPTED = 130
+
+
+@click.command("sweep", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("recipe", metavar="[RECIPE]", default="digits-mhsa")
+@click.option(
+    "--vary",
+    "words",
+    multiple=True,
+    metavar="NAME=V,V,…",
+    help="Values of a field of the recipe or its model, or of fix: depth=8,16,24, width=32,64, fix=none,re-attention.",
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Runs of every cell.")
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    callback=options.keywords,
+    metavar="FIELD=VALUE",
+    help="Change the recipe or its model in all cells: lr=5e-4, batch_size=64, …",
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), metavar="N", help="Another length; warm-up and cooldown keep their shares."
+)
+@click.option("--data", metavar="ADDRESS", help="Labelled images to train on.  [default: the recipe's own]")
+@click.option("--val-data", metavar="ADDRESS", help="Held-out images, where they do not lie in DATA/val.")
+@click.option("--eval-data", metavar="ADDRESS", help="Images to measure on.  [default: the held-out ones]")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Measure a seeded draw of them.  [default: all]")
+@click.option(
+    "--null-images",
+    type=click.IntRange(min=0),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Images for the untrained twin inside each cell's findings.",
+)
+@options.output
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--amp", is_flag=True, help="Train in automatic mixed precision.")
+@click.option("--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="bfloat16", show_default=True)
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Cells at once.")
+@click.option("--dry-run", is_flag=True, help="Say what every cell is and will cost; train nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print sweep.json on stdout; the folder is written all the same.")
+@options.talking
+def command(quiet: bool, verbose: int, **flags: Any) -> None:
+    """Train and measure RECIPE (default: digits-mhsa) for every combination of the varied values and every seed.
+
+    Run again with the same folder: finished cells are kept, begun ones go on, failed ones are tried again. A
+    cell that fails does not stop the others; the exit code is then 1.
+    """
+    from collapse_probe.processes import joined
+
+    with joined():
+        run(quiet=quiet, **flags)
+
+
+def run(
+    *,
+    recipe: str,
+    words: Sequence[str],
+    seeds: int,
+    changes: dict[str, Any],
+    steps: int | None,
+    output: str | None,
+    amp: bool,
+    amp_dtype: str,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **flags: Any,
+) -> None:
+    """Sweep, write the page, print the answer; exit with FAILED where a cell failed."""
+    from collapse_probe.cli.analyze import command_line
+    from collapse_probe.cli.talk import Talk
+
+    from collapse_probe.sockets import RECIPES
+    from collapse_probe.sweep_page import write_sweep
+    from collapse_probe.sweeping import sweep
+
+    talk, vary = Talk(quiet), varied(words, seeds)
+    named = RECIPES[recipe]()
+    changes |= {} if steps is None else {"steps": steps}
+    changes |= {"amp": amp_dtype} if amp else {}
+    if dry_run:
+        click.echo(forecasts(named, vary, seeds, changes, flags["device"]))
+        return
+    folder = Path(output or Path("sweeps") / named.name)
+    try:
+        found = sweep(
+            named,
+            vary,
+            folder,
+            seeds=seeds,
+            changes=changes,
+            watch=lambda total: talk.bar(total),
+            report=talk.say,
+            command=command_line(),
+            **flags,
+        )
+    except KeyboardInterrupt:
+        click.echo(f"interrupted; the same command with -o {folder} goes on", err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
+    page = write_sweep(found, folder)
+    click.echo(json.dumps(found.to_json(), allow_nan=False) if as_json else f"{told(found)}\n\nreport: {page}")
+    if found.failed:
+        first = found.failed[0]
+        line = f"error: {len(found.failed)} of {len(found.cells)} cells failed, the first: {first.name} ({first.reason})"
+        click.echo(f"{line}; the same command tries them again", err=True)
+        raise click.exceptions.Exit(FAILED)
+
+
+def varied(words: Sequence[str], seeds: int) -> dict[str, list[Any]]:
+    """The `--vary` words by name; wrong usage where there is nothing to vary or a name comes twice."""
+    from collapse_probe.sweep_grid import read_vary
+
+    if not words and seeds == 1:
+        raise click.UsageError("Nothing to vary: give --vary NAME=V,V,… (depth=8,16,24), or --seeds above 1.")
+    vary: dict[str, list[Any]] = {}
+    for name, values in map(read_vary, words):
+        if name in vary:
+            raise click.UsageError(f"--vary {name} is given twice; write all its values in one: {name}=V,V,…")
+        vary[name] = values
+    return vary
+
+
+def told(found: Any) -> str:
+    """The answers and the caveats as text."""
+    from collapse_probe.sweep_answers import answers, caveats, headline
+
+    lines: list[str] = [headline(found), ""]
+    for answer in answers(found):
+        lines += [*([f"{answer.label}:"] if answer.label else []), *answer.sentences, ""]
+    return "\n".join([*lines, *(f"Note: {caveat}" for caveat in caveats(found))])
+
+
+def forecasts(recipe: Any, vary: dict[str, list[Any]], seeds: int, changes: dict[str, Any], device: str) -> str:
+    """Every cell with its parameters, steps and expected time; cells that differ in their seed alone are tried once."""
+    from collapse_probe.cli.train import _duration as duration
+
+    from collapse_probe.forecast import forecast
+    from collapse_probe.sweeping import grid_of
+
+    made, notes = grid_of(recipe, vary, seeds, changes)
+    costs: dict[str, Any] = {}
+    lines, total = [], 0.0
+    for cell in made:
+        key = json.dumps({**cell.recipe.to_json(), "seed": 0}, sort_keys=True)
+        if key not in costs:
+            costs[key] = forecast(cell.recipe, device=device)
+        cost = costs[key]
+        total += cost.seconds or 0.0
+        steps = "steps not known" if cost.steps is None else f"{cost.steps:,} steps"
+        expected = "time not known" if cost.seconds is None else duration(cost.seconds)
+        lines.append(f"{cell.name:<44}  {cost.parameters:>12,} parameters  {steps}  {expected}")
+    known = all(cost.seconds is not None for cost in costs.values())
+    lines.append(f"{len(made)} cells, {duration(total) if known else 'time not known'} of training one after the other")
+    return "\n".join([*lines, *(f"Note: {note}" for note in notes)])

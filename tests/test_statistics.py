@@ -1,0 +1,143 @@
+"""Tests and bounds over images against slow references."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from collapse_probe.permutation import PERMUTATIONS, sign_flips
+from collapse_probe.statistics import beyond, count_bounds, kappa, kappa_parts, kappa_stderr, mean_parts, parts_stderr
+
+
+def draws(images, places, shift=0.0, seed=0):
+    return np.random.default_rng(seed).normal(shift, 1.0, (images, places))
+
+
+def flipped_by_hand(differences):
+    """The share of all sign patterns whose sum is at least the one seen, one image at a time."""
+    seen, counted = sum(differences), 0
+    for signs in product((1, -1), repeat=len(differences)):
+        counted += sum(s * d for s, d in zip(signs, differences, strict=True)) >= seen - 1e-9
+    return counted / 2 ** len(differences)
+
+
+def test_few_images_are_flipped_in_every_way():
+    differences = draws(7, 4, 0.5)
+    found = sign_flips(differences)
+    assert found.exact
+    assert found.permutations == 128
+    assert found.p == pytest.approx([flipped_by_hand(column) for column in differences.T])
+
+
+@pytest.mark.parametrize("images", [6, 40])
+def test_sign_flips_agree_with_scipy(images):
+    differences = draws(images, 3, 0.2, seed=2)
+    ours = sign_flips(differences, seed=1).p
+    for place, p in enumerate(ours):
+        result = stats.permutation_test(
+            (differences[:, place],),
+            lambda x, axis: x.mean(axis=axis),
+            permutation_type="samples",
+            alternative="greater",
+            n_resamples=PERMUTATIONS,
+            vectorized=True,
+            rng=np.random.default_rng(3),
+        )
+        assert p == pytest.approx(result.pvalue, abs=1e-9 if images == 6 else 0.02)
+
+
+def test_random_flips_are_seeded_and_never_zero():
+    differences = draws(200, 2, 3.0)
+    one, again, other = (sign_flips(differences, seed=s) for s in (5, 5, 6))
+    assert not one.exact
+    assert one.p.tolist() == again.p.tolist() == [1 / (1 + PERMUTATIONS)] * 2
+    weak = draws(200, 2, 0.05)
+    assert sign_flips(weak, seed=5).p.tolist() != sign_flips(weak, seed=6).p.tolist()
+    assert (other.smallest == 1 / (1 + PERMUTATIONS)).all()
+
+
+@pytest.mark.parametrize("images", [1, 3, 10])
+def test_the_smallest_p_value_is_two_to_the_minus_images(images):
+    found = sign_flips(np.ones((images, 1)))
+    assert found.p == pytest.approx([2.0**-images])
+    assert found.smallest == pytest.approx([2.0**-images])
+
+
+def test_p_values_are_uniform_where_nothing_is_there():
+    p = sign_flips(draws(12, 2000)).p
+    for level in (0.05, 0.2, 0.5):
+        assert (p <= level).mean() == pytest.approx(level, abs=0.03)
+
+
+def test_undefined_images_are_left_out_and_equal_ones_say_nothing():
+    differences = np.array([[1.0, np.nan, 0.0], [2.0, 1.0, 0.0], [1.0, 3.0, 0.0], [np.nan] * 3])
+    found = sign_flips(np.concatenate([differences, np.full((4, 1), np.nan)], 1))
+    assert found.p.tolist() == pytest.approx([1 / 8, 1 / 4, 1.0, np.nan], nan_ok=True)
+    assert found.smallest.tolist() == pytest.approx([1 / 8, 1 / 4, 1.0, np.nan], nan_ok=True)
+
+
+def test_the_paired_t_test_is_that_of_scipy():
+    real, null = draws(20, 5, 0.3), draws(20, 5, seed=1)
+    each = real - null
+    ours = beyond(each.mean(0), each.std(0, ddof=1) / np.sqrt(20), 20)
+    assert ours == pytest.approx(stats.ttest_rel(real, null, alternative="greater").pvalue)
+    same = beyond(np.array([0.1, 0.0, -0.1]), np.zeros(3), 4)
+    assert same.tolist() == [0.0, 0.5, 1.0]
+    assert np.isnan(beyond(np.array(0.1), np.array(np.nan), 1))
+
+
+def test_parts_give_the_standard_error_of_a_mean_place_by_place():
+    values = draws(9, 3)
+    values[2:5, 1] = np.nan
+    means, parts, defined = mean_parts(values)
+    for place in range(3):
+        kept = values[np.isfinite(values[:, place]), place]
+        assert means[place] == pytest.approx(kept.mean())
+        assert parts_stderr(parts, defined.sum(0))[place] == pytest.approx(stats.sem(kept))
+    assert parts.sum(0) == pytest.approx(0, abs=1e-12)
+    assert np.isnan(parts_stderr(np.zeros((1, 2)), np.ones(2))).all()
+
+
+def test_parts_give_the_delta_method_error_of_kappa():
+    real, null = 0.8 + 0.02 * draws(50, 4), 0.6 + 0.03 * draws(50, 4, seed=1)
+    values, parts, defined = kappa_parts(real, null)
+    errors = [x.std(0, ddof=1) / np.sqrt(50) for x in (real, null)]
+    covariance = np.array([np.cov(real[:, p], null[:, p])[0, 1] for p in range(4)]) / 50
+    slow = kappa_stderr((real.mean(0), errors[0]), (null.mean(0), errors[1]), covariance)
+    assert values == pytest.approx(kappa(real.mean(0), null.mean(0)))
+    assert parts_stderr(parts, defined.sum(0)) == pytest.approx(slow)
+
+
+def test_parts_say_what_leaving_an_image_out_does():
+    real, null = 0.8 + 0.02 * draws(200, 1), 0.6 + 0.03 * draws(200, 1, seed=1)
+    whole, parts, _ = kappa_parts(real, null)
+    without = [kappa_parts(np.delete(real, i, 0), np.delete(null, i, 0))[0][0] for i in range(5)]
+    assert whole[0] - np.array(without) == pytest.approx(parts[:5, 0], rel=0.05)
+
+
+def test_kappa_next_to_a_null_of_one_has_no_part():
+    value, parts, _ = kappa_parts(np.ones((3, 1)), np.ones((3, 1)))
+    assert np.isnan(value).all()
+    assert (parts == 0).all()
+
+
+def test_a_count_is_bounded_by_the_pairs_that_are_sure():
+    means, error = np.array([0.97, 0.905, 0.895, 0.5, np.nan]), np.array([0.005, 0.01, 0.01, 0.01, np.nan])
+    assert count_bounds(means, error, np.full(5, 100), 0.9).tolist() == [1.0, 3.0]
+    assert count_bounds(means[:4], np.zeros(4), np.full(4, 100), 0.9).tolist() == [2.0, 2.0]
+    assert np.isnan(count_bounds(means[:2], np.full(2, np.nan), np.ones(2), 0.9)).all()
+    assert np.isnan(count_bounds(np.full(2, np.nan), error[:2], np.ones(2), 0.9)).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0.5, 1.0), min_size=1, max_size=12), st.floats(0.0, 0.1), st.integers(2, 500))
+def test_a_count_lies_within_its_bounds_which_widen_with_the_error(means, error, images):
+    values, n = np.array(means), np.full(len(means), images)
+    low, high = count_bounds(values, np.full(len(means), error), n, 0.9)
+    wide_low, wide_high = count_bounds(values, np.full(len(means), 2 * error), n, 0.9)
+    assert 0 <= wide_low <= low <= (values > 0.9).sum() <= high <= wide_high <= len(means)
