@@ -75,6 +75,18 @@ ATTENTION: dict[str, Family] = {
         logarithmic=True,
         reference=("largest", "largest possible"),
     ),
+    "whole-map-similarity": Family(
+        Caption(
+            "How alike any two heads' whole maps are",
+            "Mean absolute cosine between the whole maps of any two heads, in one block (diagonal) or in two (Diverse-ViT); "
+            f"right, where there is one, the untrained twin. {MATRICES}",
+            "Two maps that are both near uniform score near 1 whatever they attend to.",
+        ),
+        "attention",
+        "what multiplies the values (weights)",
+        "|cosine|",
+        {"probs": PROBS},
+    ),
     "similarity-ratio": Family(
         Caption(
             "What share of a block's attention vectors is like its neighbours'",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
@@ -29,9 +30,9 @@ from collapse_probe.tables import Table, key_numbers, per_block
 from collapse_probe.words import plain
 
 NARROW_DPI, WIDE_DPI, PHOTOGRAPH_DPI = 190, 150, 150
-PHOTOGRAPH_MOST = 400_000  # bytes
+PHOTOGRAPH_MOST = 300_000  # bytes
 LINES_MOST = 60_000  # bytes of an svg beyond which pixels are tried
-SHADES = 256  # of a drawing in pixels: what its colour scale has
+STEP = 4  # of 256 shades of red, green and blue: what a drawing in pixels is rounded to
 UNTRAINED = "The model is untrained"  # how the caveat begins that the banner says already
 
 
@@ -100,18 +101,18 @@ def paper(template: str, **content: Any) -> str:
     return environment.get_template(template).render(**content)
 
 
-def plate_of(name: str, figure: Figure, narrow: Figure | None, caption: Caption, **more: Any) -> Plate:
+def plate_of(name: str, figure: Figure, narrow: Figure | None, caption: Caption, *, sharp: bool = True, **more: Any) -> Plate:
     """`figure` and its version for phones as a plate; `more` are the plate's further fields."""
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
-    phone = "" if narrow is None else data_url(narrow, NARROW_DPI)
-    return Plate(name, data_url(figure, WIDE_DPI), phone, width, height, caption, **more)
+    phone = "" if narrow is None else data_url(narrow, NARROW_DPI, sharp=False)
+    return Plate(name, data_url(figure, WIDE_DPI, sharp=sharp), phone, width, height, caption, **more)
 
 
-def data_url(figure: Figure, dpi: float) -> str:
-    """`figure` as a data URL: lines as svg (many, or for a phone: webp), heatmaps as webp, photographs as jpeg."""
+def data_url(figure: Figure, dpi: float, *, sharp: bool = True) -> str:
+    """`figure` as a data URL: lines as svg where `sharp` and few, else as webp like heatmaps; photographs as jpeg."""
     if any(axes.images for axes in figure.axes):
         kind, content = "jpeg", _photograph(pixels(figure, min(dpi, PHOTOGRAPH_DPI)))
-    elif dpi == NARROW_DPI or any(isinstance(part, QuadMesh) for axes in figure.axes for part in axes.collections):
+    elif not sharp or any(isinstance(part, QuadMesh) for axes in figure.axes for part in axes.collections):
         kind, content = "webp", _in_pixels(figure, dpi)
     else:
         kind, content = "svg+xml", svg(figure)
@@ -121,8 +122,9 @@ def data_url(figure: Figure, dpi: float) -> str:
 
 
 def _in_pixels(figure: Figure, dpi: float) -> bytes:
-    picture = pixels(figure, dpi).quantize(SHADES, dither=Image.Dither.NONE).convert("RGB")
-    return _saved(picture, "webp", lossless=True, quality=30, method=2)
+    whole = np.asarray(pixels(figure, dpi))
+    rounded = np.where(whole > 255 - STEP, 255, (whole + STEP // 2) // STEP * STEP).astype(np.uint8)
+    return _saved(Image.fromarray(rounded), "webp", lossless=True, quality=30, method=2)
 
 
 def _photograph(picture: Image.Image) -> bytes:
@@ -153,6 +155,7 @@ def _filled(findings: Findings, figures: Mapping[str, Figure]) -> list[dict[str,
                 caption_of(name, families, findings),
                 notes=tuple(_notes(findings, name)),
                 metrics=tuple(families.get(name, ())),
+                sharp=name not in families,
                 tables=tuple(sensitivity_tables(findings)) if name == "similarity-ratio" else (),
             )
             for name in names

@@ -93,23 +93,22 @@ def headline(sweep: Sweep) -> str:
     if not sweep.finished:
         return f"None of the {len(sweep.cells)} cells is finished."
     if not axes:
-        return (
-            f"{len(groups(sweep))} kinds of network, {len(sweep.seeds)} seeds; no number was varied, so there is no trend."
-        )
+        return f"{len(groups(sweep))} kinds of network, {len(sweep.seeds)} seeds; no number was varied, so there is no trend."
     curves = list(sweep.series(axes[0]).values())
     parts = []
-    for key, name in CALLED.items():
+    for key in CALLED:
         cases = [found.case for found in (trend(points, key) for points in curves) if found is not None]
         if cases:
-            parts.append(f"{name[0].lower()}{name[1:]} {_counted(cases)}")
+            parts.append(f"{SHORT[key]} {_counted(cases)}")
     if not parts:
         return f"Too few cells are finished to tell a trend along {axes[0]}."
-    return f"Along {axes[0]}, {'; '.join(parts)}."
+    few = " (one seed: no interval)" if len(sweep.seeds) == 1 else ""
+    return f"Along {axes[0]}{few}, {'; '.join(parts)}."
 
 
 def _counted(cases: Sequence[str]) -> str:
     if len(set(cases)) == 1:
-        return cases[0] + ("" if len(cases) == 1 else f" in all {len(cases)} curves")
+        return cases[0] + ("" if len(cases) == 1 else " in both curves" if len(cases) == 2 else f" in all {len(cases)} curves")
     return ", ".join(f"{case} in {cases.count(case)} of {len(cases)} curves" for case in dict.fromkeys(cases))
 
 
@@ -140,6 +139,7 @@ CALLED = {
     "kappa_adjacent": "Corrected for chance, the mean κ of adjacent blocks",
     "accuracy": "Accuracy on the held-out images",
 }
+SHORT = {"similar_blocks": "the raw count of similar blocks", "kappa_adjacent": "mean κ", "accuracy": "accuracy"}
 TWIN_SAYS = {
     BEYOND: "Untrained networks of the same architecture count fewer everywhere",
     EXPLAINED: "Untrained networks of the same architecture count as many or more everywhere, so that the raw count shows no "

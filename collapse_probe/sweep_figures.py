@@ -10,6 +10,7 @@ import numpy as np
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from collapse_probe.captions import Caption
 from collapse_probe.colours import DISTINCT, MARKERS
@@ -149,7 +150,8 @@ def _panel(axes: Axes, sweep: Sweep, axis: str, key: str) -> None:
     _ticks(axes, axis, places, PUBLISHED["depth"] if stars else ())
     axes.grid(axis="y")
     if key.startswith("similar_blocks"):
-        axes.set_ylim(bottom=min(-0.4, axes.get_ylim()[0]), top=max(axes.get_ylim()[1], 1.0))
+        axes.set_ylim(bottom=min(-0.4, axes.get_ylim()[0]), top=max(axes.get_ylim()[1], 1.4))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 @drawn

@@ -21,6 +21,7 @@ SCHEMA = "collapse-probe/sweep/1"
 FILE, TABLE = "sweep.json", "table.csv"
 FINISHED, FAILED, WAITING = "finished", "failed", "waiting"
 UNTRAINED = "untrained."
+PARTS = ("recipe", "varied", "seeds", "changes", "data", "run", "notes")
 PUBLISHED: dict[str, Any] = {
     "source": "README of the official DeepViT code (arXiv 2103.11886)",
     "conditions": "ImageNet, images of 224 pixels, width 384, 12 heads; the code of the count was not published",
@@ -156,7 +157,7 @@ class Sweep:
 
     def to_json(self) -> dict[str, Any]:
         """The content of sweep.json: JSON types alone, undefined numbers as None."""
-        held = {key: getattr(self, key) for key in ("recipe", "varied", "seeds", "changes", "data", "run", "notes")}
+        held = {key: getattr(self, key) for key in PARTS}
         plain: dict[str, Any] = json.loads(json.dumps(held, allow_nan=False))
         return {"schema": SCHEMA, **plain, "published": PUBLISHED, "cells": [cell.to_json() for cell in self.cells]}
 
@@ -177,9 +178,11 @@ class Sweep:
             raise OutputError(f"{folder} holds no sweep ({error}); expected {FILE} as sweep writes it") from error
         if content.get("schema") != SCHEMA:
             raise OutputError(f"{path} has schema {content.get('schema')!r}; expected {SCHEMA!r}: sweep again")
-        parts = {key: content[key] for key in ("recipe", "varied", "seeds", "changes", "data", "run")}
+        missing = [key for key in (*PARTS, "cells") if key not in content]
+        if missing:
+            raise OutputError(f"{path} lacks {', '.join(missing)}: sweep again")
         outcomes = tuple(Outcome.from_json(cell) for cell in content["cells"])
-        return cls(**parts, notes=tuple(content["notes"]), cells=outcomes)
+        return cls(**{**{key: content[key] for key in PARTS}, "notes": tuple(content["notes"])}, cells=outcomes)
 
 
 def label_of(values: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from collapse_probe.analysis import Settings
 from collapse_probe.devices import choose_device, device_name
 from collapse_probe.errors import SettingError
 from collapse_probe.folders import check_writable
@@ -21,7 +22,7 @@ from collapse_probe.processes import rank_and_world
 from collapse_probe.provenance import versions
 from collapse_probe.recipe import Recipe
 from collapse_probe.sockets import RECIPES
-from collapse_probe.sweep_cell import Terms, check_same, failed, finished, run_cell
+from collapse_probe.sweep_cell import ERROR, Terms, check_same, failed, finished, images_of, run_cell
 from collapse_probe.sweep_grid import Cell, cells
 from collapse_probe.sweep_results import FAILED, Outcome, Sweep
 from collapse_probe.training import Progress
@@ -70,7 +71,7 @@ def sweep(
         device=device,
         command=command,
     )
-    _check(terms, base.name, jobs)
+    _check(terms, made, jobs)
     check_writable(folder)
     for cell in made:
         check_same(cell, folder / cell.name, terms)
@@ -106,13 +107,16 @@ def grid_of(
     return cells(named, vary, seeds, {**asked, "recalibrate": SETTLED_OVER}), [note]
 
 
-def _check(terms: Terms, name: str, jobs: int) -> None:
+def _check(terms: Terms, made: Sequence[Cell], jobs: int) -> None:
+    """Raise now what would otherwise befall every cell."""
     if not terms.data:
-        raise SettingError(f"the recipe {name} has no data of its own; name a data set with --data")
+        raise SettingError(f"the recipe {made[0].recipe.name} has no data of its own; name a data set with --data")
     if type(jobs) is not int or jobs < 1:
         raise SettingError(f"the number of jobs must be a whole number from 1 up, not {jobs!r}")
     if rank_and_world()[1] > 1:
         raise SettingError("a sweep gives each cell one process; start it without torchrun, with --jobs N for N cells at once")
+    Settings(null_images=terms.null_images)
+    images_of(made[0], terms)
 
 
 def _facts(device: str, jobs: int, command: str) -> dict[str, Any]:
@@ -202,7 +206,7 @@ def ended(cell: Cell, folder: Path, terms: Terms, code: int | None) -> Outcome:
     kept = finished(cell, folder, terms)
     if kept is not None:
         return kept
-    reason = folder / "error.txt"
+    reason = folder / ERROR
     if code == 0 and reason.is_file():
         line = reason.read_text(encoding="utf-8").partition("\n")[0]
         return Outcome(name=cell.name, values=dict(cell.values), seed=cell.seed, status=FAILED, reason=line)

@@ -1,0 +1,146 @@
+"""Stopping at a narrow interval: in a random order, alike in all processes, and said in the findings."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import collapse_probe as cp
+from collapse_probe.data import batches, open_data
+from collapse_probe.errors import SettingError
+from collapse_probe.stopping import FEWEST, Stopper, placed, shuffled
+from collapse_probe.subject import Preprocess
+
+TINY = {"pretrained": False, "img_size": 32, "model_kwargs": {"depth": 2, "embed_dim": 24, "num_heads": 3}, "device": "cpu"}
+NAME = "timm:vit_tiny_patch16_224"
+QUICK = {"null_images": 0, "gallery_images": 2, **TINY}
+
+
+def kept(values):
+    return {"names": np.arange(len(values)).astype(str), "patch-diversity": np.asarray(values, dtype=float)[:, None]}
+
+
+def test_no_interval_is_believed_before_enough_images():
+    stopper = Stopper(1.0, ["patch-diversity"])
+    assert not stopper.enough(kept([0.5] * (FEWEST - 1)))
+    assert stopper.enough(kept([0.5]))
+
+
+def test_it_stops_at_the_first_narrow_interval():
+    generator, stopper, seen = np.random.default_rng(0), Stopper(0.1, ["patch-diversity"]), []
+    while True:
+        new = generator.normal(size=16)
+        seen += new.tolist()
+        done = stopper.enough(kept(new))
+        low, high = cp_interval(seen)
+        assert done == (len(seen) >= FEWEST and (high - low) / 2 <= 0.1)
+        if done:
+            break
+    assert stopper.facts(10_000)["images"] == len(seen)
+
+
+def cp_interval(values):
+    from scipy import stats
+
+    return stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+
+
+def test_a_run_without_headline_means_cannot_stop():
+    with pytest.raises(SettingError, match="headline mean"):
+        Stopper(0.1, ["token-norm"])
+
+
+@pytest.fixture(scope="module")
+def sorted_folder(tmp_path_factory):
+    """Seventy pictures in two class folders, dark ones first."""
+    root = tmp_path_factory.mktemp("sorted")
+    for i in range(70):
+        folder = root / ("a_dark" if i < 35 else "b_bright")
+        folder.mkdir(exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 256, (32, 32, 3))
+        Image.fromarray((noise * (0.1 if i < 35 else 1.0)).astype(np.uint8)).save(folder / f"{i:02d}.png")
+    return root
+
+
+def test_a_shuffled_set_reads_the_same_pictures_and_knows_their_places(sorted_folder):
+    images = open_data(str(sorted_folder))
+    drawn, order = shuffled(images, 3)
+    assert sorted(order) == list(range(70))
+    assert drawn.names == [images.names[i] for i in order] != images.names
+    assert drawn.labels == [images.labels[i] for i in order]
+    assert np.asarray(drawn[5]).tolist() == np.asarray(images[order[5]]).tolist()
+    assert shuffled(images, 3)[1] == order != shuffled(images, 4)[1]
+    prepare = Preprocess(lambda picture: __import__("torch").zeros(3, 8, 8), (8, 8), {})
+    first = next(placed(batches(drawn, prepare, batch_size=8), order))
+    assert [images.names[i] for i in first.indices] == list(first.names)
+
+
+def test_stopping_takes_images_at_random_and_says_so(sorted_folder):
+    found = cp.analyze(NAME, str(sorted_folder), until_ci=10.0, batch_size=8, **QUICK)
+    facts = found.run["until_ci"]
+    assert facts["reached"]
+    assert (facts["images"], facts["of"], found.data["images"]) == (FEWEST, 70, FEWEST)
+    names = found.images["names"].tolist()
+    assert names == sorted(names)
+    assert 8 <= sum(name.startswith("a_dark") for name in names) <= 24
+    assert facts["sentence"] in found.run["notes"]
+    assert "too narrow" in facts["sentence"]
+    assert len(found.gallery.names) == 2
+    assert all(width <= 10.0 for width in facts["half_widths"].values())
+
+
+def test_a_width_that_is_never_reached_reads_everything_and_changes_no_number(sorted_folder):
+    plain = cp.analyze(NAME, str(sorted_folder), batch_size=8, **QUICK)
+    found = cp.analyze(NAME, str(sorted_folder), until_ci=1e-12, batch_size=8, **QUICK)
+    assert plain.run["until_ci"] is None
+    assert not found.run["until_ci"]["reached"]
+    assert found.images["names"].tolist() == plain.images["names"].tolist()
+    for name in found.images:
+        if name != "names":
+            assert found.images[name] == pytest.approx(plain.images[name], abs=1e-5), name
+    for name, reading in found.metrics.items():
+        assert reading.values == pytest.approx(plain.metrics[name].values, abs=1e-5, nan_ok=True), name
+
+
+def test_an_iterable_comes_in_its_own_order():
+    import torch
+
+    loader = [torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    from making import small_vit
+
+    found = cp.analyze(small_vit(), loader, until_ci=10.0, device="cpu", gallery_images=0)
+    assert found.run["until_ci"]["of"] is None
+    assert found.data["images"] == FEWEST
+    assert "in the order given" in found.run["until_ci"]["sentence"]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def by_processes(world, folder, width):
+    words = ["analyze", "-m", NAME, "--no-pretrained", "--img-size", "32", "--model-kwargs", "depth=2 embed_dim=24 num_heads=3"]
+    words += ["--data", str(folder), "--json", "--null-images", "0", "-b", "8", "-q", "--device", "cpu", "--until-ci", width]
+    port = f"--master-port={free_port()}"
+    start = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", "--master-addr=127.0.0.1", port, "-m", "collapse_probe"]
+    done = subprocess.run([sys.executable, *start, *words], capture_output=True, text=True, timeout=200, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("width", "images"), [("10.0", 48), ("1e-12", 70)])
+def test_three_processes_stop_together(sorted_folder, width, images):
+    found = by_processes(3, sorted_folder, width)  # 24, 23 and 23 images: one process has a last batch more to decide on
+    assert found["run"]["world_size"] == 3
+    assert found["data"]["images"] == images
+    assert found["run"]["until_ci"]["reached"] == (images < 70)
+    assert found["run"]["until_ci"]["images"] == images
