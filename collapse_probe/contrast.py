@@ -27,6 +27,7 @@ CASES = {
     "blocks": "blocks differ",
     "raw-only": "only the raw numbers differ",
     "small": "small differences",
+    "too-few": "too few images to tell",
     "none": "no difference found",
     "by-summary": "compared by summary",
     "course": "over training",
@@ -85,7 +86,10 @@ def _rule(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:
         if kappa is not None:
             return "raw-only", say.raw_only(pair, NOTABLE)
         return "blocks", say.blocks(pair, RAW, notable(raw), largest(raw), NOTABLE)
-    return _little(pair, raw if kappa is None else kappa, "raw similarity" if kappa is None else "κ")
+    read, noun = (raw, "raw similarity") if kappa is None else (kappa, "κ")
+    if untestable(read):
+        return "too-few", say.too_few(read, pair, noun, max(untestable(read), key=lambda at: abs(read.paired.difference[at])))
+    return _little(pair, read, noun)
 
 
 def untrained(findings: Findings) -> bool:
@@ -98,6 +102,19 @@ def notable(difference: Difference) -> list[int]:
     paired = difference.paired
     with np.errstate(invalid="ignore"):
         found = (np.abs(paired.difference) >= NOTABLE) & (paired.q <= ALPHA)
+    return [int(at) for at in np.flatnonzero(found)]
+
+
+def untestable(difference: Difference) -> list[int]:
+    """The positions that differ by NOTABLE or more, their interval without 0, where the images are too few for the test.
+
+    Of n images the smallest p of a signed-rank test is 2^(1 − n); held against all places it cannot fall to ALPHA.
+    """
+    paired = difference.paired
+    with np.errstate(invalid="ignore"):
+        apart = (paired.ci95[:, 0] > 0) | (paired.ci95[:, 1] < 0)
+        hopeless = 2.0 ** (1 - paired.images.astype(np.float64)) * paired.places > ALPHA
+        found = (np.abs(paired.difference) >= NOTABLE) & apart & hopeless
     return [int(at) for at in np.flatnonzero(found)]
 
 

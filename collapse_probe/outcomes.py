@@ -32,7 +32,7 @@ class Outcome:
     yes: it holds with the whole interval at one place at least. undecided: nowhere, but somewhere the interval holds the
     threshold, or there are too few images for an interval. no: at every place the interval lies on the other side. Intervals
     are those of single places, not corrected for their number. not applicable: the number was not measured, is refused or
-    undefined. `reason` says it in words; `axis` is block, depth or model.
+    undefined. `reason` says it in words; `axis` is pair, block, depth or model.
     """
 
     rule: Rule

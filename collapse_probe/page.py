@@ -29,8 +29,8 @@ from collapse_probe.sureness_tables import certainty, rules_table
 from collapse_probe.tables import Table, key_numbers, per_block
 from collapse_probe.words import plain
 
-NARROW_DPI, WIDE_DPI, PHOTOGRAPH_DPI = 190, 150, 150
-PHOTOGRAPH_MOST = 300_000  # bytes
+NARROW_DPI, WIDE_DPI, PHOTOGRAPH_DPI = 160, 150, 150
+PHOTOGRAPH_MOST = 250_000  # bytes
 LINES_MOST = 60_000  # bytes of an svg beyond which pixels are tried
 STEP = 4  # of 256 shades of red, green and blue: what a drawing in pixels is rounded to
 UNTRAINED = "The model is untrained"  # how the caveat begins that the banner says already

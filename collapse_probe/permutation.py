@@ -50,7 +50,7 @@ def sign_flips(differences: Array, *, seed: int = 0, permutations: int = PERMUTA
     defined = np.isfinite(differences)
     held = np.where(defined, differences, 0.0)
     images = len(held)
-    exact = 2.0**images <= permutations + 1
+    exact = 2**images <= permutations + 1
     seen = held.sum(0)
     count = np.zeros(held.shape[1])
     for signs in _all_signs(images) if exact else _random_signs(images, permutations, seed):

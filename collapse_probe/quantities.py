@@ -25,7 +25,7 @@ AS_STORED = "decided by its value: a fact of the run"
 class Quantity:
     """A rule's number at each place: `values` [places], NaN where undefined, and `low` and `high` of its 95 % interval.
 
-    `places` are numbers of blocks, or of depths, as `axis` says; a pair of neighbouring blocks goes by the later one. Without
+    `places` are numbers of blocks or depths, as `axis` says; a pair of neighbouring blocks goes by the later one. Without
     `low` the number has no interval by its nature, and `note` says why; NaN there means that there are too few images.
     """
 
@@ -70,8 +70,8 @@ def _pairs(values: Array, bounds: Array | None = None, note: str = "") -> Quanti
     """Of each block with the block before, from what runs over pairs of blocks."""
     places = tuple(range(1, len(values) + 1))
     if bounds is None:
-        return Quantity(values, places, note=note)
-    return Quantity(values, places, low=bounds[..., 0], high=bounds[..., 1], note=note)
+        return Quantity(values, places, "pair", note=note)
+    return Quantity(values, places, "pair", bounds[..., 0], bounds[..., 1], note)
 
 
 def _kappa(findings: Findings, metric: str) -> Quantity:
@@ -173,13 +173,12 @@ def _last_over_twin(findings: Findings, metric: str) -> Quantity:
     return Quantity(of.values / fresh, of.places, of.axis, of.low / fresh, of.high / fresh, TWIN_EXACT)
 
 
-def _outliers(findings: Findings, metric: str) -> Quantity:
-    plain = findings.metrics.get("token-norm")
-    if metric in findings.metrics or plain is None or plain.values is None:
-        return _last(findings, metric)
-    share = np.asarray(plain.settings["outlier_share"], dtype=np.float64)[-1:]
-    nan = np.full(1, np.nan)
-    return Quantity(share, (len(plain.values) - 1,), "depth", nan, nan, f"{metric} was not measured, which has the interval")
+def _last_less_twin(findings: Findings, metric: str) -> Quantity:
+    of = _last(findings, metric)
+    fresh = _null(findings.metrics[metric], metric, "untrained")[-1:]
+    assert of.low is not None
+    assert of.high is not None
+    return Quantity(of.values - fresh, of.places, of.axis, of.low - fresh, of.high - fresh, TWIN_EXACT)
 
 
 def _over_twin(findings: Findings, metric: str) -> Quantity:
@@ -274,8 +273,10 @@ READERS: Mapping[str, Callable[[Findings, str], Quantity]] = {
     "parallel-patches": _last_cosine,
     "less-diverse-than-untrained": _last_over_twin,
     "constant-tokens": _last,
+    "constant-tokens-composite": _last,
+    "less-high-frequency-than-untrained": _last_over_twin,
     "lower-rank-than-untrained": _last_over_twin,
-    "outlier-tokens": _outliers,
+    "outlier-tokens": _last_less_twin,
     "norm-above-150": _last,
     "weights-lost-rank": _over_twin,
     "rows-more-alike": _over_twin,

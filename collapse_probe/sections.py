@@ -16,9 +16,16 @@ TITLES = {
     "tokens": "More about the tokens",
     "weights": "The weights",
     "other": "Other metrics",
+    "sure": "How sure",
 }
 FIRST = "Pictures"
-LEVELS = {"rollout-gallery": "attention", "token-norm-places": "tokens", "weights": "weights", "weights-depth": "weights"}
+LEVELS = {
+    "rollout-gallery": "attention",
+    "token-norm-places": "tokens",
+    "weights": "weights",
+    "weights-depth": "weights",
+    "convergence": "sure",
+}
 """Figures of their own that stand under their level; all others come first."""
 FOLLOWS = {"attention-rollout": "rollout-gallery", "token-norm": "token-norm-places"}
 

@@ -75,6 +75,18 @@ def blocks(pair: Pair, name: str, found: list[int], largest: int, least: float) 
     )
 
 
+def too_few(difference: Difference, pair: Pair, noun: str, at: int) -> str:
+    """A difference whose interval excludes 0, on fewer images than a test over all blocks needs."""
+    paired, block = difference.paired, difference.places[at]
+    smallest = 2.0 ** (1 - int(paired.images[at]))
+    return (
+        f"{pair.images} images are too few for a test over {paired.places} pairs of blocks: its smallest p is "
+        f"{p_value(smallest)}, {p_value(min(1.0, smallest * paired.places))} after correction. Block {block} differs most "
+        f"from {pair.first}: {noun} {number(paired.second[at])} in {pair.second} against {number(paired.first[at])}, "
+        f"{moved(paired, at)}. More images would tell."
+    )
+
+
 def raw_only(pair: Pair, least: float) -> str:
     """A difference in raw similarity that the null explains."""
     raw, kappa = pair.differences[RAW], pair.differences[RAW + KAPPA]

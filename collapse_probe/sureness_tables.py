@@ -92,7 +92,7 @@ def _test(found: Mapping[str, Any]) -> tuple[str, ...]:
     whole = found.get("all_pairs")
     return (
         f"{found['significant']} of {found['tested']}" if found["enough_images"] else "too few images to tell",
-        number(max(passed)) if passed else DASH,
+        _q(max(passed)) if passed else DASH,
         f"{found['smallest_p']:.2g}",
         str(found["images"]),
         DASH if whole is None else f"{whole['significant']} of {whole['tested']} ({whole['test']})",
@@ -137,12 +137,16 @@ def classes_table(findings: Findings) -> Table | None:
             q = entry["q"][at]
             if q is not None and q <= 0.05:
                 marked |= {(at, len(row)), (at, len(row) + 2)}
-            row += [number(entry["value"][at]), _ends(entry, at), "< 0.001" if q is not None and q < 0.001 else number(q)]
+            row += [number(entry["value"][at]), _ends(entry, at), _q(q)]
         rows.append(tuple(row))
     more = len(classes["names"]) - len(rows)
     notes = [f"Outlined: q ≤ 0.05. {classes['test']}. A class with fewer than two images has no interval."]
     notes += [f"{more} more classes are in findings.json."] if more > 0 else []
     return Table(tuple(header), tuple(rows), tuple(notes), "Class by class", frozenset(marked))
+
+
+def _q(value: float | None) -> str:
+    return "< 0.001" if value is not None and value < 0.001 else number(value)
 
 
 def _ends(entry: Mapping[str, Any], at: int) -> str:

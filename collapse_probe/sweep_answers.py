@@ -14,7 +14,7 @@ from collapse_probe.words import interval, number
 
 RISES, FALLS, FLAT, UNCLEAR = "rises", "falls", "stays the same", "shows no clear trend"
 BEYOND, EXPLAINED, PARTLY, NEITHER, GONE = "beyond", "explained", "partly", "neither", "gone"
-MOST_ANSWERS = 6
+MOST_ANSWERS, NAMED = 6, 3
 Points = Sequence[tuple[Any, Sequence[Outcome]]]
 
 
@@ -94,10 +94,11 @@ def headline(sweep: Sweep) -> str:
         return f"None of the {len(sweep.cells)} cells is finished."
     if not axes:
         return f"{len(groups(sweep))} kinds of network, {len(sweep.seeds)} seeds; no number was varied, so there is no trend."
-    curves = list(sweep.series(axes[0]).values())
+    curves = sweep.series(axes[0])
     parts = []
     for key in CALLED:
-        cases = [found.case for found in (trend(points, key) for points in curves) if found is not None]
+        found = {label: trend(points, key) for label, points in curves.items()}
+        cases = {label: each.case for label, each in found.items() if each is not None}
         if cases:
             parts.append(f"{SHORT[key]} {_counted(cases)}")
     if not parts:
@@ -106,10 +107,14 @@ def headline(sweep: Sweep) -> str:
     return f"Along {axes[0]}{few}, {'; '.join(parts)}."
 
 
-def _counted(cases: Sequence[str]) -> str:
-    if len(set(cases)) == 1:
-        return cases[0] + ("" if len(cases) == 1 else " in both curves" if len(cases) == 2 else f" in all {len(cases)} curves")
-    return ", ".join(f"{case} in {cases.count(case)} of {len(cases)} curves" for case in dict.fromkeys(cases))
+def _counted(cases: Mapping[str, str]) -> str:
+    """The case of each curve by its label: by name for a few, else how many have it."""
+    held, count = list(cases.values()), len(cases)
+    if len(set(held)) == 1:
+        return held[0] + ("" if count == 1 else " in both curves" if count == 2 else f" in all {count} curves")
+    if count <= NAMED:
+        return ", ".join(f"{case} ({label})" for label, case in cases.items())
+    return ", ".join(f"{case} in {held.count(case)} of {count} curves" for case in dict.fromkeys(held))
 
 
 def groups(sweep: Sweep) -> dict[str, list[Outcome]]:

@@ -21,6 +21,7 @@ from collapse_probe.sweep_results import PUBLISHED, UNTRAINED, Outcome, Sweep, e
 UNTRAINED_LINE, PROBS_LINE = (0, (5, 2)), (0, (1.2, 1.2))
 PUBLISHED_COLOUR = "#c8102e"
 PUBLISHED_MARKS = {"ViT": "*", "DeepViT": "X"}
+ASIDE = 0.03  # between two curves, in shares of the nearest step on the axis
 ROUND = 1.3  # room around places on an axis, in shares of its nearest step
 Points = list[tuple[Any, list[Outcome]]]
 Panel = tuple[str, str]  # key, title
@@ -66,9 +67,10 @@ def captions(sweep: Sweep) -> dict[str, Caption]:
     seeds = "Bars: 95 % t intervals over seeds." if len(sweep.seeds) > 1 else "One seed: no intervals."
     found = {}
     for axis in sweep.axes:
+        aside = ["Curves stand a little beside each other, so that none is hidden."] if len(sweep.series(axis)) > 1 else []
         for kind, (title, seen, limits) in SEEN.items():
             stars = [STARS] if (kind, axis) == ("similar-blocks", "depth") else []
-            found[f"{kind}-by-{axis}"] = Caption(f"{title} against {axis}", " ".join([seen, seeds, *stars]), limits)
+            found[f"{kind}-by-{axis}"] = Caption(f"{title} against {axis}", " ".join([seen, seeds, *aside, *stars]), limits)
     return found
 
 
@@ -132,11 +134,17 @@ def _published(axes: Axes) -> None:
             axes.annotate(str(count), (depth, count), (6, 5), textcoords="offset points", color=PUBLISHED_COLOUR, fontsize=8)
 
 
+def _aside(roles: dict[str, Role], places: list[float]) -> list[tuple[Role, float]]:
+    """The roles, and how far to the side each is drawn, so that none hides another."""
+    step = float(min(np.diff(sorted(places)), default=0.0))
+    return [(role, ASIDE * step * (at - (len(roles) - 1) / 2)) for at, role in enumerate(roles.values())]
+
+
 def _panel(axes: Axes, sweep: Sweep, axis: str, key: str) -> None:
     places, series = _places(sweep, axis), sweep.series(axis)
-    for label, role in _roles(list(series)).items():
+    for label, (role, aside) in zip(series, _aside(_roles(list(series)), list(places.values())), strict=True):
         points = series[label]
-        x = [places[spelled(value)] for value, _ in points]
+        x = [places[spelled(value)] + aside for value, _ in points]
         _line(axes, x, points, key, role)
         if key != "accuracy":
             twin = Role(f"{role.label}, untrained" if label else "untrained", role.colour, UNTRAINED_LINE, width=1.1)

@@ -108,6 +108,17 @@ def test_a_sure_but_small_difference_is_called_small():
     assert "4 of 4 differ at all" in found.sentences[0]
 
 
+@pytest.mark.parametrize(("images", "case"), [(6, "too-few"), (20, "blocks")])
+def test_a_block_that_no_test_of_so_few_images_could_find_is_not_called_no_difference(images, case):
+    rise = np.linspace(-0.01, 0.01, images)[:, None]
+    one = findings_of(0.7 + rise * [1, 2, 3, 4], 0.6 + rise * [4, 3, 2, 1])
+    other = findings_of(0.7 + np.array([0.0, 0.0, 0.25, 0.0]) + rise * [1, -2, 3, 4], 0.6 + rise * [4, 3, -2, 1])
+    found = said(one, other)
+    assert found.case == case
+    assert "Block 3 differs most" in found.sentences[0] or case == "blocks"
+    assert "block 3" in found.sentences[0].lower()
+
+
 def test_noise_is_no_difference():
     one = findings_of(around(*PLAIN, seed=1), around(*PLAIN, seed=2))
     other = findings_of(around(*PLAIN, seed=3), around(*PLAIN, seed=4))

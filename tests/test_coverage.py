@@ -118,7 +118,9 @@ def test_the_interval_of_image_similarity_contains_the_truth():
 def test_the_interval_of_cka_contains_the_truth():
     mixed = np.random.default_rng(3).normal(size=(4, 11)) * np.array([[2.0], [1.0], [0.7], [0.5]])
     first, second = mixed[:, :6], mixed[:, 6:]
-    squares = [np.square(m).sum() for m in (first.T @ second, first.T @ first + 0.25 * np.eye(6), second.T @ second + np.eye(5))]
+    squares = [
+        np.square(m).sum() for m in (first.T @ second, first.T @ first + 0.25 * np.eye(6), second.T @ second + np.eye(5))
+    ]
     truth = squares[0] / np.sqrt(squares[1] * squares[2])
 
     def contains(generator):
@@ -131,5 +133,3 @@ def test_the_interval_of_cka_contains_the_truth():
         return within(ci95[0, 1], truth)
 
     assert LEAST <= share(contains) <= MOST
-
-

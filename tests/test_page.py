@@ -28,8 +28,9 @@ ANSWER = ("The blocks look alike, and that is not collapse.", "The wrong-token n
 @pytest.fixture(autouse=True)
 def fixed_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = ModuleType("collapse_probe.verdict")
+    caveats = ("The model is untrained: twice is once too often.", "It says nothing about <accuracy>.")
     fake.judge = lambda findings: SimpleNamespace(  # type: ignore[attr-defined]
-        case="near-uniform", sentences=ANSWER, caveats=("It says nothing about <accuracy>.",)
+        case="near-uniform", sentences=ANSWER, caveats=caveats
     )
     monkeypatch.setitem(sys.modules, "collapse_probe.verdict", fake)
 
@@ -111,7 +112,7 @@ def test_the_page_stays_small_and_fetches_nothing(findings: Findings, most: int)
     assert len(html.encode()) < most
     found = Tree(html)
     assert found.links()
-    assert all(link.startswith("data:image/") for link in found.links())
+    assert all(link.startswith(("data:image/", "#")) for link in found.links())
     assert "http" not in re.sub(r"data:image[^\"]+", "", html)
     assert not any(tag in ("script", "link", "iframe") for tag, _ in found.tags)
     assert "url(" not in html
@@ -167,6 +168,7 @@ def test_names_cannot_become_markup() -> None:
 def test_an_untrained_model_is_called_so_before_the_answer() -> None:
     text = words(synthetic(4, weights="random (seed 0)"))
     assert text.index("This model is untrained") < text.index(ANSWER[0])
+    assert "twice is once too often" not in text
     assert "untrained:" not in words(synthetic(4))
 
 

@@ -68,6 +68,12 @@ def test_the_smallest_p_value_is_two_to_the_minus_images(images):
     assert found.smallest == pytest.approx([2.0**-images])
 
 
+def test_many_images_are_no_trouble():
+    found = sign_flips(draws(3000, 2), permutations=99)
+    assert found.permutations == 99
+    assert found.smallest.tolist() == [0.01, 0.01]
+
+
 def test_p_values_are_uniform_where_nothing_is_there():
     p = sign_flips(draws(12, 2000)).p
     for level in (0.05, 0.2, 0.5):

@@ -215,7 +215,9 @@ def test_findings_keep_it_and_older_folders_load(found, tmp_path):
 
 def test_every_number_has_an_interval_or_a_reason():
     names = [name for name, kind in METRICS.items() if "weights" not in kind.__module__]
-    found = cp.analyze(small_vit(), "bundled:digits", limit=40, metrics=tuple(names), gallery_images=0, device="cpu")
+    found = cp.analyze(
+        small_vit(depth=2, embed_dim=32, num_heads=2), "bundled:digits", limit=40, metrics=tuple(names), gallery_images=0
+    )
     for name, reading in found.metrics.items():
         if reading.values is None:
             assert reading.not_applicable, name
@@ -229,7 +231,13 @@ def test_every_number_has_an_interval_or_a_reason():
 
 
 def test_several_twins_give_their_mean_and_their_spread():
-    settings = {"limit": 8, "null_images": 4, "gallery_images": 0, "metrics": ("attention-similarity", "patch-diversity"), **TINY}
+    settings = {
+        "limit": 8,
+        "null_images": 4,
+        "gallery_images": 0,
+        "metrics": ("attention-similarity", "patch-diversity"),
+        **TINY,
+    }
     three = cp.analyze(NAME, "bundled:digits", null_seeds=3, **settings)
     alone = cp.analyze(NAME, "bundled:digits", **settings)
     for name in settings["metrics"]:

@@ -6,13 +6,18 @@ import json
 import socket
 import subprocess
 import sys
-from pathlib import Path
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
+from making import small_vit
 from PIL import Image
+from scipy import stats
 
 import collapse_probe as cp
+from collapse_probe import stopping
 from collapse_probe.data import batches, open_data
 from collapse_probe.errors import SettingError
 from collapse_probe.stopping import FEWEST, Stopper, placed, shuffled
@@ -39,16 +44,14 @@ def test_it_stops_at_the_first_narrow_interval():
         new = generator.normal(size=16)
         seen += new.tolist()
         done = stopper.enough(kept(new))
-        low, high = cp_interval(seen)
+        low, high = by_scipy(seen)
         assert done == (len(seen) >= FEWEST and (high - low) / 2 <= 0.1)
         if done:
             break
     assert stopper.facts(10_000)["images"] == len(seen)
 
 
-def cp_interval(values):
-    from scipy import stats
-
+def by_scipy(values):
     return stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
 
 
@@ -77,7 +80,7 @@ def test_a_shuffled_set_reads_the_same_pictures_and_knows_their_places(sorted_fo
     assert drawn.labels == [images.labels[i] for i in order]
     assert np.asarray(drawn[5]).tolist() == np.asarray(images[order[5]]).tolist()
     assert shuffled(images, 3)[1] == order != shuffled(images, 4)[1]
-    prepare = Preprocess(lambda picture: __import__("torch").zeros(3, 8, 8), (8, 8), {})
+    prepare = Preprocess(lambda picture: torch.zeros(3, 8, 8), (8, 8), {})
     first = next(placed(batches(drawn, prepare, batch_size=8), order))
     assert [images.names[i] for i in first.indices] == list(first.names)
 
@@ -110,15 +113,41 @@ def test_a_width_that_is_never_reached_reads_everything_and_changes_no_number(so
 
 
 def test_an_iterable_comes_in_its_own_order():
-    import torch
-
     loader = [torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    from making import small_vit
-
     found = cp.analyze(small_vit(), loader, until_ci=10.0, device="cpu", gallery_images=0)
     assert found.run["until_ci"]["of"] is None
     assert found.data["images"] == FEWEST
     assert "in the order given" in found.run["until_ci"]["sentence"]
+
+
+@pytest.mark.parametrize(("half_width", "used"), [(10.0, 48), (1e-12, 70)])
+def test_processes_with_unequal_numbers_of_images_decide_together(monkeypatch, half_width, used):
+    shares = [24, 24, 22]
+    meeting, held = threading.Barrier(3, timeout=20), {}
+
+    def gathered(mine):
+        held[threading.get_ident()] = mine
+        meeting.wait()
+        parts = [held[one] for one in order]
+        meeting.wait()
+        return parts
+
+    def work(share):
+        stopper, values = Stopper(half_width, ["patch-diversity"]), np.random.default_rng(share).normal(size=share)
+        order.append(threading.get_ident())
+        meeting.wait()
+        rounds = (stopper.enough(kept(values[i : i + 8])) for i in range(0, share, 8))
+        any(rounds)  # stops at the first that is enough
+        stopper.drain()
+        return stopper.facts(70)
+
+    order: list[int] = []
+    monkeypatch.setattr(stopping, "gathered", gathered)
+    with ThreadPoolExecutor(3) as pool:
+        first, *others = pool.map(work, shares)
+    assert all(facts == first for facts in others)
+    assert first["images"] == used
+    assert first["reached"] == (used < 70)
 
 
 def free_port():
@@ -127,20 +156,14 @@ def free_port():
         return s.getsockname()[1]
 
 
-def by_processes(world, folder, width):
+def test_two_processes_stop_together(sorted_folder):
     words = ["analyze", "-m", NAME, "--no-pretrained", "--img-size", "32", "--model-kwargs", "depth=2 embed_dim=24 num_heads=3"]
-    words += ["--data", str(folder), "--json", "--null-images", "0", "-b", "8", "-q", "--device", "cpu", "--until-ci", width]
+    words += ["--data", str(sorted_folder), "--json", "--null-images", "0", "-b", "8", "-q", "--device", "cpu"]
     port = f"--master-port={free_port()}"
-    start = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", "--master-addr=127.0.0.1", port, "-m", "collapse_probe"]
-    done = subprocess.run([sys.executable, *start, *words], capture_output=True, text=True, timeout=200, cwd=Path(__file__).parent.parent)
+    start = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", port, "-m", "collapse_probe"]
+    done = subprocess.run([sys.executable, *start, *words, "--until-ci", "10"], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize(("width", "images"), [("10.0", 48), ("1e-12", 70)])
-def test_three_processes_stop_together(sorted_folder, width, images):
-    found = by_processes(3, sorted_folder, width)  # 24, 23 and 23 images: one process has a last batch more to decide on
-    assert found["run"]["world_size"] == 3
-    assert found["data"]["images"] == images
-    assert found["run"]["until_ci"]["reached"] == (images < 70)
-    assert found["run"]["until_ci"]["images"] == images
+    found = json.loads(done.stdout)
+    assert found["run"]["world_size"] == 2
+    assert found["run"]["until_ci"]["reached"]
+    assert found["data"]["images"] == found["run"]["until_ci"]["images"] == FEWEST

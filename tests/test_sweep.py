@@ -199,7 +199,7 @@ def test_a_process_that_was_killed_is_a_failed_cell(tmp_path):
     ("options", "said"),
     [
         ({"jobs": 0}, "number of jobs"),
-        ({"limit": 0}, "1 or more"),
+        ({"limit": 0}, "at least 1"),
         ({"null_images": -1}, "0 or more"),
         ({"data": "nowhere"}, "nowhere"),
     ],

@@ -78,7 +78,6 @@ def test_a_folder_name_holds_no_letter_that_a_file_system_or_an_address_would_ta
         ({"seed": [1, 2]}, 1, {}, "--seeds"),
         ({"depth": [2, 3]}, 1, {"depth": 4}, "leave one of the two out"),
         ({"width": [16, 15]}, 1, {}, "no multiple of heads"),
-        ({"fix": ["layer-scale", "layer-scale:"]}, 1, {}, "share the folder"),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused_before_anything_runs(recipe, vary, seeds, changes, said):
@@ -89,3 +88,10 @@ def test_a_grid_that_cannot_be_is_refused_before_anything_runs(recipe, vary, see
 def test_an_unknown_fix_is_refused_with_the_nearest_name(recipe):
     with pytest.raises(UnknownNameError, match="re-attention"):
         cells(recipe, {"fix": ["re-atention"]})
+
+
+def test_two_cells_never_share_a_folder(recipe):
+    with pytest.raises(SettingError, match="share the folder"):
+        cells(recipe, {"about": ["one/two", "one:two"]})
+    with pytest.raises(SettingError, match="too long"):
+        cells(recipe, {"about": ["a" * 250]})

@@ -93,8 +93,10 @@ CASES = {
     "parallel-patches": (lambda v, r: depths("patch-diversity", 1 - v, r), 0.8, 0.6, 0.3),
     "less-diverse-than-untrained": (lambda v, r: depths("patch-diversity", v * 0.8, r, 0.8), 0.4, 0.6, 0.3),
     "constant-tokens": (lambda v, r: depths("rank-residual", v, r), 0.05, 0.15, 0.3),
+    "constant-tokens-composite": (lambda v, r: depths("rank-residual@composite@all", v, r), 0.05, 0.15, 0.3),
+    "less-high-frequency-than-untrained": (lambda v, r: depths("token-frequency@all", v * 2, r, 2.0), 0.4, 0.6, 0.5),
     "lower-rank-than-untrained": (lambda v, r: depths("token-rank", v * 50, r, 50.0), 0.4, 0.6, 30.0),
-    "outlier-tokens": (lambda v, r: depths("token-norm@outliers", v, r), 0.02, 0.005, 0.1),
+    "outlier-tokens": (lambda v, r: depths("token-norm@outliers", v + 0.05, r, 0.05), 0.02, 0.005, 0.1),
     "norm-above-150": (lambda v, r: depths("token-norm@150", v, r), 0.02, 0.005, 0.1),
     "weights-lost-rank": (lambda v, r: weights("weight-rank", v), 0.4, 0.6, None),
     "rows-more-alike": (lambda v, r: weights("weight-similarity", v), 2.5, 1.5, None),
@@ -160,13 +162,6 @@ def test_one_image_leaves_every_number_undecided():
     assert answers["same-everywhere"] == answers["mostly-explained"] == "undecided"
 
 
-def test_the_mean_norm_alone_does_not_decide_on_outliers():
-    settings = {"outlier_share": np.array([0.0, 0.0, 0.3])}
-    found = outcome(BY_NAME["outlier-tokens"], findings({"token-norm": reading([1.0, 2.0, 3.0], settings=settings)}))
-    assert (found.answer, found.value) == ("undecided", 0.3)
-    assert "token-norm@outliers was not measured" in found.reason
-
-
 def test_the_interval_of_a_null_comes_from_the_single_images():
     by_image = {"attention-similarity/other_token": np.array([[0.5, 0.9], [0.7, 0.9], [0.6, 0.9]])}
     null = square(0.6)
@@ -186,7 +181,7 @@ def test_an_outcome_shows_the_place_that_goes_furthest_and_all_places():
     found = outcome(BY_NAME["shared"], findings({"attention-similarity": metric}))
     assert (found.answer, found.value, found.at("yes"), found.at("no")) == ("yes", 0.7, [2], [1])
     assert found.ci == pytest.approx((0.6, 0.8))
-    assert found.reason.startswith("1 of 2 blocks: above 0.5")
+    assert found.reason.startswith("1 of 2 pairs: above 0.5")
 
 
 def test_rows_say_whose_their_threshold_is_and_what_they_do_not_say():
