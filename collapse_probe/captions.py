@@ -115,8 +115,8 @@ CAPTIONS: dict[str, Caption] = {
         "rows, effective rank as a share of the full one, the spread of the eigenvalues of W Wᵀ, and how crowded the "
         "rows are on the sphere. Dashed lines of the same colour are the same matrices before training.",
         "Weights are one sample of themselves, so there is no interval. A random matrix already has a rank below the "
-        "full one and rows that are not quite orthogonal: only the distance from the dashed line is learned. The gap follows the largest "
-        "direction, so that one outlying entry, which some initialisations draw, is enough to raise it. "
+        "full one and rows that are not quite orthogonal: only the distance from the dashed line is learned. The gap "
+        "follows the largest direction, so that one outlying entry, which some initialisations draw, is enough to raise it. "
         "Redundant weights do not say that attention or tokens are alike.",
     ),
     "weights-depth": Caption(

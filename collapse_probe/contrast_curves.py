@@ -70,12 +70,12 @@ def adjacent_blocks(comparison: Comparison, narrow: bool = False) -> Figure | No
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
     looks = roles(comparison, MOST)
     _overlay(axes[0], raw, looks)
-    axes[0].set_ylabel("cosine with the block before")
+    axes[0].set(ylabel="cosine with the block before", ylim=(_floor(raw), 1.03))
     if kappa:
         _overlay(axes[1], kappa, looks)
         axes[1].axhline(0.0, color=MUTED, linewidth=0.8, zorder=0)
         axes[1].axhline(KAPPA_THRESHOLD, color=MUTED, linewidth=0.8, linestyle=(0, (1, 3)), zorder=0)
-        axes[1].set_ylabel("null-corrected κ")
+        axes[1].set(ylabel="null-corrected κ", ylim=(min(_floor(kappa), -0.25), 1.05))
     over_blocks(axes[-1], _widest(raw), "block b, compared with block b − 1")
     _legend(figure, axes[0], raw, narrow)
     return figure

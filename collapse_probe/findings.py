@@ -121,9 +121,7 @@ class Findings:
             "run": _plain(self.run),
             "metrics": {name: _reading_to_json(reading) for name, reading in self.metrics.items()},
             "summary": _plain(self.summary),
-            "presets": _plain(self.presets),
-            "sureness": _plain(self.sureness),
-            "verdict": _plain(self.verdict),
+            **{part: _plain(getattr(self, part)) for part in ("presets", "sureness", "verdict")},
         }
 
     def save(self, folder: str | Path) -> Path:
@@ -140,13 +138,15 @@ class Findings:
         np.savez_compressed(inside / "matrices.npz", **self._matrices())  # type: ignore[arg-type]
         np.savez_compressed(inside / "images.npz", **dict(self.images))  # type: ignore[arg-type]
         if self.gallery is not None:
+            rollouts = self.gallery.rollouts
+            kept: dict[str, Any] = {} if rollouts is None else {"rollouts": rollouts.astype(np.float32)}
             np.savez_compressed(
                 inside / "gallery.npz",
                 names=np.array(self.gallery.names, dtype=np.str_),
                 pictures=self.gallery.pictures,
                 maps=self.gallery.maps.astype(np.float32),
                 query=np.array(self.gallery.query),
-                **({} if self.gallery.rollouts is None else {"rollouts": self.gallery.rollouts.astype(np.float32)}),
+                **kept,
             )
 
     def _matrices(self) -> dict[str, Array]:

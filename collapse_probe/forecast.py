@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from collapse_probe.cost import measure_cost
 from collapse_probe.devices import choose_device, device_name
 from collapse_probe.lesson import Lesson, needs_patch_targets
 from collapse_probe.mixing import Mixer
@@ -20,7 +20,7 @@ from collapse_probe.recipe import Recipe
 from collapse_probe.run_state import random_states, restore_random, seeded_all
 from collapse_probe.training_run import input_size, output_classes, patch_side
 
-TRIALS = 2
+TRIALS = 1
 PER_WEIGHT = 4  # tensors of the size of the weights: themselves, gradients, two moments of Adam
 IMAGENET_IMAGES = 1_281_167
 KNOWN = {"bundled:digits": 1437, "bundled:photos": 1008, "imagenet": IMAGENET_IMAGES}  # training images
@@ -55,7 +55,7 @@ class Forecast:
         return asdict(self)
 
 
-def forecast(recipe: Recipe, train_images: int | None = None, device: str = "auto", *, most_images: int = 4) -> Forecast:
+def forecast(recipe: Recipe, train_images: int | None = None, device: str = "auto", *, most_images: int = 2) -> Forecast:
     """Build the model of a recipe, try a step on up to `most_images` noise images, and reckon; nothing is written.
 
     `train_images` sets the length of an epoch; without it that of the recipe's own data is taken where known.
@@ -66,7 +66,7 @@ def forecast(recipe: Recipe, train_images: int | None = None, device: str = "aut
         model = recipe.architecture.build(recipe.seed).to(place)
         lesson = Lesson(model, recipe.penalties, recipe.amp).to(place)
         size = input_size(model)
-        flops = measure_cost(model.eval(), size, 1).flops
+        flops = _flops(model.eval(), torch.randn(1, 3, *size, device=place))
         trial = max(2, min(recipe.batch_size, most_images))
         speed, activations = _tried(lesson, recipe, size, trial)
     finally:
@@ -97,6 +97,18 @@ def _steps(recipe: Recipe, train_images: int | None) -> int | None:
     if recipe.steps is None and count is None:
         return None
     return recipe.length((count or 0) // recipe.batch_size)[0]
+
+
+@torch.no_grad()
+def _flops(model: Any, image: Tensor) -> int | None:
+    """Operations of one forward pass; None for a model whose operations cannot be counted."""
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter:
+            model(image)
+    except Exception:  # models with operations of their own fail in many ways under a dispatch mode
+        return None
+    return int(counter.get_total_flops())
 
 
 def _tried(lesson: Lesson, recipe: Recipe, size: tuple[int, int], count: int) -> tuple[float, int]:

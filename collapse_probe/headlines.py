@@ -89,7 +89,7 @@ class Kept:
 
     def only(self, chosen: Indices | NDArray[np.bool_]) -> Kept:
         """The same of some of the images."""
-        names = tuple(np.array(self.names, dtype=np.str_)[chosen].tolist())
+        names = tuple(self.names[i] for i in np.arange(len(self))[chosen].tolist())
         return replace(self, names=names, values={key: part[chosen] for key, part in self.values.items()})
 
     def estimates(self) -> dict[str, Estimate]:

@@ -10,9 +10,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from collapse_probe.drawing import MUTED, NARROW, WIDE, Array, drawn
+from collapse_probe.drawing import HATCH, MUTED, NARROW, PAPER, WIDE, Array, drawn
 from collapse_probe.findings import Findings, Reading
-from collapse_probe.heatmaps import HATCH, PAPER, UNSIGNED
+from collapse_probe.heatmaps import UNSIGNED
 
 ENDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 HEAD, FOOT, TITLE, GAP = 0.3, 0.7, 0.24, 0.1  # inches

@@ -16,6 +16,8 @@ Array = NDArray[np.float64]
 PERMUTATIONS = 9999
 LEVEL = 0.05
 """The false discovery rate at which a pair counts as more alike than its null."""
+FLIPPED = 1000
+"""With more images than this, so many groups of them (every thousandth image) are flipped instead."""
 FLIPS_AT_ONCE = 2_000_000
 TIE = 1e-12
 NULL = "/other_token"
@@ -42,13 +44,14 @@ def sign_flips(differences: Array, *, seed: int = 0, permutations: int = PERMUTA
 
     p is the share of sign patterns with a sum at least as large as the one seen: of all 2ⁿ where these are no more than
     `permutations` + 1, else (1 + count)/(1 + `permutations`) over seeded random patterns, the same for every place. A place is
-    tested on its defined images; differences of 0 leave it fewer signs to flip. NaN where no image is defined.
+    tested on its defined images; differences of 0 leave it fewer signs to flip. NaN where no image is defined. Beyond `FLIPPED`
+    images each of as many groups of them has one sign: the sum of a group is as symmetric as its images, so p stays exact.
 
     >>> sign_flips(np.array([[1.0, 1.0], [2.0, -1.0], [0.5, np.nan]])).p.tolist()
     [0.125, 0.75]
     """
     defined = np.isfinite(differences)
-    held = np.where(defined, differences, 0.0)
+    held = _grouped(np.where(defined, differences, 0.0))
     images = len(held)
     exact = 2**images <= permutations + 1
     seen = held.sum(0)
@@ -60,6 +63,15 @@ def sign_flips(differences: Array, *, seed: int = 0, permutations: int = PERMUTA
     smallest = floor if exact else np.maximum(floor, 1 / (1 + permutations))
     known = defined.any(0)
     return SignFlips(np.where(known, p, np.nan), np.where(known, smallest, np.nan), 2**images if exact else permutations, exact)
+
+
+def _grouped(held: Array) -> Array:
+    """Sums over every `FLIPPED`-th image, [images, places] -> [at most `FLIPPED`, places]."""
+    if len(held) <= FLIPPED:
+        return held
+    missing = -len(held) % FLIPPED
+    padded = np.concatenate([held, np.zeros((missing, held.shape[1]))])
+    return np.asarray(padded.reshape(-1, FLIPPED, held.shape[1]).sum(0))
 
 
 def _all_signs(images: int) -> Iterator[Array]:

@@ -32,7 +32,7 @@ def certainty(findings: Findings) -> Certainty:
     whole = findings.metrics.get("attention-similarity")
     beyond = "" if whole is None else against_seeds(whole)
     sentences += [f"{_upper(beyond)}."] if beyond else []
-    found = [table for table in (tests_table(findings), classes_table(findings)) if table is not None]
+    found = [table for table in (pair_tests_table(findings), classes_table(findings)) if table is not None]
     warning = str((kept.get("extremes") or {}).get("warning") or "")
     return Certainty(tuple(sentences), tuple(found), tuple(extremes_tables(findings)), warning)
 
@@ -73,7 +73,7 @@ def rules_table(findings: Findings) -> Table | None:
     return Table(header, tuple(rows), notes, words=frozenset((1, 6, 7, 8)))
 
 
-def tests_table(findings: Findings) -> Table | None:
+def pair_tests_table(findings: Findings) -> Table | None:
     """For each similarity how many neighbouring pairs are more alike than with the wrong tokens."""
     tests: Mapping[str, Any] = findings.sureness.get("tests") or {}
     if not tests:

@@ -84,6 +84,14 @@ def test_the_scale_of_differences_is_one_of_a_few(reach, limit):
     assert (scale.low, scale.high) == (-limit, limit)
 
 
+def test_adjacent_curves_do_not_make_much_of_tiny_differences(mixed):
+    raw, kappa = FIGURES["adjacent"](mixed, False).axes
+    assert raw.get_ylim()[0] <= 0.0
+    assert raw.get_ylim()[1] >= 1.0
+    assert kappa.get_ylim()[0] <= -0.25
+    assert kappa.get_ylim()[1] >= 1.0
+
+
 def test_other_depths_leave_the_difference_map_out():
     rng = np.random.default_rng(0)
     one, other = findings_of(*rng.uniform(0.2, 0.8, (2, 6, 3))), findings_of(*rng.uniform(0.2, 0.8, (2, 6, 5)))

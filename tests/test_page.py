@@ -28,10 +28,13 @@ ANSWER = ("The blocks look alike, and that is not collapse.", "The wrong-token n
 @pytest.fixture(autouse=True)
 def fixed_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = ModuleType("collapse_probe.verdict")
-    caveats = ("The model is untrained: twice is once too often.", "It says nothing about <accuracy>.")
-    fake.judge = lambda findings: SimpleNamespace(  # type: ignore[attr-defined]
-        case="near-uniform", sentences=ANSWER, caveats=caveats
-    )
+
+    def judge(findings: Findings) -> SimpleNamespace:
+        fresh = str(findings.model.get("weights")).startswith("random")
+        caveats = ("The model is untrained: twice is once too often.",) if fresh else ()
+        return SimpleNamespace(case="near-uniform", sentences=ANSWER, caveats=(*caveats, "It says nothing about <accuracy>."))
+
+    fake.judge = judge  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "collapse_probe.verdict", fake)
 
 

@@ -1,14 +1,19 @@
-"""This project's own models: `ours:NAME`, the families that it registers with timm, and `ours:FILE`, what it trained."""
+"""This project's own models: `ours:NAME`, the families that it registers with timm and the trained models that ship with it,
+and `ours:FILE`, what `train` wrote.
+"""
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from collapse_probe.blueprint import Blueprint, Request
+from collapse_probe.bundled_models import bundled_models, file_of
 from collapse_probe.errors import ModelError
 from collapse_probe.sockets import SOURCES
 from collapse_probe.subject import Preprocess
@@ -27,7 +32,8 @@ class OurSource:
         present = [name for name in FAMILIES if importlib.util.find_spec(f"collapse_probe.{name}")]
         for family in present:
             importlib.import_module(f"collapse_probe.{family}")
-        return sorted(name for family in present for name in timm.list_models(pattern, module=family))
+        registered = [name for family in present for name in timm.list_models(pattern, module=family)]
+        return sorted([*registered, *fnmatch.filter(bundled_models(), pattern)])
 
     def has(self, name: str) -> bool:
         """Whether one of our families registered `name`, or a model file of ours lies at that path."""
@@ -35,6 +41,8 @@ class OurSource:
 
     def blueprint(self, request: Request) -> Blueprint:
         """What the model file says; for a name timm's own blueprint, for our models are registered there."""
+        if request.name in bundled_models():
+            return _of_file(replace(request, name=str(file_of(request.name))))
         if is_model_file(request.name):
             return _of_file(request)
         blueprint: Blueprint = SOURCES["timm"].blueprint(request)
