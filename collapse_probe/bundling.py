@@ -95,7 +95,8 @@ def largest_rounding(source: Path, target: Path) -> float:
     """The largest relative change of an entry of any tensor between two files of one model."""
     states: list[dict[str, Tensor]] = [load_model(path)[0].state_dict() for path in (source, target)]
     changes = [
-        float(((a - b).abs() / a.abs().max().clamp_min(1e-30)).max()) for a, b in zip(*(s.values() for s in states), strict=True)
+        float(((a - b).abs() / a.abs().max().clamp_min(1e-30)).max())
+        for a, b in zip(*(s.values() for s in states), strict=True)
     ]
     return max(changes)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ def told(shown: Demonstration) -> list[tuple[str, list[str]]]:
     return chapters
 
 
-def _of(shown: Demonstration, pair: str, label: str) -> dict[str, Any]:
+def _of(shown: Demonstration, pair: str, label: str) -> Mapping[str, Any]:
     return shown.comparisons[pair].subjects[label].summary
 
 
@@ -80,8 +80,8 @@ def _control(shown: Demonstration) -> list[str]:
     n = _of(shown, "positive control", "MHSA")
     raw, null, kappa = (n[f"{key}_adjacent"] for key in ("attention_similarity", "other_token", "kappa"))
     found = (
-        f"One block, reused 24 times and trained to read digits, attends alike throughout: neighbouring blocks have a raw cosine of "
-        f"{number(raw)}, other tokens' attention explains {number(null)} of it, and of what is left to agree "
+        f"One block, reused 24 times and trained to read digits, attends alike throughout: neighbouring blocks have a raw cosine "
+        f"of {number(raw)}, other tokens' attention explains {number(null)} of it, and of what is left to agree "
         f"{number(100 * kappa)} % does (κ {number(kappa)}); {n['similar_blocks_corrected']} of 23 pairs count as shared."
     )
     if kappa < COLLAPSED:
@@ -109,8 +109,8 @@ def _remedy(shown: Demonstration) -> list[str]:
         text = f"In its twin with Re-attention {after}, and {before}."
     return [
         text,
-        "Every block was given its own mixing matrix and BatchNorm here; an untrained Re-attention model reads the same, so the "
-        "fall is no sign of something learned.",
+        "Every block has a mixing matrix and a BatchNorm of its own here; an untrained Re-attention model reads the same, so "
+        "that the fall is no sign of something learned.",
     ]
 
 

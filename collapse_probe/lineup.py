@@ -15,6 +15,7 @@ from collapse_probe.errors import CheckpointError, CollapseProbeError, SettingEr
 from collapse_probe.findings import Findings
 from collapse_probe.remedied import check_blocks, resolved, with_fixes
 from collapse_probe.subject import Subject
+from collapse_probe.trained import is_model_file
 
 Candidate = str | Path | nn.Module | Subject | Findings
 MOST_LABEL = 40
@@ -132,6 +133,8 @@ def _of_checkpoint(path: Path, recipe: Recipe, fixed: bool) -> Subject:
     """The model that a checkpoint's weights belong to: the one named, or the DeepViT that its keys tell."""
     options = dict(recipe.options)
     address = recipe.model
+    if address is None and is_model_file(path):
+        return _resolved(f"ours:{path}", recipe, fixed, {**options, "pretrained": True})
     if address is None:
         address, kwargs = deepvit_of(path)
         options["model_kwargs"] = {**kwargs, **dict(options.get("model_kwargs") or {})}

@@ -37,8 +37,8 @@ COLUMNS = {
 }
 SHARED = Caption(
     "What the maps are worth",
-    "Accuracy when block b and all blocks above it use the attention map of the block below b: on the left all blocks share the "
-    "map of the first, on the right only the last one shares.",
+    "Accuracy when block b and all blocks above it use the attention map of the block below b: on the left all blocks share "
+    "the map of the first, on the right only the last one shares.",
     "The models were not trained with shared maps; a model that was might lose less.",
 )
 
@@ -59,7 +59,8 @@ def write_story(shown: Demonstration, folder: Path) -> Path:
             write_interventions(found, below)
             links.append((f"the {pair}, {label}: its maps replaced", f"{inside.name}/{below.name}/{PAGE}"))
     path = folder / PAGE
-    save({"sharing": _sharing(shown, WIDE)}, folder)
+    if (drawing := _sharing(shown, WIDE)) is not None:
+        save({"sharing": drawing}, folder)
     path.write_text(render(shown, links), encoding="utf-8")
     return path
 
@@ -67,13 +68,14 @@ def write_story(shown: Demonstration, folder: Path) -> Path:
 def render(shown: Demonstration, links: list[tuple[str, str]]) -> str:
     """The page that tells the story."""
     control, ordinary = (_plates(shown, pair) for pair in PAIRS)
-    sharing = plate_of("sharing", _sharing(shown, WIDE), _sharing(shown, NARROW), SHARED)
+    drawing = _sharing(shown, WIDE)
+    sharing = [] if drawing is None else [plate_of("sharing", drawing, _sharing(shown, NARROW), SHARED)]
     first = next(iter(shown.comparisons.values()))
     return paper(
         "story.html",
         images=first.subjects[first.first].data["images"],
         chapters=told(shown),
-        plates=[control[:1], control[1:], ordinary, [sharing]],
+        plates=[control[:1], control[1:], ordinary, sharing],
         table=_table(shown),
         links=links,
         made=_made(),
@@ -99,14 +101,14 @@ def _table(shown: Demonstration) -> Table:
             cells = [held.get(key) for key in COLUMNS.values()]
             rows.append((f"{pair}, {label}", *(number(c, 0) if isinstance(c, int) else number(c) for c in cells)))
     note = (
-        "Means over the 23 pairs of neighbouring blocks; of what multiplies V (weights) unless the column says softmax, which is "
-        "another map for Re-attention alone."
+        "Means over the 23 pairs of neighbouring blocks; of what multiplies V (weights) unless the column says softmax, which "
+        "is another map for Re-attention alone."
     )
     return Table(("model", *COLUMNS), tuple(rows), (note,))
 
 
 @drawn
-def _sharing(shown: Demonstration, width: float) -> Figure:
+def _sharing(shown: Demonstration, width: float) -> Figure | None:
     """Accuracy of all four models when the upper blocks share one map."""
     figure = sheet(width, 3.6)
     axes = figure.subplots()

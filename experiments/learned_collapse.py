@@ -1,4 +1,4 @@
-"""Does learned collapse appear in an ordinary deep ViT trained from scratch? The data and the recipe of docs/learned-collapse.md.
+"""Does learned collapse appear in an ordinary deep ViT trained from scratch? Data and recipe of docs/learned-collapse.md.
 
     python experiments/learned_collapse.py crops crops/
     python experiments/learned_collapse.py train crops/ runs/mhsa-0 --depth 24 --seed 0 --steps 4000
