@@ -80,16 +80,16 @@ def _control(shown: Demonstration) -> list[str]:
     n = _of(shown, "positive control", "MHSA")
     raw, null, kappa = (n[f"{key}_adjacent"] for key in ("attention_similarity", "other_token", "kappa"))
     found = (
-        f"One block, reused 24 times and trained to read digits, attends alike throughout: neighbouring blocks have a raw cosine "
-        f"of {number(raw)}, other tokens' attention explains {number(null)} of it, and of what is left to agree "
-        f"{number(100 * kappa)} % does (κ {number(kappa)}); {n['similar_blocks_corrected']} of 23 pairs count as shared."
+        f"One block, reused 24 times and trained to read digits, attends alike throughout: neighbouring blocks have a raw "
+        f"cosine of {number(raw)}, other tokens' attention explains {number(null)} of it, and of what is left to agree "
+        f"{number(100 * kappa, 1)} % does (κ {number(kappa)}); {n['similar_blocks_corrected']} of 23 pairs count as shared."
     )
     if kappa < COLLAPSED:
         found = f"This control should show collapse, but κ is {number(kappa)} (raw {number(raw)}): read it with care."
     return [
         found,
-        "This is collapse by construction, there before any training: it shows how every number here reads when maps are shared, "
-        "and is no evidence about ordinary ViTs.",
+        "This is collapse by construction, there before any training: it shows how every number here reads when maps are "
+        "shared, and is no evidence about ordinary ViTs.",
     ]
 
 
@@ -102,8 +102,8 @@ def _remedy(shown: Demonstration) -> list[str]:
     before = f"the softmax behind it (probs) one of {number(probs)}, κ {number(kappa)}"
     if gone and alike:
         text = (
-            f"In its twin with Re-attention {after}, but {before}: the blocks still attend alike, and each then mixes its heads "
-            "in another way. The number that falls is the one taken after the mixing."
+            f"In its twin with Re-attention {after}, but {before}: the blocks still attend alike, and each then mixes its "
+            "heads in another way. The number that falls is the one taken after the mixing."
         )
     else:
         text = f"In its twin with Re-attention {after}, and {before}."
@@ -124,7 +124,7 @@ def _ordinary(shown: Demonstration) -> list[str]:
         text += (
             f"Nearly all of it is there for the wrong token too ({number(null)}; κ {number(kappa)}): its attention is "
             f"{'near-uniform' if share is not None and share > 0.8 else 'alike for all tokens'}"
-            + ("" if share is None else f" ({number(100 * share)} % of the largest entropy)")
+            + ("" if share is None else f" ({number(100 * share, 1)} % of the largest entropy)")
             + ", and near-uniform maps are alike whatever was learned."
         )
     else:
@@ -144,8 +144,8 @@ def _worth(shown: Demonstration) -> list[str]:
             effect = upper(found)
             change = effect.accuracy_change
             if change is not None and effect.accuracy is not None:
-                cost = "costs nothing to speak of" if change > -SPARED else f"costs {number(-100 * change)} points"
-                parts.append(f"{label} ({pair}): accuracy {number(100 * effect.accuracy)} %, {cost}")
+                cost = "costs nothing to speak of" if change > -SPARED else f"costs {number(-100 * change, 1)} points"
+                parts.append(f"{label} ({pair}): accuracy {number(100 * effect.accuracy, 1)} %, {cost}")
     return [
         "If the upper 18 of 24 blocks all use the map of the block beneath them: " + "; ".join(parts) + ".",
         "This is the functional test: a raw cosine near one says nothing of what sharing costs, and sharing that costs "

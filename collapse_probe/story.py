@@ -83,12 +83,12 @@ def render(shown: Demonstration, links: list[tuple[str, str]]) -> str:
 
 
 def _plates(shown: Demonstration, pair: str) -> list[Plate]:
-    """The heatmaps of a pair and its curves over the blocks."""
+    """The heatmaps of a pair, and the similarity of neighbouring blocks at weights and probs."""
     comparison = shown.comparisons[pair]
     wide, narrow = contrast_figures.draw_all(comparison), contrast_figures.draw_all(comparison, narrow=True)
     return [
         plate_of(f"{pair}-{name}".replace(" ", "-"), wide[name], narrow.get(name), contrast_figures.CAPTIONS[name])
-        for name in ("matrices", "per-block")
+        for name in ("matrices", "adjacent")
         if name in wide
     ]
 
