@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format lock bench clean
+.PHONY: demo test check format lock bench bundled clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,7 +17,7 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 check: test
 
@@ -30,6 +30,9 @@ lock: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/overhead.py
+
+bundled: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m collapse_probe.bundling bundled-runs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

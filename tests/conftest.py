@@ -1,6 +1,8 @@
-"""What every test stands on: two threads at most, and a folder of real photographs."""
+"""What every test stands on: no more threads than cores, and a folder of real photographs."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -8,8 +10,11 @@ from making import photographs
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads():
-    torch.set_num_threads(2)
+def _few_threads():
+    beside_others = "PYTEST_XDIST_WORKER" in os.environ
+    torch.set_num_threads(1 if beside_others else 2)
+    if beside_others:
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 @pytest.fixture(scope="session")
