@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from collapse_probe.blueprint import ImageTower
+from collapse_probe.bundled_models import bundled_models
 from collapse_probe.errors import CheckpointError, ModelError, SettingError, UnknownNameError
 from collapse_probe.sockets import SOURCES
 from collapse_probe.sources import resolve
@@ -107,9 +108,9 @@ def test_our_own_names_come_first():
     assert resolve(f"ours:{names[-1]}", pretrained=False, img_size=32).source == "ours"
 
 
-def test_without_our_families_there_are_no_names_of_ours(monkeypatch):
+def test_without_our_families_there_are_the_bundled_models_alone(monkeypatch):
     monkeypatch.setattr("collapse_probe.sources.ours.FAMILIES", ("no_such_family",))
-    assert SOURCES["ours"].names() == []
+    assert SOURCES["ours"].names() == sorted(bundled_models())
     with pytest.raises(UnknownNameError, match="'deepvit_s' in 'ours'"):
         resolve("ours:deepvit_s")
 
