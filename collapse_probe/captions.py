@@ -37,7 +37,7 @@ CAPTIONS: dict[str, Caption] = {
     ),
     "similar-blocks": Caption(
         "How many blocks count as similar",
-        "Adjacent pairs whose mean similarity passes each threshold, with bootstrap intervals over "
+        "Adjacent pairs whose mean similarity passes each threshold, with 95 % intervals over "
         "images; in the last row, pairs whose κ passes 0.5.",
         "A count depends on its threshold, and a network with random weights can pass all of them; the "
         "raw rows are meant for comparison with published counts.",

@@ -31,7 +31,7 @@ CAPTIONS: dict[str, Caption] = {
     "course": Caption(
         "Over training",
         "The same quantities at every checkpoint, in the natural order of the file names: counts of similar "
-        "blocks with their bootstrap intervals, raw similarity beside its wrong-token null and the untrained "
+        "blocks with their intervals over images, raw similarity beside its wrong-token null and the untrained "
         "twin, κ, patch diversity and, where there are labels, accuracy.",
         "It is the course of one training run. A raw number that moves together with its null says "
         "nothing about the maps agreeing more or less.",
@@ -63,7 +63,7 @@ CAPTIONS: dict[str, Caption] = {
     ),
     "similar-blocks": Caption(
         "How many blocks count as similar",
-        "Adjacent pairs above each threshold, with bootstrap intervals over images; hollow diamonds are each "
+        "Adjacent pairs above each threshold, with 95 % intervals over images; hollow diamonds are each "
         "subject's untrained twin; the last row counts pairs with κ above 0.5.",
         "A count depends on its threshold. Where the hollow diamonds lie as far apart as the filled "
         "marks, the contrast needs no training.",

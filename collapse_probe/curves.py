@@ -156,7 +156,7 @@ def entropy(findings: Findings, narrow: bool = False) -> Figure | None:
 
 @drawn
 def similar_blocks(findings: Findings, narrow: bool = False) -> Figure | None:
-    """How many adjacent pairs pass each threshold, with bootstrap intervals; last, how many pass by kappa."""
+    """How many adjacent pairs pass each threshold, with intervals; last, how many pass by kappa."""
     reading = held(findings, "similar-blocks")
     if reading is None or reading.values is None:
         return None

@@ -112,7 +112,11 @@ def _apart(pairs: Pairs, kinds: tuple[str, ...], total: int) -> tuple[str, bool 
         return "near-uniform" if uniform else "explained", False, [(first, "mostly-explained"), numbers]
     first = (
         "No collapse between neighbouring blocks: their attention maps are distinct"
-        + (f", {explained} high raw similarities are explained by the nulls" if explained else "")
+        + (
+            f", {explained} high raw similarit{'y is' if explained == 1 else 'ies are'} explained by the nulls"
+            if explained
+            else ""
+        )
         + f" (kappa above {BY_NAME['shared'].threshold:g} in 0 of {total} pairs)."
     )
     return "distinct", False, [(first, "shared"), numbers]
