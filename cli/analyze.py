@@ -109,4 +109,6 @@ def write(findings: Any, folder: Path) -> None:
 
 def command_line() -> str:
     """The command as it was typed."""
-    return shlex.join(["collapse-probe", *sys.argv[1:]])
+    context = click.get_current_context(silent=True)
+    words = None if context is None else context.find_root().obj
+    return shlex.join(["collapse-probe", *(sys.argv[1:] if words is None else words)])

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     verbose = any(word == "--verbose" or (word.startswith("-v") and set(word[1:]) == {"v"}) for word in words)
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr)
     try:
-        code = group.main(args=words, prog_name="collapse-probe", standalone_mode=False)
+        code = group.main(args=words, prog_name="collapse-probe", standalone_mode=False, obj=tuple(words))
     except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("interrupted; no output was written", err=True)
         code = INTERRUPTED
