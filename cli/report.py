@@ -12,7 +12,7 @@ from collapse_probe.cli import options
 @click.argument("folder", metavar="DIR")
 @options.talking
 def command(folder: str, quiet: bool, verbose: int) -> None:
-    """Rebuild figures and page from what DIR holds (findings, a comparison or interventions); needs no model and no GPU."""
+    """Rebuild figures and page from what DIR holds (findings, a comparison, interventions, a sweep); needs no model."""
     from collapse_probe.folders import new_folder
 
     place = Path(folder)
@@ -21,6 +21,8 @@ def command(folder: str, quiet: bool, verbose: int) -> None:
             _comparison(place, inside)
         elif (place / "interventions.json").exists():
             _interventions(place, inside)
+        elif (place / "sweep.json").exists():
+            _sweep(place, inside)
         else:
             _findings(place, inside)
     click.echo(f"report: {place / 'report.html'}")
@@ -45,3 +47,10 @@ def _interventions(folder: Path, inside: Path) -> None:
     from collapse_probe.intervention_page import write_interventions
 
     write_interventions(Interventions.load(folder), inside)
+
+
+def _sweep(folder: Path, inside: Path) -> None:
+    from collapse_probe.sweep_page import write_sweep
+    from collapse_probe.sweep_results import Sweep
+
+    write_sweep(Sweep.load(folder), inside)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from collapse_probe.effects import DEFINITIONS, Effect, Interventions
 from collapse_probe.figures import save
 from collapse_probe.intervention_answers import KEEPS, answers
 from collapse_probe.intervention_figures import CAPTIONS, draw_all
-from collapse_probe.page import NARROW_DPI, WIDE_DPI, Plate, data_url
+from collapse_probe.page import paper, plate_of
+from collapse_probe.tables import Table
 from collapse_probe.words import DASH, interval, number, plain
 
 PAGE = "report.html"
@@ -32,18 +31,16 @@ def render(found: Interventions, figures: Mapping[str, Figure] | None = None) ->
     """One self-contained HTML page; `figures` (as `draw_all` makes them) are drawn where not given."""
     figures = draw_all(found) if figures is None else figures
     narrow = draw_all(found, narrow=True)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     accurate = found.plain["accuracy"] is not None
-    return environment.from_string(_file("intervention.html")).render(
-        style=_file("page.html").partition("<style>")[2].partition("</style>")[0],
+    return paper(
+        "intervention.html",
         name=plain(found.model.get("name")),
         images=plain(found.data.get("images")),
         data=plain(found.data.get("address")),
         plain_accuracy=f"{found.plain['accuracy']:.1%}" if accurate else f"not known: {found.plain['reason']}",
         answers=answers(found),
         keeps=f"{KEEPS:.0%}",
-        plates=[_plate(name, figure, narrow.get(name)) for name, figure in figures.items()],
-        header=["blocks", *HEADER[: None if accurate else 4]],
+        plates=[plate_of(name, figure, narrow.get(name), CAPTIONS[name]) for name, figure in figures.items()],
         tables=[(kind, *_tables(found, kind, accurate)) for kind in found.single],
         refused=[(e.kind, e.blocks[0], e.not_applicable) for es in found.single.values() for e in es if e.not_applicable],
         kinds=found.kinds,
@@ -55,21 +52,22 @@ def render(found: Interventions, figures: Mapping[str, Figure] | None = None) ->
 HEADER = ("KL, nats", "95 % interval", "same top answer", "95 % interval", "accuracy", "change, points", "95 % interval")
 
 
-def _tables(found: Interventions, kind: str, accurate: bool) -> tuple[list[list[str]], list[list[str]]]:
-    """Rows of the single and of the cumulative effects."""
-    single = [_row(str(e.blocks[0]), e, accurate) for e in found.single[kind] if e.kl is not None]
-    together = [_row(_span(e.blocks), e, accurate) for e in found.cumulative[kind]]
-    return single, together
+def _tables(found: Interventions, kind: str, accurate: bool) -> tuple[Table, Table]:
+    """The single and the cumulative effects."""
+    header = ("blocks", *HEADER[: None if accurate else 4])
+    single = tuple(_row(str(e.blocks[0]), e, accurate) for e in found.single[kind] if e.kl is not None)
+    together = tuple(_row(_span(e.blocks), e, accurate) for e in found.cumulative[kind])
+    return Table(header, single, ()), Table(header, together, ())
 
 
-def _row(name: str, effect: Effect, accurate: bool) -> list[str]:
+def _row(name: str, effect: Effect, accurate: bool) -> tuple[str, ...]:
     cells = [name, number(effect.kl, 4), interval(effect.kl_ci95, 4), _share(effect.agreement)]
     cells.append(_shares(effect.agreement_ci95))
     if accurate:
         change = None if effect.accuracy_change is None else 100 * effect.accuracy_change
         ends = None if effect.accuracy_change_ci95 is None else [100 * end for end in effect.accuracy_change_ci95]
         cells += [_share(effect.accuracy), number(change, 1), interval(ends, 1)]
-    return cells
+    return tuple(cells)
 
 
 def _span(blocks: tuple[int, ...]) -> str:
@@ -87,20 +85,3 @@ def _shares(ends: tuple[float, float] | None) -> str:
 
 def _facts(stored: Mapping[str, object]) -> list[tuple[str, str]]:
     return [(key.replace("_", " "), plain(value)) for key, value in stored.items()]
-
-
-def _file(name: str) -> str:
-    return resources.files("collapse_probe").joinpath(name).read_text(encoding="utf-8")
-
-
-def _plate(name: str, figure: Figure, narrow: Figure | None) -> Plate:
-    width, height = (round(96 * inches) for inches in figure.get_size_inches())
-    return Plate(
-        name=name,
-        source=data_url(figure, WIDE_DPI),
-        narrow="" if narrow is None else data_url(narrow, NARROW_DPI),
-        width=width,
-        height=height,
-        caption=CAPTIONS[name],
-        notes=(),
-    )

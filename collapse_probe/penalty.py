@@ -11,6 +11,7 @@ A penalty is a frozen dataclass of its settings: one term of a loss, computed fr
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -64,7 +65,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Penalty:
+class Penalty(ABC):
     """One term of a loss; its settings are the fields.
 
     `metric` is the collapse-probe metric that it moves, and `direction` where to ("between": into bounds); `needs` says what
@@ -96,17 +97,17 @@ class Penalty:
         """Whether the term holds the classification loss already, so that the trainer leaves its own out."""
         return False
 
+    @abstractmethod
     def wanted(self, anatomy: Anatomy) -> Wanted:
         """What must be heard of a model."""
-        raise NotImplementedError
 
     def own(self, anatomy: Anatomy) -> nn.Module | None:
         """A module with parameters of the penalty's own, or None."""
         return None
 
+    @abstractmethod
     def loss(self, heard: Heard, given: Given) -> Tensor:
         """The unweighted term, a 0-d tensor with its graph."""
-        raise NotImplementedError
 
     def _number(self, setting: str, low: float, high: float = float("inf"), *, open_end: bool = False) -> None:
         value = getattr(self, setting)
@@ -180,9 +181,9 @@ class RowPenalty(Penalty):
             return Wanted(places=frozenset(i + 1 for i in blocks))
         return Wanted(maps=frozenset(blocks))
 
+    @abstractmethod
     def of_rows(self, rows: Tensor, seed: int) -> Tensor:
         """The penalty on sets of rows, [..., n, d] -> [...]."""
-        raise NotImplementedError
 
     def loss(self, heard: Heard, given: Given) -> Tensor:
         """The mean over images and blocks, or the sum over matrices."""

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from collapse_probe.captions import Caption
 from collapse_probe.figures import save
-from collapse_probe.page import NARROW_DPI, WIDE_DPI, data_url
+from collapse_probe.page import paper, plate_of
 from collapse_probe.sweep_answers import answers, caveats, groups, headline
 from collapse_probe.sweep_figures import captions, draw_all
 from collapse_probe.sweep_grid import spelled
 from collapse_probe.sweep_results import FINISHED, PUBLISHED, UNTRAINED, Outcome, Sweep, estimate
+from collapse_probe.tables import Table
 from collapse_probe.words import DASH, interval, number, plain
 
 PAGE = "report.html"
@@ -34,27 +31,6 @@ COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One figure on the page: its data URLs, its size in CSS pixels and its caption."""
-
-    name: str
-    source: str
-    narrow: str
-    width: int
-    height: int
-    caption: Caption
-
-
-@dataclass(frozen=True)
-class Table:
-    """A header and rows of text; with `words` the last column holds sentences."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    words: bool = False
-
-
 def write_sweep(sweep: Sweep, folder: str | Path) -> Path:
     """Write figures/ and report.html into an existing folder, from the numbers alone; returns the page."""
     figures = draw_all(sweep)
@@ -68,9 +44,8 @@ def render(sweep: Sweep, figures: Mapping[str, Figure] | None = None) -> str:
     """One self-contained HTML page; `figures` (as `draw_all` makes them) are drawn where not given."""
     figures = draw_all(sweep) if figures is None else figures
     narrow, said = draw_all(sweep, narrow=True), captions(sweep)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_file("sweep.html")).render(
-        style=_file("page.html").partition("<style>")[2].partition("</style>")[0],
+    return paper(
+        "sweep.html",
         name=plain(sweep.recipe.get("name")),
         varied="; ".join(f"{key} {', '.join(map(spelled, held))}" for key, held in sweep.varied.items()) or "nothing varied",
         seeds="one seed" if len(sweep.seeds) == 1 else f"{len(sweep.seeds)} seeds",
@@ -80,7 +55,7 @@ def render(sweep: Sweep, figures: Mapping[str, Figure] | None = None) -> str:
         headline=headline(sweep),
         answers=answers(sweep),
         caveats=caveats(sweep),
-        plates=[_picture(name, figure, narrow[name], said[name]) for name, figure in figures.items()],
+        plates=[plate_of(name, figure, narrow[name], said[name]) for name, figure in figures.items()],
         means=means(sweep),
         cells=by_cell(sweep),
         with_published="depth" in sweep.axes,
@@ -116,7 +91,7 @@ def means(sweep: Sweep) -> Table:
             held = estimate(cell.number(key) for cell in cells)
             row.append(number(held.mean, digits) + ("" if held.ci95 is None else f" ({interval(held.ci95, digits)})"))
         rows.append(tuple(row))
-    return Table(("cell", "seeds", *(title for title, _ in columns.values())), tuple(rows))
+    return Table(("cell", "seeds", *(title for title, _ in columns.values())), tuple(rows), ())
 
 
 def by_cell(sweep: Sweep) -> Table:
@@ -124,7 +99,7 @@ def by_cell(sweep: Sweep) -> Table:
     columns = _columns(sweep)
     rows = tuple(_row(cell, columns) for cell in sweep.cells)
     header = ("folder", *(title for title, _ in columns.values()), "parameters", "training, s", "measuring, s", "status")
-    return Table(header, rows, words=True)
+    return Table(header, rows, (), words=frozenset({len(header) - 1}))
 
 
 def _row(cell: Outcome, columns: Mapping[str, tuple[str, int]]) -> tuple[str, ...]:
@@ -139,12 +114,3 @@ BLOCKS = ("similar blocks", "the same")
 
 def _facts(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(key.replace("_", " "), plain(value)) for key, value in stored.items()]
-
-
-def _file(name: str) -> str:
-    return resources.files("collapse_probe").joinpath(name).read_text(encoding="utf-8")
-
-
-def _picture(name: str, figure: Figure, narrow: Figure, caption: Caption) -> Picture:
-    width, height = (round(96 * inches) for inches in figure.get_size_inches())
-    return Picture(name, data_url(figure, WIDE_DPI), data_url(narrow, NARROW_DPI), width, height, caption)
