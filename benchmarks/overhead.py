@@ -3,6 +3,7 @@
     python benchmarks/overhead.py                       CPU: ViT-B/32, ViT-S/16 (224), ViT-S/16 at 1025 tokens (memory)
     python benchmarks/overhead.py --device cuda         also ViT-B/16 in bf16 at batch 256, and what the kernels return
 
+"analysis" is the default set of metrics, "everything" every metric that hears images with those of every preset, each once.
 The variants are interleaved in small batches, so that a busy machine slows all of them alike. Times are CPU seconds of this
 process on the CPU, and synchronised wall seconds on a GPU. The peer is what a user would write instead: timm's
 AttentionExtract and a NumPy loop over pairs of blocks.
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +29,17 @@ import torch
 from collapse_probe.analysis import DEFAULT_METRICS, chosen_metrics
 from collapse_probe.capture import listen, probe
 from collapse_probe.devices import TILE_BYTES, autocast, micro_batch
+from collapse_probe.measure import Metric
 from collapse_probe.one_pass import Run, absorb, folds_for, reading_of
+from collapse_probe.preset import with_presets
 from collapse_probe.provenance import versions
+from collapse_probe.sockets import METRICS, PRESETS
+from collapse_probe.trace import Plan
+from collapse_probe.weight_analysis import apart
 
 IMAGES, BATCH = 256, 16
 MODELS = {"vit_base_patch32_224": 1.3, "vit_small_patch16_224": 1.6}
-CAPTURE_LIMIT, MEMORY_LIMIT = 1.10, 1.20
+CAPTURE_LIMIT, EVERYTHING_LIMIT, MEMORY_LIMIT = 1.10, 2.5, 1.20
 
 
 def model_called(name: str, device: torch.device, **settings: object) -> torch.nn.Module:
@@ -56,8 +63,8 @@ def clock(device: torch.device) -> float:
 def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str | None) -> dict[str, Callable]:
     """What is timed, each a function of one batch."""
     plan = probe(model, (size, size))
-    metrics = chosen_metrics(plan, DEFAULT_METRICS)
-    run = Run(folds=folds_for(metrics, device))
+    sets = {"analysis": chosen_metrics(plan, DEFAULT_METRICS), "everything": every_metric(plan)}
+    runs = {variant: Run(folds=folds_for(metrics, device)) for variant, metrics in sets.items()}
 
     def plain(images: torch.Tensor) -> None:
         with torch.no_grad(), autocast(device, amp):
@@ -70,7 +77,7 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
                     model(part)
                 ears.take()
 
-    def analysis(images: torch.Tensor) -> None:
+    def measured(run: Run, images: torch.Tensor) -> None:
         with torch.no_grad():
             for part in images.split(micro_batch(plan, device, len(images))):
                 with listen(model, plan) as ears, autocast(device, amp):
@@ -79,12 +86,23 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
                 absorb(run, ears.take(), names, part, TILE_BYTES[device.type], frozenset())
                 run.names += names
 
-    def finish() -> None:
+    def finish(variant: str) -> None:
+        run = runs[variant]
         run.records = {key: {n: [np.concatenate(v)] for n, v in found.items()} for key, found in run.records.items()}
-        for metric in metrics.values():
+        for fold in run.folds.values():
+            fold.settle()
+        for metric in sets[variant].values():
             reading_of(metric, run)
 
-    return {"plain": plain, "plain again": plain, "capture": capture, "analysis": analysis, "finish": finish}
+    timed = {variant: partial(measured, run) for variant, run in runs.items()}
+    ends = {f"{variant} end": partial(finish, variant) for variant in runs}
+    return {"plain": plain, "plain again": plain, "capture": capture, **timed, **ends}
+
+
+def every_metric(plan: Plan) -> dict[str, Metric]:
+    """Every metric that hears images, under its plain name, and those of every preset."""
+    _, heard = apart(chosen_metrics(plan, with_presets(METRICS, PRESETS)))
+    return heard
 
 
 def peer(name: str) -> Callable[[torch.Tensor], None]:
@@ -113,7 +131,7 @@ def timed(name: str, device: torch.device, amp: str | None, images: int, batch: 
     model = model_called(name, device)
     size = model.pretrained_cfg["input_size"][-1]
     jobs = variants(model, size, device, amp)
-    finish = jobs.pop("finish")
+    ends = {name.removesuffix(" end"): jobs.pop(name) for name in list(jobs) if name.endswith(" end")}
     if device.type == "cpu":
         jobs["peer"] = peer(name)
     seconds = dict.fromkeys(jobs, 0.0)
@@ -126,9 +144,10 @@ def timed(name: str, device: torch.device, amp: str | None, images: int, batch: 
             start = clock(device)
             job(pixels)
             seconds[variant] += clock(device) - start
-    start = clock(device)
-    finish()
-    seconds["analysis"] += clock(device) - start
+    for variant, finish in ends.items():
+        start = clock(device)
+        finish()
+        seconds[variant] += clock(device) - start
     return seconds
 
 
@@ -211,7 +230,8 @@ def main() -> None:
     for name, amp, batch, limit in jobs:
         seconds = timed(name, device, amp, max(args.images, batch), batch)
         ratios = {variant: value / seconds["plain"] for variant, value in seconds.items()}
-        found[name] = {"seconds": seconds, "ratios": ratios, "limits": {"capture": CAPTURE_LIMIT, "analysis": limit}}
+        limits = {"capture": CAPTURE_LIMIT, "analysis": limit, "everything": EVERYTHING_LIMIT}
+        found[name] = {"seconds": seconds, "ratios": ratios, "limits": limits}
         lines = [f"{name:<24} {v:<12} {seconds[v]:8.2f} s  {ratios[v]:5.2f} × plain" for v in seconds]
         print("\n".join(lines), flush=True)
     if device.type == "cuda":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from collapse_probe.ear import Ear, ear
-from collapse_probe.errors import CaptureError, NoAttentionFoundError
+from collapse_probe.errors import CaptureError, ModelError, NoAttentionFoundError
 from collapse_probe.hearing import Event, Hearing
 from collapse_probe.kernels import tensors_in
 from collapse_probe.layouts import as_tokens
@@ -87,13 +87,19 @@ def probe(model: nn.Module, size: tuple[int, int], channels: int = 3, seed: int 
     """Run two noise images [2, channels, *size] through the model, plainly and captured; check the capture.
 
     The outputs must be equal bit for bit, rows of every softmax must sum to one, and A·V and the logsumexp
-    must agree with what each fused kernel returned. Raises CaptureError with the number where they do not.
+    must agree with what each fused kernel returned. Raises CaptureError with the number where they do not, and
+    ModelError where the model itself fails.
     """
     model = unwrap(model)
     heard: list[Hearing] = []
     with torch.inference_mode(False), torch.no_grad():
         images = noise(model, size, channels, seed)
-        plain = model(images)
+        try:
+            plain = model(images)
+        except Exception as error:
+            shape = f"[2, {channels}, {size[0]}, {size[1]}]"
+            text = f"the model failed on noise images {shape} ({error}); if it takes another size, give img_size"
+            raise ModelError(text) from error
         with ear(model, heard.append, thorough=True, examine=_examine):
             captured = model(images)
         if not heard:

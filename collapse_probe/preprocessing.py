@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from collapse_probe.errors import ModelError
 from collapse_probe.subject import Preprocess
 
+Size = int | tuple[int, int]
+"""Pixels of a side, or of (height, width)."""
 
-def from_timm_config(config: Mapping[str, Any], img_size: int | None = None) -> Preprocess:
+
+def from_timm_config(config: Mapping[str, Any], img_size: Size | None = None) -> Preprocess:
     """timm's evaluation transform for a pretrained_cfg; what it leaves out is timm's ImageNet default.
 
     `img_size` [pixels] replaces the config's input size; the crop keeps its share of the resized picture.
@@ -21,7 +24,7 @@ def from_timm_config(config: Mapping[str, Any], img_size: int | None = None) -> 
     import timm.data
 
     factory: Any = timm.data  # untyped
-    args = {} if img_size is None else {"img_size": img_size}
+    args = {} if img_size is None else {"input_size": (3, img_size, img_size) if isinstance(img_size, int) else (3, *img_size)}
     settled = factory.resolve_data_config(args, pretrained_cfg=dict(config) or {"input_size": (3, 224, 224)})
     height, width = settled["input_size"][-2:]
     edge = [math.floor(side / settled["crop_pct"]) for side in (height, width)]
@@ -69,16 +72,29 @@ def of_module(module: nn.Module, img_size: int | None = None) -> tuple[Preproces
     config = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
     if config:
         return from_timm_config(config if isinstance(config, Mapping) else vars(config), size), ()
-    note = f"preprocessing assumed: ImageNet mean and std at {size or 224} pixels (the module declares none)"
+    pixels = size or 224
+    side = f"{pixels}" if isinstance(pixels, int) else f"{pixels[0]} × {pixels[1]}"
+    note = f"preprocessing assumed: ImageNet mean and std at {side} pixels (the module declares none)"
     return from_timm_config({}, size), (note,)
 
 
-def _declared_size(module: nn.Module) -> int | None:
+def _declared_size(module: nn.Module) -> Size | None:
     holders = (module, getattr(module, "patch_embed", None), getattr(module, "config", None))
     for holder in holders:
         for name in ("image_size", "img_size"):
-            size = getattr(holder, name, None)
-            side = size[0] if isinstance(size, (tuple, list)) and len(set(size)) == 1 else size
-            if isinstance(side, int) and not isinstance(side, bool) and side > 0:
-                return side
+            size = size_of(getattr(holder, name, None))
+            if size is not None:
+                return size
     return None
+
+
+def size_of(declared: object) -> Size | None:
+    """A declared input size as pixels of a side or (height, width); None for what is neither.
+
+    >>> size_of([64, 96]), size_of((32, 32)), size_of("large")
+    ((64, 96), 32, None)
+    """
+    sides = tuple(declared) if isinstance(declared, (tuple, list)) else (declared, declared)
+    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+        return None
+    return sides[0] if sides[0] == sides[1] else sides

@@ -14,7 +14,7 @@ from torch import nn
 from toys import SIZE, WIDTH, Block, ToyAttention, ToyViT, images, sharpen, toy
 
 from collapse_probe.capture import listen, probe
-from collapse_probe.errors import CaptureError, NoAttentionFoundError
+from collapse_probe.errors import CaptureError, ModelError, NoAttentionFoundError
 
 
 @pytest.fixture(autouse=True)
@@ -265,3 +265,9 @@ def test_nested_tensors():
 
     with pytest.raises(CaptureError, match="enable_nested_tensor=False"):
         probe(Nested(), SIZE)
+
+
+def test_a_model_that_fails_on_the_probes_images_says_which_size_it_got():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=24, num_heads=2).eval()
+    with pytest.raises(ModelError, match=r"failed on noise images \[2, 3, 48, 48\] .* give img_size"):
+        probe(model, (48, 48))

@@ -5,12 +5,14 @@ import time
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
 
 from collapse_probe.blueprint import ImageTower
 from collapse_probe.bundled_models import bundled_models
+from collapse_probe.capture import probe
 from collapse_probe.errors import CheckpointError, ModelError, SettingError, UnknownNameError
 from collapse_probe.sockets import SOURCES
 from collapse_probe.sources import resolve
@@ -481,3 +483,12 @@ def test_transformers_missing_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ModelError, match="pip install transformers"):
         resolve("hf:google/vit-base-patch16-224")
+
+
+def test_a_module_for_rectangular_images_gets_rectangular_images():
+    model = timm.create_model(NAME, **TINY, img_size=(32, 64))
+    by_name = resolve(f"timm:{NAME}", pretrained=False, model_kwargs={**TINY, "img_size": (32, 64)})
+    for subject in (resolve(model), by_name):
+        assert subject.preprocess.size == (32, 64)
+        assert subject.preprocess.transform(Image.new("RGB", (90, 70))).shape == (3, 32, 64)
+        assert probe(subject.model, subject.preprocess.size).image_size == (32, 64)

@@ -12,7 +12,7 @@ from torch import nn
 from collapse_probe.blueprint import Blueprint, Request
 from collapse_probe.errors import ModelError
 from collapse_probe.hub import fetching
-from collapse_probe.preprocessing import from_timm_config
+from collapse_probe.preprocessing import from_timm_config, size_of
 from collapse_probe.sockets import SOURCES
 from collapse_probe.subject import Preprocess
 
@@ -57,7 +57,7 @@ class TimmSource:
             return model
 
         def preprocess(model: nn.Module) -> tuple[Preprocess, tuple[str, ...]]:
-            size = request.img_size or _square_size(settings.get("img_size"))
+            size = request.img_size or size_of(settings.get("img_size"))
             return from_timm_config(model.pretrained_cfg, size), ()  # type: ignore[arg-type]
 
         return Blueprint(request.name, make, preprocess, trained=self._tag(request.name))
@@ -80,10 +80,6 @@ class TimmSource:
         config = get_pretrained_cfg(name)
         published = config is not None and (config.url or config.hf_hub_id or config.file)
         return (config.tag or "default") if config is not None and published else None
-
-
-def _square_size(size: object) -> int | None:
-    return size if isinstance(size, int) else None
 
 
 def _check_patches(model: nn.Module, img_size: int | None) -> None:
