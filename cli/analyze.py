@@ -39,7 +39,8 @@ def run(*, model: str, data: str | None, output: str | None, as_json: bool, quie
 
     from collapse_probe.analysis import Settings, measure
     from collapse_probe.data import open_data
-    from collapse_probe.folders import check_writable
+    from collapse_probe.folders import check_writable, write_with_page
+    from collapse_probe.page import write_report
     from collapse_probe.preset import with_presets
     from collapse_probe.processes import rank_and_world
 
@@ -61,7 +62,7 @@ def run(*, model: str, data: str | None, output: str | None, as_json: bool, quie
     if rank_and_world()[0] > 0:
         return None
     if folder is not None:
-        write(findings, folder)
+        write_with_page(folder, findings, write_report)
     if as_json:
         click.echo(json.dumps(findings.to_json(), allow_nan=False))
     else:
@@ -95,16 +96,6 @@ def opened(address: str, images: Any, flags: dict[str, Any]) -> Any:
         raise click.UsageError("--recalibrate-bn needs images: give --data.")
     facts = {key: flags[key] for key in ("batch_size", "device", "seed")}
     return recalibrated(subject, images, count, **facts)
-
-
-def write(findings: Any, folder: Path) -> None:
-    """The whole output folder, or nothing of it."""
-    from collapse_probe.folders import new_folder
-    from collapse_probe.page import write_report
-
-    with new_folder(folder) as inside:
-        findings.write(inside)
-        write_report(findings, inside)
 
 
 def command_line() -> str:

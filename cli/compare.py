@@ -87,7 +87,8 @@ def run(
     from collapse_probe.cli.talk import Talk
 
     from collapse_probe.comparison import compare
-    from collapse_probe.folders import check_writable
+    from collapse_probe.comparison_page import write_comparison
+    from collapse_probe.folders import check_writable, write_with_page
     from collapse_probe.processes import rank_and_world
     from collapse_probe.remedied import blocks_in
 
@@ -108,23 +109,13 @@ def run(
     if rank_and_world()[0] > 0:
         return
     if folder is not None:
-        write(comparison, folder)
+        write_with_page(folder, comparison, write_comparison)
     if as_json:
         click.echo(json.dumps(comparison.to_json(), allow_nan=False))
     else:
         click.echo(told(comparison))
         click.echo(f"\nreport: {folder / 'report.html'}" if folder is not None else "")
     stop_if_tripped(rules, {label: comparison.numbers(label) for label in comparison.subjects})
-
-
-def write(comparison: Any, folder: Path) -> None:
-    """The whole output folder, or nothing of it."""
-    from collapse_probe.comparison_page import write_comparison
-    from collapse_probe.folders import new_folder
-
-    with new_folder(folder) as inside:
-        comparison.write(inside)
-        write_comparison(comparison, inside)
 
 
 def told(comparison: Any) -> str:

@@ -52,8 +52,9 @@ def run(*, model: str, data: str, output: str | None, as_json: bool, quiet: bool
 
     from collapse_probe.analysis import Settings
     from collapse_probe.data import open_data
-    from collapse_probe.folders import check_writable
+    from collapse_probe.folders import check_writable, write_with_page
     from collapse_probe.intervention import intervene
+    from collapse_probe.intervention_page import write_interventions
     from collapse_probe.processes import rank_and_world
     from collapse_probe.remedied import blocks_in
 
@@ -73,23 +74,13 @@ def run(*, model: str, data: str, output: str | None, as_json: bool, quiet: bool
     if rank_and_world()[0] > 0:
         return
     if folder is not None:
-        write(found, folder)
+        write_with_page(folder, found, write_interventions)
     if as_json:
         click.echo(json.dumps(found.to_json(), allow_nan=False))
     else:
         click.echo(told(found))
         click.echo(f"\nreport: {folder / 'report.html'}" if folder is not None else "")
     stop_if_tripped(rules, {"": found.summary})
-
-
-def write(found: Any, folder: Path) -> None:
-    """The whole output folder, or nothing of it."""
-    from collapse_probe.folders import new_folder
-    from collapse_probe.intervention_page import write_interventions
-
-    with new_folder(folder) as inside:
-        found.write(inside)
-        write_interventions(found, inside)
 
 
 def told(found: Any) -> str:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 from collapse_probe.errors import OutputError
+
+
+class Numbers(Protocol):
+    """What a run found and can write into an existing folder."""
+
+    def write(self, inside: Path) -> None:
+        """Write the files."""
 
 
 class new_folder:
@@ -43,6 +52,28 @@ class new_folder:
                 else:
                     path.replace(goal)
             shutil.rmtree(self.inside)
+
+
+def write_with_page(target: str | Path, numbers: Numbers, page: Callable[[Any, Path], object]) -> None:
+    """Numbers and the page that `page(numbers, folder)` makes of them into the folder `target`.
+
+    Numbers may have taken hours: where the page fails (or is interrupted) they are kept, and OutputError says how to try again.
+    """
+    failed: BaseException | None = None
+    with new_folder(target) as inside:
+        numbers.write(inside)
+        held = set(inside.rglob("*"))
+        try:
+            page(numbers, inside)
+        except BaseException as error:
+            failed = error
+            for path in sorted(set(inside.rglob("*")) - held, reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+    if isinstance(failed, Exception):
+        text = f"the numbers are in {target}, but their page failed ({type(failed).__name__}: {failed})"
+        raise OutputError(f"{text}; `collapse-probe report {target}` draws it again") from failed
+    if failed is not None:
+        raise failed
 
 
 def check_writable(target: str | Path) -> None:

@@ -34,15 +34,19 @@ def interval(ends: Sequence[float] | Array | None, digits: int = 3) -> str:
 
 
 def plain(value: Any) -> str:
-    """Any value of the provenance as words: nested facts joined, nothing undefined shown as such."""
+    """Any value of the provenance as words: nested facts joined, nothing undefined shown as such.
+
+    >>> plain(np.array([0.5, np.nan])), plain({"a_b": [1, 2]})
+    ('0.5, –', 'a b (1, 2)')
+    """
+    if isinstance(value, (np.ndarray, np.generic)):
+        return plain(value.tolist())
     if value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
         return DASH
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
         return ", ".join(f"{_spaced(key)} {_inner(item)}" for key, item in value.items()) or DASH
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
     if isinstance(value, (list, tuple)):
         return _several([plain(item) for item in value])
     if isinstance(value, float):
