@@ -175,8 +175,8 @@ def measure(
         notes += [stopping["sentence"]] if stopping else []
     elif images is not None:
         images, notes = None, ["the metrics asked for are of the weights alone: the images were not used"]
-    twin = settings.null_images > 0
-    weights = read_weights(subject, model, plan, of_weights, seed=settings.seed, device=device, twin=twin, say=say)
+    seeds = settings.null_seeds if settings.null_images else 0
+    weights = read_weights(subject, model, plan, of_weights, seed=settings.seed, device=device, seeds=seeds, say=say)
     readings = {name: {**readings, **weights.readings}[name] for name in metrics}
     _, world = rank_and_world()
     facts = {
@@ -206,7 +206,7 @@ def measure(
         images=table,
         gallery=gallery_of(run.pictures, run.names, plan, subject.preprocess.description),
         presets=preset_records(settings.presets),
-        sureness=sureness(table, readings, heads=_heads(plan), images=images, seed=settings.seed),
+        sureness=sureness(table, readings, heads=_heads(plan), images=images, labels=run.labels, seed=settings.seed),
     )
     return judged(found)
 

@@ -30,6 +30,7 @@ FIRST = {
     "data": ("address", "images", "bundled", "names_sha256"),
     "run": ("command", "device", "dtype", "versions", "self_check"),
 }
+OF_IMAGES = ("batch_size", "images_per_second", "tile_bytes", "until_ci")  # facts of a run that mean nothing without images
 LABELS = {
     "self_check": "self-check, worst error",
     "names_sha256": "names, SHA-256",
@@ -74,7 +75,7 @@ def _nulls(nulls: Nulls) -> list[tuple[str, str]]:
     facts = []
     for role, values in nulls.values.items():
         count = nulls.images.get(role)
-        there = "taken" if count is None else f"on {count:,} images"
+        there = f"on {count:,} images" if count else "taken"
         missing = nulls.reasons.get(role, "not taken in this run")
         if values is None:
             facts.append((f"null: {NULL_LABELS.get(role, role)}", missing))
@@ -93,14 +94,26 @@ def not_measured(findings: Findings) -> list[tuple[str, str]]:
 
 
 def provenance(findings: Findings) -> list[Entry]:
-    """Model, data and run as facts: the important ones first, then everything else that was stored."""
+    """Model, data and run as facts: the important ones first, then everything else that was stored.
+
+    Without images there is no data to speak of, and nothing in the run that counts images.
+    """
+    model = Entry("Model", "", tuple(_facts("model", findings.model)))
+    if weights_alone(findings):
+        run = {key: value for key, value in findings.run.items() if key not in OF_IMAGES}
+        return [model, Entry("Run", "", (("images", "none: the metrics are of the weights alone"), *_facts("run", run)))]
     count = len(findings.data.get("skipped") or ())
     data = {key: value for key, value in findings.data.items() if key != "skipped"}
     return [
-        Entry("Model", "", tuple(_facts("model", findings.model))),
+        model,
         Entry("Data", "", (*_facts("data", data), ("skipped images", f"{count:,}"))),
         Entry("Run", "", tuple(_facts("run", findings.run))),
     ]
+
+
+def weights_alone(findings: Findings) -> bool:
+    """Whether the run read the weights alone, without any image."""
+    return findings.data.get("images") == 0 and findings.data.get("address") is None
 
 
 def _facts(section: str, stored: Mapping[str, Any]) -> list[tuple[str, str]]:

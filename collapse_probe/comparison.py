@@ -25,6 +25,7 @@ from collapse_probe.provenance import versions
 from collapse_probe.remedied import recalibrated
 from collapse_probe.side_by_side import Comparison
 from collapse_probe.subject import Subject
+from collapse_probe.weight_contrast import with_weights
 
 __all__ = ["Comparison", "compare"]
 COST_BATCH = 16  # images a time when throughput is measured; fewer where the run's own batch is smaller
@@ -111,7 +112,7 @@ def _run_all(entries: Sequence[Entry], run: Run) -> tuple[dict[str, Findings], l
         if first is None:
             first = (entry.label, findings, answers, subject if run.cka else None)
             continue
-        pair = pair_up(first[1], findings, (first[0], entry.label), run.settings.seed)
+        pair = with_weights(pair_up(first[1], findings, (first[0], entry.label), run.settings.seed), first[1], findings)
         pairs.append(replace(pair, agreement=_agreement(pair, (first[2], answers), first[1], findings)))
         if first[3] is not None and subject is not None:
             found[entry.label] = _with_cka(findings, (first[0], entry.label), (first[3], subject), run)

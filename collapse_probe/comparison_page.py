@@ -13,7 +13,7 @@ from collapse_probe.colophon import provenance
 from collapse_probe.contrast import CASES, answers
 from collapse_probe.contrast_figures import CAPTIONS, draw_all
 from collapse_probe.figures import save
-from collapse_probe.page import paper, plate_of
+from collapse_probe.page import looked_at, paper, plate_of
 from collapse_probe.side_by_side import METHODS, Comparison
 from collapse_probe.words import plain
 
@@ -38,8 +38,7 @@ def render(comparison: Comparison, figures: Mapping[str, Figure] | None = None) 
     return paper(
         "comparison.html",
         labels=list(comparison.subjects),
-        images=plain(first.data.get("images")),
-        data=plain(first.data.get("address")),
+        subject=looked_at(first),
         answers=answers(comparison),
         cases=CASES,
         subjects=tables.subjects(comparison),

@@ -15,6 +15,8 @@ from collapse_probe.pairing import ACCURACY, Difference, Pair
 from collapse_probe.readings import adjacent, mean, null
 from collapse_probe.sentences import RAW
 from collapse_probe.side_by_side import Comparison
+from collapse_probe.unasked import weights_only
+from collapse_probe.weight_contrast import NO_SAMPLE, contrasted
 from collapse_probe.words import interval, number
 
 NOTABLE = 0.1  # a difference of similarity, or of kappa, that is worth a sentence
@@ -30,6 +32,7 @@ CASES = {
     "too-few": "too few images to tell",
     "none": "no difference found",
     "by-summary": "compared by summary",
+    "weights": "weights compared",
     "course": "over training",
 }
 SEED_CAVEAT = "Intervals and tests cover the choice of images, not the training run: another seed may differ by more."
@@ -67,6 +70,8 @@ def answer(pair: Pair, first: Findings, second: Findings) -> Answer:
 def _rule(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:
     """The case and its sentences."""
     raw, kappa = pair.differences.get(RAW), pair.differences.get(RAW + KAPPA)
+    if raw is None and weights_only(first) and weights_only(second):
+        return "weights", *contrasted(pair, first, second)
     if raw is None:
         return "by-summary", say.by_summary(pair, first, second)
     if all(set(d.paired.interval) == {"exact"} for d in pair.differences.values()):
@@ -163,7 +168,7 @@ def _caveats(case: str, pair: Pair, first: Findings, second: Findings) -> list[s
         most = max(left_out, key=lambda name: left_out[name])
         count = f"at most {left_out[most]} of {pair.images} ({most})"
         found.append(f"Images where a number is undefined are left out of its pairs: {count}.")
-    return found if case == "same" else [*found, SEED_CAVEAT]
+    return found if case == "same" else [*found, NO_SAMPLE if case == "weights" else SEED_CAVEAT]
 
 
 def course(comparison: Comparison) -> Answer:

@@ -232,8 +232,9 @@ LABEL_KEYS = ("labels", "label", "target", "targets")
 def from_loader(loader: Iterable[Any]) -> Iterator[Batch]:
     """Batches of the caller's own loader: a tensor, (tensor, labels, …), or a dict with one of `PIXEL_KEYS`.
 
-    The pixels [B, channels, height, width] are taken as they are, as float32: preprocessing is the loader's.
-    Names are "0", "1", …. Raises DataError for anything else, and for a loader that gives nothing.
+    The pixels [B, channels, height, width] are taken as they are, as float32: preprocessing is the loader's. Labels are kept
+    where they are B whole numbers, as a tensor, an array or a list. Names are "0", "1", …. Raises DataError for anything else,
+    and for a loader that gives nothing.
     """
     seen = 0
     for held in loader:
@@ -244,8 +245,7 @@ def from_loader(loader: Iterable[Any]) -> Iterator[Batch]:
             raise DataError(f"a loader must give {wanted}; came {came}")
         indices = tuple(range(seen, seen + len(pixels)))
         seen += len(pixels)
-        fits = isinstance(labels, Tensor) and labels.shape == (len(pixels),) and not labels.is_floating_point()
-        yield Batch(indices, tuple(map(str, indices)), pixels.float(), labels.long() if fits else None)
+        yield Batch(indices, tuple(map(str, indices)), pixels.float(), _whole_numbers(labels, len(pixels)))
     if not seen:
         raise DataError("the loader gave no image")
 
@@ -257,6 +257,16 @@ def _pixels_and_labels(held: Any) -> tuple[Any, Any]:
     if isinstance(held, (tuple, list)) and held:
         return held[0], held[1] if len(held) > 1 else None
     return held, None
+
+
+def _whole_numbers(labels: Any, count: int) -> Tensor | None:
+    """Labels as int64 [count]; None for anything else (none, words, one-hot rows, shares, boxes)."""
+    if isinstance(labels, (list, tuple)) and not all(isinstance(label, (int, np.integer)) for label in labels):
+        return None
+    if not isinstance(labels, (Tensor, np.ndarray, list, tuple)):
+        return None
+    found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    return torch.from_numpy(found.astype(np.int64)) if found.shape == (count,) and found.dtype.kind in "iu" else None
 
 
 def _kind(held: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ WARNING = (
     "These are the ends of {images} sorted values, not typical ones: the most extreme of many images lies far out even where "
     "all images are alike, and further out the more images there are. Read them as examples to look at."
 )
+PICTURED = ("kappa_adjacent", "attention_similarity_adjacent", "patch_diversity_last")
+"""The number whose ends are shown as pictures: the first of these that the images define."""
 
 
 def extremes_of(kept: Kept) -> dict[str, Any]:
@@ -36,3 +39,13 @@ def extremes_of(kept: Kept) -> dict[str, Any]:
             "collapsed": HEADLINES[name].collapsed,
         }
     return {"numbers": found, "warning": WARNING.format(images=len(kept))} if found else {}
+
+
+def pictured(extremes: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """The number whose images at both ends the report shows and its entry in what `extremes_of` gave; None where there is none.
+
+    >>> pictured({"numbers": {"patch_diversity_last": {"images": 4}, "kappa_adjacent": {"images": 3}}})
+    ('kappa_adjacent', {'images': 3})
+    """
+    numbers: Mapping[str, Any] = extremes.get("numbers") or {}
+    return next(((name, numbers[name]) for name in PICTURED if name in numbers), None)

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from collapse_probe import weight_curves
 from collapse_probe.curves import counts
 from collapse_probe.drawing import NARROW, ROLES, WIDE, Array, Role, curve, drawn, over_blocks, share_legend, sheet
 from collapse_probe.families import family_of
@@ -17,7 +18,6 @@ from collapse_probe.family import Family
 from collapse_probe.findings import Findings, Reading
 from collapse_probe.heatmaps import SIGNED, Panel, grid, scale_of
 from collapse_probe.readings import entropy_share, held, null, nulls, over_heads
-from collapse_probe.weight_curves import COLOURS, MARKERS
 
 OWN = {
     *("attention-similarity", "similar-blocks", "head-similarity", "image-similarity", "feature-similarity", "patch-diversity"),
@@ -229,7 +229,12 @@ def _scale(axes: Axes, family: Family, unit: str, peers: Sequence[Lines]) -> Non
         axes.yaxis.set_minor_locator(NullLocator())
         return
     top = max(ceiling(high), family.top or 0.0 if unit == family.unit else 0.0)
-    axes.set_ylim((-ceiling(-low) if low < -1e-9 else 0.0) - 0.03 * top, 1.03 * top)
+    axes.set_ylim(_ends(low, top))
+
+
+def _ends(low: float, top: float) -> tuple[float, float]:
+    """The ends of a scale from 0, or from below the lowest point where that is negative, to `top`, with a little room."""
+    return (-ceiling(-low) if low < -1e-9 else 0.0) - 0.03 * top, 1.03 * top
 
 
 def ceiling(value: float) -> float:
@@ -245,22 +250,12 @@ def ceiling(value: float) -> float:
 
 
 def _weights(readings: Mapping[str, Reading], narrow: bool) -> Figure:
-    """One line a matrix, thin dashed lines of the same colour for the untrained twin."""
-    figure, places = _panels(len(readings), narrow)
-    for axes, (name, reading) in zip(places, readings.items(), strict=True):
+    """One panel a reading, one line a matrix."""
+    panels = []
+    for name, reading in readings.items():
         assert reading.values is not None
-        fresh, x = null(reading, "untrained"), np.arange(len(reading.values), dtype=np.float64)
-        for at, matrix in enumerate(reading.settings.get("matrices", range(reading.values.shape[1]))):
-            look = Role(str(matrix), COLOURS[at % len(COLOURS)], marker=MARKERS[at % len(MARKERS)], width=1.6)
-            curve(axes, x, reading.values[:, at], look)
-            if fresh is not None:
-                curve(axes, x, fresh[:, at], replace(ROLES["untrained"], label="_", colour=look.colour, width=1.0))
-        if fresh is not None:
-            curve(axes, x[:0], x[:0], replace(ROLES["untrained"], width=1.0))
+        fresh, family = null(reading, "untrained"), family_of(name)
         one = Lines("", "", "", reading.values, others={} if fresh is None else {"untrained": fresh})
-        _scale(axes, family_of(""), "", [one])
-        axes.set(title=family_of(name).panel(name), ylabel=family_of(name).unit_of(name))
-        axes.grid(axis="y")
-        over_blocks(axes, x, "block", 9)
-    share_legend(figure, *places, columns=4 if narrow else 7)
-    return figure
+        words, ends = (family.panel(name), family.unit_of(name)), _ends(one.lowest, ceiling(one.highest))
+        panels.append(weight_curves.Panel(*words, weight_curves.matrices_in(reading), reading.values, fresh, ends))
+    return weight_curves.matrix_lines(panels, narrow)

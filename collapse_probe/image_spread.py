@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from collapse_probe.agreement import seeded_sample
+from collapse_probe.statistics import jackknife
 from collapse_probe.sums import GROUPS, Array, Means, group_of
 from collapse_probe.trace import MapTile, Plan, Trace
 
@@ -64,16 +64,7 @@ class ImageSpread(Means):
             rest, rest_defined = sums.sum(0) - sums, defined.sum(0) - defined
             total = rest.square().sum((1, 3, 4)) - (own.sum(0) - own)[:, positions]
             pairs = rest_defined.square().sum((1, 3)) - (own_pairs.sum(0) - own_pairs)[:, positions]
-            left_out[:, positions] = torch.where(pairs > 0.5, total / pairs.clamp_min(0.5), torch.nan).cpu()
-            empty = (defined.sum((1, 2, 3)) == 0).cpu()
-            left_out[empty] = torch.nan
-        return _jackknife(left_out)
-
-
-def _jackknife(left_out: Tensor) -> Array:
-    used = torch.isfinite(left_out).all(1)
-    kept = left_out[used]
-    n = len(kept)
-    if n < 2:
-        return torch.full((left_out.shape[1],), torch.nan).double().numpy()
-    return ((n - 1) / n * (kept - kept.mean(0)).square().sum(0)).sqrt().numpy()
+            found = torch.where(pairs > 0.5, total / pairs.clamp_min(0.5), torch.nan)
+            empty = defined.sum((1, 2, 3)) == 0
+            left_out[:, positions] = torch.where(empty[:, None], torch.nan, found).cpu()
+        return jackknife(left_out.numpy())[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from collapse_probe.alignment import FEWEST, alignment, linear_gram, pairwise_hsic
 from collapse_probe.processes import gathered, rank_and_world
-from collapse_probe.statistics import interval
+from collapse_probe.statistics import interval, jackknife
 from collapse_probe.sums import GROUPS, Array, Fold
 
 STRIDE = 4
@@ -34,9 +34,10 @@ class MinibatchHSIC(Fold):
 
     The minibatch of an image follows from its place in the data alone: the images whose places leave the same remainder by
     `STRIDE` fill one minibatch after the other, and those that fill none are shared out in their order at the end. So one
-    process finds what two or four do, whatever the batch size; other numbers of processes group the same images
-    differently, which changes an unbiased estimate within its standard error. A minibatch of n images weighs n. Besides
-    the sums no more than STRIDE·(size − 1) images' features are kept.
+    process finds what two or four do, whatever the batch size (where all images can be read: the place counts those that were).
+    W processes group by the least common multiple of `STRIDE` and W, which gives another unbiased estimate from the same
+    images: it differs by about the standard error. A minibatch of n images weighs n. Besides the sums no more than
+    STRIDE·(size − 1) images' features are kept.
     """
 
     def __init__(self, views: int, size: int = MINIBATCH) -> None:
@@ -84,12 +85,9 @@ class MinibatchHSIC(Fold):
         hsic, count = self.totals()
         used = torch.nonzero(count > 0).flatten()
         whole = hsic.sum(0)
-        left_out = torch.stack([_cka(whole - hsic[g]) for g in used]) if len(used) > 1 else torch.empty(0, *whole.shape)
-        groups = max(len(left_out), 1)
-        spread = (left_out - left_out.mean(0)).square().sum(0) * (groups - 1) / groups
-        stderr = spread.sqrt().numpy() if len(used) > 1 else np.full(whole.shape, np.nan)
         values = _cka(whole).numpy()
-        return values, stderr, interval(values, stderr, groups), int(count.sum())
+        stderr, groups = jackknife(np.stack([_cka(whole - hsic[g]).numpy() for g in used]) if len(used) else values[None])
+        return values, stderr, interval(values, stderr, max(groups, 1)), int(count.sum())
 
     def _close(self, remainder: int) -> None:
         group = (remainder + STRIDE * self._closed[remainder]) % GROUPS

@@ -37,6 +37,7 @@ class Run:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     records: dict[Hashable, dict[str, list[Array]]] = field(default_factory=dict)
     pictures: dict[str, Glimpse] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -73,6 +74,8 @@ def one_pass(
             _append(run, latest)
             run.indices += list(batch.indices)
             run.skipped += batch.skipped
+            if batch.labels is not None:
+                run.labels |= dict(zip(batch.names, batch.labels.tolist(), strict=True))
             done, skipped = done + len(batch.names), skipped + len(batch.skipped)
             if progress is not None:
                 progress(done, skipped)
@@ -129,7 +132,7 @@ def _joined(run: Run) -> Run:
         fold._update_count = max(len(run.names), 1)
         if world > 1:
             fold.sync()
-    mine = (run.names, run.indices, run.skipped, run.records, run.pictures, run.seconds)
+    mine = (run.names, run.indices, run.skipped, run.records, run.pictures, run.seconds, run.labels)
     parts = gathered(mine)
     order = np.argsort([i for part in parts for i in part[1]], kind="stable")
     names = [name for part in parts for name in part[0]]
@@ -144,6 +147,7 @@ def _joined(run: Run) -> Run:
         skipped=sorted(s for part in parts for s in part[2]),
         records=records,
         pictures={name: shown for part in parts for name, shown in part[4].items()},
+        labels={name: label for part in parts for name, label in part[6].items()},
         seconds=max(part[5] for part in parts),
     )
 

@@ -75,15 +75,15 @@ def gallery_of(
     rolled = all(shown[name][2].numel() for name in chosen)
     return Gallery(
         names=chosen,
-        pictures=np.stack([_picture(shown[name][0], preprocess) for name in chosen]),
+        pictures=np.stack([as_seen(shown[name][0], preprocess) for name in chosen]),
         maps=np.stack([shown[name][1].double().numpy() for name in chosen]),
         query=query,
         rollouts=np.stack([shown[name][2].double().numpy() for name in chosen]) if rolled else None,
     )
 
 
-def _picture(pixels_CHW: Tensor, facts: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The model's input as a picture again."""
+def as_seen(pixels_CHW: Tensor, facts: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The model's input [3, height, width] as a picture again, uint8 [height, width, 3]; `facts` describe the preprocessing."""
     mean, std = facts.get("mean"), facts.get("std")
     if mean is not None and std is not None:
         pixels_CHW = pixels_CHW * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]

@@ -15,13 +15,15 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from PIL import Image
 
+from collapse_probe.both_ends import both_ends
 from collapse_probe.captions import Caption
-from collapse_probe.colophon import definitions, not_measured, provenance, skipped
+from collapse_probe.colophon import definitions, not_measured, provenance, skipped, weights_alone
 from collapse_probe.drawing import pixels, svg
 from collapse_probe.family_figures import family_figures, undrawn
 from collapse_probe.figures import draw_all, save
 from collapse_probe.findings import Findings
 from collapse_probe.outlier_places import without_outliers
+from collapse_probe.preset_tables import followed
 from collapse_probe.ratio_tables import sensitivity_tables
 from collapse_probe.readings import held, null
 from collapse_probe.sections import caption_of, sections
@@ -71,8 +73,8 @@ def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> s
         "findings.html",
         name=plain(findings.model.get("name")),
         weights=plain(findings.model.get("weights")),
-        images=plain(findings.data.get("images")),
-        data=plain(findings.data.get("address")),
+        subject=looked_at(findings),
+        weights_alone=weights_alone(findings),
         verdict=verdict,
         caveats=[caveat for caveat in verdict.caveats if not (untrained and caveat.startswith(UNTRAINED))],
         untrained=untrained,
@@ -81,12 +83,21 @@ def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> s
         sections=_filled(findings, figures),
         absent=[*not_measured(findings), *undrawn(findings)],
         sure=certainty(findings),
+        both_ends=both_ends(findings),
         table=per_block(findings),
         definitions=definitions(findings),
+        presets=followed(findings),
         provenance=provenance(findings),
         skipped=listed,
         skipped_more=more,
     )
+
+
+def looked_at(findings: Findings) -> str:
+    """The images that findings are of, in words."""
+    if weights_alone(findings):
+        return "weights alone, no images"
+    return f"{plain(findings.data.get('images'))} images of {plain(findings.data.get('address'))}"
 
 
 def paper(template: str, **content: Any) -> str:

@@ -138,7 +138,7 @@ def pair_up(first: Findings, second: Findings, labels: tuple[str, str], seed: in
         second=labels[1],
         images=len(first.images.get("names", ())),
         differences=differences,
-        counts=tuple(count_differences(first, second, [n for n in names if n not in refused], seed)),
+        counts=tuple(count_differences(first, second, [n for n in names if n not in refused])),
         not_comparable=refused,
         agreement=top1_agreement(first, second),
     )

@@ -9,14 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collapse_probe.findings import Findings, Reading
+from collapse_probe.held_numbers import Absent, at_last, held, last_of_twin, null, null_interval
 from collapse_probe.readings import entropy_share
-from collapse_probe.statistics import interval
+from collapse_probe.statistics import half_width, interval, mean_parts, parts_stderr, quotient_bounds
 from collapse_probe.summary import adjacent
 from collapse_probe.verdict_rules import BY_NAME
 
 Array = NDArray[np.float64]
 NO_INTERVAL_OF_NULL = "decided by its value: no interval is taken of this null"
-TWIN_EXACT = "the twin's own sampling error is not counted"
+ROW_ALONE = "the interval is that of the row similarity alone"
 ONE_SET = "decided by its value: a model has one set of weights, which is no sample"
 AS_STORED = "decided by its value: a fact of the run"
 
@@ -37,33 +38,12 @@ class Quantity:
     note: str = ""
 
 
-class Absent(Exception):
-    """A rule's number is not in the findings; the text says why."""
-
-
 def quantity(name: str, findings: Findings) -> Quantity | str:
     """The number that rule `name` is about, or why these findings do not hold it."""
     try:
         return READERS[name](findings, BY_NAME[name].metric)
     except Absent as absent:
         return str(absent)
-
-
-def _held(findings: Findings, metric: str) -> tuple[Reading, Array]:
-    reading = findings.metrics.get(metric)
-    if reading is None:
-        raise Absent(f"{metric} was not measured in this run")
-    if reading.values is None:
-        raise Absent(f"{metric} does not apply here: {reading.not_applicable or 'it has no values'}")
-    return reading, reading.values
-
-
-def _null(reading: Reading, metric: str, role: str) -> Array:
-    found = None if reading.nulls is None else reading.nulls.values.get(role)
-    if found is None or not np.isfinite(found).any():
-        reasons = {} if reading.nulls is None else reading.nulls.reasons
-        raise Absent(f"{role} of {metric} was not taken: {reasons.get(role, 'it is defined nowhere')}")
-    return found
 
 
 def _pairs(values: Array, bounds: Array | None = None, note: str = "") -> Quantity:
@@ -75,8 +55,8 @@ def _pairs(values: Array, bounds: Array | None = None, note: str = "") -> Quanti
 
 
 def _kappa(findings: Findings, metric: str) -> Quantity:
-    reading, _ = _held(findings, metric)
-    found = adjacent(_null(reading, metric, "kappa"))
+    reading, _ = held(findings, metric)
+    found = adjacent(null(reading, metric, "kappa"))
     bounds = None if reading.nulls is None else reading.nulls.kappa_ci95
     none = "decided by its value: the findings hold no interval of kappa"
     return _pairs(found, None if bounds is None else _neighbours(bounds), "" if bounds is not None else none)
@@ -87,42 +67,48 @@ def _neighbours(bounds: Array) -> Array:
 
 
 def _wrong_token(findings: Findings, metric: str) -> Quantity:
-    reading, _ = _held(findings, metric)
-    found = adjacent(_null(reading, metric, "other_token"))
+    reading, _ = held(findings, metric)
+    found = adjacent(null(reading, metric, "other_token"))
     by_image = findings.images.get(f"{metric}/other_token")
     if by_image is None or by_image.shape[1:] != found.shape:
-        return _pairs(found, note=NO_INTERVAL_OF_NULL)
-    count = np.isfinite(by_image).sum(0)
-    spread = np.where(np.isfinite(by_image), (by_image - found) ** 2, 0.0).sum(0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        stderr = np.where(count > 1, np.sqrt(spread / (count - 1) / count), np.nan)
-    return _pairs(found, interval(found, stderr, count))
+        return _of_null(reading, "other_token", found)
+    _, parts, defined = mean_parts(by_image)
+    return _pairs(found, interval(found, parts_stderr(parts, defined.sum(0)), defined.sum(0)))
+
+
+def _of_null(reading: Reading, role: str, found: Array) -> Quantity:
+    bounds = null_interval(reading, role)
+    return _pairs(found, note=NO_INTERVAL_OF_NULL) if bounds is None else _pairs(found, _neighbours(bounds))
 
 
 def _wrong_head(findings: Findings, metric: str) -> Quantity:
-    reading, _ = _held(findings, metric)
-    return _pairs(adjacent(_null(reading, metric, "other_head")), note=NO_INTERVAL_OF_NULL)
+    reading, _ = held(findings, metric)
+    return _of_null(reading, "other_head", adjacent(null(reading, metric, "other_head")))
 
 
 def _beyond_heads(findings: Findings, metric: str) -> Quantity:
-    reading, values = _held(findings, metric)
-    head = adjacent(_null(reading, metric, "other_head"))
+    reading, values = held(findings, metric)
+    row, head = adjacent(values), adjacent(null(reading, metric, "other_head"))
     independent = query_independent(pairs_of(findings))
     if not independent.any():
         raise Absent("no neighbouring blocks have maps that are query-independent, not near-uniform, and tell heads apart")
     room = np.where(independent & (head < 1), 1 - head, np.nan)
-    low, high = (None, None) if reading.ci95 is None else (adjacent(reading.ci95[..., end]) for end in (0, 1))
-    bounds = None if low is None or high is None else np.stack([(low - head) / room, (high - head) / room], axis=-1)
-    return _pairs((adjacent(values) - head) / room, bounds, "the interval is that of the row similarity alone")
+    beyond = (row - head) / room
+    if reading.ci95 is None:
+        return _pairs(beyond, None, ROW_ALONE)
+    of_head = null_interval(reading, "other_head")
+    head_reach = np.zeros_like(head) if of_head is None else half_width(_neighbours(of_head))
+    reach = np.hypot(half_width(_neighbours(reading.ci95)), (1 - beyond) * head_reach) / room
+    return _pairs(beyond, np.stack([beyond - reach, beyond + reach], axis=-1), ROW_ALONE if of_head is None else "")
 
 
 def _raw(findings: Findings, metric: str) -> Quantity:
-    reading, values = _held(findings, metric)
+    reading, values = held(findings, metric)
     return _pairs(adjacent(values), None if reading.ci95 is None else _neighbours(reading.ci95))
 
 
 def _share(findings: Findings, metric: str) -> Quantity:
-    _held(findings, metric)
+    held(findings, metric)
     share = entropy_share(findings)
     assert share is not None
     places = tuple(range(len(share.mean)))
@@ -143,7 +129,7 @@ def _paired(values: Array) -> Array:
 
 def _share_of_kinds(*wanted: str) -> Callable[[Findings, str], Quantity]:
     def read(findings: Findings, metric: str) -> Quantity:
-        _held(findings, metric)
+        held(findings, metric)
         kinds = [kind for kind in kinds_of(pairs_of(findings)) if kind != "undefined"]
         share = sum(kind in wanted for kind in kinds) / len(kinds) if kinds else np.nan
         return Quantity(np.array([share]), (), "model", note="decided by the values of the pairs")
@@ -151,39 +137,36 @@ def _share_of_kinds(*wanted: str) -> Callable[[Findings, str], Quantity]:
     return read
 
 
+def _depth(at: int, values: Array, bounds: Array, note: str = "") -> Quantity:
+    return Quantity(values, (at,), "depth", bounds[:, 0], bounds[:, 1], note)
+
+
 def _last(findings: Findings, metric: str) -> Quantity:
-    reading, values = _held(findings, metric)
-    bounds = np.full((len(values), 2), np.nan) if reading.ci95 is None else reading.ci95
-    return Quantity(values[-1:], (len(values) - 1,), "depth", bounds[-1:, 0], bounds[-1:, 1])
+    return _depth(*at_last(findings, metric))
 
 
 def _last_cosine(findings: Findings, metric: str) -> Quantity:
-    of = _last(findings, metric)
-    assert of.low is not None
-    assert of.high is not None
-    return Quantity(1 - of.values, of.places, of.axis, 1 - of.high, 1 - of.low)
+    at, values, bounds = at_last(findings, metric)
+    return _depth(at, 1 - values, 1 - bounds[:, ::-1])
 
 
 def _last_over_twin(findings: Findings, metric: str) -> Quantity:
-    of = _last(findings, metric)
-    fresh = _null(findings.metrics[metric], metric, "untrained")[-1:]
+    at, values, bounds = at_last(findings, metric)
+    fresh, reach, note = last_of_twin(findings, metric)
     fresh = np.where(fresh > 0, fresh, np.nan)
-    assert of.low is not None
-    assert of.high is not None
-    return Quantity(of.values / fresh, of.places, of.axis, of.low / fresh, of.high / fresh, TWIN_EXACT)
+    return _depth(at, values / fresh, quotient_bounds(values, half_width(bounds), fresh, reach), note)
 
 
 def _last_less_twin(findings: Findings, metric: str) -> Quantity:
-    of = _last(findings, metric)
-    fresh = _null(findings.metrics[metric], metric, "untrained")[-1:]
-    assert of.low is not None
-    assert of.high is not None
-    return Quantity(of.values - fresh, of.places, of.axis, of.low - fresh, of.high - fresh, TWIN_EXACT)
+    at, values, bounds = at_last(findings, metric)
+    fresh, fresh_reach, note = last_of_twin(findings, metric)
+    more, reach = values - fresh, np.hypot(half_width(bounds), fresh_reach)
+    return _depth(at, more, np.stack([more - reach, more + reach], axis=-1), note)
 
 
 def _over_twin(findings: Findings, metric: str) -> Quantity:
-    reading, values = _held(findings, metric)
-    fresh = _null(reading, metric, "untrained")
+    reading, values = held(findings, metric)
+    fresh = null(reading, metric, "untrained")
     both = np.isfinite(values) & np.isfinite(fresh) & (fresh > 0)
     count = both.sum(1)
     ratios = np.where(both, values / np.where(both, fresh, 1.0), 0.0).sum(1) / np.maximum(count, 1)

@@ -8,8 +8,10 @@ import numpy as np
 
 from collapse_probe.drawing import ROLES
 from collapse_probe.findings import Array, Findings, Reading
+from collapse_probe.verdict_rules import BY_NAME
 
-KAPPA_THRESHOLD = 0.5  # above it a pair counts as similar after correction
+RAW_THRESHOLD = BY_NAME["high-raw"].threshold  # above it a pair counts as similar
+KAPPA_THRESHOLD = BY_NAME["shared"].threshold  # the same after correction
 NULLS = ("other_token", "other_image", "other_head", "untrained")
 NULL_LABELS = {**{role: ROLES[role].label for role in NULLS}, "kappa": "κ"}
 

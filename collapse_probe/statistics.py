@@ -1,4 +1,4 @@
-"""How sure means over images are: t intervals, the delta method for kappa, the bootstrap for counts, a paired t test."""
+"""How sure numbers over images are: t intervals, delta method, jackknife, bounds of counts and quotients, a paired t test."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 Array = NDArray[np.float64]
+Parts = tuple[Array, Array, NDArray[np.bool_]]
+"""Numbers [places], what every image moves them by [images, places], and where images are defined [images, places]."""
 UNDEFINED_KAPPA = 1e-5
 """Where the wrong-token null is nearer to one than this, kappa is a quotient of rounding errors."""
 RESAMPLES = 1000
@@ -20,6 +22,12 @@ def interval(mean: Array, stderr: Array, n: Array | float) -> Array:
     degrees = np.maximum(np.asarray(n, dtype=np.float64) - 1, 1)
     reach = stats.t.ppf(0.975, degrees) * stderr
     return np.stack([mean - reach, mean + reach], axis=-1)
+
+
+def half_width(bounds: Array) -> Array:
+    """Half the length of intervals, [..., 2] -> [...]."""
+    reach: Array = (bounds[..., 1] - bounds[..., 0]) / 2
+    return reach
 
 
 def kappa(real: Array, other_token: Array) -> Array:
@@ -74,7 +82,7 @@ def beyond(difference: Array, stderr: Array, n: Array | float) -> Array:
     return found
 
 
-def mean_parts(values: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
+def mean_parts(values: Array) -> Parts:
     """Means over images of [images, places] -> [places], each image's part in them, and where images are defined.
 
     An image's part (x − mean)/n is what it moves the mean by: parts sum to 0; those of undefined values are 0. NaN means where
@@ -87,7 +95,7 @@ def mean_parts(values: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
     return means, np.where(defined, values - means, 0.0) / safe, defined
 
 
-def kappa_parts(real: Array, null: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
+def kappa_parts(real: Array, null: Array) -> Parts:
     """`mean_parts` of kappa = (r − t)/(1 − t), r and t the means over images of two [images, places].
 
     An image's part is that of r less (1 − kappa) times that of t, over 1 − t: the delta method.
@@ -124,3 +132,98 @@ def count_bounds(means: Array, stderr: Array, n: Array, above: float) -> Array:
     reach = stats.t.ppf(1 - 0.05 / known.sum(), np.maximum(np.asarray(n, dtype=np.float64) - 1, 1)) * stderr
     with np.errstate(invalid="ignore"):
         return np.array([(means - reach > above).sum(), (means + reach > above).sum()], dtype=np.float64)
+
+
+def count_difference_bounds(first: Parts, second: Parts, above: float) -> Array:
+    """A 95 % interval [2] of how many more numbers of the second than of the first are truly above a threshold.
+
+    Both from the same images, place by place. At a place the difference is −1, 0 or 1: what one-sided t bounds of the first
+    number, of the second and of second − first (paired by image: a number that is not lower cannot fall below) leave open.
+    The ends are the sums over places. Each of the three bounds can err on one side alone, so that 5 % over three times the
+    number of places (Bonferroni) covers at least 95 % however places and subjects hang together. A place where every image has
+    the same numbers on both sides adds 0, exactly; one that only the longer side has counts for that side alone. NaN where
+    some other place has fewer than two images.
+    """
+    first, second = _as_long(first, second), _as_long(second, first)
+    same = _same(first, second)
+    (one, one_parts, one_defined), (other, other_parts, other_defined) = (_only(side, ~same) for side in (first, second))
+    apart: Parts = other - one, other_parts - one_parts, one_defined | other_defined
+    each = ((one, one_parts, one_defined), (other, other_parts, other_defined), apart)
+    known = [np.isfinite(means) for means, _, _ in each]
+    bounds = int(sum(at.sum() for at in known))
+    if not bounds:
+        return np.where((np.isfinite(first[0]) & same).any(), np.zeros(2), np.nan)
+    reaches = [_one_sided(parts, defined, bounds) for _, parts, defined in each]
+    if not all(np.isfinite(reach[at]).all() for reach, at in zip(reaches, known, strict=True)):
+        return np.full(2, np.nan)
+    one_reach, other_reach, reach = reaches
+    with np.errstate(invalid="ignore"):
+        low = (other - other_reach > above).astype(np.int64) - (one + one_reach > above)
+        high = (other + other_reach > above).astype(np.int64) - (one - one_reach > above)
+        low = np.where(apart[0] - reach >= 0, np.maximum(low, 0), low)
+        high = np.where(apart[0] + reach <= 0, np.minimum(high, 0), high)
+    return np.array([low.sum(), high.sum()], dtype=np.float64)
+
+
+def _same(first: Parts, second: Parts) -> NDArray[np.bool_]:
+    """The places where both numbers and every image's part in them are the same."""
+    (one, one_parts, _), (other, other_parts, _) = first, second
+    equal: NDArray[np.bool_] = ((one == other) | (np.isnan(one) & np.isnan(other))) & (one_parts == other_parts).all(0)
+    return equal
+
+
+def _as_long(side: Parts, other: Parts) -> Parts:
+    """The side with undefined places after its own, as many as the other has more."""
+    means, parts, defined = side
+    more = max(len(other[0]) - len(means), 0)
+    return (
+        np.pad(means, (0, more), constant_values=np.nan),
+        np.pad(parts, ((0, 0), (0, more))),
+        np.pad(defined, ((0, 0), (0, more))),
+    )
+
+
+def _only(side: Parts, places: NDArray[np.bool_]) -> Parts:
+    means, parts, defined = side
+    return means[places], parts[:, places], defined[:, places]
+
+
+def _one_sided(parts: Array, defined: NDArray[np.bool_], bounds: int) -> Array:
+    """How far one-sided t bounds at 5 % over their number reach, [places]; NaN with fewer than two images."""
+    n = defined.sum(0)
+    reach: Array = stats.t.ppf(1 - 0.05 / bounds, np.maximum(n - 1, 1)) * parts_stderr(parts, n)
+    return reach
+
+
+def quotient_bounds(above: Array, above_reach: Array, below: Array, below_reach: Array) -> Array:
+    """The interval [..., 2] of a quotient of two independent numbers, from the half-widths of theirs (Fieller's theorem).
+
+    All q with (above − q · below)² ≤ above_reach² + q² · below_reach². NaN where the interval of `below` holds 0: then no
+    quotient is ruled out.
+
+    >>> quotient_bounds(np.array(2.0), np.array(0.5), np.array(4.0), np.array(0.0)).tolist()
+    [0.375, 0.625]
+    """
+    a, b, c = below**2 - below_reach**2, above * below, above**2 - above_reach**2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        root = np.sqrt(np.maximum(b**2 - a * c, 0.0))
+        ends = np.stack([(b - root) / a, (b + root) / a], axis=-1)
+    return np.where((a > 0)[..., None], ends, np.nan)
+
+
+def jackknife(left_out: Array) -> tuple[Array, int]:
+    """Standard error √((n − 1)/n · Σ_g (x_g − x̄)²) of a statistic from its values x_g without one of n groups of images each.
+
+    [groups, ...] -> [...], and n. Groups that are NaN everywhere hold no images and are left out; a place where a used group
+    is NaN, or with fewer than two groups every place, has no error (NaN).
+
+    >>> error, groups = jackknife(np.array([1.0, 3.0, np.nan]))
+    >>> error.item(), groups
+    (1.0, 2)
+    """
+    used = np.isfinite(left_out).reshape(len(left_out), -1).any(1)
+    kept = left_out[used]
+    n = len(kept)
+    if n < 2:
+        return np.full(left_out.shape[1:], np.nan), n
+    return np.sqrt((n - 1) / n * np.square(kept - kept.mean(0)).sum(0)), n

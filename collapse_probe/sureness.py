@@ -23,20 +23,22 @@ def sureness(
     *,
     heads: Array | None = None,
     images: object = None,
+    labels: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """`tests`, `convergence`, `extremes` and `classes` of a run by name, as plain data; each empty where nothing can be said.
 
     `table` is the content of images.npz, `heads` the heads of every block; `images` gives the labels where it is an ImageSet
-    that has some. See `pair_tests`, `convergence_of`, `extremes_of` and `classes_of` for what each holds.
+    that has some, else `labels` may hold them by image name. See `pair_tests`, `convergence_of`, `extremes_of` and `classes_of`
+    for what each holds.
     """
     kept = kept_of(table, heads)
-    labels, class_names = labels_of(images)
+    own, class_names = labels_of(images)
     return {
         "tests": pair_tests(table, readings, seed),
         "convergence": convergence_of(kept, seed),
         "extremes": extremes_of(kept),
-        "classes": classes_of(kept, labels, class_names),
+        "classes": classes_of(kept, labels or None if own is None else own, class_names),
     }
 
 

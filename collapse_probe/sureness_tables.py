@@ -8,6 +8,8 @@ from typing import Any
 
 from collapse_probe.findings import Findings
 from collapse_probe.headlines import HEADLINES
+from collapse_probe.permutation import LEVEL
+from collapse_probe.readings import RAW_THRESHOLD
 from collapse_probe.sureness import against_seeds
 from collapse_probe.tables import Table
 from collapse_probe.words import DASH, interval, number
@@ -105,8 +107,7 @@ def extremes_tables(findings: Findings) -> list[Table]:
     extremes: Mapping[str, Any] = findings.sureness.get("extremes") or {}
     found = []
     for name, entry in (extremes.get("numbers") or {}).items():
-        sick = {"high": "highest", "low": "lowest"}.get(entry["collapsed"] or "", "")
-        titles = [f"{end}{' (the collapsed end)' if end == sick else ''}" for end in ("highest", "lowest")]
+        titles = sides(entry)
         rows = tuple(
             (str(at + 1), *_image(entry["highest"], at), *_image(entry["lowest"], at)) for at in range(len(entry["highest"]))
         )
@@ -117,12 +118,19 @@ def extremes_tables(findings: Findings) -> list[Table]:
     return found
 
 
+def sides(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """What the two ends of a number are called, highest first; the collapsed end is said to be it."""
+    sick = {"high": "highest", "low": "lowest"}.get(entry["collapsed"] or "")
+    highest, lowest = (f"{end} (the collapsed end)" if end == sick else end for end in ("highest", "lowest"))
+    return highest, lowest
+
+
 def _image(listed: Sequence[Mapping[str, Any]], at: int) -> tuple[str, str]:
     return (str(listed[at]["name"]), number(listed[at]["value"])) if at < len(listed) else (DASH, DASH)
 
 
 def classes_table(findings: Findings) -> Table | None:
-    """The headline numbers class by class; outlined: q at most 0.05 against all other images."""
+    """The headline numbers class by class; outlined: q at most LEVEL against all other images."""
     classes: Mapping[str, Any] = findings.sureness.get("classes") or {}
     if not classes:
         return None
@@ -135,12 +143,12 @@ def classes_table(findings: Findings) -> Table | None:
         row = [str(label), str(images)]
         for entry in numbers.values():
             q = entry["q"][at]
-            if q is not None and q <= 0.05:
+            if q is not None and q <= LEVEL:
                 marked |= {(at, len(row)), (at, len(row) + 2)}
             row += [number(entry["value"][at]), _ends(entry, at), _q(q)]
         rows.append(tuple(row))
     more = len(classes["names"]) - len(rows)
-    notes = [f"Outlined: q ≤ 0.05. {classes['test']}. A class with fewer than two images has no interval."]
+    notes = [f"Outlined: q ≤ {LEVEL:g}. {classes['test']}. A class with fewer than two images has no interval."]
     notes += [f"{more} more classes are in findings.json."] if more > 0 else []
     return Table(tuple(header), tuple(rows), tuple(notes), "Class by class", frozenset(marked))
 
@@ -157,7 +165,7 @@ def _ends(entry: Mapping[str, Any], at: int) -> str:
 def words_of(name: str) -> str:
     """A headline number in words, with its unit."""
     if name not in HEADLINES:
-        return {"similar_blocks": "number of similar blocks (raw > 0.9)"}.get(name, name.replace("_", " "))
+        return f"number of similar blocks (raw > {RAW_THRESHOLD:g})" if name == "similar_blocks" else name.replace("_", " ")
     headline = HEADLINES[name]
     return f"{headline.words}, {headline.unit}" if headline.unit else headline.words
 

@@ -11,6 +11,7 @@ from collapse_probe.readings import (
     KAPPA_THRESHOLD,
     NULL_LABELS,
     NULLS,
+    RAW_THRESHOLD,
     adjacent,
     corrected_count,
     entropy_share,
@@ -108,7 +109,7 @@ def _counts(findings: Findings) -> Card | None:
     return Card(
         "similar blocks, raw / corrected",
         f"{count:g} / {DASH if corrected is None else f'{corrected.value:g}'}",
-        f"of {pairs_of(findings)} pairs: raw above 0.9, κ above {above:g}",
+        f"of {pairs_of(findings)} pairs: raw above {RAW_THRESHOLD:g}, κ above {above:g}",
         f"95 %: {', '.join(ends)}" if ends else "",
     )
 

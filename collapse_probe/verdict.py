@@ -12,23 +12,23 @@ from collapse_probe.findings import Findings
 from collapse_probe.outcomes import Outcome, verdict_table
 from collapse_probe.quantities import Pairs, kinds_of, pairs_of
 from collapse_probe.summary import mean
+from collapse_probe.unasked import ONE_SET, QUESTION, WEIGHTS_ONLY, Said, unasked
 from collapse_probe.verdict_rules import BY_NAME
 
 Array = NDArray[np.float64]
 Outcomes = Mapping[str, Outcome]
-Said = tuple[str, str]
-"""A sentence, and the name of the rule that it comes from."""
 LEVELS = {"attention": "Attention", "tokens": "Tokens", "weights": "Weights"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer. `case` is shared, query-independent, near-uniform, explained, distinct, undecided or not-applicable.
+    """The answer. `case` is shared, query-independent, near-uniform, explained, distinct, undecided or not-applicable; of a run
+    that was not asked for attention-similarity, weights-only (metrics of the weights alone) or not-judged.
 
     `collapsed` is whether attention has collapsed across depth: True, False, or None where the numbers cannot tell.
     `sentences` are the answer and what the nulls explain of it, then what the rules of the other illnesses say; `caveats` what
-    that does not mean; `rules` and `caveat_rules` name the rule behind each of them. `pairs` is the name of the rule that each
-    neighbouring pair of blocks fell under.
+    that does not mean; `rules` and `caveat_rules` name the rule behind each of them (shared where none of them holds). `pairs`
+    is the name of the rule that each neighbouring pair of blocks fell under.
     """
 
     case: str
@@ -43,19 +43,19 @@ class Verdict:
 def judge(findings: Findings) -> Verdict:
     """The verdict on one run's findings."""
     outcomes = {outcome.rule.name: outcome for outcome in verdict_table(findings)}
-    reading = findings.metrics.get("attention-similarity")
     kinds: tuple[str, ...] = ()
-    if reading is None or reading.values is None or reading.nulls is None:
-        why = "it was not measured" if reading is None else reading.not_applicable or "it has no values"
-        case, collapsed, said = _unknown(f"Similarity between blocks cannot be judged here: {why}.")
-    elif not np.isfinite((pairs := pairs_of(findings)).raw).any():
-        text = "Similarity between blocks cannot be judged here: no two neighbouring blocks have maps of one shape."
-        case, collapsed, said = _unknown(text)
+    collapsed: bool | None = None
+    spoken = _spoken(outcomes)
+    if "attention-similarity" not in findings.metrics:
+        case, sentences = unasked(findings, outcomes, spoken)
+    elif why := _why_not(findings):
+        case, sentences = "not-applicable", [(f"Similarity between blocks cannot be judged here: {why}.", "shared"), *spoken]
     else:
+        pairs = pairs_of(findings)
         kinds = kinds_of(pairs)
         case, collapsed, said = _depth(pairs, kinds, outcomes)
-    sentences = [*said, *_spoken(outcomes)]
-    caveats = _caveats(outcomes, measured=bool(kinds))
+        sentences = [*said, *spoken]
+    caveats = _caveats(outcomes, measured=bool(kinds), weights=case == WEIGHTS_ONLY)
     return Verdict(
         case,
         collapsed,
@@ -67,8 +67,12 @@ def judge(findings: Findings) -> Verdict:
     )
 
 
-def _unknown(text: str) -> tuple[str, bool | None, list[Said]]:
-    return "not-applicable", None, [(text, "shared")]
+def _why_not(findings: Findings) -> str:
+    """Why the similarity of blocks cannot be judged although it was asked for; empty where it can."""
+    reading = findings.metrics["attention-similarity"]
+    if reading.values is None or reading.nulls is None:
+        return reading.not_applicable or "it has no values"
+    return "" if np.isfinite(pairs_of(findings).raw).any() else "no two neighbouring blocks have maps of one shape"
 
 
 def _depth(pairs: Pairs, kinds: tuple[str, ...], outcomes: Outcomes) -> tuple[str, bool | None, list[Said]]:
@@ -187,7 +191,7 @@ def _spoken(outcomes: Outcomes) -> list[Said]:
     return found
 
 
-def _caveats(outcomes: Outcomes, measured: bool) -> list[Said]:
+def _caveats(outcomes: Outcomes, measured: bool, weights: bool) -> list[Said]:
     found = []
     if outcomes["untrained"].answer == "yes":
         found.append((_sentence(outcomes["untrained"].rule.says), "untrained"))
@@ -200,9 +204,12 @@ def _caveats(outcomes: Outcomes, measured: bool) -> list[Said]:
         elif outcome.rule.spoken and outcome.answer == "undecided":
             text = f"It is undecided whether {outcome.rule.says} ({outcome.rule.quantity}: {_number(outcome.value)})"
             found.append((f"{text}: {outcome.reason}.", name))
-    found += [(_sentence(outcomes[name].rule.says), name) for name in ("mixed-maps",) if outcomes[name].answer == "yes"]
+    if measured and outcomes["mixed-maps"].answer == "yes":
+        found.append((_sentence(outcomes["mixed-maps"].rule.says), "mixed-maps"))
     if measured:
         found.append((BY_NAME["shared"].does_not_say, "shared"))
+    if weights:
+        found.append((ONE_SET, QUESTION))
     return found
 
 

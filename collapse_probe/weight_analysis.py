@@ -1,9 +1,9 @@
-"""Reads the metrics of the weights: the matrices once, then every metric of them, beside those of an untrained twin."""
+"""Reads the metrics of the weights: the matrices once, then every metric of them, beside those of untrained twins."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from collapse_probe.errors import ModelError
 from collapse_probe.findings import Reading
 from collapse_probe.matrices import NAMES, Matrices
 from collapse_probe.measure import Metric
-from collapse_probe.nulls import with_untrained
+from collapse_probe.nulls import with_twins, with_untrained
 from collapse_probe.products import hear_matrices
 from collapse_probe.subject import Subject, unwrap
 from collapse_probe.trace import Plan
@@ -56,31 +56,48 @@ def read_weights(
     *,
     seed: int,
     device: torch.device,
-    twin: bool = True,
+    seeds: int = 1,
     say: Callable[[str], None] = lambda text: None,
 ) -> WeightRun:
-    """Every weight metric of `model`, with the untrained twin's values as null; `twin` False leaves that out."""
+    """Every weight metric of `model`, beside its untrained twins of so many `seeds` (after `seed`); 0 leaves them out."""
     if not metrics:
         return WeightRun()
     start = time.perf_counter()
     say(f"reading the weights of {len(plan.blocks)} blocks")
     readings = _readings(model, plan, metrics, seed)
     notes = tuple(dict.fromkeys(line for metric in metrics.values() if metric.matrices for line in metric.matrices.reasons()))
-    twins: dict[str, Reading] = {}
     try:
-        if not twin:
-            raise ModelError("no null images were asked for, which leaves the untrained twin out")
-        if subject.fresh is None:
-            raise ModelError("the model came as an object, and its architecture cannot be made anew")
-        say("reading the weights of the untrained twin")
-        fresh = subject.fresh(seed + 1).to(device)
-        fresh_plan = probe(fresh, subject.preprocess.size, seed=seed)
-        twins = _readings(fresh, fresh_plan, {name: type(m)(fresh_plan, **m.settings) for name, m in metrics.items()}, seed)
-        reason, notes = "", (*notes, f"untrained twin of the weights: fresh weights with seed {seed + 1}")
+        twins = _twins(subject, metrics, range(seed + 1, seed + 1 + seeds), seed, device, say)
     except ModelError as error:
-        reason = str(error)
-    found = {name: with_untrained(reading, twins.get(name), 0, reason) for name, reading in readings.items()}
-    return WeightRun(found, notes, time.perf_counter() - start)
+        found = {name: with_untrained(reading, None, 0, str(error)) for name, reading in readings.items()}
+        return WeightRun(found, notes, time.perf_counter() - start)
+    found = {name: with_twins(r, {s: twin[name] for s, twin in twins.items()}, 0) for name, r in readings.items()}
+    which = f"twin of the weights: fresh weights with seed {seed + 1}"
+    if len(twins) > 1:
+        which = f"twins of the weights: fresh weights with seeds {[*twins]}"
+    return WeightRun(found, (*notes, f"untrained {which}"), time.perf_counter() - start)
+
+
+def _twins(
+    subject: Subject,
+    metrics: Mapping[str, WeightMetric],
+    seeds: Sequence[int],
+    probe_seed: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> dict[int, dict[str, Reading]]:
+    """The readings of the untrained twin of each seed, one model at a time; ModelError with the reason where there is none."""
+    if not seeds:
+        raise ModelError("no null images were asked for, which leaves the untrained twin out")
+    if subject.fresh is None:
+        raise ModelError("the model came as an object, and its architecture cannot be made anew")
+    found: dict[int, dict[str, Reading]] = {}
+    for seed in seeds:
+        say("reading the weights of the untrained twin" + (f", seed {seed}" if len(seeds) > 1 else ""))
+        fresh = subject.fresh(seed).to(device)
+        plan = probe(fresh, subject.preprocess.size, seed=probe_seed)
+        found[seed] = _readings(fresh, plan, {n: type(m)(plan, **m.settings) for n, m in metrics.items()}, probe_seed)
+    return found
 
 
 def _readings(model: nn.Module, plan: Plan, metrics: Mapping[str, WeightMetric], seed: int) -> dict[str, Reading]:

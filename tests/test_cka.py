@@ -172,11 +172,11 @@ def test_all_pairs_at_once_are_the_pairs_one_by_one():
     assert pairwise_hsic(grams).numpy() == pytest.approx(np.array(slow), abs=1e-12)
 
 
-def documented_minibatches(images, size):
-    """The rule in words: remainders by STRIDE fill their own minibatches; the rest is shared out in order."""
+def documented_minibatches(images, size, stride=STRIDE):
+    """The rule in words: remainders by the stride fill their own minibatches; the rest is shared out in order."""
     filled, left = [], []
-    for remainder in range(STRIDE):
-        mine = list(range(remainder, images, STRIDE))
+    for remainder in range(stride):
+        mine = list(range(remainder, images, stride))
         whole = len(mine) // size * size
         filled += [mine[k : k + size] for k in range(0, whole, size)]
         left += mine[whole:]
@@ -202,25 +202,54 @@ def test_minibatches_are_those_of_the_rule_whatever_the_batch(images, batch):
     assert np.diag(values).tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_processes_that_share_the_stride_find_the_same_minibatches(world, monkeypatch):
-    images = 150
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(images, 6))
-    y = x @ rng.normal(size=(6, 9)) + rng.normal(size=(images, 9))
-    one = MinibatchHSIC(2)
-    one.absorb([t(x), t(y)])
+def from_processes(world, x, y, monkeypatch):
+    """What `world` processes find together, process r having the images r, r + world, …."""
     folds = []
     for rank in range(world):
         monkeypatch.setattr("collapse_probe.minibatches.rank_and_world", lambda rank=rank: (rank, world))
         folds.append(MinibatchHSIC(2))
         folds[-1].absorb([t(x[rank::world]), t(y[rank::world])])
+    monkeypatch.undo()
     joined = MinibatchHSIC(2)
     joined.hsic += sum(fold.hsic for fold in folds)
     joined.minibatches += sum(fold.minibatches for fold in folds)
     joined._kept = {0: [kept for fold in reversed(folds) for part in fold._kept.values() for kept in part]}
-    for mine, other in zip(one.cka()[:3], joined.cka()[:3], strict=True):
+    return joined.cka()
+
+
+def noisy_pair(images, seed=0, noise=1.0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(images, 6))
+    return x, x @ rng.normal(size=(6, 9)) + noise * rng.normal(size=(images, 9))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_that_share_the_stride_find_the_same_minibatches(world, monkeypatch):
+    x, y = noisy_pair(150)
+    one = MinibatchHSIC(2)
+    one.absorb([t(x), t(y)])
+    for mine, other in zip(one.cka()[:3], from_processes(world, x, y, monkeypatch)[:3], strict=True):
         assert other == pytest.approx(mine, abs=1e-12)
+
+
+@pytest.mark.parametrize(("world", "remainders"), [(3, 12), (5, 20), (6, 12), (8, 8)])
+def test_other_processes_group_by_the_least_common_multiple(world, remainders, monkeypatch):
+    x, y = noisy_pair(500)
+    groups = documented_minibatches(500, MINIBATCH, remainders)
+    values, _, _, count = from_processes(world, x, y, monkeypatch)
+    assert count == len(groups)
+    assert values[0, 1] == pytest.approx(slow_cka([(x[g], y[g]) for g in groups]), abs=1e-5)
+
+
+def test_three_processes_find_another_estimate_within_the_interval_of_one(monkeypatch):
+    within = []
+    for seed in range(60):
+        x, y = noisy_pair(150, seed)
+        one = MinibatchHSIC(2)
+        one.absorb([t(x), t(y)])
+        low, high = one.cka()[2][0, 1]
+        within.append(low <= from_processes(3, x, y, monkeypatch)[0][0, 1] <= high)
+    assert np.mean(within) >= 0.95
 
 
 def test_the_jackknife_leaves_out_one_group_of_minibatches_at_a_time():

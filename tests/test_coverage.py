@@ -6,11 +6,22 @@ import numpy as np
 import pytest
 import torch
 from making import readings, trace_of
+from scipy import stats
 
 from collapse_probe.classes import classes_of
 from collapse_probe.headlines import Kept, kappa_of, mean_of
+from collapse_probe.metrics.attention.similarity_ratio import count_interval
 from collapse_probe.minibatches import MinibatchHSIC
-from collapse_probe.statistics import count_bounds, interval, kappa, kappa_stderr, mean_parts, parts_stderr
+from collapse_probe.statistics import (
+    count_bounds,
+    count_difference_bounds,
+    interval,
+    kappa,
+    kappa_stderr,
+    mean_parts,
+    parts_stderr,
+    quotient_bounds,
+)
 
 DRAWS = 500
 LEAST, MOST = 0.92, 0.98
@@ -75,6 +86,44 @@ def test_the_interval_of_the_count_of_similar_blocks_contains_the_truth(truth, c
         return within(count_bounds(means, parts_stderr(parts, n), n, 0.9), (truth > 0.9).sum())
 
     assert share(contains) >= LEAST  # whole numbers that are seldom near the threshold are covered more often
+
+
+@pytest.mark.parametrize("common", [0.0, 0.95])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(NEAR, NEAR), (NEAR, 1.8 - NEAR), (np.linspace(0.88, 0.92, 11), np.linspace(0.885, 0.93, 11))],
+    ids=["all above the threshold by little", "on either side of it", "spread around it"],
+)
+def test_the_interval_of_the_difference_of_two_counts_contains_the_truth(first, second, common):
+    truth = int((second > 0.9).sum() - (first > 0.9).sum())
+
+    def contains(generator):
+        own, shared = generator.normal(size=(2, 40, len(first))), generator.normal(size=(40, len(first)))
+        noise = 0.02 * (np.sqrt(1 - common) * own + np.sqrt(common) * shared)
+        return within(count_difference_bounds(mean_parts(first + noise[0]), mean_parts(second + noise[1]), 0.9), truth)
+
+    assert share(contains) >= LEAST
+
+
+def test_the_interval_of_a_quotient_of_two_means_contains_the_truth():
+    def contains(generator):
+        first, second = 1.2 + 0.8 * generator.normal(size=60), 2.0 + 1.5 * generator.normal(size=30)
+        reach = [(ends[1] - ends[0]) / 2 for ends in (interval(x.mean(), stats.sem(x), len(x)) for x in (first, second))]
+        return within(quotient_bounds(first.mean(), reach[0], second.mean(), reach[1]), 0.6)
+
+    assert LEAST <= share(contains) <= MOST
+
+
+RATIOS = np.array([0.9] * 3 + [0.905] * 4 + [0.6, 0.99])
+"""Shares of vectors at and just above the threshold: 5 of 9 blocks are similar."""
+
+
+def test_the_interval_of_the_count_of_similarity_ratios_contains_the_truth():
+    def contains(generator):
+        ratios = generator.binomial(200, RATIOS, size=(40, len(RATIOS))) / 200
+        return within(count_interval(ratios.T), (RATIOS > 0.9).sum())
+
+    assert share(contains) >= LEAST
 
 
 def test_the_intervals_of_classes_contain_their_truths():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from making import small_vit
 
 import collapse_probe as cp
 from collapse_probe.errors import OutputError, UnknownNameError
-from collapse_probe.findings import CSV_COLUMNS, Findings
+from collapse_probe.findings import CSV_COLUMNS, Findings, Reading
 from collapse_probe.folders import check_writable, new_folder
 
 NULL_NAMES = {"untrained", "other_token", "other_image", "other_head", "kappa"}
@@ -76,6 +77,38 @@ def test_blocks_is_a_long_table(found, tmp_path):
     assert means.value.tolist() == pytest.approx(found.matrix("attention-entropy").mean(1).tolist())
     stored = pd.read_csv(found.save(tmp_path / "out") / "blocks.csv")
     assert stored.value.tolist() == pytest.approx(table.value.tolist(), nan_ok=True)
+
+
+def test_what_has_no_error_stands_in_blocks_with_blanks(found, tmp_path):
+    values = np.arange(6.0).reshape(3, 2)
+    square = np.arange(9.0).reshape(3, 3)
+    made = {
+        "weight-rank": Reading(("block", "matrix"), "made up", values=values, settings={"matrices": ["q", "fc1"]}),
+        "weight-similarity@depth": Reading(("block", "block"), "made up", values=square),
+        "heads": Reading(("block", "head"), "made up", values=values),
+        "curve": Reading(("depth",), "made up", values=values[:, 0], stderr=values[:, 1]),
+        "refused": Reading(("block",), "made up", not_applicable="no blocks"),
+        "counts": Reading(("threshold",), "made up", values=values[:, 0]),
+    }
+    findings = replace(found, metrics=made)
+    table = findings.blocks
+    kept = {name: part.drop(columns="metric") for name, part in table.groupby("metric", sort=False)}
+    assert list(kept) == ["weight-rank/q", "weight-rank/fc1", "weight-similarity@depth", "heads", "curve"]
+    for at, matrix in enumerate(("q", "fc1")):
+        rows = kept[f"weight-rank/{matrix}"]
+        assert rows.block.tolist() == [0, 1, 2]
+        assert rows["head"].isna().all()
+        assert rows.value.tolist() == values[:, at].tolist()
+    across = kept["weight-similarity@depth"]
+    assert (across.block.tolist(), across.value.tolist()) == ([1, 2], [square[1, 0], square[2, 1]])
+    assert kept["heads"]["head"].tolist() == [0, 1] * 3
+    assert kept["heads"].value.tolist() == values.ravel().tolist()
+    assert kept["curve"].stderr.tolist() == values[:, 1].tolist()
+    blank = table[table.metric != "curve"][["stderr", "ci_low", "ci_high"]]
+    assert blank.isna().all(axis=None)
+    lines = (findings.save(tmp_path / "out") / "blocks.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[1:3] == ["weight-rank/q,0,,0.0,,,", "weight-rank/q,1,,2.0,,,"]
+    pd.testing.assert_frame_equal(Findings.load(tmp_path / "out").blocks, table)
 
 
 def test_per_image_values_average_to_the_values(found):

@@ -7,21 +7,27 @@ import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 from synthetic import synthetic
 
+from collapse_probe import page as page_module
 from collapse_probe.captions import CAPTIONS
 from collapse_probe.colophon import definitions, not_measured, skipped
 from collapse_probe.figures import FIGURES, draw_all
-from collapse_probe.findings import Findings
+from collapse_probe.findings import Findings, Nulls, Reading
+from collapse_probe.metrics.attention import similar_blocks
 from collapse_probe.page import render, write_report
+from collapse_probe.preset import records
+from collapse_probe.readings import KAPPA_THRESHOLD, RAW_THRESHOLD
+from collapse_probe.sockets import PRESETS
 from collapse_probe.tables import key_numbers, per_block
 from collapse_probe.words import interval, number, plain
 
-VOID = {"meta", "img", "source", "br", "hr", "link", "input"}
+VOID = {"meta", "img", "source", "br", "hr", "link", "input", "wbr"}
 ANSWER = ("The blocks look alike, and that is not collapse.", "The wrong-token null explains it.")
 
 
@@ -259,6 +265,55 @@ def test_provenance_is_on_the_page() -> None:
     ):
         assert fact in text
     assert "self-check, worst error rows 3e−07" in text
+
+
+def test_every_choice_of_a_preset_is_shown_with_who_made_it() -> None:
+    names = ("registers", "deepvit", "rank-collapse")
+    findings = replace(synthetic(2), presets=records(names))
+    text = words(findings)
+    for name in names:
+        preset = PRESETS[name]
+        at = text.index(f"Preset {name} , version {preset.version}: {preset.summary}")
+        for said in (preset.paper, preset.code, ", ".join(preset.metrics), *preset.choices):
+            row = said if isinstance(said, str) else f"{said.choice} {said.value} {said.follows}"
+            assert row in text[at:], row
+    assert text.index("How it was measured") < text.index("Preset registers") < text.index("Definitions, settings")
+    assert '<details class="grid" open>' not in render(findings, {})
+    assert '<details class="grid" open>' in render(replace(findings, presets=records(["registers"])), {})
+    assert "Preset" not in words(synthetic(2))
+
+
+def test_a_page_of_the_weights_alone_speaks_of_no_images() -> None:
+    fresh = np.ones((2, 6))
+    reading = Reading(("block", "matrix"), "rank", values=fresh, nulls=Nulls({"untrained": fresh}, {"untrained": 0}))
+    plain_run = synthetic(2, gallery=False)
+    data = {"address": None, "images": 0, "skipped": [], "names_sha256": None, "bundled": False}
+    findings = replace(plain_run, data=data, metrics={"weight-rank": reading}, summary={"images": 0})
+    text = words(findings)
+    assert "vit_b_32 · weights alone, no images" in text
+    assert "Weights of vit_b_32" in text
+    assert "null: untrained twin taken" in text
+    assert not re.search(r"0 images|images of|images per second|batch size|Patch diversity|skipped", text)
+    assert "64 images of photos" in words(plain_run)
+    assert "batch size 16" in words(plain_run)
+
+
+def test_thresholds_on_the_page_are_those_of_the_rules() -> None:
+    assert RAW_THRESHOLD in similar_blocks.THRESHOLDS
+    assert similar_blocks.CORRECTED_ABOVE == KAPPA_THRESHOLD
+    assert f"κ passes {KAPPA_THRESHOLD:g}." in CAPTIONS["similar-blocks"].seen
+    card = next(card for card in key_numbers(synthetic(5)) if card.label.startswith("similar blocks"))
+    assert card.detail == f"of 4 pairs: raw above {RAW_THRESHOLD:g}, κ above {KAPPA_THRESHOLD:g}"
+
+
+def test_each_rule_of_style_stands_once() -> None:
+    lines: list[str] = []
+    for path in Path(page_module.__file__).parent.glob("*.html"):
+        (style,) = re.findall(r"<style>(.*?)</style>", path.read_text(encoding="utf-8"), re.DOTALL) or [""]
+        lines += [line for line in style.split("@media")[0].splitlines() if line.strip()]
+    assert len(lines) > 40
+    selectors = [line.partition("{")[0].strip() for line in lines if "{" in line]
+    assert len(selectors) == len(set(selectors))
 
 
 def test_a_long_list_of_skipped_images_is_cut() -> None:

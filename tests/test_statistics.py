@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from collapse_probe.permutation import PERMUTATIONS, sign_flips
-from collapse_probe.statistics import beyond, count_bounds, kappa, kappa_parts, kappa_stderr, mean_parts, parts_stderr
+from collapse_probe.statistics import (
+    beyond,
+    count_bounds,
+    count_difference_bounds,
+    jackknife,
+    kappa,
+    kappa_parts,
+    kappa_stderr,
+    mean_parts,
+    parts_stderr,
+    quotient_bounds,
+)
 
 
 def draws(images, places, shift=0.0, seed=0):
@@ -149,3 +160,86 @@ def test_a_count_lies_within_its_bounds_which_widen_with_the_error(means, error,
     low, high = count_bounds(values, np.full(len(means), error), n, 0.9)
     wide_low, wide_high = count_bounds(values, np.full(len(means), 2 * error), n, 0.9)
     assert 0 <= wide_low <= low <= (values > 0.9).sum() <= high <= wide_high <= len(means)
+
+
+def differing(first, second):
+    return count_difference_bounds(mean_parts(np.asarray(first)), mean_parts(np.asarray(second)), 0.9).tolist()
+
+
+def bounds_by_hand(first, second):
+    """Place by place: every combination of sides that the three bounds leave open."""
+    reach = stats.t.ppf(1 - 0.05 / (3 * first.shape[1]), len(first) - 1)
+    low = high = 0
+    for one, other in zip(first.T, second.T, strict=True):
+        sides, (apart, error) = [], ((other - one).mean(), stats.sem(other - one))
+        for values in (one, other):
+            mean, stderr = values.mean(), stats.sem(values)
+            sides.append({bool(mean + sign * reach * stderr > 0.9) for sign in (-1, 1)})
+        combinations = [b - a for a, b in product(*sides)]
+        if apart - reach * error >= 0:
+            combinations = [c for c in combinations if c >= 0]
+        if apart + reach * error <= 0:
+            combinations = [c for c in combinations if c <= 0]
+        low, high = low + min(combinations), high + max(combinations)
+    return [low, high]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("together", [0.0, 0.99])
+def test_the_difference_of_counts_is_bounded_by_what_three_bounds_leave_open(seed, together):
+    first = 0.9 + 0.01 * draws(20, 6, seed=seed)
+    second = 0.9 + 0.01 * (together * (first - 0.9) / 0.01 + (1 - together) * draws(20, 6, 0.3, seed + 50))
+    assert differing(first, second) == bounds_by_hand(first, second)
+    assert differing(second, first) == [-end for end in bounds_by_hand(first, second)[::-1]]
+
+
+def test_a_subject_differs_from_itself_by_nothing_and_a_sure_rise_loses_no_block():
+    near = 0.9 + 0.01 * draws(20, 6)
+    assert differing(near, near) == [0, 0]
+    assert differing(near, near + 0.005 + 1e-5 * draws(20, 6, seed=1))[0] == 0
+    assert differing(near, 0.9 + 0.01 * draws(20, 6, seed=1))[0] < 0
+    few = near.copy()
+    few[:, 1:] = 0.1
+    other = few.copy()
+    other[:, 1] = 0.99
+    assert differing(few, other) == [1, 1]
+
+
+def test_subjects_of_different_depth_are_counted_each_for_itself():
+    low, high = 0.5 + 0.001 * draws(20, 3), 0.95 + 0.001 * draws(20, 5, seed=1)
+    assert differing(low, high) == [5, 5]
+    assert differing(high, low) == [-5, -5]
+    undefined = np.full((20, 5), np.nan)
+    assert differing(undefined, high) == [5, 5]
+    assert np.isnan(differing(undefined, undefined)).all()
+    assert np.isnan(differing(low[:1], high[:1])).all()
+
+
+def test_fieller_ends_are_where_the_difference_is_no_longer_sure():
+    a, a_reach, f, f_reach = 1.2, 0.3, 2.0, 0.7
+    for q in quotient_bounds(np.array(a), np.array(a_reach), np.array(f), np.array(f_reach)):
+        assert abs(a - q * f) == pytest.approx(np.hypot(a_reach, q * f_reach))
+    exact = quotient_bounds(np.array([a, 0.0]), np.array([a_reach, 0.1]), np.full(2, f), np.zeros(2))
+    assert exact == pytest.approx(np.array([[0.45, 0.75], [-0.05, 0.05]]))
+    assert np.isnan(quotient_bounds(np.array(a), np.array(a_reach), np.array(f), np.array(2.1))).all()
+
+
+def test_the_jackknife_of_a_mean_over_equal_groups_is_its_standard_error():
+    values = draws(40, 3)
+    groups = values.reshape(8, 5, 3)
+    left_out = np.stack([np.delete(groups, g, 0).mean((0, 1)) for g in range(8)])
+    error, used = jackknife(left_out)
+    assert used == 8
+    assert error == pytest.approx(stats.sem(groups.mean(1), axis=0))
+
+
+def test_the_jackknife_leaves_out_empty_groups_and_tells_undefined_places():
+    left_out = draws(6, 3)
+    left_out[2] = np.nan
+    left_out[4, 1] = np.nan
+    error, used = jackknife(left_out)
+    kept = np.delete(left_out, 2, 0)
+    assert used == 5
+    assert error[[0, 2]] == pytest.approx(np.sqrt(4 * kept.var(0))[[0, 2]])
+    assert np.isnan(error[1])
+    assert np.isnan(jackknife(left_out[:1])[0]).all()

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from making import small_vit
+import torch
+from making import random_maps, readings, trace_of
 from scipy import stats
 
 import collapse_probe as cp
 from collapse_probe.classes import classes_of
 from collapse_probe.convergence import convergence_of, sizes_for
-from collapse_probe.data import open_data
+from collapse_probe.data import from_loader, open_data
 from collapse_probe.errors import SettingError
 from collapse_probe.extremes import extremes_of
 from collapse_probe.findings import Reading
 from collapse_probe.headlines import HEADLINES, Kept, kept_of
-from collapse_probe.nulls import NO_KAPPA_INTERVAL, untrained_only, with_twins
+from collapse_probe.nulls import untrained_only, with_twins
 from collapse_probe.permutation import pair_tests
 from collapse_probe.sockets import METRICS
 from collapse_probe.sureness import sureness
+from collapse_probe.weight_metric import of_level
 
 TINY = {"pretrained": False, "img_size": 32, "model_kwargs": {"depth": 3, "embed_dim": 24, "num_heads": 3}, "device": "cpu"}
 NAME = "timm:vit_tiny_patch16_224"
@@ -187,6 +190,55 @@ def test_classes_are_measured_by_themselves_and_against_the_rest():
     assert number["q"][0] < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("labels", "kept"),
+    [
+        (torch.tensor([3, 1], dtype=torch.int32), [3, 1]),
+        (torch.tensor([3, 255], dtype=torch.uint8), [3, 255]),
+        (np.array([3, 1]), [3, 1]),
+        ([3, 1], [3, 1]),
+        ((3, 1), [3, 1]),
+        (torch.tensor([0.3, 0.7]), None),
+        (torch.tensor([True, False]), None),
+        (torch.eye(2, dtype=torch.int64), None),
+        (torch.tensor([3]), None),
+        (["cat", "dog"], None),
+        ([torch.zeros(2), torch.zeros(3)], None),
+        ({"boxes": torch.zeros(2, 4)}, None),
+        (None, None),
+    ],
+)
+def test_a_loaders_whole_numbers_are_its_labels(labels, kept):
+    (batch,) = from_loader([(torch.zeros(2, 3, 4, 4), labels)])
+    if kept is None:
+        assert batch.labels is None
+    else:
+        assert batch.labels.dtype == torch.int64
+        assert batch.labels.tolist() == kept
+
+
+def test_labels_by_name_make_the_classes_of_a_loader():
+    held = table(40)
+    labels = {name: i % 3 for i, name in enumerate(held["names"])}
+    found = sureness(held, {}, images=[torch.zeros(1)], labels=labels)["classes"]
+    assert found["names"] == ["0", "1", "2"]
+    np.testing.assert_equal(found["numbers"], classes_of(kept_of(held), labels)["numbers"])
+    assert sureness(held, {}, images=[torch.zeros(1)], labels={})["classes"] == {}
+
+
+def test_a_callers_own_loader_with_labels_has_its_classes():
+    generator = torch.Generator().manual_seed(0)
+    held = [(torch.rand(4, 3, 32, 32, generator=generator), torch.tensor([0, 1, 2, 1])) for _ in range(3)]
+    settings = {"metrics": ("patch-diversity",), "gallery_images": 0, **TINY}
+    found = cp.analyze(NAME, held, **settings)
+    classes = found.sureness["classes"]
+    assert classes["names"] == ["0", "1", "2"]
+    assert classes["images"] == [3, 6, 3]
+    first = found.images["patch-diversity"][[0, 4, 8], -1].mean()
+    assert classes["numbers"]["patch_diversity_last"]["value"][0] == pytest.approx(first)
+    assert cp.analyze(NAME, [images for images, _ in held], **settings).sureness["classes"] == {}
+
+
 def test_a_class_of_one_image_has_no_interval():
     labels = {name: int(i == 0) for i, name in enumerate(table(10)["names"])}
     number = classes_of(kept_of(table(10)), labels)["numbers"]["kappa_adjacent"]
@@ -213,21 +265,84 @@ def test_findings_keep_it_and_older_folders_load(found, tmp_path):
     assert old.metrics["attention-similarity"].nulls.spread == {}
 
 
-def test_every_number_has_an_interval_or_a_reason():
-    names = [name for name, kind in METRICS.items() if "weights" not in kind.__module__]
-    found = cp.analyze(
-        small_vit(depth=2, embed_dim=32, num_heads=2), "bundled:digits", limit=40, metrics=tuple(names), gallery_images=0
-    )
-    for name, reading in found.metrics.items():
-        if reading.values is None:
-            assert reading.not_applicable, name
-            continue
-        assert reading.stderr.shape == reading.values.shape, name
-        known = np.isfinite(reading.values)
-        assert np.isfinite(reading.ci95[known]).all(), name
-        nulls = reading.nulls
-        if nulls is not None and nulls.values.get("kappa") is not None:
-            assert nulls.kappa_ci95 is not None or nulls.reasons["kappa_ci95"] == NO_KAPPA_INTERVAL, name
+def every_name(*levels):
+    """Every metric of these levels, plain and in each of its variants."""
+    return [name + suffix for name in of_level(*levels) for suffix in ("", *(f"@{v}" for v in METRICS[name].variants))]
+
+
+@pytest.fixture(scope="module")
+def everything():
+    """A small model beside its untrained twin, under every metric and variant."""
+    names = tuple(every_name("attention", "tokens", "weights"))
+    return cp.analyze(NAME, "bundled:digits", limit=40, null_images=32, gallery_images=0, metrics=names, **TINY)
+
+
+@pytest.mark.parametrize("name", every_name("attention", "tokens"))
+def test_every_number_has_an_interval_or_a_reason(everything, name):
+    reading = everything.metrics[name]
+    if reading.values is None:
+        assert reading.not_applicable
+        return
+    known = np.isfinite(reading.values)
+    assert known.any()
+    assert reading.stderr.shape == reading.values.shape
+    assert np.isfinite(reading.stderr[known]).all()
+    assert np.isfinite(reading.ci95[known]).all()
+    if reading.head_mean is not None:
+        mean, stderr, ci95 = reading.head_mean
+        assert np.isfinite(stderr[np.isfinite(mean)]).all()
+        assert np.isfinite(ci95[np.isfinite(mean)]).all()
+
+
+@pytest.mark.parametrize("name", every_name("attention", "tokens"))
+def test_every_null_has_an_interval_or_a_reason(everything, name):
+    reading = everything.metrics[name]
+    if reading.values is None:
+        return
+    nulls = reading.nulls
+    for null, values in nulls.values.items():
+        bounds = nulls.kappa_ci95 if null == "kappa" else nulls.spread.get(f"{null}_ci95")
+        if values is None:
+            assert nulls.reasons[null]
+        elif bounds is None:
+            assert null in ("kappa", "other_token", "other_image", "other_head")
+            assert nulls.reasons[f"{null}_ci95"]
+        else:
+            assert f"{null}_ci95" not in nulls.reasons
+            known = np.isfinite(values)
+            assert np.isfinite(bounds[known]).all()
+            assert (bounds[known, 0] <= values[known] + 1e-12).all()
+            assert (values[known] <= bounds[known, 1] + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", every_name("weights"))
+def test_numbers_of_the_weights_say_why_they_have_no_interval(everything, name):
+    reading = everything.metrics[name]
+    assert reading.values is not None
+    assert reading.ci95 is None
+    assert "one set of weights" in reading.settings["intervals"]
+
+
+@pytest.mark.parametrize("null", ["other_head", "other_token"])
+def test_the_interval_of_a_null_is_that_of_its_images(null):
+    maps = random_maps((6, 3, 2, 5, 5))
+    name = "attention-similarity@row"
+    values = np.stack([readings([trace_of(one[None])], [name])[name].nulls.values[null] for one in maps])
+    nulls = readings([trace_of(maps)], [name])[name].nulls
+    reach = stats.t.ppf(0.975, 5) * stats.sem(values, axis=0)
+    assert nulls.values[null] == pytest.approx(values.mean(0), abs=1e-6)
+    expected = np.stack([values.mean(0) - reach, values.mean(0) + reach], -1)
+    assert nulls.spread[f"{null}_ci95"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_twins_own_interval_is_kept_with_its_values(everything):
+    settings = {"limit": 40, "metrics": ("patch-diversity",), "gallery_images": 0, **TINY}
+    nulls = cp.analyze(NAME, "bundled:digits", null_images=32, **settings).metrics["patch-diversity"].nulls
+    assert np.mean(nulls.spread["untrained_ci95"], axis=-1) == pytest.approx(nulls.values["untrained"])
+    assert (np.diff(nulls.spread["untrained_ci95"], axis=-1) > 0).all()
+    alone = cp.analyze(NAME, "bundled:digits", null_images=0, **settings).metrics["patch-diversity"].nulls
+    assert "untrained_ci95" not in alone.spread
+    assert "untrained_ci95" not in everything.metrics["weight-rank"].nulls.spread
 
 
 def test_several_twins_give_their_mean_and_their_spread():
@@ -259,6 +374,9 @@ def test_the_spread_over_twins_is_that_of_their_values():
     twins = {seed: Reading(("block",), "", values=np.array([seed, 2.0 * seed])) for seed in (1, 2, 6)}
     nulls = with_twins(reading, twins, 5).nulls
     assert nulls.values["untrained"].tolist() == [3.0, 6.0]
+    assert "untrained_ci95" not in nulls.spread
+    sure = {s: replace(t, ci95=np.stack([t.values - s, t.values + s], -1)) for s, t in twins.items()}
+    assert with_twins(reading, sure, 5).nulls.spread["untrained_ci95"].tolist() == [[0.0, 6.0], [3.0, 9.0]]
     assert nulls.spread["untrained_seeds"]["sd"] == pytest.approx(np.std([[1, 2], [2, 4], [6, 12]], axis=0, ddof=1))
     assert nulls.images["untrained"] == 5
 

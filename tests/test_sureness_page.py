@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from dataclasses import replace
 
 import numpy as np
+from PIL import Image
 from synthetic import synthetic
 
+from collapse_probe.both_ends import both_ends
 from collapse_probe.convergence_figure import convergence
 from collapse_probe.findings import Findings
 from collapse_probe.outcomes import judged
@@ -81,6 +85,54 @@ def test_images_at_both_ends_are_named_and_the_collapsed_end_is_said():
     assert "Ends of 9 values." in html
 
 
+def with_thumbnails(findings, names):
+    """The findings with a small picture of one colour for each of `names`."""
+    pictures = {name: np.full((12, 20, 3), 40 * at, dtype=np.uint8) for at, name in enumerate(names)}
+    object.__setattr__(findings, "thumbnails", pictures)
+    return findings
+
+
+def two_ends(collapsed="high", highest=("a/<b>.png", "b"), lowest=("c", "d")):
+    listed = {
+        end: [{"name": name, "value": 0.5 + at / 10} for at, name in enumerate(names)]
+        for end, names in (("highest", highest), ("lowest", lowest))
+    }
+    return {**listed, "median": 0.25, "images": 9, "collapsed": collapsed}
+
+
+def test_images_at_both_ends_are_shown_with_name_and_value():
+    numbers = {NAME: two_ends(highest=("other",)), "kappa_adjacent": two_ends()}
+    findings = with_thumbnails(stored(extremes={"numbers": numbers, "warning": "Ends."}), ["a/<b>.png", "b", "c", "d"])
+    found = both_ends(findings)
+    assert (found.words, found.median, found.images) == ("Kappa of neighbouring blocks", "0.250", 9)
+    assert [end.title for end in found.ends] == ["Highest (the collapsed end)", "Lowest"]
+    assert [[(i.name, i.value) for i in end.images] for end in found.ends] == [
+        [("a/<b>.png", "0.500"), ("b", "0.600")],
+        [("c", "0.500"), ("d", "0.600")],
+    ]
+    for at, image in enumerate(found.ends[0].images + found.ends[1].images):
+        drawn = Image.open(io.BytesIO(base64.b64decode(image.source.removeprefix("data:image/jpeg;base64,"))))
+        assert drawn.size == (image.width, image.height) == (20, 12)
+        assert abs(np.asarray(drawn).astype(int) - 40 * at).max() <= 2
+    html = render(findings, {})
+    assert html.count('<img src="data:image/jpeg') == 4
+    assert html.index('id="ends"') < html.index("Images at the two ends of every number, by name")
+    assert "a/<wbr>&lt;b&gt;.png" in html
+    assert html.count("Ends.") == 1
+
+
+def test_an_end_whose_picture_is_missing_leaves_it_out_and_none_leaves_the_names():
+    numbers = {"patch_diversity_last": two_ends("low")}
+    findings = with_thumbnails(stored(extremes={"numbers": numbers, "warning": ""}), ["b", "c"])
+    highest, lowest = both_ends(findings).ends
+    assert ([i.name for i in highest.images], [i.name for i in lowest.images]) == (["b"], ["c"])
+    assert lowest.title == "Lowest (the collapsed end)"
+    bare = stored(extremes={"numbers": numbers, "warning": "Ends."})
+    assert both_ends(bare) is None
+    assert 'id="ends"' not in render(bare, {})
+    assert both_ends(with_thumbnails(stored(), ["b"])) is None
+
+
 def test_classes_that_differ_are_outlined():
     entry = {
         "value": [0.5, 0.9, None],
@@ -102,7 +154,9 @@ def test_every_rule_of_the_verdict_is_a_row():
     assert len(table.rows) == len(findings.verdict)
     assert {row[5] for row in table.rows} <= {"yes", "no", "undecided", "not applicable"}
     assert all(len(row) == len(table.header) for row in table.rows)
-    assert "Every rule behind this answer" in render(findings, {})
+    html = render(findings, {})
+    assert html.count("what is asked") == 1
+    assert html.index('href="#rules"') < html.index("Block by block") < html.index('id="rules"') < html.index("what is asked")
     assert rules_table(synthetic(4, gallery=False)) is None
 
 

@@ -11,6 +11,7 @@ from making import photographs, small_vit
 
 import collapse_probe as cp
 from collapse_probe.analysis import measure
+from collapse_probe.findings import Findings, Nulls, Reading
 from collapse_probe.quantities import Pairs, classify
 from collapse_probe.verdict import judge, spans
 from collapse_probe.verdict_rules import BY_NAME
@@ -200,6 +201,112 @@ def test_one_image_decides_nothing(pictures):
     measured = {row["rule"]: row["answer"] for row in found.verdict if row["level"] in ("attention", "tokens")}
     assert measured["shared"] == measured["parallel-patches"] == measured["near-uniform"] == "undecided"
     assert set(measured.values()) <= {"undecided", "not applicable"}
+
+
+def of_weights(rank=0.9, alike=1.0, **more):
+    """Findings of the weights alone, two blocks and two matrices: the metrics over those of the untrained twin."""
+    fresh = {"weight-rank": np.full((2, 2), 40.0), "weight-similarity": np.full((2, 2), 0.1)}
+    values = {"weight-rank": fresh["weight-rank"] * [[rank], [1]], "weight-similarity": fresh["weight-similarity"] * alike}
+    settings = {"matrices": ["q", "k"], "full_rank": np.full((2, 2), 80.0), "measure": "effective"}
+    readings = {
+        name: Reading(
+            ("block", "matrix"),
+            "made up",
+            values=values[name],
+            settings=settings if name == "weight-rank" else {"matrices": ["q", "k"]},
+            nulls=Nulls({"untrained": fresh[name]}, {"untrained": 0}),
+        )
+        for name in fresh
+    }
+    facts = {"model": {"weights": "made by hand", "mixes_maps": True}, "data": {"images": 0}, "run": {}, "summary": {}}
+    return Findings(metrics={**readings, **more}, **facts)
+
+
+def test_weights_alone_are_answered_by_their_own_rules():
+    answer = judge(of_weights())
+    assert (answer.case, answer.collapsed) == ("weights-only", None)
+    says = [BY_NAME[name].says for name in ("weights-lost-rank", "rows-more-alike")]
+    assert answer.sentences[0] == f"No sign that {says[0]}, or that {says[1]}."
+    assert "effective rank over the full one 0.475 (untrained twin 0.500)" in answer.sentences[1]
+    assert "|cosine| between rows 0.100 (untrained twin 0.100)" in answer.sentences[1]
+    assert "not judged here" in answer.sentences[-1]
+    assert len(answer.rules) == len(answer.sentences) == 3
+    text = " ".join((*answer.sentences, *answer.caveats))
+    assert "was not measured" not in text
+    assert "cannot be judged" not in text
+    assert "softmax" not in text  # a model that mixes its maps: nothing was said about maps
+    (caveat,) = answer.caveats
+    assert "no sample" in caveat
+
+
+def test_what_the_weights_have_lost_is_said_first():
+    answer = judge(of_weights(rank=0.4))
+    assert (answer.case, answer.collapsed) == ("weights-only", None)
+    assert answer.rules[0] == "weights-lost-rank"
+    assert answer.sentences[0].startswith("Weights: training has left the weight matrices of a block fewer directions")
+    assert "0.400, below 0.5, block 0" in answer.sentences[0]
+    assert "0.350 (untrained twin 0.500)" in answer.sentences[1]
+    assert judge(of_weights(alike=3.0)).rules[0] == "rows-more-alike"
+
+
+def test_one_metric_beside_the_weights_is_no_run_of_weights_alone(pictures):
+    entropy = cp.analyze(small_vit(), pictures, img_size=64, metrics=("attention-entropy",), gallery_images=0).metrics
+    assert judge(of_weights(**entropy)).case == "not-judged"
+
+
+def test_numbers_without_a_rule_are_said_to_be_that():
+    answer = judge(replace(of_weights(), metrics={"hyperspherical-energy": of_weights().metrics["weight-similarity"]}))
+    assert answer.sentences[0] == "There are numbers here and no verdict on them: no rule is about hyperspherical-energy."
+    bare = {
+        name: replace(r, nulls=Nulls({"untrained": None}, {}, {"untrained": "why"})) for name, r in of_weights().metrics.items()
+    }
+    answer = judge(replace(of_weights(), metrics=bare))
+    assert "weight-rank is held against the untrained twin, which was not measured (why)" in answer.sentences[0]
+    assert "effective rank over the full one 0.475;" in answer.sentences[1]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "first", "count"),
+    [
+        (("attention-entropy",), "No sign that the heads of a block attend to hardly more than one key each.", 3),
+        (("token-rank",), "There are numbers here and no verdict on them: token-rank is held against the untrained twin", 2),
+        (("head-similarity",), "There are numbers here and no verdict on them: no rule is about head-similarity.", 2),
+    ],
+)
+def test_what_was_not_asked_for_is_no_failure(pictures, metrics, first, count):
+    answer = judge(cp.analyze(small_vit(), pictures, img_size=64, metrics=metrics, gallery_images=0))
+    assert (answer.case, answer.collapsed) == ("not-judged", None)
+    assert answer.sentences[0].startswith(first)
+    assert len(answer.sentences) == len(answer.rules) == count
+    assert "not judged here: attention-similarity was not asked for" in answer.sentences[-1]
+    assert not any("Similarity between blocks" in text for text in answer.sentences)
+    if count == 3:
+        assert "; the rule holds " in answer.sentences[1]
+
+
+def test_many_rules_are_counted_and_few_are_named():
+    values = np.array([1.0, 0.5])
+    sure = Reading(("depth",), "made up", values=values, stderr=0 * values, ci95=np.stack([values, values], -1))
+    few = {"patch-diversity": sure}
+    many = {**few, "rank-residual": sure, "rank-residual@composite@all": sure}
+    bare = replace(of_weights(), data={"images": 4})
+    named, counted = (judge(replace(bare, metrics=metrics)) for metrics in (few, many))
+    assert named.sentences[0] == f"No sign that {BY_NAME['parallel-patches'].says}."
+    assert named.sentences[1].startswith(
+        "Mean absolute cosine between different patches after the last block: 0.500; the rule holds"
+    )
+    assert counted.sentences[0] == "No sign of collapse in what was measured: none of 3 rules about the tokens holds."
+    assert len(counted.sentences) == 2
+    wide = replace(sure, ci95=np.stack([values - 0.45, values + 0.45], -1))
+    unsure = judge(replace(bare, metrics={**many, "patch-diversity": wide}))
+    assert unsure.sentences[0].startswith("None of 3 rules about the tokens holds for certain; 1 cannot be told")
+
+
+def test_one_image_leaves_what_was_asked_for_open(pictures):
+    answer = judge(cp.analyze(small_vit(), pictures, img_size=64, limit=1, metrics=("patch-diversity",), gallery_images=0))
+    assert answer.sentences[0].startswith("It cannot be told from these images whether the patches of an image have become")
+    assert "patch-diversity" not in answer.rules
+    assert answer.caveat_rules == ("parallel-patches",)
 
 
 def test_spans():

@@ -235,10 +235,11 @@ def test_the_first_sentence_follows_from_its_rule(numbers, case, collapsed, rule
 
 def test_other_illnesses_are_said_where_maps_were_not_measured():
     answer = judge(depths("patch-diversity", 0.2))
-    assert (answer.case, answer.collapsed) == ("not-applicable", None)
-    assert answer.rules == ("shared", "parallel-patches")
-    assert answer.sentences[1].startswith("Tokens: the patches of an image have become nearly parallel")
-    assert "0.800, above 0.7" in answer.sentences[1]
+    assert (answer.case, answer.collapsed) == ("not-judged", None)
+    assert answer.rules == ("parallel-patches", "shared")
+    assert answer.sentences[0].startswith("Tokens: the patches of an image have become nearly parallel")
+    assert "0.800, above 0.7" in answer.sentences[0]
+    assert "not judged here: attention-similarity was not asked for" in answer.sentences[1]
 
 
 def test_a_threshold_itself_is_not_beyond_it():

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from collapse_probe.cli.main import main
@@ -13,10 +14,13 @@ from making import small_vit
 
 import collapse_probe as cp
 from collapse_probe.errors import DataError
+from collapse_probe.family_figures import family_figure
 from collapse_probe.findings import Findings
 from collapse_probe.matrices import NAMES
 from collapse_probe.sockets import METRICS
+from collapse_probe.verdict import judge
 from collapse_probe.vit import ViT, ViTSettings
+from collapse_probe.weight_curves import weights
 from collapse_probe.weight_metric import of_level
 
 MODEL = ["-m", "timm:vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32"]
@@ -61,6 +65,65 @@ def test_without_data_the_whole_folder_is_written(run):
         assert np.load("out/matrices.npz")[name] == pytest.approx(reading.values)
     page = Path("out/report.html").read_text(encoding="utf-8")
     assert 'id="weights"' in page
+
+
+def test_every_number_of_the_weights_is_in_blocks(run):
+    assert run("analyze", "--level", "weights", "--metric", "weight-similarity@depth", *MODEL, "-o", "out")[0] == 0
+    found, table = Findings.load("out"), pd.read_csv("out/blocks.csv")
+    assert table[["head", "stderr", "ci_low", "ci_high"]].isna().all(axis=None)
+    assert set(table.metric) == {f"{name}/{matrix}" for name in PLAIN for matrix in NAMES} | {"weight-similarity@depth"}
+    for name in PLAIN:
+        for m, matrix in enumerate(NAMES):
+            rows = table[table.metric == f"{name}/{matrix}"]
+            assert rows.block.tolist() == [0, 1, 2]
+            assert rows.value.tolist() == pytest.approx(found.matrix(name)[:, m].tolist())
+    across = table[table.metric == "weight-similarity@depth"]
+    assert across.block.tolist() == [1, 2]
+    assert across.value.tolist() == pytest.approx(np.diagonal(found.matrix("weight-similarity@depth"), -1).tolist())
+
+
+def test_the_twins_of_several_seeds_are_averaged_and_their_spread_is_kept():
+    options = {"pretrained": False, "img_size": 32, "model_kwargs": {"depth": 2, "embed_dim": 48, "num_heads": 3}}
+    name = "timm:vit_tiny_patch16_224"
+    given = {"metrics": ("weight-rank", "weight-similarity@depth"), **options}
+    found = cp.analyze(name, null_seeds=3, **given)
+    alone = [cp.analyze(name, seed=seed, null_images=0, **given) for seed in (1, 2, 3)]  # fresh weights of these seeds
+    for metric in given["metrics"]:
+        each = np.stack([other.matrix(metric) for other in alone])
+        nulls = found.metrics[metric].nulls
+        spread = nulls.spread["untrained_seeds"]
+        assert nulls.values["untrained"] == pytest.approx(each.mean(0), rel=1e-6)
+        assert spread["seeds"] == [1, 2, 3]
+        assert spread["sd"] == pytest.approx(each.std(0, ddof=1), rel=1e-4, abs=1e-9)
+        assert (spread["low"], spread["high"]) == (pytest.approx(each.min(0)), pytest.approx(each.max(0)))
+        assert (spread["sd"] > 0).any()
+    assert "untrained twins of the weights: fresh weights with seeds [1, 2, 3]" in found.run["notes"]
+    assert "mean of 3 untrained twins" in judge(found).sentences[1]
+    one = cp.analyze(name, **given)
+    assert "untrained_seeds" not in one.metrics["weight-rank"].nulls.spread
+    assert one.metrics["weight-rank"].nulls.values["untrained"] == pytest.approx(alone[0].matrix("weight-rank"))
+    none = cp.analyze(name, null_seeds=3, null_images=0, **given)
+    assert "no null images were asked for" in none.metrics["weight-rank"].nulls.reasons["untrained"]
+
+
+def test_both_figures_of_the_weights_draw_every_matrix_and_its_twin():
+    options = {"pretrained": False, "img_size": 32, "model_kwargs": {"depth": 2, "embed_dim": 48, "num_heads": 3}}
+    found = cp.analyze("timm:vit_tiny_patch16_224", metrics=("weight-rank", "weight-rank@stable"), **options)
+    own, family = weights(found), family_figure(found, ["weight-rank@stable"])
+    full = np.asarray(found.metrics["weight-rank"].settings["full_rank"])
+    for figure, name, scale in ((own, "weight-rank", full), (family, "weight-rank@stable", 1.0)):
+        (axes,) = figure.axes
+        drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
+        dashed = [line.get_ydata() for line in axes.lines if line.get_label() == "_"]
+        values, fresh = found.matrix(name) / scale, found.metrics[name].nulls.values["untrained"] / scale
+        for m, matrix in enumerate(NAMES):
+            assert drawn[matrix] == pytest.approx(values[:, m])
+            assert dashed[m] == pytest.approx(fresh[:, m])
+        assert "untrained twin" in drawn
+        low, high = axes.get_ylim()
+        assert low <= 0
+        assert high > max(values.max(), fresh.max())
+    assert judge(found).sentences[0] == "The model is untrained, and no rule about the weights holds."
 
 
 def test_the_numbers_are_those_of_the_models_own_matrices(run):

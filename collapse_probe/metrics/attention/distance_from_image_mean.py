@@ -15,7 +15,7 @@ from collapse_probe.head_means import block_by_head
 from collapse_probe.measure import Array, Metric, Need, no_token_maps
 from collapse_probe.nulls import untrained_only
 from collapse_probe.sockets import METRICS
-from collapse_probe.statistics import interval
+from collapse_probe.statistics import interval, jackknife
 from collapse_probe.sums import GROUPS, Fold, group_of
 from collapse_probe.trace import MapTile, Plan, Trace
 
@@ -107,16 +107,6 @@ def _add(tile: MapTile, maps_hLRC: Tensor, sample: list[int], total: Tensor, squ
         rows = rows.to(total.device).double()
         total[tile.heads, :, places[0] : places[-1] + 1] += rows
         squares[tile.positions, tile.heads] += rows.square().sum((-1, -2)).transpose(0, 1)
-
-
-def jackknife(left_out: Array) -> tuple[Array, int]:
-    """Standard error of a statistic from its values without one group each, [groups, ...] -> [...], and the groups used."""
-    used = np.isfinite(left_out).reshape(len(left_out), -1).any(1)
-    kept = left_out[used]
-    n = len(kept)
-    if n < 2:
-        return np.full(left_out.shape[1:], np.nan), n
-    return np.sqrt((n - 1) / n * np.square(kept - kept.mean(0)).sum(0)), n
 
 
 class DistanceFromImageMean(Metric):

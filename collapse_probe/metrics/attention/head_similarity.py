@@ -50,7 +50,7 @@ class HeadSimilarity(Metric):
         """The diagonal of the wrong-head agreement."""
         fold = folds["agreement"]
         mean, stderr, n = (np.diagonal(a).copy() for a in fold.mean("other_head"))
-        token = np.diagonal(fold.mean("other_both")[0]).copy()
+        token, token_error, _ = (np.diagonal(a).copy() for a in fold.mean("other_both"))
         values: dict[str, Array | None] = {
             "untrained": None,
             "other_token": token,
@@ -59,7 +59,8 @@ class HeadSimilarity(Metric):
             "kappa": kappa(mean, token),
         }
         reasons = {"other_head": "the metric itself compares heads"}
-        nulls = finished(values, reasons, int(n.max(initial=0)), None)
+        intervals = {"other_token": interval(token, token_error, n)}
+        nulls = finished(values, reasons, int(n.max(initial=0)), None, intervals)
         return self.reading(mean, stderr=stderr, ci95=interval(mean, stderr, n), point=self.settings["point"], nulls=nulls)
 
     def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:

@@ -17,7 +17,7 @@ from collapse_probe.findings import Reading
 from collapse_probe.measure import Array, Metric, Need, no_token_maps
 from collapse_probe.nulls import untrained_only
 from collapse_probe.sockets import METRICS
-from collapse_probe.statistics import bootstrap, interval
+from collapse_probe.statistics import count_bounds, interval, mean_parts, parts_stderr
 from collapse_probe.sums import Means
 from collapse_probe.trace import MapTile, Plan, Trace
 
@@ -185,8 +185,9 @@ class SimilarityRatio(Metric):
             f"{self.settings['point']}, whose mean cosine with the same {self.settings['axis']} of the {self.choice.k} nearest "
             f"block(s) {sides} is {above}; per image, then averaged over images. DeepViT (arXiv 2103.11886, Fig. 3a) leaves "
             "number, side and threshold open: these are our readings. settings.similar_blocks counts the blocks with a ratio "
-            f"above {SIMILAR_ABOVE}, and settings.sensitivity that count under every other choice. With the mean as threshold "
-            "maps that are alike or not by chance give about one half."
+            f"above {SIMILAR_ABOVE} (interval: from those surely above it to those not surely below it, by one-sided t bounds "
+            "at 5 % over the number of blocks), and settings.sensitivity that count under every other choice. With the mean as "
+            "threshold maps that are alike or not by chance give about one half."
         )
 
     def needs(self) -> dict[str, Need]:
@@ -202,7 +203,7 @@ class SimilarityRatio(Metric):
         settings = {
             **self.settings,
             "ratio_above": SIMILAR_ABOVE,
-            "similar_blocks": {"value": float(count_similar(ratios)), "ci95": _count_interval(ratios)},
+            "similar_blocks": {"value": float(count_similar(ratios)), "ci95": count_interval(ratios)},
             "sensitivity": sensitivity(mean),
         }
         facts = {"stderr": stderr[at], "ci95": interval(mean[at], stderr[at], n[at])}
@@ -225,14 +226,12 @@ def _exceeds(ratios: Array, above: float) -> NDArray[np.bool_]:
     return np.asarray(ratios - above > ROUNDING)
 
 
-def _count_interval(ratios: Array) -> list[float] | None:
-    """Bootstrap interval over images of the count; None with one image."""
-    images = ratios.shape[-1]
-    if images < 2:
-        return None
-    _, bounds = bootstrap(lambda chosen: count_similar(ratios[:, chosen]), images)
+def count_interval(ratios: Array) -> list[float] | None:
+    """The interval of the count over images, from the ratios [blocks, images]; None with one image."""
+    means, parts, defined = mean_parts(ratios.T)
+    bounds = count_bounds(means, parts_stderr(parts, defined.sum(0)), defined.sum(0), SIMILAR_ABOVE + ROUNDING)
     found: list[float] = bounds.tolist()
-    return found
+    return found if np.isfinite(bounds).all() else None
 
 
 METRICS.add(SimilarityRatio.name, SimilarityRatio)

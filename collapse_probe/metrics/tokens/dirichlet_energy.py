@@ -83,7 +83,8 @@ class DirichletEnergy(DepthMetric):
         edges = {"grid": "patches above or beside one another", "complete": "every two tokens"}[self.settings["graph"]]
         formula = {
             "relative": "Σ_edges ‖x_i − x_j‖² / Σ_i deg_i ‖x_i‖² (0 … 2; 1 where neighbours have nothing in common)",
-            "raw": "1/N Σ_i Σ_{j neighbour of i} ‖x_i − x_j‖² (Rusch et al., arXiv 2303.10993), not divided by any norm",
+            "raw": "1/N Σ_i Σ_{j neighbour of i} ‖x_i − x_j‖², not divided by any norm (Rusch, Bronstein & Mishra, A Survey on "
+            "Oversmoothing in Graph Neural Networks, arXiv 2303.10993, whose measure is the root of it)",
         }[self.wanted]
         return f"{formula}; the edges join {edges}; over {self.which_tokens()}. 0: neighbours are equal."
 
