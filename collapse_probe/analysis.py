@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from collapse_probe.capture import probe
-from collapse_probe.data import Batch, ImageSet, batches, from_loader, open_data
+from collapse_probe.data import Batch, ImageSet, batches, from_loader, open_data, seeded_order
 from collapse_probe.devices import budget_line, choose_device, device_name, peak_memory, tile_bytes
 from collapse_probe.errors import DataError, ModelError, SettingError
 from collapse_probe.facts import address_of, data_facts, model_facts
@@ -25,13 +25,14 @@ from collapse_probe.measure import Metric, make
 from collapse_probe.nulls import with_twins, with_untrained
 from collapse_probe.one_pass import Outputs, Progress, Run, image_table, one_pass, reading_of
 from collapse_probe.outcomes import judged
-from collapse_probe.overlay import gallery_of, spread_out
+from collapse_probe.overlay import gallery_of
 from collapse_probe.preset import records as preset_records
 from collapse_probe.preset import with_presets
 from collapse_probe.processes import rank_and_world
 from collapse_probe.provenance import versions
+from collapse_probe.showing import thumbnails, wanted
 from collapse_probe.sources import resolve
-from collapse_probe.stopping import FEWEST, Stopper, placed, shuffled
+from collapse_probe.stopping import Stopper
 from collapse_probe.subject import Subject
 from collapse_probe.summary import summarise
 from collapse_probe.sureness import against_seeds, bounds_of, sureness
@@ -163,10 +164,11 @@ def measure(
     if heard:
         say(budget_line(plan, device))
         images = _needed(images, heard)
-        stream, wanted = _stream(images, subject, settings), _wanted(images, settings)
+        stream, early = _stream(images, subject, settings, heard), None if settings.until_ci is None else settings.seed
+        chosen = wanted(images, settings.gallery_images, early)
         stopper = None if settings.until_ci is None else Stopper(settings.until_ci, heard, _heads(plan))
         hearers: dict[str, Any] = {"progress": progress, "outputs": outputs, "stopper": stopper}
-        run = one_pass(model, plan, heard, stream, device, amp=settings.amp_as, wanted=wanted, **hearers)
+        run = one_pass(model, plan, heard, stream, device, amp=settings.amp_as, wanted=chosen, **hearers)
         if not run.names:
             raise DataError(f"no readable image in {address_of(images)}{_why(run.skipped)}")
         readings = {name: reading_of(metric, run) for name, metric in heard.items()}
@@ -197,6 +199,7 @@ def measure(
         "notes": [*subject.notes, *plan.notes, *notes, *weights.notes],
     }
     table, summary = image_table(heard, run), summarise(readings, len(run.names)) | summary_of(weights.readings)
+    sure = sureness(table, readings, heads=_heads(plan), images=images, labels=run.labels, seed=settings.seed)
     found = Findings(
         model=model_facts(subject, plan),
         data=data_facts(images, run.names, run.skipped),
@@ -206,7 +209,8 @@ def measure(
         images=table,
         gallery=gallery_of(run.pictures, run.names, plan, subject.preprocess.description),
         presets=preset_records(settings.presets),
-        sureness=sureness(table, readings, heads=_heads(plan), images=images, labels=run.labels, seed=settings.seed),
+        thumbnails=thumbnails(sure["extremes"], images, subject.preprocess) if settings.gallery_images else {},
+        sureness=sure,
     )
     return judged(found)
 
@@ -231,15 +235,16 @@ def _subject(model: str | nn.Module | Subject, options: dict[str, Any], seed: in
     return resolve(model, seed=seed, **options)
 
 
-def _stream(images: ImageSet | Iterable[Any], subject: Subject, settings: Settings) -> Iterator[Batch]:
+def _stream(
+    images: ImageSet | Iterable[Any], subject: Subject, settings: Settings, metrics: Mapping[str, Metric]
+) -> Iterator[Batch]:
     if not isinstance(images, ImageSet):
         return from_loader(images)
     rank, world = rank_and_world()
+    drawn = settings.until_ci is not None or not all(metric.any_order for metric in metrics.values())
+    order = seeded_order(images, settings.seed) if drawn else None
     facts: dict[str, Any] = {"batch_size": settings.batch_size, "workers": settings.workers, "rank": rank, "world": world}
-    if settings.until_ci is None:
-        return batches(images, subject.preprocess, **facts)
-    drawn, order = shuffled(images, settings.seed)
-    return placed(batches(drawn, subject.preprocess, **facts), order)
+    return batches(images, subject.preprocess, order=order, **facts)
 
 
 def _against_twin(
@@ -262,7 +267,7 @@ def _against_twin(
         say(f"measuring the untrained twin on {len(few)} images")
         plan = probe(twin, subject.preprocess.size, seed=settings.seed)
         metrics = chosen_metrics(plan, list(readings))
-        run = one_pass(twin, plan, metrics, _stream(few, subject, settings), device, amp=settings.amp_as)
+        run = one_pass(twin, plan, metrics, _stream(few, subject, settings, metrics), device, amp=settings.amp_as)
         twins[seed] = {name: reading_of(metric, run) for name, metric in metrics.items()}
     which = f"twin: fresh weights with seed {seed}" if len(twins) == 1 else f"twins: fresh weights with seeds {[*twins]}"
     found = {name: with_twins(r, {s: t[name] for s, t in twins.items()}, len(run.names)) for name, r in readings.items()}
@@ -283,13 +288,6 @@ def _twin(subject: Subject, images: ImageSet | Iterable[Any], settings: Settings
     if subject.fresh is None:
         raise ModelError("the model came as an object, and its architecture cannot be made anew")
     return subject.fresh(seed)
-
-
-def _wanted(images: ImageSet | Iterable[Any], settings: Settings) -> frozenset[str]:
-    if isinstance(images, ImageSet):
-        sure = images.names if settings.until_ci is None else shuffled(images, settings.seed)[0].names[:FEWEST]
-        return spread_out(sure, settings.gallery_images)
-    return frozenset(str(i) for i in range(settings.gallery_images))
 
 
 def _why(skipped: Sequence[tuple[str, str]]) -> str:

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from collapse_probe.extremes import pictured
@@ -52,7 +50,7 @@ class BothEnds:
 def both_ends(findings: Findings) -> BothEnds | None:
     """The images at the two ends that have a picture; None where the findings hold none."""
     chosen = pictured(findings.sureness.get("extremes") or {})
-    if chosen is None or not _kept(findings):
+    if chosen is None or not findings.thumbnails:
         return None
     name, entry = chosen
     titles = zip(("highest", "lowest"), sides(entry), strict=True)
@@ -61,15 +59,10 @@ def both_ends(findings: Findings) -> BothEnds | None:
     return BothEnds(words[:1].upper() + words[1:], ends, number(entry["median"]), int(entry["images"]))
 
 
-def _kept(findings: Findings) -> Mapping[str, NDArray[np.uint8]]:
-    """The small pictures that the findings keep, by name; findings of before keep none."""
-    return vars(findings).get("thumbnails") or {}
-
-
 def _shown(findings: Findings, listed: Sequence[Mapping[str, Any]]) -> tuple[Shown, ...]:
     found = []
     for image in listed:
-        pixels = _kept(findings).get(str(image["name"]))
+        pixels = findings.thumbnails.get(str(image["name"]))
         if pixels is None:
             continue
         buffer = io.BytesIO()

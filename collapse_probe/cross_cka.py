@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from collapse_probe.capture import listen, probe
-from collapse_probe.data import Batch, ImageSet, batches, from_loader
+from collapse_probe.data import Batch, ImageSet, batches, from_loader, seeded_order
 from collapse_probe.devices import autocast, choose_device, micro_batch
 from collapse_probe.errors import DataError, SettingError
 from collapse_probe.findings import Reading
@@ -26,8 +26,9 @@ DEFINITION = (
     "to one vector an image: the unbiased HSIC₁ averaged over minibatches of the same images (one of n weighs n), then "
     "HSIC(a, b)/√(HSIC(a, a)·HSIC(b, b)) (arXiv 2010.15327), in float64. Each model sees an image through its own "
     "preprocessing. Depth 0 enters the first block. Negative values are possible: the estimate is unbiased. settings.minibatch "
-    f"is the images in one; they are put together by their place in the data (the same remainder by {STRIDE}), not by the "
-    "run's batches. The standard error is a jackknife over groups of minibatches."
+    f"is the images in one; they are put together by their place (the same remainder by {STRIDE}) in a random order of the "
+    "data, or in that of a caller's loader, not by the run's batches. The standard error is a jackknife over groups of "
+    "minibatches."
 )
 
 
@@ -47,7 +48,8 @@ def cross_cka(
 
     `values` [depths of the first, depths of the second], −1 … 1 and a little beyond (the estimate is unbiased), 1 for features
     that are equal up to rotation, shift and scale; NaN where a depth has no patches. `images` as `analyze` takes them (an
-    iterable's pixels go to both models as they are); `limit` is a seeded subset of an ImageSet. `amp` is a dtype of autocast.
+    iterable's pixels go to both models as they are, in its order); an ImageSet is read in a random order that follows from the
+    seed, and `limit` is a seeded subset of it. `amp` is a dtype of autocast.
     Raises DataError for fewer than four images, SettingError for a limit of an iterable, CaptureError where a model cannot be
     heard.
     """
@@ -59,7 +61,7 @@ def cross_cka(
     models = [subject.model.to(place) for subject in subjects]
     plans = [probe(model, subject.preprocess.size, seed=seed) for model, subject in zip(models, subjects, strict=True)]
     fold = MinibatchHSIC(sum(len(plan.taps) for plan in plans), minibatch_for(sum(map(_length, plans)))).to(place)
-    streams = _streams(images, (first.preprocess, second.preprocess), batch_size, workers)
+    streams = _streams(images, (first.preprocess, second.preprocess), batch_size, workers, seed)
     step = min(micro_batch(plan, place) for plan in plans)
     seen = 0
     with torch.no_grad():
@@ -94,13 +96,14 @@ def _length(plan: Plan) -> int:
 
 
 def _streams(
-    images: ImageSet | Iterable[Any], prepared: tuple[Preprocess, Preprocess], batch_size: int, workers: int
+    images: ImageSet | Iterable[Any], prepared: tuple[Preprocess, Preprocess], batch_size: int, workers: int, seed: int
 ) -> tuple[Iterator[Batch], Iterator[Batch]]:
     if not isinstance(images, ImageSet):
         one, other = tee(from_loader(images))
         return one, other
     rank, world = rank_and_world()
-    each = [batches(images, p, batch_size=batch_size, workers=workers, rank=rank, world=world) for p in prepared]
+    facts: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "order": seeded_order(images, seed)}
+    each = [batches(images, p, rank=rank, world=world, **facts) for p in prepared]
     return each[0], each[1]
 
 

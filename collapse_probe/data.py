@@ -157,8 +157,11 @@ def batches(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
+    order: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Read the set in order, every picture once; process `rank` of `world` takes rank, rank + world, ….
+    """Read the set in order, or in the `order` of these places, every picture once.
+
+    Process `rank` of `world` takes the pictures rank, rank + world, … of that order.
 
     Nothing is padded or repeated, so processes may get different numbers of pictures. One that cannot be
     read (damaged, empty, a decompression bomb) is in the batch's `skipped` instead of its rows. `workers` are
@@ -171,11 +174,17 @@ def batches(
         raise SettingError(f"the batch size must be at least 1, not {batch_size}")
     if workers < 0 or not 0 <= rank < world:
         raise SettingError(f"expected workers ≥ 0 and 0 ≤ rank < world, not {workers}, {rank}, {world}")
-    return _batches(images, preprocess, batch_size, workers, range(rank, len(images), world), alone=world == 1)
+    mine = (range(len(images)) if order is None else order)[rank::world]
+    return _batches(images, preprocess, batch_size, workers, mine, alone=world == 1)
+
+
+def seeded_order(images: ImageSet, seed: int) -> tuple[int, ...]:
+    """The places of all pictures in a random order that follows from the seed and their number."""
+    return tuple(np.random.default_rng(seed).permutation(len(images)).tolist())
 
 
 def _batches(
-    images: ImageSet, preprocess: Preprocess, batch_size: int, workers: int, mine: range, alone: bool
+    images: ImageSet, preprocess: Preprocess, batch_size: int, workers: int, mine: Sequence[int], alone: bool
 ) -> Iterator[Batch]:
     collate = functools.partial(_collate, images.names, images.labels, preprocess.size)
     prepared = _Prepared(images, preprocess.transform)
@@ -191,7 +200,7 @@ def _batches(
 
 
 def _loaded(
-    prepared: _Prepared, collate: Callable[[Any], Batch], batch_size: int, workers: int, mine: range
+    prepared: _Prepared, collate: Callable[[Any], Batch], batch_size: int, workers: int, mine: Sequence[int]
 ) -> Iterator[Batch]:
     generator = torch.Generator()  # DataLoader would draw its workers' seed from the global one
     with warnings.catch_warnings():

@@ -25,6 +25,7 @@ __all__ = ["CSV_COLUMNS", "SCHEMA", "Array", "Findings", "Gallery", "Nulls", "Re
 class Findings:
     """What one run found. `images` maps "names" and each metric's name to per-image arrays, first axis images.
 
+    `thumbnails` are small pictures, uint8 [height, width, 3] by image name, of those at both ends of the headline number.
     `presets` holds the record of every preset by name, `verdict` how each rule came out in turn; `sureness`: see there.
     """
 
@@ -35,6 +36,7 @@ class Findings:
     summary: Mapping[str, float | int | None]
     images: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     gallery: Gallery | None = None
+    thumbnails: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
     presets: Mapping[str, Any] = field(default_factory=dict)
     sureness: Mapping[str, Any] = field(default_factory=dict)
     verdict: Sequence[Mapping[str, Any]] = ()
@@ -84,8 +86,7 @@ class Findings:
         self.blocks.to_csv(inside / "blocks.csv", index=False)
         np.savez_compressed(inside / "matrices.npz", **storing.arrays_of(self.metrics))  # type: ignore[arg-type]
         np.savez_compressed(inside / "images.npz", **dict(self.images))  # type: ignore[arg-type]
-        if self.gallery is not None:
-            storing.write_gallery(inside / "gallery.npz", self.gallery)
+        storing.write_gallery(inside / "gallery.npz", self.gallery, self.thumbnails)
 
     @classmethod
     def load(cls, folder: str | Path) -> Findings:
@@ -100,6 +101,7 @@ class Findings:
             summary=content["summary"],
             images=storing.load_images(folder / "images.npz"),
             gallery=storing.load_gallery(folder / "gallery.npz"),
+            thumbnails=storing.load_thumbnails(folder / "gallery.npz"),
             presets=content.get("presets", {}),
             sureness=content.get("sureness", {}),
             verdict=content.get("verdict", ()),

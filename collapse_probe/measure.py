@@ -24,7 +24,9 @@ class Metric(ABC):
     """One metric with its settings, for one model's plan.
 
     A child states its nature in class attributes, says which folds it needs (equal keys are shared between the metrics
-    of a run) and reads a `Reading` off them. `variants` maps a suffix such as `row` to the settings that it changes.
+    of a run) and reads a `Reading` off them. `variants` maps a suffix such as `row` to the settings that it changes. A metric
+    whose number depends on which images come near one another (minibatches) says that not `any_order` will do: a run then
+    reads the images in a random order.
     """
 
     name: ClassVar[str]
@@ -33,6 +35,7 @@ class Metric(ABC):
     collapsed: ClassVar[str | None] = None
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     defaults: ClassVar[Mapping[str, Any]] = {}
+    any_order: ClassVar[bool] = True
 
     def __init__(self, plan: Plan, **settings: Any) -> None:
         self.plan = plan

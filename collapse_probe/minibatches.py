@@ -15,13 +15,13 @@ from collapse_probe.statistics import interval, jackknife
 from collapse_probe.sums import GROUPS, Array, Fold
 
 STRIDE = 4
-"""An image is kept for a minibatch with those whose place in the data differs by a multiple of this."""
+"""An image is kept for a minibatch with those whose place in the reading order differs by a multiple of this."""
 MINIBATCH, SMALL_MINIBATCH = 16, 8
 OPEN_BYTES = 512 * 2**20
 Features = list[Tensor | None]
 """One image's vector in each view."""
 Kept = tuple[int, Features]
-"""An image's place in the data and its features."""
+"""An image's place in the reading order and its features."""
 
 
 def minibatch_for(length: int) -> int:
@@ -32,11 +32,11 @@ def minibatch_for(length: int) -> int:
 class MinibatchHSIC(Fold):
     """HSIC₁ between any two of V views of the same images (depths of a model, or of two), summed over minibatches.
 
-    The minibatch of an image follows from its place in the data alone: the images whose places leave the same remainder by
-    `STRIDE` fill one minibatch after the other, and those that fill none are shared out in their order at the end. So one
-    process finds what two or four do, whatever the batch size (where all images can be read: the place counts those that were).
-    W processes group by the least common multiple of `STRIDE` and W, which gives another unbiased estimate from the same
-    images: it differs by about the standard error. A minibatch of n images weighs n. Besides the sums no more than
+    The minibatch of an image follows from its place in the reading order alone: the images whose places leave the same
+    remainder by `STRIDE` fill one minibatch after the other, and those that fill none are shared out in their order at the end.
+    So one process finds what two or four do, whatever the batch size (where all images can be read: the place counts those
+    that were). W processes group by the least common multiple of `STRIDE` and W, which gives another unbiased estimate from
+    the same images: it differs by about the standard error. A minibatch of n images weighs n. Besides the sums no more than
     STRIDE·(size − 1) images' features are kept.
     """
 

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from collapse_probe.data import ImageSet
+from collapse_probe.data import ImageSet, seeded_order
 from collapse_probe.extremes import pictured
 from collapse_probe.overlay import as_seen, spread_out
 from collapse_probe.processes import rank_and_world
-from collapse_probe.stopping import FEWEST, shuffled
+from collapse_probe.stopping import FEWEST
 from collapse_probe.subject import Preprocess
 
 Pixels = NDArray[np.uint8]
@@ -23,7 +23,8 @@ LONGEST = 144  # pixels of a thumbnail's longer side
 def wanted(images: ImageSet | Iterable[Any], count: int, seed: int | None) -> frozenset[str]:
     """The names of `count` images for the gallery; with a seed, of those that a run which may stop early reads in any case."""
     if isinstance(images, ImageSet):
-        return spread_out(images.names if seed is None else shuffled(images, seed)[0].names[:FEWEST], count)
+        order = range(len(images)) if seed is None else seeded_order(images, seed)[:FEWEST]
+        return spread_out([images.names[i] for i in order], count)
     return frozenset(str(i) for i in range(count))
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL.Image import Image
 
-from collapse_probe.data import Batch, ImageSet
 from collapse_probe.errors import SettingError
 from collapse_probe.headlines import DIVERSITY, ENTROPY, SIMILARITY, Array, Kept, kept_of
-from collapse_probe.pictures import Pictures
 from collapse_probe.processes import gathered
 
 FEWEST = 32
@@ -21,30 +17,6 @@ FEWEST = 32
 WATCHED = (SIMILARITY, DIVERSITY, ENTROPY)
 """The metrics that headline means are read off."""
 CAUTION = "looking at the intervals after every batch and stopping at a narrow one makes them slightly too narrow"
-
-
-@dataclass(frozen=True)
-class _Shuffled:
-    images: ImageSet
-    order: tuple[int, ...]
-
-    def __call__(self, index: int) -> Image:
-        return self.images[self.order[index]]
-
-
-def shuffled(images: ImageSet, seed: int) -> tuple[ImageSet, tuple[int, ...]]:
-    """The set in a seeded random order, and the place in the original of each of its pictures."""
-    order = tuple(np.random.default_rng(seed).permutation(len(images)).tolist())
-    labels = None if images.labels is None else tuple(images.labels[i] for i in order)
-    names = tuple(images.names[i] for i in order)
-    pictures = Pictures(names, _Shuffled(images, order), labels, images.class_names, images.bundled)
-    return ImageSet(images.address, pictures), order
-
-
-def placed(stream: Iterator[Batch], order: tuple[int, ...]) -> Iterator[Batch]:
-    """Batches of a shuffled set whose indices are the places in the original set."""
-    for batch in stream:
-        yield replace(batch, indices=tuple(order[i] for i in batch.indices))
 
 
 class Stopper:

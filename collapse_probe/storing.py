@@ -154,36 +154,42 @@ def _cell(whole: Whole, at: tuple[int, ...]) -> list[float]:
 
 
 def load_images(path: Path) -> dict[str, NDArray[Any]]:
-    """The content of images.npz; empty where there is no such file."""
+    """The content of an npz file; empty where there is no such file."""
     if not path.exists():
         return {}
     with np.load(path, allow_pickle=False) as stored:
         return {key: stored[key] for key in stored.files}
 
 
-def write_gallery(path: Path, gallery: Gallery) -> None:
-    """Write gallery.npz, the maps in float32."""
-    rollouts = gallery.rollouts
-    kept: dict[str, Any] = {} if rollouts is None else {"rollouts": rollouts.astype(np.float32)}
-    np.savez_compressed(
-        path,
-        names=np.array(gallery.names, dtype=np.str_),
-        pictures=gallery.pictures,
-        maps=gallery.maps.astype(np.float32),
-        query=np.array(gallery.query),
-        **kept,
-    )
+def write_gallery(path: Path, gallery: Gallery | None, thumbnails: Mapping[str, NDArray[np.uint8]]) -> None:
+    """Write gallery.npz, the maps in float32, the thumbnails (all of one size) in one array; no file where there is neither."""
+    kept: dict[str, Any] = {}
+    if thumbnails:
+        kept["thumbnail_names"] = np.array(list(thumbnails), dtype=np.str_)
+        kept["thumbnails"] = np.stack(list(thumbnails.values()))
+    if gallery is not None:
+        kept |= {"names": np.array(gallery.names, dtype=np.str_), "query": np.array(gallery.query)}
+        kept |= {"pictures": gallery.pictures, "maps": gallery.maps.astype(np.float32)}
+        kept |= {} if gallery.rollouts is None else {"rollouts": gallery.rollouts.astype(np.float32)}
+    if kept:
+        np.savez_compressed(path, **kept)
 
 
 def load_gallery(path: Path) -> Gallery | None:
-    """The gallery back out of gallery.npz; None where there is no such file."""
-    if not path.exists():
+    """The gallery back out of gallery.npz; None where there is no such file, or no gallery in it."""
+    stored = load_images(path)
+    if "maps" not in stored:
         return None
-    with np.load(path, allow_pickle=False) as stored:
-        return Gallery(
-            names=tuple(str(name) for name in stored["names"]),
-            pictures=stored["pictures"],
-            maps=stored["maps"].astype(np.float64),
-            query=str(stored["query"]),
-            rollouts=stored["rollouts"].astype(np.float64) if "rollouts" in stored.files else None,
-        )
+    return Gallery(
+        names=tuple(str(name) for name in stored["names"]),
+        pictures=stored["pictures"],
+        maps=stored["maps"].astype(np.float64),
+        query=str(stored["query"]),
+        rollouts=stored["rollouts"].astype(np.float64) if "rollouts" in stored else None,
+    )
+
+
+def load_thumbnails(path: Path) -> dict[str, NDArray[np.uint8]]:
+    """The thumbnails out of gallery.npz by name; empty where it holds none."""
+    stored = load_images(path)
+    return dict(zip(map(str, stored.get("thumbnail_names", ())), stored.get("thumbnails", ()), strict=True))

@@ -13,11 +13,12 @@ import pytest
 import torch
 from collapse_probe.cli.main import main
 from making import photographs, small_vit
+from PIL import Image
 
 from collapse_probe.analysis import analyze
 from collapse_probe.comparison import Comparison, compare
 from collapse_probe.cross_cka import cross_cka
-from collapse_probe.data import open_data
+from collapse_probe.data import batches, open_data, seeded_order
 from collapse_probe.errors import DataError, SettingError
 from collapse_probe.findings import Findings
 from collapse_probe.sources import resolve
@@ -144,3 +145,31 @@ def test_two_processes_find_what_one_does(tmp_path):
             mine, other = (np.array(found[name][part], dtype=float) for found in (one, two))
             assert other == pytest.approx(mine, rel=1e-5, abs=1e-6, nan_ok=True), (name, part)
     assert two["token-norm@outliers"]["settings"]["outlier_map"] == one["token-norm@outliers"]["settings"]["outlier_map"]
+
+
+@pytest.fixture(scope="module")
+def by_class(tmp_path_factory):
+    """Class folders of 128 pictures, dark ones first: in order, the first four minibatches would hold dark ones alone."""
+    root = tmp_path_factory.mktemp("by class")
+    for i in range(128):
+        folder = root / ("a_dark" if i < 64 else "b_bright")
+        folder.mkdir(exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 256, (40, 40, 3))
+        Image.fromarray((noise * (0.1 if i < 64 else 1.0)).astype(np.uint8)).save(folder / f"{i:03d}.png")
+    return str(root)
+
+
+def test_minibatches_are_drawn_from_all_classes_of_a_folder_sorted_by_class(by_class):
+    one, two, seed = subject(), subject(1), 5
+    images = open_data(by_class)
+    batch = next(batches(images, one.preprocess, batch_size=128))
+    order = list(seeded_order(images, seed))
+    facts = {"metrics": ("layer-cka",), "null_images": 0, "device": "cpu", "seed": seed}
+    found, drawn, in_order = (
+        analyze(one, data, **facts).metrics["layer-cka"] for data in (by_class, [batch.pixels[order]], [batch.pixels])
+    )
+    assert found.settings["minibatches"] == 8
+    assert found.values == pytest.approx(drawn.values, abs=1e-9)
+    assert np.abs(found.values - in_order.values).max() > 1e-3
+    across, across_drawn = (cross_cka(one, two, data, device="cpu", seed=seed) for data in (images, [batch.pixels[order]]))
+    assert across.values == pytest.approx(across_drawn.values, abs=1e-9)

@@ -88,8 +88,7 @@ def test_images_at_both_ends_are_named_and_the_collapsed_end_is_said():
 def with_thumbnails(findings, names):
     """The findings with a small picture of one colour for each of `names`."""
     pictures = {name: np.full((12, 20, 3), 40 * at, dtype=np.uint8) for at, name in enumerate(names)}
-    object.__setattr__(findings, "thumbnails", pictures)
-    return findings
+    return replace(findings, thumbnails=pictures)
 
 
 def two_ends(collapsed="high", highest=("a/<b>.png", "b"), lowest=("c", "d")):

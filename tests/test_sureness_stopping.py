@@ -18,9 +18,9 @@ from scipy import stats
 
 import collapse_probe as cp
 from collapse_probe import stopping
-from collapse_probe.data import batches, open_data
+from collapse_probe.data import batches, open_data, seeded_order
 from collapse_probe.errors import SettingError
-from collapse_probe.stopping import FEWEST, Stopper, placed, shuffled
+from collapse_probe.stopping import FEWEST, Stopper
 from collapse_probe.subject import Preprocess
 
 TINY = {"pretrained": False, "img_size": 32, "model_kwargs": {"depth": 2, "embed_dim": 24, "num_heads": 3}, "device": "cpu"}
@@ -72,17 +72,20 @@ def sorted_folder(tmp_path_factory):
     return root
 
 
-def test_a_shuffled_set_reads_the_same_pictures_and_knows_their_places(sorted_folder):
+def test_a_random_order_reads_the_same_pictures_and_knows_their_places(sorted_folder):
     images = open_data(str(sorted_folder))
-    drawn, order = shuffled(images, 3)
+    order = seeded_order(images, 3)
     assert sorted(order) == list(range(70))
-    assert drawn.names == [images.names[i] for i in order] != images.names
-    assert drawn.labels == [images.labels[i] for i in order]
-    assert np.asarray(drawn[5]).tolist() == np.asarray(images[order[5]]).tolist()
-    assert shuffled(images, 3)[1] == order != shuffled(images, 4)[1]
-    prepare = Preprocess(lambda picture: torch.zeros(3, 8, 8), (8, 8), {})
-    first = next(placed(batches(drawn, prepare, batch_size=8), order))
-    assert [images.names[i] for i in first.indices] == list(first.names)
+    assert seeded_order(images, 3) == order != seeded_order(images, 4)
+    prepare = Preprocess(lambda picture: torch.full((3, 8, 8), float(np.asarray(picture).mean())), (8, 8), {})
+    straight = next(batches(images, prepare, batch_size=70)).pixels[:, 0, 0, 0]
+    found = [list(batches(images, prepare, batch_size=8, order=order, rank=rank, world=2)) for rank in (0, 1)]
+    for rank, part in enumerate(found):
+        indices = [i for batch in part for i in batch.indices]
+        assert indices == list(order[rank::2])
+        assert [name for batch in part for name in batch.names] == [images.names[i] for i in indices]
+        assert torch.cat([batch.labels for batch in part]).tolist() == [images.labels[i] for i in indices]
+        assert torch.equal(torch.cat([batch.pixels[:, 0, 0, 0] for batch in part]), straight[indices])
 
 
 def test_stopping_takes_images_at_random_and_says_so(sorted_folder):

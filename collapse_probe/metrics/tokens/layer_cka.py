@@ -39,6 +39,7 @@ class LayerCKA(Metric):
     collapsed = "high"
     defaults = {"prefix": False}  # noqa: RUF012
     variants = {"all": {"prefix": True}}  # noqa: RUF012
+    any_order = False
 
     def inapplicable(self) -> str:
         """The patches must be read somewhere."""
@@ -52,8 +53,9 @@ class LayerCKA(Metric):
             f"Linear CKA of {which} flattened to one vector an image, at two depths of the residual stream: the unbiased "
             "HSIC₁ averaged over minibatches of images (one of n weighs n), then HSIC(a, b)/√(HSIC(a, a)·HSIC(b, b)) (arXiv "
             "2010.15327), in float64. Negative values are possible: the estimate is unbiased. settings.minibatch is the images "
-            f"in one; they are put together by their place in the data (the same remainder by {STRIDE}), not by the run's "
-            "batches. One, two and four processes so find the same number to rounding; W processes group the images by the "
+            f"in one; they are put together by their place (the same remainder by {STRIDE}) in a random order of the data (in "
+            "a folder sorted by class neighbours are alike), or in that of a caller's loader, not by the run's batches. One, "
+            "two and four processes so find the same number to rounding; W processes group the images by the "
             f"least common multiple of {STRIDE} and W, which gives another estimate of the same number, within its 95 % "
             "interval 19 times in 20 (simulated). The standard error is a jackknife over groups of minibatches, NaN with one."
         )
