@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,10 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
     """What is timed, each a function of one batch."""
     plan = probe(model, (size, size))
     sets = {"analysis": chosen_metrics(plan, DEFAULT_METRICS), "everything": every_metric(plan)}
-    runs = {variant: Run(folds=folds_for(metrics, device)) for variant, metrics in sets.items()}
+
+    @cache
+    def run_of(variant: str) -> Run:
+        return Run(folds=folds_for(sets[variant], device))  # made when needed: the states of other variants take memory
 
     def plain(images: torch.Tensor) -> None:
         with torch.no_grad(), autocast(device, amp):
@@ -77,7 +80,8 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
                     model(part)
                 ears.take()
 
-    def measured(run: Run, images: torch.Tensor) -> None:
+    def measured(variant: str, images: torch.Tensor) -> None:
+        run = run_of(variant)
         with torch.no_grad():
             for part in images.split(micro_batch(plan, device, len(images))):
                 with listen(model, plan) as ears, autocast(device, amp):
@@ -87,15 +91,15 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
                 run.names += names
 
     def finish(variant: str) -> None:
-        run = runs[variant]
+        run = run_of(variant)
         run.records = {key: {n: [np.concatenate(v)] for n, v in found.items()} for key, found in run.records.items()}
         for fold in run.folds.values():
             fold.settle()
         for metric in sets[variant].values():
             reading_of(metric, run)
 
-    timed = {variant: partial(measured, run) for variant, run in runs.items()}
-    ends = {f"{variant} end": partial(finish, variant) for variant in runs}
+    timed = {variant: partial(measured, variant) for variant in sets}
+    ends = {f"{variant} end": partial(finish, variant) for variant in sets}
     return {"plain": plain, "plain again": plain, "capture": capture, **timed, **ends}
 
 
