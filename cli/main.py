@@ -61,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr)
     try:
         code = group.main(args=words, prog_name="collapse-probe", standalone_mode=False, obj=tuple(words))
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("interrupted; no output was written", err=True)
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        kept = str(error.__cause__ or error)  # click raises Abort from KeyboardInterrupt
+        click.echo(f"interrupted; {kept or 'no output was written'}", err=True)
         code = INTERRUPTED
     except click.ClickException as error:
         error.show()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from collapse_probe.errors import CollapseProbeError, ModelError, SettingError
 from collapse_probe.grafting import apply
+from collapse_probe.settings import read_settings
 from collapse_probe.sockets import FIXES
 from collapse_probe.vit import ViT, ViTSettings
 
@@ -141,14 +141,6 @@ def read_fix(text: str) -> tuple[str, dict[str, Any]]:
     ('re-attention', {'norm': 'layer'})
     """
     name, _, rest = text.partition(":")
-    settings: dict[str, Any] = {}
-    for word in filter(None, rest.split(",")):
-        key, equals, value = word.partition("=")
-        if not equals or not key.strip().isidentifier():
-            raise SettingError(f"{text!r}: expected NAME:SETTING=VALUE,…, came {word!r}")
-        try:
-            settings[key.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[key.strip()] = value
+    settings = read_settings(filter(None, rest.split(",")), text)
     FIXES[name].with_settings(settings)
     return name, settings

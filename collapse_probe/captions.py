@@ -14,6 +14,15 @@ class Caption:
     limits: str
 
 
+TESTED_PAIRS = Caption(
+    "",
+    "Below the diagonal a dot marks the pairs that are more alike than with the wrong tokens (q ≤ {level:g}: {test}, false "
+    "discoveries controlled over all pairs of blocks), here {significant} of {tested}.",
+    "A dot says that a pair agrees on more than chance would give, however little: how much, κ says. No dot is no proof of "
+    "κ = 0: more images find more pairs.",
+)
+"""What the dots on the κ panel add to the caption of a similarity whose pairs of blocks were tested."""
+
 CAPTIONS: dict[str, Caption] = {
     "attention-similarity": Caption(
         "How alike the attention maps of two blocks are",

@@ -14,7 +14,8 @@ from collapse_probe.contrast import CASES, answers
 from collapse_probe.contrast_figures import CAPTIONS, draw_all
 from collapse_probe.figures import save
 from collapse_probe.page import looked_at, paper, plate_of
-from collapse_probe.side_by_side import METHODS, Comparison
+from collapse_probe.side_by_side import METHODS, OF_WEIGHTS, Comparison
+from collapse_probe.unasked import weights_only
 from collapse_probe.words import plain
 
 PAGE = "report.html"
@@ -35,6 +36,7 @@ def render(comparison: Comparison, figures: Mapping[str, Figure] | None = None) 
     narrow = draw_all(comparison, narrow=True)
     first = comparison.subjects[comparison.first]
     pairs = comparison.pairs[-1:] if comparison.trajectory else comparison.pairs
+    bare = all(weights_only(findings) for findings in comparison.subjects.values())
     return paper(
         "comparison.html",
         labels=list(comparison.subjects),
@@ -46,8 +48,8 @@ def render(comparison: Comparison, figures: Mapping[str, Figure] | None = None) 
             plate_of(name, figure, narrow.get(name), CAPTIONS.get(name, Caption(name, "", "")))
             for name, figure in figures.items()
         ],
-        pairs=[(pair, tables.paired(pair), tables.agreement(pair)) for pair in pairs],
-        methods=METHODS,
+        pairs=[(pair, tables.paired(pair), tables.agreement(pair, comparison)) for pair in pairs],
+        methods={name: METHODS[name] for name in OF_WEIGHTS} if bare else METHODS,
         run=[(key.replace("_", " "), plain(value)) for key, value in comparison.run.items()],
         provenance=[(label, provenance(findings)) for label, findings in comparison.subjects.items()],
     )

@@ -11,12 +11,13 @@ import numpy as np
 from collapse_probe import sentences as say
 from collapse_probe.counting import KAPPA
 from collapse_probe.findings import Findings
+from collapse_probe.paired import SAME
 from collapse_probe.pairing import ACCURACY, Difference, Pair
 from collapse_probe.readings import adjacent, mean, null
 from collapse_probe.sentences import RAW
 from collapse_probe.side_by_side import Comparison
 from collapse_probe.unasked import weights_only
-from collapse_probe.weight_contrast import NO_SAMPLE, contrasted
+from collapse_probe.weight_contrast import NO_SAMPLE, contrasted, equal, unsampled
 from collapse_probe.words import interval, number
 
 NOTABLE = 0.1  # a difference of similarity, or of kappa, that is worth a sentence
@@ -74,7 +75,7 @@ def _rule(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:
         return "weights", *contrasted(pair, first, second)
     if raw is None:
         return "by-summary", say.by_summary(pair, first, second)
-    if all(set(d.paired.interval) == {"exact"} for d in pair.differences.values()):
+    if all(_same(difference) for difference in pair.differences.values()):
         return "same", _nothing(pair)
     mixing = bool(first.model.get("mixes_maps")) != bool(second.model.get("mixes_maps"))
     if mixing and abs(raw.overall.difference[0]) >= NOTABLE:
@@ -95,6 +96,11 @@ def _rule(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:
     if untestable(read):
         return "too-few", say.too_few(read, pair, noun, max(untestable(read), key=lambda at: abs(read.paired.difference[at])))
     return _little(pair, read, noun)
+
+
+def _same(difference: Difference) -> bool:
+    """Whether nothing differs: in no image, or in no number of the weights."""
+    return equal(difference) if unsampled(difference) else set(difference.paired.interval) == {SAME}
 
 
 def untrained(findings: Findings) -> bool:

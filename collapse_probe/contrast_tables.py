@@ -14,12 +14,17 @@ from collapse_probe.pairing import ACCURACY, Difference, Pair
 from collapse_probe.sentences import RAW, p_value
 from collapse_probe.side_by_side import Comparison
 from collapse_probe.tables import Table
+from collapse_probe.unasked import weights_only
 from collapse_probe.verdict import judge
+from collapse_probe.weight_contrast import unsampled
 from collapse_probe.words import DASH, interval, number, plain
 
 MOST_COLUMNS = 4  # subjects that stand side by side
 FIRST = (RAW + KAPPA, RAW)
 HEADER = ("first", "second", "difference", "95 % interval", "kind", "p", "q", "effect", "images", "left out")
+
+
+OF_A_SAMPLE = HEADER.index("95 % interval")  # from here on columns are about images: weights have none of them
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,8 @@ def _differences(difference: Difference) -> Table:
     rows = [_row("mean", whole, 0)]
     if difference.axis != "all":
         rows = [_row(str(place), difference.paired, at) for at, place in enumerate(difference.places)] + rows
-    return Table((difference.axis, *HEADER), tuple(rows), ())
+    kept = 1 + (OF_A_SAMPLE if unsampled(difference) else len(HEADER))
+    return Table((difference.axis, *HEADER)[:kept], tuple(row[:kept] for row in rows), ())
 
 
 def _row(name: str, numbers: Any, at: int) -> tuple[str, ...]:
@@ -148,9 +154,11 @@ def _row(name: str, numbers: Any, at: int) -> tuple[str, ...]:
     )
 
 
-def agreement(pair: Pair) -> str:
+def agreement(pair: Pair, comparison: Comparison) -> str:
     """How far the outputs agree, in one line."""
     found = pair.agreement
+    if found.top1 is None and all(weights_only(comparison.subjects[label]) for label in (pair.first, pair.second)):
+        return "none, for the weights alone were compared, without images"
     if found.top1 is None:
         return f"not known: {found.reason}"
     kl = f"mean KL {found.kl:.3g} nats" if found.kl is not None else f"KL not known: {found.reason}"

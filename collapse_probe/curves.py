@@ -36,8 +36,8 @@ from collapse_probe.readings import (
     nulls,
     pairs_of,
 )
+from collapse_probe.summary import THRESHOLDS
 
-THRESHOLDS = (0.8, 0.9, 0.95)
 OVER_BLOCKS = {
     "head-similarity": "between heads of one block",
     "image-similarity": "between images",

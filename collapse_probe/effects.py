@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from collapse_probe.errors import OutputError
+from collapse_probe.documents import read_document
 from collapse_probe.folders import new_folder
 from collapse_probe.paired import Sides, compare_sides
 
@@ -114,13 +114,7 @@ class Interventions:
     @classmethod
     def load(cls, folder: str | Path) -> Interventions:
         """Read a folder back; raises OutputError where it is none or of another schema."""
-        path = Path(folder) / FILE
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise OutputError(f"{folder} holds no interventions ({error}); expected {FILE} as intervene writes it") from error
-        if content.get("schema") != SCHEMA:
-            raise OutputError(f"{path} has schema {content.get('schema')!r}; expected {SCHEMA!r}: intervene again")
+        content = read_document(folder, FILE, schema=SCHEMA, refusal="holds no interventions", command="intervene")
         with np.load(Path(folder) / IMAGES, allow_pickle=False) as stored:
             images = {key: stored[key] for key in stored.files}
         known: dict[str, Any] = {key: content[key] for key in ("model", "data", "run", "plain", "similarity", "kinds")}

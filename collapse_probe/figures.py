@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from collapse_probe.convergence_figure import convergence
@@ -15,6 +17,7 @@ from collapse_probe.findings import Findings
 from collapse_probe.gallery import attention_gallery, rollout_gallery
 from collapse_probe.heatmaps import SIGNED, Panel, grid, scale_of
 from collapse_probe.outlier_places import outlier_places
+from collapse_probe.permutation import LEVEL, SHOWN, beyond_null, pairs_tested
 from collapse_probe.readings import held
 from collapse_probe.weight_curves import weights
 
@@ -24,6 +27,7 @@ VARIANTS = {
     "patches": "without prefix tokens",
     "probs": "of the softmax (probs)",
 }
+MARK = f"dot (below the diagonal): more alike than with the wrong tokens, q ≤ {LEVEL:g}"
 
 
 def _similarity(findings: Findings, name: str, narrow: bool) -> Figure | None:
@@ -31,6 +35,9 @@ def _similarity(findings: Findings, name: str, narrow: bool) -> Figure | None:
     if reading is None:
         return None
     panels = pair(reading, "raw cosine", "null-corrected κ (0: as alike as the null)")
+    tested = pairs_tested(findings.sureness.get("tests") or {}, name)
+    if panels[1] is not None and tested is not None and name == SHOWN:
+        panels[1] = replace(panels[1], marked=np.tril(beyond_null(tested), -1), mark=MARK)
     return grid(panels, 2 if panels[1] else 1, narrow=narrow)
 
 

@@ -14,7 +14,7 @@ order of mounting.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collapse_probe.errors import ModelError, SettingError
+from collapse_probe.settings import Settings, between
 
 Part = nn.Module | nn.Parameter
 
@@ -55,7 +56,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Fix:
+class Fix(Settings):
     """One remedy: its settings are the fields, its sockets the methods it overrides.
 
     `neutral` holds the settings under which the model computes what it computed without the fix; None where
@@ -63,7 +64,6 @@ class Fix:
     relative to the block (or the model).
     """
 
-    name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
     neutral: ClassVar[Mapping[str, Any] | None]
@@ -73,10 +73,7 @@ class Fix:
     @classmethod
     def with_settings(cls, settings: Mapping[str, Any]) -> Fix:
         """The fix with these settings; SettingError for a name that it does not have."""
-        known = [field.name for field in fields(cls)]
-        for name in settings:
-            if name not in known:
-                raise SettingError(f"{cls.name} has no setting {name!r}; it has {', '.join(known)}")
+        cls._known(settings)
         return cls(**settings)
 
     def reach(self, blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
@@ -142,19 +139,8 @@ class Fix:
 
     def _number(self, setting: str, low: float, high: float, ends: str = "[]") -> None:
         value = getattr(self, setting)
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-        if not fits or (ends[0] == "(" and value == low) or (ends[1] == ")" and value == high):
+        if not between(value, low, high) or (ends[0] == "(" and value == low) or (ends[1] == ")" and value == high):
             raise SettingError(f"{self.name}: {setting} must be a number in {ends[0]}{low}, {high}{ends[1]}, not {value!r}")
-
-    def _whole(self, setting: str, low: int) -> None:
-        value = getattr(self, setting)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise SettingError(f"{self.name}: {setting} must be a whole number from {low} up, not {value!r}")
-
-    def _choice(self, setting: str, *allowed: object) -> None:
-        value = getattr(self, setting)
-        if not any(type(value) is type(each) and value == each for each in allowed):
-            raise SettingError(f"{self.name}: {setting} must be one of {allowed}, not {value!r}")
 
 
 Seats = list[tuple[Fix, Site]]

@@ -69,9 +69,12 @@ def write_with_page(target: str | Path, numbers: Numbers, page: Callable[[Any, P
             failed = error
             for path in sorted(set(inside.rglob("*")) - held, reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
+    again = f"`collapse-probe report {target}` draws it again"
+    if isinstance(failed, KeyboardInterrupt):
+        raise KeyboardInterrupt(f"the numbers are in {target}, without their page; {again}") from failed
     if isinstance(failed, Exception):
         text = f"the numbers are in {target}, but their page failed ({type(failed).__name__}: {failed})"
-        raise OutputError(f"{text}; `collapse-probe report {target}` draws it again") from failed
+        raise OutputError(f"{text}; {again}") from failed
     if failed is not None:
         raise failed
 

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import seaborn
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from numpy.typing import NDArray
 
-from collapse_probe.drawing import HATCH, MUTED, NARROW, PAPER, WIDE, Array, sheet, whole_ticks
+from collapse_probe.drawing import HATCH, INK, MUTED, NARROW, PAPER, WIDE, Array, sheet, whole_ticks
 
 MOST_NUMBERED = 16  # more cells a side than this leave no room for a number in each
 SMALLEST_NUMBER = 4.6  # points
@@ -42,13 +45,15 @@ SIGNED = Scale(-1.0, 1.0, seaborn.color_palette("vlag", as_cmap=True))
 
 @dataclass(frozen=True)
 class Panel:
-    """One matrix to draw: `values` [rows, columns], NaN where undefined."""
+    """One matrix to draw: `values` [rows, columns], NaN where undefined; a dot in every cell that is `marked` says `mark`."""
 
     values: Array
     title: str
     scale: Scale
     rows: str = "block"
     columns: str = "block"
+    marked: NDArray[np.bool_] | None = None
+    mark: str = ""
 
 
 def scale_of(*matrices: Array) -> Scale:
@@ -92,11 +97,21 @@ def heat(axes: Axes, panel: Panel, side: float, *, square: bool = True) -> None:
     )
     for text in axes.texts:
         text.set_in_layout(False)  # they lie inside the cells; measuring each is slow
+    if panel.marked is not None and panel.marked.any():
+        _dots(axes, panel.marked, side, numbered=bool(size))
     _label(axes, panel, most=16 if side > 2.4 else 8)
     bar = axes.figure.colorbar(axes.collections[0], cax=axes.inset_axes((1.03, 0.0, 0.1 / side, 1.0)))
     bar.outline.set_visible(False)
     bar.set_ticks([panel.scale.low, (panel.scale.low + panel.scale.high) / 2, panel.scale.high])
     bar.ax.tick_params(length=2, labelsize=7.5)
+
+
+def _dots(axes: Axes, marked: NDArray[np.bool_], side: float, *, numbered: bool) -> None:
+    """A dot in every marked cell: in the middle, or above the number where there is one."""
+    rows, columns = np.nonzero(marked)
+    cell = 72 * side / max(marked.shape)  # points
+    size, down = (min(0.14 * cell, 2.4), 0.2) if numbered else (min(0.24 * cell, 2.6), 0.5)
+    axes.plot(columns + 0.5, rows + down, linestyle="", marker="o", markersize=size, color=INK, markeredgewidth=0)
 
 
 def _label(axes: Axes, panel: Panel, most: int) -> None:
@@ -115,21 +130,32 @@ def _number_size(panel: Panel, side: float) -> float:
 
 
 def grid(places: Sequence[Panel | None], columns: int, *, narrow: bool = False) -> Figure:
-    """Panels in rows of `columns` (one when narrow), None leaving a gap; a key explains any hatching."""
+    """Panels in rows of `columns` (one when narrow), None leaving a gap; a key explains hatching and dots."""
     panels = [panel for panel in places if panel is not None]
     places, columns = (panels, 1) if narrow else (places, columns)
     rows = -(-len(places) // columns)
     cell = NARROW if narrow else WIDE / max(columns, 2)
     side = cell - 1.05
-    hatched = any(not np.isfinite(panel.values).all() for panel in panels)
-    figure = sheet(cell * columns, (side + 0.75) * rows + (0.5 if narrow else 0.3) * hatched)
+    keys = _keys(panels, 46 if cell * columns < 6 else 200)
+    figure = sheet(cell * columns, (side + 0.75) * rows + (0.5 if narrow else 0.3) * len(keys))
     for at, panel in enumerate(places):
         if panel is not None:
             heat(figure.add_subplot(rows, columns, at + 1), panel, side)
-    if hatched:
-        lines = textwrap.fill(UNDEFINED, 46 if cell * columns < 6 else 200)
-        figure.legend([undefined_patch()], [lines], loc="outside lower left", labelcolor=MUTED)
+    if keys:
+        figure.legend(list(keys.values()), list(keys), loc="outside lower left", labelcolor=MUTED)
     return figure
+
+
+def _keys(panels: Sequence[Panel], width: int) -> dict[str, Artist]:
+    """What needs words under the panels: lines of at most `width` letters, and what each stands beside."""
+    found: dict[str, Artist] = {}
+    if any(not np.isfinite(panel.values).all() for panel in panels):
+        found[textwrap.fill(UNDEFINED, width)] = undefined_patch()
+    for panel in panels:
+        if panel.marked is not None and panel.marked.any():
+            dot = Line2D([], [], color=INK, marker="o", markersize=2.6, markeredgewidth=0, linestyle="")
+            found[textwrap.fill(panel.mark, width)] = dot
+    return found
 
 
 def undefined_patch() -> Patch:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -26,6 +26,7 @@ from collapse_probe.errors import CaptureError, SettingError
 from collapse_probe.geometry import unit
 from collapse_probe.overhearing import Heard, Wanted, overhear
 from collapse_probe.processes import rank_and_world
+from collapse_probe.settings import Settings, between
 from collapse_probe.sockets import PENALTIES
 from collapse_probe.subject import unwrap
 from collapse_probe.uniformity import anchored
@@ -65,14 +66,13 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Penalty(ABC):
+class Penalty(Settings, ABC):
     """One term of a loss; its settings are the fields.
 
     `metric` is the collapse-probe metric that it moves, and `direction` where to ("between": into bounds); `needs` says what
     it lives on: tokens, attention, weights, labels. An instance may do better: `moves()` answers for its settings.
     """
 
-    name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
     metric: ClassVar[str]
@@ -82,10 +82,7 @@ class Penalty(ABC):
     @classmethod
     def with_settings(cls: type[P], settings: Mapping[str, Any]) -> P:
         """The penalty with these settings; SettingError for a name that it does not have."""
-        known = [field.name for field in fields(cls)]
-        for name in settings:
-            if name not in known:
-                raise SettingError(f"{cls.name} has no setting {name!r}; it has {', '.join(known) or 'none'}")
+        cls._known(settings)
         return cls(**{key: tuple(value) if isinstance(value, list | range) else value for key, value in settings.items()})
 
     def moves(self) -> tuple[str, Direction]:
@@ -111,21 +108,10 @@ class Penalty(ABC):
 
     def _number(self, setting: str, low: float, high: float = float("inf"), *, open_end: bool = False) -> None:
         value = getattr(self, setting)
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-        if not fits or (open_end and value == low):
+        if not between(value, low, high) or (open_end and value == low):
             raise SettingError(
                 f"{self.name}: {setting} must be a number {'above' if open_end else 'from'} {low}, not {value!r}"
             )
-
-    def _whole(self, setting: str, low: int) -> None:
-        value = getattr(self, setting)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise SettingError(f"{self.name}: {setting} must be a whole number from {low} up, not {value!r}")
-
-    def _choice(self, setting: str, *allowed: object) -> None:
-        value = getattr(self, setting)
-        if not any(type(value) is type(each) and value == each for each in allowed):
-            raise SettingError(f"{self.name}: {setting} must be one of {allowed}, not {value!r}")
 
     def _blocks(self, setting: str = "blocks") -> None:
         value = getattr(self, setting)
@@ -150,7 +136,11 @@ class RowPenalty(Penalty):
     blocks: tuple[int, ...] | None = None
     matrices: tuple[Matrix, ...] = ("query", "key", "value")
 
-    metrics: ClassVar[Mapping[str, tuple[str, Direction]]]
+    metrics: ClassVar[Mapping[str, tuple[str, Direction]]] = {
+        "tokens": ("patch-diversity", "up"),
+        "attention": ("head-similarity", "down"),
+        "weights": ("hyperspherical-energy", "down"),
+    }
     directions_only: ClassVar[bool] = False
     needs = ("tokens", "attention", "weights")
 

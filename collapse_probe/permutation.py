@@ -16,6 +16,8 @@ Array = NDArray[np.float64]
 PERMUTATIONS = 9999
 LEVEL = 0.05
 """The false discovery rate at which a pair counts as more alike than its null."""
+SHOWN = "attention-similarity"
+"""The metric of which the test of all pairs is drawn, as dots on its kappa."""
 FLIPPED = 1000
 """With more images than this, so many groups of them (every thousandth image) are flipped instead."""
 FLIPS_AT_ONCE = 2_000_000
@@ -140,6 +142,17 @@ def _plain(differences: Array, found: SignFlips) -> dict[str, Any]:
         "assumption": ASSUMPTION,
         "sentence": said,
     }
+
+
+def pairs_tested(tests: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """The test of all pairs of blocks of one metric in what `pair_tests` gives (or the same read from a file), or None."""
+    found: Mapping[str, Any] | None = (tests.get(name) or {}).get("all_pairs")
+    return found
+
+
+def beyond_null(tested: Mapping[str, Any]) -> NDArray[np.bool_]:
+    """Which pairs of blocks [blocks, blocks] that test found more alike than their null; False where q is undefined."""
+    return np.array(tested["q"], dtype=np.float64) <= LEVEL
 
 
 def _all_pairs(reading: Reading) -> dict[str, Any] | None:

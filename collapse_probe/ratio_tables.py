@@ -11,14 +11,15 @@ from collapse_probe.words import plain
 
 SIDES = {"before": "blocks before", "both": "blocks on each side"}
 NOTE = (
-    "Blocks whose similarity ratio is above {above:g}, of those that have neighbours; outlined: the choice drawn above. "
+    "Blocks whose similarity ratio is above {above:g}, of those that have neighbours, with the 95 % interval of the number; "
+    "outlined: the choice drawn above. "
     "DeepViT leaves these choices open, so that no cell is the paper's own. With the mean as threshold a vector counts when it "
     "is not below the mean of its block, which about half of them are by chance."
 )
 
 
 def sensitivity_tables(findings: Findings) -> list[Table]:
-    """One table for each kind of attention vector: rows direction and k, columns thresholds, cells "n of m"."""
+    """One table for each kind of attention vector: rows direction and k, columns thresholds, cells "n of m (low … high)"."""
     found: dict[tuple[str, ...], list[Reading]] = {}
     for name, reading in findings.metrics.items():
         if name.partition("@")[0] == "similarity-ratio" and reading.values is not None and reading.settings.get("sensitivity"):
@@ -35,7 +36,8 @@ def _table(kind: str, readings: Sequence[Reading]) -> Table:
     lines = list(dict.fromkeys((row["direction"], row["k"]) for row in rows))
     cells = [["–"] * len(thresholds) for _ in lines]
     for row in rows:
-        text = f"{row['similar_blocks']} of {row['blocks']}"
+        ends = row.get("ci95")
+        text = f"{row['similar_blocks']} of {row['blocks']}" + ("" if ends is None else f" ({ends[0]:g} … {ends[1]:g})")
         cells[lines.index((row["direction"], row["k"]))][thresholds.index(row["threshold"])] = text
     marked = {
         (lines.index((s["direction"], s["k"])), thresholds.index(s["threshold"]) + 1)

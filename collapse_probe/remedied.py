@@ -4,7 +4,6 @@ twin carry it.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from collapse_probe.devices import choose_device
 from collapse_probe.errors import SettingError
 from collapse_probe.grafting import apply
 from collapse_probe.recalibration import recalibrate
+from collapse_probe.settings import read_settings
 from collapse_probe.sockets import FIXES
 from collapse_probe.sources import loaded, resolve
 from collapse_probe.subject import Subject
@@ -143,16 +143,7 @@ def _read(text: str) -> Chosen:
     fix = FIXES[name]
     if not colon:
         return name, dict(fix.neutral or {})
-    settings: dict[str, Any] = {}
-    for word in rest.split(","):
-        key, equals, value = word.partition("=")
-        if not equals or not key.strip().isidentifier():
-            raise SettingError(f"{text!r}: expected NAME:SETTING=VALUE,…, came {word!r}")
-        try:
-            settings[key.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[key.strip()] = value
-    return name, settings
+    return name, read_settings(rest.split(","), text)
 
 
 def _grafted(model: nn.Module, chosen: Sequence[Chosen], blocks: Sequence[int] | None, seed: int) -> nn.Module:

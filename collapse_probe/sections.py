@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from collapse_probe.captions import CAPTIONS, Caption
+from collapse_probe.captions import CAPTIONS, TESTED_PAIRS, Caption
 from collapse_probe.families import family_of
 from collapse_probe.family import other_readings
 from collapse_probe.family_figures import family_figures
 from collapse_probe.findings import Findings
+from collapse_probe.permutation import LEVEL, SHOWN, pairs_tested
+from collapse_probe.readings import held, null
 
 TITLES = {
     "attention": "More about the attention maps",
@@ -66,13 +68,23 @@ def _variants(key: str) -> bool:
 
 
 def caption_of(key: str, families: Mapping[str, list[str]], findings: Findings) -> Caption:
-    """The words under a figure: its own, or those of its family."""
+    """The words under a figure: its own, with those about the dots where it has some, or those of its family."""
     names = families.get(key)
     if names is None:
-        return CAPTIONS.get(key, Caption(key, "", ""))
+        return _with_tests(CAPTIONS.get(key, Caption(key, "", "")), key, findings)
     family = family_of(names[0])
     if family.level == "other":
         return replace(family.caption, seen=findings.metrics[names[0]].definition)
     if _variants(key) and not family.caption.title.startswith("Other readings"):
         return other_readings(family.caption.title[0].lower() + family.caption.title[1:])
     return family.caption
+
+
+def _with_tests(caption: Caption, key: str, findings: Findings) -> Caption:
+    """`caption` with what the dots on the κ panel say, where all pairs of blocks were tested."""
+    reading = held(findings, key)
+    whole = pairs_tested(findings.sureness.get("tests") or {}, key)
+    if key != SHOWN or whole is None or reading is None or null(reading, "kappa") is None:
+        return caption
+    said = TESTED_PAIRS.seen.format(level=LEVEL, **{name: whole[name] for name in ("test", "significant", "tested")})
+    return replace(caption, seen=f"{caption.seen} {said}", limits=f"{caption.limits} {TESTED_PAIRS.limits}")

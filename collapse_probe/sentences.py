@@ -6,6 +6,7 @@ from collapse_probe.counting import KAPPA
 from collapse_probe.findings import Findings
 from collapse_probe.paired import Paired
 from collapse_probe.pairing import ACCURACY, PROBS, Difference, Pair
+from collapse_probe.summary import COUNTED_ABOVE
 from collapse_probe.verdict import spans
 from collapse_probe.words import interval, number
 
@@ -39,8 +40,8 @@ def moved(paired: Paired, at: int, controlled: bool = False) -> str:
 
 def without_training(pair: Pair, mixes: str, other: str) -> tuple[str, str]:
     """The contrast of two untrained models of which one mixes its maps, and where it comes from."""
-    count = next((c for c in pair.counts if c.name == "similar-blocks" and c.threshold == 0.9), None)
-    counted = "" if count is None else f"; {count.first:g} and {count.second:g} similar blocks at 0.9"
+    count = next((c for c in pair.counts if c.name == "similar-blocks" and c.threshold == COUNTED_ABOVE), None)
+    counted = "" if count is None else f"; {count.first:g} and {count.second:g} similar blocks at {COUNTED_ABOVE:g}"
     return (
         f"The contrast exists without any training: neither {pair.first} nor {pair.second} has been trained, "
         f"and yet their raw similarities are {both(pair.differences[RAW])}{counted}.",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from collapse_probe.counting import CountDifference
-from collapse_probe.errors import OutputError
+from collapse_probe.documents import read_document
 from collapse_probe.findings import Findings
 from collapse_probe.folders import new_folder
 from collapse_probe.paired import BCA_IMAGES, RESAMPLES, Paired
@@ -36,9 +36,12 @@ METHODS = {
     "counts": "similar blocks; the interval of second − first is what one-sided t bounds over images of each pair of blocks, "
     "in the first, in the second and of their difference, leave open, each at 5 % over the number of bounds (Bonferroni): at "
     "least 95 % coverage",
+    "weights": "second − first of the two models; no interval and no test, for a model is no sample",
     "kl": "mean over images of KL(first ‖ second) of the softmax outputs, nats",
     "flops": "of one image, torch.utils.flop_counter; a multiplication and an addition are two",
 }
+OF_WEIGHTS = ("weights", "overall", "flops")
+"""The methods behind a comparison of weights alone."""
 ARRAYS = ("first", "second", "difference", "ci95", "p", "q", "effect")
 
 
@@ -104,13 +107,7 @@ class Comparison:
     @classmethod
     def load(cls, folder: str | Path) -> Comparison:
         """Read a comparison's folder back; OutputError where it is none or of another schema."""
-        path = Path(folder) / "comparison.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise OutputError(f"{folder} is no comparison ({error}); expected comparison.json as compare writes it") from error
-        if content.get("schema") != SCHEMA:
-            raise OutputError(f"{path} has schema {content.get('schema')!r}; expected {SCHEMA!r}: compare again")
+        content = read_document(folder, "comparison.json", schema=SCHEMA, refusal="is no comparison", command="compare")
         subjects = {s["label"]: Findings.load(Path(folder) / s["folder"]) for s in content["subjects"]}
         pairs = tuple(_pair_from_json(entry) for entry in content["pairs"])
         return cls(subjects, pairs, content["trajectory"], content["run"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collapse_probe.errors import OutputError
+from collapse_probe.documents import read_document
 from collapse_probe.evidence import Array, Gallery, Nulls, Reading
 
 SCHEMA = "collapse-probe/findings/1"
@@ -21,16 +20,7 @@ Whole = tuple[Array, Array, Array]
 
 def read_content(folder: Path) -> dict[str, Any]:
     """The content of findings.json in `folder`; OutputError where there is none or it has another schema."""
-    path = folder / "findings.json"
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(
-            f"{folder} is not a findings folder ({error}); expected findings.json as analyze writes it"
-        ) from error
-    if content.get("schema") != SCHEMA:
-        raise OutputError(f"{path} has schema {content.get('schema')!r}; expected {SCHEMA!r}: analyze again")
-    return content
+    return read_document(folder, "findings.json", schema=SCHEMA, refusal="is not a findings folder", command="analyze")
 
 
 def plain(value: Any) -> Any:

@@ -8,9 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collapse_probe.findings import Reading
+from collapse_probe.verdict_rules import BY_NAME
 
 Array = NDArray[np.float64]
 Summary = dict[str, "float | int | None"]
+THRESHOLDS = (0.8, 0.9, 0.95)
+"""The mean similarities above which similar-blocks counts a block as like the one before."""
+COUNTED_ABOVE = BY_NAME["high-raw"].threshold
+"""The one among them whose count stands in the summary: that above which a rule calls similarity high."""
 
 
 def adjacent(matrix: Array | None) -> Array:
@@ -64,7 +69,7 @@ def _similarity(reading: Reading, key: str) -> Summary:
 def _counts(reading: Reading, key: str) -> Summary:
     if reading.values is None or reading.ci95 is None:
         return {f"similar_blocks{key}": None, f"similar_blocks{key}_corrected": None}
-    at = list(reading.settings["thresholds"]).index(0.9)
+    at = list(reading.settings["thresholds"]).index(COUNTED_ABOVE)
     low, high = (float(b) if np.isfinite(b) else None for b in reading.ci95[at])
     return {
         f"similar_blocks{key}": int(reading.values[at]),

@@ -15,6 +15,7 @@ from collapse_probe.findings import Reading
 from collapse_probe.headlines import Array, Kept, kept_of
 from collapse_probe.permutation import pair_tests
 from collapse_probe.summary import Summary, adjacent, mean
+from collapse_probe.words import number
 
 
 def sureness(
@@ -68,6 +69,6 @@ def against_seeds(reading: Reading) -> str:
         return ""
     where = "above" if real > high else "below" if real < low else "within"
     return (
-        f"neighbouring blocks of the model are alike at {real:.3f}, {where} what {len(spread['seeds'])} untrained twins of "
-        f"different seeds span ({low:.3f} to {high:.3f}, mean of the lowest and of the highest of each pair)"
+        f"neighbouring blocks of the model are alike at {number(real)}, {where} what {len(spread['seeds'])} untrained twins of "
+        f"different seeds span ({number(low)} to {number(high)}, mean of the lowest and of the highest of each pair)"
     )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from collapse_probe.documents import read_document
 from collapse_probe.errors import OutputError
 from collapse_probe.run_state import write_whole
 from collapse_probe.statistics import interval
@@ -171,16 +172,10 @@ class Sweep:
     @classmethod
     def load(cls, folder: str | Path) -> Sweep:
         """Read a folder back; raises OutputError where it is none or of another schema."""
-        path = Path(folder) / FILE
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise OutputError(f"{folder} holds no sweep ({error}); expected {FILE} as sweep writes it") from error
-        if content.get("schema") != SCHEMA:
-            raise OutputError(f"{path} has schema {content.get('schema')!r}; expected {SCHEMA!r}: sweep again")
+        content = read_document(folder, FILE, schema=SCHEMA, refusal="holds no sweep", command="sweep")
         missing = [key for key in (*PARTS, "cells") if key not in content]
         if missing:
-            raise OutputError(f"{path} lacks {', '.join(missing)}: sweep again")
+            raise OutputError(f"{Path(folder) / FILE} lacks {', '.join(missing)}: sweep again")
         outcomes = tuple(Outcome.from_json(cell) for cell in content["cells"])
         return cls(**{**{key: content[key] for key in PARTS}, "notes": tuple(content["notes"])}, cells=outcomes)
 

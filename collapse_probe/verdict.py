@@ -14,6 +14,7 @@ from collapse_probe.quantities import Pairs, kinds_of, pairs_of
 from collapse_probe.summary import mean
 from collapse_probe.unasked import ONE_SET, QUESTION, WEIGHTS_ONLY, Said, unasked
 from collapse_probe.verdict_rules import BY_NAME
+from collapse_probe.words import DASH, interval, number
 
 Array = NDArray[np.float64]
 Outcomes = Mapping[str, Outcome]
@@ -53,7 +54,7 @@ def judge(findings: Findings) -> Verdict:
     else:
         pairs = pairs_of(findings)
         kinds = kinds_of(pairs)
-        case, collapsed, said = _depth(pairs, kinds, outcomes)
+        case, collapsed, said = _depth(pairs, kinds, outcomes, _numbers(pairs, _kappa_ends(findings)))
         sentences = [*said, *spoken]
     caveats = _caveats(outcomes, measured=bool(kinds), weights=case == WEIGHTS_ONLY)
     return Verdict(
@@ -75,8 +76,8 @@ def _why_not(findings: Findings) -> str:
     return "" if np.isfinite(pairs_of(findings).raw).any() else "no two neighbouring blocks have maps of one shape"
 
 
-def _depth(pairs: Pairs, kinds: tuple[str, ...], outcomes: Outcomes) -> tuple[str, bool | None, list[Said]]:
-    """Whether attention has collapsed across depth: the case, the answer and its two sentences."""
+def _depth(pairs: Pairs, kinds: tuple[str, ...], outcomes: Outcomes, numbers: str) -> tuple[str, bool | None, list[Said]]:
+    """Whether attention has collapsed across depth: the case, the answer and its two sentences (`numbers` a second one)."""
     total = sum(kind != "undefined" for kind in kinds)
     sure = [i for i, k in enumerate(kinds) if k in ("shared", "shared-row") and i + 1 in outcomes[k].at("yes")]
     if sure:
@@ -86,23 +87,22 @@ def _depth(pairs: Pairs, kinds: tuple[str, ...], outcomes: Outcomes) -> tuple[st
     if ignoring and not unsure["shared"]:
         return _query_independent(pairs, kinds, total, sure=not unsure["shared-row"])
     if any(unsure.values()):
-        return _undecided(pairs, unsure, total)
-    return _apart(pairs, kinds, total)
+        return _undecided(unsure, total, numbers)
+    return _apart(pairs, kinds, total, numbers)
 
 
-def _undecided(pairs: Pairs, unsure: Mapping[str, list[int]], total: int) -> tuple[str, bool | None, list[Said]]:
+def _undecided(unsure: Mapping[str, list[int]], total: int, numbers: str) -> tuple[str, bool | None, list[Said]]:
     found = sorted({block for blocks in unsure.values() for block in blocks})
     first = (
         f"It cannot be told from these images whether attention has collapsed across depth: in {len(found)} of {total} "
         f"neighbouring pairs ({_blocks(found)} with the block before) the interval is missing or holds the threshold."
     )
     rule = next(name for name, blocks in unsure.items() if blocks)
-    return "undecided", None, [(first, rule), (_numbers(pairs), "shared")]
+    return "undecided", None, [(first, rule), (numbers, "shared")]
 
 
-def _apart(pairs: Pairs, kinds: tuple[str, ...], total: int) -> tuple[str, bool | None, list[Said]]:
+def _apart(pairs: Pairs, kinds: tuple[str, ...], total: int, numbers: str) -> tuple[str, bool | None, list[Said]]:
     """Where no pair shares its attention: whether raw similarity is high all the same."""
-    numbers = (_numbers(pairs), "shared")
     explained = kinds.count("near-uniform") + kinds.count("explained")
     if BY_NAME["mostly-explained"].holds(_part(kinds, "near-uniform", "explained")):
         uniform = kinds.count("near-uniform") >= kinds.count("explained")
@@ -113,7 +113,7 @@ def _apart(pairs: Pairs, kinds: tuple[str, ...], total: int) -> tuple[str, bool 
             f"{BY_NAME['high-raw'].threshold:g} in raw similarity, but no more than chance would give"
             f"{spread if uniform and share is not None else ''}."
         )
-        return "near-uniform" if uniform else "explained", False, [(first, "mostly-explained"), numbers]
+        return "near-uniform" if uniform else "explained", False, [(first, "mostly-explained"), (numbers, "shared")]
     first = (
         "No collapse between neighbouring blocks: their attention maps are distinct"
         + (
@@ -123,7 +123,7 @@ def _apart(pairs: Pairs, kinds: tuple[str, ...], total: int) -> tuple[str, bool 
         )
         + f" (kappa above {BY_NAME['shared'].threshold:g} in 0 of {total} pairs)."
     )
-    return "distinct", False, [(first, "shared"), numbers]
+    return "distinct", False, [(first, "shared"), (numbers, "shared")]
 
 
 def _part(kinds: tuple[str, ...], *wanted: str) -> float:
@@ -171,11 +171,20 @@ def _query_independent(pairs: Pairs, kinds: tuple[str, ...], total: int, sure: b
     return "query-independent", None if everywhere or not sure else False, [(first, "mostly-query-independent"), (second, rule)]
 
 
-def _numbers(pairs: Pairs) -> str:
+def _kappa_ends(findings: Findings) -> str:
+    """The 95 % interval of the mean of kappa over pairs, as words; a dash where the findings hold none."""
+    low, high = (findings.summary.get(f"kappa_adjacent_ci_{end}") for end in ("low", "high"))
+    return DASH if low is None or high is None else interval((low, high))
+
+
+def _numbers(pairs: Pairs, ends: str) -> str:
     raw, null, kappa = mean(pairs.raw), mean(pairs.null), mean(pairs.kappa)
     text = f"Neighbouring blocks are alike at {_number(raw)} in raw cosine, and with the wrong tokens at {_number(null)}"
     if kappa is None:
         return text + "; kappa is undefined, because the wrong-token null is 1 itself."
+    if kappa <= 0:
+        sure = "" if ends == DASH else f", 95 % {ends}"
+        return text + f": in the mean nothing agrees beyond that (kappa {_number(kappa)}{sure})."
     return text + f": of what is left to agree, {_percent(kappa)} does (kappa {_number(kappa)})."
 
 
@@ -186,8 +195,8 @@ def _spoken(outcomes: Outcomes) -> list[Said]:
         if outcome.rule.spoken and outcome.answer == "yes":
             rule, where = outcome.rule, outcome.at("yes") if outcome.axis == "block" else []
             places = f", {_blocks(where)}" if where else ""
-            number = f"{rule.quantity}: {_number(outcome.value)}, {rule.direction} {rule.threshold:g}"
-            found.append((f"{LEVELS[rule.level]}: {rule.says} ({number}{places}).", name))
+            held = f"{rule.quantity}: {_number(outcome.value)}, {rule.direction} {rule.threshold:g}"
+            found.append((f"{LEVELS[rule.level]}: {rule.says} ({held}{places}).", name))
     return found
 
 
@@ -241,7 +250,7 @@ def _mean(values: Array, at: list[int]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "an undefined value" if value is None else f"{value:.3f}"
+    return "an undefined value" if value is None else number(value)
 
 
 def _percent(value: float | None) -> str:

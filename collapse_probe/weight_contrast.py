@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collapse_probe.findings import Findings, Reading
-from collapse_probe.paired import NO_INTERVAL, SAME, Paired
+from collapse_probe.paired import NO_INTERVAL, Paired
 from collapse_probe.pairing import Difference, Pair
 from collapse_probe.summary import adjacent
 from collapse_probe.unasked import MEANS, MOST_LISTED, of_weights
@@ -62,12 +62,20 @@ def _difference(first: Array, second: Array, start: int) -> Difference:
 
 
 def _unsampled(first: Array, second: Array) -> Paired:
-    """Two sides without images: the difference is exactly 0 where they are equal, and else has no interval; never a test."""
-    same, count = first == second, np.zeros(len(first), dtype=np.int64)
-    untested = np.full(len(first), np.nan)
-    ends = np.where(same, 0.0, np.nan)
-    kinds = tuple(SAME if equal else NO_INTERVAL for equal in same)
-    return Paired(first, second, second - first, np.stack([ends, ends], -1), kinds, untested, untested, untested, count, count)
+    """Two sides without images: a difference, and neither an interval nor a test, also where the sides are equal."""
+    count, untested = np.zeros(len(first), dtype=np.int64), np.full(len(first), np.nan)
+    ends, kinds = np.full((len(first), 2), np.nan), (NO_INTERVAL,) * len(first)
+    return Paired(first, second, second - first, ends, kinds, untested, untested, untested, count, count)
+
+
+def unsampled(difference: Difference) -> bool:
+    """Whether a difference is one of two models' weights: no image entered it, and none was left out."""
+    return not (difference.paired.images.any() or difference.paired.left_out.any())
+
+
+def equal(difference: Difference) -> bool:
+    """Whether both sides are the same at every place; those undefined in both count as the same."""
+    return np.array_equal(difference.paired.first, difference.paired.second, equal_nan=True)
 
 
 def contrasted(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What every test stands on: no more threads than cores, and a folder of real photographs."""
+"""What every test stands on: no more threads than cores, a folder of real photographs, and the program itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from collapse_probe.cli.main import main
 from making import photographs
 
 
@@ -21,3 +22,17 @@ def _few_threads():
 def photos(tmp_path_factory):
     """A folder of six real photographs."""
     return photographs(tmp_path_factory.mktemp("photos") / "pictures")
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """Run the program in an empty folder; exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        out = capsys.readouterr()
+        return stop.value.code, out.out, out.err
+
+    return call

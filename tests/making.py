@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from PIL import Image
 
 from collapse_probe.measure import make
 from collapse_probe.sums import Fold
@@ -108,7 +109,6 @@ def small_vit(seed=0, sharpness=1.0, **settings):
 
 def photographs(folder: Path, count=6, side=96):
     """A folder of real photographs (crops of what scikit-image ships), as PNG and JPEG files."""
-    from PIL import Image
     from skimage import data
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,3 +119,15 @@ def photographs(folder: Path, count=6, side=96):
         crop = Image.fromarray(picture[top : top + 220, left : left + 220]).resize((side, side))
         crop.save(folder / (f"photo_{i}.png" if i % 2 else f"photo_{i}.jpg"))
     return folder
+
+
+def noise_by_class(root: Path, count, side):
+    """Two class folders of noise, `count` pictures in all, dark ones first: sorted by name, they are sorted by class."""
+    digits = len(str(count - 1))
+    for i in range(count):
+        dark = i < count // 2
+        folder = root / ("a_dark" if dark else "b_bright")
+        folder.mkdir(exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 256, (side, side, 3))
+        Image.fromarray((noise * (0.1 if dark else 1.0)).astype(np.uint8)).save(folder / f"{i:0{digits}d}.png")
+    return root

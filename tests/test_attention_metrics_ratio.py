@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 from making import random_maps, readings, trace_of
+from scipy import stats
 
 from collapse_probe.metrics.attention.similarity_ratio import CHOICES, Choice, sensitivity
 
@@ -79,6 +80,25 @@ def test_the_count_under_every_choice():
     assert low <= default["similar_blocks"] <= high
 
 
+def test_the_count_under_every_choice_has_the_interval_of_its_blocks():
+    maps = drifting(seed=4, images=6)
+    spread = np.random.default_rng(0).uniform(-0.3, 0.3, (6, L, 1, 1, 1))
+    maps = np.clip(maps + spread * random_maps((6, L, H, N, N), 1.5, 9), 0, None)
+    found = readings([trace_of(maps[:2]), trace_of(maps[2:])], ["similarity-ratio"])["similarity-ratio"].settings
+    wide = 0
+    for row, choice in zip(found["sensitivity"], CHOICES, strict=True):
+        ratios = slow_ratio(maps, choice)
+        ratios = ratios[:, np.isfinite(ratios).all(0)]
+        reach = stats.t.ppf(1 - 0.05 / ratios.shape[1], 5) * stats.sem(ratios, axis=0)
+        ends = [int((ratios.mean(0) + side * reach > 0.9 + 1e-6).sum()) for side in (-1, 1)]
+        assert row["ci95"] == ends, choice
+        assert ends[0] <= row["similar_blocks"] <= ends[1]
+        wide += ends[0] < ends[1]
+    assert wide > 5, "the intervals should be wide under some choices"
+    default = next(row for row in found["sensitivity"] if (row["k"], row["threshold"], row["direction"]) == (1, 0.9, "before"))
+    assert default["ci95"] == found["similar_blocks"]["ci95"]
+
+
 @pytest.mark.parametrize("threshold", [0.7, 0.8, 0.9, 0.95])
 def test_a_higher_threshold_never_counts_more(threshold):
     counts = {}
@@ -113,10 +133,13 @@ def test_vectors_without_a_direction_do_not_count():
 def test_one_image_has_no_interval_of_its_count():
     settings = readings([trace_of(drifting(images=1))], ["similarity-ratio"])["similarity-ratio"].settings
     assert settings["similar_blocks"]["ci95"] is None
+    assert {row["ci95"] for row in settings["sensitivity"]} == {None}
 
 
 def test_a_table_from_ratios_alone():
     ratios = np.array([[np.nan, 0.91, 0.9], [np.nan, 0.2, 1.0]])
-    rows = sensitivity(ratios, [Choice(1, 0.8, "before"), Choice(2, "mean", "both")])
+    sure = np.zeros_like(ratios), np.full_like(ratios, 5)
+    rows = sensitivity((ratios, *sure), [Choice(1, 0.8, "before"), Choice(2, "mean", "both")])
     assert [row["similar_blocks"] for row in rows] == [1, 1]
     assert [row["threshold"] for row in rows] == [0.8, "mean"]
+    assert [row["ci95"] for row in rows] == [[1.0, 1.0]] * 2

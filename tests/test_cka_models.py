@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from collapse_probe.cli.main import main
-from making import photographs, small_vit
-from PIL import Image
+from making import noise_by_class, photographs, small_vit
 
 from collapse_probe.analysis import analyze
 from collapse_probe.comparison import Comparison, compare
@@ -150,13 +149,7 @@ def test_two_processes_find_what_one_does(tmp_path):
 @pytest.fixture(scope="module")
 def by_class(tmp_path_factory):
     """Class folders of 128 pictures, dark ones first: in order, the first four minibatches would hold dark ones alone."""
-    root = tmp_path_factory.mktemp("by class")
-    for i in range(128):
-        folder = root / ("a_dark" if i < 64 else "b_bright")
-        folder.mkdir(exist_ok=True)
-        noise = np.random.default_rng(i).integers(0, 256, (40, 40, 3))
-        Image.fromarray((noise * (0.1 if i < 64 else 1.0)).astype(np.uint8)).save(folder / f"{i:03d}.png")
-    return str(root)
+    return str(noise_by_class(tmp_path_factory.mktemp("by class"), count=128, side=40))
 
 
 def test_minibatches_are_drawn_from_all_classes_of_a_folder_sorted_by_class(by_class):

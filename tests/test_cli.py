@@ -27,20 +27,6 @@ SMALL_MODEL = [
 ]
 
 
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    """Run the program in an empty folder; exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in words])
-        out = capsys.readouterr()
-        return stop.value.code, out.out, out.err
-
-    return call
-
-
 def analyze(run, photos, *more):
     return run("analyze", *SMALL_MODEL, "--data", photos, "--null-images", "2", *more)
 
@@ -226,11 +212,23 @@ def test_python_m_is_the_same_program():
     assert "0.1.0" in done.stdout
 
 
-def test_interrupted_run_leaves_nothing(run, photos, tmp_path, monkeypatch):
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
+def stop(*args, **kwargs):
+    raise KeyboardInterrupt
 
-    monkeypatch.setattr("collapse_probe.page.write_report", stop)
-    code, _, _ = analyze(run, photos, "-o", "out", "-q")
+
+def test_a_run_interrupted_while_it_measures_leaves_nothing(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("collapse_probe.analysis.one_pass", stop)
+    code, _, error = analyze(run, photos, "-o", "out", "-q")
     assert code == 130
+    assert "interrupted; no output was written" in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_interrupted_while_it_draws_keeps_its_numbers_and_says_so(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("collapse_probe.page.write_report", stop)
+    code, _, error = analyze(run, photos, "-o", "out", "-q")
+    assert code == 130
+    assert "interrupted; the numbers are in out, without their page; `collapse-probe report out` draws it again" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert Findings.load(tmp_path / "out").summary["images"] > 0
+    assert not (tmp_path / "out" / "report.html").exists()

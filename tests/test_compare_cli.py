@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from collapse_probe.cli.main import main
 
 from collapse_probe.analysis import analyze as measured
 
@@ -17,20 +16,6 @@ SIZE = ["--img-size", "32", "--model-kwargs", "depth=2 num_classes=5"]
 MODEL = ["--model", "timm:vit_tiny_patch16_224", *SIZE]
 FEW = ["--metric", "attention-similarity", "--metric", "similar-blocks"]
 QUICK = ["--null-images", "0", "-b", "8", "-q"]
-
-
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    """Run the program in an empty folder; exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in words])
-        out = capsys.readouterr()
-        return stop.value.code, out.out, out.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

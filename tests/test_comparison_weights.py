@@ -14,11 +14,13 @@ from collapse_probe.cli.main import main
 from making import small_vit
 
 import collapse_probe as cp
+from collapse_probe import contrast_tables
 from collapse_probe.comparison import Comparison, compare
+from collapse_probe.comparison_page import render
 from collapse_probe.contrast import answers
 from collapse_probe.data import open_data
 from collapse_probe.matrices import NAMES
-from collapse_probe.weight_contrast import contrasted
+from collapse_probe.weight_contrast import contrasted, equal, unsampled
 
 METRICS = ("weight-rank", "weight-similarity", "weight-similarity@depth")
 
@@ -63,11 +65,9 @@ def test_every_matrix_of_every_block_is_set_against_its_like(both, compared):
 def test_a_model_is_no_sample(compared):
     for difference in compared.pairs[0].differences.values():
         for numbers in (difference.paired, difference.overall):
-            same = numbers.difference == 0
             assert np.isnan([numbers.p, numbers.q, numbers.effect]).all()
-            assert numbers.interval == tuple("exact" if equal else "none" for equal in same)
-            assert np.isnan(numbers.ci95[~same]).all()
-            assert (numbers.ci95[same] == 0).all()
+            assert set(numbers.interval) == {"none"}
+            assert np.isnan(numbers.ci95).all()
             assert (numbers.images == 0).all()
 
 
@@ -88,6 +88,48 @@ def test_the_answer_is_about_the_weights(both, compared):
     assert answer.sentences == contrasted(compared.pairs[0], *both.values())
     assert answer.caveats == ("A model is no sample of weights: these differences have no interval and no p-value.",)
     assert "raw similarity" not in " ".join(answer.sentences)
+
+
+def test_equal_weights_have_no_interval_either(both):
+    found = compare({"one": both["healthy"], "other": both["healthy"]})
+    for difference in found.pairs[0].differences.values():
+        assert (difference.paired.difference == 0).all()
+        assert np.isnan(difference.paired.ci95).all()
+        assert equal(difference)
+        assert unsampled(difference)
+
+
+def test_a_matrix_that_neither_model_has_is_no_difference(both):
+    reading = both["healthy"].metrics["weight-rank"]
+    holes = np.where(np.arange(4)[:, None] == 1, np.nan, reading.values)
+    bare = replace(both["healthy"], metrics={"weight-rank": replace(reading, values=holes)})
+    other = replace(bare, metrics={"weight-rank": replace(reading, values=np.where(holes > 0, holes, 1.0))})
+    assert all(equal(d) for d in compare({"one": bare, "again": bare}).pairs[0].differences.values())
+    assert not any(equal(d) for d in compare({"one": bare, "other": other}).pairs[0].differences.values())
+
+
+def test_the_page_says_nothing_of_images(compared):
+    tables = {named.title: named.table for named in contrast_tables.paired(compared.pairs[0])}
+    assert tables["weight-rank/fc1"].header == ("block", "first", "second", "difference")
+    assert {len(row) for table in tables.values() for row in table.rows} == {4}
+    assert [row[0] for row in tables["weight-rank/fc1"].rows] == ["0", "1", "2", "3", "mean"]
+    text = render(compared)
+    assert "no interval and no test, for a model is no sample" in text
+    assert "Outputs: none, for the weights alone were compared" in text
+    assert "not known" not in text
+    for word in ("95 % interval", "bootstrap", "Wilcoxon", "signed-rank", "KL("):
+        assert word not in text
+
+
+def test_beside_images_the_page_says_how_both_were_compared():
+    digits, metrics = open_data("bundled:digits", limit=4), ("attention-similarity", "weight-rank")
+    found = compare({"a": small_vit(), "b": small_vit(1)}, digits, metrics=metrics, null_images=0, batch_size=4)
+    tables = {named.title: named.table for named in contrast_tables.paired(found.pairs[0])}
+    assert len(tables["attention-similarity"].header) == 11
+    assert len(tables["weight-rank/q"].header) == 4
+    text = render(found)
+    assert "matched-pairs rank-biserial" in text
+    assert "no interval and no test, for a model is no sample" in text
 
 
 def test_it_survives_its_folder(compared, tmp_path):

@@ -164,6 +164,20 @@ def test_the_interval_of_image_similarity_contains_the_truth():
 
 
 @pytest.mark.slow
+def test_the_interval_of_the_distance_from_the_image_mean_contains_the_truth():
+    many = maps_of(np.random.default_rng(0), 400_000)
+    truth = float(np.sqrt(np.square(many - many.mean(0)).sum() / np.square(many).sum()))
+    names = [f"image {i}" for i in range(96)]
+
+    def contains(generator):
+        trace = trace_of(torch.tensor(maps_of(generator, 96)))
+        found = readings([trace], ["distance-from-image-mean"], image_names=names)["distance-from-image-mean"]
+        return within(found.ci95[0, 0], truth)
+
+    assert LEAST <= share(contains) <= MOST
+
+
+@pytest.mark.slow
 def test_the_interval_of_cka_contains_the_truth():
     mixed = np.random.default_rng(3).normal(size=(4, 11)) * np.array([[2.0], [1.0], [0.7], [0.5]])
     first, second = mixed[:, :6], mixed[:, 6:]

@@ -208,6 +208,15 @@ def test_the_sensitivity_of_the_ratio_is_a_table_with_the_drawn_choice_marked():
     assert len(sensitivity_tables(by_row)) == 2
 
 
+def test_the_sensitivity_table_shows_the_interval_of_each_count():
+    rows = [
+        {**row, "ci95": [row["k"] - 1.0, 9.0] if row["threshold"] == 0.9 else None} for row in ratio().settings["sensitivity"]
+    ]
+    (table,) = sensitivity_tables(replace(findings_with(), metrics={"similarity-ratio": ratio(sensitivity=rows)}))
+    assert table.rows[1] == ("3 blocks before", "3 of 11", "3 of 11 (2 … 9)", "4 of 11")
+    assert "with the 95 % interval of the number" in table.notes[0]
+
+
 def test_the_table_stands_under_its_figure():
     findings = replace(findings_with(), metrics={"similarity-ratio": ratio()})
     html = render(findings)

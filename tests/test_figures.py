@@ -15,6 +15,7 @@ from matplotlib.collections import FillBetweenPolyCollection, QuadMesh
 from matplotlib.figure import Figure
 from synthetic import TOKENS, make_gallery, synthetic
 
+from collapse_probe.captions import CAPTIONS
 from collapse_probe.curves import adjacent_blocks, entropy, per_block, similar_blocks
 from collapse_probe.drawing import ROLES, png, printable, svg, whole_ticks
 from collapse_probe.figures import (
@@ -29,6 +30,7 @@ from collapse_probe.findings import Findings
 from collapse_probe.gallery import Layout, attention_gallery, overlay, spread_of, times_uniform
 from collapse_probe.heatmaps import SIGNED, UNSIGNED, scale_of, short
 from collapse_probe.readings import adjacent
+from collapse_probe.sections import caption_of
 
 NAMES = {
     "attention-similarity",
@@ -137,6 +139,89 @@ def test_numbers_stand_in_cells_where_they_fit() -> None:
     assert raw.texts[1].get_text() == short(synthetic(12).matrix("attention-similarity")[0, 1])
     large, _ = heatmaps(attention_similarity(synthetic(32)))
     assert not large.texts
+
+
+def with_tests(findings: Findings, q: np.ndarray) -> Findings:
+    """The findings with a test of all pairs, as it comes back from a file: undefined is None."""
+    plain = [[None if np.isnan(x) else float(x) for x in row] for row in q]
+    below = q[np.tril_indices(len(q), -1)]
+    whole = {"q": plain, "test": "paired t", "significant": int((below <= 0.05).sum()), "tested": len(below)}
+    other = {**whole, "q": np.zeros((len(q) + 1, len(q) + 1)).tolist()}
+    tests = {"attention-similarity": {"all_pairs": whole}, "feature-similarity": {"all_pairs": other}}
+    return replace(findings, sureness={"tests": tests})
+
+
+def pairs_of(blocks: int) -> np.ndarray:
+    """Made-up q of all pairs, symmetric, some below and some above the level; on the diagonal undefined."""
+    q = np.random.default_rng(blocks).uniform(0, 0.15, (blocks, blocks))
+    q = np.maximum(q, q.T)
+    np.fill_diagonal(q, np.nan)
+    q[1, 0] = q[0, 1] = 0.05
+    return q
+
+
+def dots(axes: Axes) -> set[tuple[int, int]]:
+    """The cells (row, column) that carry a dot; each dot lies inside of its cell."""
+    return {(int(y), int(x)) for one in axes.lines for x, y in one.get_xydata()}
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("blocks", [4, 12, 32])
+def test_a_dot_stands_where_a_pair_passes_its_test(blocks: int, narrow: bool) -> None:
+    q = pairs_of(blocks)
+    figure = attention_similarity(with_tests(synthetic(blocks), q), narrow)
+    raw, kappa = heatmaps(figure)
+    expected = {(row, column) for row in range(blocks) for column in range(row) if q[row, column] <= 0.05}
+    assert 1 <= len(expected) < blocks * (blocks - 1) / 2
+    assert dots(kappa) == expected
+    assert dots(raw) == set()
+    assert figure is not None
+    (legend,) = figure.legends
+    said = " ".join(text.get_text().replace("\n", " ") for text in legend.get_texts())
+    assert "dot (below the diagonal): more alike than with the wrong tokens, q ≤ 0.05" in said
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert box.x0 >= -0.02
+    assert box.y0 >= -0.02
+    assert box.x1 <= width + 0.02
+    assert box.y1 <= height + 0.02
+
+
+def test_dots_leave_the_numbers_in_their_cells_alone() -> None:
+    figure = attention_similarity(with_tests(synthetic(12), pairs_of(12)), narrow=True)
+    assert figure is not None
+    _, kappa = heatmaps(figure)
+    assert dots(kappa)
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    numbers = [text.get_window_extent(renderer) for text in kappa.texts]
+    for one in kappa.lines:
+        reach = one.get_markersize() / 2 * figure.dpi / 72
+        for x, y in kappa.transData.transform(one.get_xydata()):
+            near = [box for box in numbers if box.x0 <= x <= box.x1 and box.y0 <= y + reach and y - reach <= box.y1]
+            assert not near
+
+
+def test_without_a_test_of_all_pairs_the_figure_stays_as_it_was() -> None:
+    before = svg(attention_similarity(synthetic(12)))
+    neighbours = replace(synthetic(12), sureness={"tests": {"attention-similarity": {"all_pairs": None}}})
+    assert svg(attention_similarity(neighbours)) == before
+    assert svg(attention_similarity(with_tests(synthetic(12), np.full((12, 12), 0.5)))) == before
+    assert svg(attention_similarity(with_tests(synthetic(12), pairs_of(12)))) != before
+    assert svg(feature_similarity(with_tests(synthetic(12), pairs_of(12)))) == svg(feature_similarity(synthetic(12)))
+
+
+def test_the_caption_says_what_a_dot_means_only_where_pairs_were_tested() -> None:
+    plain = caption_of("attention-similarity", {}, synthetic(12))
+    assert plain == CAPTIONS["attention-similarity"]
+    findings = with_tests(synthetic(12), pairs_of(12))
+    found = caption_of("attention-similarity", {}, findings)
+    whole = findings.sureness["tests"]["attention-similarity"]["all_pairs"]
+    assert found.seen.startswith(plain.seen)
+    assert "(q ≤ 0.05: paired t, " in found.seen
+    assert found.seen.endswith(f"here {whole['significant']} of 66.")
+    assert found.limits.endswith("No dot is no proof of κ = 0: more images find more pairs.")
+    assert caption_of("feature-similarity", {}, findings) == CAPTIONS["feature-similarity"]
+    bare = with_tests(synthetic(12, nulls=False), pairs_of(12))
+    assert caption_of("attention-similarity", {}, bare) == plain
 
 
 def test_without_kappa_one_panel_remains() -> None:

@@ -29,6 +29,7 @@ FLOORS = [
         "subject",
         "training_log",
     },
+    {"documents", "settings"},
     {
         "alignment",
         "anatomy",
@@ -121,6 +122,7 @@ FLOORS = [
         "architecture",
         "depthwise",
         "family_figures",
+        "map_metric",
         "outcomes",
         "preset_tables",
         "products",

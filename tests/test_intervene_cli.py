@@ -6,24 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from collapse_probe.cli.main import main
 from test_cli import SMALL_MODEL
 
 from collapse_probe.effects import Interventions
-
-
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    """Run the program in an empty folder; exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in words])
-        out = capsys.readouterr()
-        return stop.value.code, out.out, out.err
-
-    return call
 
 
 def intervene(run, photos, *more):

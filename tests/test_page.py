@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from synthetic import synthetic
 
+from collapse_probe import curves, summary
 from collapse_probe import page as page_module
 from collapse_probe.captions import CAPTIONS
 from collapse_probe.colophon import definitions, not_measured, skipped
@@ -299,7 +300,9 @@ def test_a_page_of_the_weights_alone_speaks_of_no_images() -> None:
 
 
 def test_thresholds_on_the_page_are_those_of_the_rules() -> None:
-    assert RAW_THRESHOLD in similar_blocks.THRESHOLDS
+    assert RAW_THRESHOLD == summary.COUNTED_ABOVE
+    assert summary.COUNTED_ABOVE in similar_blocks.THRESHOLDS
+    assert curves.THRESHOLDS is similar_blocks.THRESHOLDS
     assert similar_blocks.CORRECTED_ABOVE == KAPPA_THRESHOLD
     assert f"κ passes {KAPPA_THRESHOLD:g}." in CAPTIONS["similar-blocks"].seen
     card = next(card for card in key_numbers(synthetic(5)) if card.label.startswith("similar blocks"))

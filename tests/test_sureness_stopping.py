@@ -12,8 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from making import small_vit
-from PIL import Image
+from making import noise_by_class, small_vit
 from scipy import stats
 
 import collapse_probe as cp
@@ -63,13 +62,7 @@ def test_a_run_without_headline_means_cannot_stop():
 @pytest.fixture(scope="module")
 def sorted_folder(tmp_path_factory):
     """Seventy pictures in two class folders, dark ones first."""
-    root = tmp_path_factory.mktemp("sorted")
-    for i in range(70):
-        folder = root / ("a_dark" if i < 35 else "b_bright")
-        folder.mkdir(exist_ok=True)
-        noise = np.random.default_rng(i).integers(0, 256, (32, 32, 3))
-        Image.fromarray((noise * (0.1 if i < 35 else 1.0)).astype(np.uint8)).save(folder / f"{i:02d}.png")
-    return root
+    return noise_by_class(tmp_path_factory.mktemp("sorted"), count=70, side=32)
 
 
 def test_a_random_order_reads_the_same_pictures_and_knows_their_places(sorted_folder):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from making import random_maps, readings, small_vit, trace_of
+from scipy import stats
 
 from collapse_probe.capture import listen, probe
 from collapse_probe.errors import SettingError
@@ -219,6 +220,19 @@ def test_outliers_are_found_where_they_sit_and_equal_norms_have_none():
     assert not outliers(torch.full((2, 7), 3.0) + 1e-6 * torch.rand(2, 7)).any()
     assert not outliers(torch.zeros(2, 7)).any()
     assert robust_threshold(torch.tensor([[1.0, 2, 3, 90]]), 6.0).item() == 8.5
+
+
+def test_the_share_of_outliers_has_an_interval_and_their_map_a_reason():
+    found = readings([trace_with(tokens_of()[:2]), trace_with(tokens_of()[2:])], ["token-norm", "token-norm@outliers"])
+    plain, share = found["token-norm"], found["token-norm@outliers"]
+    assert plain.settings["outlier_share"] == pytest.approx(share.values)
+    assert plain.settings["outlier_share_ci95"] == pytest.approx(share.ci95)
+    rows = [[share_above(image[depth, 1:]) for depth in range(DEPTHS)] for image in tokens_of()]
+    reach = stats.t.ppf(0.975, B - 1) * stats.sem(rows, axis=0)
+    assert reach.max() > 0
+    expected = np.stack([np.mean(rows, axis=0) - reach, np.mean(rows, axis=0) + reach], -1)
+    assert plain.settings["outlier_share_ci95"] == pytest.approx(expected, abs=1e-7)
+    assert plain.settings["intervals"].startswith("outlier_map has none: ")
 
 
 def test_impossible_deviations_are_refused():

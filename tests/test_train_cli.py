@@ -6,25 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from collapse_probe.cli.main import main
 
 from collapse_probe.sockets import RECIPES
 
 QUICK = ["train", "digits-quick", "--steps", "6", "--set", "depth=2 width=16 heads=2 batch_size=8"]
-
-
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    """Run the program in an empty folder; exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in words])
-        out = capsys.readouterr()
-        return stop.value.code, out.out, out.err
-
-    return call
 
 
 def test_train_writes_the_folder_and_says_how_it_ended(run):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from contestants import findings_of as by_hand
 from making import photographs, small_vit
 
 import collapse_probe as cp
@@ -15,6 +16,7 @@ from collapse_probe.findings import Findings, Nulls, Reading
 from collapse_probe.quantities import Pairs, classify
 from collapse_probe.verdict import judge, spans
 from collapse_probe.verdict_rules import BY_NAME
+from collapse_probe.words import number
 
 KEPT = {"init_values": 1e-5}  # LayerScale so small that every block sees the same tokens
 
@@ -177,6 +179,34 @@ def measured_swin(pictures):
 
     subject = resolve("timm:maxvit_nano_rw_256", pretrained=False)
     return measure(subject, open_data(pictures, limit=2), Settings(null_images=0, gallery_images=0))
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (0.4, ": in the mean nothing agrees beyond that (kappa −0.200, 95 % −0.260 … −0.140)."),
+        (0.5, ": in the mean nothing agrees beyond that (kappa 0.000, 95 % −0.060 … 0.060)."),
+        (0.6, ": of what is left to agree, 20.0 % does (kappa 0.200)."),
+    ],
+)
+def test_a_kappa_of_nothing_is_no_share_of_what_is_left(raw, said):
+    found = by_hand(np.full((4, 3), raw), np.full((4, 3), 0.5))
+    kappa = found.summary["kappa_adjacent"]
+    ends = {"kappa_adjacent_ci_low": kappa - 0.06, "kappa_adjacent_ci_high": kappa + 0.06}
+    sure = judge(replace(found, summary={**found.summary, **ends})).sentences[1]
+    assert sure == f"Neighbouring blocks are alike at {raw:.3f} in raw cosine, and with the wrong tokens at 0.500{said}"
+    without = judge(found).sentences[1]
+    assert without == sure.replace(sure[sure.index(", 95 %") : sure.rindex(")")], "") if kappa <= 0 else sure
+    assert "-" not in sure
+
+
+def test_the_interval_beside_kappa_is_that_of_the_run(pictures):
+    found = cp.analyze("vit_b_32", pictures, pretrained=False, batch_size=6, null_images=0, gallery_images=0, seed=1)
+    ends = [found.summary[f"kappa_adjacent_ci_{end}"] for end in ("low", "high")]
+    mean = found.summary["kappa_adjacent"]
+    assert ends[0] < mean < ends[1]
+    said = f"(kappa {number(mean)}, 95 % {number(ends[0])} … {number(ends[1])})"
+    assert (said in judge(found).sentences[1]) == (mean <= 0)
 
 
 def test_unsure_collapse_says_so(pictures):

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from collapse_probe.cli.main import main
 from making import small_vit
 
 import collapse_probe as cp
@@ -26,20 +25,6 @@ from collapse_probe.weight_metric import of_level
 MODEL = ["-m", "timm:vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32"]
 MODEL += ["--model-kwargs", "depth=3 num_classes=7 embed_dim=48 num_heads=3 patch_size=8"]
 PLAIN = of_level("weights")
-
-
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    """Run the program in an empty folder; exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in words])
-        out = capsys.readouterr()
-        return stop.value.code, out.out, out.err
-
-    return call
 
 
 def test_without_data_the_whole_folder_is_written(run):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from collapse_probe.penalty import Direction, RowPenalty
+from collapse_probe.penalty import RowPenalty
 from collapse_probe.sockets import PENALTIES
 from collapse_probe.uniformity import gram_log_determinant
 
@@ -28,11 +26,6 @@ class GramDeterminant(RowPenalty):
     source = "arXiv 2103.01649; Diverse-ViT, arXiv 2203.06345 (released code)"
     metric = "patch-diversity"
     direction = "up"
-    metrics: ClassVar[Mapping[str, tuple[str, Direction]]] = {
-        "tokens": ("patch-diversity", "up"),
-        "attention": ("head-similarity", "down"),
-        "weights": ("hyperspherical-energy", "down"),
-    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

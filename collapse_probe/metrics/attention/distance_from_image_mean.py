@@ -12,7 +12,8 @@ from torch import Tensor
 from collapse_probe.agreement import SAMPLED_TOKENS, STATE_BUDGET, seeded_sample
 from collapse_probe.findings import Reading
 from collapse_probe.head_means import block_by_head
-from collapse_probe.measure import Array, Metric, Need, no_token_maps
+from collapse_probe.map_metric import MapMetric
+from collapse_probe.measure import Array, Need
 from collapse_probe.nulls import untrained_only
 from collapse_probe.sockets import METRICS
 from collapse_probe.statistics import interval, jackknife
@@ -109,19 +110,13 @@ def _add(tile: MapTile, maps_hLRC: Tensor, sample: list[int], total: Tensor, squ
         squares[tile.positions, tile.heads] += rows.square().sum((-1, -2)).transpose(0, 1)
 
 
-class DistanceFromImageMean(Metric):
+class DistanceFromImageMean(MapMetric):
     """How far the maps of single images are from their mean map: 0 where attention ignores the input."""
 
     name = "distance-from-image-mean"
     summary = "how far the maps of single images are from the mean map of all images"
     dims = ("block", "head")
     collapsed = "low"
-    defaults = {"point": "weights"}  # noqa: RUF012
-    variants = {"probs": {"point": "probs"}}  # noqa: RUF012
-
-    def inapplicable(self) -> str:
-        """Windowed, pooled and channel attention has no map over the image's tokens."""
-        return no_token_maps(self.plan)
 
     @property
     def definition(self) -> str:

@@ -9,13 +9,14 @@ import numpy as np
 
 from collapse_probe.agreement import MapAgreement
 from collapse_probe.findings import Reading
-from collapse_probe.measure import Array, Metric, Need, no_token_maps
+from collapse_probe.map_metric import MapMetric
+from collapse_probe.measure import Array, Need
 from collapse_probe.nulls import finished
 from collapse_probe.sockets import METRICS
 from collapse_probe.statistics import interval, kappa
 
 
-class HeadSimilarity(Metric):
+class HeadSimilarity(MapMetric):
     """Cosine between the attention vectors of the same token in different heads of one block."""
 
     name = "head-similarity"
@@ -27,7 +28,7 @@ class HeadSimilarity(Metric):
 
     def inapplicable(self) -> str:
         """One head has no other to be like; windows and channels have no map over tokens."""
-        missing = no_token_maps(self.plan)
+        missing = super().inapplicable()
         if missing:
             return missing
         return "" if any(heads > 1 for heads, _, _ in self.plan.groups()) else "every block has one head"

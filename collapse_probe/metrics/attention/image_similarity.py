@@ -10,14 +10,15 @@ import numpy as np
 from collapse_probe.agreement import MapAgreement
 from collapse_probe.findings import Reading
 from collapse_probe.image_spread import JACKKNIFE_TOKENS, ImageSpread
-from collapse_probe.measure import Array, Metric, Need, no_token_maps
+from collapse_probe.map_metric import MapMetric
+from collapse_probe.measure import Array, Need
 from collapse_probe.nulls import finished
 from collapse_probe.sockets import METRICS
 from collapse_probe.statistics import interval, kappa
 from collapse_probe.sums import GROUPS
 
 
-class ImageSimilarity(Metric):
+class ImageSimilarity(MapMetric):
     """Cosine of one block's attention vectors across different images: how far attention ignores the input."""
 
     name = "image-similarity"
@@ -26,10 +27,6 @@ class ImageSimilarity(Metric):
     collapsed = "high"
     defaults = {"axis": "column", "centred": False, "point": "weights"}  # noqa: RUF012
     variants = {"row": {"axis": "row"}, "centred": {"centred": True}, "probs": {"point": "probs"}}  # noqa: RUF012
-
-    def inapplicable(self) -> str:
-        """Windowed, pooled and channel attention has no map over the image's tokens."""
-        return no_token_maps(self.plan)
 
     @property
     def definition(self) -> str:

@@ -15,8 +15,8 @@ from collapse_probe.measure import Array, Metric, Need, no_token_maps
 from collapse_probe.nulls import untrained_only
 from collapse_probe.sockets import METRICS
 from collapse_probe.statistics import bootstrap, count_bounds, kappa, kappa_parts, mean_parts, parts_stderr
+from collapse_probe.summary import THRESHOLDS
 
-THRESHOLDS = (0.8, 0.9, 0.95)
 CORRECTED_ABOVE = 0.5
 
 

@@ -28,6 +28,8 @@ SIMILAR_ABOVE = 0.9
 """A block is similar where its ratio is above this."""
 ROUNDING = 1e-6
 """Cosines and shares nearer than this are taken as equal."""
+Spread = tuple[Array, Array, Array]
+"""Means over images, their standard errors and the numbers of images."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,35 @@ def share_above(similarity: Tensor, threshold: float | str) -> Tensor:
     return torch.where(n > 0, (above & defined).sum(-1).double() / n.clamp_min(1), torch.nan)
 
 
-def sensitivity(ratios: Array, choices: Sequence[Choice] = CHOICES, above: float = SIMILAR_ABOVE) -> list[dict[str, Any]]:
-    """How many blocks have a ratio above `above` under each choice, from the ratios [choices, blocks], as plain numbers.
+def sensitivity(ratios: Spread, choices: Sequence[Choice] = CHOICES, above: float = SIMILAR_ABOVE) -> list[dict[str, Any]]:
+    """How many blocks have a ratio above `above` under each choice, with the interval of that count, as plain numbers.
 
-    >>> sensitivity(np.array([[np.nan, 0.95, 0.4]]), [Choice(1, 0.9, "before")])
-    [{'k': 1, 'threshold': 0.9, 'direction': 'before', 'similar_blocks': 1, 'blocks': 2}]
+    `ratios` are means, standard errors and numbers of images, each [choices, blocks]; the interval is None with one image.
+
+    >>> sensitivity((np.array([[np.nan, 0.95, 0.4]]), np.full((1, 3), 0.1), np.full((1, 3), 9)), [Choice(1, 0.9, "before")])
+    [{'k': 1, 'threshold': 0.9, 'direction': 'before', 'similar_blocks': 1, 'blocks': 2, 'ci95': [0.0, 1.0]}]
     """
     return [
-        {**asdict(choice), "similar_blocks": int(_exceeds(ratio, above).sum()), "blocks": int(np.isfinite(ratio).sum())}
-        for choice, ratio in zip(choices, ratios, strict=True)
+        {
+            **asdict(choice),
+            "similar_blocks": int(_exceeds(mean, above).sum()),
+            "blocks": int(np.isfinite(mean).sum()),
+            "ci95": _ends(mean, stderr, n, above),
+        }
+        for choice, mean, stderr, n in zip(choices, *ratios, strict=True)
     ]
+
+
+def _exceeds(ratios: Array, above: float) -> NDArray[np.bool_]:
+    """Whether ratios are above a share that they can also equal: nine of ten vectors are not more than 0.9, however rounded."""
+    return np.asarray(ratios - above > ROUNDING)
+
+
+def _ends(mean: Array, stderr: Array, n: Array, above: float) -> list[float] | None:
+    """The interval of the count of blocks with a ratio above `above`; None where it is unknown."""
+    bounds = count_bounds(mean, stderr, n, above + ROUNDING)
+    found: list[float] = bounds.tolist()
+    return found if np.isfinite(bounds).all() else None
 
 
 class NeighbourCosines(Means):
@@ -186,8 +207,8 @@ class SimilarityRatio(Metric):
             f"block(s) {sides} is {above}; per image, then averaged over images. DeepViT (arXiv 2103.11886, Fig. 3a) leaves "
             "number, side and threshold open: these are our readings. settings.similar_blocks counts the blocks with a ratio "
             f"above {SIMILAR_ABOVE} (interval: from those surely above it to those not surely below it, by one-sided t bounds "
-            "at 5 % over the number of blocks), and settings.sensitivity that count under every other choice. With the mean as "
-            "threshold maps that are alike or not by chance give about one half."
+            "at 5 % over the number of blocks), and settings.sensitivity that count, with such an interval, under every other "
+            "choice. With the mean as threshold maps that are alike or not by chance give about one half."
         )
 
     def needs(self) -> dict[str, Need]:
@@ -204,7 +225,7 @@ class SimilarityRatio(Metric):
             **self.settings,
             "ratio_above": SIMILAR_ABOVE,
             "similar_blocks": {"value": float(count_similar(ratios)), "ci95": count_interval(ratios)},
-            "sensitivity": sensitivity(mean),
+            "sensitivity": sensitivity((mean, stderr, n)),
         }
         facts = {"stderr": stderr[at], "ci95": interval(mean[at], stderr[at], n[at])}
         return self.reading(mean[at], **facts, point=self.settings["point"], settings=settings, nulls=untrained_only())
@@ -221,17 +242,10 @@ def count_similar(ratios: Array, above: float = SIMILAR_ABOVE) -> Array:
     return np.asarray(_exceeds(mean, above).sum(0), dtype=np.float64)
 
 
-def _exceeds(ratios: Array, above: float) -> NDArray[np.bool_]:
-    """Whether ratios are above a share that they can also equal: nine of ten vectors are not more than 0.9, however rounded."""
-    return np.asarray(ratios - above > ROUNDING)
-
-
 def count_interval(ratios: Array) -> list[float] | None:
     """The interval of the count over images, from the ratios [blocks, images]; None with one image."""
     means, parts, defined = mean_parts(ratios.T)
-    bounds = count_bounds(means, parts_stderr(parts, defined.sum(0)), defined.sum(0), SIMILAR_ABOVE + ROUNDING)
-    found: list[float] = bounds.tolist()
-    return found if np.isfinite(bounds).all() else None
+    return _ends(means, parts_stderr(parts, defined.sum(0)), defined.sum(0), SIMILAR_ABOVE)
 
 
 METRICS.add(SimilarityRatio.name, SimilarityRatio)

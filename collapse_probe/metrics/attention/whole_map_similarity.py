@@ -11,7 +11,8 @@ from torch import Tensor
 from collapse_probe.attention import maps_of
 from collapse_probe.findings import Reading
 from collapse_probe.geometry import wide_gram
-from collapse_probe.measure import Array, Metric, Need, mean_over_images, no_token_maps
+from collapse_probe.map_metric import MapMetric
+from collapse_probe.measure import Array, Need, mean_over_images
 from collapse_probe.nulls import untrained_only
 from collapse_probe.sockets import METRICS
 from collapse_probe.sums import Means
@@ -77,19 +78,13 @@ class WholeMaps(Means):
         return total
 
 
-class WholeMapSimilarity(Metric):
+class WholeMapSimilarity(MapMetric):
     """Mean absolute cosine between the flattened maps of any two heads, in one block or two (Diverse-ViT)."""
 
     name = "whole-map-similarity"
     summary = "mean |cosine| between any two heads' whole maps, in one block or two (Diverse-ViT)"
     dims = ("block", "block")
     collapsed = "high"
-    defaults = {"point": "weights"}  # noqa: RUF012
-    variants = {"probs": {"point": "probs"}}  # noqa: RUF012
-
-    def inapplicable(self) -> str:
-        """Windowed, pooled and channel attention has no map over the image's tokens."""
-        return no_token_maps(self.plan)
 
     @property
     def definition(self) -> str:

@@ -16,12 +16,14 @@ from collapse_probe.geometry import SMALLEST_SPREAD
 from collapse_probe.measure import Array, Metric, Need, mean_over_images
 from collapse_probe.nulls import untrained_only
 from collapse_probe.sockets import METRICS
+from collapse_probe.statistics import interval
 from collapse_probe.sums import Means
 from collapse_probe.trace import Plan, Trace
 
 DEVIATIONS = 6.0
 """Six median absolute deviations are four standard deviations of a normal distribution."""
 REGISTERS_THRESHOLD = 150.0
+NO_INTERVAL = "outlier_map has none: it is a picture of where outliers sit, and no single place is to be read as a number"
 
 
 def robust_threshold(norms_BP: Tensor, deviations: float = DEVIATIONS) -> Tensor:
@@ -119,7 +121,8 @@ class TokenNorm(Metric):
         return (
             f"{what[self.settings['value']]}, prefix tokens out, on the residual stream before any final norm (which would "
             "make all norms alike), averaged over images. settings.outlier_share is the share of tokens above "
-            f"{limit}, settings.outlier_map the share of images with such a token at each place, by depth, row and column."
+            f"{limit}, with its interval, settings.outlier_map the share of images with such a token at each place, by "
+            "depth, row and column."
         )
 
     def needs(self) -> dict[str, Need]:
@@ -130,9 +133,15 @@ class TokenNorm(Metric):
     def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
         """The curve over depth, and where the outliers sit."""
         fold = folds["norms"]
-        places = {"outlier_share": fold.mean("share")[0], "outlier_map": fold.where(self.plan.grid)}
+        share, stderr, n = fold.mean("share")
+        found = {
+            "outlier_share": share,
+            "outlier_share_ci95": interval(share, stderr, n),
+            "outlier_map": fold.where(self.plan.grid),
+            "intervals": NO_INTERVAL,
+        }
         facts = mean_over_images(fold, self.settings["value"])
-        return self.reading(**facts, settings={**self.settings, "prefix": False, **places}, nulls=untrained_only())
+        return self.reading(**facts, settings={**self.settings, "prefix": False, **found}, nulls=untrained_only())
 
     def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
         """[images, depths]."""

@@ -1,0 +1,64 @@
+"""Settings as a user gives them: read out of words, then checked one by one."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from collapse_probe.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A frozen dataclass whose fields are settings, with the checks that a child's `__post_init__` asks for.
+
+    Each check raises SettingError with the child's `name`, what the setting must be and what it is.
+    """
+
+    name: ClassVar[str]
+
+    @classmethod
+    def _known(cls, names: Iterable[str]) -> None:
+        known = [field.name for field in fields(cls)]
+        for name in names:
+            if name not in known:
+                raise SettingError(f"{cls.name} has no setting {name!r}; it has {', '.join(known) or 'none'}")
+
+    def _whole(self, setting: str, low: int) -> None:
+        value = getattr(self, setting)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise SettingError(f"{self.name}: {setting} must be a whole number from {low} up, not {value!r}")
+
+    def _choice(self, setting: str, *allowed: object) -> None:
+        value = getattr(self, setting)
+        if not any(type(value) is type(each) and value == each for each in allowed):
+            raise SettingError(f"{self.name}: {setting} must be one of {allowed}, not {value!r}")
+
+
+def between(value: object, low: float, high: float) -> bool:
+    """Whether a setting is a number (True and False are none) from `low` to `high`, both among them.
+
+    >>> between(0, 0, 1), between(True, 0, 1), between("0", 0, 1)
+    (True, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def read_settings(words: Iterable[str], text: str) -> dict[str, Any]:
+    """Settings out of words `K=V`; values are Python literals or else text. SettingError names the whole `text`.
+
+    >>> read_settings(["norm=layer", "scale=2"], "re-attention:norm=layer,scale=2")
+    {'norm': 'layer', 'scale': 2}
+    """
+    settings: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise SettingError(f"{text!r}: expected NAME:SETTING=VALUE,…, came {word!r}")
+        try:
+            settings[key.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[key.strip()] = value
+    return settings
