@@ -99,7 +99,7 @@ class Findings:
             run=content["run"],
             metrics={name: storing.reading_from_json(entry) for name, entry in content["metrics"].items()},
             summary=content["summary"],
-            images=storing.load_images(folder / "images.npz"),
+            images=storing.load_arrays(folder / "images.npz"),
             gallery=storing.load_gallery(folder / "gallery.npz"),
             thumbnails=storing.load_thumbnails(folder / "gallery.npz"),
             presets=content.get("presets", {}),

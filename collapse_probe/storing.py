@@ -143,7 +143,7 @@ def _cell(whole: Whole, at: tuple[int, ...]) -> list[float]:
     return [float(values[at]), float(stderr[at]), float(ci95[at][0]), float(ci95[at][1])]
 
 
-def load_images(path: Path) -> dict[str, NDArray[Any]]:
+def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The content of an npz file; empty where there is no such file."""
     if not path.exists():
         return {}
@@ -167,7 +167,7 @@ def write_gallery(path: Path, gallery: Gallery | None, thumbnails: Mapping[str, 
 
 def load_gallery(path: Path) -> Gallery | None:
     """The gallery back out of gallery.npz; None where there is no such file, or no gallery in it."""
-    stored = load_images(path)
+    stored = load_arrays(path)
     if "maps" not in stored:
         return None
     return Gallery(
@@ -181,5 +181,5 @@ def load_gallery(path: Path) -> Gallery | None:
 
 def load_thumbnails(path: Path) -> dict[str, NDArray[np.uint8]]:
     """The thumbnails out of gallery.npz by name; empty where it holds none."""
-    stored = load_images(path)
+    stored = load_arrays(path)
     return dict(zip(map(str, stored.get("thumbnail_names", ())), stored.get("thumbnails", ()), strict=True))

@@ -65,13 +65,13 @@ def _similarity_cards(findings: Findings) -> list[Card]:
         Card(
             "similarity of adjacent blocks, raw",
             number(mean(_pairs(reading.values))),
-            _mean_interval(reading.ci95),
+            _mean_interval(findings, "attention_similarity_adjacent", reading.ci95),
             "" if fresh is None else f"untrained twin {number(fresh)}",
         ),
         Card("the same with the wrong token", number(mean(token)), "null: what chance gives"),
     ]
     undefined = 0 if kappa is None else int((~np.isfinite(kappa)).sum())
-    detail = _mean_interval(kappa_ci95(reading))
+    detail = _mean_interval(findings, "kappa_adjacent", kappa_ci95(reading))
     beside = f"undefined for {undefined} of {len(kappa)} pairs" if undefined and kappa is not None else ""
     if mean(kappa) is None:
         detail, beside = _why(reading, "kappa"), ""
@@ -82,11 +82,14 @@ def _pairs(matrix: Array | None) -> Array | None:
     return None if matrix is None else adjacent(matrix)
 
 
-def _mean_interval(ci95: Array | None) -> str:
-    """The interval of a mean over adjacent pairs: the mean of their ends, wide enough for any dependence."""
-    if ci95 is None:
-        return ""
-    low, high = (mean(adjacent(ci95)[:, end]) for end in (0, 1))
+def _mean_interval(findings: Findings, name: str, ci95: Array | None) -> str:
+    """The interval of a mean over adjacent pairs: the summary's, as the answer quotes it.
+
+    Without one (no values of single images) the mean of the pairs' ends, wide enough for any dependence.
+    """
+    low, high = (findings.summary.get(f"{name}_ci_{end}") for end in ("low", "high"))
+    if ci95 is not None and (low is None or high is None):
+        low, high = (mean(adjacent(ci95)[:, end]) for end in (0, 1))
     return "" if low is None or high is None else f"95 %: {interval((low, high))}"
 
 

@@ -362,3 +362,12 @@ def test_findings_of_nothing_make_a_page() -> None:
 )
 def test_facts_become_words(value: object, text: str) -> None:
     assert plain(value) == text
+
+
+def test_a_card_and_the_answer_give_one_interval_of_one_number():
+    ends = {"kappa_adjacent_ci_low": 0.111, "kappa_adjacent_ci_high": 0.222, "attention_similarity_adjacent_ci_low": 0.333}
+    whole = synthetic(5)
+    found = replace(whole, summary={**whole.summary, **ends, "attention_similarity_adjacent_ci_high": 0.444})
+    shown = {card.label: card.detail for card in key_numbers(found)}
+    assert shown["κ, similarity beyond that null"] == "95 %: 0.111 … 0.222"
+    assert shown["similarity of adjacent blocks, raw"] == "95 %: 0.333 … 0.444"
