@@ -32,7 +32,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/overhead.py
 
 bundled: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m collapse_probe.bundling bundled-runs
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/bundle_models.py bundled-runs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -26,16 +26,17 @@ import numpy as np
 import timm
 import torch
 
-from collapse_probe.analysis import DEFAULT_METRICS, chosen_metrics
-from collapse_probe.capture import listen, probe
-from collapse_probe.devices import TILE_BYTES, autocast, micro_batch
-from collapse_probe.measure import Metric
-from collapse_probe.one_pass import Run, absorb, folds_for, reading_of
-from collapse_probe.preset import with_presets
+from collapse_probe.analysis.analyze import DEFAULT_METRICS, chosen_metrics
+from collapse_probe.analysis.loop import PassResult, absorb, folds_for, reading_of
+from collapse_probe.analysis.weights import apart
+from collapse_probe.capture.capture import discover_plan, record
+from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.trace import TILE_BYTES, micro_batch
+from collapse_probe.devices import autocast
+from collapse_probe.metrics.metric import Metric
+from collapse_probe.metrics.presets import with_presets
 from collapse_probe.provenance import versions
-from collapse_probe.sockets import METRICS, PRESETS
-from collapse_probe.trace import Plan
-from collapse_probe.weight_analysis import apart
+from collapse_probe.registry import METRICS, PRESETS
 
 IMAGES, BATCH = 256, 16
 MODELS = {"vit_base_patch32_224": 1.3, "vit_small_patch16_224": 1.6}
@@ -62,12 +63,12 @@ def clock(device: torch.device) -> float:
 
 def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str | None) -> dict[str, Callable]:
     """What is timed, each a function of one batch."""
-    plan = probe(model, (size, size))
+    plan = discover_plan(model, (size, size))
     sets = {"analysis": chosen_metrics(plan, DEFAULT_METRICS), "everything": every_metric(plan)}
 
     @cache
-    def run_of(variant: str) -> Run:
-        return Run(folds=folds_for(sets[variant], device))  # made when needed: the states of other variants take memory
+    def run_of(variant: str) -> PassResult:
+        return PassResult(folds=folds_for(sets[variant], device))  # made when needed: the states of other variants take memory
 
     def plain(images: torch.Tensor) -> None:
         with torch.no_grad(), autocast(device, amp):
@@ -76,7 +77,7 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
     def capture(images: torch.Tensor) -> None:
         with torch.no_grad():
             for part in images.split(micro_batch(plan, device, len(images))):
-                with listen(model, plan) as ears, autocast(device, amp):
+                with record(model, plan) as ears, autocast(device, amp):
                     model(part)
                 ears.take()
 
@@ -84,7 +85,7 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
         run = run_of(variant)
         with torch.no_grad():
             for part in images.split(micro_batch(plan, device, len(images))):
-                with listen(model, plan) as ears, autocast(device, amp):
+                with record(model, plan) as ears, autocast(device, amp):
                     model(part)
                 names = [f"{len(run.names) + i}" for i in range(len(part))]
                 absorb(run, ears.take(), names, part, TILE_BYTES[device.type], frozenset())
@@ -186,7 +187,7 @@ def kernels_on_gpu() -> list[str]:
         images = torch.randn(4, 3, 224, 224, device=device, dtype=dtype)
         with torch.no_grad():
             before = model(images)
-            with listen(model, probe(model, (224, 224))) as ears:
+            with record(model, discover_plan(model, (224, 224))) as ears:
                 after = model(images)
         heard = ears.last.attention[0]
         shape = None if heard.logsumexp is None else tuple(heard.logsumexp.shape)

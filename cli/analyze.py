@@ -26,7 +26,7 @@ from collapse_probe.cli import options
 @options.talking
 def command(output: str | None, as_json: bool, quiet: bool, verbose: int, **flags: Any) -> None:
     """Measure the collapse of one model over a data set: one pass, all metrics, findings and report."""
-    from collapse_probe.processes import joined
+    from collapse_probe.distributed import joined
 
     with joined():
         run(output=output, as_json=as_json, quiet=quiet, **flags)
@@ -34,15 +34,15 @@ def command(output: str | None, as_json: bool, quiet: bool, verbose: int, **flag
 
 def run(*, model: str, data: str | None, output: str | None, as_json: bool, quiet: bool, **flags: Any) -> Path | None:
     """Analyse, write the folder, print the answer; the folder's path where one was written."""
-    from collapse_probe.cli.failing import stop_if_tripped, thresholds
-    from collapse_probe.cli.talk import Talk, answer
+    from collapse_probe.cli.console import Talk, answer
+    from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
 
-    from collapse_probe.analysis import Settings, measure
-    from collapse_probe.data import open_data
-    from collapse_probe.folders import check_writable, write_with_page
-    from collapse_probe.page import write_report
-    from collapse_probe.preset import with_presets
-    from collapse_probe.processes import rank_and_world
+    from collapse_probe.analysis.analyze import RunSettings, measure
+    from collapse_probe.data.images import open_data
+    from collapse_probe.distributed import rank_and_world
+    from collapse_probe.files import check_writable, write_with_page
+    from collapse_probe.metrics.presets import with_presets
+    from collapse_probe.report.findings.page import write_report
 
     talk, rules = Talk(quiet), thresholds(flags.pop("fail_on", ()))
     asked = with_presets(flags["metrics"], flags.get("presets", ()))
@@ -56,7 +56,7 @@ def run(*, model: str, data: str | None, output: str | None, as_json: bool, quie
     talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
     talk.say("preprocessing " + ", ".join(f"{k} {v}" for k, v in subject.preprocess.description.items()))
     talk.say("no data: the weights alone" if images is None else f"data {images.address}, {len(images)} images")
-    settings = Settings(**flags, command=command_line())
+    settings = RunSettings(**flags, command=command_line())
     with talk.bar(0 if images is None else len(images)) as progress:
         findings = measure(subject, images, settings, progress=progress, report=talk.say)
     if rank_and_world()[0] > 0:
@@ -74,8 +74,8 @@ def run(*, model: str, data: str | None, output: str | None, as_json: bool, quie
 
 def chosen(levels: tuple[str, ...], metrics: tuple[str, ...], data: str | None) -> tuple[str, ...]:
     """The metrics that --level, --preset and --metric ask for (none: the default set); wrong usage where data are missing."""
-    from collapse_probe.sockets import METRICS
-    from collapse_probe.weight_metric import level_of, of_level
+    from collapse_probe.metrics.weight_metric import level_of, of_level
+    from collapse_probe.registry import METRICS
 
     asked = (*of_level(*levels), *metrics)
     hungry = [name for name in asked if level_of(METRICS[name.partition("@")[0]]) != "weights"]
@@ -87,7 +87,10 @@ def chosen(levels: tuple[str, ...], metrics: tuple[str, ...], data: str | None) 
 
 def opened(address: str, images: Any, flags: dict[str, Any]) -> Any:
     """The subject that the flags of model and remedies describe; takes these flags out of `flags`."""
-    from collapse_probe.remedied import blocks_in, recalibrated, resolved
+    from collapse_probe.cli.options import blocks_in
+
+    from collapse_probe.models.batchnorm import recalibrated
+    from collapse_probe.models.loading import resolved
 
     named = {key: flags.pop(key) for key in ("checkpoint", "partial", "pretrained", "model_kwargs", "img_size")}
     fixes, where, count = flags.pop("fixes", ()), flags.pop("fix_blocks", None), flags.pop("recalibrate_bn", 0)

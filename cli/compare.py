@@ -65,7 +65,7 @@ def command(output: str | None, as_json: bool, quiet: bool, verbose: int, **flag
     or a folder of checkpoints: alone, its checkpoints in natural order are shown over the training. A
     --fix goes into every model after the first; one model alone is compared with itself with the fix.
     """
-    from collapse_probe.processes import joined
+    from collapse_probe.distributed import joined
 
     with joined():
         run(output=output, as_json=as_json, quiet=quiet, **flags)
@@ -83,14 +83,14 @@ def run(
 ) -> None:
     """Compare, write the folder, print the answer."""
     from collapse_probe.cli.analyze import command_line
-    from collapse_probe.cli.failing import stop_if_tripped, thresholds
-    from collapse_probe.cli.talk import Talk
+    from collapse_probe.cli.console import Talk
+    from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
+    from collapse_probe.cli.options import blocks_in
 
-    from collapse_probe.comparison import compare
-    from collapse_probe.comparison_page import write_comparison
-    from collapse_probe.folders import check_writable, write_with_page
-    from collapse_probe.processes import rank_and_world
-    from collapse_probe.remedied import blocks_in
+    from collapse_probe.analysis.compare import compare
+    from collapse_probe.distributed import rank_and_world
+    from collapse_probe.files import check_writable, write_with_page
+    from collapse_probe.report.comparison.page import write_comparison
 
     talk, rules = Talk(quiet), thresholds(fail_on)
     folder = None if as_json and output is None else Path(output or "comparison")
@@ -120,7 +120,7 @@ def run(
 
 def told(comparison: Any) -> str:
     """The answers, and the summaries side by side."""
-    from collapse_probe.contrast import answers
+    from collapse_probe.report.comparison.verdict import answers
 
     lines: list[str] = []
     for answer in answers(comparison):

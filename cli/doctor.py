@@ -18,13 +18,13 @@ from collapse_probe.cli import options
 @options.talking
 def command(model: str, device: str, seed: int, as_json: bool, quiet: bool, verbose: int, **named: Any) -> None:
     """Run two noise images through a model and say how each block's attention is heard, and how exactly."""
-    from collapse_probe.capture import probe
+    from collapse_probe.capture.capture import discover_plan
     from collapse_probe.devices import choose_device
-    from collapse_probe.sources import resolve
+    from collapse_probe.models.loading import resolve
 
     named.setdefault("pretrained", None)
     subject = resolve(model, seed=seed, **named)
-    plan = probe(subject.model.to(choose_device(device)), subject.preprocess.size, seed=seed)
+    plan = discover_plan(subject.model.to(choose_device(device)), subject.preprocess.size, seed=seed)
     facts = diagnosis(subject, plan)
     if as_json:
         click.echo(json.dumps(facts, allow_nan=False))
@@ -65,7 +65,7 @@ def diagnosis(subject: Any, plan: Any) -> dict[str, Any]:
 
 def show(facts: dict[str, Any]) -> None:
     """The diagnosis as a table."""
-    from collapse_probe.cli.talk import table
+    from collapse_probe.cli.console import table
     from rich.table import Table
 
     console = table()

@@ -35,7 +35,7 @@ MEASURING = ("metrics", "presets", "null_images", "null_seeds", "until_ci")  # f
 @options.talking
 def command(output: str | None, as_json: bool, quiet: bool, verbose: int, **flags: Any) -> None:
     """Replace the attention maps of blocks, one at a time and from the last block down: the change in logits and accuracy."""
-    from collapse_probe.processes import joined
+    from collapse_probe.distributed import joined
 
     with joined():
         run(output=output, as_json=as_json, quiet=quiet, **flags)
@@ -47,16 +47,16 @@ command.params = [parameter for parameter in command.params if parameter.name no
 def run(*, model: str, data: str, output: str | None, as_json: bool, quiet: bool, **flags: Any) -> None:
     """Intervene, write the folder, print the answer."""
     from collapse_probe.cli.analyze import command_line, opened
-    from collapse_probe.cli.failing import stop_if_tripped, thresholds
-    from collapse_probe.cli.talk import Talk
+    from collapse_probe.cli.console import Talk
+    from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
+    from collapse_probe.cli.options import blocks_in
 
-    from collapse_probe.analysis import Settings
-    from collapse_probe.data import open_data
-    from collapse_probe.folders import check_writable, write_with_page
-    from collapse_probe.intervention import intervene
-    from collapse_probe.intervention_page import write_interventions
-    from collapse_probe.processes import rank_and_world
-    from collapse_probe.remedied import blocks_in
+    from collapse_probe.analysis.analyze import RunSettings
+    from collapse_probe.analysis.intervene import intervene
+    from collapse_probe.data.images import open_data
+    from collapse_probe.distributed import rank_and_world
+    from collapse_probe.files import check_writable, write_with_page
+    from collapse_probe.report.intervention.page import write_interventions
 
     talk, rules = Talk(quiet), thresholds(flags.pop("fail_on", ()))
     kinds, where = flags.pop("kinds"), flags.pop("blocks")
@@ -68,7 +68,7 @@ def run(*, model: str, data: str, output: str | None, as_json: bool, quiet: bool
         check_writable(folder)
     talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
     talk.say(f"data {images.address}, {len(images)} images")
-    settings = Settings(**flags, command=command_line())
+    settings = RunSettings(**flags, command=command_line())
     with talk.bar(len(images)) as progress:
         found = intervene(subject, images, kinds, blocks, settings=settings, progress=progress, report=talk.say)
     if rank_and_world()[0] > 0:
@@ -85,7 +85,7 @@ def run(*, model: str, data: str, output: str | None, as_json: bool, quiet: bool
 
 def told(found: Any) -> str:
     """The answers, and the summary as text."""
-    from collapse_probe.intervention_answers import answers
+    from collapse_probe.report.intervention.verdict import answers
 
     lines: list[str] = []
     for answer in answers(found):

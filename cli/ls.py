@@ -35,31 +35,31 @@ def matches(name: str, pattern: str | None) -> bool:
 def entries(kind: str) -> Iterator[tuple[str, str]]:
     """Names and lines of one kind."""
     if kind == "models":
-        from collapse_probe.sockets import SOURCES
+        from collapse_probe.registry import SOURCES
 
         for scheme, source in SOURCES.items():
             yield from ((f"{scheme}:{name}", "") for name in source.names())
     elif kind == "metrics":
-        from collapse_probe.sockets import METRICS
+        from collapse_probe.registry import METRICS
 
         for name, metric in METRICS.items():
             variants = "".join(f" @{suffix}" for suffix in metric.variants)
             yield name, metric.summary + (f"; variants{variants}" if variants else "")
     elif kind == "presets":
-        from collapse_probe.sockets import PRESETS
+        from collapse_probe.registry import PRESETS
 
         for name, preset in PRESETS.items():
             yield name, f"version {preset.version}; {preset.summary} ({preset.paper}): {', '.join(preset.metrics)}"
     elif kind == "fixes":
-        from collapse_probe.sockets import FIXES
+        from collapse_probe.registry import FIXES
 
         yield from ((name, fix.summary) for name, fix in FIXES.items())
     elif kind == "penalties":
-        from collapse_probe.sockets import PENALTIES
+        from collapse_probe.registry import PENALTIES
 
         yield from ((name, penalty.summary) for name, penalty in PENALTIES.items())
     elif kind == "recipes":
-        from collapse_probe.sockets import RECIPES
+        from collapse_probe.registry import RECIPES
 
         yield from ((name, recipe().about) for name, recipe in RECIPES.items())
     else:

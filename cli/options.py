@@ -10,6 +10,27 @@ from typing import Any, TypeVar
 import click
 import yaml
 
+from collapse_probe.errors import SettingError
+
+
+def blocks_in(text: str) -> list[int]:
+    """Numbers of blocks from words; SettingError for anything else.
+
+    >>> blocks_in("0,6-8")
+    [0, 6, 7, 8]
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        ends = (first, last) if dash else (first, first)
+        if not all(end.strip().isascii() and end.strip().isdigit() for end in ends):
+            raise SettingError(f"{text!r} names no blocks; expected for example 6-11 or 0,2,5-7")
+        found += range(int(ends[0]), int(ends[1]) + 1)
+    if not found or len(set(found)) != len(found):
+        raise SettingError(f"{text!r} must name blocks from low to high, each once; for example 6-11 or 0,2,5-7")
+    return sorted(found)
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -13,7 +13,7 @@ from collapse_probe.cli import options
 @options.talking
 def command(folder: str, quiet: bool, verbose: int) -> None:
     """Rebuild figures and page from what DIR holds (findings, a comparison, interventions, a sweep); needs no model."""
-    from collapse_probe.folders import new_folder
+    from collapse_probe.files import new_folder
 
     place = Path(folder)
     with new_folder(place) as inside:
@@ -29,28 +29,28 @@ def command(folder: str, quiet: bool, verbose: int) -> None:
 
 
 def _findings(folder: Path, inside: Path) -> None:
-    from collapse_probe.findings import Findings
-    from collapse_probe.page import write_report
+    from collapse_probe.report.findings.page import write_report
+    from collapse_probe.results.findings import Findings
 
     write_report(Findings.load(folder), inside)
 
 
 def _comparison(folder: Path, inside: Path) -> None:
-    from collapse_probe.comparison_page import write_comparison
-    from collapse_probe.side_by_side import Comparison
+    from collapse_probe.report.comparison.page import write_comparison
+    from collapse_probe.results.comparison import Comparison
 
     write_comparison(Comparison.load(folder), inside)
 
 
 def _interventions(folder: Path, inside: Path) -> None:
-    from collapse_probe.effects import Interventions
-    from collapse_probe.intervention_page import write_interventions
+    from collapse_probe.report.intervention.page import write_interventions
+    from collapse_probe.results.intervention import Interventions
 
     write_interventions(Interventions.load(folder), inside)
 
 
 def _sweep(folder: Path, inside: Path) -> None:
-    from collapse_probe.sweep_page import write_sweep
-    from collapse_probe.sweep_results import Sweep
+    from collapse_probe.report.sweep.page import write_sweep
+    from collapse_probe.results.sweep import Sweep
 
     write_sweep(Sweep.load(folder), inside)

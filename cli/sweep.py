@@ -61,7 +61,7 @@ def command(quiet: bool, verbose: int, **flags: Any) -> None:
     Run again with the same folder: finished cells are kept, begun ones go on, failed ones are tried again. A
     cell that fails does not stop the others; the exit code is then 1.
     """
-    from collapse_probe.processes import joined
+    from collapse_probe.distributed import joined
 
     with joined():
         run(quiet=quiet, **flags)
@@ -84,11 +84,11 @@ def run(
 ) -> None:
     """Sweep, write the page, print the answer; exit with FAILED where a cell failed."""
     from collapse_probe.cli.analyze import command_line
-    from collapse_probe.cli.talk import Talk
+    from collapse_probe.cli.console import Talk
 
-    from collapse_probe.sockets import RECIPES
-    from collapse_probe.sweep_page import write_sweep
-    from collapse_probe.sweeping import sweep
+    from collapse_probe.registry import RECIPES
+    from collapse_probe.report.sweep.page import write_sweep
+    from collapse_probe.training.sweep import sweep
 
     talk, vary = Talk(quiet), varied(words, seeds)
     named = RECIPES[recipe]()
@@ -124,7 +124,7 @@ def run(
 
 def varied(words: Sequence[str], seeds: int) -> dict[str, list[Any]]:
     """The `--vary` words by name; wrong usage where there is nothing to vary or a name comes twice."""
-    from collapse_probe.sweep_grid import read_vary
+    from collapse_probe.training.sweep_grid import read_vary
 
     if not words and seeds == 1:
         raise click.UsageError("Nothing to vary: give --vary NAME=V,V,… (depth=8,16,24), or --seeds above 1.")
@@ -138,7 +138,7 @@ def varied(words: Sequence[str], seeds: int) -> dict[str, list[Any]]:
 
 def told(found: Any) -> str:
     """The answers and the caveats as text."""
-    from collapse_probe.sweep_answers import answers, caveats, headline
+    from collapse_probe.report.sweep.verdict import answers, caveats, headline
 
     lines: list[str] = [headline(found), ""]
     for answer in answers(found):
@@ -150,8 +150,8 @@ def forecasts(recipe: Any, vary: dict[str, list[Any]], seeds: int, changes: dict
     """Every cell with its parameters, steps and expected time; cells that differ in their seed alone are tried once."""
     from collapse_probe.cli.train import _duration as duration
 
-    from collapse_probe.forecast import forecast
-    from collapse_probe.sweeping import grid_of
+    from collapse_probe.training.forecast import forecast
+    from collapse_probe.training.sweep import grid_of
 
     made, notes = grid_of(recipe, vary, seeds, changes)
     costs: dict[str, Any] = {}

@@ -67,7 +67,7 @@ def command(quiet: bool, verbose: int, **flags: Any) -> None:
     Writes model.safetensors, which `analyze -m` and `compare` read, with training.json, checkpoints and
     TensorBoard logs. Works under torchrun and accelerate launch.
     """
-    from collapse_probe.processes import joined
+    from collapse_probe.distributed import joined
 
     with joined():
         run(quiet=quiet, **flags)
@@ -88,12 +88,12 @@ def run(
 ) -> None:
     """Make the recipe, train it, print how it ended."""
     from collapse_probe.cli.analyze import command_line
-    from collapse_probe.cli.talk import Talk
+    from collapse_probe.cli.console import Talk
 
+    from collapse_probe.distributed import rank_and_world
     from collapse_probe.errors import SettingError
-    from collapse_probe.folders import check_writable
-    from collapse_probe.processes import rank_and_world
-    from collapse_probe.training import train
+    from collapse_probe.files import check_writable
+    from collapse_probe.training.trainer import train
 
     chosen = changed(recipe, **changes)
     address = data or chosen.data
@@ -141,7 +141,7 @@ def changed(
     monitor_every: int | None,
 ) -> Any:
     """The recipe of that name as the flags want it; UnknownNameError and SettingError for what there is not."""
-    from collapse_probe.sockets import RECIPES
+    from collapse_probe.registry import RECIPES
 
     recipe = RECIPES[name]().vary(**changes)
     if fixes:
@@ -167,7 +167,7 @@ def told(recipe: Any, data: str, device: str) -> str:
     """The configuration and what it will cost, as text."""
     import json
 
-    from collapse_probe.forecast import forecast
+    from collapse_probe.training.forecast import forecast
 
     cost = forecast(recipe, device=device)
     held = json.dumps(recipe.to_json(), indent=2)

@@ -6,25 +6,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collapse_probe.analysis import analyze as analyze
-    from collapse_probe.capture import listen as listen
-    from collapse_probe.comparison import compare as compare
-    from collapse_probe.findings import Findings as Findings
-    from collapse_probe.intervention import intervene as intervene
-    from collapse_probe.monitoring import Monitor as Monitor
-    from collapse_probe.sweeping import sweep as sweep
+    from collapse_probe.analysis.analyze import analyze
+    from collapse_probe.analysis.compare import compare
+    from collapse_probe.analysis.intervene import intervene
+    from collapse_probe.capture.capture import record as record
+    from collapse_probe.results.findings import Findings
+    from collapse_probe.training.monitor import Monitor
+    from collapse_probe.training.sweep import sweep
 
 __version__ = "0.1.0"
 _HOMES = {
-    "analyze": "analysis",
-    "compare": "comparison",
-    "listen": "capture",
-    "Findings": "findings",
-    "Monitor": "monitoring",
-    "intervene": "intervention",
-    "sweep": "sweeping",
+    "analyze": "analysis.analyze",
+    "compare": "analysis.compare",
+    "record": "capture.capture",
+    "Findings": "results.findings",
+    "Monitor": "training.monitor",
+    "intervene": "analysis.intervene",
+    "sweep": "training.sweep",
 }
-__all__ = ["Findings", "Monitor", "__version__", "analyze", "compare", "intervene", "listen", "sweep"]
+__all__ = ["Findings", "Monitor", "__version__", "analyze", "compare", "intervene", "record", "sweep"]
 
 
 def __getattr__(name: str) -> Any:  # loaded on first use, so that the import stays light

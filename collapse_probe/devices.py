@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -10,12 +9,9 @@ from typing import Any
 
 import torch
 
+from collapse_probe.distributed import local_rank
 from collapse_probe.errors import SettingError
-from collapse_probe.processes import local_rank
-from collapse_probe.trace import Plan, tile_shape
 
-TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20, "mps": 128 * 2**20}
-TRACE_BYTES = {"cpu": 128 * 2**20, "cuda": 8 * 2**30, "mps": 1 * 2**30}
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -32,31 +28,6 @@ def choose_device(name: str) -> torch.device:
         first = str(error).splitlines()[0]
         raise SettingError(f"the device {name!r} cannot be used here ({first}); try --device auto") from error
     return device
-
-
-def budget_line(plan: Plan, device: torch.device) -> str:
-    """One line on what listening costs in memory."""
-    held = plan.bytes_per_image / 2**20
-    tile = tile_bytes(plan, device) / 2**20
-    step = micro_batch(plan, device)
-    return f"maps are recomputed in tiles of {tile:.1f} MiB; {held:.1f} MiB are held per image, {step} images at a time"
-
-
-def tile_bytes(plan: Plan, device: torch.device) -> int:
-    """Bytes of the largest tile of maps."""
-    largest = 0
-    for signature, positions in plan.groups().items():
-        images, heads, rows, columns = tile_shape(signature, len(positions), TILE_BYTES[device.type])
-        largest = max(largest, images * heads * len(positions) * max(rows * signature[2], columns * signature[1]) * 4)
-    return largest
-
-
-def micro_batch(plan: Plan, device: torch.device, images: int | None = None) -> int:
-    """How many images go through the model at a time, so that what is held of them stays within the budget; `images` are
-    split evenly, because a few left over cost nearly as much as many.
-    """
-    most = max(1, TRACE_BYTES[device.type] // max(plan.bytes_per_image, 1))
-    return most if images is None else math.ceil(images / math.ceil(images / most)) if images else 1
 
 
 def autocast(device: torch.device, dtype: str | None) -> AbstractContextManager[Any]:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from collapse_probe.bundled_pictures import _photographs
-from collapse_probe.recipe import Augmentation, Recipe
-from collapse_probe.training import train
-from collapse_probe.vit import ViTSettings
+from collapse_probe.data.readers import _photographs
+from collapse_probe.models.vit import ViTSettings
+from collapse_probe.training.recipe import Augmentation, Recipe
+from collapse_probe.training.trainer import train
 
 SIDE, TRAIN, HELD_OUT = 64, 400, 40
 SCALES = (64, 160)  # width of a crop in the photograph before it is scaled to SIDE, pixels

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from collapse_probe.cli.main import main
-from making import photographs
+from factories import photographs
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,8 +1,9 @@
-"""The rules of the house: which way imports go, what files may be called, how light the front door is."""
+"""The rules of the house: which package may import which, how light the front door is, which flags there are."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,253 +11,138 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = [
-    {
-        "attention",
-        "bundled_models",
-        "captions",
-        "cost",
-        "drawing",
-        "errors",
-        "evidence",
-        "geometry",
-        "layouts",
-        "processes",
-        "provenance",
-        "rollout",
-        "sketches",
-        "statistics",
-        "subject",
-        "training_log",
-    },
-    {"documents", "settings"},
-    {
-        "alignment",
-        "anatomy",
-        "answers",
-        "blueprint",
-        "checkpoints",
-        "family",
-        "fix",
-        "folders",
-        "headlines",
-        "heatmaps",
-        "hub",
-        "kernels",
-        "paired",
-        "pictures",
-        "preprocessing",
-        "recalibration",
-        "run_state",
-        "sockets",
-        "spectra",
-        "stand_ins",
-        "storing",
-        "thresholds",
-        "trace",
-        "uniformity",
-        "verdict_rules",
-    },
-    {
-        "attention_families",
-        "bundled_pictures",
-        "classes",
-        "convergence",
-        "devices",
-        "effects",
-        "extremes",
-        "findings",
-        "fixes",
-        "hearing",
-        "likeness",
-        "matrices",
-        "mounting",
-        "overhearing",
-        "patch_grid",
-        "preset",
-        "softmaxes",
-        "sums",
-        "timm_pictures",
-        "token_families",
-        "weight_families",
-    },
-    {
-        "agreement",
-        "data",
-        "ear",
-        "families",
-        "gallery",
-        "grafting",
-        "held_numbers",
-        "matrix_roles",
-        "measure",
-        "minibatches",
-        "orders",
-        "outlier_places",
-        "overlay",
-        "permutation",
-        "presets",
-        "readings",
-        "summary",
-        "validation",
-        "vit",
-        "words",
-    },
-    {
-        "colophon",
-        "curves",
-        "deepvit",
-        "facts",
-        "head_means",
-        "image_spread",
-        "nulls",
-        "planning",
-        "quantities",
-        "splitting",
-        "stopping",
-        "sureness",
-        "tables",
-        "weight_curves",
-    },
-    {
-        "architecture",
-        "depthwise",
-        "family_figures",
-        "map_metric",
-        "outcomes",
-        "preset_tables",
-        "products",
-        "ratio_tables",
-        "showing",
-        "sureness_tables",
-        "weight_metric",
-    },
-    {"both_ends", "convergence_figure", "recipe", "sections", "trained", "unasked"},
-    {"mixing", "sources", "sweep_grid", "training_data", "verdict"},
-    {"capture", "figures", "metrics", "remedied", "sweep_results"},
-    {
-        "counting",
-        "cross_cka",
-        "lineup",
-        "one_pass",
-        "page",
-        "penalty",
-        "replacing",
-        "sweep_answers",
-        "weight_analysis",
-    },
-    {"analysis", "pairing", "penalties"},
-    {"intervention_answers", "monitoring", "penalty_presets", "replaced_runs", "sentences", "side_by_side", "weight_contrast"},
-    {"adapters", "colours", "comparison", "contrast", "contrast_tables", "intervention"},
-    {
-        "contrast_counts",
-        "contrast_curves",
-        "contrast_gallery",
-        "contrast_heatmaps",
-        "intervention_figures",
-        "sweep_figures",
-    },
-    {"contrast_figures"},
-    {"comparison_page", "intervention_page", "sweep_page"},
-    {"lesson", "recipes"},
-    {"learner"},
-    {"training_run"},
-    {"forecast", "training"},
-    {"sweep_cell"},
-    {"bundling", "sweeping"},
-    {"demonstration"},
-    {"story"},
-    {"cli"},
-]
+PACKAGE = ROOT / "collapse_probe"
+MAY_IMPORT = {
+    "statistics": "",
+    "data": "",
+    "capture": "",
+    "models": "data",
+    "results": "statistics",
+    "metrics": "capture statistics results",
+    "report": "results statistics",
+    "analysis": "data models capture metrics results statistics",
+    "training": "data models capture metrics results statistics analysis",
+}
+GROUND = {path.stem for path in PACKAGE.glob("*.py")}
+FAMILIES = {  # folders with one file a thing
+    "cli",
+    "metrics/attention",
+    "metrics/tokens",
+    "metrics/weights",
+    "models/fixes",
+    "models/sources",
+    "training/penalties",
+    "training/recipes",
+}
 FORBIDDEN = {"utils", "helpers", "common", "core", "misc"}
-LONGEST_FILE = 300
+LONGEST_FILE = 500
 HEAVY = ("torch", "timm", "torchvision", "matplotlib", "pandas", "numpy", "scipy")
 
 
 def modules():
-    files = list((ROOT / "collapse_probe").rglob("*.py")) + list((ROOT / "cli").glob("*.py"))
-    return sorted(p for p in files if "__pycache__" not in p.parts)
+    return sorted(p for p in [*PACKAGE.rglob("*.py"), *(ROOT / "cli").glob("*.py")] if "__pycache__" not in p.parts)
 
 
-def room(path):
-    """The room that a file stands in: a flat file, or its family's folder."""
-    relative = path.relative_to(ROOT)
-    return "cli" if relative.parts[0] == "cli" else relative.parts[1].removesuffix(".py")
-
-
-def imported_rooms(path):
-    """Rooms that a file imports, also inside functions."""
+def imports(path):
+    """The modules of this project that a file imports, also inside functions: `results.findings`, `errors`, …"""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names = [node.module] if node.module != "collapse_probe" else [f"collapse_probe.{a.name}" for a in node.names]
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("collapse_probe.")}
-    return found - {"__version__", "bundled"}
+            found |= {alias.name for alias in node.names}
+    return {name.removeprefix("collapse_probe.") for name in found if name.startswith("collapse_probe.")}
 
 
-FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+def each(paths):
+    return pytest.mark.parametrize("path", paths, ids=lambda p: str(p.relative_to(ROOT)))
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_down_only(path):
-    here = room(path)
-    if here in ("__init__", "__main__", "bundled"):
-        return
-    assert here in FLOOR_OF, f"{here} stands on no floor"
-    for other in imported_rooms(path) - {here}:
-        assert other in FLOOR_OF, f"{path} imports {other}, which stands on no floor"
-        assert FLOOR_OF[other] < FLOOR_OF[here], f"{here} imports {other}, which is not below it"
+def inside(paths):
+    return [p for p in paths if p.is_relative_to(PACKAGE) and p.name not in ("__init__.py", "__main__.py")]
 
 
-@pytest.mark.parametrize("family", ["metrics", "fixes", "penalties", "presets", "recipes", "sources"])
+@each(inside(modules()))
+def test_packages_import_only_what_lies_below(path):
+    here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    allowed = GROUND if here in GROUND else GROUND | {here} | set(MAY_IMPORT[here].split())
+    assert {name.split(".")[0] for name in imports(path)} - {"__version__"} <= allowed
+
+
+def test_no_package_has_a_circle_of_imports():
+    files = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in inside(modules())}
+    below = {name: imports(path) & set(files) for name, path in files.items()}
+    while leaves := [name for name, others in below.items() if not others]:
+        for leaf in leaves:
+            del below[leaf]
+        below = {name: others - set(leaves) for name, others in below.items()}
+    assert not below, f"these files import one another in a circle, or one of the circle: {below}"
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES - {"cli"}))
 def test_files_of_one_family_do_not_import_each_other(family):
-    files = [p for p in (ROOT / "collapse_probe" / family).rglob("*.py") if p.name != "__init__.py"]
-    for path in files:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                assert not node.module.startswith(f"collapse_probe.{family}."), f"{path} imports {node.module}"
+    place = family.replace("/", ".")
+    bases = {"base", "presets", "apply"}
+    for path in (PACKAGE / family).glob("*.py"):
+        others = {name.split(".")[len(place.split("."))] for name in imports(path) if name.startswith(f"{place}.")}
+        assert path.stem in bases or others - bases <= set(), f"{path} imports {others}"
+
+
+def test_folders_can_be_read_at_a_glance():
+    for folder in {path.parent for path in modules()}:
+        if str(folder.relative_to(PACKAGE) if folder.is_relative_to(PACKAGE) else folder.name) not in FAMILIES:
+            assert len([p for p in folder.glob("*.py") if not p.name.startswith("__")]) <= 12, f"{folder} is crowded"
 
 
 def test_no_room_without_a_subject():
-    names = {p.stem for p in ROOT.rglob("*.py") if ".venv" not in p.parts} | {
-        p.name for p in (ROOT / "collapse_probe").iterdir()
-    }
+    names = {p.stem for p in ROOT.rglob("*.py") if ".venv" not in p.parts} | {p.name for p in PACKAGE.rglob("*") if p.is_dir()}
     assert not names & FORBIDDEN
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_are_short_and_say_why_they_exist(path):
+@each(modules())
+def test_files_have_one_subject_and_say_why_they_exist(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= LONGEST_FILE
     assert ast.get_docstring(ast.parse(text)), "no sentence on why the file exists"
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+@each(modules())
 def test_the_library_does_not_print(path):
-    calls = [
-        n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-    ]
-    assert "print" not in calls
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    assert "print" not in [call.id for call in calls if isinstance(call, ast.Name)]
 
 
-def fresh(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+def test_every_package_is_installed():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall(r'"([^"]+)"', text.split("\npackages = [")[1].split("]")[0])
+    folders = {path.parent.relative_to(ROOT) for path in PACKAGE.rglob("__init__.py")}
+    assert set(listed) == {".".join(folder.parts) for folder in folders} | {"collapse_probe.cli"}
+
+
+def loads_none_of(code, heavy):
+    look = "loaded = [n for n in heavy if n in sys.modules]\nsys.exit(str(loaded) if loaded else 0)"
+    words = [sys.executable, "-c", f"{code}\nimport sys\nheavy = {heavy!r}\n{look}"]
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+
+
+HELP = "import collapse_probe.cli.main as m\ntry:\n    m.main(['--help'])\nexcept SystemExit:\n    pass"
 
 
 @pytest.mark.parametrize(
-    "front_door",
+    ("code", "heavy"),
     [
-        "import collapse_probe",
-        "import collapse_probe.cli.main as m\ntry:\n    m.main(['--help'])\nexcept SystemExit:\n    pass",
+        ("import collapse_probe", HEAVY),
+        (HELP, HEAVY),
+        ("import collapse_probe.report.findings.page", ("torch", "timm", "torchvision")),
+        ("import collapse_probe.report.comparison.page", ("torch", "timm", "torchvision")),
+        ("import collapse_probe.report.intervention.page", ("torch", "timm", "torchvision")),
+        ("import collapse_probe.report.sweep.page", ("torch", "timm", "torchvision")),
+        ("import collapse_probe.analysis.analyze", ("matplotlib", "seaborn", "torchmetrics")),
     ],
+    ids=["front door", "help", "findings page", "comparison page", "intervention page", "sweep page", "analysis"],
 )
-def test_the_front_door_is_light(front_door):
-    look = "loaded = [n for n in heavy if n in sys.modules]\nsys.exit(str(loaded) if loaded else 0)"
-    code = f"{front_door}\nimport sys\nheavy = {HEAVY!r}\n{look}"
-    fresh(code)
+def test_an_import_loads_no_more_than_it_needs(code, heavy):
+    loads_none_of(code, heavy)
 
 
 def test_public_names():

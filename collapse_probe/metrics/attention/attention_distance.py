@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.errors import SettingError
-from collapse_probe.findings import Reading
-from collapse_probe.head_means import RowMeans, by_head
-from collapse_probe.measure import Array, Metric, Need, no_token_maps
-from collapse_probe.nulls import untrained_only
-from collapse_probe.patch_grid import over_patches, patch_distances, patch_size
-from collapse_probe.sockets import METRICS
-from collapse_probe.trace import MapTile, Plan, Trace
+from collapse_probe.metrics.map_metric import RowMeans, by_head, over_patches, patch_distances, patch_size
+from collapse_probe.metrics.metric import Metric, Need, no_token_maps
+from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array
 
 PREFIX = {
     "renormalise": "the patches' part of each row divided by its sum",
@@ -118,7 +119,7 @@ class AttentionDistance(Metric):
         values = partial(distances_of_rows, self.plan, prefix)
         return {"distance": (("attention-distance", prefix), lambda: RowMeans(self.plan, values))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """Distances in pixels, with what uniform attention would give."""
         size = patch_size(self.plan)
         assert size is not None

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collapse_probe.findings import Reading
-from collapse_probe.measure import Array, Metric, Need, mean_over_images, no_token_maps
-from collapse_probe.nulls import untrained_only
-from collapse_probe.sockets import METRICS
-from collapse_probe.sums import Means
-from collapse_probe.trace import MapTile, Plan, Trace
+from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.trace import MapTile, Trace
+from collapse_probe.metrics.accumulators import Means
+from collapse_probe.metrics.metric import Metric, Need, mean_over_images, no_token_maps
+from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array
 
 
 def entropy(probs: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ class AttentionEntropy(Metric):
         """Entropies by block and head."""
         return {"entropy": (("entropy",), lambda: EntropySums(self.plan))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """Entropies in nats with intervals, and as a share of log N."""
         facts = mean_over_images(folds["entropy"])
         means = mean_over_images(folds["entropy"], "over_heads")

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collapse_probe.agreement import Agreement, Part, VectorGroup
+from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.trace import Trace
 from collapse_probe.errors import SettingError
-from collapse_probe.findings import Reading
-from collapse_probe.geometry import unit
-from collapse_probe.measure import Array, Metric, Need, mean_over_images, no_token_maps
-from collapse_probe.nulls import between_blocks
-from collapse_probe.rollout import FUSIONS, fused, rollouts
-from collapse_probe.sockets import METRICS
-from collapse_probe.trace import Plan, Trace
+from collapse_probe.metrics.functional.geometry import unit
+from collapse_probe.metrics.functional.rollout import FUSIONS, fused, rollouts
+from collapse_probe.metrics.metric import Metric, Need, mean_over_images, no_token_maps
+from collapse_probe.metrics.nulls import between_blocks
+from collapse_probe.metrics.pairwise_cosine import PairwiseCosine, Part, VectorGroup
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array
 
 
 def rollouts_of(trace: Trace, image: int, fusion: str) -> Tensor:
@@ -26,7 +28,7 @@ def rollouts_of(trace: Trace, image: int, fusion: str) -> Tensor:
     return rollouts(maps if maps.device.type == "mps" else maps.double())
 
 
-class RolloutAgreement(Agreement):
+class RolloutAgreement(PairwiseCosine):
     """Agreement of the rows or columns of the rollouts after two blocks; image by image, with whole maps."""
 
     def __init__(self, plan: Plan, axis: str, fusion: str, without: tuple[int, ...]) -> None:
@@ -96,7 +98,7 @@ class AttentionRollout(Metric):
         key = (self.settings["axis"], self.settings["heads"], () if self.settings["prefix"] else self.plan.prefix)
         return {"agreement": (("rollout", *key), lambda: RolloutAgreement(self.plan, *key))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """The matrix with its intervals and nulls."""
         fold = folds["agreement"]
         nulls = between_blocks(fold, heads=False)

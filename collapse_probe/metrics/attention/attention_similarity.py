@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from collapse_probe.agreement import MapAgreement
-from collapse_probe.findings import Reading
-from collapse_probe.measure import Array, Metric, Need, mean_over_images, no_token_maps
-from collapse_probe.nulls import between_blocks
-from collapse_probe.sockets import METRICS
+from collapse_probe.metrics.metric import Metric, Need, mean_over_images, no_token_maps
+from collapse_probe.metrics.nulls import between_blocks
+from collapse_probe.metrics.pairwise_cosine import MapPairwiseCosine
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array
 
 
 class AttentionSimilarity(Metric):
@@ -48,9 +49,9 @@ class AttentionSimilarity(Metric):
         """The agreement of all blocks' vectors."""
         without = () if self.settings["prefix"] else self.plan.prefix
         key = (self.settings["point"], self.settings["axis"], self.settings["centred"], without)
-        return {"agreement": (("maps", *key), lambda: MapAgreement(self.plan, *key))}
+        return {"agreement": (("maps", *key), lambda: MapPairwiseCosine(self.plan, *key))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """The matrix with its intervals and nulls."""
         fold = folds["agreement"]
         facts = mean_over_images(fold, "real")

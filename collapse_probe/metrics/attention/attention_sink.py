@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.errors import SettingError
-from collapse_probe.findings import Reading
-from collapse_probe.head_means import HeadMeans, RowMeans, by_head
-from collapse_probe.measure import Array, Metric, Need, no_token_maps
-from collapse_probe.nulls import untrained_only
-from collapse_probe.patch_grid import patch_places, prefix_places
-from collapse_probe.sockets import METRICS
-from collapse_probe.trace import MapTile, Plan, Trace
+from collapse_probe.metrics.map_metric import HeadMeans, RowMeans, by_head, patch_places, prefix_places
+from collapse_probe.metrics.metric import Metric, Need, no_token_maps
+from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array
 
 KEYS = {
     "any": "max_j of the mean over queries of p_ij: the mass on the key that the queries attend to most",
@@ -126,7 +127,7 @@ class AttentionSink(Metric):
             return {"sink": (("prefix-mass",), lambda: RowMeans(self.plan, partial(prefix_mass, self.plan)))}
         return {"sink": (("attention-sink", keys), lambda: PeakMeans(self.plan, keys == "patch"))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """Masses, with what uniform attention would give."""
         settings = {**self.settings, "uniform": self._uniform()}
         if self.settings["keys"] == "any":

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collapse_probe.agreement import SAMPLED_TOKENS, STATE_BUDGET, seeded_sample
-from collapse_probe.findings import Reading
-from collapse_probe.head_means import block_by_head
-from collapse_probe.map_metric import MapMetric
-from collapse_probe.measure import Array, Need
-from collapse_probe.nulls import untrained_only
-from collapse_probe.sockets import METRICS
-from collapse_probe.statistics import interval, jackknife
-from collapse_probe.sums import GROUPS, Fold, group_of
-from collapse_probe.trace import MapTile, Plan, Trace
+from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.trace import MapTile, Trace
+from collapse_probe.metrics.accumulators import GROUPS, Accumulator, group_of
+from collapse_probe.metrics.map_metric import MapMetric, block_by_head
+from collapse_probe.metrics.metric import Need
+from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.metrics.pairwise_cosine import SAMPLED_TOKENS, STATE_BUDGET, seeded_sample
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array, interval, jackknife
 
 JACKKNIFE_TOKENS = 4
 
@@ -37,7 +37,7 @@ def spread_about_mean(total_square: Tensor, square_of_sum: Tensor, images: Tenso
     return torch.where(defined, (variance * images / total_square.clamp_min(1e-300)).sqrt(), torch.nan)
 
 
-class ImageMean(Fold):
+class ImageMean(Accumulator):
     """Sums over images of the maps' rows and of their squares; and by group of images for a few rows, for a jackknife."""
 
     def __init__(self, plan: Plan, point: str) -> None:
@@ -134,7 +134,7 @@ class DistanceFromImageMean(MapMetric):
         point = self.settings["point"]
         return {"mean": (("image-mean", point), lambda: ImageMean(self.plan, point))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """Distances by block and head, and their mean over heads."""
         fold = folds["mean"]
         if fold.state("images").item() < 2:

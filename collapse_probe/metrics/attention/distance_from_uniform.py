@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collapse_probe.findings import Reading
-from collapse_probe.head_means import RowMeans, by_head
-from collapse_probe.measure import Array, Metric, Need, no_token_maps
-from collapse_probe.nulls import untrained_only
-from collapse_probe.patch_grid import over_patches
-from collapse_probe.sockets import METRICS
-from collapse_probe.trace import MapTile, Plan, Trace
+from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.trace import MapTile, Trace
+from collapse_probe.metrics.map_metric import RowMeans, by_head, over_patches
+from collapse_probe.metrics.metric import Metric, Need, no_token_maps
+from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array
 
 
 def from_uniform(probs: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class DistanceFromUniform(Metric):
         values = partial(of_rows, self.plan, self.settings["prefix"])
         return {"distance": (("from-uniform", self.settings["prefix"]), lambda: RowMeans(self.plan, values))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """Distances, with the largest that there could be."""
         layers = [self.plan.layers[i] for i in self.plan.map_layers]
         keys = [layer.keys if self.settings["prefix"] else len(over_patches(self.plan, layer) or ()) for layer in layers]

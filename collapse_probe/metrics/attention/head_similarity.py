@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from collapse_probe.agreement import MapAgreement
-from collapse_probe.findings import Reading
-from collapse_probe.map_metric import MapMetric
-from collapse_probe.measure import Array, Need
-from collapse_probe.nulls import finished
-from collapse_probe.sockets import METRICS
-from collapse_probe.statistics import interval, kappa
+from collapse_probe.metrics.map_metric import MapMetric
+from collapse_probe.metrics.metric import Need
+from collapse_probe.metrics.nulls import finished
+from collapse_probe.metrics.pairwise_cosine import MapPairwiseCosine
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array, interval, kappa
 
 
 class HeadSimilarity(MapMetric):
@@ -45,9 +45,9 @@ class HeadSimilarity(MapMetric):
     def needs(self) -> dict[str, Need]:
         """The same agreement as attention-similarity."""
         key = (self.settings["point"], self.settings["axis"], self.settings["centred"], ())
-        return {"agreement": (("maps", *key), lambda: MapAgreement(self.plan, *key))}
+        return {"agreement": (("maps", *key), lambda: MapPairwiseCosine(self.plan, *key))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """The diagonal of the wrong-head agreement."""
         fold = folds["agreement"]
         mean, stderr, n = (np.diagonal(a).copy() for a in fold.mean("other_head"))

@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from collapse_probe.agreement import MapAgreement
-from collapse_probe.findings import Reading
-from collapse_probe.image_spread import JACKKNIFE_TOKENS, ImageSpread
-from collapse_probe.map_metric import MapMetric
-from collapse_probe.measure import Array, Need
-from collapse_probe.nulls import finished
-from collapse_probe.sockets import METRICS
-from collapse_probe.statistics import interval, kappa
-from collapse_probe.sums import GROUPS
+from collapse_probe.metrics.accumulators import GROUPS
+from collapse_probe.metrics.map_metric import MapMetric
+from collapse_probe.metrics.metric import Need
+from collapse_probe.metrics.nulls import finished
+from collapse_probe.metrics.pairwise_cosine import JACKKNIFE_TOKENS, ImageSpread, MapPairwiseCosine
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array, interval, kappa
 
 
 class ImageSimilarity(MapMetric):
@@ -42,11 +41,11 @@ class ImageSimilarity(MapMetric):
         """The agreement, whose vectors are summed over images, and their sums by group of images."""
         key = (self.settings["point"], self.settings["axis"], self.settings["centred"])
         return {
-            "agreement": (("maps", *key, ()), lambda: MapAgreement(self.plan, *key)),
+            "agreement": (("maps", *key, ()), lambda: MapPairwiseCosine(self.plan, *key)),
             "spread": (("spread", *key), lambda: ImageSpread(self.plan, *key)),
         }
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """The diagonal of the wrong-image agreement."""
         across = {name: np.diagonal(a).copy() for name, a in folds["agreement"].across_images().items()}
         mean, stderr = across["real"], folds["spread"].stderr()

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collapse_probe.attention import maps_of
+from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.trace import Trace, maps_of
 from collapse_probe.errors import SettingError
-from collapse_probe.findings import Reading
-from collapse_probe.head_means import HeadMeans, by_head
-from collapse_probe.measure import Array, Metric, Need, no_token_maps
-from collapse_probe.nulls import untrained_only
-from collapse_probe.sockets import METRICS
-from collapse_probe.spectra import effective_rank_of, singular_values, stable_rank_of
-from collapse_probe.trace import Plan, Trace
+from collapse_probe.metrics.functional.spectra import effective_rank_of, singular_values, stable_rank_of
+from collapse_probe.metrics.map_metric import HeadMeans, by_head
+from collapse_probe.metrics.metric import Metric, Need, no_token_maps
+from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array
 
 MEASURES = {
     "effective": "the effective rank exp(−Σ_i p_i log p_i), p = σ/Σσ (Roy & Vetterli 2007); 1 … N",
@@ -115,7 +116,7 @@ class MapRank(Metric):
         key = (self.settings["point"], () if self.settings["prefix"] else self.plan.prefix)
         return {"spectra": (("map-rank", *key), lambda: MapSpectra(self.plan, *key))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """Ranks or distances with intervals, and the largest rank that there could be."""
         layers = [self.plan.layers[i] for i in self.plan.map_layers]
         settings = {**self.settings, "largest": [None if a.reason else min(a.queries, a.keys) for a in layers]}

@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collapse_probe.agreement import MapAgreement
-from collapse_probe.findings import Reading
-from collapse_probe.measure import Array, Metric, Need, no_token_maps
-from collapse_probe.nulls import untrained_only
-from collapse_probe.sockets import METRICS
-from collapse_probe.statistics import bootstrap, count_bounds, kappa, kappa_parts, mean_parts, parts_stderr
-from collapse_probe.summary import THRESHOLDS
-
-CORRECTED_ABOVE = 0.5
+from collapse_probe.metrics.metric import Metric, Need, no_token_maps
+from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.metrics.pairwise_cosine import MapPairwiseCosine
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.results.readings import CORRECTED_ABOVE, THRESHOLDS
+from collapse_probe.statistics.intervals import Array, bootstrap, count_bounds, kappa, kappa_parts, mean_parts, parts_stderr
 
 
 def count_above(adjacent: Array, threshold: float) -> Array:
@@ -69,9 +67,9 @@ class SimilarBlocks(Metric):
     def needs(self) -> dict[str, Need]:
         """The same agreement as attention-similarity."""
         key = (self.settings["point"], self.settings["axis"], self.settings["centred"], ())
-        return {"agreement": (("maps", *key), lambda: MapAgreement(self.plan, *key))}
+        return {"agreement": (("maps", *key), lambda: MapPairwiseCosine(self.plan, *key))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """Counts with their intervals; the corrected count and its interval stand in the settings."""
         real, null = (records["agreement"][name].T for name in ("real", "other_token"))
         counts = [count_above(real, t) for t in self.settings["thresholds"]]

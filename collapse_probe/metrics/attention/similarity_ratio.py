@@ -12,14 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.errors import SettingError
-from collapse_probe.findings import Reading
-from collapse_probe.measure import Array, Metric, Need, no_token_maps
-from collapse_probe.nulls import untrained_only
-from collapse_probe.sockets import METRICS
-from collapse_probe.statistics import count_bounds, interval, mean_parts, parts_stderr
-from collapse_probe.sums import Means
-from collapse_probe.trace import MapTile, Plan, Trace
+from collapse_probe.metrics.accumulators import Means
+from collapse_probe.metrics.metric import Metric, Need, no_token_maps
+from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.metrics.pairwise_cosine import unit_vectors
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array, count_bounds, interval, mean_parts, parts_stderr
 
 DIRECTIONS = ("before", "both")
 NEAREST = (1, 2, 3, 5)
@@ -146,7 +148,7 @@ class NeighbourCosines(Means):
         """Take the cosines of the vectors that a tile holds whole."""
         if not tile.whole(self.axis):
             return
-        vectors, valid = tile.unit_vectors(self.point, self.axis, self.centred)
+        vectors, valid = unit_vectors(tile, self.point, self.axis, self.centred)
         target = self._cosines[list(self.groups.values()).index(tile.positions)]
         span = tile.rows if self.axis == "row" else tile.columns
         for d in range(1, min(max(NEAREST), len(tile.positions) - 1) + 1):
@@ -216,7 +218,7 @@ class SimilarityRatio(Metric):
         key = (self.settings["point"], self.settings["axis"], self.settings["centred"], self.choice)
         return {"ratio": (("similarity-ratio", *key), lambda: NeighbourCosines(self.plan, *key))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """The ratios under this choice; how many blocks that makes similar, under this choice and all others."""
         mean, stderr, n = folds["ratio"].mean("ratio")
         at = CHOICES.index(self.choice)

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collapse_probe.attention import maps_of
-from collapse_probe.findings import Reading
-from collapse_probe.geometry import wide_gram
-from collapse_probe.map_metric import MapMetric
-from collapse_probe.measure import Array, Need, mean_over_images
-from collapse_probe.nulls import untrained_only
-from collapse_probe.sockets import METRICS
-from collapse_probe.sums import Means
-from collapse_probe.trace import Plan, Trace
+from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.trace import Trace, maps_of
+from collapse_probe.metrics.accumulators import Means
+from collapse_probe.metrics.functional.geometry import wide_gram
+from collapse_probe.metrics.map_metric import MapMetric
+from collapse_probe.metrics.metric import Need, mean_over_images
+from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array
 
 MAP_BYTES = 32 * 2**20
 """Bytes of float32 maps, of all blocks and heads, that are alive at a time."""
@@ -100,7 +101,7 @@ class WholeMapSimilarity(MapMetric):
         """Means over images of the matrix."""
         return {"pairs": (("whole-maps", self.settings["point"]), lambda: WholeMaps(self.plan, self.settings["point"]))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """The matrix with its interval."""
         return self.reading(**mean_over_images(folds["pairs"]), point=self.settings["point"], nulls=untrained_only())
 

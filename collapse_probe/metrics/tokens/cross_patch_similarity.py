@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collapse_probe.depthwise import sequence
-from collapse_probe.findings import Reading
-from collapse_probe.geometry import unit
-from collapse_probe.measure import Array, Metric, Need, mean_over_images
-from collapse_probe.nulls import untrained_only
-from collapse_probe.sockets import METRICS
-from collapse_probe.sums import Means
-from collapse_probe.trace import Trace
+from collapse_probe.capture.trace import Trace
+from collapse_probe.metrics.accumulators import Means
+from collapse_probe.metrics.functional.geometry import unit
+from collapse_probe.metrics.metric import Metric, Need, mean_over_images
+from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.metrics.token_metric import sequence
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array
 
 GRAM_BYTES = 8 * 2**20
 
@@ -99,7 +100,7 @@ class CrossPatchSimilarity(Metric):
         depths, prefix = len(self.plan.taps), bool(self.settings["prefix"])
         return {"pairs": (("cross-patches", prefix), lambda: CrossPatches(depths, prefix))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """The matrix with its interval."""
         return self.reading(**mean_over_images(folds["pairs"]), nulls=untrained_only())
 

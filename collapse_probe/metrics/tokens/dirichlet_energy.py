@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collapse_probe.depthwise import DepthMetric
-from collapse_probe.sockets import METRICS
+from collapse_probe.metrics.token_metric import DepthMetric
+from collapse_probe.registry import METRICS
 
 
 def grid_differences(patches_BPD: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from collapse_probe.agreement import TokenAgreement
-from collapse_probe.findings import Reading
-from collapse_probe.measure import Array, Metric, Need, mean_over_images
-from collapse_probe.nulls import between_blocks
-from collapse_probe.sockets import METRICS
+from collapse_probe.metrics.metric import Metric, Need, mean_over_images
+from collapse_probe.metrics.nulls import between_blocks
+from collapse_probe.metrics.pairwise_cosine import TokenPairwiseCosine
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array
 
 
 class FeatureSimilarity(Metric):
@@ -35,9 +36,9 @@ class FeatureSimilarity(Metric):
 
     def needs(self) -> dict[str, Need]:
         """The agreement of the patches."""
-        return {"agreement": (("patches",), lambda: TokenAgreement(self.plan, self.plan.patch_shapes))}
+        return {"agreement": (("patches",), lambda: TokenPairwiseCosine(self.plan, self.plan.patch_shapes))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """The matrix with its intervals and nulls."""
         fold = folds["agreement"]
         settings = {"prefix": False, "tokens_for_other_image": [len(sample) for sample in fold.samples]}

@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from collapse_probe.depthwise import sequence
-from collapse_probe.findings import Reading
-from collapse_probe.measure import Array, Metric, Need
-from collapse_probe.minibatches import STRIDE, MinibatchHSIC, minibatch_for
-from collapse_probe.nulls import untrained_only
-from collapse_probe.sockets import METRICS
-from collapse_probe.trace import Plan, Trace
+from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.trace import Trace
+from collapse_probe.metrics.metric import Metric, Need
+from collapse_probe.metrics.minibatch_cka import STRIDE, MinibatchHSIC, minibatch_for
+from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.metrics.token_metric import sequence
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array
 
 
 class DepthHSIC(MinibatchHSIC):
@@ -65,7 +67,7 @@ class LayerCKA(Metric):
         prefix = bool(self.settings["prefix"])
         return {"hsic": (("depth-hsic", prefix), lambda: DepthHSIC(self.plan, prefix))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """The matrix with its interval."""
         values, stderr, ci95, minibatches = folds["hsic"].cka()
         if not minibatches:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collapse_probe.findings import Reading
-from collapse_probe.geometry import gram, unit
-from collapse_probe.measure import Array, Metric, Need, mean_over_images
-from collapse_probe.nulls import untrained_only
-from collapse_probe.sockets import METRICS
-from collapse_probe.sums import PerImage
-from collapse_probe.trace import Trace
+from collapse_probe.capture.trace import Trace
+from collapse_probe.metrics.accumulators import PerImage
+from collapse_probe.metrics.functional.geometry import gram, unit
+from collapse_probe.metrics.metric import Metric, Need, mean_over_images
+from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array
 
 GRAM_BYTES = 8 * 2**20
 
@@ -74,7 +75,7 @@ class PatchDiversity(Metric):
         shape = (len(self.plan.taps),)
         return {"diversity": (("patch-diversity",), lambda: PerImage(diversity, shape))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """The curve over depth."""
         return self.reading(**mean_over_images(folds["diversity"]), settings={"prefix": False}, nulls=untrained_only())
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from collapse_probe.depthwise import DepthMetric
-from collapse_probe.sockets import METRICS
+from collapse_probe.metrics.token_metric import DepthMetric
+from collapse_probe.registry import METRICS
 
 
 def frequency_ratio(tokens_BND: Tensor, *, total: bool = False) -> Tensor:

@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collapse_probe.depthwise import in_parts, sequence
+from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.trace import Trace
 from collapse_probe.errors import SettingError
-from collapse_probe.findings import Reading
-from collapse_probe.geometry import SMALLEST_SPREAD
-from collapse_probe.measure import Array, Metric, Need, mean_over_images
-from collapse_probe.nulls import untrained_only
-from collapse_probe.sockets import METRICS
-from collapse_probe.statistics import interval
-from collapse_probe.sums import Means
-from collapse_probe.trace import Plan, Trace
+from collapse_probe.metrics.accumulators import Means
+from collapse_probe.metrics.functional.geometry import SMALLEST_SPREAD
+from collapse_probe.metrics.metric import Metric, Need, mean_over_images
+from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.metrics.token_metric import in_parts, sequence
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array, interval
 
 DEVIATIONS = 6.0
 """Six median absolute deviations are four standard deviations of a normal distribution."""
@@ -130,7 +131,7 @@ class TokenNorm(Metric):
         key = (self.settings["deviations"], self.settings["threshold"])
         return {"norms": (("token-norm", *key), lambda: NormSums(self.plan, *key))}
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> Reading:
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """The curve over depth, and where the outliers sit."""
         fold = folds["norms"]
         share, stderr, n = fold.mean("share")

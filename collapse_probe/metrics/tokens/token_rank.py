@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collapse_probe.depthwise import DepthMetric
-from collapse_probe.geometry import SMALLEST_SPREAD
-from collapse_probe.sockets import METRICS
-from collapse_probe.spectra import effective_rank_of, singular_values, stable_rank_of
+from collapse_probe.metrics.functional.geometry import SMALLEST_SPREAD
+from collapse_probe.metrics.functional.spectra import effective_rank_of, singular_values, stable_rank_of
+from collapse_probe.metrics.token_metric import DepthMetric
+from collapse_probe.registry import METRICS
 
 
 def token_ranks(tokens_BND: Tensor, *, centred: bool = False) -> dict[str, Tensor]:

@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collapse_probe.matrices import Matrices
-from collapse_probe.measure import Array
-from collapse_probe.sockets import METRICS
-from collapse_probe.uniformity import gram_log_determinant, hyperspherical_energy, hyperspherical_separation
-from collapse_probe.weight_metric import WeightMetric
+from collapse_probe.capture.weight_matrices import Matrices
+from collapse_probe.metrics.functional.orthogonality import (
+    gram_log_determinant,
+    hyperspherical_energy,
+    hyperspherical_separation,
+)
+from collapse_probe.metrics.weight_metric import WeightMetric
+from collapse_probe.registry import METRICS
+from collapse_probe.statistics.intervals import Array
 
 EPSILON = 1e-6
 

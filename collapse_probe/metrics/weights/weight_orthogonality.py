@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collapse_probe.geometry import gram
-from collapse_probe.matrices import Matrices
-from collapse_probe.measure import Array
-from collapse_probe.sockets import METRICS
-from collapse_probe.uniformity import orthogonality_gap, soft_orthogonality
-from collapse_probe.weight_metric import WeightMetric
+from collapse_probe.capture.weight_matrices import Matrices
+from collapse_probe.metrics.functional.geometry import gram
+from collapse_probe.metrics.functional.orthogonality import orthogonality_gap, soft_orthogonality
+from collapse_probe.metrics.weight_metric import WeightMetric
+from collapse_probe.registry import METRICS
+from collapse_probe.statistics.intervals import Array
 
 
 def relative_gap(rows: Tensor) -> Tensor:

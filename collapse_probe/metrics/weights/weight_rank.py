@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from collapse_probe.matrices import BY_HEAD, NAMES, Matrices
-from collapse_probe.measure import Array
-from collapse_probe.sockets import METRICS
-from collapse_probe.spectra import components_for, effective_rank_of, pca_error, stable_rank_of
-from collapse_probe.weight_metric import WeightMetric
+from collapse_probe.capture.weight_matrices import BY_HEAD, NAMES, Matrices
+from collapse_probe.metrics.functional.spectra import components_for, effective_rank_of, pca_error, stable_rank_of
+from collapse_probe.metrics.weight_metric import WeightMetric, spectral
+from collapse_probe.registry import METRICS
+from collapse_probe.statistics.intervals import Array
 
 SHARES = (0.90, 0.95, 0.99)
 
@@ -61,9 +61,9 @@ class WeightRank(WeightMetric):
         elif measure == "components":
             found = matrices.over(lambda w: components_for(w, share), by_head)
         elif measure == "stable":
-            found = matrices.spectral(stable_rank_of, by_head)
+            found = spectral(matrices, stable_rank_of, by_head)
         else:
-            found = matrices.spectral(lambda s: effective_rank_of(s, squared=measure == "squared"), by_head)
+            found = spectral(matrices, lambda s: effective_rank_of(s, squared=measure == "squared"), by_head)
         if self.settings["divided"]:
             found = found / full
         facts: dict[str, Any] = {"full_rank": np.where(np.isfinite(full), full, np.nan)}

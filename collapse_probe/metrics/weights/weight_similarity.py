@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collapse_probe.geometry import gram, unit
-from collapse_probe.matrices import INTO_THE_STREAM, NAMES, Matrices, Matrix, wide
-from collapse_probe.measure import Array
-from collapse_probe.sockets import METRICS
-from collapse_probe.weight_metric import WeightMetric
+from collapse_probe.capture.weight_matrices import INTO_THE_STREAM, NAMES, Matrices, Matrix, wide
+from collapse_probe.metrics.functional.geometry import gram, unit
+from collapse_probe.metrics.weight_metric import WeightMetric
+from collapse_probe.registry import METRICS
+from collapse_probe.statistics.intervals import Array
 
 SPAN = 2**20
 """Entries of each block's vector that are brought to float64 at a time."""

@@ -1,0 +1,88 @@
+"""What a command says while it works: lines and a progress bar on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from collapse_probe.distributed import rank_and_world
+from collapse_probe.report.findings.verdict import judge
+from collapse_probe.results.findings import Findings
+
+PLAIN_WIDTH = 160
+LINE_EVERY = 10.0
+
+
+class Talk:
+    """Lines on stderr, unless they were asked to be left out or another process speaks for all."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.silent = quiet or rank_and_world()[0] > 0
+
+    def say(self, text: str) -> None:
+        """One line on stderr."""
+        if not self.silent:
+            click.echo(text, err=True)
+
+    @contextmanager
+    def bar(self, total: int | None) -> Iterator[Callable[[int, int], None]]:
+        """A callback for images done; a bar with speed and time left on a terminal, now and then a line elsewhere."""
+        if self.silent or not sys.stderr.isatty():
+            yield self._lines(total)
+            return
+        columns = (
+            TextColumn("images"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task, start = progress.add_task("images", total=total, speed=""), time.perf_counter()
+
+            def move(done: int, skipped: int) -> None:
+                speed = f"{done / max(time.perf_counter() - start, 1e-9):.1f} images/s"
+                progress.update(task, completed=done + skipped, speed=speed)
+
+            yield move
+
+    def _lines(self, total: int | None) -> Callable[[int, int], None]:
+        start = last = time.perf_counter()
+
+        def move(done: int, skipped: int) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            if now - last < LINE_EVERY:
+                return
+            last, speed = now, done / (now - start)
+            left = "" if total is None else f" of {total}, {max(total - done - skipped, 0) / max(speed, 1e-9):.0f} s left"
+            self.say(f"{done}{left}, {speed:.1f} images/s")
+
+        return move
+
+
+def table(console_file: object = None) -> Console:
+    """A console for tables on stdout: as wide as the terminal, or wide enough where there is none."""
+    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+
+
+def answer(findings: Findings) -> str:
+    """The verdict and the summary as text."""
+    verdict = judge(findings)
+    lines = [*verdict.sentences, *(f"Note: {caveat}" for caveat in verdict.caveats), ""]
+    width = max(len(name) for name in findings.summary)
+    for name, value in findings.summary.items():
+        shown = "undefined" if value is None else f"{value:.6g}"
+        lines.append(f"  {name:<{width}}  {shown}")
+    skipped = findings.data.get("skipped") or []
+    if skipped:
+        lines.append(
+            f"\n{len(skipped)} unreadable images were skipped, the first: {skipped[0]['name']} ({skipped[0]['reason']})"
+        )
+    return "\n".join(lines)

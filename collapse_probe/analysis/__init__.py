@@ -1,0 +1,1 @@
+"""The verbs: analyze, compare, intervene."""

@@ -1,0 +1,127 @@
+"""Do two models tell the same images apart in the same way, depth by depth?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import tee
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from collapse_probe.capture.capture import discover_plan, record
+from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.trace import micro_batch
+from collapse_probe.data.images import Batch, ImageSet, batches, from_loader, seeded_order
+from collapse_probe.data.preprocessing import Preprocess
+from collapse_probe.devices import autocast, choose_device
+from collapse_probe.distributed import rank_and_world
+from collapse_probe.errors import DataError, SettingError
+from collapse_probe.metrics.minibatch_cka import STRIDE, MinibatchHSIC, minibatch_for
+from collapse_probe.models.loading import Subject
+from collapse_probe.results.findings import MetricResult
+
+NAME = "cross-cka"
+DIMS = ("depth_of_first", "depth_of_second")
+DEFINITION = (
+    "Linear CKA between the patch tokens (prefix tokens out) at a depth of the first model and at one of the second, flattened "
+    "to one vector an image: the unbiased HSIC₁ averaged over minibatches of the same images (one of n weighs n), then "
+    "HSIC(a, b)/√(HSIC(a, a)·HSIC(b, b)) (arXiv 2010.15327), in float64. Each model sees an image through its own "
+    "preprocessing. Depth 0 enters the first block. Negative values are possible: the estimate is unbiased. settings.minibatch "
+    f"is the images in one; they are put together by their place (the same remainder by {STRIDE}) in a random order of the "
+    "data, or in that of a caller's loader, not by the run's batches. The standard error is a jackknife over groups of "
+    "minibatches."
+)
+
+
+def cross_cka(
+    first: Subject,
+    second: Subject,
+    images: ImageSet | Iterable[Any],
+    *,
+    batch_size: int = 64,
+    device: str = "auto",
+    limit: int | None = None,
+    workers: int = 0,
+    amp: str | None = None,
+    seed: int = 0,
+) -> MetricResult:
+    """Minibatch unbiased linear CKA between any depth of one model and any of another, on the same images in one joint pass.
+
+    `values` [depths of the first, depths of the second], −1 … 1 and a little beyond (the estimate is unbiased), 1 for features
+    that are equal up to rotation, shift and scale; NaN where a depth has no patches. `images` as `analyze` takes them (an
+    iterable's pixels go to both models as they are, in its order); an ImageSet is read in a random order that follows from the
+    seed, and `limit` is a seeded subset of it. `amp` is a dtype of autocast.
+    Raises DataError for fewer than four images, SettingError for a limit of an iterable, CaptureError where a model cannot be
+    heard.
+    """
+    place, subjects = choose_device(device), (first, second)
+    if limit is not None:
+        if not isinstance(images, ImageSet):
+            raise SettingError("a limit is drawn from a set of images: give a data address or an ImageSet, not an iterable")
+        images = images.subset(limit, seed)
+    models = [subject.model.to(place) for subject in subjects]
+    plans = [discover_plan(model, subject.preprocess.size, seed=seed) for model, subject in zip(models, subjects, strict=True)]
+    fold = MinibatchHSIC(sum(len(plan.taps) for plan in plans), minibatch_for(sum(map(_length, plans)))).to(place)
+    streams = _streams(images, (first.preprocess, second.preprocess), batch_size, workers, seed)
+    step = min(micro_batch(plan, place) for plan in plans)
+    seen = 0
+    with torch.no_grad():
+        for one, other in zip(*streams, strict=True):
+            for pixels in _pairs(one, other, step):
+                heard = [_patches(m, p, x.to(place), amp) for m, p, x in zip(models, plans, pixels, strict=True)]
+                fold.absorb([view for views in heard for view in views])
+                seen += len(pixels[0])
+    fold._update_count = max(seen, 1)
+    if rank_and_world()[1] > 1:
+        fold.sync()
+    return _reading(fold, len(plans[0].taps))
+
+
+def _reading(fold: MinibatchHSIC, depths: int) -> MetricResult:
+    values, stderr, ci95, minibatches = fold.cka()
+    if not minibatches:
+        raise DataError("unbiased CKA between two models needs four images or more that both can read")
+    across = slice(0, depths), slice(depths, None)
+    return MetricResult(
+        dims=DIMS,
+        definition=DEFINITION,
+        values=values[across],
+        stderr=stderr[across],
+        ci95=ci95[across],
+        settings={"prefix": False, "minibatch": fold.size, "minibatches": minibatches},
+    )
+
+
+def _length(plan: Plan) -> int:
+    return sum(patches * width for patches, width in filter(None, plan.patch_shapes))
+
+
+def _streams(
+    images: ImageSet | Iterable[Any], prepared: tuple[Preprocess, Preprocess], batch_size: int, workers: int, seed: int
+) -> tuple[Iterator[Batch], Iterator[Batch]]:
+    if not isinstance(images, ImageSet):
+        one, other = tee(from_loader(images))
+        return one, other
+    rank, world = rank_and_world()
+    facts: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "order": seeded_order(images, seed)}
+    each = [batches(images, p, rank=rank, world=world, **facts) for p in prepared]
+    return each[0], each[1]
+
+
+def _pairs(one: Batch, other: Batch, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pixels of the images that both batches hold, a few at a time."""
+    places = {index: row for row, index in enumerate(other.indices)}
+    rows = [(row, places[index]) for row, index in enumerate(one.indices) if index in places]
+    for start in range(0, len(rows), step):
+        mine, others = zip(*rows[start : start + step], strict=True)
+        yield one.pixels[list(mine)], other.pixels[list(others)]
+
+
+def _patches(model: nn.Module, plan: Plan, pixels: Tensor, amp: str | None) -> list[Tensor | None]:
+    """The patch tokens of one model at each depth."""
+    dtype = next(model.parameters()).dtype
+    with record(model, plan) as ears, autocast(pixels.device, amp):
+        model(pixels.to(dtype))
+    trace = ears.take()
+    return [trace.patches(depth) for depth in range(len(trace.tokens))]

@@ -1,0 +1,132 @@
+"""The report's gallery: a few images with the attention that each patch receives in every block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.trace import Trace
+from collapse_probe.data.images import ImageSet
+from collapse_probe.data.preprocessing import Preprocess
+from collapse_probe.distributed import rank_and_world
+from collapse_probe.metrics.functional.rollout import fused, rollouts
+from collapse_probe.results.findings import Gallery
+from collapse_probe.statistics.breakdowns import pictured
+
+Glimpse = tuple[Tensor, Tensor, Tensor]
+"""A picture as the model saw it, [3, height, width], its overlays, [L, rows, columns], and its rollouts, as these or empty."""
+
+
+def spread_out(names: Sequence[str], count: int) -> frozenset[str]:
+    """`count` names, evenly spaced over the data set."""
+    if len(names) <= count:
+        return frozenset(names)
+    places = np.linspace(0, len(names) - 1, count + 2)[1:-1].round().astype(int)
+    return frozenset(names[i] for i in places)
+
+
+def overlay(trace: Trace, image: int) -> Tensor:
+    """What each patch receives in every block, [L, rows, columns]: mean over heads, from the class token or all queries."""
+    plan, maps = trace.plan, []
+    for index in plan.map_layers:
+        layer = plan.layers[index]
+        grid = plan.grid
+        kept = [t for t in range(layer.keys) if t not in plan.prefix]
+        if grid is None or layer.reason or len(kept) != grid[0] * grid[1]:
+            continue
+        mean_NN = trace.map_of(index, image).mean(0)
+        received = mean_NN[plan.prefix[0]] if plan.prefix else mean_NN.mean(0)
+        maps.append(received[kept].reshape(grid).cpu())
+    return torch.stack(maps) if maps else torch.empty(0)
+
+
+def rollout_overlay(trace: Trace, image: int, fusion: str = "mean") -> Tensor:
+    """What has come from each patch by attention rollout up to every block, [L, rows, columns]: for the class token, else the
+    mean over queries.
+
+    Empty where the blocks' maps are not all square and between the tokens of the grid. Rows of a rollout sum to one over all
+    tokens (Abnar & Zuidema, arXiv 2005.00928).
+    """
+    plan = trace.plan
+    layers = [plan.layers[index] for index in plan.map_layers]
+    whole = plan.grid is not None and all(not layer.reason and layer.queries == layer.keys == plan.tokens for layer in layers)
+    if not layers or not whole or plan.grid is None:
+        return torch.empty(0)
+    kept = [t for t in range(plan.tokens) if t not in plan.prefix]
+    followed = rollouts(torch.stack([fused(trace.map_of(index, image), fusion) for index in plan.map_layers]))
+    gathered = followed[:, plan.prefix[0]] if plan.prefix else followed.mean(1)
+    return gathered[:, kept].reshape(-1, *plan.grid).cpu()
+
+
+def glimpse(trace: Trace, image: int, pixels_CHW: Tensor, rolled: bool) -> Glimpse:
+    """What the gallery keeps of one image; its rollouts only where `rolled`."""
+    return pixels_CHW.cpu().float(), overlay(trace, image), rollout_overlay(trace, image) if rolled else torch.empty(0)
+
+
+def gallery_of(
+    glimpses: Mapping[str, Glimpse], names: Sequence[str], plan: Plan, preprocess: Mapping[str, Any]
+) -> Gallery | None:
+    """The glimpses in the order of `names`; None where no block has a map over a grid of patches."""
+    shown = {name: seen for name, seen in glimpses.items() if seen[1].numel()}
+    if not shown:
+        return None
+    chosen = tuple(name for name in names if name in shown)
+    query = "the class token" if plan.prefix else "all patches"
+    rolled = all(shown[name][2].numel() for name in chosen)
+    return Gallery(
+        names=chosen,
+        pictures=np.stack([as_seen(shown[name][0], preprocess) for name in chosen]),
+        maps=np.stack([shown[name][1].double().numpy() for name in chosen]),
+        query=query,
+        rollouts=np.stack([shown[name][2].double().numpy() for name in chosen]) if rolled else None,
+    )
+
+
+def as_seen(pixels_CHW: Tensor, facts: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The model's input [3, height, width] as a picture again, uint8 [height, width, 3]; `facts` describe the preprocessing."""
+    mean, std = facts.get("mean"), facts.get("std")
+    if mean is not None and std is not None:
+        pixels_CHW = pixels_CHW * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    else:
+        low, high = pixels_CHW.min(), pixels_CHW.max()
+        pixels_CHW = (pixels_CHW - low) / (high - low).clamp_min(1e-6)
+    shown: np.ndarray[Any, np.dtype[np.uint8]] = (pixels_CHW.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return shown
+
+
+Pixels = NDArray[np.uint8]
+LONGEST = 144  # pixels of a thumbnail's longer side
+
+
+def thumbnails(extremes: Mapping[str, Any], images: object, preprocess: Preprocess) -> dict[str, Pixels]:
+    """The images that `extremes` pictures, by name, as the model saw them: uint8 [height, width, 3], LONGEST at most.
+
+    They are read once more by name. Empty where they cannot be (a caller's own loader can be run through once), and in every
+    process but the first, which alone writes the findings.
+    """
+    chosen = pictured(extremes)
+    if chosen is None or not isinstance(images, ImageSet) or rank_and_world()[0] > 0:
+        return {}
+    places = {name: place for place, name in enumerate(images.names)}
+    found = {}
+    for name in (str(image["name"]) for end in ("highest", "lowest") for image in chosen[1][end]):
+        try:
+            picture = images[places[name]]
+        except Exception:  # gone since the run read it; Pillow has no common base for its errors
+            continue
+        found[name] = _small(as_seen(preprocess.transform(picture).float(), preprocess.description))
+    return found
+
+
+def _small(picture: Pixels) -> Pixels:
+    height, width = picture.shape[:2]
+    scale = min(1.0, LONGEST / max(height, width))
+    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS), dtype=np.uint8)

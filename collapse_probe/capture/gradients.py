@@ -1,0 +1,378 @@
+"""Overhear a model while it trains: tokens and attention maps that carry gradients, for penalties.
+
+Tokens are taken by forward hooks, with fused attention left on. A dispatch mode, which `capture` uses, hears below autograd and
+so hears no gradients; maps are therefore taken where functions are called: q and k of the fused kernel, or the softmax itself
+and the map that is multiplied afterwards. Nothing is computed during the forward pass; maps are made from q and k when asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from collapse_probe.capture.trace import Attention, maps_of
+from collapse_probe.errors import CaptureError, ModelError, SettingError
+
+Place = int | Literal["embedded", "normed"]
+"""Where tokens pass: a depth (0 enters the first block, L leaves the last), the patch embedding's output, the final norm's."""
+Matrix = Literal["query", "key", "value", "proj", "fc1", "fc2"]
+MATRICES: tuple[Matrix, ...] = ("query", "key", "value", "proj", "fc1", "fc2")
+
+
+class ViTParts:
+    """The parts of `model` that penalties name; each is looked for when it is asked for.
+
+    Raises ModelError for a model without a list of blocks.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.kind = model, type(model).__name__
+        blocks = getattr(model, "blocks", None)
+        if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
+            raise ModelError(f"{self.kind} has no list `blocks`: penalties hear timm's VisionTransformer, DeepViT or our ViT")
+        self.blocks: Sequence[Any] = list(blocks)
+        self.depth = len(self.blocks)
+
+    @property
+    def prefix(self) -> int:
+        """How many tokens stand before the patches inside the blocks."""
+        found = getattr(self.model, "num_prefix_tokens", None)
+        if not isinstance(found, int):
+            raise ModelError(f"{self.kind} does not say how many tokens stand before the patches (num_prefix_tokens)")
+        return found
+
+    @property
+    def width(self) -> int:
+        """The width D of the tokens."""
+        found = getattr(self.model, "embed_dim", None)
+        if not isinstance(found, int):
+            raise ModelError(f"{self.kind} does not say how wide its tokens are (embed_dim)")
+        return found
+
+    def chosen(self, blocks: tuple[int, ...] | None) -> tuple[int, ...]:
+        """The blocks meant by a setting (None: all); SettingError for one that the model does not have."""
+        if blocks is None:
+            return tuple(range(self.depth))
+        wrong = [i for i in blocks if not 0 <= i < self.depth]
+        if wrong:
+            raise SettingError(f"{self.kind} has blocks 0 to {self.depth - 1}, not {wrong}")
+        return blocks
+
+    def passage(self, place: Place) -> tuple[nn.Module, Literal["input", "output"]]:
+        """The module at which the tokens of a place pass, and on which side of it."""
+        if place == 0:
+            return self.blocks[0], "input"
+        if isinstance(place, int):
+            if not 0 < place <= self.depth:
+                raise SettingError(f"{self.kind} has depths 0 to {self.depth}, not {place}")
+            return self.blocks[place - 1], "output"
+        return self.part({"embedded": "patch_embed", "normed": "norm"}[place]), "output"
+
+    def part(self, name: str) -> nn.Module:
+        """The model's own module of that name; ModelError where it has none."""
+        found = getattr(self.model, name, None)
+        if not isinstance(found, nn.Module):
+            raise ModelError(f"{self.kind} has no `{name}`, where this penalty would hear")
+        return found
+
+    def attention(self, block: int) -> nn.Module:
+        """The attention module of a block."""
+        found = getattr(self.blocks[block], "attn", None)
+        if not isinstance(found, nn.Module):
+            raise ModelError(f"block {block} of {self.kind} has no `attn`, where its attention maps would be heard")
+        return found
+
+    def matrix(self, block: int, name: Matrix) -> Tensor:
+        """A weight matrix of a block, [out, in]: of the attention (query, key, value, proj) or the MLP (fc1, fc2)."""
+        if name in ("fc1", "fc2"):
+            owner, layer = getattr(self.blocks[block], "mlp", None), str(name)
+        else:
+            owner, layer = self.attention(block), "proj" if name == "proj" else "qkv"
+        weight = getattr(getattr(owner, layer, None), "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            raise ModelError(
+                f"block {block} of {self.kind} has no linear layer `{layer}`, whose weight this penalty would read"
+            )
+        if layer != "qkv":
+            return weight
+        if weight.shape[0] % 3:
+            raise ModelError(
+                f"`qkv` in block {block} of {self.kind} has {weight.shape[0]} rows, which are no three equal parts"
+            )
+        return weight.chunk(3)[("query", "key", "value").index(name)]
+
+    def grid(self, patches: int) -> tuple[int, int]:
+        """Rows and columns of so many patches; ModelError where they fill no known grid."""
+        known = getattr(getattr(self.model, "patch_embed", None), "grid_size", None)
+        if isinstance(known, tuple) and len(known) == 2 and math.prod(known) == patches:
+            return known
+        side = math.isqrt(patches)
+        if side**2 != patches:
+            raise ModelError(f"the {patches} patches of {self.kind} fill no square, and its patch_embed names no grid")
+        return side, side
+
+    def classes(self) -> int:
+        """How many classes the model's head tells apart."""
+        head = self.part("head")
+        found = getattr(head, "out_features", None)
+        if not isinstance(found, int):
+            raise ModelError(f"the head of {self.kind} is no linear classifier ({type(head).__name__}): it gives no logits")
+        return found
+
+    def logits(self, normed_BND: Tensor) -> Tensor:
+        """The model's own head on every token behind the final norm, [B, N, D] -> [B, N, classes]."""
+        self.classes()
+        norm, head = getattr(self.model, "fc_norm", None), self.part("head")
+        tokens_BND = normed_BND.to(next(head.parameters()).dtype)
+        found: Tensor = head(tokens_BND if norm is None else norm(tokens_BND))
+        return found
+
+
+_PRODUCTS = ("matmul", "__matmul__", "bmm", "einsum")
+_EVERYTHING = (slice(None),) * 4
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What is to be heard: the places where tokens pass, and the blocks whose attention is needed."""
+
+    places: frozenset[Place] = frozenset()
+    maps: frozenset[int] = frozenset()
+
+    def __or__(self, other: Requests) -> Requests:
+        return Requests(self.places | other.places, self.maps | other.maps)
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """One attention as it was called: its tensors with their graph, and what autocast will make of q, k and the
+    map that multiplies V.
+
+    `versions` count the writes into the tensors until they were heard; `product` says whether the map that
+    multiplies V is known.
+    """
+
+    attention: Attention
+    lowered: torch.dtype | None = None
+    product: bool = False
+    versions: dict[str, int] = field(default_factory=dict)
+
+    def mark(self, *names: str) -> None:
+        """Remember how often the named tensors have been written until now."""
+        self.versions |= {name: getattr(self.attention, name)._version for name in names}
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the model has since written into what was heard."""
+        return any(getattr(self.attention, name)._version != count for name, count in self.versions.items())
+
+
+class MapRecorder(TorchFunctionMode):
+    """Hears the attention of the block that is running; the outputs are the model's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block: int | None = None
+        self.calls: dict[int, list[AttentionCall]] = {}
+
+    def enter(self, block: int, module: nn.Module, args: Any) -> None:
+        """A pre-hook: the attention of `block` begins."""
+        self.block = block
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A hook: it ends, also by an exception."""
+        self.block = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the function unchanged; note it where it is attention."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self.block is not None:
+            name, calls = getattr(func, "__name__", ""), self.calls.setdefault(self.block, [])
+            if name == "scaled_dot_product_attention":
+                calls.append(_fused(*args, **kwargs))
+            elif name == "softmax" and _over_keys(out, *args, **kwargs):
+                calls.append(AttentionCall(Attention(owner="", operation="softmax", probs=out), _lowered(out)))
+                calls[-1].mark("probs")
+            elif name in _PRODUCTS and calls:
+                _multiplied(calls[-1], args, out)
+        return out
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionCall:
+    """The arguments of the fused kernel, named as PyTorch names them."""
+    number = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    heard = Attention("", "scaled_dot_product_attention", query, key, attn_mask, is_causal, number)
+    call = AttentionCall(heard, _lowered(query), product=True)
+    call.mark("q", "k")
+    return call
+
+
+def _lowered(tensor: Tensor) -> torch.dtype | None:
+    """What autocast makes of the operands of a product, where it is on."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _over_keys(out: Tensor, input: Tensor, dim: int | None = None, *others: Any, **named: Any) -> bool:
+    return out.ndim == 4 and dim in (-1, 3)
+
+
+def _multiplied(call: AttentionCall, args: tuple[Any, ...], out: Tensor) -> None:
+    """A product after the softmax: where a map goes in and no map comes out, that map multiplied V."""
+    probs = call.attention.probs
+    if probs is None or call.product:
+        return
+    operands = [x for x in args if isinstance(x, Tensor)]
+    same = bool(operands) and operands[0].numel() == probs.numel() and operands[0].shape[-2:] == probs.shape[-2:]
+    if same and out.shape != probs.shape:
+        call.product = True
+        if operands[0] is not probs:
+            call.attention.weights = operands[0].reshape(probs.shape)
+            call.mark("weights")
+
+
+class GradientTrace:
+    """What one forward pass left: tokens and maps with their graphs, and the model's own matrices.
+
+    Tensors come in float32 (float64 stays) whatever autocast did.
+    """
+
+    def __init__(self, anatomy: ViTParts) -> None:
+        self.anatomy = anatomy
+        self.passed: dict[Place, Tensor] = {}
+        self.calls: dict[int, list[AttentionCall]] = {}
+        self.patch_count: int | None = None
+        self._maps: dict[tuple[int, str], Tensor] = {}
+
+    def tokens(self, place: Place) -> Tensor:
+        """All tokens at a place, [B, N, D]."""
+        if place not in self.passed:
+            what = f"at depth {place}" if isinstance(place, int) else f"behind the {place} tokens' module"
+            raise CaptureError(f"no tokens were heard {what}: call the model itself inside `with penalised.listening()`")
+        found = self.passed[place]
+        self._with_graph(found, self._modules_before(place), f"the tokens at {place}")
+        return _wide(found)
+
+    def patches(self, place: Place) -> Tensor:
+        """The patch tokens at a place, [B, P, D]; prefix tokens stand before them and are left out."""
+        tokens_BND = self.tokens(place)
+        if place == "embedded":
+            return tokens_BND.flatten(1, -2)  # some embeddings keep the grid
+        if self.patch_count is None:
+            raise CaptureError("the first block did not run: call the model itself inside `with penalised.listening()`")
+        return tokens_BND[:, tokens_BND.shape[1] - self.patch_count :]
+
+    def maps(self, block: int, point: Literal["probs", "weights"] = "probs") -> Tensor:
+        """The attention map of a block, [B, H, N, N]: the softmax before dropout, or what multiplies V."""
+        if (block, point) not in self._maps:
+            self._maps[block, point] = self._made(block, point)
+        return self._maps[block, point]
+
+    def matrices(self, blocks: tuple[int, ...], names: tuple[Matrix, ...]) -> list[Tensor]:
+        """Weight matrices [out, in] of some blocks, each of them once where blocks share it."""
+        found: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        for matrix in (self.anatomy.matrix(i, name) for i in blocks for name in names):
+            found.setdefault((matrix.data_ptr(), tuple(matrix.shape)), matrix)
+        return [_wide(matrix) for matrix in found.values()]
+
+    def _made(self, block: int, point: str) -> Tensor:
+        calls = self.calls.get(block, [])
+        module = self.anatomy.attention(block)
+        where = f"in `attn` of block {block} ({type(module).__name__})"
+        if len(calls) != 1:
+            raise CaptureError(
+                f"expected one softmax attention {where}, heard {len(calls)}; attention penalties hear "
+                "scaled_dot_product_attention and a softmax over keys, in a model that is not compiled"
+            )
+        call = calls[0]
+        if call.overwritten:
+            raise CaptureError(f"the model wrote into its attention {where} after it was heard: its maps cannot be made")
+        if point == "weights" and not call.product:
+            raise CaptureError(f"cannot tell which map multiplies V {where}; take the softmax instead (point='probs')")
+        heard = call.attention
+        self._with_graph(heard.q if heard.q is not None else heard.probs, [module], f"the attention {where}")
+        if call.lowered is not None:
+            for name in ("q", "k", "weights"):
+                tensor = getattr(heard, name)
+                setattr(heard, name, None if tensor is None else tensor.to(call.lowered))
+        return maps_of(heard, *_EVERYTHING)[point]
+
+    def _modules_before(self, place: Place) -> list[nn.Module]:
+        if place in ("embedded", 0):
+            return [self.anatomy.part("patch_embed")] if place == "embedded" else []
+        return list(self.anatomy.blocks[: place if isinstance(place, int) else None])
+
+    def _with_graph(self, found: Tensor | None, modules: list[nn.Module], what: str) -> None:
+        trainable = any(p.requires_grad for module in modules for p in module.parameters())
+        if found is not None and not found.requires_grad and trainable and torch.is_grad_enabled():
+            raise CaptureError(
+                f"{what} carry no gradient: the forward pass ran under torch.no_grad, or under reentrant "
+                "checkpointing; use non-reentrant checkpointing (use_reentrant=False)"
+            )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _take(heard: GradientTrace, place: Place, value: Any) -> None:
+    tensors = [x for x in (value if isinstance(value, tuple | list) else (value,)) if isinstance(x, Tensor)]
+    if not tensors or tensors[0].ndim < 3:
+        raise CaptureError(f"{heard.anatomy.kind} passes no token sequence at {place!r}, where a penalty would hear it")
+    heard.passed[place] = tensors[0]
+    if place == 0:
+        heard.patch_count = tensors[0].shape[1] - heard.anatomy.prefix
+
+
+@contextmanager
+def record_with_gradients(anatomy: ViTParts, wanted: Requests) -> Iterator[list[GradientTrace]]:
+    """Hear what is `wanted` of each forward pass of the model inside the `with`; the list holds the newest.
+
+    Hooks and the mode leave with the `with`, whatever ended it. Raises CaptureError where a module passes no tokens.
+    """
+    ear, newest = MapRecorder(), [GradientTrace(anatomy)]
+
+    def begin(module: nn.Module, args: Any) -> None:
+        newest[0] = GradientTrace(anatomy)
+        ear.block, ear.calls = None, newest[0].calls
+
+    def before(place: Place, module: nn.Module, args: Any) -> None:
+        _take(newest[0], place, args)
+
+    def after(place: Place, module: nn.Module, args: Any, output: Any) -> None:
+        _take(newest[0], place, output)
+
+    with ExitStack() as stack:
+        stack.callback(anatomy.model.register_forward_pre_hook(begin, prepend=True).remove)
+        for place in wanted.places | ({0} if wanted.places else set()):
+            module, side = anatomy.passage(place)
+            register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
+            hook = partial(before if side == "input" else after, place)
+            stack.callback(register(hook).remove)
+        for block in wanted.maps:
+            module = anatomy.attention(block)
+            stack.callback(module.register_forward_pre_hook(partial(ear.enter, block)).remove)
+            stack.callback(module.register_forward_hook(ear.leave, always_call=True).remove)
+        if wanted.maps:
+            stack.enter_context(ear)
+        yield newest

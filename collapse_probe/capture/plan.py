@@ -1,0 +1,100 @@
+"""FIXME docstring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """How far the captured attention is from the model's own, on the probe's images.
+
+    `row_sum` |sum of a row − 1|; `output` |A·V − the kernel's output| relative to the output's largest entry
+    (nan where no kernel ran); `logsumexp` |ours − the kernel's|, relative where that is above 1 (nan where
+    none gave it).
+    """
+
+    row_sum: float
+    output: float
+    logsumexp: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention call of the model, as the probe found it.
+
+    `block` is the index of its block, None for attention outside the blocks (pooling heads). `reason` says
+    why its maps cannot be compared token by token (a window, a pool, channels); empty for ordinary token
+    attention. `mixed`: what multiplies V is another map than the softmax.
+    """
+
+    owner: str
+    call: int
+    block: int | None
+    operation: str
+    heads: int
+    queries: int
+    keys: int
+    mixed: bool = False
+    reason: str = ""
+
+    @property
+    def signature(self) -> tuple[int, int, int]:
+        """Heads, queries, keys: only layers of one signature are compared with one another."""
+        return self.heads, self.queries, self.keys
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where the tokens at one depth are read: the `side` ("input", "output") of call `call` of module `path`.
+
+    `layout` names the axes of the tensor there: "BND", "NBD", "BhwD", "BDhw", or "" where it is no token
+    sequence.
+    """
+
+    path: str
+    call: int
+    side: str
+    layout: str = "BND"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the probe learned of a model: blocks, attention layers, prefix tokens, where tokens are read.
+
+    `prefix` are the positions of tokens that do not come from the image (class, distillation, register
+    tokens); `patch_shapes` are (patches, width) at each depth, None where a depth has no token sequence;
+    `grid` is (rows, columns) of the patches, None where they form no rectangle; `image_size` is (height, width) of the input
+    in pixels, None where the input was no image.
+    """
+
+    blocks: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    taps: tuple[Tap, ...]
+    prefix: tuple[int, ...]
+    tokens: int
+    width: int
+    patch_shapes: tuple[tuple[int, int] | None, ...]
+    grid: tuple[int, int] | None
+    bytes_per_image: int
+    check: SelfCheck
+    notes: tuple[str, ...] = field(default=())
+    image_size: tuple[int, int] | None = None
+
+    @property
+    def token_layers(self) -> list[int]:
+        """Indices of the layers inside blocks whose maps run over the image's tokens."""
+        return [i for i, layer in enumerate(self.layers) if layer.block is not None and not layer.reason]
+
+    @property
+    def map_layers(self) -> list[int]:
+        """Indices of the layers inside blocks, in call order: the `block` axis of the attention metrics."""
+        return [i for i, layer in enumerate(self.layers) if layer.block is not None]
+
+    def groups(self) -> dict[tuple[int, int, int], list[int]]:
+        """Positions on the `block` axis of the layers that share a signature, token attention only."""
+        found: dict[tuple[int, int, int], list[int]] = {}
+        for position, index in enumerate(self.map_layers):
+            if not self.layers[index].reason:
+                found.setdefault(self.layers[index].signature, []).append(position)
+        return found

@@ -1,0 +1,280 @@
+"""Turns a data address into batches of images that keep their names."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from collapse_probe.data.preprocessing import Preprocess
+from collapse_probe.data.readers import LIBRARIES, Pictures, bundled, in_folder, in_tar, in_timm
+from collapse_probe.errors import DataError, SettingError
+
+Skipped = tuple[str, str]  # name, reason
+
+
+class ImageSet(Dataset[Image]):
+    """The pictures at one address: item i is a PIL image in RGB, its name `names[i]`, its class `labels[i]`.
+
+    Names are paths relative to the root, with forward slashes; `labels` is None where there are none. Reading
+    a damaged picture raises what Pillow raises; `batches` skips it and says so.
+    """
+
+    def __init__(self, address: str, pictures: Pictures, chosen: Sequence[int] | None = None) -> None:
+        self.address = address
+        self._pictures = pictures
+        self._chosen = range(len(pictures.names)) if chosen is None else chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> Image:
+        return self._pictures.read(self._chosen[index])
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """One name per picture, in order."""
+        return [self._pictures.names[i] for i in self._chosen]
+
+    @functools.cached_property
+    def labels(self) -> list[int] | None:
+        """One class number per picture, in order, or None."""
+        held = self._pictures.labels
+        return None if held is None else [held[i] for i in self._chosen]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each class number; empty where unknown."""
+        return self._pictures.class_names
+
+    @property
+    def bundled(self) -> bool:
+        """Whether the pictures come with a package rather than from the user."""
+        return self._pictures.bundled
+
+    def subset(self, count: int, seed: int = 0) -> ImageSet:
+        """`count` pictures drawn without replacement under `seed`, in the set's order; at most all.
+
+        Raises SettingError if `count` < 1.
+        """
+        if count < 1:
+            raise SettingError(f"the number of images to take must be at least 1, not {count}; leave it out for all")
+        if count >= len(self):
+            return self
+        drawn = np.random.default_rng(seed).choice(len(self), size=count, replace=False)
+        return ImageSet(self.address, self._pictures, [self._chosen[i] for i in sorted(drawn.tolist())])
+
+
+def _check_count(count: int) -> None:
+    if count < 1:
+        raise SettingError(f"the limit is a number of images from 1 on, not {count}; leave it out for all")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some pictures made ready: `pixels` [B, 3, height, width] float32; row b is picture `indices[b]`.
+
+    `labels` [B] int64 or None. `skipped` are the pictures of this batch that could not be read, each with its
+    reason; they have no row, so B may be 0.
+    """
+
+    indices: tuple[int, ...]
+    names: tuple[str, ...]
+    pixels: Tensor
+    labels: Tensor | None = None
+    skipped: tuple[Skipped, ...] = ()
+
+
+def open_data(address: str | Path, *, split: str | None = None, limit: int | None = None, seed: int = 0) -> ImageSet:
+    """The pictures at a data address; nothing is decoded yet.
+
+    A folder, flat or with class folders; a `.tar`; `bundled:digits` (1797 images) or `bundled:photos` (53);
+    `hfds/ORG/NAME`, `hfids/…`, `wds/FOLDER`, `tfds/…`, `torch/NAME` as timm reads them. `split` is a
+    subfolder, or timm's split. `limit` takes that many pictures at random under `seed`; of a stream (hfids,
+    wds, tfds) the first.
+
+    Raises DataError where nothing can be read there, SettingError if `limit` < 1, UnknownNameError for
+    unknown bundled data.
+    """
+    if limit is not None and limit < 1:
+        raise SettingError(f"the number of images to take must be at least 1, not {limit}; leave it out for all")
+    pictures = _find(str(address), split, limit)
+    if not pictures.names:
+        raise DataError(f"{address} holds no image")
+    images = ImageSet(str(address), pictures)
+    return images if limit is None else images.subset(limit, seed)
+
+
+def _find(address: str, split: str | None, limit: int | None) -> Pictures:
+    scheme, colon, name = address.partition(":")
+    path = Path(address).expanduser()
+    if colon and scheme == "bundled":
+        _no_split(address, split)
+        return bundled(name)
+    if address.partition("/")[0] in LIBRARIES and not path.exists():
+        return in_timm(address, split, limit)
+    if path.suffix.lower() == ".tar" and not path.is_dir():
+        _no_split(address, split)
+        return in_tar(path)
+    return in_folder(path, split)
+
+
+def _no_split(address: str, split: str | None) -> None:
+    if split is not None:
+        raise DataError(f"{address} has no splits, so {split!r} cannot be taken; leave --split out")
+
+
+class _Prepared(Dataset[tuple[int, Tensor | str]]):
+    """Item i is (i, pixels), or (i, the reason) for a picture that cannot be read."""
+
+    def __init__(self, images: ImageSet, transform: Callable[[Image], Tensor]) -> None:
+        self.images, self.transform = images, transform
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        try:
+            picture = self.images[index]
+        except Exception as error:  # Pillow has no common base for its errors
+            return index, " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return index, self.transform(picture).float()
+
+
+def batches(
+    images: ImageSet,
+    preprocess: Preprocess,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    order: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Read the set in order, or in the `order` of these places, every picture once.
+
+    Process `rank` of `world` takes the pictures rank, rank + world, … of that order.
+
+    Nothing is padded or repeated, so processes may get different numbers of pictures. One that cannot be
+    read (damaged, empty, a decompression bomb) is in the batch's `skipped` instead of its rows. `workers` are
+    processes that decode.
+
+    Raises SettingError for impossible settings, and DataError at the end of a single process' pass in which
+    no picture could be read.
+    """
+    if batch_size < 1:
+        raise SettingError(f"the batch size must be at least 1, not {batch_size}")
+    if workers < 0 or not 0 <= rank < world:
+        raise SettingError(f"expected workers ≥ 0 and 0 ≤ rank < world, not {workers}, {rank}, {world}")
+    mine = (range(len(images)) if order is None else order)[rank::world]
+    return _batches(images, preprocess, batch_size, workers, mine, alone=world == 1)
+
+
+def seeded_order(images: ImageSet, seed: int) -> tuple[int, ...]:
+    """The places of all pictures in a random order that follows from the seed and their number."""
+    return tuple(np.random.default_rng(seed).permutation(len(images)).tolist())
+
+
+def _batches(
+    images: ImageSet, preprocess: Preprocess, batch_size: int, workers: int, mine: Sequence[int], alone: bool
+) -> Iterator[Batch]:
+    collate = functools.partial(_collate, images.names, images.labels, preprocess.size)
+    prepared = _Prepared(images, preprocess.transform)
+    skipped: list[Skipped] = []
+    read = 0
+    for batch in _loaded(prepared, collate, batch_size, workers, mine):
+        read += len(batch.indices)
+        skipped += batch.skipped
+        yield batch
+    if alone and not read:
+        example = f", for example {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
+        raise DataError(f"no image of {images.address} can be read: {len(skipped)} of {len(mine)} failed{example}")
+
+
+def _loaded(
+    prepared: _Prepared, collate: Callable[[Any], Batch], batch_size: int, workers: int, mine: Sequence[int]
+) -> Iterator[Batch]:
+    generator = torch.Generator()  # DataLoader would draw its workers' seed from the global one
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # more workers than cores; fork in a process with threads
+        loader: DataLoader[Any] = DataLoader(
+            prepared,
+            batch_size=batch_size,
+            sampler=mine,
+            num_workers=workers,
+            collate_fn=collate,
+            generator=generator,
+        )
+        iterator = iter(loader)
+    yield from iterator
+
+
+def _collate(
+    names: Sequence[str],
+    labels: Sequence[int] | None,
+    size: tuple[int, int],
+    items: Sequence[tuple[int, Tensor | str]],
+) -> Batch:
+    rows = [(i, pixels) for i, pixels in items if isinstance(pixels, Tensor)]
+    indices = tuple(i for i, _ in rows)
+    return Batch(
+        indices,
+        tuple(names[i] for i in indices),
+        torch.stack([pixels for _, pixels in rows]) if rows else torch.empty(0, 3, *size),
+        None if labels is None else torch.tensor([labels[i] for i in indices], dtype=torch.int64),
+        tuple((names[i], reason) for i, reason in items if isinstance(reason, str)),
+    )
+
+
+PIXEL_KEYS = ("pixel_values", "image", "images", "pixels")
+LABEL_KEYS = ("labels", "label", "target", "targets")
+
+
+def from_loader(loader: Iterable[Any]) -> Iterator[Batch]:
+    """Batches of the caller's own loader: a tensor, (tensor, labels, …), or a dict with one of `PIXEL_KEYS`.
+
+    The pixels [B, channels, height, width] are taken as they are, as float32: preprocessing is the loader's. Labels are kept
+    where they are B whole numbers, as a tensor, an array or a list. Names are "0", "1", …. Raises DataError for anything else,
+    and for a loader that gives nothing.
+    """
+    seen = 0
+    for held in loader:
+        pixels, labels = _pixels_and_labels(held)
+        if not isinstance(pixels, Tensor) or pixels.ndim != 4 or not pixels.is_floating_point():
+            came = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else _kind(held)
+            wanted = "float images [batch, channels, height, width], alone or with labels"
+            raise DataError(f"a loader must give {wanted}; came {came}")
+        indices = tuple(range(seen, seen + len(pixels)))
+        seen += len(pixels)
+        yield Batch(indices, tuple(map(str, indices)), pixels.float(), _whole_numbers(labels, len(pixels)))
+    if not seen:
+        raise DataError("the loader gave no image")
+
+
+def _pixels_and_labels(held: Any) -> tuple[Any, Any]:
+    if isinstance(held, Mapping):
+        found = [next((held[key] for key in keys if key in held), None) for keys in (PIXEL_KEYS, LABEL_KEYS)]
+        return found[0], found[1]
+    if isinstance(held, (tuple, list)) and held:
+        return held[0], held[1] if len(held) > 1 else None
+    return held, None
+
+
+def _whole_numbers(labels: Any, count: int) -> Tensor | None:
+    """Labels as int64 [count]; None for anything else (none, words, one-hot rows, shares, boxes)."""
+    if isinstance(labels, (list, tuple)) and not all(isinstance(label, (int, np.integer)) for label in labels):
+        return None
+    if not isinstance(labels, (Tensor, np.ndarray, list, tuple)):
+        return None
+    found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    return torch.from_numpy(found.astype(np.int64)) if found.shape == (count,) and found.dtype.kind in "iu" else None
+
+
+def _kind(held: Any) -> str:
+    return f"a dict with {', '.join(map(str, held))}" if isinstance(held, Mapping) else f"a {type(held).__name__}"

@@ -1,0 +1,114 @@
+"""Makes a `Preprocess` out of what a model says about its own input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+
+from collapse_probe.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How one picture becomes the model's input.
+
+    `transform` maps a PIL image (RGB) to a float tensor [3, height, width]; `size` is (height, width) in
+    pixels; `description` holds the same facts as plain values (size, crop, interpolation, mean, std) for the findings.
+    """
+
+    transform: Callable[[Image.Image], Tensor]
+    size: tuple[int, int]
+    description: dict[str, Any]
+
+
+Size = int | tuple[int, int]
+"""Pixels of a side, or of (height, width)."""
+
+
+def from_timm_config(config: Mapping[str, Any], img_size: Size | None = None) -> Preprocess:
+    """timm's evaluation transform for a pretrained_cfg; what it leaves out is timm's ImageNet default.
+
+    `img_size` [pixels] replaces the config's input size; the crop keeps its share of the resized picture.
+    """
+    import timm.data
+
+    factory: Any = timm.data  # untyped
+    args = {} if img_size is None else {"input_size": (3, img_size, img_size) if isinstance(img_size, int) else (3, *img_size)}
+    settled = factory.resolve_data_config(args, pretrained_cfg=dict(config) or {"input_size": (3, 224, 224)})
+    height, width = settled["input_size"][-2:]
+    edge = [math.floor(side / settled["crop_pct"]) for side in (height, width)]
+    description = {
+        "size": [height, width],
+        "resize": edge[0] if edge[0] == edge[1] else edge,
+        "crop_mode": settled["crop_mode"],
+        "crop_pct": settled["crop_pct"],
+        "interpolation": settled["interpolation"],
+        "mean": list(settled["mean"]),
+        "std": list(settled["std"]),
+    }
+    return Preprocess(factory.create_transform(**settled, is_training=False), (height, width), description)
+
+
+def from_callable(transform: Callable[[Image.Image], Tensor], description: Mapping[str, Any]) -> Preprocess:
+    """A Preprocess around any transform; its size is read off a blank picture.
+
+    Raises ModelError where the transform does not turn a picture into a tensor [3, height, width].
+    """
+    try:
+        pixels = transform(Image.new("RGB", (320, 256)))
+    except Exception as error:
+        raise ModelError(f"the model's own preprocessing failed on an RGB picture: {error}") from error
+    if not isinstance(pixels, Tensor) or pixels.ndim != 3 or not pixels.is_floating_point():
+        came = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise ModelError(f"the model's own preprocessing must give a float tensor [3, height, width], not {came}")
+    size = (int(pixels.shape[1]), int(pixels.shape[2]))
+    return Preprocess(transform, size, {**description, "size": list(size)})
+
+
+def of_module(module: nn.Module, img_size: int | None = None) -> tuple[Preprocess, tuple[str, ...]]:
+    """The preprocessing that a module brings along, and notes on what had to be assumed.
+
+    In this order: the attribute `preprocess` (a Preprocess, or a transform from picture to tensor), a
+    timm-style `pretrained_cfg` or `default_cfg`, and else ImageNet's mean and std. `img_size` [pixels]
+    overrides what the module declares; without either it is 224.
+    """
+    own = getattr(module, "preprocess", None)
+    if isinstance(own, Preprocess):
+        return own, ()
+    if callable(own):
+        return from_callable(own, {"transform": repr(own)[:500]}), ()
+    size = img_size or _declared_size(module)
+    config = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
+    if config:
+        return from_timm_config(config if isinstance(config, Mapping) else vars(config), size), ()
+    pixels = size or 224
+    side = f"{pixels}" if isinstance(pixels, int) else f"{pixels[0]} × {pixels[1]}"
+    note = f"preprocessing assumed: ImageNet mean and std at {side} pixels (the module declares none)"
+    return from_timm_config({}, size), (note,)
+
+
+def _declared_size(module: nn.Module) -> Size | None:
+    holders = (module, getattr(module, "patch_embed", None), getattr(module, "config", None))
+    for holder in holders:
+        for name in ("image_size", "img_size"):
+            size = size_of(getattr(holder, name, None))
+            if size is not None:
+                return size
+    return None
+
+
+def size_of(declared: object) -> Size | None:
+    """A declared input size as pixels of a side or (height, width); None for what is neither.
+
+    >>> size_of([64, 96]), size_of((32, 32)), size_of("large")
+    ((64, 96), 32, None)
+    """
+    sides = tuple(declared) if isinstance(declared, (tuple, list)) else (declared, declared)
+    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+        return None
+    return sides[0] if sides[0] == sides[1] else sides

@@ -1,0 +1,131 @@
+"""Write a folder whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from collapse_probe.errors import OutputError
+
+PARTIAL = ".partial"
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let `write` fill a file that then takes its place at `path` in one move, on disk before it is seen.
+
+    Killed at any moment, `path` holds what it held or all of the new content. Raises OutputError.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+        with contextlib.suppress(OSError):  # not every file system lets a folder be synced
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error}; free space, or choose another folder") from error
+
+
+def read_document(folder: str | Path, file: str, *, schema: str, refusal: str, command: str) -> dict[str, Any]:
+    """The content of `file` in `folder`, as `command` writes it.
+
+    OutputError where there is none (`folder`, then `refusal`, such as "holds no sweep") or it has another schema.
+    """
+    path = Path(folder) / file
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{folder} {refusal} ({error}); expected {file} as {command} writes it") from error
+    if content.get("schema") != schema:
+        raise OutputError(f"{path} has schema {content.get('schema')!r}; expected {schema!r}: {command} again")
+    return content
+
+
+class Numbers(Protocol):
+    """What a run found and can write into an existing folder."""
+
+    def write(self, inside: Path) -> None:
+        """Write the files."""
+
+
+class new_folder:
+    """A context manager: fill a folder beside `target`, then move it there whole; on any error nothing is left.
+
+    An existing target is replaced file by file, each replacement atomic; files that are not ours stay.
+    """
+
+    def __init__(self, target: str | Path) -> None:
+        self.target = Path(target)
+
+    def __enter__(self) -> Path:
+        check_writable(self.target)
+        parent = self.target.absolute().parent
+        self.created = [p for p in (parent, *parent.parents) if not p.exists()]
+        parent.mkdir(parents=True, exist_ok=True)
+        self.inside = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", dir=parent))
+        self.inside.chmod(0o755)
+        return self.inside
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.inside, ignore_errors=True)
+            for folder in self.created:
+                folder.rmdir()
+        elif not self.target.exists():
+            self.inside.rename(self.target)
+        else:
+            for path in sorted(self.inside.rglob("*")):
+                goal = self.target / path.relative_to(self.inside)
+                if path.is_dir():
+                    goal.mkdir(exist_ok=True)
+                else:
+                    path.replace(goal)
+            shutil.rmtree(self.inside)
+
+
+def write_with_page(target: str | Path, numbers: Numbers, page: Callable[[Any, Path], object]) -> None:
+    """Numbers and the page that `page(numbers, folder)` makes of them into the folder `target`.
+
+    Numbers may have taken hours: where the page fails (or is interrupted) they are kept, and OutputError says how to try again.
+    """
+    failed: BaseException | None = None
+    with new_folder(target) as inside:
+        numbers.write(inside)
+        held = set(inside.rglob("*"))
+        try:
+            page(numbers, inside)
+        except BaseException as error:
+            failed = error
+            for path in sorted(set(inside.rglob("*")) - held, reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+    again = f"`collapse-probe report {target}` draws it again"
+    if isinstance(failed, KeyboardInterrupt):
+        raise KeyboardInterrupt(f"the numbers are in {target}, without their page; {again}") from failed
+    if isinstance(failed, Exception):
+        text = f"the numbers are in {target}, but their page failed ({type(failed).__name__}: {failed})"
+        raise OutputError(f"{text}; {again}") from failed
+    if failed is not None:
+        raise failed
+
+
+def check_writable(target: str | Path) -> None:
+    """Raise OutputError unless a folder can be made (or filled) at `target`; makes nothing."""
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"the output {target} is a file; expected a folder, or a path where one can be made")
+    nearest = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"the output folder {target} cannot be written ({nearest} refuses); choose another with -o")

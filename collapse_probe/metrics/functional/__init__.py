@@ -1,0 +1,1 @@
+"""Pure functions on arrays that metrics and penalties share."""

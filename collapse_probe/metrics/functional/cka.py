@@ -1,0 +1,102 @@
+"""How alike two sets of features tell images apart: Gram matrices, HSIC and linear CKA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from collapse_probe.errors import SettingError
+from collapse_probe.metrics.functional.geometry import SMALLEST_SPREAD
+
+FEWEST = 4
+"""The unbiased estimate divides by n(n − 3)."""
+
+
+def linear_gram(features: Tensor) -> Tensor:
+    """Inner products of the rows less their mean, [n, F] -> [n, n] in float64.
+
+    Neither HSIC changes when the mean is taken off; without it a large common part would cost all digits. Rows that are all
+    the same (their spread below `SMALLEST_SPREAD` of their length) tell no image from another: a Gram matrix of zeros.
+
+    >>> linear_gram(torch.tensor([[1.0, 5.0], [3.0, 5.0]])).tolist()
+    [[1.0, -1.0], [-1.0, 1.0]]
+    """
+    wide = (features.cpu() if features.device.type == "mps" else features).to(torch.float64)
+    centred = wide - wide.mean(0, keepdim=True)
+    if centred.norm() <= SMALLEST_SPREAD * wide.norm():
+        centred = torch.zeros_like(centred)
+    return centred @ centred.T
+
+
+def u_centred(gram: Tensor) -> Tensor:
+    """A Gram matrix without its diagonal and with rows that sum to zero, [..., n, n] -> [..., n, n], for n ≥ 4.
+
+    Ã_ij = A_ij − Σ_k A_ik/(n−2) − Σ_k A_kj/(n−2) + Σ_kl A_kl/((n−1)(n−2)) for i ≠ j, all sums without the diagonal; Ã_ii = 0.
+    Raises SettingError for n < 4.
+    """
+    n = gram.shape[-1]
+    if n < FEWEST:
+        raise SettingError(f"unbiased HSIC needs {FEWEST} images or more in a minibatch, not {n}")
+    diagonal = torch.eye(n, dtype=torch.bool, device=gram.device)
+    hollow = gram.masked_fill(diagonal, 0.0)
+    rows, columns = hollow.sum(-1, keepdim=True), hollow.sum(-2, keepdim=True)
+    whole = rows.sum(-2, keepdim=True)
+    return (hollow - (rows + columns) / (n - 2) + whole / ((n - 1) * (n - 2))).masked_fill(diagonal, 0.0)
+
+
+def hsic_unbiased(gram_x: Tensor, gram_y: Tensor) -> Tensor:
+    """HSIC₁, the unbiased estimate, [..., n, n] and [..., n, n] -> [...]; negative values are possible; n ≥ 4.
+
+    1/(n(n−3)) [tr K̃L̃ + (1ᵀK̃1)(1ᵀL̃1)/((n−1)(n−2)) − 2/(n−2) 1ᵀK̃L̃1], diagonals zeroed (Song et al. 2012; Nguyen et al.,
+    arXiv 2010.15327, Eq. 3), computed as the mean product of the two U-centred matrices, which is the same number.
+    """
+    n = gram_x.shape[-1]
+    return (u_centred(gram_x) * u_centred(gram_y)).sum((-2, -1)) / (n * (n - 3))
+
+
+def hsic_biased(gram_x: Tensor, gram_y: Tensor) -> Tensor:
+    """HSIC₀ = tr(KHLH)/(n−1)², H = I − 1/n 11ᵀ, [..., n, n] and [..., n, n] -> [...]; never negative; n ≥ 2."""
+    n = gram_x.shape[-1]
+    rows = gram_x.mean(-1, keepdim=True)
+    centred = gram_x - rows - rows.transpose(-1, -2) + rows.mean(-2, keepdim=True)
+    return (centred * gram_y).sum((-2, -1)) / (n - 1) ** 2
+
+
+def alignment(across: Tensor, own_x: Tensor, own_y: Tensor) -> Tensor:
+    """CKA = HSIC(X, Y)/√(HSIC(X, X)·HSIC(Y, Y)) elementwise; NaN where an own HSIC is not positive.
+
+    >>> alignment(torch.tensor(2.0), torch.tensor(4.0), torch.tensor(4.0)).item()
+    0.5
+    """
+    defined = (own_x > 0) & (own_y > 0)
+    return torch.where(defined, across / torch.where(defined, own_x * own_y, 1.0).sqrt(), torch.nan)
+
+
+def linear_cka(x: Tensor, y: Tensor, *, biased: bool = False) -> Tensor:
+    """Linear CKA of two sets of features of the same n images, [n, F] and [n, G] -> scalar, −1 … 1 (biased: 0 … 1).
+
+    Unchanged by rotations of the features, by a common shift and by a positive scale (Kornblith et al., arXiv 1905.00414). The
+    biased estimate is far above the unbiased where n is small beside F. NaN where the features of all images are the same.
+    """
+    gram_x, gram_y = linear_gram(x), linear_gram(y)
+    hsic = hsic_biased if biased else hsic_unbiased
+    return alignment(hsic(gram_x, gram_y), hsic(gram_x, gram_x), hsic(gram_y, gram_y))
+
+
+def minibatch_cka(minibatches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Unbiased linear CKA over minibatches of features ([n, F], [n, G]): HSIC₁ is averaged before the division.
+
+    Nguyen et al. (arXiv 2010.15327, Eq. 4). The mean of the minibatches' own CKA would be another, biased number.
+    """
+    hsic = torch.stack([pairwise_hsic([linear_gram(x), linear_gram(y)]) for x, y in minibatches]).mean(0)
+    return alignment(hsic[0, 1], hsic[0, 0], hsic[1, 1])
+
+
+def pairwise_hsic(grams: list[Tensor]) -> Tensor:
+    """HSIC₁ of every two of V Gram matrices [n, n], -> [V, V]; equal matrices give equal entries, bit for bit."""
+    n = grams[0].shape[-1]
+    centred = u_centred(torch.stack(grams)).flatten(1)
+    rows = [(one * centred).sum(-1) for one in centred]
+    return torch.stack(rows) / (n * (n - 3))

@@ -1,0 +1,132 @@
+"""What a metric of attention maps over tokens is: windows, pools and channels have none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collapse_probe.capture.plan import Layer, Plan
+from collapse_probe.capture.trace import MapTile, Trace
+from collapse_probe.metrics.accumulators import Means
+from collapse_probe.metrics.metric import Metric, mean_over_images, no_token_maps
+
+RowValues = Callable[[Trace, MapTile], Tensor]
+"""Takes a tile with whole rows; gives a value for each of its queries, [b, h, L, R], NaN where it is undefined."""
+
+
+def block_by_head(plan: Plan) -> tuple[int, int]:
+    """The shape of a block × head reading; a block with fewer heads than others leaves its last places undefined."""
+    return len(plan.map_layers), max((heads for heads, _, _ in plan.groups()), default=1)
+
+
+class HeadMeans(Means):
+    """Means over images of quantities that every head of every block has, and of their means over the block's heads."""
+
+    def __init__(self, plan: Plan, *names: str) -> None:
+        super().__init__()
+        self.shape = block_by_head(plan)
+        for name in names or ("value",):
+            self.means_of(**{name: self.shape, f"{name}_over_heads": self.shape[:1]})
+
+    def taken(self, **values: Tensor) -> dict[str, Tensor]:
+        """Add quantities [B, blocks, heads] of a batch; their means over heads [B, blocks] are what is kept of each image."""
+        found = {name: quantity.nanmean(-1) for name, quantity in values.items()}
+        for name, quantity in values.items():
+            self.take(name, quantity)
+            self.take(f"{name}_over_heads", found[name])
+        return found
+
+
+class RowMeans(HeadMeans):
+    """Per image, block and head the mean over the queries for which `values` is defined."""
+
+    def __init__(self, plan: Plan, values: RowValues) -> None:
+        super().__init__(plan)
+        self.values = values
+
+    def begin(self, trace: Trace, names: Sequence[str]) -> None:
+        """Make room for a batch."""
+        self._trace = trace
+        self._total = torch.zeros(trace.images, *self.shape, dtype=torch.float64)
+        self._rows = torch.zeros_like(self._total)
+
+    def tile(self, tile: MapTile) -> None:
+        """Add the queries of a tile."""
+        if tile.whole_rows:
+            values_bhLR = self.values(self._trace, tile)
+            defined = torch.isfinite(values_bhLR)
+            place = torch.tensor(tile.positions)
+            for target, part in ((self._total, torch.where(defined, values_bhLR, 0.0)), (self._rows, defined)):
+                target[tile.images, place, tile.heads] += part.sum(-1).transpose(1, 2).cpu()
+
+    def end(self, trace: Trace) -> dict[str, Tensor]:
+        """Close the batch."""
+        del self._trace
+        return self.taken(value=torch.where(self._rows > 0, self._total / self._rows, torch.nan))
+
+
+def by_head(fold: Means, name: str = "value") -> Mapping[str, Any]:
+    """values, stderr, ci95 and head_mean of a quantity of a `HeadMeans`, as a Reading takes them."""
+    means = mean_over_images(fold, f"{name}_over_heads")
+    return {**mean_over_images(fold, name), "head_mean": (means["values"], means["stderr"], means["ci95"])}
+
+
+class MapMetric(Metric):
+    """A metric that compares maps token by token, at `weights` (what multiplies V) or at `@probs`; see `Metric`."""
+
+    defaults = {"point": "weights"}  # noqa: RUF012
+    variants = {"probs": {"point": "probs"}}  # noqa: RUF012
+
+    def inapplicable(self) -> str:
+        """Windowed, pooled and channel attention has no map over the image's tokens."""
+        return no_token_maps(self.plan)
+
+
+def patch_places(plan: Plan, tokens: int) -> list[int] | None:
+    """Positions of the patches among `tokens` tokens; None where there are fewer tokens than the model's patches.
+
+    Tokens that a block adds of its own come first, as in `Trace.patches`.
+    """
+    patches = plan.tokens - len(plan.prefix)
+    if patches < 1 or tokens < patches:
+        return None
+    if tokens == plan.tokens:
+        return [t for t in range(tokens) if t not in plan.prefix]
+    return list(range(tokens - patches, tokens))
+
+
+def prefix_places(plan: Plan, tokens: int) -> list[int]:
+    """Positions of what is no patch among `tokens` tokens; empty where the patches are not known there."""
+    patches = patch_places(plan, tokens)
+    return [] if patches is None else [t for t in range(tokens) if t not in set(patches)]
+
+
+def patch_size(plan: Plan) -> tuple[float, float] | None:
+    """Height and width of a patch in pixels of the model's input: the input's sides over the grid's.
+
+    None where the patches form no rectangle or the input's size is unknown.
+    """
+    if plan.grid is None or plan.image_size is None:
+        return None
+    return plan.image_size[0] / plan.grid[0], plan.image_size[1] / plan.grid[1]
+
+
+def patch_distances(grid: tuple[int, int], size: tuple[float, float]) -> Tensor:
+    """Distance in pixels between the centres of all patches of a grid (rows, columns), row by row: [P, P] in float64.
+
+    d_ij = √((height · Δrow)² + (width · Δcolumn)²) with the patches' (height, width) `size`.
+
+    >>> patch_distances((1, 3), (16, 16))[0].tolist()
+    [0.0, 16.0, 32.0]
+    """
+    rows, columns = (torch.arange(n, dtype=torch.float64) * side for n, side in zip(grid, size, strict=True))
+    centres = torch.cartesian_prod(rows, columns)
+    return (centres[:, None] - centres[None, :]).square().sum(-1).sqrt()
+
+
+def over_patches(plan: Plan, layer: Layer) -> list[int] | None:
+    """Positions of the patches among both the queries and the keys of a layer; None where these are not the same tokens."""
+    return patch_places(plan, layer.keys) if layer.queries == layer.keys else None

@@ -1,0 +1,380 @@
+"""How alike unit vectors are across blocks, and how alike they would be across other tokens, heads and images.
+
+The mean cosine over any set of pairs is a difference of inner products of sums. With x[h, t] the unit vectors of one
+block and y[h, t] those of another:
+
+    same head and token          T1 = Σ_h Σ_t  <x_ht, y_ht>
+    same head, any token         T2 = Σ_h      <Σ_t x_ht, Σ_t y_ht>
+    any head, same token         T3 =     Σ_t  <Σ_h x_ht, Σ_h y_ht>
+    any head, any token          T4 =          <Σ_ht x_ht, Σ_ht y_ht>
+
+so that T2 − T1 is the sum over all wrong tokens: the exact mean of the wrong-token null over every permutation without
+fixed points, with no permutation drawn. The same sums over images (vectors added over images first) give the wrong-image null.
+The same formulas over the number of defined vectors give the number of defined pairs.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.trace import MapTile, Trace
+from collapse_probe.metrics.accumulators import GROUPS, Means, group_of
+from collapse_probe.metrics.functional.geometry import centred_unit, gram, unit, wide_gram
+from collapse_probe.statistics.intervals import Array, jackknife
+
+STATE_BUDGET = 48 * 2**20
+"""Bytes that the sum over images of one kind of vector may take; beyond it a seeded sample of tokens is summed."""
+SAMPLED_TOKENS = 16
+SPARE_BYTES = 8 * 2**20
+SUMMED_IMAGES = 32
+"""Vectors are added over at least this many images in float32 before they go into the run's float64 sums."""
+
+
+def seeded_sample(tokens: list[int], size: int, seed: int = 0) -> list[int]:
+    """A seeded subset of tokens in their order; all of them where `size` is large enough."""
+    if size >= len(tokens):
+        return tokens
+    order = sorted(tokens, key=lambda t: zlib.crc32(f"{seed}/{t}".encode()))
+    return sorted(order[:size])
+
+
+def unit_vectors(tile: MapTile, point: str, axis: str, centred: bool, without: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """Rows or columns of a tile as unit vectors, [b, h, L, R, C], and which of them are defined, [b, h, L, tokens].
+
+    Tokens in `without` are left out as queries and as keys. Computed once for each tile and shared between metrics.
+    """
+    if tile.weights is tile.probs:
+        point = "probs"
+    key = ("unit vectors", point, axis, centred, without)
+    if key not in tile.derived:
+        maps = tile.maps(point)
+        if without:
+            rows = [t - tile.rows.start for t in tile.tokens("row", without)]
+            columns = [t - tile.columns.start for t in tile.tokens("column", without)]
+            maps = maps[..., rows, :][..., columns]
+        scaled = centred_unit if centred else unit
+        tile.derived[key] = scaled(maps, dim=-1 if axis == "row" else -2)
+    return tile.derived[key]
+
+
+@dataclass(frozen=True)
+class VectorGroup:
+    """Vectors that can be compared: their heads, length and tokens, and the blocks (positions) that have them."""
+
+    heads: int
+    length: int
+    tokens: list[int]
+    positions: list[int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What some vectors are a part of: images, blocks and heads, and whether the heads or the tokens end with them."""
+
+    images: slice
+    positions: list[int]
+    heads: slice
+    last_heads: bool
+    last_tokens: bool
+
+
+class PairSums:
+    """T1 … T4 of one batch, from unit vectors that come in parts of their heads and tokens; and the same for defined pairs."""
+
+    def __init__(self, images: int, blocks: int, device: torch.device) -> None:
+        wide = torch.float64 if device.type != "mps" else torch.float32
+        self.sums = torch.zeros(4, images, blocks, blocks, dtype=wide, device=device)
+        self.pairs = torch.zeros_like(self.sums)
+        self._over_heads: dict[str, Tensor] = {}
+        self._over_tokens: dict[tuple[str, int], Tensor] = {}
+
+    def add(self, part: Part, vectors: Tensor, valid: Tensor, token_dim: int) -> None:
+        """Vectors [b, h, L, R, C] whose tokens run along `token_dim`, defined where `valid` [b, h, L, tokens]."""
+        valid = valid.to(vectors.dtype)
+        self._add("vectors", self.sums, part, vectors, vectors.sum(token_dim))
+        self._add("valid", self.pairs, part, valid, valid.sum(-1, keepdim=True))
+
+    def _add(self, kind: str, target: Tensor, part: Part, x: Tensor, over_tokens: Tensor) -> None:
+        x = x.flatten(3)
+        same = wide_gram(x).sum(1)
+        self._into(target[0], part, same)
+        before = self._over_heads.pop(kind, None)
+        if before is None and part.last_heads and x.shape[1] == 1:
+            self._into(target[2], part, same)
+        elif part.last_heads:
+            self._into(target[2], part, wide_gram(_plus(before, x.sum(1))))
+        else:
+            self._over_heads[kind] = _plus(before, x.sum(1))
+        over_tokens = _plus(self._over_tokens.pop((kind, part.heads.start), None), over_tokens.to(target.dtype))
+        if not part.last_tokens:
+            self._over_tokens[kind, part.heads.start] = over_tokens
+            return
+        self._into(target[1], part, gram(over_tokens).sum(1))
+        over_both = _plus(self._over_heads.pop(kind + " and tokens", None), over_tokens.sum(1))
+        if part.last_heads:
+            self._into(target[3], part, gram(over_both))
+        else:
+            self._over_heads[kind + " and tokens"] = over_both
+
+    def _into(self, target: Tensor, part: Part, value: Tensor) -> None:
+        if part.positions == list(range(target.shape[-1])):
+            target[part.images] += value.to(target.dtype)
+            return
+        place = torch.tensor(part.positions, device=value.device)
+        target[part.images, place[:, None], place[None, :]] += value.to(target.dtype)
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)
+
+
+def mean_cosines(sums: Tensor, pairs: Tensor) -> dict[str, Tensor]:
+    """From T1 … T4 [4, …] and their numbers of pairs: the mean cosines by which of head and token differ."""
+
+    def ratio(total: Tensor, number: Tensor) -> Tensor:
+        return torch.where(number > 0.5, total / number.clamp_min(0.5), torch.nan)
+
+    (t1, t2, t3, t4), (n1, n2, n3, n4) = sums, pairs
+    return {
+        "real": ratio(t1, n1),
+        "other_token": ratio(t2 - t1, n2 - n1),
+        "other_head": ratio(t3 - t1, n3 - n1),
+        "other_both": ratio(t4 - t2 - t3 + t1, n4 - n2 - n3 + n1),
+    }
+
+
+class PairwiseCosine(Means):
+    """Mean cosines between blocks over all heads and tokens, real and null, for vectors that a child class supplies.
+
+    Per image: real, other_token, other_head, other_both [blocks, blocks], with the covariance of real and other_token; over
+    pairs of different images: the same four, from sums over images.
+    """
+
+    def __init__(self, blocks: int, groups: Sequence[VectorGroup], axis: str) -> None:
+        super().__init__()
+        self.blocks, self.groups, self.token_dim = blocks, list(groups), -2 if axis == "row" else -1
+        self._recent: list[tuple[Tensor, Tensor]] = []
+        self._summed = 0
+        square = (blocks, blocks)
+        self.means_of(real=square, other_token=square, other_head=square, other_both=square)
+        self.room("covariance", *square)
+        self.room("own_sums", 4, *square)
+        self.room("own_pairs", 4, *square)
+        self.samples = [self._sample(group) for group in groups]
+        self.sampled = any(len(s) < len(g.tokens) for s, g in zip(self.samples, groups, strict=True))
+        for g, (group, sample) in enumerate(zip(groups, self.samples, strict=True)):
+            blocks_here = len(group.positions)
+            shape = (len(sample), group.length) if axis == "row" else (group.length, len(sample))
+            self.room(f"over_images_{g}", group.heads, blocks_here, *shape)
+            self.room(f"defined_{g}", group.heads, blocks_here, len(sample))
+
+    @staticmethod
+    def _sample(group: VectorGroup) -> list[int]:
+        size = group.heads * len(group.positions) * group.length * len(group.tokens) * 8
+        return group.tokens if size <= STATE_BUDGET else seeded_sample(group.tokens, SAMPLED_TOKENS)
+
+    def begin(self, trace: Trace, names: Sequence[str]) -> None:
+        """Make room for the pair sums of a batch."""
+        device = next(t.device for t in _tensors_of(trace))
+        self._pairs = PairSums(trace.images, self.blocks, device)
+        self._own = PairSums(trace.images, self.blocks, device) if self.sampled else self._pairs
+        if not self._recent:
+            self._recent = [self._room_for(g, device) for g in range(len(self.groups))]
+
+    def _room_for(self, g: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The sums over the last few images, in float32: the run's own are float64."""
+        total, defined = self.state(f"over_images_{g}"), self.state(f"defined_{g}")
+        return (
+            torch.zeros(total.shape, dtype=torch.float32, device=device),
+            torch.zeros(defined.shape, dtype=torch.float32, device=device),
+        )
+
+    def absorb(self, part: Part, tokens: list[int], units: tuple[Tensor, Tensor]) -> None:
+        """Take the unit vectors [b, h, L, R, C] of some heads and tokens of some images."""
+        vectors, valid = units
+        self._pairs.add(part, vectors, valid, self.token_dim)
+        g = next(i for i, group in enumerate(self.groups) if group.positions == part.positions)
+        place_of = {token: place for place, token in enumerate(self.samples[g])}
+        inside = [i for i, token in enumerate(tokens) if token in place_of]
+        if len(inside) < len(tokens):
+            vectors, valid = vectors.index_select(self.token_dim, self._index(inside, vectors)), valid[..., inside]
+        if inside:
+            first = place_of[tokens[inside[0]]]
+            total, defined = (sums[part.heads] for sums in self._recent[g])
+            total = total.narrow(self.token_dim, first, len(inside))
+            for one_image in vectors:
+                total += one_image
+            defined[..., first : first + len(inside)] += valid.sum(0)
+        if self.sampled:
+            self._own.add(part, vectors, valid, self.token_dim)
+
+    @staticmethod
+    def _index(places: list[int], like: Tensor) -> Tensor:
+        return torch.tensor(places, device=like.device, dtype=torch.long)
+
+    def end(self, trace: Trace) -> dict[str, Tensor]:
+        """Close the batch."""
+        found = mean_cosines(self._pairs.sums, self._pairs.pairs)
+        for name, values in found.items():
+            self.take(name, values)
+        product = found["real"] * found["other_token"]
+        self.into("covariance", torch.where(torch.isfinite(product), product, 0.0).sum(0))
+        self.into("own_sums", self._own.sums.sum(1))
+        self.into("own_pairs", self._own.pairs.sum(1))
+        self._summed += trace.images
+        if self._summed >= SUMMED_IMAGES:
+            self.settle()
+        adjacent = {name: found[name].diagonal(-1, -2, -1) for name in ("real", "other_token")}
+        return adjacent | {"within": found["other_head"].diagonal(0, -2, -1)}
+
+    def settle(self) -> None:
+        """Bring the sums over the last few images into the states, a head at a time."""
+        for g, recent in enumerate(self._recent):
+            for name, sums in zip((f"over_images_{g}", f"defined_{g}"), recent, strict=True):
+                for state, one_head in zip(self.state(name), sums, strict=True):
+                    state += one_head.to(state.device)
+        self._recent, self._summed = [], 0
+
+    def across_images(self) -> dict[str, Array]:
+        """real, other_token, other_head, other_both between different images, [blocks, blocks]; NaN with one image."""
+        self.settle()
+        own_sums, own_pairs = self.state("own_sums"), self.state("own_pairs")
+        whole = PairSums(1, self.blocks, own_sums.device)
+        for g, group in enumerate(self.groups):
+            vectors, valid = self.state(f"over_images_{g}")[None], self.state(f"defined_{g}")[None]
+            part = Part(slice(0, 1), group.positions, slice(0, group.heads), last_heads=True, last_tokens=True)
+            whole.add(part, vectors, valid, self.token_dim)
+        found = mean_cosines(whole.sums[:, 0] - own_sums, whole.pairs[:, 0] - own_pairs)
+        return {name: values.cpu().numpy() for name, values in found.items()}
+
+    def cross_moment(self) -> Array:
+        """The mean over images of real × other_token."""
+        found: Array = self.array("covariance") / self.array("other_token_count").clip(1)
+        return found
+
+
+class MapPairwiseCosine(PairwiseCosine):
+    """Agreement of the rows or columns of attention maps."""
+
+    def __init__(self, plan: Plan, point: str, axis: str, centred: bool, without: tuple[int, ...] = ()) -> None:
+        self.point, self.axis, self.centred, self.without = point, axis, centred, without
+        groups = []
+        for (heads, queries, keys), positions in plan.groups().items():
+            kept = {size: [t for t in range(size) if t not in without] for size in (queries, keys)}
+            tokens, length = (kept[queries], len(kept[keys])) if axis == "row" else (kept[keys], len(kept[queries]))
+            groups.append(VectorGroup(heads, length, tokens, positions))
+        super().__init__(len(plan.map_layers), groups, axis)
+
+    def tile(self, tile: MapTile) -> None:
+        """Take the vectors of a tile that holds them whole."""
+        if tile.whole(self.axis):
+            vectors = unit_vectors(tile, self.point, self.axis, self.centred, self.without)
+            tokens = tile.tokens(self.axis, self.without)
+            part = Part(tile.images, tile.positions, tile.heads, tile.last_heads, tile.last_tokens)
+            self.absorb(part, tokens, vectors)
+
+
+def _tensors_of(trace: Trace) -> Iterator[Tensor]:
+    for heard in trace.attention:
+        yield heard.q if heard.q is not None else heard.probs  # type: ignore[misc]
+    yield from (t for t in trace.tokens if t is not None)
+
+
+class TokenPairwiseCosine(PairwiseCosine):
+    """Agreement of the patch embeddings of the same token at two depths."""
+
+    def __init__(self, plan: Plan, shapes: Sequence[tuple[int, int] | None]) -> None:
+        depths: dict[tuple[int, int], list[int]] = {}
+        for depth, shape in enumerate(shapes):
+            if shape is not None:
+                depths.setdefault(shape, []).append(depth)
+        groups = [VectorGroup(1, width, list(range(n)), at) for (n, width), at in depths.items()]
+        super().__init__(len(shapes), groups, "row")
+
+    def end(self, trace: Trace) -> dict[str, Tensor]:
+        """Take the whole batch, a few images at a time."""
+        for group in self.groups:
+            positions = group.positions
+            patches = [p for p in map(trace.patches, positions) if p is not None]
+            one_image = sum(p[0].numel() * 4 for p in patches)
+            step = max(1, SPARE_BYTES // max(one_image, 1))
+            for start in range(0, trace.images, step):
+                chosen = slice(start, min(start + step, trace.images))
+                part = Part(chosen, positions, slice(0, 1), last_heads=True, last_tokens=True)
+                self.absorb(part, group.tokens, _units([p[chosen] for p in patches]))
+        return super().end(trace)
+
+
+def _units(patches: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The unit vectors of several depths [b, P, D] as [b, 1, L, P, D] and [b, 1, L, P]: one depth at a time, for memory."""
+    first = patches[0]
+    vectors = first.new_empty(len(first), 1, len(patches), *first.shape[1:])
+    valid = torch.empty(vectors.shape[:-1], dtype=torch.bool, device=first.device)
+    for depth, one_depth in enumerate(patches):
+        vectors[:, 0, depth], valid[:, 0, depth] = unit(one_depth)
+    return vectors, valid
+
+
+JACKKNIFE_TOKENS = 4
+
+
+class ImageSpread(Means):
+    """Sums by group of images of a few tokens' vectors, for the jackknife of the similarity between images."""
+
+    def __init__(self, plan: Plan, point: str, axis: str, centred: bool) -> None:
+        super().__init__()
+        self.point, self.axis, self.centred, self.token_dim = point, axis, centred, -2 if axis == "row" else -1
+        self.groups, self.blocks = plan.groups(), len(plan.map_layers)
+        self.room("own", GROUPS, self.blocks)
+        self.room("own_pairs", GROUPS, self.blocks)
+        self.samples = []
+        for g, ((heads, rows, columns), positions) in enumerate(self.groups.items()):
+            sample = seeded_sample(list(range(rows if axis == "row" else columns)), JACKKNIFE_TOKENS, seed=1)
+            self.samples.append(sample)
+            shape = (len(sample), columns) if axis == "row" else (rows, len(sample))
+            self.room(f"sums_{g}", GROUPS, heads, len(positions), *shape, dtype=torch.float32)
+            self.room(f"defined_{g}", GROUPS, heads, len(positions), len(sample), dtype=torch.float32)
+
+    def begin(self, trace: Trace, names: Sequence[str]) -> None:
+        """Remember the groups of this batch's images."""
+        self._group = torch.tensor([group_of(name) for name in names])
+
+    def tile(self, tile: MapTile) -> None:
+        """Add the sampled tokens' vectors to the sums of their images' groups."""
+        g = list(self.groups.values()).index(tile.positions)
+        sample, held = self.samples[g], tile.tokens(self.axis)
+        places = [i for i, t in enumerate(sample) if t in held]
+        if not tile.whole(self.axis) or not places:
+            return
+        vectors, valid = unit_vectors(tile, self.point, self.axis, self.centred)
+        inside = [held.index(sample[i]) for i in places]
+        vectors = vectors.index_select(self.token_dim, torch.tensor(inside, device=vectors.device))
+        valid = valid[..., inside].to(vectors.dtype)
+        group = self._group[tile.images].to(vectors.device)
+        span = slice(places[0], places[-1] + 1)
+        self.state(f"sums_{g}")[:, tile.heads].narrow(self.token_dim, span.start, len(places)).index_add_(0, group, vectors)
+        self.state(f"defined_{g}")[:, tile.heads, :, span].index_add_(0, group, valid)
+        for name, one in (("own", vectors.square().sum((1, 3, 4))), ("own_pairs", valid.square().sum((1, 3)))):
+            own = self.state(name)
+            own[:, tile.positions] = own[:, tile.positions].index_add(0, group, one.to(own.dtype))
+
+    def stderr(self) -> Array:
+        """Standard error [blocks] of the mean cosine between different images: a jackknife that leaves groups out."""
+        own, own_pairs = self.state("own"), self.state("own_pairs")
+        left_out = torch.full((GROUPS, self.blocks), torch.nan, dtype=torch.float64)
+        for g, positions in enumerate(self.groups.values()):
+            sums, defined = self.state(f"sums_{g}"), self.state(f"defined_{g}")
+            sums, defined = sums.double(), defined.double()
+            rest, rest_defined = sums.sum(0) - sums, defined.sum(0) - defined
+            total = rest.square().sum((1, 3, 4)) - (own.sum(0) - own)[:, positions]
+            pairs = rest_defined.square().sum((1, 3)) - (own_pairs.sum(0) - own_pairs)[:, positions]
+            found = torch.where(pairs > 0.5, total / pairs.clamp_min(0.5), torch.nan)
+            empty = defined.sum((1, 2, 3)) == 0
+            left_out[:, positions] = torch.where(empty[:, None], torch.nan, found).cpu()
+        return jackknife(left_out.numpy())[0]

@@ -1,0 +1,100 @@
+"""Curves over depth: what a metric is that reads a few numbers off the tokens of one image at one depth."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from collapse_probe.capture.trace import Trace
+from collapse_probe.metrics.accumulators import Means
+from collapse_probe.metrics.metric import Metric, Need, mean_over_images
+from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array
+
+WIDE_BYTES = 32 * 2**20
+Numbers = Callable[[Tensor], Mapping[str, Tensor]]
+"""Takes tokens [B, N, D] in float64; gives numbers [B] by name, NaN where undefined."""
+
+
+def sequence(trace: Trace, depth: int, prefix: bool) -> Tensor | None:
+    """The tokens at a depth in float32, [B, N, D], with or without the prefix tokens; None where it has no sequence."""
+    tokens_BND = trace.tokens[depth]
+    return trace.patches(depth) if not prefix or tokens_BND is None else tokens_BND.float()
+
+
+def in_parts(numbers: Numbers, tokens_BND: Tensor) -> dict[str, Tensor]:
+    """`numbers` of a few images at a time in float64, on the CPU, {name: [B]}."""
+    images, n, width = tokens_BND.shape
+    tokens_BND = tokens_BND.cpu() if tokens_BND.device.type == "mps" else tokens_BND
+    step = max(1, WIDE_BYTES // max(n * width * 8, 1))
+    parts = [numbers(tokens_BND[i : i + step].to(torch.float64)) for i in range(0, images, step)]
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+
+
+class DepthMeans(Means):
+    """Means over images of named numbers at every depth."""
+
+    def __init__(self, depths: int, names: Sequence[str], numbers: Numbers, prefix: bool) -> None:
+        super().__init__()
+        self.depths, self.names, self.numbers, self.prefix = depths, tuple(names), numbers, prefix
+        self.means_of(**dict.fromkeys(names, (depths,)))
+
+    def end(self, trace: Trace) -> dict[str, Tensor]:
+        """Add one batch; per image [B, depths] by name."""
+        found = {name: torch.full((trace.images, self.depths), torch.nan, dtype=torch.float64) for name in self.names}
+        for depth in range(self.depths):
+            tokens_BND = sequence(trace, depth, self.prefix)
+            if tokens_BND is not None:
+                for name, values in in_parts(self.numbers, tokens_BND).items():
+                    found[name][:, depth] = values
+        for name, values in found.items():
+            self.take(name, values)
+        return found
+
+
+class DepthMetric(Metric):
+    """A metric with one value per image and depth. Variants that read another of the same `names` share one fold."""
+
+    dims = ("depth",)
+    names: ClassVar[tuple[str, ...]]
+
+    @property
+    @abstractmethod
+    def wanted(self) -> str:
+        """Which of `names` the current settings read."""
+
+    @abstractmethod
+    def numbers(self, tokens_BND: Tensor) -> dict[str, Tensor]:
+        """The named numbers [B] of tokens [B, N, D] in float64."""
+
+    @property
+    def same(self) -> tuple[Any, ...]:
+        """The settings that change the numbers: metrics with equal ones share a fold."""
+        return (self.settings["prefix"],)
+
+    def inapplicable(self) -> str:
+        """The tokens must be read somewhere."""
+        return "" if self.plan.width else "no token sequence was found at the first block's input"
+
+    def which_tokens(self) -> str:
+        """The tokens and the place of the definition, in words."""
+        which = "all tokens (prefix tokens included)" if self.settings["prefix"] else "the patch tokens (prefix tokens out)"
+        return f"{which} of one image on the residual stream, before any final norm, averaged over images"
+
+    def needs(self) -> dict[str, Need]:
+        """Means over images by depth."""
+        depths, prefix = len(self.plan.taps), bool(self.settings["prefix"])
+        return {"depths": ((self.name, *self.same), lambda: DepthMeans(depths, self.names, self.numbers, prefix))}
+
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
+        """The curve over depth."""
+        return self.reading(**mean_over_images(folds["depths"], self.wanted), nulls=untrained_only())
+
+    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
+        """[images, depths]."""
+        return records["depths"][self.wanted]

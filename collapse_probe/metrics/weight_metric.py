@@ -1,0 +1,90 @@
+"""What a metric of the weights is: it reads the model's matrices once and needs no images."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from collapse_probe.capture.weight_matrices import BY_HEAD, NAMES, Matrices, Matrix
+from collapse_probe.metrics.functional.spectra import singular_values
+from collapse_probe.metrics.metric import Metric, Need
+from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.registry import METRICS
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array
+
+NO_INTERVAL = "none: a model has one set of weights, which is no sample of anything"
+LEVELS = ("attention", "tokens", "weights")
+
+
+class WeightMetric(Metric):
+    """A metric that reads weight matrices, [block, matrix] with the matrices `matrices.NAMES`; see `Metric`.
+
+    `matrices` is filled in before the numbers are read; the folds of a pass over images are not used.
+    """
+
+    dims = ("block", "matrix")
+    matrices: Matrices | None = None
+
+    def inapplicable(self) -> str:
+        """Some block must have been found."""
+        return "" if self.plan.blocks else "no block was found whose weights could be read"
+
+    def needs(self) -> dict[str, Need]:
+        """Nothing from the images."""
+        return {}
+
+    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
+        """The numbers, from `matrices` alone."""
+        if self.matrices is None:
+            return self.refused("the weights were not read: this metric needs the model itself, not only what it computed")
+        values, facts = self.values(self.matrices)
+        if not np.isfinite(values).any():
+            zero = ["those that were found are undefined under this definition"] if any(self.matrices.found) else []
+            return self.refused(f"no matrix could be measured ({'; '.join([*zero, *self.matrices.reasons()])})")
+        settings = {
+            **self.settings,
+            "matrices": list(NAMES),
+            "told_apart": self.matrices.hows(),
+            "missing": self.matrices.reasons(),
+            "intervals": NO_INTERVAL,
+            **facts.pop("settings", {}),
+        }
+        dims = facts.pop("dims", self.dims)
+        return replace(self.reading(values, settings=settings, nulls=untrained_only(), **facts), dims=dims)
+
+    @abstractmethod
+    def values(self, matrices: Matrices) -> tuple[Array, dict[str, Any]]:
+        """The values [block, matrix], and what differs from the metric's own facts (dims, collapsed, settings)."""
+
+
+def level_of(kind: type[Metric]) -> str:
+    """The level that a metric belongs to: the folder of its family that its file is in."""
+    return kind.__module__.split(".")[-2]
+
+
+def of_level(*levels: str) -> tuple[str, ...]:
+    """The plain metrics of some levels ("all" for every one), in the order of the table."""
+    wanted = LEVELS if "all" in levels else levels
+    return tuple(name for level in LEVELS if level in wanted for name, kind in METRICS.items() if level_of(kind) == level)
+
+
+def spectral(matrices: Matrices, function: Callable[[Tensor], Tensor], by_head: bool = False) -> Array:
+    """A function of singular values [..., r] -> [...] over all matrices, [block, matrix]; each is decomposed once.
+
+    `by_head` gives the mean over the heads' own rows of q, k and v; NaN for the others.
+    """
+
+    def one(matrix: Matrix) -> Tensor:
+        key = (*matrix.key, by_head)
+        if key not in matrices.spectra:
+            matrices.spectra[key] = singular_values(matrix.by_head if by_head else matrix.weight)
+        mean: Tensor = function(matrices.spectra[key]).mean()
+        return mean
+
+    return matrices.each(one, BY_HEAD if by_head else NAMES)

@@ -1,0 +1,1 @@
+"""Models: where they come from, our own, the fixes, checkpoints."""

@@ -1,0 +1,146 @@
+"""What a model that is trained here is made of, as plain values from which it can be built again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from collapse_probe.errors import CollapseProbeError, ModelError, SettingError
+from collapse_probe.models.fixes.apply import apply
+from collapse_probe.models.vit import ViT, ViTSettings
+from collapse_probe.registry import FIXES
+from collapse_probe.settings import read_settings
+
+TIMM_NAMES = {  # what timm calls the settings that both kinds of model have
+    "depth": "depth",
+    "width": "embed_dim",
+    "heads": "num_heads",
+    "mlp_ratio": "mlp_ratio",
+    "patch_size": "patch_size",
+    "image_size": "img_size",
+    "classes": "num_classes",
+    "drop_path": "drop_path_rate",
+}
+PLACES = ("timm", "ours")
+OWN_FIELDS = tuple(f.name for f in fields(ViTSettings) if f.name != "fixes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A ViT of `collapse_probe.vit` (settings), or one that timm makes (`timm:NAME`, `ours:NAME`), and its fixes.
+
+    `model_kwargs` go to timm's constructor. `fixes` maps names of fixes to their settings, `blocks` among
+    them, in the order in which they are put in. `embedding_std` draws the patch embedding, the positions and
+    CLS from a truncated normal of that standard deviation, without bias; None leaves them as the model has them.
+    """
+
+    model: str | ViTSettings
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    fixes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    embedding_std: float | None = None
+
+    def build(self, seed: int) -> Any:
+        """The model with fresh weights, drawn under `seed`; the global generators stay as they were.
+
+        Raises ModelError or SettingError for an architecture that cannot be.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = self._made()
+            if self.embedding_std is not None:
+                _draw_embedding(model, self.embedding_std)
+            return model
+
+    def _made(self) -> Any:
+        if isinstance(self.model, ViTSettings):
+            return ViT(replace(self.model, fixes={**self.model.fixes, **self.fixes}))
+        model = self._from_timm(self.model)
+        for name, chosen in self.fixes.items():
+            settings = {key: value for key, value in chosen.items() if key != "blocks"}
+            apply(model, name, chosen.get("blocks"), **settings)
+        return model
+
+    def _from_timm(self, address: str) -> nn.Module:
+        import timm
+
+        import collapse_probe.models.deepvit  # noqa: F401  (registers its family)
+
+        place, _, name = address.rpartition(":")
+        if place not in ("", *PLACES) or not timm.is_model(name.partition(".")[0]):
+            raise ModelError(f"training takes a timm model (timm:NAME), ours:NAME or a small ViT, not {address!r}")
+        try:
+            return timm.create_model(name, pretrained=False, **dict(self.model_kwargs))
+        except CollapseProbeError:
+            raise
+        except Exception as error:  # a constructor may raise anything
+            asked = ", ".join(f"{key}={value!r}" for key, value in self.model_kwargs.items())
+            raise ModelError(f"cannot make {address!r} with {asked or 'its defaults'}: {error}") from error
+
+    def facts(self) -> dict[str, int | None]:
+        """The values of the settings that both kinds of model have, None where timm's default holds."""
+        if isinstance(self.model, ViTSettings):
+            return {name: getattr(self.model, name) for name in TIMM_NAMES}
+        return {name: self.model_kwargs.get(theirs) for name, theirs in TIMM_NAMES.items()}
+
+    def varied(self, name: str, value: Any) -> Architecture:
+        """The same with one setting changed, by the name that our ViT gives it (`depth`, `width`, `heads`, …).
+
+        Raises SettingError for a setting that the model does not have.
+        """
+        if isinstance(self.model, ViTSettings):
+            return replace(self, model=replace(self.model, **{name: value}))
+        if name not in TIMM_NAMES:
+            known = ", ".join(TIMM_NAMES)
+            raise SettingError(f"{name!r} cannot be changed in {self.model}; only {known} can, or model_kwargs as a whole")
+        return replace(self, model_kwargs={**self.model_kwargs, TIMM_NAMES[name]: value})
+
+    def plain(self) -> dict[str, Any]:
+        """The same as plain values, which JSON can hold and `of_plain` takes back."""
+        own = {"vit": self.model.plain()} if isinstance(self.model, ViTSettings) else {"address": self.model}
+        return {
+            **own,
+            "model_kwargs": dict(self.model_kwargs),
+            "fixes": _listed(self.fixes),
+            "embedding_std": self.embedding_std,
+        }
+
+    @classmethod
+    def of_plain(cls, held: Mapping[str, Any]) -> Architecture:
+        """The architecture that `plain` wrote; SettingError for anything else."""
+        try:
+            model = ViTSettings(**held["vit"]) if "vit" in held else str(held["address"])
+            chosen = {name: held[name] for name in ("model_kwargs", "fixes", "embedding_std")}
+            return cls(model=model, **chosen)
+        except (KeyError, TypeError) as error:
+            raise SettingError(f"these values describe no architecture: {error}; it may be from a newer version") from error
+
+
+def _draw_embedding(model: Any, std: float) -> None:
+    for name in ("pos_embed", "cls_token"):
+        if getattr(model, name, None) is not None:
+            nn.init.trunc_normal_(getattr(model, name), std=std)
+    nn.init.trunc_normal_(model.patch_embed.proj.weight, std=std)
+    nn.init.zeros_(model.patch_embed.proj.bias)
+
+
+def _listed(fixes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {key: list(value) if key == "blocks" and value is not None else value for key, value in chosen.items()}
+        for name, chosen in fixes.items()
+    }
+
+
+def read_fix(text: str) -> tuple[str, dict[str, Any]]:
+    """A fix's name and its settings out of `NAME` or `NAME:K=V,K=V`; what is not said is the fix's default.
+
+    >>> read_fix("re-attention:norm=layer")
+    ('re-attention', {'norm': 'layer'})
+    """
+    name, _, rest = text.partition(":")
+    settings = read_settings(filter(None, rest.split(",")), text)
+    FIXES[name].with_settings(settings)
+    return name, settings

@@ -1,0 +1,54 @@
+"""Temperature: sharpen or flatten the softmax of attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from collapse_probe.models.fixes.base import Fix, FixSite, Part
+from collapse_probe.registry import FIXES
+
+
+@dataclass(frozen=True)
+class Temperature(Fix):
+    """softmax(q kᵀ / (√d · τ)): τ < 1 sharpens, τ > 1 flattens; the queries carry τ, so attention stays
+    fused.
+
+    Source: one of the two remedies that DeepViT, arXiv 2103.11886, compares with Re-attention. A learnable τ
+    is held as `log_temperature`, one number a head, so that it stays positive: our own form, without
+    official keys.
+
+    Settings: `tau`, the temperature or its start; `learnable`. Neutral: 1.
+    """
+
+    tau: float = 1.0
+    learnable: bool = False
+
+    name = "temperature"
+    summary = "divides the attention logits by a temperature, fixed or learnable per head"
+    source = "compared in DeepViT, arXiv 2103.11886"
+    neutral: ClassVar[Mapping[str, Any] | None] = {"tau": 1.0}
+
+    def __post_init__(self) -> None:
+        self._number("tau", 0, float("inf"), "()")
+        self._choice("learnable", True, False)
+
+    def parts(self, site: FixSite) -> Mapping[str, Part]:
+        """`log_temperature`, [H], where it is learnable."""
+        start = math.log(self.tau)
+        return {"log_temperature": nn.Parameter(torch.full((site.heads,), start))} if self.learnable else {}
+
+    def query(self, q_BHNK: Tensor, site: FixSite) -> Tensor:
+        """[B, H, N, K] -> [B, H, N, K], divided by the temperature; the dtype stays, as fused kernels ask."""
+        if not self.learnable:
+            return q_BHNK / self.tau
+        gain_H11 = torch.exp(-site.home.log_temperature)[:, None, None]
+        return q_BHNK * gain_H11.to(q_BHNK.dtype)
+
+
+FIXES.add(Temperature.name, Temperature)

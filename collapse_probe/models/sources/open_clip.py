@@ -1,0 +1,90 @@
+"""Vision towers of OpenCLIP: `open_clip:NAME[/TAG]`."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+from typing import Any
+
+from torch import Tensor, nn
+
+from collapse_probe.data.preprocessing import Preprocess, from_callable
+from collapse_probe.downloads import fetching
+from collapse_probe.errors import ModelError
+from collapse_probe.models.loading import Blueprint, ImageTower, Request
+from collapse_probe.registry import SOURCES
+
+WAY_OUT = "use --no-pretrained for fresh weights, or --checkpoint FILE for your own"
+FACTS = ("mode", "interpolation", "resize_mode", "mean", "std")
+
+
+class OpenClipSource:
+    """OpenCLIP's registry; a tag names the published weights."""
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """OpenCLIP's names without tags; none where it is not installed."""
+        try:
+            return sorted(fnmatch.filter(_library().list_models(), pattern))
+        except ModelError:
+            return []
+
+    def has(self, name: str) -> bool:
+        """Whether OpenCLIP has this architecture and, if given, this tag; ModelError without OpenCLIP."""
+        base, _, tag = name.partition("/")
+        library = _library()
+        return base in library.list_models() and (not tag or tag in library.list_pretrained_tags_by_model(base))
+
+    def blueprint(self, request: Request) -> Blueprint:
+        """OpenCLIP's constructor and its own transform; the text tower is dropped."""
+        base, _, tag = request.name.partition("/")
+        library = _library()
+
+        def make(trained: bool) -> nn.Module:
+            if trained and not tag:
+                raise ModelError(f"{request.address!r} needs a tag: {_tags(library, base)}; or --no-pretrained")
+            with fetching(f"weights of {request.address!r}", ModelError, WAY_OUT, hub=trained):
+                model = library.create_model(
+                    base,
+                    pretrained=tag if trained else None,
+                    force_image_size=request.img_size,
+                    pretrained_text=False,
+                    **request.model_kwargs,
+                )
+            return ImageTower(model.visual, answer)
+
+        return Blueprint(request.name, make, _preprocess, trained=tag or "a tag")
+
+
+def answer(output: Any) -> Tensor:
+    """The pooled embedding; towers that also return tokens return a pair."""
+    tensor: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return tensor
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("open_clip")
+    except ImportError as error:
+        raise ModelError(f"open_clip models need OpenCLIP ({error}); pip install open_clip_torch") from error
+
+
+def _tags(library: Any, base: str) -> str:
+    tags = library.list_pretrained_tags_by_model(base)
+    more = f" or {len(tags) - 3} more" if len(tags) > 3 else ""
+    return ", ".join(f"open_clip:{base}/{tag}" for tag in tags[:3]) + more
+
+
+def _preprocess(model: nn.Module) -> tuple[Preprocess, tuple[str, ...]]:
+    transforms = importlib.import_module("open_clip.transform")
+    assert isinstance(model, ImageTower)
+    config: Any = model.wrapped.preprocess_cfg
+    facts = {key: _plain(config[key]) for key in FACTS if key in config}
+    transform = transforms.image_transform_v2(transforms.PreprocessCfg(**config), is_train=False)
+    return from_callable(transform, facts), ()
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+SOURCES.add("open_clip", OpenClipSource())

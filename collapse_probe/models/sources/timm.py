@@ -1,0 +1,95 @@
+"""Models of timm: `timm:NAME[.TAG]`, `hf-hub:ORG/NAME` and `local-dir:PATH`."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from collapse_probe.data.preprocessing import Preprocess, from_timm_config, size_of
+from collapse_probe.downloads import fetching
+from collapse_probe.errors import ModelError
+from collapse_probe.models.loading import Blueprint, Request
+from collapse_probe.registry import SOURCES
+
+WAY_OUT = "use --no-pretrained for fresh weights, or --checkpoint FILE for your own"
+
+
+class TimmSource:
+    """timm's registry for the scheme `timm`; for its own two schemes, whatever lies at that place."""
+
+    def __init__(self, scheme: str = "") -> None:
+        self.scheme = scheme
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """timm's names without tags; none for the schemes that cannot be listed."""
+        import timm
+
+        return [] if self.scheme else list(timm.list_models(pattern))
+
+    def has(self, name: str) -> bool:
+        """Whether architecture and tag are registered; True for any place of timm's own schemes."""
+        if self.scheme:
+            return bool(name)
+        import timm
+        from timm.models import split_model_name_tag
+
+        arch, tag = split_model_name_tag(name)
+        return bool(arch and timm.is_model(arch) and (not tag or name in timm.list_pretrained(f"{arch}.*")))
+
+    def blueprint(self, request: Request) -> Blueprint:
+        """timm's constructor, its weights and its evaluation transform."""
+        import timm
+
+        place = f"{self.scheme}:{request.name}" if self.scheme else request.name
+        settings: dict[str, Any] = dict(request.model_kwargs)
+        if request.img_size is not None:
+            settings["img_size"] = request.img_size
+
+        def make(trained: bool) -> nn.Module:
+            with self._fetching(request, trained):
+                model: nn.Module = timm.create_model(place, pretrained=trained, **settings)
+            _check_patches(model, request.img_size)
+            return model
+
+        def preprocess(model: nn.Module) -> tuple[Preprocess, tuple[str, ...]]:
+            size = request.img_size or size_of(settings.get("img_size"))
+            return from_timm_config(model.pretrained_cfg, size), ()  # type: ignore[arg-type]
+
+        return Blueprint(request.name, make, preprocess, trained=self._tag(request.name))
+
+    def _fetching(self, request: Request, trained: bool) -> AbstractContextManager[None]:
+        if self.scheme == "local-dir":
+            if not Path(request.name).is_dir():
+                raise ModelError(f"no folder {request.name}; 'local-dir:' takes one with a config.json")
+            return contextlib.nullcontext()
+        # "hf-hub" needs the hub even for fresh weights: the configuration lies there
+        hub = trained or self.scheme == "hf-hub"
+        return fetching(f"weights of {request.address!r}", ModelError, WAY_OUT, hub=hub)
+
+    def _tag(self, name: str) -> str | None:
+        """The weights' tag; the default one where the name has none; None where nothing was published."""
+        if self.scheme:
+            return name
+        from timm.models import get_pretrained_cfg
+
+        config = get_pretrained_cfg(name)
+        published = config is not None and (config.url or config.hf_hub_id or config.file)
+        return (config.tag or "default") if config is not None and published else None
+
+
+def _check_patches(model: nn.Module, img_size: int | None) -> None:
+    embed = getattr(model, "patch_embed", None)
+    patch = getattr(embed, "patch_size", None)
+    if img_size is None or not isinstance(patch, tuple) or getattr(embed, "dynamic_img_pad", False):
+        return
+    if any(img_size % side for side in patch):
+        raise ModelError(f"img_size {img_size} is not a multiple of the model's patch size {patch[0]}")
+
+
+SOURCES.add("timm", TimmSource())
+SOURCES.add("hf-hub", TimmSource("hf-hub"))
+SOURCES.add("local-dir", TimmSource("local-dir"))

@@ -1,0 +1,226 @@
+"""One small plain Vision Transformer with sockets: the ground on which fixes are tried.
+
+Pre-norm blocks, CLS, learned positions, fused attention unless a fix needs the map. Without fixes its
+parameters have the names and shapes of timm's VisionTransformer, so weights can move between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from collapse_probe.errors import ModelError, SettingError
+from collapse_probe.models.fixes.base import AppliedFix, Seats, apply_sites, attend, mount
+from collapse_probe.registry import FIXES
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTSettings:
+    """What a ViT is made of.
+
+    `tied` reuses the weights of block 0 in every block (what a fix adds is still one per block). `init`
+    draws the Linear weights: "trunc_normal" with `init_std` (DeiT, DeepViT), "xavier" (uniform), or "torch"
+    (as PyTorch makes them). `registers` extra prefix tokens are the fix of that name. `fixes` maps the names
+    of fixes to their settings, `blocks` among them (default: all that a fix can act on), in the order in
+    which they act::
+
+        ViTSettings(depth=12, fixes={"re-attention": {"blocks": range(6, 12), "norm": "batch"},
+        "layer-scale": {}})
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    channels: int = 3
+    classes: int = 1000
+    depth: int = 12
+    width: int = 384
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    registers: int = 0
+    tied: bool = False
+    init: Literal["trunc_normal", "xavier", "torch"] = "trunc_normal"
+    init_std: float = 0.02
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path: float = 0.0
+    fixes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "channels", "depth", "width", "heads"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise SettingError(f"ViT: {name} must be a whole number from 1 up, not {getattr(self, name)!r}")
+        if self.image_size % self.patch_size:
+            raise SettingError(f"ViT: image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+        if self.width % self.heads:
+            raise SettingError(f"ViT: width {self.width} is no multiple of heads {self.heads}")
+        if self.init not in ("trunc_normal", "xavier", "torch"):
+            raise SettingError(f"ViT: init must be trunc_normal, xavier or torch, not {self.init!r}")
+        if "registers" in self.fixes and self.registers:
+            raise SettingError("ViT: give registers either as a number or as a fix, not as both")
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as plain values, which JSON can hold and `ViTSettings(**…)` takes back."""
+        fixes = {
+            name: {key: list(value) if key == "blocks" and value is not None else value for key, value in chosen.items()}
+            for name, chosen in self.fixes.items()
+        }
+        return {**vars(self), "fixes": fixes}
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens: [B, C, height, width] -> [B, P, D]."""
+
+    def __init__(self, size: int, patch: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.img_size, self.patch_size = (size, size), (patch, patch)
+        self.grid_size = (size // patch, size // patch)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """One token a patch, row by row; ModelError for images of another size."""
+        expected = (self.proj.in_channels, *self.img_size)
+        if tuple(images_BCHW.shape[1:]) != expected:
+            raise ModelError(f"this ViT takes images of {expected}, not of {tuple(images_BCHW.shape[1:])}")
+        tokens_BDHW: Tensor = self.proj(images_BCHW)
+        return tokens_BDHW.flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with sockets: [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, width: int, heads: int, dropout: float, attention_dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, width // heads
+        self.scale = self.head_dim**-0.5
+        self.fused_attn = True
+        self.seats: Seats = []
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attn_drop = nn.Dropout(attention_dropout)
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """What the tokens read from each other."""
+        q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        dropout = self.attn_drop.p if self.training else 0.0
+        out_BHNK = attend(self.seats, q, k, v, scale=self.scale, dropout=dropout, fused=self.fused_attn)
+        out_BND: Tensor = self.proj_drop(self.proj(out_BHNK.transpose(1, 2).flatten(2)))
+        return out_BND
+
+
+class Mlp(nn.Module):
+    """Two layers with GELU between, each token by itself: [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """The tokens, transformed."""
+        out_BND: Tensor = self.drop(self.fc2(self.drop(F.gelu(self.fc1(x_BND)))))
+        return out_BND
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in train mode a branch is left out for a whole image, with probability `rate`."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """The branch, scaled so that its mean stays."""
+        if not (self.training and self.rate):
+            return x_BND
+        kept_B11 = torch.rand(x_BND.shape[0], 1, 1, device=x_BND.device) >= self.rate
+        return x_BND * kept_B11 / (1 - self.rate)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with sockets on its branches: [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, settings: ViTSettings, drop_path: float) -> None:
+        super().__init__()
+        width, drop = settings.width, settings.dropout
+        self.seats: Seats = []
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, settings.heads, drop, settings.attention_dropout)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, int(width * settings.mlp_ratio), drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """The residual stream after both branches."""
+        attended = apply_sites(self.seats, "branch", self.attn(self.norm1(x_BND)), "attention")
+        x_BND = x_BND + self.drop_path(attended)
+        changed = apply_sites(self.seats, "branch", self.mlp(self.norm2(x_BND)), "mlp")
+        out_BND: Tensor = x_BND + self.drop_path(changed)
+        return out_BND
+
+
+class ViT(nn.Module):
+    """A plain ViT: [B, C, height, width] -> logits [B, classes]; `ViT(depth=4, …)` or
+    `ViT(ViTSettings(depth=4, …))`.
+
+    `fixes` records what was put in, `num_prefix_tokens` counts the tokens before the patches inside the
+    blocks. Raises SettingError for settings that cannot be, UnknownNameError for a fix that does not exist.
+    """
+
+    def __init__(self, settings: ViTSettings | None = None, **changes: Any) -> None:
+        super().__init__()
+        self.settings = s = replace(settings or ViTSettings(), **changes)
+        self.embed_dim, self.num_classes, self.num_prefix_tokens = s.width, s.classes, 1
+        self.seats: Seats = []
+        self.fixes: tuple[AppliedFix, ...] = ()
+        self.patch_embed = PatchEmbed(s.image_size, s.patch_size, s.channels, s.width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, s.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, s.width))
+        rates = [s.drop_path * i / max(1, s.depth - 1) for i in range(s.depth)]
+        self.blocks = nn.Sequential(*(Block(s, rate) for rate in rates))
+        self.norm = nn.LayerNorm(s.width, eps=1e-6)
+        self.head = nn.Linear(s.width, s.classes) if s.classes else nn.Identity()
+        self._initialise()
+        if s.tied:
+            self._tie()
+        registers = {"registers": {"count": s.registers}} if s.registers else {}
+        for name, chosen in {**registers, **s.fixes}.items():
+            own = {key: value for key, value in chosen.items() if key != "blocks"}
+            mount(self, FIXES[name].with_settings(own), chosen.get("blocks"))
+
+    def _initialise(self) -> None:
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and self.settings.init != "torch":
+                nn.init.zeros_(module.bias)
+                if self.settings.init == "xavier":
+                    nn.init.xavier_uniform_(module.weight)
+                else:
+                    nn.init.trunc_normal_(module.weight, std=self.settings.init_std)
+
+    def _tie(self) -> None:
+        for block in list(self.blocks)[1:]:
+            for name, parameter in self.blocks[0].named_parameters():
+                owner, _, leaf = name.rpartition(".")
+                setattr(block.get_submodule(owner), leaf, parameter)
+
+    def forward_features(self, images_BCHW: Tensor) -> Tensor:
+        """The tokens after the final norm, [B, C, height, width] -> [B, N, D]; CLS is the first."""
+        patches_BPD = self.patch_embed(images_BCHW)
+        cls_B1D = self.cls_token.expand(patches_BPD.shape[0], -1, -1)
+        tokens_BND = torch.cat((cls_B1D, patches_BPD), dim=1) + self.pos_embed
+        tokens_BND = self.blocks(apply_sites(self.seats, "enter", tokens_BND))
+        normed_BND: Tensor = self.norm(apply_sites(self.seats, "leave", tokens_BND))
+        return normed_BND
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Logits, read from CLS."""
+        logits: Tensor = self.head(self.forward_features(images_BCHW)[:, 0])
+        return logits

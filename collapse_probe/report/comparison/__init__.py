@@ -1,0 +1,1 @@
+"""The page of several subjects side by side."""

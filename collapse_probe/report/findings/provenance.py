@@ -1,0 +1,137 @@
+"""The end of the page: the definition, settings and nulls of each metric; model, data and run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from collapse_probe.report.style import NULL_LABELS
+from collapse_probe.results.findings import Findings, MetricResult, Nulls
+from collapse_probe.results.readings import weights_alone
+from collapse_probe.results.text import DASH, plain
+
+MOST_SKIPPED = 200  # names of skipped images that the page lists
+COLLAPSED = {"high": "high values are the collapsed end", "low": "low values are the collapsed end"}
+POINTS = {"probs": "probs, the softmax", "weights": "weights, what multiplies V"}
+UNITS = {"seconds": "{:,.1f} s", "images_per_second": "{:,.1f}", "self_check": "{:.2g}"}
+FIRST = {
+    "model": (
+        "address",
+        "source",
+        "name",
+        "weights",
+        "checkpoint",
+        "checkpoint_sha256",
+        "class",
+        "preprocess",
+    ),
+    "data": ("address", "images", "bundled", "names_sha256"),
+    "run": ("command", "device", "dtype", "versions", "self_check"),
+}
+OF_IMAGES = ("batch_size", "images_per_second", "tile_bytes", "until_ci")  # facts of a run that mean nothing without images
+LABELS = {
+    "self_check": "self-check, worst error",
+    "names_sha256": "names, SHA-256",
+    "checkpoint_sha256": "checkpoint, SHA-256",
+    "peak_memory_bytes": "peak memory",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A heading, a paragraph and its facts as (name, value)."""
+
+    title: str
+    text: str
+    facts: tuple[tuple[str, str], ...]
+
+
+def definitions(findings: Findings) -> list[Entry]:
+    """What each metric is, how it was set, and on how many images its nulls were taken."""
+    return [Entry(name, reading.definition, tuple(_metric(reading))) for name, reading in findings.metrics.items()]
+
+
+def _metric(reading: MetricResult) -> list[tuple[str, str]]:
+    if reading.not_applicable is not None:
+        return [("not applicable", reading.not_applicable)]
+    facts = [("axes", " × ".join(reading.dims))]
+    facts += [("collapse", COLLAPSED[reading.collapsed])] if reading.collapsed in COLLAPSED else []
+    facts += [("taken at", POINTS.get(reading.point, reading.point))] if reading.point else []
+    facts += [(str(key).replace("_", " "), _setting(value)) for key, value in reading.settings.items()]
+    return facts + ([] if reading.nulls is None else _nulls(reading.nulls))
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+        return f"a table of {len(value)} rows, in findings.json"
+    if np.ndim(value) > 1:
+        return f"{' × '.join(map(str, np.shape(value)))} numbers, in findings.json"
+    return plain(value)
+
+
+def _nulls(nulls: Nulls) -> list[tuple[str, str]]:
+    facts = []
+    for role, values in nulls.values.items():
+        count = nulls.images.get(role)
+        there = f"on {count:,} images" if count else "taken"
+        missing = nulls.reasons.get(role, "not taken in this run")
+        if values is None:
+            facts.append((f"null: {NULL_LABELS.get(role, role)}", missing))
+        elif role != "kappa":  # made of the others, on their images
+            facts.append((f"null: {NULL_LABELS.get(role, role)}", there))
+    return facts
+
+
+def not_measured(findings: Findings) -> list[tuple[str, str]]:
+    """Each metric without values, and why."""
+    return [
+        (name, reading.not_applicable or "no values were stored")
+        for name, reading in findings.metrics.items()
+        if reading.values is None
+    ]
+
+
+def provenance(findings: Findings) -> list[Entry]:
+    """Model, data and run as facts: the important ones first, then everything else that was stored.
+
+    Without images there is no data to speak of, and nothing in the run that counts images.
+    """
+    model = Entry("Model", "", tuple(_facts("model", findings.model)))
+    if weights_alone(findings):
+        run = {key: value for key, value in findings.run.items() if key not in OF_IMAGES}
+        return [model, Entry("Run", "", (("images", "none: the metrics are of the weights alone"), *_facts("run", run)))]
+    count = len(findings.data.get("skipped") or ())
+    data = {key: value for key, value in findings.data.items() if key != "skipped"}
+    return [
+        model,
+        Entry("Data", "", (*_facts("data", data), ("skipped images", f"{count:,}"))),
+        Entry("Run", "", tuple(_facts("run", findings.run))),
+    ]
+
+
+def _facts(section: str, stored: Mapping[str, Any]) -> list[tuple[str, str]]:
+    first = [key for key in FIRST[section] if key in stored]
+    keys = first + [key for key in stored if key not in first]
+    return [(LABELS.get(key, key.replace("_", " ")), _fact(key, stored[key])) for key in keys]
+
+
+def _fact(key: str, value: Any) -> str:
+    if value is None:
+        return f"{DASH} (not recorded, or there is none)"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return plain(value)
+    if key.endswith("_bytes"):
+        return f"{value / 2**20:,.0f} MiB"
+    if key in UNITS:
+        return UNITS[key].format(value)
+    return f"{value:,}" if isinstance(value, int) and key != "seed" else plain(value)
+
+
+def skipped(findings: Findings) -> tuple[list[tuple[str, str]], int]:
+    """The first skipped images with their reasons, and how many more there are."""
+    images = list(findings.data.get("skipped") or ())
+    listed = [(plain(image.get("name")), plain(image.get("reason"))) for image in images[:MOST_SKIPPED]]
+    return listed, len(images) - len(listed)

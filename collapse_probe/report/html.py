@@ -1,0 +1,126 @@
+"""Findings and figures → one HTML file that opens from disk, on a phone and on paper."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+from PIL import Image
+
+from collapse_probe.report.style import pixels, svg
+from collapse_probe.results.findings import Findings
+from collapse_probe.results.readings import (
+    weights_alone,
+)
+from collapse_probe.results.text import plain
+
+
+@dataclass(frozen=True)
+class Caption:
+    """The title of a figure, what is seen in it, and what must not be read out of it."""
+
+    title: str
+    seen: str
+    limits: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Header, rows of the same length, and notes that explain every dash in them.
+
+    `title` stands above, `marked` (row, column) cells stand out, and the columns `words` hold text that may wrap.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+    title: str = ""
+    marked: frozenset[tuple[int, int]] = frozenset()
+    words: frozenset[int] = frozenset()
+
+
+NARROW_DPI, WIDE_DPI, PHOTOGRAPH_DPI = 160, 150, 150
+PHOTOGRAPH_MOST = 250_000  # bytes
+LINES_MOST = 60_000  # bytes of an svg beyond which pixels are tried
+STEP = 4  # of 256 shades of red, green and blue: what a drawing in pixels is rounded to
+
+
+@dataclass(frozen=True)
+class Plate:
+    """One figure on the page: its data URL (and one for phones), its size in CSS pixels, its caption, and what stands below."""
+
+    name: str
+    source: str
+    narrow: str
+    width: int
+    height: int
+    caption: Caption
+    notes: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+
+
+def looked_at(findings: Findings) -> str:
+    """The images that findings are of, in words."""
+    if weights_alone(findings):
+        return "weights alone, no images"
+    return f"{plain(findings.data.get('images'))} images of {plain(findings.data.get('address'))}"
+
+
+def paper(template: str, **content: Any) -> str:
+    """The page that `template` makes of `content`; templates share one layout and the macros for tables and figures."""
+    environment = Environment(
+        loader=PackageLoader("collapse_probe.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**content)
+
+
+def plate_of(name: str, figure: Figure, narrow: Figure | None, caption: Caption, *, sharp: bool = True, **more: Any) -> Plate:
+    """`figure` and its version for phones as a plate; `more` are the plate's further fields."""
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    phone = "" if narrow is None else data_url(narrow, NARROW_DPI, sharp=False)
+    return Plate(name, data_url(figure, WIDE_DPI, sharp=sharp), phone, width, height, caption, **more)
+
+
+def data_url(figure: Figure, dpi: float, *, sharp: bool = True) -> str:
+    """`figure` as a data URL: lines as svg where `sharp` and few, else as webp like heatmaps; photographs as jpeg."""
+    if any(axes.images for axes in figure.axes):
+        kind, content = "jpeg", _photograph(pixels(figure, min(dpi, PHOTOGRAPH_DPI)))
+    elif not sharp or any(isinstance(part, QuadMesh) for axes in figure.axes for part in axes.collections):
+        kind, content = "webp", _in_pixels(figure, dpi)
+    else:
+        kind, content = "svg+xml", svg(figure)
+        if len(content) > LINES_MOST and len(drawn := _in_pixels(figure, dpi)) < len(content):
+            kind, content = "webp", drawn
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _in_pixels(figure: Figure, dpi: float) -> bytes:
+    whole = np.asarray(pixels(figure, dpi))
+    rounded = np.where(whole > 255 - STEP, 255, (whole + STEP // 2) // STEP * STEP).astype(np.uint8)
+    return _saved(Image.fromarray(rounded), "webp", lossless=True, quality=30, method=2)
+
+
+def _photograph(picture: Image.Image) -> bytes:
+    """A jpeg of at most PHOTOGRAPH_MOST bytes where any quality allows it."""
+    for quality in (86, 76, 64, 50, 35, 20):
+        content = _saved(picture, "jpeg", quality=quality, optimize=True)
+        if len(content) <= PHOTOGRAPH_MOST:
+            break
+    return content
+
+
+def _saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()

@@ -1,0 +1,271 @@
+"""How every figure looks: one colour for one role, fixed scales, and files that come out the same twice."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import numpy as np
+import seaborn
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
+
+from collapse_probe.results.comparison import Comparison
+from collapse_probe.results.readings import NULLS
+from collapse_probe.statistics.intervals import Array
+
+P = ParamSpec("P")
+
+
+WIDE, NARROW = 10.0, 3.7  # inches: a column on a desk, a column on a phone
+INK, MUTED, FAINT = "#22303c", "#66737f", "#dde3e8"
+HATCH, PAPER = "#b9c1c8", "#eef1f3"  # an undefined cell
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.edgecolor": "#9aa5ae",
+    "axes.labelcolor": INK,
+    "axes.labelsize": 9.0,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9.5,
+    "axes.titlepad": 8.0,
+    "xtick.color": "#9aa5ae",
+    "ytick.color": "#9aa5ae",
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 8.0,
+    "ytick.labelsize": 8.0,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.7,
+    "hatch.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "collapse-probe",
+}
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a line stands for, and how it looks in every figure."""
+
+    label: str
+    colour: str
+    line: Any = "-"
+    marker: str = ""
+    width: float = 1.4
+
+
+ROLES: dict[str, Role] = {
+    "measured": Role("measured (95 % interval)", "#0b5fa5", marker="o", width=2.0),
+    "untrained": Role("untrained twin", "#6b7680", (0, (5, 2))),
+    "other_token": Role("other token", "#d55e00", (0, (1.2, 1.2)), width=1.8),
+    "other_image": Role("other image", "#01855f", (0, (6, 1.5, 1.2, 1.5))),
+    "other_head": Role("other head", "#b5579b", (0, (3, 1.2))),
+}
+
+
+def in_style() -> Any:
+    """A context in which figures are made and saved; leaves matplotlib's own settings as they were."""
+    return style.context(["default", STYLE])
+
+
+def drawn(draw: Callable[P, Figure | None]) -> Callable[P, Figure | None]:
+    """Run `draw` in our style, then settle its layout: however often it is saved, it comes out the same."""
+
+    @functools.wraps(draw)
+    def settled(*args: P.args, **kwargs: P.kwargs) -> Figure | None:
+        with in_style():
+            figure = draw(*args, **kwargs)
+            if figure is not None:
+                _settle(figure)
+        return figure
+
+    return settled
+
+
+def _settle(figure: Figure) -> None:
+    FigureCanvasAgg(figure)  # a canvas known to no window system, with which text can be measured
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+
+
+def sheet(width: float, height: float) -> Figure:
+    """An empty figure of so many inches whose parts make room for each other."""
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.05, hspace=0.05)
+    return Figure(figsize=(width, height), layout=layout)
+
+
+def curve(axes: Axes, x: Array, values: Array, role: Role, ci95: Array | None = None) -> None:
+    """One line over blocks, with its interval as a band; `ci95` [..., 2]. Undefined points leave a gap."""
+    few = len(x) <= 40
+    axes.plot(
+        x,
+        values,
+        color=role.colour,
+        linestyle=role.line,
+        linewidth=role.width,
+        marker=role.marker if few else "",
+        markersize=4.0,
+        label=role.label,
+        zorder=2 if role.marker else 3,  # a null that coincides stays visible on top
+    )
+    if ci95 is not None:
+        axes.fill_between(x, ci95[..., 0], ci95[..., 1], color=role.colour, alpha=0.2, linewidth=0, zorder=1)
+
+
+def share_legend(figure: Figure, *sources: Axes, columns: int) -> None:
+    """One legend above the figure for everything that `sources` name, each name once."""
+    named: dict[str, Any] = {}
+    for axes in sources:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    figure.legend(
+        list(named.values()),
+        list(named),
+        loc="outside upper left",
+        ncols=columns,
+        handlelength=2.3,
+        columnspacing=1.4,
+        borderaxespad=0.3,
+    )
+
+
+def over_blocks(axes: Axes, x: Array, label: str, most: int = 16) -> None:
+    """At most `most` whole numbers along the x axis, half a step of room at both ends."""
+    first, last = int(x[0]), int(x[-1])
+    ticks = [first + tick for tick in whole_ticks(last - first + 1, most)]
+    axes.set(xlabel=label, xticks=ticks, xlim=(first - 0.5, last + 0.5))
+
+
+def whole_ticks(count: int, most: int = 16) -> list[int]:
+    """Every, every second, fourth … index below `count`, at most `most` of them."""
+    step = 1
+    while count > step * most:
+        step *= 2
+    return list(range(0, count, step))
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    return frozenset(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
+
+
+def printable(text: str, most: int = 40) -> str:
+    """`text` in letters that the figures' font has, shortened in the middle; for names that users chose."""
+    known = "".join(letter if ord(letter) in _glyphs() and letter.isprintable() else "□" for letter in text)
+    if len(known) <= most:
+        return known
+    half = (most - 1) // 2
+    return f"{known[:half]}…{known[-half:]}"
+
+
+@contextlib.contextmanager
+def _as_it_was(figure: Figure) -> Iterator[None]:
+    """Style on, and afterwards the figure's own canvas and resolution again, which writing changes."""
+    canvas, dpi = figure.canvas, figure.dpi
+    try:
+        with in_style():
+            yield
+    finally:
+        figure.dpi = dpi
+        figure.set_canvas(canvas)
+
+
+def pixels(figure: Figure, dpi: float) -> Image.Image:
+    """`figure` as an RGB picture with `dpi` pixels an inch."""
+    with _as_it_was(figure):
+        figure.dpi = dpi
+        canvas: Any = FigureCanvasAgg(figure)  # its methods have no types
+        canvas.draw()
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def svg(figure: Figure) -> bytes:
+    """`figure` as an SVG with text as outlines, without a date: the same figure gives the same bytes."""
+    buffer = io.StringIO()
+    with _as_it_was(figure):
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
+    return buffer.getvalue().encode()
+
+
+def png(figure: Figure, dpi: float = 180) -> bytes:
+    """`figure` as a PNG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    pixels(figure, dpi).save(buffer, "png")
+    return buffer.getvalue()
+
+
+DISTINCT = ("#0b5fa5", "#d55e00", "#01855f", "#b5579b", "#8a6d00", "#5b4fa2", "#a8322d", "#4a7f87")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
+FAINTER = {"other_token": (0, (1.2, 1.2)), "untrained": (0, (5, 2))}
+COMPARISON_NULL_LABELS = {"other_token": "its other-token null", "untrained": "its untrained twin"}
+
+
+def colours(comparison: Comparison) -> dict[str, str]:
+    """A colour for each label: distinct ones, or along one ramp for checkpoints and for many subjects."""
+    labels = list(comparison.subjects)
+    if not comparison.trajectory and len(labels) <= len(DISTINCT):
+        return dict(zip(labels, DISTINCT, strict=False))
+    ramp = seaborn.color_palette("flare", n_colors=len(labels)).as_hex()
+    return dict(zip(labels, map(str, ramp), strict=True))
+
+
+def roles(comparison: Comparison, most: int | None = None) -> dict[str, Role]:
+    """How the measured line of each subject looks; of `most` subjects where there are more."""
+    named = colours(comparison)
+    shown = chosen(list(named), most or len(named))
+    places = {label: at for at, label in enumerate(named)}
+    return {
+        label: Role(printable(label, 34), named[label], marker=MARKERS[places[label] % len(MARKERS)], width=1.8)
+        for label in shown
+    }
+
+
+def null_role(role: Role, null: str) -> Role:
+    """How a null of that subject looks: its colour, another line."""
+    return Role("", role.colour, FAINTER[null], width=1.2)
+
+
+def chosen(labels: Sequence[str], most: int) -> list[str]:
+    """All labels, or `most` of them evenly spaced, first and last among them.
+
+    >>> chosen(["a", "b", "c", "d", "e"], 3)
+    ['a', 'c', 'e']
+    """
+    if len(labels) <= most:
+        return list(labels)
+    places = np.linspace(0, len(labels) - 1, most).round().astype(int)
+    return [labels[at] for at in dict.fromkeys(places.tolist())]
+
+
+NULL_LABELS = {**{role: ROLES[role].label for role in NULLS}, "kappa": "κ"}
+
+
+def save(figures: Mapping[str, Figure], folder: str | Path) -> None:
+    """Write each figure as figures/NAME.png and figures/NAME.svg into `folder`."""
+    inside = Path(folder) / "figures"
+    inside.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        (inside / f"{name}.png").write_bytes(png(figure))
+        (inside / f"{name}.svg").write_bytes(svg(figure))

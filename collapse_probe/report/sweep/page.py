@@ -1,0 +1,114 @@
+"""Sweep and figures → one HTML file that opens from disk, in the look of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from collapse_probe.report.html import Table, paper, plate_of
+from collapse_probe.report.style import save
+from collapse_probe.report.sweep.figures import captions, draw_all
+from collapse_probe.report.sweep.verdict import answers, caveats, groups, headline
+from collapse_probe.results.sweep import FINISHED, PUBLISHED, UNTRAINED, CellResult, Sweep, estimate, spelled
+from collapse_probe.results.text import DASH, interval, number, plain
+
+PAGE = "report.html"
+COLUMNS = {
+    "similar_blocks": ("similar blocks", 1),
+    UNTRAINED + "similar_blocks": ("the same, untrained", 1),
+    "similar_blocks_probs": ("the same, of the softmax", 1),
+    "similar_blocks_corrected": ("similar blocks by κ", 1),
+    "kappa_adjacent": ("κ", 3),
+    UNTRAINED + "kappa_adjacent": ("κ, untrained", 3),
+    "attention_similarity_adjacent": ("raw cosine", 3),
+    "patch_diversity_last": ("patch diversity", 3),
+    "accuracy": ("accuracy", 3),
+}
+
+
+def write_sweep(sweep: Sweep, folder: str | Path) -> Path:
+    """Write figures/ and report.html into an existing folder, from the numbers alone; returns the page."""
+    figures = draw_all(sweep)
+    save(figures, folder)
+    path = Path(folder) / PAGE
+    path.write_text(render(sweep, figures), encoding="utf-8")
+    return path
+
+
+def render(sweep: Sweep, figures: Mapping[str, Figure] | None = None) -> str:
+    """One self-contained HTML page; `figures` (as `draw_all` makes them) are drawn where not given."""
+    figures = draw_all(sweep) if figures is None else figures
+    narrow, said = draw_all(sweep, narrow=True), captions(sweep)
+    return paper(
+        "sweep.html",
+        name=plain(sweep.recipe.get("name")),
+        varied="; ".join(f"{key} {', '.join(map(spelled, held))}" for key, held in sweep.varied.items()) or "nothing varied",
+        seeds="one seed" if len(sweep.seeds) == 1 else f"{len(sweep.seeds)} seeds",
+        data=plain(sweep.data.get("data")),
+        done=f"{len(sweep.finished)} of {len(sweep.cells)} cells finished",
+        trouble=trouble(sweep),
+        headline=headline(sweep),
+        answers=answers(sweep),
+        caveats=caveats(sweep),
+        plates=[plate_of(name, figure, narrow[name], said[name]) for name, figure in figures.items()],
+        means=means(sweep),
+        cells=by_cell(sweep),
+        with_published="depth" in sweep.axes,
+        published=[(key.replace("_", " "), plain(value)) for key, value in PUBLISHED.items()],
+        provenance=[
+            ("Recipe that was varied", _facts(sweep.recipe)),
+            ("Changed in all cells", _facts(sweep.changes) or [("nothing", DASH)]),
+            ("Data", _facts(sweep.data)),
+            ("Run", _facts(sweep.run)),
+        ],
+    )
+
+
+def trouble(sweep: Sweep) -> str:
+    """What is missing, in one sentence; empty where every cell is finished."""
+    waiting = len(sweep.cells) - len(sweep.finished) - len(sweep.failed)
+    parts = [f"{count} {word}" for count, word in ((len(sweep.failed), "failed"), (waiting, "not run")) if count]
+    return f"Of {len(sweep.cells)} cells {' and '.join(parts)}." if parts else ""
+
+
+def _columns(sweep: Sweep) -> dict[str, tuple[str, int]]:
+    """The columns in which any finished cell has a number."""
+    return {key: told for key, told in COLUMNS.items() if any(c.number(key) == c.number(key) for c in sweep.finished)}
+
+
+def means(sweep: Sweep) -> Table:
+    """The mean over seeds of every number, with its interval, for each combination of values."""
+    columns = _columns(sweep)
+    rows = []
+    for label, cells in groups(sweep).items():
+        row = [label or "all cells", str(len(cells))]
+        for key, (_, digits) in columns.items():
+            held = estimate(cell.number(key) for cell in cells)
+            row.append(number(held.mean, digits) + ("" if held.ci95 is None else f" ({interval(held.ci95, digits)})"))
+        rows.append(tuple(row))
+    return Table(("cell", "seeds", *(title for title, _ in columns.values())), tuple(rows), ())
+
+
+def by_cell(sweep: Sweep) -> Table:
+    """Every cell, with the reason where it failed."""
+    columns = _columns(sweep)
+    rows = tuple(_row(cell, columns) for cell in sweep.cells)
+    header = ("folder", *(title for title, _ in columns.values()), "parameters", "training, s", "measuring, s", "status")
+    return Table(header, rows, (), words=frozenset({len(header) - 1}))
+
+
+def _row(cell: CellResult, columns: Mapping[str, tuple[str, int]]) -> tuple[str, ...]:
+    numbers = (number(cell.number(key), 0 if title.startswith(BLOCKS) else digits) for key, (title, digits) in columns.items())
+    size = DASH if cell.parameters is None else f"{cell.parameters:,}"
+    status = cell.status if cell.status == FINISHED or not cell.reason else f"{cell.status}: {cell.reason}"
+    return (cell.name, *numbers, size, number(cell.train_seconds, 0), number(cell.measure_seconds, 1), status)
+
+
+BLOCKS = ("similar blocks", "the same")
+
+
+def _facts(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(key.replace("_", " "), plain(value)) for key, value in stored.items()]

@@ -1,0 +1,336 @@
+"""Findings: what a run found, as plain numbers with their provenance, and the folder that they live in."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from collapse_probe.errors import UnknownNameError
+from collapse_probe.files import new_folder, read_document
+from collapse_probe.statistics.intervals import Array
+
+
+@dataclass(frozen=True)
+class Nulls:
+    """What a metric would read with nothing to find.
+
+    `values` maps untrained, other_token, other_image, other_head and kappa to arrays with the metric's dims, or to
+    None where `reasons` says why; `images` says on how many images each was taken; `kappa_ci95` [..., 2]; `spread`: see nulls.
+    """
+
+    values: Mapping[str, Array | None]
+    images: Mapping[str, int]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    kappa_ci95: Array | None = None
+    spread: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """One metric: `values` with axes `dims`, `stderr` of the same shape, `ci95` with one more axis (low, high).
+
+    `head_mean` holds, for a metric with a head axis, its mean over heads as (values, stderr, ci95) over blocks.
+    A metric that does not apply has `not_applicable` (the reason) and no values.
+    """
+
+    dims: tuple[str, ...]
+    definition: str
+    values: Array | None = None
+    stderr: Array | None = None
+    ci95: Array | None = None
+    collapsed: str | None = None
+    point: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    nulls: Nulls | None = None
+    head_mean: tuple[Array, Array, Array] | None = None
+    not_applicable: str | None = None
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A few of the images with the attention map of every block, for the report.
+
+    `pictures` uint8 [I, height, width, 3] (the model's own crop), `maps` float64 [I, blocks, rows, columns]
+    (attention paid to each patch, mean over heads and over the queries that `query` names). `rollouts`, of the same shape,
+    is the same for attention rollout up to each block, from the mean over heads, where that was measured.
+    """
+
+    names: tuple[str, ...]
+    pictures: NDArray[np.uint8]
+    maps: Array
+    query: str
+    rollouts: Array | None = None
+
+
+SCHEMA = "collapse-probe/findings/1"
+CSV_COLUMNS = ["metric", "block", "head", "value", "stderr", "ci_low", "ci_high"]
+Whole = tuple[Array, Array, Array]
+
+
+def _read_content(folder: Path) -> dict[str, Any]:
+    """The content of findings.json in `folder`; OutputError where there is none or it has another schema."""
+    return read_document(folder, "findings.json", schema=SCHEMA, refusal="is not a findings folder", command="analyze")
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON types alone: arrays as lists, undefined numbers as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def reading_to_json(reading: MetricResult) -> dict[str, Any]:
+    """One entry of `metrics` in findings.json."""
+    entry: dict[str, Any] = {
+        "dims": list(reading.dims),
+        "values": plain(reading.values),
+        "stderr": plain(reading.stderr),
+        "ci95": plain(reading.ci95),
+        "collapsed": reading.collapsed,
+        "point": reading.point,
+        "settings": plain(reading.settings),
+        "definition": reading.definition,
+        "nulls": None,
+        "not_applicable": reading.not_applicable,
+    }
+    if reading.nulls is not None:
+        entry["nulls"] = {
+            **{key: plain(value) for key, value in reading.nulls.values.items()},
+            "kappa_ci95": plain(reading.nulls.kappa_ci95),
+            "images": dict(reading.nulls.images),
+            "reasons": dict(reading.nulls.reasons),
+            "spread": plain(reading.nulls.spread),
+        }
+    if reading.head_mean is not None:
+        entry["head_mean"] = dict(zip(("values", "stderr", "ci95"), map(plain, reading.head_mean), strict=True))
+    return entry
+
+
+def _array(value: Any) -> Array | None:
+    return None if value is None else np.array(value, dtype=np.float64)
+
+
+def reading_from_json(entry: Mapping[str, Any]) -> MetricResult:
+    """The Reading behind one entry of `metrics` in findings.json."""
+    stored, nulls = entry["nulls"], None
+    if stored is not None:
+        extra = ("kappa_ci95", "images", "reasons", "spread")
+        nulls = Nulls(
+            values={key: _array(value) for key, value in stored.items() if key not in extra},
+            images=stored["images"],
+            reasons=stored["reasons"],
+            kappa_ci95=_array(stored["kappa_ci95"]),
+            spread=stored.get("spread", {}),
+        )
+    mean = entry.get("head_mean")
+    return MetricResult(
+        dims=tuple(entry["dims"]),
+        definition=entry["definition"],
+        values=_array(entry["values"]),
+        stderr=_array(entry["stderr"]),
+        ci95=_array(entry["ci95"]),
+        collapsed=entry["collapsed"],
+        point=entry["point"],
+        settings=entry["settings"],
+        nulls=nulls,
+        head_mean=None if mean is None else tuple(np.array(mean[k], dtype=np.float64) for k in mean),  # type: ignore[arg-type]
+        not_applicable=entry["not_applicable"],
+    )
+
+
+def arrays_of(metrics: Mapping[str, MetricResult]) -> dict[str, Array]:
+    """The content of matrices.npz: the values of every metric as NAME, its nulls as NAME/NULL."""
+    found: dict[str, Array] = {}
+    for name, reading in metrics.items():
+        if reading.values is None:
+            continue
+        found[name] = reading.values
+        if reading.nulls is not None:
+            found |= {f"{name}/{key}": v for key, v in reading.nulls.values.items() if v is not None}
+    return found
+
+
+def block_rows(name: str, reading: MetricResult) -> list[list[Any]]:
+    """The rows of blocks.csv for one metric, as CSV_COLUMNS; NaN where it has no standard error or interval.
+
+    Blocks × blocks and depths × depths give each with the one before, blocks × matrices a metric NAME/MATRIX for each matrix.
+    None for other axes (thresholds, the depths of two models): these numbers belong to no single block.
+    """
+    if reading.values is None:
+        return []
+    whole, dims = _whole(reading.values, reading.stderr, reading.ci95), reading.dims
+    blocks = range(len(reading.values))
+    if len(dims) == 2 and dims[0] == dims[1]:
+        return [[name, b, None, *_cell(whole, (b, b - 1))] for b in blocks[1:]]
+    if dims == ("block", "matrix"):
+        matrices = reading.settings.get("matrices", range(reading.values.shape[1]))
+        return [[f"{name}/{matrix}", b, None, *_cell(whole, (b, m))] for m, matrix in enumerate(matrices) for b in blocks]
+    if dims == ("block", "head"):
+        rows = [[name, b, h, *_cell(whole, (b, h))] for b, h in np.ndindex(reading.values.shape)]
+        mean = reading.head_mean
+        return rows if mean is None else rows + [[name, b, None, *_cell(mean, (b,))] for b in blocks]
+    if dims in (("block",), ("depth",)):
+        return [[name, b, None, *_cell(whole, (b,))] for b in blocks]
+    return []
+
+
+def _whole(values: Array, stderr: Array | None, ci95: Array | None) -> Whole:
+    blank = np.full((*values.shape, 2), np.nan)
+    return values, blank[..., 0] if stderr is None else stderr, blank if ci95 is None else ci95
+
+
+def _cell(whole: Whole, at: tuple[int, ...]) -> list[float]:
+    values, stderr, ci95 = whole
+    return [float(values[at]), float(stderr[at]), float(ci95[at][0]), float(ci95[at][1])]
+
+
+def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The content of an npz file; empty where there is no such file."""
+    if not path.exists():
+        return {}
+    with np.load(path, allow_pickle=False) as stored:
+        return {key: stored[key] for key in stored.files}
+
+
+def write_gallery(path: Path, gallery: Gallery | None, thumbnails: Mapping[str, NDArray[np.uint8]]) -> None:
+    """Write gallery.npz, the maps in float32, the thumbnails (all of one size) in one array; no file where there is neither."""
+    kept: dict[str, Any] = {}
+    if thumbnails:
+        kept["thumbnail_names"] = np.array(list(thumbnails), dtype=np.str_)
+        kept["thumbnails"] = np.stack(list(thumbnails.values()))
+    if gallery is not None:
+        kept |= {"names": np.array(gallery.names, dtype=np.str_), "query": np.array(gallery.query)}
+        kept |= {"pictures": gallery.pictures, "maps": gallery.maps.astype(np.float32)}
+        kept |= {} if gallery.rollouts is None else {"rollouts": gallery.rollouts.astype(np.float32)}
+    if kept:
+        np.savez_compressed(path, **kept)
+
+
+def load_gallery(path: Path) -> Gallery | None:
+    """The gallery back out of gallery.npz; None where there is no such file, or no gallery in it."""
+    stored = load_arrays(path)
+    if "maps" not in stored:
+        return None
+    return Gallery(
+        names=tuple(str(name) for name in stored["names"]),
+        pictures=stored["pictures"],
+        maps=stored["maps"].astype(np.float64),
+        query=str(stored["query"]),
+        rollouts=stored["rollouts"].astype(np.float64) if "rollouts" in stored else None,
+    )
+
+
+def load_thumbnails(path: Path) -> dict[str, NDArray[np.uint8]]:
+    """The thumbnails out of gallery.npz by name; empty where it holds none."""
+    stored = load_arrays(path)
+    return dict(zip(map(str, stored.get("thumbnail_names", ())), stored.get("thumbnails", ()), strict=True))
+
+
+__all__ = ["CSV_COLUMNS", "SCHEMA", "Array", "Findings", "Gallery", "MetricResult", "Nulls"]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one run found. `images` maps "names" and each metric's name to per-image arrays, first axis images.
+
+    `thumbnails` are small pictures, uint8 [height, width, 3] by image name, of those at both ends of the headline number.
+    `presets` holds the record of every preset by name, `verdict` how each rule came out in turn; `sureness`: see there.
+    """
+
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    run: Mapping[str, Any]
+    metrics: Mapping[str, MetricResult]
+    summary: Mapping[str, float | int | None]
+    images: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    gallery: Gallery | None = None
+    thumbnails: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
+    presets: Mapping[str, Any] = field(default_factory=dict)
+    sureness: Mapping[str, Any] = field(default_factory=dict)
+    verdict: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def blocks(self) -> pd.DataFrame:
+        """One row per metric and block (and head): metric, block, head, value, stderr, ci_low, ci_high.
+
+        For a block × block metric the row of block b holds its value with the block before (b − 1); a metric of the weights is
+        called NAME/MATRIX. Errors are NaN where none was taken (a model is no sample of weights). See `block_rows`.
+        """
+        rows = [row for name, reading in self.metrics.items() for row in block_rows(name, reading)]
+        frame = pd.DataFrame(rows, columns=CSV_COLUMNS)
+        return frame.astype({"block": "Int64", "head": "Int64"})
+
+    def matrix(self, name: str) -> Array:
+        """The values of metric `name`, float64, with its dims; raises where it has none."""
+        if name not in self.metrics:
+            raise UnknownNameError(f"these findings hold no metric {name!r}; they hold {', '.join(self.metrics)}")
+        values = self.metrics[name].values
+        if values is None:
+            raise UnknownNameError(f"{name!r} does not apply here: {self.metrics[name].not_applicable}")
+        return values
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of findings.json: JSON types alone, undefined numbers as None."""
+        return {
+            "schema": SCHEMA,
+            "model": plain(self.model),
+            "data": plain(self.data),
+            "run": plain(self.run),
+            "metrics": {name: reading_to_json(reading) for name, reading in self.metrics.items()},
+            "summary": plain(self.summary),
+            **{part: plain(getattr(self, part)) for part in ("presets", "sureness", "verdict")},
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write findings.json, blocks.csv, matrices.npz, images.npz (and gallery.npz); all of it or nothing."""
+        with new_folder(folder) as inside:
+            self.write(inside)
+        return Path(folder)
+
+    def write(self, inside: Path) -> None:
+        """Write the files into an existing folder, without any guard."""
+        text = json.dumps(self.to_json(), indent=1, allow_nan=False)
+        (inside / "findings.json").write_text(text + "\n", encoding="utf-8")
+        self.blocks.to_csv(inside / "blocks.csv", index=False)
+        np.savez_compressed(inside / "matrices.npz", **arrays_of(self.metrics))  # type: ignore[arg-type]
+        np.savez_compressed(inside / "images.npz", **dict(self.images))  # type: ignore[arg-type]
+        write_gallery(inside / "gallery.npz", self.gallery, self.thumbnails)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Findings:
+        """Read a findings folder back; raises OutputError where it is none or of another schema."""
+        folder = Path(folder)
+        content = _read_content(folder)
+        return cls(
+            model=content["model"],
+            data=content["data"],
+            run=content["run"],
+            metrics={name: reading_from_json(entry) for name, entry in content["metrics"].items()},
+            summary=content["summary"],
+            images=load_arrays(folder / "images.npz"),
+            gallery=load_gallery(folder / "gallery.npz"),
+            thumbnails=load_thumbnails(folder / "gallery.npz"),
+            presets=content.get("presets", {}),
+            sureness=content.get("sureness", {}),
+            verdict=content.get("verdict", ()),
+        )
+
+    def with_run(self, **facts: Any) -> Findings:
+        """The same findings with more facts about the run."""
+        return replace(self, run={**self.run, **facts})

@@ -1,0 +1,70 @@
+"""Numbers and facts as a reader should meet them: a real minus, and a dash where nothing is defined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from collapse_probe.statistics.intervals import Array
+
+DASH = "–"
+MOST_ITEMS = 32
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number with so many decimals and a real minus; a dash where it is undefined.
+
+    >>> number(-0.01234), number(None), number(float("nan"))
+    ('−0.012', '–', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return DASH
+    text = f"{value:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def interval(ends: Sequence[float] | Array | None, digits: int = 3) -> str:
+    """The two ends of an interval, or a dash."""
+    if ends is None or not np.isfinite(np.asarray(ends, dtype=np.float64)).all():
+        return DASH
+    return f"{number(ends[0], digits)} … {number(ends[1], digits)}"
+
+
+def plain(value: Any) -> str:
+    """Any value of the provenance as words: nested facts joined, nothing undefined shown as such.
+
+    >>> plain(np.array([0.5, np.nan])), plain({"a_b": [1, 2]})
+    ('0.5, –', 'a b (1, 2)')
+    """
+    if isinstance(value, (np.ndarray, np.generic)):
+        return plain(value.tolist())
+    if value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_spaced(key)} {_inner(item)}" for key, item in value.items()) or DASH
+    if isinstance(value, (list, tuple)):
+        return _several([plain(item) for item in value])
+    if isinstance(value, float):
+        return f"{value:.4g}".replace("-", "−") if abs(value) < 1e5 else f"{value:,.0f}"
+    return str(value)
+
+
+def _inner(value: Any) -> str:
+    return f"({plain(value)})" if isinstance(value, (list, tuple, Mapping)) and value else plain(value)
+
+
+def _several(items: list[str]) -> str:
+    if len(items) > 2 and len(set(items)) == 1:
+        return f"{items[0]} (each of {len(items)})"
+    if len(items) > MOST_ITEMS:
+        return f"{', '.join(items[:MOST_ITEMS])} … ({len(items)} in all, in findings.json)"
+    return ", ".join(items) or DASH
+
+
+def _spaced(key: Any) -> str:
+    return str(key).replace("_", " ")

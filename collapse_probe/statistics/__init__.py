@@ -1,0 +1,1 @@
+"""How sure a number over images is: pure NumPy and SciPy."""

@@ -1,0 +1,214 @@
+"""How the headline numbers settle as images come in, and whether there were enough of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from collapse_probe.statistics.estimates import HEADLINES, SIMILARITY, Estimate, PerImageValues
+from collapse_probe.statistics.intervals import Array, count_bounds, mean_parts, parts_stderr
+from collapse_probe.statistics.paired import controlled
+
+FEWEST = 2
+"""Images that a class must have for an interval."""
+TEST = (
+    "Welch's t test of a class against all other images, two-sided, on what each image contributes; q: Benjamini–Hochberg over "
+    "the classes of a number"
+)
+
+
+def classes_of(kept: PerImageValues, labels: Mapping[str, int] | None, class_names: Sequence[str] = ()) -> dict[str, Any]:
+    """Every class' headline numbers, as plain data; {} where there are no labels or just one class.
+
+    `names` and `images` of the classes; by number `value`, `ci_low`, `ci_high` (95 % t interval over the images of the
+    class; kappa by the delta method), `p` and `q` of the class against the rest. NaN where a class has fewer than two images.
+    """
+    if labels is None:
+        return {}
+    of_image = np.array([labels.get(name, -1) for name in kept.names], dtype=np.int64)
+    found = sorted(set(of_image[of_image >= 0].tolist()))
+    if len(found) < FEWEST:
+        return {}
+    members = [np.flatnonzero(of_image == label) for label in found]
+    by_class = [kept.only(chosen).estimates() if len(chosen) >= FEWEST else {} for chosen in members]
+    return {
+        "names": [class_names[label] if label < len(class_names) else str(label) for label in found],
+        "images": [len(chosen) for chosen in members],
+        "numbers": {
+            name: _number(whole, [held.get(name) for held in by_class], members) for name, whole in kept.estimates().items()
+        },
+        "test": TEST,
+    }
+
+
+def _number(whole: Estimate, by_class: Sequence[Estimate | None], members: Sequence[Any]) -> dict[str, Any]:
+    ends = [(math.nan, math.nan) if one is None else one.ci95 for one in by_class]
+    p = _against_the_rest(whole, members)
+    return {
+        "value": [math.nan if one is None else one.value for one in by_class],
+        "ci_low": [low for low, _ in ends],
+        "ci_high": [high for _, high in ends],
+        "p": p,
+        "q": controlled(p),
+    }
+
+
+def _against_the_rest(whole: Estimate, members: Sequence[Any]) -> Array:
+    """Welch's p-values [classes] of the images of a class against all others, from sums."""
+    parts = whole.parts
+    n = np.array([whole.defined[chosen].sum() for chosen in members], dtype=np.float64)
+    total = np.array([parts[chosen].sum() for chosen in members])
+    square = np.array([np.square(parts[chosen]).sum() for chosen in members])
+    rest_n, rest_total, rest_square = whole.images - n, parts.sum() - total, np.square(parts).sum() - square
+    with np.errstate(invalid="ignore", divide="ignore"):
+        spread, rest_spread = (
+            np.sqrt(np.maximum(squares - sums**2 / count, 0.0) / (count - 1))
+            for count, sums, squares in ((n, total, square), (rest_n, rest_total, rest_square))
+        )
+        testable = (n >= FEWEST) & (rest_n >= FEWEST) & (spread + rest_spread > 0)
+        p = np.full(len(n), np.nan)
+        p[testable] = stats.ttest_ind_from_stats(
+            *(side[testable] for side in (total / n, spread, n, rest_total / rest_n, rest_spread, rest_n)), equal_var=False
+        ).pvalue
+    return p
+
+
+SIZES = 20
+COUNT, COUNT_ABOVE, COUNT_TOLERANCE = "similar_blocks", 0.9, 1.0
+MOST_NEEDED = 10_000_000
+"""Beyond so many images the estimate of how many would do says nothing."""
+
+
+def sizes_for(images: int) -> list[int]:
+    """About twenty numbers of images from 2 to all, evenly spaced in their logarithm; none for fewer than two images.
+
+    >>> sizes_for(6)
+    [2, 3, 4, 5, 6]
+    """
+    if images < 2:
+        return []
+    return sorted({round(size) for size in np.geomspace(2, images, SIZES).tolist()})
+
+
+def convergence_of(kept: PerImageValues, seed: int = 0) -> dict[str, Any]:
+    """Running values and 95 % intervals of the headline numbers, as plain data; {} with fewer than two images.
+
+    `sizes`: numbers of images. `numbers`: by name `value`, `ci_low` and `ci_high` at every size (NaN where undefined), the
+    `half_width` at the end, the `tolerance` it is held against, whether it is `settled`, and `images_needed`: about how many
+    images would bring it there (half-width falls with the root of their number; None for a count). `sentences`: what
+    there were too few images for.
+    """
+    sizes = sizes_for(len(kept))
+    order = np.random.default_rng(seed).permutation(len(kept))
+    steps = [kept.only(order[:size]) if size < len(kept) else kept for size in sizes]
+    running = [step.estimates() for step in steps]
+    found = {name: _curve(name, [step.get(name) for step in running]) for name in (running[-1] if running else {})}
+    if SIMILARITY in kept.values and steps:
+        found[COUNT] = _count_curve(steps)
+    if not found:
+        return {}
+    return {
+        "sizes": sizes,
+        "order": f"the first images of a shuffle with seed {seed}, so that a sorted data set does not bend the curves",
+        "numbers": found,
+        "sentences": [said for name, curve in found.items() if (said := _sentence(name, curve, len(kept)))],
+    }
+
+
+def _curve(name: str, running: list[Estimate | None]) -> dict[str, Any]:
+    undefined = (math.nan, math.nan)
+    ends = [undefined if step is None else step.ci95 for step in running]
+    last = running[-1]
+    assert last is not None
+    return {
+        "value": [math.nan if step is None else step.value for step in running],
+        "ci_low": [low for low, _ in ends],
+        "ci_high": [high for _, high in ends],
+        **_settled(last.half_width, HEADLINES[name].tolerance, last.images),
+    }
+
+
+def _settled(half_width: float, tolerance: float, images: int | None) -> dict[str, Any]:
+    needed = None
+    if images is not None and math.isfinite(half_width):
+        needed = min(max(math.ceil(images * (half_width / tolerance) ** 2), 2), MOST_NEEDED)
+    settled = bool(half_width <= tolerance)
+    return {"half_width": half_width, "tolerance": tolerance, "settled": settled, "images_needed": needed}
+
+
+def _count_curve(steps: list[PerImageValues]) -> dict[str, Any]:
+    """The count of similar blocks with the bounds that similar-blocks has."""
+    values, ends = [], []
+    for step in steps:
+        means, parts, defined = mean_parts(step.values[SIMILARITY])
+        values.append(float((means > COUNT_ABOVE).sum()))
+        ends.append(count_bounds(means, parts_stderr(parts, defined.sum(0)), defined.sum(0), COUNT_ABOVE).tolist())
+    low, high = ends[-1]
+    return {
+        "value": values,
+        "ci_low": [low for low, _ in ends],
+        "ci_high": [high for _, high in ends],
+        **_settled((high - low) / 2, COUNT_TOLERANCE, None),
+    }
+
+
+def _sentence(name: str, curve: Mapping[str, Any], images: int) -> str:
+    """What there were too few images for; empty where the interval is narrow enough."""
+    if curve["settled"]:
+        return ""
+    words, unit = (HEADLINES[name].words, HEADLINES[name].unit) if name in HEADLINES else ("number of similar blocks", "")
+    unit = f" {unit}" if unit else ""
+    if not math.isfinite(curve["half_width"]):
+        return f"Too few images to tell the {words}: {images} give no interval."
+    said = (
+        f"Too few images to tell the {words} to within ± {curve['tolerance']:g}{unit}: with {images} images its 95 % "
+        f"interval is ± {curve['half_width']:.2g}{unit}"
+    )
+    needed = curve["images_needed"]
+    return said + (f"; about {needed} would do." if needed is not None and needed < MOST_NEEDED else ".")
+
+
+EACH_SIDE = 5
+WARNING = (
+    "These are the ends of {images} sorted values, not typical ones: the most extreme of many images lies far out even where "
+    "all images are alike, and further out the more images there are. Read them as examples to look at."
+)
+PICTURED = ("kappa_adjacent", "attention_similarity_adjacent", "patch_diversity_last")
+"""The number whose ends are shown as pictures: the first of these that the images define."""
+
+
+def extremes_of(kept: PerImageValues) -> dict[str, Any]:
+    """Names and values of the images with the highest and lowest headline numbers, as plain data; {} with fewer than two.
+
+    By number: `highest` and `lowest`, up to five each (no image in both) with the outermost first, each {name, value};
+    `median`; `images`; `collapsed`, the end that is the sick one. An image's kappa is the mean of its own over adjacent pairs.
+    """
+    found: dict[str, Any] = {}
+    for name, values in kept.each().items():
+        order = np.argsort(values, kind="stable")
+        order = order[np.isfinite(values[order])]
+        count = min(EACH_SIDE, len(order) // 2)
+        if not count:
+            continue
+        found[name] = {
+            "highest": [{"name": kept.names[i], "value": float(values[i])} for i in order[::-1][:count]],
+            "lowest": [{"name": kept.names[i], "value": float(values[i])} for i in order[:count]],
+            "median": float(np.median(values[order])),
+            "images": len(order),
+            "collapsed": HEADLINES[name].collapsed,
+        }
+    return {"numbers": found, "warning": WARNING.format(images=len(kept))} if found else {}
+
+
+def pictured(extremes: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """The number whose images at both ends the report shows and its entry in what `extremes_of` gave; None where there is none.
+
+    >>> pictured({"numbers": {"patch_diversity_last": {"images": 4}, "kappa_adjacent": {"images": 3}}})
+    ('kappa_adjacent', {'images': 3})
+    """
+    numbers: Mapping[str, Any] = extremes.get("numbers") or {}
+    return next(((name, numbers[name]) for name in PICTURED if name in numbers), None)

@@ -1,0 +1,160 @@
+"""The headline numbers of a run out of what was kept of its single images, each with what every image contributes to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from collapse_probe.statistics.intervals import Array, interval, kappa, kappa_parts, mean_parts, parts_stderr
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One headline number: what it is in words, which end is the sick one, and the half-width of an interval called narrow."""
+
+    words: str
+    collapsed: str | None
+    tolerance: float
+    unit: str = ""
+
+
+HEADLINES = {
+    "attention_similarity_adjacent": Headline("raw similarity of neighbouring blocks", "high", 0.01),
+    "kappa_adjacent": Headline("kappa of neighbouring blocks", "high", 0.02),
+    "patch_diversity_last": Headline("patch diversity after the last block", "low", 0.01),
+    "attention_entropy_mean": Headline("attention entropy", None, 0.05, "nats"),
+}
+"""The headline numbers that are means over images, or functions of such means."""
+SIMILARITY, NULL, DIVERSITY, ENTROPY = (
+    "attention-similarity",
+    "attention-similarity/other_token",
+    "patch-diversity",
+    "attention-entropy",
+)
+"""What the headline numbers are read off: keys of images.npz."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and `parts` [images]: what every image moves it by, to first order; they sum to 0.
+
+    Its standard error is √(n/(n − 1) · Σ parts²): s/√n for a mean, the delta method for a function of means (kappa). Images
+    that define nothing (`defined` [images]) have a part of 0 and do not count in n.
+    """
+
+    value: float
+    parts: Array
+    defined: NDArray[np.bool_]
+
+    @property
+    def images(self) -> int:
+        """How many images entered."""
+        return int(self.defined.sum())
+
+    @property
+    def stderr(self) -> float:
+        """The standard error over images; NaN with fewer than two."""
+        return float(parts_stderr(self.parts, self.images))
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """The 95 % t interval; NaN with fewer than two images."""
+        low, high = interval(np.array(self.value), np.array(self.stderr), self.images)
+        return float(low), float(high)
+
+    @property
+    def half_width(self) -> float:
+        """Half the length of the interval."""
+        low, high = self.ci95
+        return (high - low) / 2
+
+
+@dataclass(frozen=True)
+class PerImageValues:
+    """What a run kept of its images: `values` [images, places] by key of images.npz; `heads` [blocks] weigh the entropies."""
+
+    names: tuple[str, ...]
+    values: Mapping[str, Array]
+    heads: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def only(self, chosen: Indices | NDArray[np.bool_]) -> PerImageValues:
+        """The same of some of the images."""
+        names = tuple(self.names[i] for i in np.arange(len(self))[chosen].tolist())
+        return replace(self, names=names, values={key: part[chosen] for key, part in self.values.items()})
+
+    def estimates(self) -> dict[str, Estimate]:
+        """The headline numbers that what was kept can give; those that are undefined are left out."""
+        found: dict[str, Estimate | None] = {}
+        if SIMILARITY in self.values:
+            found["attention_similarity_adjacent"] = mean_of(self.values[SIMILARITY])
+        if NULL in self.values:
+            found["kappa_adjacent"] = kappa_of(self.values[SIMILARITY], self.values[NULL])
+        if DIVERSITY in self.values:
+            found["patch_diversity_last"] = mean_of(self.values[DIVERSITY][:, -1:])
+        if ENTROPY in self.values:
+            found["attention_entropy_mean"] = mean_of(self.values[ENTROPY], self.heads)
+        return {name: estimate for name, estimate in found.items() if estimate is not None}
+
+    def each(self) -> dict[str, Array]:
+        """The headline numbers of every image by itself, [images]; NaN where an image defines none."""
+        found = {}
+        if SIMILARITY in self.values:
+            found["attention_similarity_adjacent"] = _row_means(self.values[SIMILARITY])
+        if NULL in self.values:
+            found["kappa_adjacent"] = _row_means(kappa(self.values[SIMILARITY], self.values[NULL]))
+        if DIVERSITY in self.values:
+            found["patch_diversity_last"] = self.values[DIVERSITY][:, -1]
+        if ENTROPY in self.values:
+            found["attention_entropy_mean"] = _row_means(self.values[ENTROPY], self.heads)
+        return found
+
+
+def per_image_values(table: Mapping[str, NDArray[Any]], heads: Array | None = None) -> PerImageValues:
+    """What the headline numbers need out of a table of single images (the content of images.npz)."""
+    keys = [key for key in (SIMILARITY, NULL, DIVERSITY, ENTROPY) if key in table]
+    values = {key: np.asarray(table[key], dtype=np.float64) for key in keys}
+    return PerImageValues(tuple(map(str, table.get("names", ()))), values, heads)
+
+
+def mean_of(values: Array, weights: Array | None = None) -> Estimate | None:
+    """The (weighted) mean over places of the means over images, [images, places]; None where nothing is defined.
+
+    >>> mean_of(np.array([[1.0, 3.0], [3.0, 5.0]])).value
+    3.0
+    """
+    return _over_places(*mean_parts(values), weights)
+
+
+def kappa_of(real: Array, null: Array) -> Estimate | None:
+    """The mean over places of (r − t)/(1 − t), r and t the means over images of two [images, places]; None where undefined.
+
+    >>> kappa_of(np.array([[0.9], [0.7]]), np.array([[0.6], [0.6]])).value
+    0.5000000000000001
+    """
+    return _over_places(*kappa_parts(real, null), None)
+
+
+def _over_places(means: Array, parts: Array, defined: NDArray[np.bool_], weights: Array | None) -> Estimate | None:
+    places = np.isfinite(means)
+    if not places.any():
+        return None
+    weight = np.ones(len(means)) if weights is None else np.asarray(weights, dtype=np.float64)
+    weight = np.where(places, weight, 0.0) / weight[places].sum()
+    whole = np.where(places, parts, 0.0) @ weight
+    return Estimate(float(means[places] @ weight[places]), whole, np.asarray(defined[:, places].any(1)))
+
+
+def _row_means(values: Array, weights: Array | None = None) -> Array:
+    defined = np.isfinite(values)
+    weight = defined * (1.0 if weights is None else weights)
+    total = weight.sum(1)
+    return np.where(total > 0, (np.where(defined, values, 0.0) * weight).sum(1) / np.where(total > 0, total, 1.0), np.nan)

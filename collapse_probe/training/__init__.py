@@ -1,0 +1,1 @@
+"""The verbs that need gradients: train and sweep."""

@@ -1,0 +1,32 @@
+"""A monitor inside the Trainer of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from collapse_probe.training.monitor import Monitor
+
+
+class TrainerMonitor(TrainerCallback):
+    """A callback for transformers' Trainer: `Trainer(…, callbacks=[TrainerMonitor(monitor)])`.
+
+    Measures before the first step and after every optimizer step that the monitor wants, in the main process only. The model's
+    images come from the monitor's own data, so give it the `preprocess` with which the training images were made.
+    """
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor = monitor
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
+        """Measure the model as it enters the training."""
+        self._measure(model, state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
+        """Measure after an optimizer step."""
+        self._measure(model, state)
+
+    def _measure(self, model: Any, state: Any) -> None:
+        if state.is_world_process_zero:
+            self.monitor.step(model, state.global_step)

@@ -1,0 +1,142 @@
+"""A model with its losses: what one forward pass of training computes, and what data parallelism wraps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from collapse_probe.devices import autocast
+from collapse_probe.errors import ModelError
+from collapse_probe.registry import PENALTIES
+from collapse_probe.seeding import drawn_under, seed_of
+from collapse_probe.training.penalties.base import MixedLabels, Penalised
+from collapse_probe.training.recipe import PenaltyTerm, Recipe
+
+MIX = 4  # what a random stream is for
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A batch ready to be learned: `images` [B, C, height, width], `targets_BK`, and `patch_targets_BPK`
+    where they were asked for.
+    """
+
+    images: Tensor
+    targets_BK: Tensor
+    patch_targets_BPK: Tensor | None = None
+
+
+class Mixer:
+    """Smooths and mixes batches as a recipe says; `patch` is the side of a patch in pixels where targets for
+    each patch are wanted.
+    """
+
+    def __init__(self, recipe: Recipe, classes: int, patch: int | None = None) -> None:
+        self.recipe, self.classes, self.patch = recipe, classes, patch
+        self._mixup: Any = None
+        if recipe.mixup > 0 or recipe.cutmix > 0:
+            from timm.data import mixup
+
+            make: Any = mixup.Mixup  # untyped
+            settings = {"mixup_alpha": recipe.mixup, "cutmix_alpha": recipe.cutmix, "switch_prob": recipe.switch}
+            self._mixup = make(**settings, label_smoothing=recipe.label_smoothing, num_classes=classes)
+
+    def __call__(self, images: Tensor, labels: Tensor, step: int) -> Mixed:
+        """The batch of a step, mixed as drawn under the recipe's seed and the step."""
+        own_BK = smoothed(labels, self.classes, self.recipe.label_smoothing)
+        if self._mixup is None:
+            shares_BP = None if self.patch is None else torch.ones(len(images), self._patches(images), device=images.device)
+            return Mixed(images, own_BK, self._patch_targets(own_BK, shares_BP))
+        front_B111 = (torch.arange(len(images), device=images.device) < len(images) // 2).to(images.dtype)[:, None, None, None]
+        marked = torch.cat((images, front_B111.expand(-1, 1, *images.shape[2:])), dim=1)
+        with drawn_under(seed_of(self.recipe.seed, MIX, step)):
+            mixed, targets_BK = self._mixup(marked, labels)
+        shares_BP = None if self.patch is None else patch_shares(mixed[:, -1:], front_B111, self.patch)
+        return Mixed(mixed[:, :-1], targets_BK.to(images.dtype), self._patch_targets(own_BK, shares_BP))
+
+    def _patches(self, images: Tensor) -> int:
+        assert self.patch is not None
+        return int(images.shape[2] // self.patch) * int(images.shape[3] // self.patch)
+
+    def _patch_targets(self, own_BK: Tensor, shares_BP: Tensor | None) -> Tensor | None:
+        if shares_BP is None:
+            return None
+        shares_BP1 = shares_BP[..., None]
+        return shares_BP1 * own_BK[:, None] + (1 - shares_BP1) * own_BK.flip(0)[:, None]
+
+
+def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
+    """One-hot targets [B] -> [B, classes] with ε/classes off and 1 − ε + ε/classes on, as timm has them."""
+    return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
+
+
+def patch_shares(marks_B1HW: Tensor, front_B111: Tensor, patch: int) -> Tensor:
+    """What part of each patch is the image's own, [B, 1, height, width] -> [B, P].
+
+    `marks_B1HW` is a channel that was 1 in the first half of the batch (`front_B111`) and 0 in the second
+    before timm mixed each image with its mirror in the batch: x = λ·own + (1 − λ)·other, solved for λ.
+    """
+    own_B1HW = torch.where(front_B111 > 0, marks_B1HW, 1 - marks_B1HW)
+    return F.avg_pool2d(own_B1HW, patch).flatten(1)
+
+
+CROSS_ENTROPY = "cross entropy"
+
+
+class TrainingLoss(nn.Module):
+    """[B, C, height, width] and targets -> the loss terms [1 + penalties], unweighted and in float32.
+
+    `terms` names them, `weights` are their coefficients: 1 for the cross entropy, 0 where a penalty holds it
+    already (Diverse-ViT's mixing). Penalties hear the very forward pass whose logits are judged; what they
+    own is part of this module.
+    """
+
+    weights: Tensor
+
+    def __init__(self, model: nn.Module, penalties: Mapping[str, PenaltyTerm], amp: str | None = None) -> None:
+        super().__init__()
+        self.model, self.amp = model, amp
+        self.terms = (CROSS_ENTROPY, *penalties)
+        made = {name: PENALTIES[name].with_settings(settings) for name, (_, settings) in penalties.items()}
+        own = 0.0 if any(each.replaces_criterion for each in made.values()) else 1.0
+        weights = torch.tensor([own, *(weight for weight, _ in penalties.values())])
+        self.register_buffer("weights", weights, persistent=False)
+        self.penalised = Penalised(model, made) if made else None
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimizers leave without weight decay, as the model says."""
+        own = getattr(self.model, "no_weight_decay", None)
+        return {f"model.{name}" for name in own()} if callable(own) else set()
+
+    def forward(self, images: Tensor, targets_BK: Tensor, patch_targets_BPK: Tensor | None = None) -> Tensor:
+        """The terms; ModelError where the model does not answer with logits [B, K]."""
+        with autocast(images.device, self.amp):
+            if self.penalised is None:
+                return cross_entropy(self.model(images), targets_BK)[None]
+            with self.penalised.listening():
+                logits = self.model(images)
+            found = self.penalised.terms(MixedLabels(targets_BK, patch_targets_BPK))
+        terms = [cross_entropy(logits, targets_BK), *(found[name].float() for name in self.terms[1:])]
+        return torch.stack(terms)
+
+    def chosen(self, batch: Mixed) -> tuple[Tensor, ...]:
+        """The arguments of `forward` for a mixed batch."""
+        return (batch.images, batch.targets_BK, *(() if batch.patch_targets_BPK is None else (batch.patch_targets_BPK,)))
+
+
+def cross_entropy(logits: Any, targets_BK: Tensor) -> Tensor:
+    """Mean cross entropy in nats, in float32: [B, K] twice -> []. Raises ModelError for logits of another shape."""
+    if not isinstance(logits, Tensor) or logits.shape != targets_BK.shape:
+        came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(f"in training the model must answer with logits {list(targets_BK.shape)}, came {came}")
+    return F.cross_entropy(logits.float(), targets_BK)
+
+
+def needs_patch_targets(penalties: Mapping[str, PenaltyTerm]) -> bool:
+    """Whether any of these penalties judges patches by the labels of their pixels."""
+    return any("labels" in PENALTIES[name].needs for name in penalties)

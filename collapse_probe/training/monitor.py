@@ -1,0 +1,225 @@
+"""Watches a training from inside: at chosen steps measures the model on a few fixed images, and changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from collapse_probe import distributed as processes
+from collapse_probe.analysis.analyze import RunSettings, as_it_was, measure
+from collapse_probe.data.images import ImageSet, open_data
+from collapse_probe.data.preprocessing import Preprocess, from_callable
+from collapse_probe.errors import DataError, ModelError, SettingError
+from collapse_probe.files import check_writable
+from collapse_probe.models.loading import Subject, resolve
+from collapse_probe.results.findings import Findings
+
+Log = Callable[[int, dict[str, float]], None]
+Transform = Callable[[Image], Tensor]
+PARTS = 32  # images of a tensor that are handed over at a time
+
+
+@dataclass(frozen=True)
+class GivenPixels:
+    """Images that came as a tensor [n, 3, height, width], made ready by the caller; can be run through again."""
+
+    pixels: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.split(self.pixels, PARTS))
+
+    def preprocess(self) -> Preprocess:
+        """What stands for the preprocessing of images that need none."""
+
+        def refuse(picture: Image) -> Tensor:
+            raise DataError("these images came as a tensor; there is no preprocessing for pictures")
+
+        size = (int(self.pixels.shape[2]), int(self.pixels.shape[3]))
+        return Preprocess(refuse, size, {"size": list(size), "given": "pixels, made ready by the caller"})
+
+    def facts(self) -> dict[str, Any]:
+        """What findings say about their origin; the names are mere numbers, so the content is told by its SHA-256."""
+        content = hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()
+        return {"address": f"a tensor {list(self.pixels.shape)}", "content_sha256": content}
+
+
+class Monitor:
+    """Measures a model on the same few images whenever `step` is a multiple of `every`::
+
+        monitor = Monitor("photos/", every=1000, folder="monitor")
+        for step, (images, labels) in enumerate(loader):
+            ...
+            monitor.step(model, step)
+
+    `data` is a data address or an ImageSet (of which a seeded subset of `limit` images is taken), or images made ready as a
+    float tensor [n, 3, height, width] (the first `limit`). `metrics` are names as in `analyze`, by default its default set; no
+    untrained twin is measured, which would be the same at every step. `preprocess` is a Preprocess or a transform from picture
+    to tensor; by default what the model declares. With a `folder` each measurement becomes a findings folder,
+    `folder/step-0001000`; `collapse-probe compare folder` draws all of them over the training. `log(step, summary)` takes the
+    defined numbers of the summary; for TensorBoard:
+    `log=lambda step, numbers: [writer.add_scalar(name, n, step) for name, n in numbers.items()]`.
+
+    The training goes on as if the monitor were not there: train and eval modes, random states, buffers, gradients and autocast
+    are as before, after errors too. The measurement itself is in eval mode, in the parameters' own precision, with the
+    BatchNorm statistics of the moment (which lag behind early in a training). It runs only in the process that calls it and
+    waits for no other. Hooks of one's own on the model are called for the monitor's forward passes as well.
+    """
+
+    def __init__(
+        self,
+        data: str | Path | ImageSet | Tensor,
+        *,
+        every: int,
+        folder: str | Path | None = None,
+        limit: int | None = 64,
+        metrics: Sequence[str] = (),
+        preprocess: Preprocess | Transform | None = None,
+        seed: int = 0,
+        log: Log | None = None,
+    ) -> None:
+        if every < 1:
+            raise SettingError(f"a monitor measures every so many steps, from 1 on, not every {every}")
+        self.every, self.log, self.seed = every, log, seed
+        self.images = _images(data, limit, seed)
+        self.metrics = tuple(metrics)
+        self.preprocess = _preprocess(preprocess, self.images)
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            check_writable(self.folder)
+
+    def step(self, model: nn.Module, step: int) -> Findings | None:
+        """Measure `model` where `step` is a multiple of `every`, write and log the findings, and return them; else None.
+
+        `model` may be wrapped in DistributedDataParallel or torch.compile. Raises ModelError for parameters that are spread
+        over devices or processes, CollapseProbeError where the model cannot be measured.
+        """
+        if step % self.every:
+            return None
+        findings = self.measure(model, step)
+        if self.folder is not None:
+            findings.save(self.folder / f"step-{step:07d}")
+        if self.log is not None:
+            self.log(step, {name: float(value) for name, value in findings.summary.items() if value is not None})
+        return findings
+
+    def measure(self, model: nn.Module, step: int) -> Findings:
+        """The findings of `model` now, whatever `step` is; nothing is written or logged."""
+        device = _device(model)
+        settings = RunSettings(device=str(device), seed=self.seed, metrics=self.metrics, null_images=0)
+        with undisturbed(model, device), alone():
+            subject = self._subject(model, step)
+            findings = measure(subject, self.images, settings)
+        if isinstance(self.images, GivenPixels):
+            findings = replace(findings, data={**findings.data, **self.images.facts()})
+        return findings.with_run(step=step)
+
+    def _subject(self, model: nn.Module, step: int) -> Subject:
+        subject = replace(resolve(model), weights=f"in training, at step {step}")
+        return subject if self.preprocess is None else replace(subject, preprocess=self.preprocess, notes=())
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Whatever is run inside leaves modes, buffers and random states as they were, and is touched by no autocast around it."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    with ExitStack() as stack:
+        stack.enter_context(_same_randomness(device))
+        stack.callback(_put_back, buffers)
+        stack.enter_context(as_it_was(model))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
+
+
+def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, before in buffers:
+        if not torch.equal(buffer, before):  # a needless write would break a backward pass that still reads the buffer
+            buffer.copy_(before)
+
+
+@contextmanager
+def _same_randomness(device: torch.device) -> Iterator[None]:
+    """The generators of Python, NumPy and torch, on all devices in use, afterwards in the states they were in."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    metal = torch.mps.get_rng_state() if device.type == "mps" else None
+    cards = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    try:
+        with torch.random.fork_rng(devices=cards):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
+        if metal is not None:
+            torch.mps.set_rng_state(metal)
+
+
+class _NoGroup:
+    """Stands for torch.distributed where there is no process group."""
+
+    @staticmethod
+    def is_available() -> bool:
+        return False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process counts as the only one: what it runs takes all images and waits for nobody."""
+    if processes.rank_and_world()[1] == 1:
+        yield
+        return
+    names = vars(processes)
+    group = names["dist"]
+    names["dist"] = _NoGroup
+    try:
+        yield
+    finally:
+        names["dist"] = group
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameters = list(model.parameters())
+    found = {p.device for p in parameters}
+    if len(found) != 1:
+        came = ", ".join(sorted(map(str, found))) or "none"
+        raise ModelError(f"a monitor takes a model whose parameters are on one device; they are on {came}")
+    if any(type(p).__name__ == "DTensor" or hasattr(p, "_sharded_size") for p in parameters) or any(
+        type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()
+    ):
+        raise ModelError(
+            "the parameters are sharded over processes (FSDP), so that one process alone cannot run the model; "
+            "measure its gathered checkpoints with compare"
+        )
+    return found.pop()
+
+
+def _images(data: str | Path | ImageSet | Tensor, limit: int | None, seed: int) -> ImageSet | GivenPixels:
+    if isinstance(data, Tensor):
+        if data.ndim != 4 or not data.is_floating_point() or not len(data):
+            raise DataError(f"expected float images [n, channels, height, width], came {data.dtype} {list(data.shape)}")
+        if limit is not None and limit < 1:
+            raise SettingError(f"the limit is a number of images from 1 on, not {limit}")
+        return GivenPixels(data[:limit].detach().to("cpu", torch.float32).clone())
+    if isinstance(data, ImageSet):
+        return data if limit is None else data.subset(limit, seed)
+    return open_data(data, limit=limit, seed=seed)
+
+
+def _preprocess(given: Preprocess | Transform | None, images: ImageSet | GivenPixels) -> Preprocess | None:
+    if isinstance(images, GivenPixels):
+        if given is not None:
+            raise SettingError("images that come as a tensor are made ready already; leave preprocess out")
+        return images.preprocess()
+    if given is None or isinstance(given, Preprocess):
+        return given
+    return from_callable(given, {"transform": repr(given)[:500]})

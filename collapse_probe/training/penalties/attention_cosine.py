@@ -1,0 +1,68 @@
+"""Attention cosine: keep the heads' maps of a block different."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from collapse_probe.capture.gradients import GradientTrace, Requests, ViTParts
+from collapse_probe.metrics.functional.geometry import anchored, defined_mean, mean_cosine
+from collapse_probe.metrics.tokens.patch_diversity import patch_cosine
+from collapse_probe.registry import PENALTIES
+from collapse_probe.training.penalties.base import Given, Penalty
+
+
+@dataclass(frozen=True)
+class AttentionCosine(Penalty):
+    """Mean cosine between the heads' maps of one block, or of two consecutive chosen blocks, each flattened to a vector.
+
+    1/H² Σ_gh cos(A_g, A_h) (Diverse-ViT, arXiv 2203.06345). form="repository" is signed and holds the diagonal, a floor of
+    1/H; form="paper" takes absolute values of different heads alone. pairs="across" compares every head of one chosen block
+    with every head of the next, absolute, as the released code's unused regulariser does. `blocks`: None is the first
+    (released), or for "across" all; `point` "probs" (the softmax before dropout, released) or "weights" (what multiplies V).
+    """
+
+    form: Literal["repository", "paper"] = "repository"
+    pairs: Literal["within", "across"] = "within"
+    blocks: tuple[int, ...] | None = None
+    point: Literal["probs", "weights"] = "probs"
+
+    name = "attention-cosine"
+    summary = "the mean cosine between the heads' maps of a block"
+    source = "Diverse-ViT, arXiv 2203.06345"
+    metric = "head-similarity"
+    direction = "down"
+    needs = ("attention",)
+
+    def __post_init__(self) -> None:
+        self._choice("form", "repository", "paper")
+        self._choice("pairs", "within", "across")
+        self._choice("point", "probs", "weights")
+        self._blocks()
+
+    def _reach(self, anatomy: ViTParts) -> tuple[int, ...]:
+        if self.blocks is None and self.pairs == "within":
+            return (0,)
+        return anatomy.chosen(self.blocks)
+
+    def wanted(self, anatomy: ViTParts) -> Requests:
+        """The maps of the chosen blocks."""
+        return Requests(maps=frozenset(self._reach(anatomy)))
+
+    def loss(self, heard: GradientTrace, given: Given) -> Tensor:
+        """The mean over images and blocks (or pairs of blocks); 0 where there is no pair."""
+        maps = [heard.maps(i, self.point).flatten(2) for i in self._reach(heard.anatomy)]
+        if self.pairs == "across":
+            found = [mean_cosine(a, b, absolute=True) for a, b in pairwise(maps)]
+        elif self.form == "repository":
+            found = [mean_cosine(a) for a in maps]
+        else:
+            found = [patch_cosine(anchored(a)) for a in maps]
+        return torch.stack([defined_mean(each) for each in found]).mean() if found else maps[0].sum() * 0
+
+
+PENALTIES.add(AttentionCosine.name, AttentionCosine)

@@ -1,0 +1,272 @@
+"""What a penalty is, and how a model in training is made to pay it.
+
+A penalty is a frozen dataclass of its settings: one term of a loss, computed from what was overheard of a forward pass::
+
+    penalised = Penalised(model, {"patch-cosine": {"form": "paper"}})
+    with penalised.listening():
+        logits = model(images)
+    terms = penalised.terms(labels)          # {"patch-cosine": a 0-d tensor with its graph}
+    loss = criterion(logits, targets) + 0.5 * terms["patch-cosine"]
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from collapse_probe.capture.gradients import MATRICES, GradientTrace, Matrix, Requests, ViTParts, record_with_gradients
+from collapse_probe.distributed import rank_and_world, unwrap
+from collapse_probe.errors import CaptureError, SettingError
+from collapse_probe.metrics.functional.geometry import anchored, unit
+from collapse_probe.registry import PENALTIES
+from collapse_probe.settings import Settings, between
+
+Direction = Literal["up", "down", "between"]
+Level = Literal["tokens", "attention", "weights"]
+P = TypeVar("P", bound="Penalty")
+
+
+@dataclass(frozen=True, eq=False)
+class MixedLabels:
+    """The labels of a batch as distributions over classes.
+
+    `targets_BK` of the images, after mixing and smoothing; `patch_targets_BPK` of each patch, from the image that it was taken
+    from (None: each patch has the label of its image, as under mixup).
+    """
+
+    targets_BK: Tensor
+    patch_targets_BPK: Tensor | None = None
+
+    def of_patches(self, patches: int) -> Tensor:
+        """The label of each patch, [B, P, K]; SettingError where there are labels for another number of patches."""
+        if self.patch_targets_BPK is None:
+            return self.targets_BK[:, None].expand(-1, patches, -1)
+        if self.patch_targets_BPK.shape[1] != patches:
+            raise SettingError(f"labels are given for {self.patch_targets_BPK.shape[1]} patches, the model has {patches}")
+        return self.patch_targets_BPK
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What a penalty gets beside what was heard: the labels, a seed that differs from step to step, its own module."""
+
+    labels: MixedLabels | None = None
+    seed: int = 0
+    own: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Penalty(Settings, ABC):
+    """One term of a loss; its settings are the fields.
+
+    `metric` is the collapse-probe metric that it moves, and `direction` where to ("between": into bounds); `needs` says what
+    it lives on: tokens, attention, weights, labels. An instance may do better: `moves()` answers for its settings.
+    """
+
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    metric: ClassVar[str]
+    direction: ClassVar[Direction]
+    needs: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def with_settings(cls: type[P], settings: Mapping[str, Any]) -> P:
+        """The penalty with these settings; SettingError for a name that it does not have."""
+        cls._known(settings)
+        return cls(**{key: tuple(value) if isinstance(value, list | range) else value for key, value in settings.items()})
+
+    def moves(self) -> tuple[str, Direction]:
+        """The metric that these settings move, and where to."""
+        return self.metric, self.direction
+
+    @property
+    def replaces_criterion(self) -> bool:
+        """Whether the term holds the classification loss already, so that the trainer leaves its own out."""
+        return False
+
+    @abstractmethod
+    def wanted(self, anatomy: ViTParts) -> Requests:
+        """What must be heard of a model."""
+
+    def own(self, anatomy: ViTParts) -> nn.Module | None:
+        """A module with parameters of the penalty's own, or None."""
+        return None
+
+    @abstractmethod
+    def loss(self, heard: GradientTrace, given: Given) -> Tensor:
+        """The unweighted term, a 0-d tensor with its graph."""
+
+    def _number(self, setting: str, low: float, high: float = float("inf"), *, open_end: bool = False) -> None:
+        value = getattr(self, setting)
+        if not between(value, low, high) or (open_end and value == low):
+            raise SettingError(
+                f"{self.name}: {setting} must be a number {'above' if open_end else 'from'} {low}, not {value!r}"
+            )
+
+    def _blocks(self, setting: str = "blocks") -> None:
+        value = getattr(self, setting)
+        if value is None:
+            return
+        whole = isinstance(value, tuple) and all(type(i) is int and i >= 0 for i in value)
+        if not whole or not value or len(set(value)) != len(value):
+            raise SettingError(f"{self.name}: {setting} must be different block numbers from 0 up, not {value!r}")
+
+
+@dataclass(frozen=True)
+class RowPenalty(Penalty):
+    """A penalty on rows, at one of three levels.
+
+    tokens: all tokens (prefix tokens included, as the released code has it) where they leave the chosen blocks (None: the
+    last). attention: the heads' softmax maps of the chosen blocks (None: the first), each flattened to one row. weights: the
+    rows of the chosen `matrices` in the chosen blocks (None: all). The term is the mean over images and blocks, at the level of
+    weights the sum over matrices.
+    """
+
+    level: Level = "tokens"
+    blocks: tuple[int, ...] | None = None
+    matrices: tuple[Matrix, ...] = ("query", "key", "value")
+
+    metrics: ClassVar[Mapping[str, tuple[str, Direction]]] = {
+        "tokens": ("patch-diversity", "up"),
+        "attention": ("head-similarity", "down"),
+        "weights": ("hyperspherical-energy", "down"),
+    }
+    directions_only: ClassVar[bool] = False
+    needs = ("tokens", "attention", "weights")
+
+    def __post_init__(self) -> None:
+        self._choice("level", "tokens", "attention", "weights")
+        self._blocks()
+        if not self.matrices or any(name not in MATRICES for name in self.matrices):
+            raise SettingError(f"{self.name}: matrices must be some of {', '.join(MATRICES)}, not {self.matrices!r}")
+
+    def moves(self) -> tuple[str, Direction]:
+        """The metric of this level."""
+        return self.metrics[self.level]
+
+    def _reach(self, anatomy: ViTParts) -> tuple[int, ...]:
+        if self.blocks is None and self.level != "weights":
+            return (anatomy.depth - 1,) if self.level == "tokens" else (0,)
+        return anatomy.chosen(self.blocks)
+
+    def wanted(self, anatomy: ViTParts) -> Requests:
+        """Tokens or maps of the chosen blocks; weights need no hearing."""
+        blocks = self._reach(anatomy)
+        if self.level == "weights":
+            for i in blocks:
+                for name in self.matrices:
+                    anatomy.matrix(i, name)
+            return Requests()
+        if self.level == "tokens":
+            return Requests(places=frozenset(i + 1 for i in blocks))
+        return Requests(maps=frozenset(blocks))
+
+    @abstractmethod
+    def of_rows(self, rows: Tensor, seed: int) -> Tensor:
+        """The penalty on sets of rows, [..., n, d] -> [...]."""
+
+    def loss(self, heard: GradientTrace, given: Given) -> Tensor:
+        """The mean over images and blocks, or the sum over matrices."""
+        blocks = self._reach(heard.anatomy)
+        if self.level == "weights":
+            stacks: dict[tuple[int, ...], list[Tensor]] = {}
+            for matrix in heard.matrices(blocks, self.matrices):
+                stacks.setdefault(tuple(matrix.shape), []).append(matrix)
+            return torch.stack([self.of_rows(torch.stack(s), given.seed).sum() for s in stacks.values()]).sum()
+        if self.level == "tokens":
+            rows = [unit(anchored(heard.tokens(i + 1)))[0] for i in blocks]
+        else:
+            rows = [heard.maps(i).flatten(2) for i in blocks]
+        return torch.stack([self.of_rows(each, given.seed).mean() for each in rows]).mean()
+
+
+class Penalised(nn.Module):
+    """A model and its penalties: `listening()` around the forward pass, then `terms(labels)`.
+
+    `penalties` gives each term its name: a Penalty, or the settings of the penalty that has that name. The model is not part
+    of this module: `parameters()` and `state_dict()` hold what the penalties own (a head for patches, the count of steps
+    from which random starts are drawn). Wrapped models (DistributedDataParallel) are heard through their wrapper; there,
+    call `average_gradients()` after backward, for the wrapper does not know the penalties' own parameters. Raises
+    UnknownNameError, SettingError, and ModelError where the model has no place to hear.
+    """
+
+    steps: Tensor
+
+    def __init__(self, model: nn.Module, penalties: Mapping[str, Penalty | Mapping[str, Any]]) -> None:
+        super().__init__()
+        self._anatomy = ViTParts(unwrap(model))
+        self.penalties: dict[str, Penalty] = {
+            name: each if isinstance(each, Penalty) else PENALTIES[name].with_settings(each) for name, each in penalties.items()
+        }
+        self._wanted = Requests()
+        for each in self.penalties.values():
+            self._wanted |= each.wanted(self._anatomy)
+        for place in self._wanted.places:
+            self._anatomy.passage(place)
+        for block in self._wanted.maps:
+            self._anatomy.attention(block)
+        self.own = nn.ModuleDict()
+        like = next(self._anatomy.model.parameters())
+        for name, each in self.penalties.items():
+            module = each.own(self._anatomy)
+            if module is not None:
+                self.own[name] = module.to(like.device)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self._count: int | None = None
+        loaded: Any = self.register_load_state_dict_post_hook
+        loaded(_count_again)
+        self._newest: Sequence[GradientTrace] | None = None
+        _same_everywhere(self)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear the forward passes of the model inside the `with`; the newest is the one that pays."""
+        self._newest = None
+        with record_with_gradients(self._anatomy, self._wanted) as newest:
+            yield
+        self._newest = newest
+
+    def terms(self, labels: MixedLabels | None = None) -> dict[str, Tensor]:
+        """The unweighted losses by name, 0-d, in float32 with their graphs; what was heard is let go.
+
+        Raises CaptureError where no forward pass was heard (since the last call), SettingError where labels are missing.
+        """
+        if self._newest is None:
+            raise CaptureError("nothing was heard: run the model inside `with penalised.listening()` before each `terms()`")
+        heard, self._newest = self._newest[0], None
+        self._count = int(self.steps) if self._count is None else self._count
+        kind = next(self._anatomy.model.parameters()).device.type
+        found, own = dict[str, Tensor](), dict(self.own.items())
+        with torch.autocast(kind, enabled=False):
+            for name, each in self.penalties.items():
+                found[name] = each.loss(heard, Given(labels, self._count, own.get(name)))
+        self._count += 1
+        self.steps.add_(1)
+        return found
+
+    def average_gradients(self) -> None:
+        """Average the gradients of the penalties' own parameters over all processes; nothing to do in one."""
+        _, world = rank_and_world()
+        for parameter in self.parameters() if world > 1 else ():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= world
+
+
+def _count_again(penalised: Penalised, keys: Any) -> None:
+    """After loading, also as part of another module: random starts go on from the count of steps that was loaded."""
+    penalised._count = None
+
+
+def _same_everywhere(module: nn.Module) -> None:
+    """Start the parameters of all processes from those of the first."""
+    if rank_and_world()[1] > 1:
+        for parameter in module.parameters():
+            dist.broadcast(parameter.data, src=0)

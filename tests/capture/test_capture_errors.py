@@ -1,0 +1,272 @@
+"""What cannot be heard is an error that names the module and the way out: nothing is silently missing."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from toy_models import SIZE, WIDTH, Block, Matmul, ToyAttention, ToyViT, images, sharpen, toy
+
+from collapse_probe.capture.capture import discover_plan, record
+from collapse_probe.errors import CaptureError, ModelError, NoAttentionFoundError
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@torch.library.custom_op("toys::flash_attn_forward", mutates_args=())
+def flash_attn_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v).clone()
+
+
+class Opaque(ToyAttention):
+    def mix(self, q, k, v):
+        return flash_attn_forward(q, k, v)
+
+
+class Sigmoid(ToyAttention):
+    def mix(self, q, k, v):
+        return torch.sigmoid(self.logits(q, k)) @ v
+
+
+class ByHand(ToyAttention):
+    def mix(self, q, k, v):
+        attn = (self.logits(q, k) - self.logits(q, k).amax(-1, keepdim=True)).exp()
+        return attn / attn.sum(-1, keepdim=True) @ v
+
+
+class LogSoftmax(ToyAttention):
+    def mix(self, q, k, v):
+        return F.log_softmax(self.logits(q, k), -1).exp() @ v
+
+
+class Linear(ToyAttention):
+    def mix(self, q, k, v):
+        return F.elu(q) @ (F.elu(k).transpose(-1, -2) @ v)
+
+
+@torch.library.custom_op("toys::varlen_attention", mutates_args=())
+def varlen_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return q @ (k.transpose(-1, -2) @ v)
+
+
+class Varlen(ToyAttention):
+    def mix(self, q, k, v):
+        return varlen_attention(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("attention", "error", "words"),
+    [
+        (Opaque, NoAttentionFoundError, ["toys::flash_attn_forward", "scaled_dot_product_attention"]),
+        (Varlen, NoAttentionFoundError, ["toys::varlen_attention", "eager attention"]),
+        (Sigmoid, NoAttentionFoundError, ["softmax written by hand", "Sigmoid"]),
+        (ByHand, NoAttentionFoundError, ["softmax written by hand", "ByHand"]),
+        (LogSoftmax, NoAttentionFoundError, ["softmax written by hand", "LogSoftmax"]),
+        (Linear, NoAttentionFoundError, ["linear attention", "Linear"]),
+    ],
+)
+def test_attention_without_a_map_to_hear(attention, error, words):
+    with pytest.raises(error) as raised:
+        discover_plan(toy(attention), SIZE)
+    for word in ["blocks.0.attn", *words]:
+        assert word in str(raised.value)
+    model = toy(attention)
+    with torch.no_grad(), record(model), pytest.raises(error):
+        model(images())
+
+
+@pytest.mark.parametrize(
+    ("attention", "words"),
+    [
+        (Opaque, "flash_attn_forward"),
+        (Sigmoid, "softmax written by hand"),
+        (Linear, "linear attention"),
+    ],
+)
+def test_unheard_attention_beside_heard_attention_is_an_error(attention, words):
+    model = ToyViT([Block(ToyAttention()), Block(attention())])
+    with pytest.raises(CaptureError, match=f"(?s)blocks.1.attn.*{words}"):
+        discover_plan(model, SIZE)
+
+
+def test_attention_of_one_class_is_heard_in_every_block_or_not_at_all():
+    class Sometimes(ToyAttention):
+        """Skips its softmax when told to."""
+
+        plain = True
+
+        def mix(self, q, k, v):
+            return super().mix(q, k, v) if self.plain else v
+
+    model = ToyViT([Block(Sometimes()) for _ in range(3)])
+    model.blocks[1].attn.plain = False
+    with pytest.raises(CaptureError, match=r"only 2 attention calls.*blocks\.1\.attn \(Sometimes\)"):
+        discover_plan(model, SIZE)
+
+
+def test_a_shared_block_must_be_heard_at_every_call():
+    class Tiring(ToyAttention):
+        """Attends at every other call only."""
+
+        calls = 0
+
+        def mix(self, q, k, v):
+            self.calls += 1
+            return super().mix(q, k, v) if self.calls % 2 else v
+
+    with pytest.raises(CaptureError, match=r"only 1 attention calls.*blocks\.0\.attn"):
+        discover_plan(ToyViT([Block(Tiring())] * 2), SIZE)
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "words"),
+    [
+        (torchvision.models.resnet18, 64, "ResNet has no attention"),
+        (lambda: timm.create_model("efficientvit_b0"), 64, "LiteMLA.*linear attention"),
+    ],
+)
+def test_models_without_softmax_attention(make, size, words):
+    with pytest.raises(NoAttentionFoundError, match=words):
+        discover_plan(make().eval(), (size, size))
+
+
+def test_blocks_outside_any_container_are_named():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.attend = nn.Conv2d(3, WIDTH, 8, 8), Matmul()
+
+        def forward(self, x):
+            return self.attend(self.patches(x).flatten(2).transpose(1, 2))
+
+    with pytest.raises(NoAttentionFoundError, match=r"heard in attend, but in no block.*nn\.ModuleList"):
+        discover_plan(sharpen(Bare()), SIZE)
+
+
+class Dropping(ToyAttention):
+    def mix(self, q, k, v):
+        return F.dropout(super().mix(q, k, v), 0.5)
+
+
+def test_a_model_that_is_not_deterministic():
+    with pytest.raises(CaptureError, match=r"not deterministic.*eval\(\)"):
+        discover_plan(toy(Dropping), SIZE)
+
+
+def test_a_model_that_gives_nan():
+    model = toy()
+    with torch.no_grad():
+        model.head.weight.fill_(torch.nan)
+    with pytest.raises(CaptureError, match="NaN; check its weights"):
+        discover_plan(model, SIZE)
+
+
+class EarlyExit(ToyViT):
+    """Stops after one block where the image is dark."""
+
+    def forward(self, x):
+        tokens = self.embed(x)
+        for block in self.blocks if x.mean() > -5 else self.blocks[:1]:
+            tokens = block(tokens)
+        return self.head(tokens.mean(1))
+
+
+def test_a_depth_that_depends_on_the_data():
+    model = EarlyExit([Block(ToyAttention()) for _ in range(2)]).eval()
+    with torch.no_grad(), record(model, discover_plan(model, SIZE)) as ears:
+        model(images())
+        with pytest.raises(CaptureError, match="ran 1 attention calls, the probe 2"):
+            model(images() - 10)
+        with pytest.raises(CaptureError, match="no forward pass was heard"):
+            _ = ears.last
+
+
+def test_images_of_another_size_than_the_probes():
+    model = toy()
+    with torch.no_grad(), record(model, discover_plan(model, SIZE)):
+        with pytest.raises(CaptureError, match=r"\(4, 17, 17\).*in this batch, \(4, 13, 13\)"):
+            model(images(size=(32, 32)))
+        model(images())
+
+
+def test_nothing_heard_is_an_error_when_it_is_read():
+    model = toy()
+    plan = discover_plan(model, SIZE)
+    with torch.no_grad(), record(model, plan) as ears:
+        with pytest.raises(CaptureError, match="no forward pass was heard"):
+            _ = ears.last
+        for elsewhere in (model.embed, lambda x: model.blocks[0](model.embed(x))):
+            elsewhere(images())
+        runner = threading.Thread(target=model, args=(images(),))
+        runner.start()
+        runner.join()
+        with pytest.raises(CaptureError, match="in the thread that entered it"):
+            ears.take()
+        model(images())
+        assert ears.take().images == 3
+
+
+def test_another_thread_is_not_heard_while_this_one_is():
+    model, others = toy(), []
+    plan = discover_plan(model, SIZE)
+
+    def elsewhere(*_):
+        runner = threading.Thread(target=lambda: others.append(model(images(1, seed=5))))
+        model.blocks[1]._forward_pre_hooks.clear()
+        runner.start()
+        runner.join()
+
+    model.blocks[1].register_forward_pre_hook(elsewhere)
+    with torch.no_grad(), record(model, plan) as ears:
+        model(images())
+    assert len(others) == 1
+    assert [len(a.q) for a in ears.last.attention] == [3, 3]
+
+
+def test_inference_mode_must_begin_before_the_listening():
+    model = toy()
+    plan = discover_plan(model, SIZE)
+    with (
+        record(model, plan),
+        torch.inference_mode(),
+        pytest.raises(CaptureError, match=r"use torch\.no_grad"),
+    ):
+        model(images())
+    with torch.inference_mode():
+        assert discover_plan(model, SIZE) == plan
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings("ignore:Converting mask without torch.bool dtype")
+def test_nested_tensors():
+    class Nested(ToyViT):
+        def __init__(self):
+            super().__init__([])
+            layer = nn.TransformerEncoderLayer(WIDTH, 4, 64, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True)
+            self.eval()
+
+        def forward(self, x):
+            tokens = self.embed(x)
+            padding = torch.arange(tokens.shape[1]) >= tokens.shape[1] - torch.arange(len(x))[:, None]
+            return self.encoder(tokens, src_key_padding_mask=padding).mean(1)
+
+    with pytest.raises(CaptureError, match="enable_nested_tensor=False"):
+        discover_plan(Nested(), SIZE)
+
+
+def test_a_model_that_fails_on_the_probes_images_says_which_size_it_got():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=24, num_heads=2).eval()
+    with pytest.raises(ModelError, match=r"failed on noise images \[2, 3, 48, 48\] .* give img_size"):
+        discover_plan(model, (48, 48))

@@ -1,0 +1,112 @@
+"""The trained models that ship: what their files say, the bands in which they lie, and the story that follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from bundle_models import command_of, shrink
+
+from collapse_probe.analysis.analyze import analyze
+from collapse_probe.data.splits import split_data
+from collapse_probe.models.model_file import load_model, read_card
+from collapse_probe.models.sources.ours import FOLDER, MODELS, bundled_models, file_of
+from collapse_probe.registry import RECIPES
+from collapse_probe.report.demo import PAIRS, Demonstration, told
+from collapse_probe.training.recipe import Recipe
+
+HELD_OUT = 64
+
+
+@pytest.fixture(scope="module")
+def found():
+    images = split_data("bundled:digits").held_out.subset(HELD_OUT)
+    return {name: analyze(f"ours:{name}", images, null_images=0, device="cpu") for name in MODELS}
+
+
+def test_all_are_there_and_small():
+    assert bundled_models() == list(MODELS)
+    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 4 * 2**20
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_says_how_it_was_made(name):
+    facts = read_card(file_of(name)).facts
+    account = json.loads((FOLDER / "spread.json").read_text())["models"][name]
+    seed = account["shipped_seed"]
+    assert facts["recipe"] == RECIPES[name]().vary(seed=seed).to_json()
+    assert Recipe.from_json(facts["recipe"]).seed == seed
+    assert f"train {name} --seed {seed}" in facts["command"]
+    assert account["command"] == command_of(name, seed)
+    assert {"torch", "timm"} <= set(facts["versions"])
+    kappas = sorted(numbers["kappa_adjacent"] for numbers in account["seeds"].values())
+    assert account["seeds"][str(seed)]["kappa_adjacent"] == kappas[1]
+    assert account["seeds"][str(seed)]["accuracy"] == facts["accuracy"] > 0.95
+
+
+def test_the_positive_control_has_collapsed(found):
+    assert found["digits-tied-mhsa"].summary["kappa_adjacent"] > 0.9
+    assert found["digits-tied-mhsa"].summary["attention_similarity_adjacent"] > 0.97
+
+
+def test_re_attention_changes_weights_and_not_probs(found):
+    numbers = found["digits-tied-re-attention"].summary
+    assert abs(numbers["attention_similarity_adjacent"]) < 0.1
+    assert numbers["attention_similarity_probs_adjacent"] > 0.9
+
+
+def test_the_ordinary_model_is_near_uniform_and_not_collapsed(found):
+    numbers = found["digits-mhsa"].summary
+    assert numbers["kappa_adjacent"] < 0.35
+    assert numbers["attention_similarity_adjacent"] > 0.8
+
+
+def test_they_still_read_digits():
+    images = split_data("bundled:digits").held_out
+    for name in MODELS:
+        model, card = load_model(file_of(name))
+        transform = card.preprocess().transform
+        pixels = torch.stack([transform(images[i]) for i in range(120)])
+        with torch.no_grad():
+            right = (model(pixels).argmax(1) == torch.tensor(images.labels[:120])).float().mean()
+        assert right > 0.9, name
+
+
+def test_rounding_keeps_what_float16_cannot_hold(tmp_path):
+    from safetensors.torch import load_file
+
+    shrink(file_of("digits-tied-re-attention"), tmp_path / "again.safetensors")
+    held = load_file(tmp_path / "again.safetensors")
+    assert held["blocks.0.attn.qkv.weight"].dtype == torch.float16
+    assert held["blocks.3.attn.var_norm.running_var"].dtype == torch.float32
+    assert held["blocks.3.attn.reatten_matrix.weight"].dtype == torch.float32
+
+
+class Shown:
+    """A subject with nothing but a summary."""
+
+    def __init__(self, summary):
+        self.summary = summary
+
+
+def story(found, **changes):
+    numbers = {name: dict(f.summary) for name, f in found.items()}
+    for name, change in changes.items():
+        numbers[name.replace("_", "-")] |= change
+    made = {pair: {"MHSA": Shown(numbers[a]), "Re-attention": Shown(numbers[b])} for pair, (a, b) in PAIRS.items()}
+    held = {pair: dataclasses.make_dataclass("Held", ["subjects"])(subjects) for pair, subjects in made.items()}
+    return dict(told(Demonstration(held, {})))
+
+
+def test_the_story_follows_the_numbers(found):
+    assert "attends alike throughout" in story(found)["What collapse looks like"][0]
+    low = {"kappa_adjacent": 0.4}
+    assert "read it with care" in story(found, digits_tied_mhsa=low)["What collapse looks like"][0]
+    assert "the blocks still attend alike" in story(found)["What Re-attention does, and where"][0]
+    high = {"attention_similarity_adjacent": 0.5}
+    assert "still attend alike" not in story(found, digits_tied_re_attention=high)["What Re-attention does, and where"][0]
+    assert "near-uniform maps are alike" in story(found)["What an ordinary ViT shows"][0]
+    shared = {"kappa_adjacent": 0.8}
+    assert "do share attention" in story(found, digits_mhsa=shared)["What an ordinary ViT shows"][0]

@@ -1,0 +1,153 @@
+"""Figures and page of a comparison: what is drawn when, that it repeats, and that the page stands alone."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from factories import findings_of, small_vit
+
+from collapse_probe.analysis.compare import compare
+from collapse_probe.analysis.pairing import pair_up
+from collapse_probe.data.images import open_data
+from collapse_probe.models.loading import resolve, with_fixes
+from collapse_probe.report.comparison import figures as contrast_heatmaps
+from collapse_probe.report.comparison import page as contrast_tables
+from collapse_probe.report.comparison.figures import CAPTIONS, FIGURES, draw_all
+from collapse_probe.report.comparison.page import render, write_comparison
+from collapse_probe.report.style import chosen, colours, svg
+from collapse_probe.results.comparison import Comparison
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """An untrained ViT and the same with Re-attention, on real photographs."""
+    options = {"pretrained": False, "img_size": 32, "model_kwargs": {"depth": 3, "num_classes": 4}}
+    plain, other = (resolve("timm:vit_tiny_patch16_224", **options) for _ in range(2))
+    subjects = {"<plain> & simple": plain, "re-attention": with_fixes(other, ["re-attention:norm=batch"])}
+    return compare(subjects, "bundled:photos", limit=6, batch_size=6, null_images=4)
+
+
+@pytest.fixture(scope="module")
+def course():
+    """Five checkpoints of something, made by hand."""
+    rng = np.random.default_rng(0)
+    steps = {f"epoch-{i}": findings_of(*rng.uniform(0.3, 0.6 + 0.08 * i, (2, 6, 3))) for i in range(5)}
+    first = steps["epoch-0"]
+    pairs = tuple(pair_up(first, f, ("epoch-0", n)) for n, f in steps.items() if f is not first)
+    return Comparison(steps, pairs, True, {"command": "made up"})
+
+
+def test_every_figure_has_its_caption():
+    assert FIGURES.keys() == CAPTIONS.keys()
+
+
+def test_two_models_of_which_one_mixes_fill_all_but_the_course(mixed):
+    assert set(draw_all(mixed)) == set(FIGURES) - {"course", "cross-cka"}
+    assert set(draw_all(mixed, narrow=True)) == set(FIGURES) - {"course", "cross-cka"}
+
+
+def test_probs_stand_beside_weights_only_where_a_subject_mixes():
+    digits = open_data("bundled:digits", limit=4)
+    found = compare({"a": small_vit(depth=2), "b": small_vit(1, depth=2)}, digits, null_images=0, batch_size=4)
+    assert "probs-and-weights" not in draw_all(found)
+
+
+def test_a_training_draws_its_course(course):
+    figures = draw_all(course)
+    assert "course" in figures
+    titles = [axes.get_title(loc="left") for axes in figures["course"].axes]
+    assert any("raw similarity" in title for title in titles)
+    assert any(title.startswith("κ") for title in titles)
+
+
+def test_drawn_twice_it_is_the_same(mixed):
+    one, other = (svg(FIGURES["adjacent"](mixed, False)) for _ in range(2))
+    assert one == other
+
+
+def test_all_subjects_share_one_scale(mixed):
+    for name in ("matrices", "probs-and-weights"):
+        panels = [axes for axes in FIGURES[name](mixed, False).axes if axes.get_xlabel() == "block"]
+        raw = [axes.collections[0].get_clim() for axes in panels if "κ" not in axes.get_title(loc="left")]
+        assert len(raw) >= 2
+        assert len(set(raw)) == 1
+
+
+@pytest.mark.parametrize(("reach", "limit"), [(0.0, 0.02), (0.019, 0.02), (0.021, 0.05), (0.7, 1.0), (1.9, 2.0)])
+def test_the_scale_of_differences_is_one_of_a_few(reach, limit):
+    scale = contrast_heatmaps.difference_scale([np.array([[0.0, -reach], [np.nan, reach / 2]])])
+    assert (scale.low, scale.high) == (-limit, limit)
+
+
+def test_adjacent_curves_do_not_make_much_of_tiny_differences(mixed):
+    raw, kappa = FIGURES["adjacent"](mixed, False).axes
+    assert raw.get_ylim()[0] <= 0.0
+    assert raw.get_ylim()[1] >= 1.0
+    assert kappa.get_ylim()[0] <= -0.25
+    assert kappa.get_ylim()[1] >= 1.0
+
+
+def test_other_depths_leave_the_difference_map_out():
+    rng = np.random.default_rng(0)
+    one, other = findings_of(*rng.uniform(0.2, 0.8, (2, 6, 3))), findings_of(*rng.uniform(0.2, 0.8, (2, 6, 5)))
+    found = compare({"short": one, "long": other})
+    figures = draw_all(found)
+    assert "difference-maps" not in figures
+    assert {"matrices", "adjacent"} <= set(figures)
+    assert "cannot be paired" in render(found)
+
+
+def test_colours_tell_subjects_apart(course, mixed):
+    assert len(set(colours(course).values())) == 5
+    assert len(set(colours(mixed).values())) == 2
+    assert chosen(list("abcdefghij"), 4) == ["a", "d", "g", "j"]
+
+
+def test_the_page_stands_alone_and_starts_with_the_answer(mixed, tmp_path):
+    page = write_comparison(mixed, tmp_path).read_text(encoding="utf-8")
+    assert not re.search(r'(?:src|href|srcset)="(?!data:|#)', page)
+    assert "<script" not in page
+    assert page.index("exists without any training") < page.index("<h2>")
+    assert "&lt;plain&gt; &amp; simple" in page
+    assert "<plain>" not in page
+    assert page.count("<figure ") == len(FIGURES) - 2
+    for name in FIGURES.keys() - {"course", "cross-cka"}:
+        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 1000
+        assert (tmp_path / "figures" / f"{name}.svg").exists()
+    assert not re.search(r">\s*(nan|None)\s*<", page)
+
+
+def test_the_page_of_a_training(course):
+    page = render(course)
+    assert "From epoch-0 to epoch-4, over 5 checkpoints" in page
+    assert "epoch-4 (second) against epoch-0 (first)" in page
+    assert "epoch-2 (second)" not in page
+
+
+def test_the_table_of_subjects_stands_upright_for_few_and_leaves_out_what_nobody_has(mixed, course):
+    few, many = contrast_tables.subjects(mixed), contrast_tables.subjects(course)
+    assert few.header == ("subject", "<plain> & simple", "re-attention")
+    assert [row[0] for row in few.rows][:3] == ["weights", "blocks", "parameters"]
+    assert "accuracy" not in [row[0] for row in few.rows]
+    assert any("BatchNorm" in note for note in few.notes)
+    assert many.header[0] == "subject"
+    assert [row[0] for row in many.rows] == list(course.subjects)
+    assert "GFLOPs" not in many.header
+
+
+def test_the_table_of_a_pair_holds_every_number(mixed):
+    tables = {t.title: t.table for t in contrast_tables.paired(mixed.pairs[0])}
+    kappa = tables["attention-similarity/kappa"]
+    assert [row[0] for row in kappa.rows] == ["1", "2", "mean"]
+    assert all(len(row) == len(kappa.header) for row in kappa.rows)
+    assert "counts of similar blocks" in tables
+
+
+def test_findings_without_anything_to_draw_still_make_a_page():
+    bare = replace(findings_of(np.ones((3, 2)), np.ones((3, 2))), metrics={}, images={}, gallery=None)
+    found = compare({"one": bare, "other": bare})
+    assert draw_all(found) == {}
+    assert "nothing that can be drawn" in render(found)
