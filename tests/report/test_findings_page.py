@@ -18,7 +18,7 @@ from collapse_probe.analysis import summary
 from collapse_probe.metrics.attention import similar_blocks
 from collapse_probe.metrics.presets import records
 from collapse_probe.registry import PRESETS
-from collapse_probe.report import style
+from collapse_probe.report import style as style_module
 from collapse_probe.report.findings import curves
 from collapse_probe.report.findings.captions import CAPTIONS
 from collapse_probe.report.findings.figures import FIGURES, draw_all
@@ -312,7 +312,7 @@ def test_thresholds_on_the_page_are_those_of_the_rules() -> None:
 
 def test_each_rule_of_style_stands_once() -> None:
     lines: list[str] = []
-    for path in (Path(style.__file__).parent / "templates").glob("*.html"):
+    for path in (Path(style_module.__file__).parent / "templates").glob("*.html"):
         (style,) = re.findall(r"<style>(.*?)</style>", path.read_text(encoding="utf-8"), re.DOTALL) or [""]
         lines += [line for line in style.split("@media")[0].splitlines() if line.strip()]
     assert len(lines) > 40
