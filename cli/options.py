@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ import click
 import yaml
 
 from collapse_probe.errors import SettingError
+from collapse_probe.settings import parse_keywords
 
 
 def blocks_in(text: str) -> list[int]:
@@ -36,16 +36,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def keywords(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
     """`k=v` words, several in one value or one each, as a dictionary; values are Python literals or else text."""
-    found: dict[str, Any] = {}
-    for word in " ".join(values).split():
-        key, equals, text = word.partition("=")
-        if not equals or not key.isidentifier():
-            raise click.BadParameter(f"expected NAME=VALUE, came {word!r}", ctx, parameter)
-        try:
-            found[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            found[key] = text
-    return found
+    try:
+        return parse_keywords(" ".join(values).split())
+    except SettingError as error:
+        raise click.BadParameter(str(error), ctx, parameter) from error
 
 
 def configuration(ctx: click.Context, parameter: click.Parameter, path: str | None) -> None:

@@ -46,19 +46,29 @@ def between(value: object, low: float, high: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
-def read_settings(words: Iterable[str], text: str) -> dict[str, Any]:
-    """Settings out of words `K=V`; values are Python literals or else text. SettingError names the whole `text`.
+def parse_value(text: str) -> Any:
+    """A Python literal where `text` is one, else the text itself.
 
-    >>> read_settings(["norm=layer", "scale=2"], "re-attention:norm=layer,scale=2")
+    >>> parse_value("(1, 2)"), parse_value("layer")
+    ((1, 2), 'layer')
+    """
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def parse_keywords(words: Iterable[str], text: str = "") -> dict[str, Any]:
+    """Names and values out of words `K=V`, see `parse_value`. SettingError names the word and the whole `text` it is from.
+
+    >>> parse_keywords(["norm=layer", "scale=2"], "re-attention:norm=layer,scale=2")
     {'norm': 'layer', 'scale': 2}
     """
-    settings: dict[str, Any] = {}
+    keywords: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key.strip().isidentifier():
-            raise SettingError(f"{text!r}: expected NAME:SETTING=VALUE,…, came {word!r}")
-        try:
-            settings[key.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[key.strip()] = value
-    return settings
+            expected = f"{text!r}: expected NAME:SETTING=VALUE,…" if text else "expected NAME=VALUE"
+            raise SettingError(f"{expected}, came {word!r}")
+        keywords[key.strip()] = parse_value(value)
+    return keywords

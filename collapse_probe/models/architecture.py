@@ -13,7 +13,7 @@ from collapse_probe.errors import CollapseProbeError, ModelError, SettingError
 from collapse_probe.models.fixes.apply import apply
 from collapse_probe.models.vit import ViT, ViTSettings
 from collapse_probe.registry import FIXES
-from collapse_probe.settings import read_settings
+from collapse_probe.settings import parse_keywords
 
 TIMM_NAMES = {  # what timm calls the settings that both kinds of model have
     "depth": "depth",
@@ -141,6 +141,6 @@ def read_fix(text: str) -> tuple[str, dict[str, Any]]:
     ('re-attention', {'norm': 'layer'})
     """
     name, _, rest = text.partition(":")
-    settings = read_settings(filter(None, rest.split(",")), text)
+    settings = parse_keywords(filter(None, rest.split(",")), text)
     FIXES[name].with_settings(settings)
     return name, settings

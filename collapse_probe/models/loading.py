@@ -18,7 +18,7 @@ from collapse_probe.errors import CollapseProbeError, ModelError, SettingError, 
 from collapse_probe.models.checkpoints import load_checkpoint
 from collapse_probe.models.fixes.apply import apply
 from collapse_probe.registry import FIXES, SOURCES
-from collapse_probe.settings import read_settings
+from collapse_probe.settings import parse_keywords
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def _read(text: str) -> Chosen:
     fix = FIXES[name]
     if not colon:
         return name, dict(fix.neutral or {})
-    return name, read_settings(rest.split(","), text)
+    return name, parse_keywords(rest.split(","), text)
 
 
 def _grafted(model: nn.Module, chosen: Sequence[Chosen], blocks: Sequence[int] | None, seed: int) -> nn.Module:

@@ -6,20 +6,20 @@ import pytest
 
 from collapse_probe.errors import SettingError
 from collapse_probe.registry import FIXES, PENALTIES
-from collapse_probe.settings import between, read_settings
+from collapse_probe.settings import between, parse_keywords
 
 
 def test_words_become_literals_or_text():
     words = ["a=1", " b =(1, 2)", "c=None", "d=layer", "e=x=y", "f="]
     expected = {"a": 1, "b": (1, 2), "c": None, "d": "layer", "e": "x=y", "f": ""}
-    assert read_settings(words, "…") == expected
-    assert read_settings([], "…") == {}
+    assert parse_keywords(words, "…") == expected
+    assert parse_keywords([], "…") == {}
 
 
 @pytest.mark.parametrize("word", ["a", "", "=1", "1a=2", "a b=1"])
 def test_a_word_that_sets_nothing_is_named_with_the_whole_text(word):
     with pytest.raises(SettingError) as said:
-        read_settings(["a=1", word], "re-attention:all of it")
+        parse_keywords(["a=1", word], "re-attention:all of it")
     assert str(said.value) == f"'re-attention:all of it': expected NAME:SETTING=VALUE,…, came {word!r}"
 
 
