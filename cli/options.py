@@ -180,8 +180,8 @@ remedies = _all(
 failing = click.option(
     "--fail-on",
     multiple=True,
-    metavar="EXPR",
-    help="Exit with code 3 where this holds of the summary, or cannot be decided: 'similar_blocks > 4'.",
+    metavar="'NAME OP NUMBER'",
+    help="Exit with code 3 where this holds of the summary, or is undefined: 'similar_blocks > 4'. May be given several times.",
 )
 talking = _all(
     click.option(

@@ -149,8 +149,8 @@ def test_fail_on_of_analyze_comes_after_the_output(run, photos):
 
 def test_a_bad_threshold_stops_before_the_work(run, photos):
     code, _, err = analyze(run, photos, "out", "--fail-on", "open('x')")
-    assert code == 1
-    assert "is not a comparison" in err
+    assert code == 2
+    assert "expected NAME OP NUMBER" in err
     assert not Path("out").exists()
 
 
