@@ -65,3 +65,11 @@ def seeded_all(seed: int, rank: int) -> None:
     random.seed(drawn)
     np.random.seed(drawn % 2**32)  # noqa: NPY002
     torch.manual_seed(drawn)
+
+
+@contextlib.contextmanager
+def torch_seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator for the length of the `with` and put it back; no other generator is touched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from collapse_probe.errors import CollapseProbeError, ModelError, SettingError
 from collapse_probe.models.fixes.apply import apply
 from collapse_probe.models.vit import ViT, ViTSettings
 from collapse_probe.registry import FIXES
+from collapse_probe.seeding import torch_seeded
 from collapse_probe.settings import parse_keywords
 
 TIMM_NAMES = {  # what timm calls the settings that both kinds of model have
@@ -48,8 +48,7 @@ class Architecture:
 
         Raises ModelError or SettingError for an architecture that cannot be.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with torch_seeded(seed):
             model = self._made()
             if self.embedding_std is not None:
                 _draw_embedding(model, self.embedding_std)

@@ -38,49 +38,43 @@ class Cost:
 def measure_cost(model: nn.Module, size: tuple[int, int], batch_size: int) -> Cost:
     """Count and time a model in eval mode, where it lies, on images of `size` (height, width)."""
     like = next(model.parameters())
-    noise = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    device = like.device
+    noise = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0)).to(device, like.dtype)
+    flops, note = count_flops(model, noise[:1])
+    seconds: list[float] = []
     with torch.no_grad():
-        flops, note = _flops(model, noise[:1])
-        seconds = _seconds(model, noise)
+        model(noise)
+        while len(seconds) < RUNS or (sum(seconds) < SECONDS and len(seconds) < MOST_RUNS):
+            _synchronize(device)
+            start = time.perf_counter()
+            model(noise)
+            _synchronize(device)
+            seconds.append(time.perf_counter() - start)
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
         flops=flops,
         images_per_second=batch_size / float(np.median(seconds)),
         batch_size=batch_size,
-        device=_name(like.device),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads",
         runs=len(seconds),
         note=note,
     )
 
 
-def _flops(model: nn.Module, image: Tensor) -> tuple[int | None, str]:
+@torch.no_grad()
+def count_flops(model: nn.Module, images: Tensor) -> tuple[int | None, str]:
+    """Operations of one forward pass of `images` [B, C, height, width]; None and the reason where they cannot be counted."""
     counter = FlopCounterMode(display=False)
     try:
         with counter:
-            model(image)
+            model(images)
     except Exception as error:  # models with operations of their own fail in many ways under a dispatch mode
         return None, f"operations cannot be counted: {type(error).__name__}"
     return int(counter.get_total_flops()), ""
 
 
-def _seconds(model: nn.Module, noise: Tensor) -> list[float]:
-    model(noise)
-    found: list[float] = []
-    while len(found) < RUNS or (sum(found) < SECONDS and len(found) < MOST_RUNS):
-        _wait(noise.device)
-        start = time.perf_counter()
-        model(noise)
-        _wait(noise.device)
-        found.append(time.perf_counter() - start)
-    return found
-
-
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"

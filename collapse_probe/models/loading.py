@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from collapse_probe.errors import CollapseProbeError, ModelError, SettingError, 
 from collapse_probe.models.checkpoints import load_checkpoint
 from collapse_probe.models.fixes.apply import apply
 from collapse_probe.registry import FIXES, SOURCES
+from collapse_probe.seeding import torch_seeded
 from collapse_probe.settings import parse_keywords
 
 
@@ -199,14 +199,6 @@ def _unknown(name: str, scheme: str | None) -> str:
     return f"{said}; did you mean {' or '.join(map(repr, shown))}?"
 
 
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator for the length of the block; no other generator is touched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
 def _make(blueprint: Blueprint, request: Request, trained: bool, seed: int) -> nn.Module:
     if trained and blueprint.trained is None and blueprint.fixed is None:
         ways = "use --no-pretrained for fresh weights or --checkpoint FILE for your own"
@@ -214,7 +206,7 @@ def _make(blueprint: Blueprint, request: Request, trained: bool, seed: int) -> n
     asked = [f"{key}={value!r}" for key, value in request.model_kwargs.items()]
     asked += [] if request.img_size is None else [f"img_size={request.img_size}"]
     try:
-        with _seeded(seed):
+        with torch_seeded(seed):
             return blueprint.make(trained)
     except CollapseProbeError:
         raise
@@ -307,8 +299,7 @@ def _read(text: str) -> Chosen:
 
 
 def _grafted(model: nn.Module, chosen: Sequence[Chosen], blocks: Sequence[int] | None, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with torch_seeded(seed):
         for name, settings in chosen:
             apply(model, name, blocks, **settings)
     return model.eval()
