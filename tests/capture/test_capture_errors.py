@@ -24,7 +24,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@torch.library.custom_op("toys::flash_attn_forward", mutates_args=())
+@torch.library.custom_op("toys::flash_attn_forward", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> Tensor")
 def flash_attn_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v).clone()
 
@@ -55,7 +55,7 @@ class Linear(ToyAttention):
         return F.elu(q) @ (F.elu(k).transpose(-1, -2) @ v)
 
 
-@torch.library.custom_op("toys::varlen_attention", mutates_args=())
+@torch.library.custom_op("toys::varlen_attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> Tensor")
 def varlen_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return q @ (k.transpose(-1, -2) @ v)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from factories import TOKENS, make_gallery, synthetic
 from matplotlib.axes import Axes
-from matplotlib.collections import FillBetweenPolyCollection, QuadMesh
+from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.figure import Figure
 
 from collapse_probe.report.findings.captions import CAPTIONS
@@ -270,7 +270,7 @@ def test_the_band_is_the_interval() -> None:
     ci95 = adjacent(findings.metrics["attention-similarity"].ci95)
     figure = adjacent_blocks(findings)
     assert figure is not None
-    (band,) = [c for c in figure.axes[0].collections if isinstance(c, FillBetweenPolyCollection)]
+    (band,) = [c for c in figure.axes[0].collections if isinstance(c, PolyCollection)]
     corners = band.get_paths()[0].vertices
     for block, (low, high) in enumerate(ci95, start=1):
         heights = corners[corners[:, 0] == block][:, 1]
