@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from collapse_probe.distributed import rank_and_world
-from collapse_probe.report.findings.verdict import judge
 from collapse_probe.results.findings import Findings
+from collapse_probe.results.verdict import verdict_of
 
 PLAIN_WIDTH = 160
 LINE_EVERY = 10.0
@@ -74,7 +74,7 @@ def table(console_file: object = None) -> Console:
 
 def answer(findings: Findings) -> str:
     """The verdict and the summary as text."""
-    verdict = judge(findings)
+    verdict = verdict_of(findings)
     lines = [*verdict.sentences, *(f"Note: {caveat}" for caveat in verdict.caveats), ""]
     width = max(len(name) for name in findings.summary)
     for name, value in findings.summary.items():

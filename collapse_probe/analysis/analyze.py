@@ -32,8 +32,8 @@ from collapse_probe.metrics.presets import with_presets
 from collapse_probe.models.loading import Subject, resolve
 from collapse_probe.provenance import names_sha256, versions
 from collapse_probe.results.findings import Findings, MetricResult
-from collapse_probe.results.outcomes import judged
 from collapse_probe.results.readings import against_seeds
+from collapse_probe.results.verdict import with_verdict
 from collapse_probe.statistics.estimates import per_image_values
 
 
@@ -259,7 +259,7 @@ def measure(
         thumbnails=thumbnails(sure["extremes"], images, subject.preprocess) if settings.gallery_images else {},
         sureness=sure,
     )
-    return judged(found)
+    return with_verdict(found)
 
 
 def chosen_metrics(plan: Plan, names: Sequence[str]) -> dict[str, Metric]:

@@ -250,7 +250,8 @@ class Findings:
     """What one run found. `images` maps "names" and each metric's name to per-image arrays, first axis images.
 
     `thumbnails` are small pictures, uint8 [height, width, 3] by image name, of those at both ends of the headline number.
-    `presets` holds the record of every preset by name, `verdict` how each rule came out in turn; `sureness`: see there.
+    `presets` holds the record of every preset by name, `verdict` how each rule came out in turn, `answer`
+    what they say together (see `results.verdict`); `sureness`: see there.
     """
 
     model: Mapping[str, Any]
@@ -264,6 +265,7 @@ class Findings:
     presets: Mapping[str, Any] = field(default_factory=dict)
     sureness: Mapping[str, Any] = field(default_factory=dict)
     verdict: Sequence[Mapping[str, Any]] = ()
+    answer: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def blocks(self) -> pd.DataFrame:
@@ -294,7 +296,7 @@ class Findings:
             "run": plain(self.run),
             "metrics": {name: reading_to_json(reading) for name, reading in self.metrics.items()},
             "summary": plain(self.summary),
-            **{part: plain(getattr(self, part)) for part in ("presets", "sureness", "verdict")},
+            **{part: plain(getattr(self, part)) for part in ("presets", "sureness", "verdict", "answer")},
         }
 
     def save(self, folder: str | Path) -> Path:
@@ -329,6 +331,7 @@ class Findings:
             presets=content.get("presets", {}),
             sureness=content.get("sureness", {}),
             verdict=content.get("verdict", ()),
+            answer=content.get("answer", {}),
         )
 
     def with_run(self, **facts: Any) -> Findings:

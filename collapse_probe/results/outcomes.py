@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -322,11 +322,6 @@ class Outcome:
 def verdict_table(findings: Findings) -> list[Outcome]:
     """How each rule comes out, in the order of the rules."""
     return [outcome(rule, findings) for rule in RULES]
-
-
-def judged(findings: Findings) -> Findings:
-    """The findings with how each rule came out."""
-    return replace(findings, verdict=[each.plain() for each in verdict_table(findings)])
 
 
 def outcome(rule: Rule, findings: Findings) -> Outcome:

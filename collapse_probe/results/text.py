@@ -33,6 +33,21 @@ def interval(ends: Sequence[float] | Array | None, digits: int = 3) -> str:
     return f"{number(ends[0], digits)} … {number(ends[1], digits)}"
 
 
+def spans(numbers: list[int]) -> str:
+    """Block numbers as spans.
+
+    >>> spans([3, 4, 5, 9])
+    '3–5, 9'
+    """
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in runs)
+
+
 def plain(value: Any) -> str:
     """Any value of the provenance as words: nested facts joined, nothing undefined shown as such.
 

@@ -19,8 +19,8 @@ from collapse_probe.models.vit import ViT, ViTSettings
 from collapse_probe.registry import METRICS
 from collapse_probe.report.findings.curves import weights
 from collapse_probe.report.findings.metric_figures import family_figure
-from collapse_probe.report.findings.verdict import judge
 from collapse_probe.results.findings import Findings
+from collapse_probe.results.verdict import judge
 
 MODEL = ["-m", "timm:vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32"]
 MODEL += ["--model-kwargs", "depth=3 num_classes=7 embed_dim=48 num_heads=3 patch_size=8"]

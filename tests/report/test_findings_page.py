@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ from collapse_probe.metrics.presets import records
 from collapse_probe.registry import PRESETS
 from collapse_probe.report import style as style_module
 from collapse_probe.report.findings import curves
+from collapse_probe.report.findings import page as page_module
 from collapse_probe.report.findings.captions import CAPTIONS
 from collapse_probe.report.findings.figures import FIGURES, draw_all
 from collapse_probe.report.findings.page import render, write_report
@@ -28,6 +27,7 @@ from collapse_probe.report.findings.tables import key_numbers, per_block
 from collapse_probe.results.findings import Findings, MetricResult, Nulls
 from collapse_probe.results.readings import KAPPA_THRESHOLD, RAW_THRESHOLD
 from collapse_probe.results.text import interval, number, plain
+from collapse_probe.results.verdict import Verdict
 
 VOID = {"meta", "img", "source", "br", "hr", "link", "input", "wbr"}
 ANSWER = ("The blocks look alike, and that is not collapse.", "The wrong-token null explains it.")
@@ -35,15 +35,13 @@ ANSWER = ("The blocks look alike, and that is not collapse.", "The wrong-token n
 
 @pytest.fixture(autouse=True)
 def fixed_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = ModuleType("collapse_probe.report.findings.verdict")
-
-    def judge(findings: Findings) -> SimpleNamespace:
+    def verdict_of(findings: Findings) -> Verdict:
         fresh = str(findings.model.get("weights")).startswith("random")
-        caveats = ("The model is untrained: twice is once too often.",) if fresh else ()
-        return SimpleNamespace(case="near-uniform", sentences=ANSWER, caveats=(*caveats, "It says nothing about <accuracy>."))
+        caveats = {"untrained": "The model is untrained: twice is once too often."} if fresh else {}
+        caveats["shared"] = "It says nothing about <accuracy>."
+        return Verdict("near-uniform", ANSWER, tuple(caveats.values()), caveat_rules=tuple(caveats))
 
-    fake.judge = judge  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "collapse_probe.report.findings.verdict", fake)
+    monkeypatch.setattr(page_module, "verdict_of", verdict_of)
 
 
 class Tree(HTMLParser):

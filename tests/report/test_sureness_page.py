@@ -14,7 +14,7 @@ from collapse_probe.report.findings.curves import convergence
 from collapse_probe.report.findings.page import both_ends, render
 from collapse_probe.report.findings.tables import certainty, classes_table, extremes_tables, pair_tests_table, rules_table
 from collapse_probe.results.findings import Findings
-from collapse_probe.results.outcomes import judged
+from collapse_probe.results.verdict import with_verdict
 
 NAME = "attention_similarity_adjacent"
 
@@ -147,7 +147,7 @@ def test_classes_that_differ_are_outlined():
 
 
 def test_every_rule_of_the_verdict_is_a_row():
-    findings = judged(synthetic(4, gallery=False))
+    findings = with_verdict(synthetic(4, gallery=False))
     table = rules_table(findings)
     assert len(table.rows) == len(findings.verdict)
     assert {row[5] for row in table.rows} <= {"yes", "no", "undecided", "not applicable"}

@@ -12,11 +12,11 @@ from factories import photographs, small_vit
 
 import collapse_probe as cp
 from collapse_probe.analysis.analyze import measure
-from collapse_probe.report.findings.verdict import judge, spans
 from collapse_probe.results.findings import Findings, MetricResult, Nulls
 from collapse_probe.results.outcomes import Pairs, classify
 from collapse_probe.results.rules import BY_NAME
-from collapse_probe.results.text import number
+from collapse_probe.results.text import number, spans
+from collapse_probe.results.verdict import judge
 
 KEPT = {"init_values": 1e-5}  # LayerScale so small that every block sees the same tokens
 

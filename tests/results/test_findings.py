@@ -30,7 +30,8 @@ def test_the_folder_holds_the_schema(found, tmp_path):
     assert names == {"findings.json", "blocks.csv", "matrices.npz", "images.npz", "gallery.npz"}
     content = json.loads((tmp_path / "out" / "findings.json").read_text())
     assert content["schema"] == "collapse-probe/findings/1"
-    assert set(content) == {"schema", "model", "data", "run", "metrics", "summary", "presets", "sureness", "verdict"}
+    parts = {"schema", "model", "data", "run", "metrics", "summary", "presets", "sureness", "verdict", "answer"}
+    assert set(content) == parts
     model = {"address", "source", "name", "weights", "checkpoint", "checkpoint_sha256", "class", "parameters", "blocks"}
     assert model | {"heads", "tokens", "prefix_tokens", "width", "preprocess"} <= set(content["model"])
     assert {"address", "images", "skipped", "names_sha256", "bundled"} <= set(content["data"])

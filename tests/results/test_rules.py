@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 
-from collapse_probe.report.findings.verdict import judge
 from collapse_probe.results.findings import Findings, MetricResult, Nulls
-from collapse_probe.results.outcomes import READERS, judged, outcome, verdict_table
+from collapse_probe.results.outcomes import READERS, outcome, verdict_table
 from collapse_probe.results.rules import BY_NAME, RULES
+from collapse_probe.results.verdict import Verdict, judge, verdict_of, with_verdict
 
 BLOCKS = 3
 
@@ -190,7 +193,7 @@ def test_rows_say_whose_their_threshold_is_and_what_they_do_not_say():
 
 
 def test_the_table_is_kept_with_the_findings_and_comes_back(tmp_path):
-    found = judged(similarity(kappa=0.6))
+    found = with_verdict(similarity(kappa=0.6))
     found.save(tmp_path / "out")
     back = Findings.load(tmp_path / "out")
     kept = {row["rule"]: row for row in back.verdict}
@@ -199,6 +202,22 @@ def test_the_table_is_kept_with_the_findings_and_comes_back(tmp_path):
     assert kept["shared"]["threshold"] == 0.5
     assert kept["shared"]["places"][0] == {"at": 1, "value": 0.6, "ci95": [0.6, 0.6], "answer": "yes"}
     assert back.to_json()["verdict"] == found.to_json()["verdict"]
+    assert verdict_of(back) == verdict_of(found) == judge(found)
+    assert back.answer["case"] == "shared"
+
+
+def test_the_verdict_of_findings_stored_without_one_is_made_from_their_numbers(tmp_path):
+    found = similarity(kappa=0.6)
+    found.save(tmp_path / "old")
+    old = json.loads((tmp_path / "old" / "findings.json").read_text())
+    del old["answer"]
+    (tmp_path / "old" / "findings.json").write_text(json.dumps(old))
+    assert verdict_of(Findings.load(tmp_path / "old")) == judge(found)
+
+
+def test_the_stored_verdict_is_the_one_that_is_read():
+    stored = Verdict("shared", ("Kept.",), rules=("shared",))
+    assert verdict_of(replace(similarity(kappa=0.1), answer=asdict(stored))) == stored
 
 
 @pytest.mark.parametrize("name", [rule.name for rule in RULES if rule.spoken])

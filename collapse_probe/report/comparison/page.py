@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from collapse_probe.report.comparison.figures import CAPTIONS, draw_all
 from collapse_probe.report.comparison.verdict import CASES, RAW, answers, p_value
 from collapse_probe.report.findings.provenance import provenance
-from collapse_probe.report.findings.verdict import judge
 from collapse_probe.report.html import Caption, Table, looked_at, paper, plate_of
 from collapse_probe.report.style import save
 from collapse_probe.results.comparison import ACCURACY, KAPPA, METHODS, OF_WEIGHTS, Comparison, Difference, Pair, unsampled
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import weights_only
 from collapse_probe.results.text import DASH, interval, number, plain
+from collapse_probe.results.verdict import verdict_of
 
 MOST_COLUMNS = 4  # subjects that stand side by side
 FIRST = (RAW + KAPPA, RAW)
@@ -81,7 +81,7 @@ def _subject(label: str, findings: Findings) -> tuple[str, ...]:
         number(summary.get("kappa_adjacent")),
         " / ".join(DASH if count is None else f"{count:g}" for count in counts),
         number(summary.get("patch_diversity_last")),
-        judge(findings).case,
+        verdict_of(findings).case,
     )
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from collapse_probe.report.findings.verdict import MEANS, MOST_LISTED, spans
 from collapse_probe.results.comparison import ACCURACY, KAPPA, PROBS, Comparison, Difference, Pair, equal, unsampled
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import COUNTED_ABOVE, adjacent, mean, null_of, weights_only
-from collapse_probe.results.text import interval, number
+from collapse_probe.results.text import interval, number, spans
+from collapse_probe.results.verdict import MEANS, MOST_LISTED
 from collapse_probe.statistics.paired import SAME, Paired
 
 NO_SAMPLE = "A model is no sample of weights: these differences have no interval and no p-value."

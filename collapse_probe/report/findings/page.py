@@ -32,10 +32,9 @@ from collapse_probe.report.style import save
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import null_of, result_of, weights_alone
 from collapse_probe.results.text import number, plain
+from collapse_probe.results.verdict import verdict_of
 from collapse_probe.statistics.breakdowns import pictured
 from collapse_probe.statistics.permutation import LEVEL, SHOWN, pairs_tested
-
-UNTRAINED = "The model is untrained"  # how the caveat begins that the banner says already
 
 
 def write_report(findings: Findings, folder: str | Path) -> Path:
@@ -49,11 +48,9 @@ def write_report(findings: Findings, folder: str | Path) -> Path:
 
 def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> str:
     """One self-contained HTML page with `figures`, or with all that `draw_all` makes."""
-    from collapse_probe.report.findings.verdict import judge
-
     figures = draw_all(findings) if figures is None else figures
     listed, more = skipped(findings)
-    untrained, verdict = str(findings.model.get("weights") or "").startswith("random"), judge(findings)
+    untrained, verdict = str(findings.model.get("weights") or "").startswith("random"), verdict_of(findings)
     return paper(
         "findings.html",
         name=plain(findings.model.get("name")),
@@ -61,7 +58,7 @@ def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> s
         subject=looked_at(findings),
         weights_alone=weights_alone(findings),
         verdict=verdict,
-        caveats=[caveat for caveat in verdict.caveats if not (untrained and caveat.startswith(UNTRAINED))],
+        caveats=[text for text, rule in zip(verdict.caveats, verdict.caveat_rules, strict=True) if rule != "untrained"],
         untrained=untrained,
         rules=rules_table(findings),
         cards=key_numbers(findings),

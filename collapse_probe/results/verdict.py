@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.outcomes import Outcome, Pairs, kinds_of, pairs_of, verdict_table
 from collapse_probe.results.readings import adjacent, mean, null_of, result_of, weights_only
 from collapse_probe.results.rules import BY_NAME
-from collapse_probe.results.text import DASH, interval, number
+from collapse_probe.results.text import DASH, interval, number, spans
 from collapse_probe.statistics.intervals import Array
 
 Said = tuple[str, str]
@@ -26,6 +27,27 @@ REST = {
 }
 ONE_SET = "A model has one set of weights: it is no sample of anything, so that no number of the weights has an interval."
 MEANS = {"weight-rank": "effective rank over the full one", "weight-similarity": "|cosine| between rows"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of one run, of a pair of subjects, of a kind of replacement or of a curve; `label` says of which.
+
+    `sentences` are the answer, `caveats` what it does not mean. The `case` of a run is shared, query-independent, near-uniform,
+    explained, distinct, undecided or not-applicable; where attention-similarity was not asked for, weights-only (all metrics
+    are of the weights) or not-judged. `collapsed` is whether its attention has collapsed across depth: True, False, or None
+    where the numbers cannot tell. `rules` and `caveat_rules` name the rule behind each sentence and caveat of a run (shared
+    where none of them holds), `pairs` the rule that each of its neighbouring pairs of blocks fell under.
+    """
+
+    case: str
+    sentences: tuple[str, ...]
+    caveats: tuple[str, ...] = ()
+    collapsed: bool | None = None
+    label: str = ""
+    rules: tuple[str, ...] = ()
+    caveat_rules: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
 
 
 def unasked(findings: Findings, outcomes: Mapping[str, Outcome], found: Sequence[Said]) -> tuple[str, list[Said]]:
@@ -119,29 +141,9 @@ Outcomes = Mapping[str, Outcome]
 LEVELS = {"attention": "Attention", "tokens": "Tokens", "weights": "Weights"}
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The answer. `case` is shared, query-independent, near-uniform, explained, distinct, undecided or not-applicable; of a run
-    that was not asked for attention-similarity, weights-only (metrics of the weights alone) or not-judged.
-
-    `collapsed` is whether attention has collapsed across depth: True, False, or None where the numbers cannot tell.
-    `sentences` are the answer and what the nulls explain of it, then what the rules of the other illnesses say; `caveats` what
-    that does not mean; `rules` and `caveat_rules` name the rule behind each of them (shared where none of them holds). `pairs`
-    is the name of the rule that each neighbouring pair of blocks fell under.
-    """
-
-    case: str
-    collapsed: bool | None
-    sentences: tuple[str, ...]
-    caveats: tuple[str, ...] = ()
-    pairs: tuple[str, ...] = ()
-    rules: tuple[str, ...] = ()
-    caveat_rules: tuple[str, ...] = ()
-
-
-def judge(findings: Findings) -> Verdict:
-    """The verdict on one run's findings."""
-    outcomes = {outcome.rule.name: outcome for outcome in verdict_table(findings)}
+def judge(findings: Findings, table: Sequence[Outcome] | None = None) -> Verdict:
+    """The verdict on one run's findings, from how its rules came out (`table`, as `verdict_table` gives it)."""
+    outcomes = {outcome.rule.name: outcome for outcome in (verdict_table(findings) if table is None else table)}
     kinds: tuple[str, ...] = ()
     collapsed: bool | None = None
     spoken = _spoken(outcomes)
@@ -157,13 +159,25 @@ def judge(findings: Findings) -> Verdict:
     caveats = _caveats(outcomes, measured=bool(kinds), weights=case == WEIGHTS_ONLY)
     return Verdict(
         case,
-        collapsed,
         tuple(text for text, _ in sentences),
         tuple(text for text, _ in caveats),
-        kinds,
-        tuple(rule for _, rule in sentences),
-        tuple(rule for _, rule in caveats),
+        collapsed,
+        rules=tuple(rule for _, rule in sentences),
+        caveat_rules=tuple(rule for _, rule in caveats),
+        pairs=kinds,
     )
+
+
+def with_verdict(findings: Findings) -> Findings:
+    """The findings with how each rule came out (`verdict`) and what that says (`answer`)."""
+    table = verdict_table(findings)
+    return replace(findings, verdict=[each.plain() for each in table], answer=asdict(judge(findings, table)))
+
+
+def verdict_of(findings: Findings) -> Verdict:
+    """The verdict that the findings hold; computed where they were stored without one."""
+    stored: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in findings.answer.items()}
+    return Verdict(**stored) if stored else judge(findings)
 
 
 def _why_not(findings: Findings) -> str:
@@ -326,21 +340,6 @@ def _sentence(text: str) -> str:
 
 def _blocks(numbers: list[int]) -> str:
     return f"{'block' if len(numbers) == 1 else 'blocks'} {spans(numbers)}"
-
-
-def spans(numbers: list[int]) -> str:
-    """Block numbers as spans.
-
-    >>> spans([3, 4, 5, 9])
-    '3–5, 9'
-    """
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in runs)
 
 
 def _mean(values: Array, at: list[int]) -> str:
