@@ -74,7 +74,7 @@ def run(*, model: str, data: str | None, output: str | None, as_json: bool, quie
 
 def chosen(levels: tuple[str, ...], metrics: tuple[str, ...], data: str | None) -> tuple[str, ...]:
     """The metrics that --level, --preset and --metric ask for (none: the default set); wrong usage where data are missing."""
-    from collapse_probe.metrics.weight_metric import level_of, of_level
+    from collapse_probe.metrics.metric import level_of, of_level
     from collapse_probe.registry import METRICS
 
     asked = (*of_level(*levels), *metrics)

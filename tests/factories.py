@@ -200,7 +200,7 @@ def _entropy(blocks: int, heads: int, rng: np.random.Generator) -> MetricResult:
         definition="entropy of the rows of the map, nats",
         collapsed="low",
         point="probs",
-        settings={"tokens": [TOKENS] * blocks, "share": values / math.log(TOKENS)},
+        details={"tokens": [TOKENS] * blocks, "share": values / math.log(TOKENS)},
         nulls=Nulls({"untrained": np.full(values.shape, 0.97 * math.log(TOKENS))}, {"untrained": 16}),
         head_mean=(mean["values"], mean["stderr"], mean["ci95"]),
         **with_interval(values, 0.05),
@@ -264,7 +264,8 @@ def synthetic(
     counts = np.array([(pairs > t).sum() for t in (0.8, 0.9, 0.95)], dtype=np.float64)
     metrics["similar-blocks"] = MetricResult(
         ("threshold",), "blocks above a threshold", collapsed="high",
-        settings={"thresholds": [0.8, 0.9, 0.95], "pairs": blocks - 1, **corrected},
+        settings={"thresholds": [0.8, 0.9, 0.95]},
+        details={"pairs": blocks - 1, **corrected},
         **with_interval(counts, 1.0),
     )  # fmt: skip
     metrics["attention-entropy"] = _entropy(blocks, heads, rng)

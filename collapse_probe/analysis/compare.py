@@ -149,7 +149,7 @@ def _with_cka(findings: Findings, labels: tuple[str, str], subjects: tuple[Subje
             amp=settings.amp_as,
             seed=settings.seed,
         )
-    reading = replace(reading, settings={**reading.settings, "first": labels[0], "second": labels[1]})
+    reading = replace(reading, details={**reading.details, "first": labels[0], "second": labels[1]})
     return replace(findings, metrics={**findings.metrics, NAME: reading})
 
 

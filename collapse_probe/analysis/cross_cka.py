@@ -27,7 +27,7 @@ DEFINITION = (
     "Linear CKA between the patch tokens (prefix tokens out) at a depth of the first model and at one of the second, flattened "
     "to one vector an image: the unbiased HSIC₁ averaged over minibatches of the same images (one of n weighs n), then "
     "HSIC(a, b)/√(HSIC(a, a)·HSIC(b, b)) (arXiv 2010.15327), in float64. Each model sees an image through its own "
-    "preprocessing. Depth 0 enters the first block. Negative values are possible: the estimate is unbiased. settings.minibatch "
+    "preprocessing. Depth 0 enters the first block. Negative values are possible: the estimate is unbiased. details.minibatch "
     f"is the images in one; they are put together by their place (the same remainder by {STRIDE}) in a random order of the "
     "data, or in that of a caller's loader, not by the run's batches. The standard error is a jackknife over groups of "
     "minibatches."
@@ -89,7 +89,7 @@ def _reading(fold: MinibatchHSIC, depths: int) -> MetricResult:
         values=values[across],
         stderr=stderr[across],
         ci95=ci95[across],
-        settings={"prefix": False, "minibatch": fold.size, "minibatches": minibatches},
+        details={"prefix": False, "minibatch": fold.size, "minibatches": minibatches},
     )
 
 

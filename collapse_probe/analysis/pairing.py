@@ -49,7 +49,7 @@ def _counts_of_metric(name: str, source: str, first: Findings, second: Findings)
     for at, threshold in enumerate(one.settings["thresholds"]):
         ends = _ends([mean_parts(values) for values in real], threshold)
         yield CountDifference(name, float(threshold), float(one.values[at]), float(other.values[at]), ends)
-    counts = [reading.settings.get("corrected", {}).get("value") for reading in (one, other)]
+    counts = [reading.details.get("corrected", {}).get("value") for reading in (one, other)]
     if None not in counts:
         sides = [kappa_parts(*held) for held in zip(real, null, strict=True)] if len(real) == len(null) == 2 else []
         ends = _ends(sides, CORRECTED_ABOVE)
@@ -242,7 +242,7 @@ def with_weights(pair: Pair, first: Findings, second: Findings) -> Pair:
 
 def _shape(reading: MetricResult) -> tuple[object, ...]:
     assert reading.values is not None
-    return reading.dims, reading.values.shape, tuple(reading.settings.get("matrices", ())) if "matrix" in reading.dims else ()
+    return reading.dims, reading.values.shape, tuple(reading.details.get("matrices", ())) if "matrix" in reading.dims else ()
 
 
 def _words(reading: MetricResult) -> str:
@@ -254,7 +254,7 @@ def _differences(reading: MetricResult, first: Array, second: Array) -> Iterator
     if "matrix" not in reading.dims:
         yield "", _weight_difference(adjacent(first), adjacent(second), 1)
         return
-    for at, matrix in enumerate(reading.settings.get("matrices", range(first.shape[1]))):
+    for at, matrix in enumerate(reading.details.get("matrices", range(first.shape[1]))):
         if np.isfinite(first[:, at]).any() or np.isfinite(second[:, at]).any():
             yield f"/{matrix}", _weight_difference(first[:, at], second[:, at], 0)
 

@@ -150,14 +150,14 @@ def _counts(reading: MetricResult, key: str) -> Summary:
         f"similar_blocks{key}": int(reading.values[at]),
         f"similar_blocks{key}_ci_low": low,
         f"similar_blocks{key}_ci_high": high,
-        f"similar_blocks{key}_corrected": int(reading.settings["corrected"]["value"]),
+        f"similar_blocks{key}_corrected": int(reading.details["corrected"]["value"]),
     }
 
 
 def _entropy(reading: MetricResult) -> Summary:
     if reading.values is None:
         return {"attention_entropy_mean": None, "attention_entropy_share": None}
-    share = np.asarray(reading.settings["share"], dtype=np.float64)
+    share = np.asarray(reading.details["share"], dtype=np.float64)
     return {"attention_entropy_mean": mean(reading.values), "attention_entropy_share": mean(share)}
 
 

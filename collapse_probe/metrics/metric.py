@@ -10,9 +10,10 @@ from collapse_probe.capture.plan import Plan
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.accumulators import Accumulator, Means
 from collapse_probe.registry import METRICS
-from collapse_probe.results.findings import MetricResult
+from collapse_probe.results.findings import Description, MetricResult
 from collapse_probe.statistics.intervals import Array, interval
 
+LEVELS = ("attention", "tokens", "weights")
 Need = tuple[Hashable, Callable[[], Accumulator]]
 
 
@@ -59,13 +60,29 @@ class Metric(ABC):
         return None
 
     def reading(self, values: Array | None, **facts: Any) -> MetricResult:
-        """A Reading with this metric's own facts filled in."""
-        common: dict[str, Any] = {"settings": self.settings, "collapsed": self.collapsed}
+        """A result with this metric's own facts filled in."""
+        common: dict[str, Any] = {
+            "settings": self.settings,
+            "collapsed": self.collapsed,
+            "description": Description(level=level_of(type(self))),
+        }
         return MetricResult(dims=self.dims, definition=self.definition, values=values, **{**common, **facts})
 
     def refused(self, reason: str) -> MetricResult:
         """The Reading of a metric that does not apply."""
         return self.reading(None, not_applicable=reason)
+
+
+def level_of(kind: type[Metric]) -> str:
+    """The level that a metric belongs to: the folder of its family that its file is in; "other" for one from elsewhere."""
+    level = kind.__module__.split(".")[-2:][0]
+    return level if level in LEVELS else "other"
+
+
+def of_level(*levels: str) -> tuple[str, ...]:
+    """The plain metrics of some levels ("all" for every one), in the order of the table."""
+    wanted = LEVELS if "all" in levels else levels
+    return tuple(name for level in LEVELS if level in wanted for name, kind in METRICS.items() if level_of(kind) == level)
 
 
 def make(name: str, plan: Plan) -> Metric:

@@ -14,12 +14,10 @@ from collapse_probe.capture.weight_matrices import BY_HEAD, NAMES, Matrices, Mat
 from collapse_probe.metrics.functional.spectra import singular_values
 from collapse_probe.metrics.metric import Metric, Need
 from collapse_probe.metrics.nulls import untrained_only
-from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import Array
 
 NO_INTERVAL = "none: a model has one set of weights, which is no sample of anything"
-LEVELS = ("attention", "tokens", "weights")
 
 
 class WeightMetric(Metric):
@@ -47,31 +45,19 @@ class WeightMetric(Metric):
         if not np.isfinite(values).any():
             zero = ["those that were found are undefined under this definition"] if any(self.matrices.found) else []
             return self.refused(f"no matrix could be measured ({'; '.join([*zero, *self.matrices.reasons()])})")
-        settings = {
-            **self.settings,
+        details = {
             "matrices": list(NAMES),
             "told_apart": self.matrices.hows(),
             "missing": self.matrices.reasons(),
             "intervals": NO_INTERVAL,
-            **facts.pop("settings", {}),
+            **facts.pop("details", {}),
         }
         dims = facts.pop("dims", self.dims)
-        return replace(self.reading(values, settings=settings, nulls=untrained_only(), **facts), dims=dims)
+        return replace(self.reading(values, details=details, nulls=untrained_only(), **facts), dims=dims)
 
     @abstractmethod
     def values(self, matrices: Matrices) -> tuple[Array, dict[str, Any]]:
-        """The values [block, matrix], and what differs from the metric's own facts (dims, collapsed, settings)."""
-
-
-def level_of(kind: type[Metric]) -> str:
-    """The level that a metric belongs to: the folder of its family that its file is in."""
-    return kind.__module__.split(".")[-2]
-
-
-def of_level(*levels: str) -> tuple[str, ...]:
-    """The plain metrics of some levels ("all" for every one), in the order of the table."""
-    wanted = LEVELS if "all" in levels else levels
-    return tuple(name for level in LEVELS if level in wanted for name, kind in METRICS.items() if level_of(kind) == level)
+        """The values [block, matrix], and what differs from the metric's own facts (dims, collapsed, details)."""
 
 
 def spectral(matrices: Matrices, function: Callable[[Tensor], Tensor], by_head: bool = False) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,32 @@ class Nulls:
 
 
 @dataclass(frozen=True)
+class Description:
+    """What a page says of a metric and how it draws it, as the metric itself states it for its own settings.
+
+    `title`: a heading (empty: the metric's name); `seen`: what its figure shows; `limits`: what it does not say; `level`:
+    attention, tokens, weights, or other for a metric that says nothing of itself; `panel`: what its panel shows, beside those
+    of its variants (empty: its suffixes); `unit` stands at the axis, `top` is the least upper end of the scale. `reference`
+    names an entry of `details` that is drawn as a line, and what that line is.
+    """
+
+    title: str = ""
+    seen: str = ""
+    limits: str = ""
+    level: str = "other"
+    panel: str = ""
+    unit: str = "value"
+    top: float | None = None
+    logarithmic: bool = False
+    reference: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class MetricResult:
     """One metric: `values` with axes `dims`, `stderr` of the same shape, `ci95` with one more axis (low, high).
 
-    `head_mean` holds, for a metric with a head axis, its mean over heads as (values, stderr, ci95) over blocks.
-    A metric that does not apply has `not_applicable` (the reason) and no values.
+    `settings` is what was asked, `details` what else came out. `head_mean` holds, for a metric with a head axis, its mean over
+    heads as (values, stderr, ci95) over blocks. A metric that does not apply has `not_applicable` (the reason) and no values.
     """
 
     dims: tuple[str, ...]
@@ -49,6 +70,8 @@ class MetricResult:
     collapsed: str | None = None
     point: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    description: Description = field(default_factory=Description)
     nulls: Nulls | None = None
     head_mean: tuple[Array, Array, Array] | None = None
     not_applicable: str | None = None
@@ -105,6 +128,8 @@ def reading_to_json(reading: MetricResult) -> dict[str, Any]:
         "collapsed": reading.collapsed,
         "point": reading.point,
         "settings": plain(reading.settings),
+        "details": plain(reading.details),
+        "description": plain(asdict(reading.description)),
         "definition": reading.definition,
         "nulls": None,
         "not_applicable": reading.not_applicable,
@@ -124,6 +149,15 @@ def reading_to_json(reading: MetricResult) -> dict[str, Any]:
 
 def _array(value: Any) -> Array | None:
     return None if value is None else np.array(value, dtype=np.float64)
+
+
+def _description(entry: Mapping[str, Any]) -> Description:
+    """The stored description; a plain one for findings that were written without."""
+    stored = entry.get("description")
+    if stored is None:
+        of_weights = "matrix" in entry["dims"] or "matrices" in entry["settings"]
+        return Description(level="weights" if of_weights else "other")
+    return Description(**{**stored, "reference": None if stored["reference"] is None else tuple(stored["reference"])})
 
 
 def reading_from_json(entry: Mapping[str, Any]) -> MetricResult:
@@ -148,6 +182,8 @@ def reading_from_json(entry: Mapping[str, Any]) -> MetricResult:
         collapsed=entry["collapsed"],
         point=entry["point"],
         settings=entry["settings"],
+        details=entry.get("details", entry["settings"]),
+        description=_description(entry),
         nulls=nulls,
         head_mean=None if mean is None else tuple(np.array(mean[k], dtype=np.float64) for k in mean),  # type: ignore[arg-type]
         not_applicable=entry["not_applicable"],
@@ -179,7 +215,7 @@ def block_rows(name: str, reading: MetricResult) -> list[list[Any]]:
     if len(dims) == 2 and dims[0] == dims[1]:
         return [[name, b, None, *_cell(whole, (b, b - 1))] for b in blocks[1:]]
     if dims == ("block", "matrix"):
-        matrices = reading.settings.get("matrices", range(reading.values.shape[1]))
+        matrices = reading.details.get("matrices", range(reading.values.shape[1]))
         return [[f"{name}/{matrix}", b, None, *_cell(whole, (b, m))] for m, matrix in enumerate(matrices) for b in blocks]
     if dims == ("block", "head"):
         rows = [[name, b, h, *_cell(whole, (b, h))] for b, h in np.ndindex(reading.values.shape)]
@@ -242,7 +278,7 @@ def load_thumbnails(path: Path) -> dict[str, NDArray[np.uint8]]:
     return dict(zip(map(str, stored.get("thumbnail_names", ())), stored.get("thumbnails", ()), strict=True))
 
 
-__all__ = ["CSV_COLUMNS", "SCHEMA", "Array", "Findings", "Gallery", "MetricResult", "Nulls"]
+__all__ = ["CSV_COLUMNS", "SCHEMA", "Array", "Description", "Findings", "Gallery", "MetricResult", "Nulls"]
 
 
 @dataclass(frozen=True)

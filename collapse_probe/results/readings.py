@@ -19,7 +19,7 @@ def weights_only(findings: Findings) -> bool:
 
 def of_weights(name: str, reading: MetricResult) -> bool:
     """Whether a reading is about the weights, which need no images."""
-    return "matrix" in reading.dims or "matrices" in reading.settings
+    return reading.description.level == "weights"
 
 
 Summary = dict[str, "float | int | None"]
@@ -152,9 +152,9 @@ class Corrected:
 
 
 def corrected_count(findings: Findings, name: str = "similar-blocks") -> Corrected | None:
-    """The null-corrected count of similar blocks, from the metric's settings or (the plain one) else from the summary."""
+    """The null-corrected count of similar blocks, from the metric's details or (the plain one) else from the summary."""
     reading = result_of(findings, name)
-    stored = {} if reading is None else reading.settings.get("corrected", {})
+    stored = {} if reading is None else reading.details.get("corrected", {})
     value = stored.get("value")
     if value is None and name == "similar-blocks":
         value = findings.summary.get("similar_blocks_corrected")
@@ -168,7 +168,7 @@ def corrected_count(findings: Findings, name: str = "similar-blocks") -> Correct
 def pairs_of(findings: Findings, name: str = "similar-blocks") -> int:
     """How many pairs of adjacent blocks there are."""
     reading = result_of(findings, name)
-    stored = None if reading is None else reading.settings.get("pairs")
+    stored = None if reading is None else reading.details.get("pairs")
     return int(stored or max(int(findings.model.get("blocks") or 0) - 1, 1))
 
 
@@ -191,9 +191,9 @@ class Entropy:
 def entropy_share(findings: Findings) -> Entropy | None:
     """Attention entropy in shares of log N: `heads` [L, H], `mean` over heads [L], its `ci95` [L, 2]."""
     reading = result_of(findings, "attention-entropy")
-    if reading is None or reading.values is None or "tokens" not in reading.settings:
+    if reading is None or reading.values is None or "tokens" not in reading.details:
         return None
-    keys = np.broadcast_to(np.asarray(reading.settings["tokens"], dtype=np.float64), len(reading.values))
+    keys = np.broadcast_to(np.asarray(reading.details["tokens"], dtype=np.float64), len(reading.values))
     scale = np.where(keys > 1, np.log(np.maximum(keys, 2)), np.nan)[:, None]
     fresh = null_of(reading, "untrained")
     if reading.head_mean is not None:

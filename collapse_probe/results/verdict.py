@@ -123,7 +123,7 @@ def _means(findings: Findings) -> list[str]:
 
 
 def _mean_of_weights(reading: MetricResult) -> str:
-    full = reading.settings.get("full_rank") if reading.settings.get("measure") == "effective" else None
+    full = reading.details.get("full_rank") if reading.settings.get("measure") == "effective" else None
     scale = 1.0 if full is None else np.asarray(full, dtype=np.float64)
     parts = [part for part in (reading.values, null_of(reading, "untrained")) if part is not None]
     own, *fresh = (number(mean(adjacent(part) if len(set(reading.dims)) == 1 else part / scale)) for part in parts)

@@ -20,13 +20,12 @@ def counted(raw, null, corrected=True):
     """Findings with counts of similar blocks as well."""
     found = findings_of(raw, null)
     real, token = np.mean(raw, 0), np.mean(null, 0)
-    settings = {"thresholds": THRESHOLDS}
-    if corrected:
-        settings["corrected"] = {"kappa_above": 0.5, "value": float((kappa(real, token) > 0.5).sum())}
     counts = np.array([(real > t).sum() for t in THRESHOLDS], dtype=np.float64)
-    return replace(
-        found, metrics={**found.metrics, "similar-blocks": MetricResult(("threshold",), "", counts, settings=settings)}
-    )
+    result = MetricResult(("threshold",), "", counts, settings={"thresholds": THRESHOLDS})
+    if corrected:
+        value = float((kappa(real, token) > 0.5).sum())
+        result = replace(result, details={"corrected": {"kappa_above": 0.5, "value": value}})
+    return replace(found, metrics={**found.metrics, "similar-blocks": result})
 
 
 def around(means, seed, spread=0.01):

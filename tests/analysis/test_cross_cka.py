@@ -48,7 +48,7 @@ def test_a_model_agrees_with_itself_exactly_and_as_layer_cka_says(pictures):
     assert np.diag(found.values).tolist() == [1, 1, 1]
     assert found.values == pytest.approx(found.values.T, abs=1e-12)
     assert found.values == pytest.approx(alone.values, abs=1e-6)
-    assert found.settings["minibatches"] == alone.settings["minibatches"] == 1
+    assert found.details["minibatches"] == alone.details["minibatches"] == 1
 
 
 def test_two_models_of_other_depth_width_and_input_size(pictures):
@@ -94,7 +94,7 @@ def test_compare_keeps_the_matrix_with_the_second_subject_and_draws_it(pictures,
     assert "cross-cka" not in found.subjects["one"].metrics
     reading = found.subjects["other"].metrics["cross-cka"]
     assert reading.values.shape == (3, 4)
-    assert (reading.settings["first"], reading.settings["second"]) == ("one", "other")
+    assert (reading.details["first"], reading.details["second"]) == ("one", "other")
     assert models["one"].training  # as it was
     found.save(tmp_path / "cmp")
     loaded = Comparison.load(tmp_path / "cmp").subjects["other"].metrics["cross-cka"]
@@ -139,12 +139,12 @@ def test_two_processes_find_what_one_does(tmp_path):
     """72 images: some fill minibatches in their own process, the rest meet at the end."""
     folder = photographs(tmp_path / "many", count=72, side=34)
     one, two = found_by(1, folder), found_by(2, folder)
-    assert one["layer-cka"]["settings"]["minibatches"] == 5  # four of 16 images, one of 8
+    assert one["layer-cka"]["details"]["minibatches"] == 5  # four of 16 images, one of 8
     for name in one:
         for part in ("values", "stderr", "ci95"):
             mine, other = (np.array(found[name][part], dtype=float) for found in (one, two))
             assert other == pytest.approx(mine, rel=1e-5, abs=1e-6, nan_ok=True), (name, part)
-    assert two["token-norm@outliers"]["settings"]["outlier_map"] == one["token-norm@outliers"]["settings"]["outlier_map"]
+    assert two["token-norm@outliers"]["details"]["outlier_map"] == one["token-norm@outliers"]["details"]["outlier_map"]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_minibatches_are_drawn_from_all_classes_of_a_folder_sorted_by_class(by_c
     found, drawn, in_order = (
         analyze(one, data, **facts).metrics["layer-cka"] for data in (by_class, [batch.pixels[order]], [batch.pixels])
     )
-    assert found.settings["minibatches"] == 8
+    assert found.details["minibatches"] == 8
     assert found.values == pytest.approx(drawn.values, abs=1e-9)
     assert np.abs(found.values - in_order.values).max() > 1e-3
     across, across_drawn = (cross_cka(one, two, data, device="cpu", seed=seed) for data in (images, [batch.pixels[order]]))

@@ -14,7 +14,7 @@ from factories import small_vit
 import collapse_probe as cp
 from collapse_probe.capture.weight_matrices import NAMES
 from collapse_probe.errors import DataError
-from collapse_probe.metrics.weight_metric import of_level
+from collapse_probe.metrics.metric import of_level
 from collapse_probe.models.vit import ViT, ViTSettings
 from collapse_probe.registry import METRICS
 from collapse_probe.report.findings.curves import weights
@@ -46,7 +46,7 @@ def test_without_data_the_whole_folder_is_written(run):
         assert reading.nulls.values["untrained"].shape == (3, len(NAMES))
         assert reading.nulls.images == {"untrained": 0}
         assert reading.stderr is None
-        assert "no sample" in reading.settings["intervals"]
+        assert "no sample" in reading.details["intervals"]
         assert np.load("out/matrices.npz")[name] == pytest.approx(reading.values)
     page = Path("out/report.html").read_text(encoding="utf-8")
     assert 'id="weights"' in page
@@ -95,7 +95,7 @@ def test_both_figures_of_the_weights_draw_every_matrix_and_its_twin():
     options = {"pretrained": False, "img_size": 32, "model_kwargs": {"depth": 2, "embed_dim": 48, "num_heads": 3}}
     found = cp.analyze("timm:vit_tiny_patch16_224", metrics=("weight-rank", "weight-rank@stable"), **options)
     own, family = weights(found), family_figure(found, ["weight-rank@stable"])
-    full = np.asarray(found.metrics["weight-rank"].settings["full_rank"])
+    full = np.asarray(found.metrics["weight-rank"].details["full_rank"])
     for figure, name, scale in ((own, "weight-rank", full), (family, "weight-rank@stable", 1.0)):
         (axes,) = figure.axes
         drawn = {line.get_label(): line.get_ydata() for line in axes.lines}

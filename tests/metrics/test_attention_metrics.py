@@ -106,7 +106,7 @@ def test_distance_against_the_slow_way(convention, prefix, budget):
     name = "attention-distance" + ("" if convention == "renormalise" else f"@{convention}")
     found = readings([on_grid(maps, grid, size, prefix)], [name], budget)[name]
     agree(found, slow_distance(maps, grid, size, prefix, convention).mean(-1), abs=2e-5)
-    assert found.settings["patch_size"] == [size[0] / grid[0], size[1] / grid[1]]
+    assert found.details["patch_size"] == [size[0] / grid[0], size[1] / grid[1]]
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -120,7 +120,7 @@ def test_sinks_against_the_slow_way(budget):
     agree(found["attention-sink@patches"], patches.max(-1))
     agree(found["attention-sink@prefix"], column[..., prefix].sum(-1))
     on_prefix = np.isin(column.argmax(-1), prefix).mean(0)
-    assert found["attention-sink"].settings["on_prefix"] == pytest.approx(on_prefix)
+    assert found["attention-sink"].details["on_prefix"] == pytest.approx(on_prefix)
     assert 0 < on_prefix.mean() < 1
 
 
@@ -297,7 +297,7 @@ def test_layers_with_fewer_keys_are_left_undefined_not_misread():
     agree_first = slow_distance(maps[:, :1], (3, 3), (48, 48), (0,), "renormalise").mean((0, -1))
     assert found["attention-distance"].values[:1] == pytest.approx(agree_first, abs=2e-5)
     assert np.isnan(found["attention-distance"].values[1]).all()
-    assert np.isnan(found["attention-distance"].settings["uniform"][1])
+    assert np.isnan(found["attention-distance"].details["uniform"][1])
     assert np.isnan(found["attention-sink@patches"].values[1]).all()
     assert found["distance-from-uniform"].values[1] == pytest.approx(
         slow_from_uniform(maps[:, 1, ..., :4]).mean((0, -1)), abs=1e-6

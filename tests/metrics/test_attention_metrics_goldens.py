@@ -37,7 +37,7 @@ def test_distance_of_uniform_attention(side, patch, renormalised, dropped):
     found = readings([trace], names)
     expected = [renormalised, dropped, renormalised]
     assert [found[name].values.item() for name in names] == pytest.approx(expected, abs=1e-3)
-    assert [found[name].settings["uniform"].item() for name in names] == pytest.approx(expected, abs=5e-4)
+    assert [found[name].details["uniform"].item() for name in names] == pytest.approx(expected, abs=5e-4)
 
 
 def test_distance_of_attention_to_oneself_and_to_the_far_corner():

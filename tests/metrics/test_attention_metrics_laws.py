@@ -108,7 +108,7 @@ def test_sampled_queries_where_the_sum_over_images_would_be_too_large(monkeypatc
     monkeypatch.setattr("collapse_probe.metrics.attention.distance_from_image_mean.SAMPLED_TOKENS", 4)
     for budget in (2**20, 1):
         sampled = readings([trace_of(maps)], [name], budget)[name]
-        assert sampled.settings["queries"] == [4]
+        assert sampled.details["queries"] == [4]
         assert sampled.values == pytest.approx(exact.values, abs=0.1)
         assert not np.allclose(sampled.values, exact.values, atol=1e-6)
 
@@ -161,5 +161,5 @@ def test_a_real_model_from_end_to_end(photos):
     for name in NAMES:
         assert one.metrics[name].values == pytest.approx(other.metrics[name].values, abs=1e-5, nan_ok=True), name
         assert np.isfinite(one.metrics[name].values).any(), name
-    assert one.metrics["attention-distance"].settings["patch_size"] == [16.0, 16.0]
-    assert one.to_json()["metrics"]["similarity-ratio"]["settings"]["sensitivity"][0]["k"] == 1
+    assert one.metrics["attention-distance"].details["patch_size"] == [16.0, 16.0]
+    assert one.to_json()["metrics"]["similarity-ratio"]["details"]["sensitivity"][0]["k"] == 1

@@ -65,7 +65,7 @@ def test_ratio_against_the_slow_way(suffix, choice, axis, budget):
 
 def test_the_count_under_every_choice():
     maps = drifting(seed=4)
-    found = readings([trace_of(maps)], ["similarity-ratio"])["similarity-ratio"].settings
+    found = readings([trace_of(maps)], ["similarity-ratio"])["similarity-ratio"].details
     assert len(found["sensitivity"]) == len(CHOICES) == 2 * 4 * 5
     for row, choice in zip(found["sensitivity"], CHOICES, strict=True):
         assert (row["k"], row["threshold"], row["direction"]) == (choice.k, choice.threshold, choice.direction)
@@ -84,7 +84,7 @@ def test_the_count_under_every_choice_has_the_interval_of_its_blocks():
     maps = drifting(seed=4, images=6)
     spread = np.random.default_rng(0).uniform(-0.3, 0.3, (6, L, 1, 1, 1))
     maps = np.clip(maps + spread * random_maps((6, L, H, N, N), 1.5, 9), 0, None)
-    found = readings([trace_of(maps[:2]), trace_of(maps[2:])], ["similarity-ratio"])["similarity-ratio"].settings
+    found = readings([trace_of(maps[:2]), trace_of(maps[2:])], ["similarity-ratio"])["similarity-ratio"].details
     wide = 0
     for row, choice in zip(found["sensitivity"], CHOICES, strict=True):
         ratios = slow_ratio(maps, choice)
@@ -102,7 +102,7 @@ def test_the_count_under_every_choice_has_the_interval_of_its_blocks():
 @pytest.mark.parametrize("threshold", [0.7, 0.8, 0.9, 0.95])
 def test_a_higher_threshold_never_counts_more(threshold):
     counts = {}
-    for row in readings([trace_of(drifting(2))], ["similarity-ratio"])["similarity-ratio"].settings["sensitivity"]:
+    for row in readings([trace_of(drifting(2))], ["similarity-ratio"])["similarity-ratio"].details["sensitivity"]:
         counts[row["k"], row["direction"], row["threshold"]] = row["similar_blocks"]
     for (k, direction, at), count in counts.items():
         if at != "mean" and at <= threshold:
@@ -113,7 +113,7 @@ def test_blocks_with_one_map_have_the_ratio_one_under_every_choice():
     maps = np.tile(random_maps((2, 1, H, N, N)), (1, L, 1, 1, 1))
     found = readings([trace_of(maps)], ["similarity-ratio"])["similarity-ratio"]
     assert found.values[1:].tolist() == [1.0] * (L - 1)
-    for row in found.settings["sensitivity"]:
+    for row in found.details["sensitivity"]:
         assert row["similar_blocks"] == row["blocks"] == L - (row["direction"] == "before")
 
 
@@ -131,7 +131,7 @@ def test_vectors_without_a_direction_do_not_count():
 
 
 def test_one_image_has_no_interval_of_its_count():
-    settings = readings([trace_of(drifting(images=1))], ["similarity-ratio"])["similarity-ratio"].settings
+    settings = readings([trace_of(drifting(images=1))], ["similarity-ratio"])["similarity-ratio"].details
     assert settings["similar_blocks"]["ci95"] is None
     assert {row["ci95"] for row in settings["sensitivity"]} == {None}
 

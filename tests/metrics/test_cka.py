@@ -315,8 +315,8 @@ def test_layer_cka_against_the_slow_way_and_prefix_tokens_out():
         groups = documented_minibatches(21, MINIBATCH)
         slow = [[slow_cka([(flat[g, a], flat[g, b]) for g in groups]) for b in range(3)] for a in range(3)]
         assert found.values == pytest.approx(np.array(slow), abs=1e-5)
-        assert found.settings["minibatch"] == MINIBATCH
-        assert found.settings["minibatches"] == len(groups) == 1
+        assert found.details["minibatch"] == MINIBATCH
+        assert found.details["minibatches"] == len(groups) == 1
 
 
 def test_layer_cka_compares_depths_of_any_shape_and_skips_missing_ones():

@@ -177,7 +177,7 @@ def test_sampled_tokens_when_the_sum_over_images_would_be_too_large(monkeypatch)
     monkeypatch.setattr("collapse_probe.metrics.pairwise_cosine.STATE_BUDGET", 1)
     monkeypatch.setattr("collapse_probe.metrics.pairwise_cosine.SAMPLED_TOKENS", 5)
     sampled = readings([trace_of(maps, tokens)], ["image-similarity", "attention-similarity"])
-    chosen = sampled["image-similarity"].settings["tokens"]
+    chosen = sampled["image-similarity"].details["tokens"]
     assert chosen == [5]
     assert sampled["image-similarity"].values == pytest.approx(exact["image-similarity"].values, abs=0.15)
     assert not np.allclose(sampled["image-similarity"].values, exact["image-similarity"].values, atol=1e-9)

@@ -45,12 +45,13 @@ def reading_for(name: str, dims: tuple[str, ...] | None = None) -> MetricResult:
     settings = dict(kind.defaults)
     for suffix in suffixes:
         settings |= kind.variants[suffix]
-    settings |= {"uniform": [0.3] * BLOCKS, "largest": [5.0, None, 5.0, 5.0], "ratio_above": 0.9, "tokens": [50] * BLOCKS}
-    settings["matrices"] = ["q", "k", "v", "proj", "fc1", "fc2"]
-    settings["outlier_map"] = np.full((BLOCKS + 1, 2, 2), 0.1)
-    settings["outlier_share"] = [0.1] * (BLOCKS + 1)
+    details = {"uniform": [0.3] * BLOCKS, "largest": [5.0, None, 5.0, 5.0], "ratio_above": 0.9, "tokens": [50] * BLOCKS}
+    details["matrices"] = ["q", "k", "v", "proj", "fc1", "fc2"]
+    details["outlier_map"] = np.full((BLOCKS + 1, 2, 2), 0.1)
+    details["outlier_share"] = [0.1] * (BLOCKS + 1)
     fresh = Nulls({"untrained": values * 0.9}, {"untrained": 4})
-    return MetricResult(dims, f"what {name} is", settings=settings, nulls=fresh, **with_interval(values))
+    facts = {"settings": settings, "details": details, "nulls": fresh, **with_interval(values)}
+    return MetricResult(dims, f"what {name} is", **facts)
 
 
 def findings_with(*names: str) -> Findings:
@@ -185,16 +186,15 @@ def test_rollouts_are_drawn_where_they_were_measured_and_survive_the_folder(tmp_
     assert Findings.load(rolled().save(tmp_path / "without")).gallery.rollouts is None
 
 
-def ratio(**settings) -> MetricResult:
-    rows = [
+def ratio(rows=None, **settings) -> MetricResult:
+    rows = rows or [
         {"k": k, "threshold": t, "direction": d, "similar_blocks": k + (t == "mean"), "blocks": 11}
         for d in ("before", "both")
         for k in (1, 3)
         for t in (0.7, 0.9, "mean")
     ]
-    return replace(
-        reading_for("similarity-ratio"), settings={**METRICS["similarity-ratio"].defaults, "sensitivity": rows, **settings}
-    )
+    settings = {**METRICS["similarity-ratio"].defaults, **settings}
+    return replace(reading_for("similarity-ratio"), settings=settings, details={"sensitivity": rows})
 
 
 def test_the_sensitivity_of_the_ratio_is_a_table_with_the_drawn_choice_marked():
@@ -217,9 +217,9 @@ def test_the_sensitivity_of_the_ratio_is_a_table_with_the_drawn_choice_marked():
 
 def test_the_sensitivity_table_shows_the_interval_of_each_count():
     rows = [
-        {**row, "ci95": [row["k"] - 1.0, 9.0] if row["threshold"] == 0.9 else None} for row in ratio().settings["sensitivity"]
+        {**row, "ci95": [row["k"] - 1.0, 9.0] if row["threshold"] == 0.9 else None} for row in ratio().details["sensitivity"]
     ]
-    (table,) = sensitivity_tables(replace(findings_with(), metrics={"similarity-ratio": ratio(sensitivity=rows)}))
+    (table,) = sensitivity_tables(replace(findings_with(), metrics={"similarity-ratio": ratio(rows)}))
     assert table.rows[1] == ("3 blocks before", "3 of 11", "3 of 11 (2 … 9)", "4 of 11")
     assert "with the 95 % interval of the number" in table.notes[0]
 
@@ -234,8 +234,9 @@ def test_the_table_stands_under_its_figure():
 def outliers(share: float, **settings) -> MetricResult:
     maps = np.zeros((BLOCKS + 1, 3, 3))
     maps[2, 0, 1] = share
-    extra = {"outlier_map": maps.tolist(), "outlier_share": maps.mean((1, 2)).tolist(), "deviations": 6.0, "threshold": None}
-    return replace(reading_for("token-norm"), settings={**extra, **settings})
+    details = {"outlier_map": maps.tolist(), "outlier_share": maps.mean((1, 2)).tolist()}
+    settings = {"deviations": 6.0, "threshold": None, **settings}
+    return replace(reading_for("token-norm"), settings=settings, details=details)
 
 
 def test_outliers_are_drawn_where_they_sit_and_their_absence_is_said():

@@ -212,11 +212,11 @@ def test_a_checkerboard_has_the_largest_dirichlet_energy_and_equal_patches_none(
 def test_outliers_are_found_where_they_sit_and_equal_norms_have_none():
     tokens = tokens_of()
     found = readings([trace_with(tokens)], ["token-norm@outliers", "token-norm"])
-    where = np.asarray(found["token-norm@outliers"].settings["outlier_map"])
+    where = np.asarray(found["token-norm@outliers"].details["outlier_map"])
     assert where.shape == (DEPTHS, 3, 3)
     assert where[2, 1, 1] == 1  # token 5 is patch 4
     assert where[2].sum() * B / (9 * B) == pytest.approx(found["token-norm@outliers"].values[2])
-    assert found["token-norm"].settings["outlier_map"].tolist() == where.tolist()
+    assert found["token-norm"].details["outlier_map"].tolist() == where.tolist()
     assert not outliers(torch.full((2, 7), 3.0) + 1e-6 * torch.rand(2, 7)).any()
     assert not outliers(torch.zeros(2, 7)).any()
     assert robust_threshold(torch.tensor([[1.0, 2, 3, 90]]), 6.0).item() == 8.5
@@ -225,14 +225,14 @@ def test_outliers_are_found_where_they_sit_and_equal_norms_have_none():
 def test_the_share_of_outliers_has_an_interval_and_their_map_a_reason():
     found = readings([trace_with(tokens_of()[:2]), trace_with(tokens_of()[2:])], ["token-norm", "token-norm@outliers"])
     plain, share = found["token-norm"], found["token-norm@outliers"]
-    assert plain.settings["outlier_share"] == pytest.approx(share.values)
-    assert plain.settings["outlier_share_ci95"] == pytest.approx(share.ci95)
+    assert plain.details["outlier_share"] == pytest.approx(share.values)
+    assert plain.details["outlier_share_ci95"] == pytest.approx(share.ci95)
     rows = [[share_above(image[depth, 1:]) for depth in range(DEPTHS)] for image in tokens_of()]
     reach = stats.t.ppf(0.975, B - 1) * stats.sem(rows, axis=0)
     assert reach.max() > 0
     expected = np.stack([np.mean(rows, axis=0) - reach, np.mean(rows, axis=0) + reach], -1)
-    assert plain.settings["outlier_share_ci95"] == pytest.approx(expected, abs=1e-7)
-    assert plain.settings["intervals"].startswith("outlier_map has none: ")
+    assert plain.details["outlier_share_ci95"] == pytest.approx(expected, abs=1e-7)
+    assert plain.details["intervals"].startswith("outlier_map has none: ")
 
 
 def test_impossible_deviations_are_refused():
@@ -245,7 +245,7 @@ def test_a_plan_without_a_grid_has_no_grid_energy_and_no_outlier_map():
     trace = trace_of(random_maps((2, 1, 1, 8, 8)), np.random.default_rng(0).normal(size=(2, 2, 8, 4)))
     assert "form no rectangle" in make("dirichlet-energy", trace.plan).inapplicable()
     assert make("dirichlet-energy@complete", trace.plan).inapplicable() == ""
-    assert readings([trace], ["token-norm"])["token-norm"].settings["outlier_map"] is None
+    assert readings([trace], ["token-norm"])["token-norm"].details["outlier_map"] is None
 
 
 @pytest.mark.parametrize("name", EVERY)

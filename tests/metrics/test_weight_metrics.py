@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from collapse_probe.analysis.summary import summary_of
 from collapse_probe.capture.weight_matrices import NAMES, Matrices, Matrix
-from collapse_probe.metrics.metric import make
-from collapse_probe.metrics.weight_metric import LEVELS, WeightMetric, level_of, of_level
+from collapse_probe.metrics.metric import LEVELS, level_of, make, of_level
+from collapse_probe.metrics.weight_metric import WeightMetric
 from collapse_probe.metrics.weights.weight_orthogonality import relative_gap
 from collapse_probe.metrics.weights.weight_similarity import between_blocks, read_directions, row_similarity
 from collapse_probe.registry import METRICS
@@ -223,8 +223,8 @@ def test_the_same_matrix_in_two_blocks():
     assert reading.values[0, 2] == pytest.approx(1)
     flat = [np.concatenate([b[n].numpy().ravel()[None]], 0) for b in (first, second) for n in ("q",)]
     expected = (flat[0] @ flat[1].T).item() / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
-    assert reading.settings["by_matrix"][0][0][1] == pytest.approx(expected, rel=1e-10)
-    mean = np.mean([reading.settings["by_matrix"][m][0][1] for m in range(6)])
+    assert reading.details["by_matrix"][0][0][1] == pytest.approx(expected, rel=1e-10)
+    mean = np.mean([reading.details["by_matrix"][m][0][1] for m in range(6)])
     assert reading.values[0, 1] == pytest.approx(mean)
     turned = {**first, "q": turn @ first["q"], "fc1": first["fc1"].flip(0), "fc2": first["fc2"].flip(1)}
     by_entry, by_direction = (read(f"weight-similarity@{v}", first, turned) for v in ("depth", "directions"))
@@ -242,7 +242,7 @@ def test_directions_against_the_slow_way():
             g = w @ w.T if n in ("proj", "fc2") else w.T @ w
             grams.append((g - np.trace(g) / len(g) * np.eye(len(g))).ravel())
         expected = grams[0] @ grams[1] / np.linalg.norm(grams[0]) / np.linalg.norm(grams[1])
-        assert reading.settings["by_matrix"][m][0][1] == pytest.approx(expected, rel=1e-9), n
+        assert reading.details["by_matrix"][m][0][1] == pytest.approx(expected, rel=1e-9), n
 
 
 def test_unrelated_blocks_are_at_zero_and_isotropic_ones_undefined():
@@ -257,7 +257,7 @@ def test_blocks_of_different_width_are_not_compared():
     first, second = blocks(2)
     second = {**second, "q": draw(6, 5), "k": draw(6, 5)}
     reading = read("weight-similarity@depth", first, second)
-    assert np.isnan(reading.settings["by_matrix"][0][0][1])
+    assert np.isnan(reading.details["by_matrix"][0][0][1])
     assert np.isfinite(reading.values[0, 1])
 
 
@@ -265,9 +265,9 @@ def test_blocks_of_different_width_are_not_compared():
 def test_what_is_missing_stays_undefined_with_its_reason(name):
     first, second = blocks(2)
     reading = read(name, first, {n: second[n] for n in ("q", "fc2")})
-    assert reading.settings["missing"] == ["k, v, proj, fc1 of blocks.1: not made here"]
+    assert reading.details["missing"] == ["k, v, proj, fc1 of blocks.1: not made here"]
     assert reading.stderr is None
-    assert "no sample" in reading.settings["intervals"]
+    assert "no sample" in reading.details["intervals"]
     if reading.dims == ("block", "matrix"):
         missing = [NAMES.index(n) for n in ("k", "v", "proj", "fc1")]
         assert np.isnan(reading.values[1, missing]).all()

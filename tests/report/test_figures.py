@@ -315,7 +315,7 @@ def test_entropy_takes_one_token_count_or_one_for_each_block() -> None:
     findings = synthetic(4)
     reading = findings.metrics["attention-entropy"]
     for tokens in (TOKENS, [TOKENS, 1, 20, 30]):
-        changed = replace(reading, settings={"tokens": tokens})
+        changed = replace(reading, details={"tokens": tokens})
         figure = entropy(replace(findings, metrics={"attention-entropy": changed}))
         assert figure is not None
         (heat,) = heatmaps(figure)

@@ -24,7 +24,7 @@ from collapse_probe.report.findings.figures import FIGURES, draw_all
 from collapse_probe.report.findings.page import render, write_report
 from collapse_probe.report.findings.provenance import definitions, not_measured, skipped
 from collapse_probe.report.findings.tables import key_numbers, per_block
-from collapse_probe.results.findings import Findings, MetricResult, Nulls
+from collapse_probe.results.findings import Description, Findings, MetricResult, Nulls
 from collapse_probe.results.readings import KAPPA_THRESHOLD, RAW_THRESHOLD
 from collapse_probe.results.text import interval, number, plain
 from collapse_probe.results.verdict import Verdict
@@ -285,7 +285,8 @@ def test_every_choice_of_a_preset_is_shown_with_who_made_it() -> None:
 
 def test_a_page_of_the_weights_alone_speaks_of_no_images() -> None:
     fresh = np.ones((2, 6))
-    reading = MetricResult(("block", "matrix"), "rank", values=fresh, nulls=Nulls({"untrained": fresh}, {"untrained": 0}))
+    facts = {"description": Description(level="weights"), "nulls": Nulls({"untrained": fresh}, {"untrained": 0})}
+    reading = MetricResult(("block", "matrix"), "rank", values=fresh, **facts)
     plain_run = synthetic(2, gallery=False)
     data = {"address": None, "images": 0, "skipped": [], "names_sha256": None, "bundled": False}
     findings = replace(plain_run, data=data, metrics={"weight-rank": reading}, summary={"images": 0})

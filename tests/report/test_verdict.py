@@ -12,7 +12,7 @@ from factories import photographs, small_vit
 
 import collapse_probe as cp
 from collapse_probe.analysis.analyze import measure
-from collapse_probe.results.findings import Findings, MetricResult, Nulls
+from collapse_probe.results.findings import Description, Findings, MetricResult, Nulls
 from collapse_probe.results.outcomes import Pairs, classify
 from collapse_probe.results.rules import BY_NAME
 from collapse_probe.results.text import number, spans
@@ -237,13 +237,15 @@ def of_weights(rank=0.9, alike=1.0, **more):
     """Findings of the weights alone, two blocks and two matrices: the metrics over those of the untrained twin."""
     fresh = {"weight-rank": np.full((2, 2), 40.0), "weight-similarity": np.full((2, 2), 0.1)}
     values = {"weight-rank": fresh["weight-rank"] * [[rank], [1]], "weight-similarity": fresh["weight-similarity"] * alike}
-    settings = {"matrices": ["q", "k"], "full_rank": np.full((2, 2), 80.0), "measure": "effective"}
+    full_rank = {"weight-rank": {"full_rank": np.full((2, 2), 80.0)}}
     readings = {
         name: MetricResult(
             ("block", "matrix"),
             "made up",
             values=values[name],
-            settings=settings if name == "weight-rank" else {"matrices": ["q", "k"]},
+            settings={"measure": "effective"},
+            details={"matrices": ["q", "k"], **full_rank.get(name, {})},
+            description=Description(level="weights"),
             nulls=Nulls({"untrained": fresh[name]}, {"untrained": 0}),
         )
         for name in fresh

@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from factories import small_vit
+from factories import small_vit, synthetic
 
 import collapse_probe as cp
 from collapse_probe.errors import OutputError, UnknownNameError
 from collapse_probe.files import check_writable, new_folder
-from collapse_probe.results.findings import CSV_COLUMNS, Findings, MetricResult
+from collapse_probe.results.findings import CSV_COLUMNS, Description, Findings, MetricResult
 
 NULL_NAMES = {"untrained", "other_token", "other_image", "other_head", "kappa"}
 
@@ -38,8 +38,8 @@ def test_the_folder_holds_the_schema(found, tmp_path):
     run = {"device", "dtype", "batch_size", "world_size", "seed", "seconds", "images_per_second", "peak_memory_bytes"}
     assert run | {"command", "versions", "created"} <= set(content["run"])
     entry = content["metrics"]["attention-similarity"]
-    facts = {"dims", "values", "stderr", "ci95", "collapsed", "point", "settings", "definition", "nulls", "not_applicable"}
-    assert facts <= set(entry)
+    facts = {"dims", "values", "stderr", "ci95", "collapsed", "point", "settings", "details", "description", "definition"}
+    assert facts | {"nulls", "not_applicable"} <= set(entry)
     assert set(entry["nulls"]) >= NULL_NAMES
     assert "images" in entry["nulls"]
 
@@ -84,7 +84,7 @@ def test_what_has_no_error_stands_in_blocks_with_blanks(found, tmp_path):
     values = np.arange(6.0).reshape(3, 2)
     square = np.arange(9.0).reshape(3, 3)
     made = {
-        "weight-rank": MetricResult(("block", "matrix"), "made up", values=values, settings={"matrices": ["q", "fc1"]}),
+        "weight-rank": MetricResult(("block", "matrix"), "made up", values=values, details={"matrices": ["q", "fc1"]}),
         "weight-similarity@depth": MetricResult(("block", "block"), "made up", values=square),
         "heads": MetricResult(("block", "head"), "made up", values=values),
         "curve": MetricResult(("depth",), "made up", values=values[:, 0], stderr=values[:, 1]),
@@ -183,3 +183,31 @@ def test_a_module_is_given_back_as_it_came(photos):
     assert model.training
     assert not model.blocks[1].training
     assert model.blocks[2].training
+
+
+def test_findings_written_before_details_stood_apart_still_load(tmp_path):
+    folder = synthetic(3).save(tmp_path / "out")
+    content = json.loads((folder / "findings.json").read_text())
+    weights = {"matrices": ["q", "k"], "full_rank": [[4.0, 4.0]]}
+    entry = {**content["metrics"]["attention-entropy"], "settings": weights, "dims": ["block", "matrix"]}
+    content["metrics"] = {"attention-entropy": content["metrics"]["attention-entropy"], "weight-rank": entry}
+    for stored in content["metrics"].values():
+        stored["settings"] |= stored.pop("details")
+        del stored["description"]
+    (folder / "findings.json").write_text(json.dumps(content))
+    old = Findings.load(folder)
+    assert old.metrics["attention-entropy"].details["tokens"] == [50] * 3
+    assert old.metrics["weight-rank"].details["full_rank"] == [[4.0, 4.0]]
+    assert {name: result.description.level for name, result in old.metrics.items()} == {
+        "attention-entropy": "other",
+        "weight-rank": "weights",
+    }
+    assert old.metrics["weight-rank"].description.title == ""
+
+
+def test_a_description_is_stored_with_its_metric(tmp_path):
+    words = {"title": "How far", "seen": "A distance.", "limits": "Not near.", "level": "attention", "panel": "all keys"}
+    stated = Description(**words, unit="pixels", top=1.0, logarithmic=True, reference=("uniform", "uniform attention"))
+    found = synthetic(3)
+    found = replace(found, metrics={"my-own": replace(found.metrics["patch-diversity"], description=stated)})
+    assert Findings.load(found.save(tmp_path / "out")).metrics["my-own"].description == stated

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from collapse_probe.results.findings import Findings, MetricResult, Nulls
+from collapse_probe.results.findings import Description, Findings, MetricResult, Nulls
 from collapse_probe.results.outcomes import READERS, outcome, verdict_table
 from collapse_probe.results.rules import BY_NAME, RULES
 from collapse_probe.results.verdict import Verdict, judge, verdict_of, with_verdict
@@ -59,7 +59,7 @@ def similarity(raw=0.5, null=0.4, kappa=0.1, reach=0.0, row=0.5, head=0.4, share
         stderr=heads * 0,
         ci95=around(heads, 0),
         head_mean=(mean, mean * 0, around(mean, reach * log)),
-        settings={"tokens": [10] * BLOCKS},
+        details={"tokens": [10] * BLOCKS},
     )
     spread = np.array([[-1.0], [1.0]]) * reach
     by_image = {"attention-similarity/other_token": np.tile(null + spread, (10, BLOCKS - 1))}
@@ -79,7 +79,8 @@ def depths(metric, last, reach=0.0, fresh=None):
 def weights(metric, value):
     fresh = np.full((BLOCKS, 2), 2.0)
     given = np.array([[2.0, np.nan], [value * 2, value * 2], [2.0, 2.0]])
-    return findings({metric: MetricResult(("block", "matrix"), "", given, nulls=Nulls({"untrained": fresh}, {}))}, images=0)
+    facts = {"description": Description(level="weights"), "nulls": Nulls({"untrained": fresh}, {})}
+    return findings({metric: MetricResult(("block", "matrix"), "", given, **facts)}, images=0)
 
 
 CASES = {

@@ -16,8 +16,8 @@ import collapse_probe as cp
 from collapse_probe.analysis.summary import pair_tests, sureness
 from collapse_probe.data.images import from_loader, open_data
 from collapse_probe.errors import SettingError
+from collapse_probe.metrics.metric import of_level
 from collapse_probe.metrics.nulls import untrained_only, with_twins
-from collapse_probe.metrics.weight_metric import of_level
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.breakdowns import classes_of, convergence_of, extremes_of, sizes_for
@@ -317,7 +317,7 @@ def test_numbers_of_the_weights_say_why_they_have_no_interval(everything, name):
     reading = everything.metrics[name]
     assert reading.values is not None
     assert reading.ci95 is None
-    assert "one set of weights" in reading.settings["intervals"]
+    assert "one set of weights" in reading.details["intervals"]
 
 
 @pytest.mark.parametrize("null", ["other_head", "other_token"])

@@ -110,7 +110,7 @@ class AttentionDistance(Metric):
             "Mean over images and patch queries i of Σ_j p_ij d_ij, d_ij the distance between the centres of patches i and j "
             "in pixels of the model's input (the input's sides over the grid's), on the softmax (probs). Prefix tokens are "
             f"left out as queries and as keys: {PREFIX[self.settings['prefix']]}. In exact arithmetic resoftmax equals "
-            "renormalise. settings.uniform is the value of uniform attention. (Dosovitskiy et al., arXiv 2010.11929, Fig. 7.)"
+            "renormalise. details.uniform is the value of uniform attention. (Dosovitskiy et al., arXiv 2010.11929, Fig. 7.)"
         )
 
     def needs(self) -> dict[str, Need]:
@@ -124,9 +124,9 @@ class AttentionDistance(Metric):
         size = patch_size(self.plan)
         assert size is not None
         assert self.plan.grid is not None
-        settings = {**self.settings, "unit": "pixels", "grid": list(self.plan.grid), "patch_size": list(size)}
-        settings |= {"uniform": self._uniform(patch_distances(self.plan.grid, size))}
-        return self.reading(**by_head(folds["distance"]), point="probs", settings=settings, nulls=untrained_only())
+        details: dict[str, Any] = {"unit": "pixels", "grid": list(self.plan.grid), "patch_size": list(size)}
+        details |= {"uniform": self._uniform(patch_distances(self.plan.grid, size))}
+        return self.reading(**by_head(folds["distance"]), point="probs", details=details, nulls=untrained_only())
 
     def _uniform(self, distances: Tensor) -> Array:
         layers = [self.plan.layers[i] for i in self.plan.map_layers]

@@ -77,7 +77,7 @@ class AttentionEntropy(Metric):
         """The definition in words."""
         return (
             "Mean over images and queries (prefix tokens included) of −Σ_j p_j log p_j over the keys, in nats, on the softmax "
-            "(probs). settings.tokens holds the number of keys N of each block and settings.share the entropy over log N: 1 is "
+            "(probs). details.tokens holds the number of keys N of each block and details.share the entropy over log N: 1 is "
             "uniform attention, 0 one key alone. Low is entropy collapse (arXiv 2303.06296), the opposite of near-uniform maps."
         )
 
@@ -95,7 +95,7 @@ class AttentionEntropy(Metric):
         return self.reading(
             **facts,
             point="probs",
-            settings={**self.settings, "unit": "nats", "tokens": keys.astype(int).tolist(), "share": share},
+            details={"unit": "nats", "tokens": keys.astype(int).tolist(), "share": share},
             head_mean=(means["values"], means["stderr"], means["ci95"]),
             nulls=untrained_only(),
         )

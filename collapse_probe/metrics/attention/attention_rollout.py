@@ -103,8 +103,8 @@ class AttentionRollout(Metric):
         fold = folds["agreement"]
         nulls = between_blocks(fold, heads=False)
         nulls = replace(nulls, reasons={**nulls.reasons, "other_head": "a rollout has fused its heads"})
-        settings = {**self.settings, "tokens_for_other_image": [len(sample) for sample in fold.samples]}
-        return self.reading(**mean_over_images(fold, "real"), point="probs", nulls=nulls, settings=settings)
+        details = {"tokens_for_other_image": [len(sample) for sample in fold.samples]}
+        return self.reading(**mean_over_images(fold, "real"), point="probs", nulls=nulls, details=details)
 
     def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
         """The similarity of each block's rollout with that of the block before, [images, blocks − 1]."""

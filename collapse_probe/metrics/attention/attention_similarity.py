@@ -55,9 +55,9 @@ class AttentionSimilarity(Metric):
         """The matrix with its intervals and nulls."""
         fold = folds["agreement"]
         facts = mean_over_images(fold, "real")
-        settings = {**self.settings, "tokens_for_other_image": [len(sample) for sample in fold.samples]}
+        details = {"tokens_for_other_image": [len(sample) for sample in fold.samples]}
         nulls = between_blocks(fold, heads=True)
-        return self.reading(**facts, point=self.settings["point"], nulls=nulls, settings=settings)
+        return self.reading(**facts, point=self.settings["point"], nulls=nulls, details=details)
 
     def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
         """The similarity of each block with the block before, [images, blocks − 1]."""

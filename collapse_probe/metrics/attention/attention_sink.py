@@ -112,11 +112,11 @@ class AttentionSink(Metric):
     @property
     def definition(self) -> str:
         """The definition in words."""
-        on_prefix = "settings.on_prefix is the share of images in which the most attended key is a prefix token. "
+        on_prefix = "details.on_prefix is the share of images in which the most attended key is a prefix token. "
         on_prefix = on_prefix if self.settings["keys"] == "any" else ""
         return (
             f"Mean over images of {KEYS[self.settings['keys']]}, on the softmax (probs), all queries counted. 1: every query "
-            f"attends to one key alone (to prefix tokens alone); uniform attention gives settings.uniform. {on_prefix}A "
+            f"attends to one key alone (to prefix tokens alone); uniform attention gives details.uniform. {on_prefix}A "
             "sink is no collapse by itself: a head may park its attention where it does nothing."
         )
 
@@ -129,10 +129,10 @@ class AttentionSink(Metric):
 
     def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """Masses, with what uniform attention would give."""
-        settings = {**self.settings, "uniform": self._uniform()}
+        details = {"uniform": self._uniform()}
         if self.settings["keys"] == "any":
-            settings["on_prefix"] = folds["sink"].mean("on_prefix")[0]
-        return self.reading(**by_head(folds["sink"]), point="probs", settings=settings, nulls=untrained_only())
+            details["on_prefix"] = folds["sink"].mean("on_prefix")[0]
+        return self.reading(**by_head(folds["sink"]), point="probs", details=details, nulls=untrained_only())
 
     def _uniform(self) -> Array:
         layers = [self.plan.layers[i] for i in self.plan.map_layers]

@@ -67,7 +67,7 @@ class DistanceFromUniform(Metric):
         tokens = "all keys" if self.settings["prefix"] else "patch keys (prefix queries and keys dropped, rows renormalised)"
         return (
             f"Mean over images and queries of ½ Σ_j |p_j − 1/N| over the N {tokens}, on the softmax (probs): the total "
-            "variation distance from uniform attention. 0: the head averages all tokens; settings.largest, 1 − 1/N: one key "
+            "variation distance from uniform attention. 0: the head averages all tokens; details.largest, 1 − 1/N: one key "
             "alone. Both ends can be ill, as with attention-entropy."
         )
 
@@ -81,8 +81,8 @@ class DistanceFromUniform(Metric):
         layers = [self.plan.layers[i] for i in self.plan.map_layers]
         keys = [layer.keys if self.settings["prefix"] else len(over_patches(self.plan, layer) or ()) for layer in layers]
         largest = [1 - 1 / n if n and not layer.reason else np.nan for n, layer in zip(keys, layers, strict=True)]
-        settings = {**self.settings, "largest": np.array(largest)}
-        return self.reading(**by_head(folds["distance"]), point="probs", settings=settings, nulls=untrained_only())
+        details = {"largest": np.array(largest)}
+        return self.reading(**by_head(folds["distance"]), point="probs", details=details, nulls=untrained_only())
 
     def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
         """Mean over heads, [images, blocks]."""

@@ -60,10 +60,10 @@ class ImageSimilarity(MapMetric):
             "kappa": kappa(mean, across["other_token"]),
         }
         nulls = finished(values, {"other_image": "the metric itself compares images"}, images, None)
-        settings = {**self.settings, "tokens": [len(sample) for sample in folds["agreement"].samples]}
+        details = {"tokens": [len(sample) for sample in folds["agreement"].samples]}
         bounds = interval(mean, stderr, min(images, GROUPS))
         facts = {"stderr": stderr, "ci95": bounds, "point": self.settings["point"]}
-        return self.reading(mean, **facts, nulls=nulls, settings=settings)
+        return self.reading(mean, **facts, nulls=nulls, details=details)
 
 
 METRICS.add(ImageSimilarity.name, ImageSimilarity)

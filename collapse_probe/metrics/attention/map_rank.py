@@ -119,9 +119,9 @@ class MapRank(Metric):
     def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """Ranks or distances with intervals, and the largest rank that there could be."""
         layers = [self.plan.layers[i] for i in self.plan.map_layers]
-        settings = {**self.settings, "largest": [None if a.reason else min(a.queries, a.keys) for a in layers]}
+        details = {"largest": [None if a.reason else min(a.queries, a.keys) for a in layers]}
         facts = by_head(folds["spectra"], self.settings["measure"])
-        return self.reading(**facts, point=self.settings["point"], settings=settings, nulls=untrained_only())
+        return self.reading(**facts, point=self.settings["point"], details=details, nulls=untrained_only())
 
     def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
         """Mean over heads, [images, blocks]."""

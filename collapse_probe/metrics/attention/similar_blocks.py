@@ -70,14 +70,13 @@ class SimilarBlocks(Metric):
         return {"agreement": (("maps", *key), lambda: MapPairwiseCosine(self.plan, *key))}
 
     def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
-        """Counts with their intervals; the corrected count and its interval stand in the settings."""
+        """Counts with their intervals; the corrected count and its interval stand in the details."""
         real, null = (records["agreement"][name].T for name in ("real", "other_token"))
         counts = [count_above(real, t) for t in self.settings["thresholds"]]
         errors = [_error(partial(_above, real, t), real.shape[-1]) for t in self.settings["thresholds"]]
         corrected = count_corrected(real, null)
         corrected_ci95 = _bounds(kappa_parts(real.T, null.T), CORRECTED_ABOVE)
-        settings = {
-            **self.settings,
+        details = {
             "pairs": len(real),
             "corrected": {"kappa_above": CORRECTED_ABOVE, "value": float(corrected), "ci95": corrected_ci95.tolist()},
         }
@@ -86,7 +85,7 @@ class SimilarBlocks(Metric):
             stderr=np.array(errors),
             ci95=np.array([_bounds(mean_parts(real.T), t) for t in self.settings["thresholds"]]),
             point=self.settings["point"],
-            settings=settings,
+            details=details,
             nulls=untrained_only(),
         )
 

@@ -207,9 +207,9 @@ class SimilarityRatio(Metric):
             f"Share of the {self.settings['axis']}s A[h, t] of a block (heads h, tokens t; prefix tokens included), at "
             f"{self.settings['point']}, whose mean cosine with the same {self.settings['axis']} of the {self.choice.k} nearest "
             f"block(s) {sides} is {above}; per image, then averaged over images. DeepViT (arXiv 2103.11886, Fig. 3a) leaves "
-            "number, side and threshold open: these are our readings. settings.similar_blocks counts the blocks with a ratio "
+            "number, side and threshold open: these are our readings. details.similar_blocks counts the blocks with a ratio "
             f"above {SIMILAR_ABOVE} (interval: from those surely above it to those not surely below it, by one-sided t bounds "
-            "at 5 % over the number of blocks), and settings.sensitivity that count, with such an interval, under every other "
+            "at 5 % over the number of blocks), and details.sensitivity that count, with such an interval, under every other "
             "choice. With the mean as threshold maps that are alike or not by chance give about one half."
         )
 
@@ -223,14 +223,13 @@ class SimilarityRatio(Metric):
         mean, stderr, n = folds["ratio"].mean("ratio")
         at = CHOICES.index(self.choice)
         ratios = records["ratio"]["ratio"].T
-        settings = {
-            **self.settings,
+        details = {
             "ratio_above": SIMILAR_ABOVE,
             "similar_blocks": {"value": float(count_similar(ratios)), "ci95": count_interval(ratios)},
             "sensitivity": sensitivity((mean, stderr, n)),
         }
         facts = {"stderr": stderr[at], "ci95": interval(mean[at], stderr[at], n[at])}
-        return self.reading(mean[at], **facts, point=self.settings["point"], settings=settings, nulls=untrained_only())
+        return self.reading(mean[at], **facts, point=self.settings["point"], details=details, nulls=untrained_only())
 
     def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
         """[images, blocks]."""

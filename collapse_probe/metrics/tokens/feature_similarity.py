@@ -41,9 +41,9 @@ class FeatureSimilarity(Metric):
     def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """The matrix with its intervals and nulls."""
         fold = folds["agreement"]
-        settings = {"prefix": False, "tokens_for_other_image": [len(sample) for sample in fold.samples]}
+        details = {"prefix": False, "tokens_for_other_image": [len(sample) for sample in fold.samples]}
         nulls = between_blocks(fold, heads=False)
-        return self.reading(**mean_over_images(fold, "real"), nulls=nulls, settings=settings)
+        return self.reading(**mean_over_images(fold, "real"), nulls=nulls, details=details)
 
     def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
         """The similarity of each depth with the depth before, [images, blocks]."""

@@ -54,7 +54,7 @@ class LayerCKA(Metric):
         return (
             f"Linear CKA of {which} flattened to one vector an image, at two depths of the residual stream: the unbiased "
             "HSIC₁ averaged over minibatches of images (one of n weighs n), then HSIC(a, b)/√(HSIC(a, a)·HSIC(b, b)) (arXiv "
-            "2010.15327), in float64. Negative values are possible: the estimate is unbiased. settings.minibatch is the images "
+            "2010.15327), in float64. Negative values are possible: the estimate is unbiased. details.minibatch is the images "
             f"in one; they are put together by their place (the same remainder by {STRIDE}) in a random order of the data (in "
             "a folder sorted by class neighbours are alike), or in that of a caller's loader, not by the run's batches. One, "
             "two and four processes so find the same number to rounding; W processes group the images by the "
@@ -72,8 +72,8 @@ class LayerCKA(Metric):
         values, stderr, ci95, minibatches = folds["hsic"].cka()
         if not minibatches:
             return self.refused("unbiased CKA needs four images or more")
-        settings = {**self.settings, "minibatch": folds["hsic"].size, "minibatches": minibatches}
-        return self.reading(values, stderr=stderr, ci95=ci95, settings=settings, nulls=untrained_only())
+        details = {"minibatch": folds["hsic"].size, "minibatches": minibatches}
+        return self.reading(values, stderr=stderr, ci95=ci95, details=details, nulls=untrained_only())
 
 
 METRICS.add(LayerCKA.name, LayerCKA)

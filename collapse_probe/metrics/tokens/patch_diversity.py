@@ -77,7 +77,7 @@ class PatchDiversity(Metric):
 
     def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
         """The curve over depth."""
-        return self.reading(**mean_over_images(folds["diversity"]), settings={"prefix": False}, nulls=untrained_only())
+        return self.reading(**mean_over_images(folds["diversity"]), details={"prefix": False}, nulls=untrained_only())
 
     def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
         """[images, depths]."""

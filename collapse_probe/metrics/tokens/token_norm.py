@@ -121,8 +121,8 @@ class TokenNorm(Metric):
         }
         return (
             f"{what[self.settings['value']]}, prefix tokens out, on the residual stream before any final norm (which would "
-            "make all norms alike), averaged over images. settings.outlier_share is the share of tokens above "
-            f"{limit}, with its interval, settings.outlier_map the share of images with such a token at each place, by "
+            "make all norms alike), averaged over images. details.outlier_share is the share of tokens above "
+            f"{limit}, with its interval, details.outlier_map the share of images with such a token at each place, by "
             "depth, row and column."
         )
 
@@ -142,7 +142,7 @@ class TokenNorm(Metric):
             "intervals": NO_INTERVAL,
         }
         facts = mean_over_images(fold, self.settings["value"])
-        return self.reading(**facts, settings={**self.settings, "prefix": False, **found}, nulls=untrained_only())
+        return self.reading(**facts, details={"prefix": False, **found}, nulls=untrained_only())
 
     def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
         """[images, depths]."""

@@ -69,7 +69,7 @@ class WeightRank(WeightMetric):
         facts: dict[str, Any] = {"full_rank": np.where(np.isfinite(full), full, np.nan)}
         if by_head:
             facts["undefined"] = f"{', '.join(n for n in NAMES if n not in BY_HEAD)} have no rows of a head"
-        return found, {"settings": facts}
+        return found, {"details": facts}
 
 
 METRICS.add(WeightRank.name, WeightRank)

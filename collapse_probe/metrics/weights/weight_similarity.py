@@ -85,7 +85,7 @@ class WeightSimilarity(WeightMetric):
         if self.settings["between"] == "blocks":
             return (
                 "Cosine between the same weight matrix in two blocks, entry by entry: 1 for shared or copied weights, 0 for "
-                "unrelated ones. Mean over q, k, v, proj, fc1, fc2, each in settings.by_matrix. A copy whose neurons are "
+                "unrelated ones. Mean over q, k, v, proj, fc1, fc2, each in details.by_matrix. A copy whose neurons are "
                 "reordered or turned is not recognised; @directions does."
             )
         if self.settings["between"] == "directions":
@@ -94,7 +94,7 @@ class WeightSimilarity(WeightMetric):
                 "fc1 (what is read), between W Wᵀ of proj and fc2 (what is written), each less the multiple of the identity "
                 "with its trace. 1 where the same directions are used equally strongly, 0 for unrelated ones; no reordering or "
                 "turning of neurons changes it, undefined where all directions are used alike. Mean over the six, each in "
-                "settings.by_matrix."
+                "details.by_matrix."
             )
         cosine = "cosine" if self.settings["signed"] else "|cosine|"
         rows = (
@@ -114,7 +114,7 @@ class WeightSimilarity(WeightMetric):
         each = np.stack([between_blocks([self._vector(held.get(name), name) for held in matrices.found]) for name in NAMES])
         count = np.isfinite(each).sum(0)
         values = np.where(count > 0, np.nansum(each, axis=0) / np.maximum(count, 1), np.nan)
-        return values, {"dims": ("block", "block"), "settings": {"by_matrix": each}}
+        return values, {"dims": ("block", "block"), "details": {"by_matrix": each}}
 
     def _vector(self, matrix: Matrix | None, name: str) -> Tensor | None:
         if matrix is None:

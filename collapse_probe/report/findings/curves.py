@@ -315,12 +315,12 @@ def matrix_lines(panels: Sequence[MatrixPanel], narrow: bool) -> Figure:
 def matrices_in(reading: MetricResult) -> list[str]:
     """The names of the matrices of a block × matrix reading, their numbers where it holds none."""
     assert reading.values is not None
-    return [str(matrix) for matrix in reading.settings.get("matrices", range(reading.values.shape[1]))]
+    return [str(matrix) for matrix in reading.details.get("matrices", range(reading.values.shape[1]))]
 
 
 def shown(reading: MetricResult, values: Array) -> Array:
     """Values [blocks, matrices] as they are drawn: ranks as a share of the full one."""
-    full = reading.settings.get("full_rank")
+    full = reading.details.get("full_rank")
     return values if full is None else values / np.asarray(full, dtype=np.float64)
 
 

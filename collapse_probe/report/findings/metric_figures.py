@@ -213,7 +213,7 @@ def lines(name: str, reading: MetricResult) -> Lines:
 def _reference(family: Family, unit: str, reading: MetricResult) -> Array | None:
     if family.reference is None or unit != family.unit or reading.values is None:
         return None
-    stored = reading.settings.get(family.reference[0])
+    stored = reading.details.get(family.reference[0])
     found = None if stored is None else np.broadcast_to(np.array(stored, dtype=np.float64), len(reading.values))
     return None if found is None or not np.isfinite(found).any() else found
 
@@ -299,10 +299,10 @@ def places_of(findings: Findings) -> list[Places]:
     """The outliers of every token-norm reading, each rule once."""
     found: dict[str, Places] = {}
     for name, reading in findings.metrics.items():
-        maps = reading.settings.get("outlier_map")
+        maps = reading.details.get("outlier_map")
         if name.partition("@")[0] != "token-norm" or reading.values is None or maps is None:
             continue
-        shares = np.array(reading.settings.get("outlier_share", [None] * len(maps)), dtype=np.float64)
+        shares = np.array(reading.details.get("outlier_share", [None] * len(maps)), dtype=np.float64)
         found.setdefault(_rule(reading), Places(_rule(reading), np.array(maps, dtype=np.float64), shares))
     return list(found.values())
 

@@ -60,7 +60,7 @@ def _metric(reading: MetricResult) -> list[tuple[str, str]]:
     facts = [("axes", " × ".join(reading.dims))]
     facts += [("collapse", COLLAPSED[reading.collapsed])] if reading.collapsed in COLLAPSED else []
     facts += [("taken at", POINTS.get(reading.point, reading.point))] if reading.point else []
-    facts += [(str(key).replace("_", " "), _setting(value)) for key, value in reading.settings.items()]
+    facts += [(str(key).replace("_", " "), _setting(value)) for key, value in {**reading.settings, **reading.details}.items()]
     return facts + ([] if reading.nulls is None else _nulls(reading.nulls))
 
 

@@ -233,7 +233,7 @@ def sensitivity_tables(findings: Findings) -> list[Table]:
     """One table for each kind of attention vector: rows direction and k, columns thresholds, cells "n of m (low … high)"."""
     found: dict[tuple[str, ...], list[MetricResult]] = {}
     for name, reading in findings.metrics.items():
-        if name.partition("@")[0] == "similarity-ratio" and reading.values is not None and reading.settings.get("sensitivity"):
+        if name.partition("@")[0] == "similarity-ratio" and reading.values is not None and reading.details.get("sensitivity"):
             settings = reading.settings
             centred = ", centred" if settings.get("centred") else ""
             kind = (f"{settings.get('axis', 'column')}s{centred} of {settings.get('point', 'weights')}",)
@@ -242,7 +242,7 @@ def sensitivity_tables(findings: Findings) -> list[Table]:
 
 
 def _table(kind: str, readings: Sequence[MetricResult]) -> Table:
-    rows: Sequence[Mapping[str, Any]] = readings[0].settings["sensitivity"]
+    rows: Sequence[Mapping[str, Any]] = readings[0].details["sensitivity"]
     thresholds = list(dict.fromkeys(row["threshold"] for row in rows))
     lines = list(dict.fromkeys((row["direction"], row["k"]) for row in rows))
     cells = [["–"] * len(thresholds) for _ in lines]
@@ -259,7 +259,7 @@ def _table(kind: str, readings: Sequence[MetricResult]) -> Table:
     return Table(
         tuple("threshold: mean" if name == "mean" else name for name in header),
         tuple((_line(*line), *row) for line, row in zip(lines, cells, strict=True)),
-        (NOTE.format(above=readings[0].settings.get("ratio_above", 0.9)),),
+        (NOTE.format(above=readings[0].details.get("ratio_above", 0.9)),),
         title=f"Similar blocks under every choice, {kind}",
         marked=frozenset(marked),
     )
