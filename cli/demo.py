@@ -1,45 +1,21 @@
-"""`collapse-probe demo`: the bundled pairs on bundled data, and the story that they tell."""
+"""`collapse-probe demo`: compare the bundled pairs of models on bundled data, and write the page about them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from collapse_probe.cli import options
 
-from collapse_probe.analysis.compare import compare
-from collapse_probe.analysis.intervene import intervene
-from collapse_probe.data.splits import split_data
-from collapse_probe.report.demo import LABELS, PAIRS, Demonstration
-from collapse_probe.results.comparison import Comparison
-from collapse_probe.results.intervention import Interventions
+if TYPE_CHECKING:
+    from collapse_probe.report.demo import Demonstration
 
 DATA = "bundled:digits"
 NULL_IMAGES = 32
 SHARING_IMAGES = 96
-Report = Callable[[str], None]
-
-
-def demonstrate(*, seed: int = 0, device: str = "auto", report: Report | None = None, watch: Any = None) -> Demonstration:
-    """Compare the bundled pairs, then let their blocks use the map of the block before."""
-    say = report or (lambda text: None)
-    images = split_data(DATA).held_out
-    comparisons: dict[str, Comparison] = {}
-    sharing: dict[str, dict[str, Interventions]] = {}
-    for pair, names in PAIRS.items():
-        say(f"the {pair}: {' and '.join(names)} on {len(images)} held-out digits")
-        subjects = {label: f"ours:{name}" for label, name in zip(LABELS, names, strict=True)}
-        facts: dict[str, Any] = {"seed": seed, "device": device, "null_images": NULL_IMAGES, "gallery_images": 2}
-        comparisons[pair] = compare(subjects, images, watch=watch, command="collapse-probe demo", **facts)
-        say(f"the {pair}: what sharing the maps of neighbouring blocks costs")
-        few = images.subset(SHARING_IMAGES, seed)
-        sharing[pair] = {
-            label: intervene(address, few, ("share",), seed=seed, device=device) for label, address in subjects.items()
-        }
-    return Demonstration(comparisons, sharing)
 
 
 @click.command("demo", context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,13 +27,36 @@ def command(output: str, quiet: bool, verbose: int) -> None:
 
     from collapse_probe.files import check_writable, new_folder
     from collapse_probe.models.sources.ours import FOLDER
-    from collapse_probe.report.demo import PAGE, told, write_story
+    from collapse_probe.report.demo import chapters, write_demonstration
+    from collapse_probe.report.html import PAGE
 
-    talk, folder = Talk(quiet), Path(output)
+    folder = Path(output)
     check_writable(folder)
-    shown = demonstrate(report=talk.say)
+    demonstration = demonstrate(Talk(quiet).say)
     with new_folder(folder) as inside:
-        write_story(shown, inside, json.loads((FOLDER / "spread.json").read_text(encoding="utf-8")))
-    for title, sentences in told(shown):
+        write_demonstration(demonstration, inside, json.loads((FOLDER / "spread.json").read_text(encoding="utf-8")))
+    for title, sentences in chapters(demonstration).items():
         click.echo("\n".join([title, *(f"  {sentence}" for sentence in sentences), ""]))
     click.echo(f"open this page in a browser: {(folder / PAGE).absolute().as_uri()}")
+
+
+def demonstrate(report: Callable[[str], None]) -> Demonstration:
+    """Compare the models of each pair, and measure what sharing maps between neighbouring blocks costs each model."""
+    from collapse_probe.analysis.compare import compare
+    from collapse_probe.analysis.intervene import intervene
+    from collapse_probe.data.splits import split_data
+    from collapse_probe.report.demo import LABELS, PAIRS, Demonstration
+
+    images = split_data(DATA).held_out
+    few = images.subset(SHARING_IMAGES, 0)
+    settings: dict[str, Any] = {"seed": 0, "device": "auto"}
+    comparisons, sharing = {}, {}
+    for pair, names in PAIRS.items():
+        subjects = {label: f"ours:{name}" for label, name in zip(LABELS, names, strict=True)}
+        report(f"the {pair}: {' and '.join(names)} on {len(images)} held-out digits")
+        comparisons[pair] = compare(
+            subjects, images, command="collapse-probe demo", null_images=NULL_IMAGES, gallery_images=2, **settings
+        )
+        report(f"the {pair}: what sharing the maps of neighbouring blocks costs")
+        sharing[pair] = {label: intervene(address, few, ("share",), **settings) for label, address in subjects.items()}
+    return Demonstration(comparisons, sharing)

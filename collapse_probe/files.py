@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -52,6 +52,12 @@ def read_document(folder: str | Path, file: str, *, schema: str, refusal: str, c
     if content.get("schema") != schema:
         raise OutputError(f"{path} has schema {content.get('schema')!r}; expected {schema!r}: {command} again")
     return content
+
+
+def write_document(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content`, of JSON types alone, for `read_document`; ValueError for NaN and infinity. Raises OutputError."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda stream: stream.write(text.encode()))
 
 
 class Numbers(Protocol):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,9 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from PIL import Image
 
-from collapse_probe.report.style import pixels, svg
+from collapse_probe.report.style import pixels, save, svg
 from collapse_probe.results.findings import Findings
-from collapse_probe.results.readings import (
-    weights_alone,
-)
+from collapse_probe.results.readings import weights_alone
 from collapse_probe.results.text import plain
 
 
@@ -45,6 +45,7 @@ class Table:
     words: frozenset[int] = frozenset()
 
 
+PAGE = "report.html"
 NARROW_DPI, WIDE_DPI, PHOTOGRAPH_DPI = 160, 150, 150
 PHOTOGRAPH_MOST = 250_000  # bytes
 LINES_MOST = 60_000  # bytes of an svg beyond which pixels are tried
@@ -83,6 +84,19 @@ def paper(template: str, **content: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(**content)
+
+
+def write_page(folder: str | Path, figures: Mapping[str, Figure], page: str) -> Path:
+    """Write `figures` into figures/ and `page` as report.html into an existing folder; returns the page's path."""
+    save(figures, folder)
+    path = Path(folder) / PAGE
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def plates_of(figures: Mapping[str, Figure], narrow: Mapping[str, Figure], captions: Mapping[str, Caption]) -> list[Plate]:
+    """A plate for each of `figures`, with its version for phones and its caption by the same name."""
+    return [plate_of(name, figure, narrow.get(name), captions[name]) for name, figure in figures.items()]
 
 
 def plate_of(name: str, figure: Figure, narrow: Figure | None, caption: Caption, *, sharp: bool = True, **more: Any) -> Plate:

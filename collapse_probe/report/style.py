@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import seaborn
@@ -26,6 +26,8 @@ from collapse_probe.results.readings import NULLS
 from collapse_probe.statistics.intervals import Array
 
 P = ParamSpec("P")
+T = TypeVar("T")
+Drawing = TypeVar("Drawing", bound="Figure | None")
 
 
 WIDE, NARROW = 10.0, 3.7  # inches: a column on a desk, a column on a phone
@@ -87,11 +89,11 @@ def in_style() -> Any:
     return style.context(["default", STYLE])
 
 
-def drawn(draw: Callable[P, Figure | None]) -> Callable[P, Figure | None]:
+def drawn(draw: Callable[P, Drawing]) -> Callable[P, Drawing]:
     """Run `draw` in our style, then settle its layout: however often it is saved, it comes out the same."""
 
     @functools.wraps(draw)
-    def settled(*args: P.args, **kwargs: P.kwargs) -> Figure | None:
+    def settled(*args: P.args, **kwargs: P.kwargs) -> Drawing:
         with in_style():
             figure = draw(*args, **kwargs)
             if figure is not None:
@@ -260,6 +262,12 @@ def chosen(labels: Sequence[str], most: int) -> list[str]:
 
 
 NULL_LABELS = {**{role: ROLES[role].label for role in NULLS}, "kappa": "κ"}
+
+
+def draw_each(figures: Mapping[str, Callable[[T, bool], Figure | None]], results: T, narrow: bool = False) -> dict[str, Figure]:
+    """Every one of `figures` that `results` fill, by name; `narrow` for a phone."""
+    each = {name: draw(results, narrow) for name, draw in figures.items()}
+    return {name: figure for name, figure in each.items() if figure is not None}
 
 
 def save(figures: Mapping[str, Figure], folder: str | Path) -> None:

@@ -281,3 +281,13 @@ RULES = (
     ),
 )
 BY_NAME = {rule.name: rule for rule in RULES}
+
+# Conventions of comparisons, interventions and the demonstration; all are ours.
+NOTABLE = 0.1  # a difference of similarity, or of kappa, that a sentence names
+FALSE_DISCOVERY_RATE = 0.05  # over the blocks of a metric, at which a difference counts
+OF_ARCHITECTURE = 0.5  # share of a contrast that untrained twins show as well, from which on it is the architecture's
+KEEPS_ANSWERS = 0.95  # share of unchanged top answers from which on a replacement costs little
+MOST_BLOCKS = 0.5  # share of the blocks
+CONTROL_COLLAPSED = 0.9  # of the positive control: κ, and with Re-attention the raw cosine at the softmax
+CONTROL_MIXED = 0.1  # of the positive control with Re-attention: the raw cosine after the mixing, at most
+SHARES_ATTENTION = 0.35  # κ of the ordinary ViT from which on its blocks share attention

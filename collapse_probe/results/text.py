@@ -69,6 +69,11 @@ def plain(value: Any) -> str:
     return str(value)
 
 
+def facts(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The names and values of `stored` as a page lists them."""
+    return [(_spaced(key), plain(value)) for key, value in stored.items()]
+
+
 def _inner(value: Any) -> str:
     return f"({plain(value)})" if isinstance(value, (list, tuple, Mapping)) and value else plain(value)
 

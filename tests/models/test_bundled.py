@@ -14,7 +14,7 @@ from collapse_probe.data.splits import split_data
 from collapse_probe.models.model_file import load_model, read_card
 from collapse_probe.models.sources.ours import FOLDER, MODELS, bundled_models, file_of
 from collapse_probe.registry import RECIPES
-from collapse_probe.report.demo import PAIRS, Demonstration, told
+from collapse_probe.report.demo import PAIRS, Demonstration, chapters
 from collapse_probe.training.recipe import Recipe
 
 HELD_OUT = 64
@@ -97,7 +97,7 @@ def story(found, **changes):
         numbers[name.replace("_", "-")] |= change
     made = {pair: {"MHSA": Shown(numbers[a]), "Re-attention": Shown(numbers[b])} for pair, (a, b) in PAIRS.items()}
     held = {pair: dataclasses.make_dataclass("Held", ["subjects"])(subjects) for pair, subjects in made.items()}
-    return dict(told(Demonstration(held, {})))
+    return chapters(Demonstration(held, {}))
 
 
 def test_the_story_follows_the_numbers(found):

@@ -4,7 +4,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,6 +26,7 @@ from collapse_probe.report.style import (
     Role,
     chosen,
     curve,
+    draw_each,
     drawn,
     printable,
     roles,
@@ -398,7 +399,6 @@ CAPTIONS: dict[str, Caption] = {
 }
 
 
-def draw_all(comparison: Comparison, *, narrow: bool = False) -> dict[str, Figure]:
-    """Every figure that this comparison can fill, by name, in the order of the page; `narrow` for a phone."""
-    made = {name: draw(comparison, narrow) for name, draw in FIGURES.items()}
-    return {name: figure for name, figure in made.items() if figure is not None}
+def draw_all(comparison: Comparison, *, narrow: bool = False, names: Collection[str] = FIGURES) -> dict[str, Figure]:
+    """Every figure (of `names`) that this comparison fills, by name, in the order of the page; `narrow` for a phone."""
+    return draw_each({name: draw for name, draw in FIGURES.items() if name in names}, comparison, narrow)

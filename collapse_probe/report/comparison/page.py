@@ -13,12 +13,11 @@ from matplotlib.figure import Figure
 from collapse_probe.report.comparison.figures import CAPTIONS, draw_all
 from collapse_probe.report.comparison.verdict import CASES, RAW, answers, p_value
 from collapse_probe.report.findings.provenance import provenance
-from collapse_probe.report.html import Caption, Table, looked_at, paper, plate_of
-from collapse_probe.report.style import save
+from collapse_probe.report.html import Table, looked_at, paper, plates_of, write_page
 from collapse_probe.results.comparison import ACCURACY, KAPPA, METHODS, OF_WEIGHTS, Comparison, Difference, Pair, unsampled
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import weights_only
-from collapse_probe.results.text import DASH, interval, number, plain
+from collapse_probe.results.text import DASH, facts, interval, number, plain
 from collapse_probe.results.verdict import verdict_of
 
 MOST_COLUMNS = 4  # subjects that stand side by side
@@ -167,16 +166,10 @@ def agreement(pair: Pair, comparison: Comparison) -> str:
     return f"the same top answer on {100 * found.top1:.1f} % of {found.images} images; {kl}"
 
 
-PAGE = "report.html"
-
-
 def write_comparison(comparison: Comparison, folder: str | Path) -> Path:
     """Write figures/ and report.html into an existing folder, from the comparison alone; returns the page."""
     figures = draw_all(comparison)
-    save(figures, folder)
-    path = Path(folder) / PAGE
-    path.write_text(render(comparison, figures), encoding="utf-8")
-    return path
+    return write_page(folder, figures, render(comparison, figures))
 
 
 def render(comparison: Comparison, figures: Mapping[str, Figure] | None = None) -> str:
@@ -193,12 +186,9 @@ def render(comparison: Comparison, figures: Mapping[str, Figure] | None = None) 
         answers=answers(comparison),
         cases=CASES,
         subjects=subjects(comparison),
-        plates=[
-            plate_of(name, figure, narrow.get(name), CAPTIONS.get(name, Caption(name, "", "")))
-            for name, figure in figures.items()
-        ],
+        plates=plates_of(figures, narrow, CAPTIONS),
         pairs=[(pair, paired(pair), agreement(pair, comparison)) for pair in pairs],
         methods={name: METHODS[name] for name in OF_WEIGHTS} if bare else METHODS,
-        run=[(key.replace("_", " "), plain(value)) for key, value in comparison.run.items()],
+        run=facts(comparison.run),
         provenance=[(label, provenance(findings)) for label, findings in comparison.subjects.items()],
     )

@@ -17,6 +17,7 @@ from collapse_probe.report.style import (
     WIDE,
     Role,
     curve,
+    draw_each,
     drawn,
     over_blocks,
     share_legend,
@@ -154,5 +155,4 @@ FIGURES: dict[str, Callable[[Interventions, bool], Figure | None]] = {
 
 def draw_all(found: Interventions, *, narrow: bool = False) -> dict[str, Figure]:
     """Every figure that these numbers fill, by name, in the order of the page; `narrow` for a phone."""
-    made = {name: draw(found, narrow) for name, draw in FIGURES.items()}
-    return {name: figure for name, figure in made.items() if figure is not None}
+    return draw_each(FIGURES, found, narrow)

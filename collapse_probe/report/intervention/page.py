@@ -7,23 +7,17 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from collapse_probe.report.html import Table, paper, plate_of
+from collapse_probe.report.html import Table, paper, plates_of, write_page
 from collapse_probe.report.intervention.figures import CAPTIONS, draw_all
 from collapse_probe.report.intervention.verdict import KEEPS, answers
-from collapse_probe.report.style import save
 from collapse_probe.results.intervention import DEFINITIONS, Effect, Interventions
-from collapse_probe.results.text import DASH, interval, number, plain
-
-PAGE = "report.html"
+from collapse_probe.results.text import DASH, facts, interval, number, plain
 
 
 def write_interventions(found: Interventions, folder: str | Path) -> Path:
     """Write figures/ and report.html into an existing folder, from the numbers alone; returns the page."""
     figures = draw_all(found)
-    save(figures, folder)
-    path = Path(folder) / PAGE
-    path.write_text(render(found, figures), encoding="utf-8")
-    return path
+    return write_page(folder, figures, render(found, figures))
 
 
 def render(found: Interventions, figures: Mapping[str, Figure] | None = None) -> str:
@@ -39,12 +33,12 @@ def render(found: Interventions, figures: Mapping[str, Figure] | None = None) ->
         plain_accuracy=f"{found.plain['accuracy']:.1%}" if accurate else f"not known: {found.plain['reason']}",
         answers=answers(found),
         keeps=f"{KEEPS:.0%}",
-        plates=[plate_of(name, figure, narrow.get(name), CAPTIONS[name]) for name, figure in figures.items()],
+        plates=plates_of(figures, narrow, CAPTIONS),
         tables=[(kind, *_tables(found, kind, accurate)) for kind in found.single],
         refused=[(e.kind, e.blocks[0], e.not_applicable) for es in found.single.values() for e in es if e.not_applicable],
         kinds=found.kinds,
         definitions=DEFINITIONS,
-        provenance=[(part, _facts(getattr(found, part))) for part in ("model", "data", "run")],
+        provenance=[(part, facts(getattr(found, part))) for part in ("model", "data", "run")],
     )
 
 
@@ -80,7 +74,3 @@ def _share(value: float | None) -> str:
 
 def _shares(ends: tuple[float, float] | None) -> str:
     return DASH if ends is None else f"{ends[0]:.1%} … {ends[1]:.1%}"
-
-
-def _facts(stored: Mapping[str, object]) -> list[tuple[str, str]]:
-    return [(key.replace("_", " "), plain(value)) for key, value in stored.items()]

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
-from collapse_probe.report.html import Table, paper, plate_of
-from collapse_probe.report.style import save
+from collapse_probe.report.html import Table, paper, plates_of, write_page
 from collapse_probe.report.sweep.figures import captions, draw_all
 from collapse_probe.report.sweep.verdict import answers, caveats, groups, headline
 from collapse_probe.results.sweep import FINISHED, PUBLISHED, UNTRAINED, CellResult, Sweep, estimate, spelled
-from collapse_probe.results.text import DASH, interval, number, plain
+from collapse_probe.results.text import DASH, facts, interval, number, plain
 
-PAGE = "report.html"
 COLUMNS = {
     "similar_blocks": ("similar blocks", 1),
     UNTRAINED + "similar_blocks": ("the same, untrained", 1),
@@ -32,16 +29,12 @@ COLUMNS = {
 def write_sweep(sweep: Sweep, folder: str | Path) -> Path:
     """Write figures/ and report.html into an existing folder, from the numbers alone; returns the page."""
     figures = draw_all(sweep)
-    save(figures, folder)
-    path = Path(folder) / PAGE
-    path.write_text(render(sweep, figures), encoding="utf-8")
-    return path
+    return write_page(folder, figures, render(sweep, figures))
 
 
 def render(sweep: Sweep, figures: Mapping[str, Figure] | None = None) -> str:
     """One self-contained HTML page; `figures` (as `draw_all` makes them) are drawn where not given."""
     figures = draw_all(sweep) if figures is None else figures
-    narrow, said = draw_all(sweep, narrow=True), captions(sweep)
     return paper(
         "sweep.html",
         name=plain(sweep.recipe.get("name")),
@@ -53,16 +46,16 @@ def render(sweep: Sweep, figures: Mapping[str, Figure] | None = None) -> str:
         headline=headline(sweep),
         answers=answers(sweep),
         caveats=caveats(sweep),
-        plates=[plate_of(name, figure, narrow[name], said[name]) for name, figure in figures.items()],
+        plates=plates_of(figures, draw_all(sweep, narrow=True), captions(sweep)),
         means=means(sweep),
         cells=by_cell(sweep),
         with_published="depth" in sweep.axes,
-        published=[(key.replace("_", " "), plain(value)) for key, value in PUBLISHED.items()],
+        published=facts(PUBLISHED),
         provenance=[
-            ("Recipe that was varied", _facts(sweep.recipe)),
-            ("Changed in all cells", _facts(sweep.changes) or [("nothing", DASH)]),
-            ("Data", _facts(sweep.data)),
-            ("Run", _facts(sweep.run)),
+            ("Recipe that was varied", facts(sweep.recipe)),
+            ("Changed in all cells", facts(sweep.changes) or [("nothing", DASH)]),
+            ("Data", facts(sweep.data)),
+            ("Run", facts(sweep.run)),
         ],
     )
 
@@ -108,7 +101,3 @@ def _row(cell: CellResult, columns: Mapping[str, tuple[str, int]]) -> tuple[str,
 
 
 BLOCKS = ("similar blocks", "the same")
-
-
-def _facts(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(key.replace("_", " "), plain(value)) for key, value in stored.items()]
