@@ -104,7 +104,7 @@ def test_the_story_follows_the_numbers(found):
     assert "attends alike throughout" in story(found)["What collapse looks like"][0]
     low = {"kappa_adjacent": 0.4}
     assert "read it with care" in story(found, digits_tied_mhsa=low)["What collapse looks like"][0]
-    assert "the blocks still attend alike" in story(found)["What Re-attention does, and where"][0]
+    assert "blocks still attend alike" in story(found)["What Re-attention does, and where"][0]
     high = {"attention_similarity_adjacent": 0.5}
     assert "still attend alike" not in story(found, digits_tied_re_attention=high)["What Re-attention does, and where"][0]
     assert "near-uniform maps are alike" in story(found)["What an ordinary ViT shows"][0]
