@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -28,6 +28,24 @@ class Caption:
     title: str
     seen: str
     limits: str
+
+
+Results = TypeVar("Results", contravariant=True)
+
+
+class Draw(Protocol[Results]):
+    """Draws one figure from results, `narrow` for a phone; None where these results have nothing to draw."""
+
+    def __call__(self, results: Results, /, narrow: bool = False) -> Figure | None: ...
+
+
+@dataclass(frozen=True)
+class Drawing(Generic[Results]):
+    """One figure of a page: how it is drawn, its caption, and the section that it stands in (empty: the first)."""
+
+    draw: Draw[Results]
+    caption: Caption
+    section: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,6 +122,14 @@ def plate_of(name: str, figure: Figure, narrow: Figure | None, caption: Caption,
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
     phone = "" if narrow is None else data_url(narrow, NARROW_DPI, sharp=False)
     return Plate(name, data_url(figure, WIDE_DPI, sharp=sharp), phone, width, height, caption, **more)
+
+
+def draw_figures(
+    drawings: Mapping[str, Drawing[Results]], results: Results, *, narrow: bool = False, names: Collection[str] | None = None
+) -> dict[str, Figure]:
+    """Every figure (of `names`) that these results fill, by name, in the order of `drawings`."""
+    made = {name: each.draw(results, narrow) for name, each in drawings.items() if names is None or name in names}
+    return {name: figure for name, figure in made.items() if figure is not None}
 
 
 def data_url(figure: Figure, dpi: float, *, sharp: bool = True) -> str:

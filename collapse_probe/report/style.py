@@ -16,6 +16,8 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -135,10 +137,23 @@ def curve(axes: Axes, x: Array, values: Array, role: Role, ci95: Array | None = 
         axes.fill_between(x, ci95[..., 0], ci95[..., 1], color=role.colour, alpha=0.2, linewidth=0, zorder=1)
 
 
+def panels(
+    count: int, narrow: bool, *, tall: float, columns: int = 2, above: float = 0.5, share_x: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels, each `tall` inches, in rows of `columns` (one when narrow), `above` inches for a legend."""
+    columns = 1 if narrow else min(columns, count)
+    rows = -(-count // columns)
+    figure = sheet(NARROW if narrow else WIDE if columns > 1 else 7.5, tall * rows + above)
+    places = list(figure.subplots(rows, columns, squeeze=False, sharex=share_x).ravel())
+    for axes in places[count:]:
+        axes.remove()
+    return figure, places[:count]
+
+
 def share_legend(figure: Figure, *sources: Axes, columns: int) -> None:
-    """One legend above the figure for everything that `sources` name, each name once."""
+    """One legend above the figure for everything that `sources` (all panels, if none is given) name, each name once."""
     named: dict[str, Any] = {}
-    for axes in sources:
+    for axes in sources or figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
     figure.legend(
@@ -150,6 +165,20 @@ def share_legend(figure: Figure, *sources: Axes, columns: int) -> None:
         columnspacing=1.4,
         borderaxespad=0.3,
     )
+
+
+def colour_bar(
+    figure: Figure, scale: Normalize, colours: Colormap, label: str, ticks: Mapping[float, str] | None = None, up: float = 0.42
+) -> None:
+    """A horizontal colour bar `up` inches above the foot of a figure that places its axes by hand, with `label` beneath it."""
+    width, height = figure.get_size_inches()
+    span = min(4.2, width - 0.5)
+    axes = figure.add_axes(((width - span) / 2 / width, up / height, span / width, 0.11 / height))
+    figure.colorbar(ScalarMappable(scale, colours), cax=axes, orientation="horizontal")
+    if ticks is not None:
+        axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.tick_params(length=2, labelsize=7.5)
+    axes.set_xlabel(label, fontsize=8, color=MUTED, labelpad=2)
 
 
 def over_blocks(axes: Axes, x: Array, label: str, most: int = 16) -> None:
