@@ -23,6 +23,7 @@ from collapse_probe.cli import options
 @options.failing
 @options.output
 @click.option("--json", "as_json", is_flag=True, help="Print findings.json on stdout; a folder is written only with -o.")
+@options.plugin
 @options.talking
 def command(output: str | None, as_json: bool, quiet: bool, verbose: int, **flags: Any) -> None:
     """Measure the collapse of one model over a data set: one pass, all metrics, findings and report."""

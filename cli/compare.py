@@ -57,6 +57,7 @@ def _with_model(function: Any) -> Any:
     is_flag=True,
     help="Print comparison.json on stdout; a folder is written only with -o.",
 )
+@options.plugin
 @options.talking
 def command(output: str | None, as_json: bool, quiet: bool, verbose: int, **flags: Any) -> None:
     """Set two or more subjects side by side on the same images; each is compared with the first.

@@ -15,6 +15,7 @@ from collapse_probe.cli import options
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@options.plugin
 @options.talking
 def command(model: str, device: str, seed: int, as_json: bool, quiet: bool, verbose: int, **named: Any) -> None:
     """Run two noise images through a model and say how each block's attention is heard, and how exactly."""

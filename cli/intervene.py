@@ -32,6 +32,7 @@ MEASURING = ("metrics", "presets", "null_images", "null_seeds", "until_ci")  # f
 @options.failing
 @options.output
 @click.option("--json", "as_json", is_flag=True, help="Print interventions.json on stdout; a folder is written only with -o.")
+@options.plugin
 @options.talking
 def command(output: str | None, as_json: bool, quiet: bool, verbose: int, **flags: Any) -> None:
     """Replace the attention maps of blocks, one at a time and from the last block down: the change in logits and accuracy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Iterator
 
 import click
@@ -14,6 +15,7 @@ KINDS = ("models", "metrics", "presets", "fixes", "penalties", "recipes", "data"
 @click.command("ls", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("kind", type=click.Choice(KINDS))
 @click.argument("pattern", required=False)
+@options.plugin
 @options.talking
 def command(kind: str, pattern: str | None, quiet: bool, verbose: int) -> None:
     """List models, metrics, presets, fixes, penalties, recipes or data, those that match PATTERN (* and ? as in a shell)."""
@@ -38,7 +40,12 @@ def entries(kind: str) -> Iterator[tuple[str, str]]:
         from collapse_probe.registry import SOURCES
 
         for scheme, source in SOURCES.items():
-            yield from ((f"{scheme}:{name}", "") for name in source.names())
+            try:
+                names = source.names()
+            except Exception as error:  # a plug-in may raise anything
+                warnings.warn(f"the model source {scheme!r} cannot be listed: {type(error).__name__}: {error}", stacklevel=2)
+                continue
+            yield from ((f"{scheme}:{name}", "") for name in names)
     elif kind == "metrics":
         from collapse_probe.registry import METRICS
 

@@ -64,6 +64,15 @@ def configuration(ctx: click.Context, parameter: click.Parameter, path: str | No
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
 
 
+def load_plugins(ctx: click.Context, parameter: click.Parameter, addresses: tuple[str, ...]) -> None:
+    """Load plug-ins before any other flag is used."""
+    if addresses and not ctx.resilient_parsing:
+        from collapse_probe.registry import load_plugin
+
+        for address in addresses:
+            load_plugin(address)
+
+
 def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
     def add(function: F) -> F:
         for option in reversed(options):
@@ -194,5 +203,14 @@ talking = _all(
     ),
     click.option("-v", "--verbose", count=True, help="Say more; show tracebacks."),
     click.option("-q", "--quiet", is_flag=True, help="Say nothing but results and errors."),
+)
+plugin = click.option(
+    "--plugin",
+    multiple=True,
+    callback=load_plugins,
+    is_eager=True,
+    expose_value=False,
+    metavar="MODULE|FILE.py",
+    help="Load metrics, sources, fixes, penalties or recipes of your own. May be given several times.",
 )
 output = click.option("-o", "--output", metavar="DIR", help="The output folder.")

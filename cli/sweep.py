@@ -54,6 +54,7 @@ INTERRUPTED = 130
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Cells at once.")
 @click.option("--dry-run", is_flag=True, help="Say what every cell is and will cost; train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print sweep.json on stdout; the folder is written all the same.")
+@options.plugin
 @options.talking
 def command(quiet: bool, verbose: int, **flags: Any) -> None:
     """Train and measure RECIPE (default: digits-mhsa) for every combination of the varied values and every seed.

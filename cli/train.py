@@ -60,6 +60,7 @@ def _penalties(ctx: click.Context, parameter: click.Parameter, words: tuple[str,
 @click.option("--stop-after", type=click.IntRange(min=1), metavar="N", help="End after N steps in all; --resume goes on.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the output folder.")
 @click.option("--dry-run", is_flag=True, help="Say what the recipe is and will cost; train nothing.")
+@options.plugin
 @options.talking
 def command(quiet: bool, verbose: int, **flags: Any) -> None:
     """Train RECIPE (see `ls recipes`) on labelled images, with any fixes and penalties.

@@ -31,3 +31,7 @@ def __getattr__(name: str) -> Any:  # loaded on first use, so that the import st
     if name not in _HOMES:
         raise AttributeError(f"module 'collapse_probe' has no attribute {name!r}")
     return getattr(importlib.import_module(f"collapse_probe.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:  # the public names alone, for completion
+    return __all__

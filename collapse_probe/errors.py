@@ -36,5 +36,9 @@ class SettingError(CollapseProbeError, ValueError):
     """A setting outside the values that it may take."""
 
 
+class PluginError(CollapseProbeError):
+    """A plug-in that cannot be loaded, or takes a name that is defined already."""
+
+
 class OutputError(CollapseProbeError):
     """An output folder that cannot be written or read."""

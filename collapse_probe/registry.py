@@ -1,36 +1,67 @@
 """The tables into which new files plug: sources, metrics, fixes, penalties, recipes. The page a contributor reads.
 
-Adding a thing is one file in its family's folder that ends with a table entry, for example::
+Adding a thing is one file that ends with a table entry, for example::
 
     METRICS.add("my-metric", MyMetric)
 
-The family's package imports each of its files, so that the entry is there wherever the table is used.
+Our own files lie in their family's folder. A package of one's own names its modules as entry points, and they are imported
+wherever the table is used; what `module` registers with `add` counts, the name of the entry point does not::
+
+    [project.entry-points."collapse_probe.metrics"]     # or .sources, .fixes, .penalties
+    my-metric = "my_package.my_metric"
+
+A single file, or a module that is not installed, is loaded with `--plugin` (`load_plugin`).
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
+import importlib.util
 import pkgutil
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
-from collapse_probe.errors import UnknownNameError
+from collapse_probe.downloads import first_line
+from collapse_probe.errors import PluginError, UnknownNameError
 
 T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Names and what they stand for; fills itself from its family's package; answers a wrong name with the nearest."""
+    """Names and what they stand for; fills itself from its family's package and the entry points of `group`.
 
-    def __init__(self, noun: str, package: str) -> None:
-        self.noun, self.package = noun, package
+    Every entry must have the attributes `needs`. A wrong name is answered with the nearest ones.
+    """
+
+    def __init__(self, noun: str, package: str, group: str | None = None, needs: tuple[str, ...] = ()) -> None:
+        self.noun, self.package, self.group, self.needs = noun, package, group, needs
         self._entries: dict[str, T] = {}
+        self._modules: dict[str, str] = {}
+        self._filled = False
 
     def add(self, name: str, entry: T) -> T:
-        """Enter `entry` under `name`; a name can be taken once."""
-        assert name not in self._entries, f"{self.noun} {name!r} is entered twice"
-        self._entries[name] = entry
+        """Enter `entry` under `name`.
+
+        The module that entered a name may enter it again (a reloaded module, a notebook's cell), and any module may replace an
+        entry of `__main__`. Raises PluginError where another module holds the name, so that no plug-in changes what a name
+        means, and where the entry lacks an attribute of `needs`.
+        """
+        module = sys._getframe(1).f_globals.get("__name__", "__main__")
+        if not module.startswith(self.package):
+            self._import_family()  # else a name of ours would be free until then
+        if self._modules.get(name, module) not in (module, "__main__"):
+            raise PluginError(f"the {self.noun} {name!r} is defined in {self._modules[name]} already; choose another name")
+        missing = [attribute for attribute in self.needs if not hasattr(entry, attribute)]
+        if missing:
+            raise PluginError(f"the {self.noun} {name!r} of {module} needs the attribute {' and '.join(missing)}")
+        self._entries[name], self._modules[name] = entry, module
         return entry
 
     def __getitem__(self, name: str) -> T:
@@ -50,14 +81,87 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._entries)
 
     def _fill(self) -> None:
-        package = importlib.import_module(self.package)
-        for module in pkgutil.walk_packages(package.__path__, self.package + "."):
-            importlib.import_module(module.name)
+        self._import_family()
+        if self.group is not None:
+            load_entry_points(self.group)
+
+    def _import_family(self) -> None:
+        if self._filled:
+            return
+        self._filled = True  # before the imports, which may look names up
+        try:
+            for module in pkgutil.walk_packages(importlib.import_module(self.package).__path__, f"{self.package}."):
+                importlib.import_module(module.name)
+        except BaseException:
+            self._filled = False
+            raise
 
 
-SOURCES: Registry[Any] = Registry("model source", "collapse_probe.models.sources")
-METRICS: Registry[Any] = Registry("metric", "collapse_probe.metrics")
-FIXES: Registry[Any] = Registry("fix", "collapse_probe.models.fixes")
-PENALTIES: Registry[Any] = Registry("penalty", "collapse_probe.training.penalties")
+_loaded_groups: set[str] = set()
+loaded_plugins: list[str] = []
+"""What `load_plugin` loaded, for processes that are started anew."""
+
+
+def load_entry_points(group: str) -> None:
+    """Import what installed packages name in an entry point group, once; what fails is left out, with a warning."""
+    if group in _loaded_groups:
+        return
+    _loaded_groups.add(group)
+    for point in metadata.entry_points(group=group):
+        try:
+            point.load()
+        except (Exception, SystemExit) as error:
+            text = f"the plug-in {point.name!r} ({point.value}, of {group}) is left out: {first_line(error)}"
+            warnings.warn(text, stacklevel=2)
+
+
+def load_plugin(address: str) -> None:
+    """Import a module by its name, or run a file `….py`, so that it registers what it brings. Raises PluginError."""
+    try:
+        if address.endswith(".py"):
+            address = str(Path(address).absolute())
+            _run_file(Path(address))
+        else:
+            import_also_from_here(address)
+    except (Exception, SystemExit) as error:
+        what = f"the plug-in {address} cannot be loaded: {first_line(error)}"
+        raise PluginError(f"{what}; expected the name of a module, or a file that ends in .py") from error
+    loaded_plugins.append(address)
+
+
+def _run_file(path: Path) -> None:
+    name = f"plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # the same file replaces its entries
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(sys.modules[name])
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+def import_also_from_here(name: str) -> ModuleType:
+    """Import a module that may also lie in the current folder."""
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    finally:
+        if added:
+            sys.path.remove(here)
+
+
+SOURCES: Registry[Any] = Registry(
+    "model source", "collapse_probe.models.sources", "collapse_probe.sources", ("names", "has", "blueprint")
+)
+METRICS: Registry[Any] = Registry("metric", "collapse_probe.metrics", "collapse_probe.metrics", ("name", "summary", "dims"))
+FIXES: Registry[Any] = Registry("fix", "collapse_probe.models.fixes", "collapse_probe.fixes", ("name", "summary", "neutral"))
+PENALTIES: Registry[Any] = Registry(
+    "penalty", "collapse_probe.training.penalties", "collapse_probe.penalties", ("name", "summary", "metric", "needs")
+)
 RECIPES: Registry[Any] = Registry("recipe", "collapse_probe.training.recipes")
-PRESETS: Registry[Any] = Registry("preset", "collapse_probe.metrics")
+PRESETS: Registry[Any] = Registry("preset", "collapse_probe.metrics", "collapse_probe.metrics")

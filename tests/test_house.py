@@ -155,22 +155,23 @@ def test_public_names():
 
 
 MODEL = "-m --model --checkpoint --partial --pretrained --model-kwargs --img-size"
+TALK = "--config -v --verbose -q --quiet -h --help"
+PLUGIN = f"--plugin {TALK}"
 RUN = "-b --batch-size -j --workers --device --amp --amp-dtype --seed --metric --null-images"
 GIVEN = "--fix --fix-blocks --data --split --limit"
-TALK = "--config -v --verbose -q --quiet -h --help"
-KEPT = f"-o --output --json --fail-on {TALK}"
+KEPT = f"-o --output --json --fail-on {PLUGIN}"
 TRAINED = "--fix --penalty --set --seed --steps --device -j --workers --monitor-every --stop-after"
 FLAGS = {
     "analyze": f"{MODEL} {GIVEN} {RUN} --null-seeds --until-ci --level --preset --recalibrate-bn {KEPT}",
     "compare": f"{MODEL} {GIVEN} {RUN} --recalibrate-bn --cka {KEPT}".replace(" --checkpoint", ""),
     "intervene": f"{MODEL} {GIVEN} {RUN} --recalibrate-bn --replace --blocks {KEPT}".replace(" --metric --null-images", ""),
     "report": TALK,
-    "doctor": f"{MODEL} --device --seed --json {TALK}",
-    "ls": TALK,
+    "doctor": f"{MODEL} --device --seed --json {PLUGIN}",
+    "ls": PLUGIN,
     "demo": f"-o --output {TALK}",
     "sweep": f"--vary --seeds --set --steps --data --val-data --eval-data --limit --null-images -o --output --device --amp "
-    f"--amp-dtype --jobs --dry-run --json {TALK}",
-    "train": f"--data --val-data {TRAINED} --amp --amp-dtype --resume --dry-run -o --output {TALK}",
+    f"--amp-dtype --jobs --dry-run --json {PLUGIN}",
+    "train": f"--data --val-data {TRAINED} --amp --amp-dtype --resume --dry-run -o --output {PLUGIN}",
 }
 
 

@@ -77,6 +77,7 @@ def by_head(fold: Means, name: str = "value") -> Mapping[str, Any]:
 class MapMetric(Metric):
     """A metric that compares maps token by token, at `weights` (what multiplies V) or at `@probs`; see `Metric`."""
 
+    level = "attention"
     defaults = {"point": "weights"}  # noqa: RUF012
     variants = {"probs": {"point": "probs"}}  # noqa: RUF012
 

@@ -23,7 +23,8 @@ class Metric(ABC):
     A child states its nature in class attributes, says which folds it needs (equal keys are shared between the metrics
     of a run) and reads a `Reading` off them. `variants` maps a suffix such as `row` to the settings that it changes. A metric
     whose number depends on which images come near one another (minibatches) says that not `any_order` will do: a run then
-    reads the images in a random order.
+    reads the images in a random order. `level` is "attention", "tokens" or "weights"; by default that of the folder in which
+    the metric's file lies, "tokens" elsewhere.
     """
 
     name: ClassVar[str]
@@ -33,6 +34,7 @@ class Metric(ABC):
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     defaults: ClassVar[Mapping[str, Any]] = {}
     any_order: ClassVar[bool] = True
+    level: ClassVar[str] = ""
 
     def __init__(self, plan: Plan, **settings: Any) -> None:
         self.plan = plan

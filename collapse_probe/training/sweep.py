@@ -27,7 +27,7 @@ from collapse_probe.files import check_writable, write_whole
 from collapse_probe.models.batchnorm import recalibrated
 from collapse_probe.models.loading import resolve
 from collapse_probe.provenance import versions
-from collapse_probe.registry import RECIPES
+from collapse_probe.registry import RECIPES, load_plugin, loaded_plugins
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.sweep import FAILED, FINISHED, CellResult, Sweep
 from collapse_probe.training.recipe import Recipe
@@ -352,7 +352,7 @@ def _crew(jobs: int) -> Iterator[Callable[[Sequence[Task]], Iterator[CellResult]
         cell = task[0]
         if stopped.is_set():
             return CellResult(name=cell.name, values=dict(cell.values), seed=cell.seed)
-        process = context.Process(target=_alone, args=(*task, threads))
+        process = context.Process(target=_alone, args=(*task, threads, loaded_plugins))
         running.add(process)
         process.start()
         process.join()
@@ -372,7 +372,9 @@ def _crew(jobs: int) -> Iterator[Callable[[Sequence[Task]], Iterator[CellResult]
             raise
 
 
-def _alone(cell: Cell, folder: Path, terms: Terms, threads: int) -> None:
+def _alone(cell: Cell, folder: Path, terms: Terms, threads: int, plugins: Sequence[str]) -> None:
+    for address in plugins:
+        load_plugin(address)
     torch.set_num_threads(threads)
     run_cell(cell, folder, terms)
 
