@@ -23,8 +23,8 @@ class Metric(ABC):
     A child states its nature in class attributes, says which folds it needs (equal keys are shared between the metrics
     of a run) and reads a `Reading` off them. `variants` maps a suffix such as `row` to the settings that it changes. A metric
     whose number depends on which images come near one another (minibatches) says that not `any_order` will do: a run then
-    reads the images in a random order. `level` is "attention", "tokens" or "weights"; by default that of the folder in which
-    the metric's file lies, "tokens" elsewhere.
+    reads the images in a random order. `level` is "attention", "tokens" or "weights", by default the folder in which the
+    metric's file lies.
     """
 
     name: ClassVar[str]
@@ -76,15 +76,15 @@ class Metric(ABC):
 
 
 def level_of(kind: type[Metric]) -> str:
-    """The level that a metric belongs to: the folder of its family that its file is in; "other" for one from elsewhere."""
-    level = kind.__module__.split(".")[-2:][0]
-    return level if level in LEVELS else "other"
+    """The level that a metric belongs to: its own `level`, or the folder of its family that its file is in, or else "other"."""
+    folder = kind.__module__.split(".")[-2:][0]
+    return kind.level or (folder if folder in LEVELS else "other")
 
 
 def of_level(*levels: str) -> tuple[str, ...]:
     """The plain metrics of some levels ("all" for every one), in the order of the table."""
-    wanted = LEVELS if "all" in levels else levels
-    return tuple(name for level in LEVELS if level in wanted for name, kind in METRICS.items() if level_of(kind) == level)
+    wanted = [level for level in (*LEVELS, "other") if level in levels or "all" in levels]
+    return tuple(name for level in wanted for name, kind in METRICS.items() if level_of(kind) == level)
 
 
 def make(name: str, plan: Plan) -> Metric:

@@ -27,6 +27,7 @@ class WeightMetric(Metric):
     """
 
     dims = ("block", "matrix")
+    level = "weights"
     matrices: Matrices | None = None
 
     def inapplicable(self) -> str:
