@@ -1,21 +1,24 @@
-"""One process or many: which images are this one's, and how what each found comes together."""
+"""One process or many: this process's rank, and how results of all processes come together."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside DataParallel, DistributedDataParallel and torch.compile wrappers, however they are nested.
 
-    Hooks registered on a compiled module after its first call are never called: the plain one can be listened to.
+    Hooks registered on a compiled module after its first call are never called; those on the plain module are.
     """
     while True:
         inner = getattr(model, "_orig_mod", None)
@@ -27,10 +30,20 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) outside torchrun."""
-    if dist.is_available() and dist.is_initialized():
+    """This process's rank and the number of processes; (0, 1) outside torchrun and inside `alone()`."""
+    if not _alone.get() and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process counts as the only one: it takes all images and waits for no other process."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def local_rank() -> int:
@@ -59,6 +72,6 @@ def gathered(value: Any) -> list[Any]:
     _, world = rank_and_world()
     if world == 1:
         return [value]
-    found: list[Any] = [None] * world
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * world
+    dist.all_gather_object(values, value)
+    return values

@@ -1,4 +1,4 @@
-"""Write a folder whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -61,45 +61,42 @@ def write_document(path: Path, content: Mapping[str, Any]) -> None:
 
 
 class Numbers(Protocol):
-    """What a run found and can write into an existing folder."""
+    """Results that can be written into an existing folder."""
 
     def write(self, inside: Path) -> None:
         """Write the files."""
 
 
-class new_folder:
-    """A context manager: fill a folder beside `target`, then move it there whole; on any error nothing is left.
+@contextlib.contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """Yields a folder beside `target` to be filled, then moves it there whole; on any error nothing is left.
 
     An existing target is replaced file by file, each replacement atomic; files that are not ours stay.
     """
-
-    def __init__(self, target: str | Path) -> None:
-        self.target = Path(target)
-
-    def __enter__(self) -> Path:
-        check_writable(self.target)
-        parent = self.target.absolute().parent
-        self.created = [p for p in (parent, *parent.parents) if not p.exists()]
-        parent.mkdir(parents=True, exist_ok=True)
-        self.inside = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", dir=parent))
-        self.inside.chmod(0o755)
-        return self.inside
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.inside, ignore_errors=True)
-            for folder in self.created:
-                folder.rmdir()
-        elif not self.target.exists():
-            self.inside.rename(self.target)
+    check_writable(target)
+    target = Path(target)
+    parent = target.absolute().parent
+    created = [p for p in (parent, *parent.parents) if not p.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
+    inside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+    inside.chmod(0o755)
+    try:
+        yield inside
+    except BaseException:
+        shutil.rmtree(inside, ignore_errors=True)
+        for folder in created:
+            folder.rmdir()
+        raise
+    if not target.exists():
+        inside.rename(target)
+        return
+    for path in sorted(inside.rglob("*")):
+        goal = target / path.relative_to(inside)
+        if path.is_dir():
+            goal.mkdir(exist_ok=True)
         else:
-            for path in sorted(self.inside.rglob("*")):
-                goal = self.target / path.relative_to(self.inside)
-                if path.is_dir():
-                    goal.mkdir(exist_ok=True)
-                else:
-                    path.replace(goal)
-            shutil.rmtree(self.inside)
+            path.replace(goal)
+    shutil.rmtree(inside)
 
 
 def write_with_page(target: str | Path, numbers: Numbers, page: Callable[[Any, Path], object]) -> None:
@@ -110,12 +107,12 @@ def write_with_page(target: str | Path, numbers: Numbers, page: Callable[[Any, P
     failed: BaseException | None = None
     with new_folder(target) as inside:
         numbers.write(inside)
-        held = set(inside.rglob("*"))
+        written = set(inside.rglob("*"))
         try:
             page(numbers, inside)
         except BaseException as error:
             failed = error
-            for path in sorted(set(inside.rglob("*")) - held, reverse=True):
+            for path in sorted(set(inside.rglob("*")) - written, reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
     again = f"`collapse-probe report {target}` draws it again"
     if isinstance(failed, KeyboardInterrupt):

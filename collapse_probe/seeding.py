@@ -1,4 +1,4 @@
-"""FIXME docstring."""
+"""The random generators of Python, NumPy and torch: seeds made of keys, seeding for a while, states kept and restored."""
 
 from __future__ import annotations
 
@@ -11,10 +11,23 @@ import numpy as np
 import torch
 
 
+def seed_of(*key: int) -> int:
+    """One seed below 2^63 out of several whole numbers from 0 up; different keys give unrelated seeds."""
+    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]) >> 1
+
+
+def seed_all(*key: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (GPUs too) by `key`."""
+    seed = seed_of(*key)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (timm draws from it)
+    torch.manual_seed(seed)
+
+
 def random_states() -> dict[str, Any]:
-    """The states of the generators of Python, NumPy, torch and the current GPU, as plain values."""
+    """The states of the generators of Python, NumPy, torch and the current GPU, as plain values that a checkpoint can hold."""
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002  (timm draws from it)
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
     numpy_state = [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)]
     return {
         "python": [version, list(internal), gauss],
@@ -25,7 +38,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random(states: Mapping[str, Any]) -> None:
-    """Put the generators back to what `random_states` found."""
+    """Put the generators back to what `random_states` returned."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]
@@ -36,35 +49,36 @@ def restore_random(states: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def drawn_under(*key: int) -> Iterator[None]:
-    """Seed the global generators of Python, NumPy and torch's CPU by `key`, and put them back afterwards.
+def random_kept(device: torch.device | None = None) -> Iterator[None]:
+    """After the `with` the global generators are in the states from before: Python's, NumPy's, torch's on the CPU.
+
+    With a `device` also those of every GPU where it is one, or where CUDA is in use.
+    """
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    metal = torch.mps.get_rng_state() if device is not None and device.type == "mps" else None
+    cuda = device is not None and (device.type == "cuda" or torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
+        if metal is not None:
+            torch.mps.set_rng_state(metal)
+
+
+@contextlib.contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Seed the global generators of Python, NumPy and torch's CPU by `key` for the length of the `with`.
 
     For libraries that draw from nowhere else: what they draw then depends on the key alone.
     """
-    before = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
-    seed = seed_of(*key)
-    try:
+    with random_kept():
+        seed = seed_of(*key)
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        torch.set_rng_state(before[2])
-
-
-def seed_of(*key: int) -> int:
-    """One seed below 2^63 out of several whole numbers from 0 up; different keys give unrelated seeds."""
-    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]) >> 1
-
-
-def seeded_all(seed: int, rank: int) -> None:
-    """Seed the global generators of Python, NumPy and torch (GPUs too) for one process of a run."""
-    drawn = seed_of(seed, rank)
-    random.seed(drawn)
-    np.random.seed(drawn % 2**32)  # noqa: NPY002
-    torch.manual_seed(drawn)
 
 
 @contextlib.contextmanager

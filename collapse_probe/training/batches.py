@@ -16,7 +16,7 @@ from collapse_probe.data.images import ImageSet, batches
 from collapse_probe.data.preprocessing import Preprocess, from_timm_config
 from collapse_probe.data.splits import SPLIT_SEED, Split
 from collapse_probe.errors import DataError, SettingError
-from collapse_probe.seeding import drawn_under, seed_of
+from collapse_probe.seeding import seed_of, seeded
 from collapse_probe.training.recipe import Augmentation, Recipe
 
 ORDER, DRAWS, PICTURE = 1, 2, 3  # what a random stream is for
@@ -201,7 +201,7 @@ class _Seeded(Dataset[tuple[Tensor, int]]):
             picture = self.images[index]
         except Exception as error:  # Pillow has no common base for its errors
             raise _unreadable(self.images.names[index], f"{type(error).__name__}: {error}") from error
-        with drawn_under(self.seed, PICTURE, epoch, index):
+        with seeded(self.seed, PICTURE, epoch, index):
             return self.transform(picture), self.labels[index]
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from collapse_probe.devices import choose_device, device_name
-from collapse_probe.seeding import random_states, restore_random, seeded_all
+from collapse_probe.models.cost import count_flops
+from collapse_probe.seeding import random_kept, seed_all
 from collapse_probe.training.loss import Mixer, TrainingLoss, needs_patch_targets
 from collapse_probe.training.recipe import Recipe
 from collapse_probe.training.run import input_size, output_classes, patch_side
@@ -59,17 +59,15 @@ def forecast(recipe: Recipe, train_images: int | None = None, device: str = "aut
 
     `train_images` sets the length of an epoch; without it that of the recipe's own data is taken where known.
     """
-    place, before = choose_device(device), random_states()
-    try:
-        seeded_all(recipe.seed, 0)
+    place = choose_device(device)
+    with random_kept(place):
+        seed_all(recipe.seed, 0)
         model = recipe.architecture.build(recipe.seed).to(place)
         lesson = TrainingLoss(model, recipe.penalties, recipe.amp).to(place)
         size = input_size(model)
-        flops = _flops(model.eval(), torch.randn(1, 3, *size, device=place))
+        flops, _ = count_flops(model.eval(), torch.randn(1, 3, *size, device=place))
         trial = max(2, min(recipe.batch_size, most_images))
         speed, activations = _tried(lesson, recipe, size, trial)
-    finally:
-        restore_random(before)
     weights = sum(p.numel() * p.element_size() for p in lesson.parameters())
     state = weights * (PER_WEIGHT + (recipe.ema is not None))
     steps = _steps(recipe, train_images)
@@ -96,18 +94,6 @@ def _steps(recipe: Recipe, train_images: int | None) -> int | None:
     if recipe.steps is None and count is None:
         return None
     return recipe.length((count or 0) // recipe.batch_size)[0]
-
-
-@torch.no_grad()
-def _flops(model: Any, image: Tensor) -> int | None:
-    """Operations of one forward pass; None for a model whose operations cannot be counted."""
-    counter = FlopCounterMode(display=False)
-    try:
-        with counter:
-            model(image)
-    except Exception:  # models with operations of their own fail in many ways under a dispatch mode
-        return None
-    return int(counter.get_total_flops())
 
 
 def _tried(lesson: TrainingLoss, recipe: Recipe, size: tuple[int, int], count: int) -> tuple[float, int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from collapse_probe.devices import autocast
 from collapse_probe.errors import ModelError
 from collapse_probe.registry import PENALTIES
-from collapse_probe.seeding import drawn_under, seed_of
+from collapse_probe.seeding import seed_of, seeded
 from collapse_probe.training.penalties.base import MixedLabels, Penalised
 from collapse_probe.training.recipe import PenaltyTerm, Recipe
 
@@ -54,7 +54,7 @@ class Mixer:
             return Mixed(images, own_BK, self._patch_targets(own_BK, shares_BP))
         front_B111 = (torch.arange(len(images), device=images.device) < len(images) // 2).to(images.dtype)[:, None, None, None]
         marked = torch.cat((images, front_B111.expand(-1, 1, *images.shape[2:])), dim=1)
-        with drawn_under(seed_of(self.recipe.seed, MIX, step)):
+        with seeded(seed_of(self.recipe.seed, MIX, step)):
             mixed, targets_BK = self._mixup(marked, labels)
         shares_BP = None if self.patch is None else patch_shares(mixed[:, -1:], front_B111, self.patch)
         return Mixed(mixed[:, :-1], targets_BK.to(images.dtype), self._patch_targets(own_BK, shares_BP))

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from collapse_probe import distributed as processes
 from collapse_probe.analysis.analyze import RunSettings, as_it_was, measure
 from collapse_probe.data.images import ImageSet, open_data
 from collapse_probe.data.preprocessing import Preprocess, from_callable
+from collapse_probe.distributed import alone
 from collapse_probe.errors import DataError, ModelError, SettingError
 from collapse_probe.files import check_writable
 from collapse_probe.models.loading import Subject, resolve
 from collapse_probe.results.findings import Findings
+from collapse_probe.seeding import random_kept
 
 Log = Callable[[int, dict[str, float]], None]
 Transform = Callable[[Image], Tensor]
@@ -133,7 +132,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Whatever is run inside leaves modes, buffers and random states as they were, and is touched by no autocast around it."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     with ExitStack() as stack:
-        stack.enter_context(_same_randomness(device))
+        stack.enter_context(random_kept(device))
         stack.callback(_put_back, buffers)
         stack.enter_context(as_it_was(model))
         stack.enter_context(torch.inference_mode(False))
@@ -146,45 +145,6 @@ def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
     for buffer, before in buffers:
         if not torch.equal(buffer, before):  # a needless write would break a backward pass that still reads the buffer
             buffer.copy_(before)
-
-
-@contextmanager
-def _same_randomness(device: torch.device) -> Iterator[None]:
-    """The generators of Python, NumPy and torch, on all devices in use, afterwards in the states they were in."""
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    metal = torch.mps.get_rng_state() if device.type == "mps" else None
-    cards = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    try:
-        with torch.random.fork_rng(devices=cards):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
-        if metal is not None:
-            torch.mps.set_rng_state(metal)
-
-
-class _NoGroup:
-    """Stands for torch.distributed where there is no process group."""
-
-    @staticmethod
-    def is_available() -> bool:
-        return False
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Inside, this process counts as the only one: what it runs takes all images and waits for nobody."""
-    if processes.rank_and_world()[1] == 1:
-        yield
-        return
-    names = vars(processes)
-    group = names["dist"]
-    names["dist"] = _NoGroup
-    try:
-        yield
-    finally:
-        names["dist"] = group
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -23,7 +23,7 @@ from collapse_probe.files import PARTIAL, write_whole
 from collapse_probe.models.batchnorm import recalibrate
 from collapse_probe.models.model_file import ModelCard, save_model
 from collapse_probe.provenance import names_sha256, versions
-from collapse_probe.seeding import random_states, restore_random, seeded_all
+from collapse_probe.seeding import random_states, restore_random, seed_all
 from collapse_probe.training.batches import Sharing, TrainingData, open_training_data
 from collapse_probe.training.loss import Mixer, TrainingLoss, needs_patch_targets
 from collapse_probe.training.recipe import Recipe
@@ -170,7 +170,7 @@ def prepare(
     rank, world = rank_and_world()
     states = _states(output, resume)
     split = split_data(data, val_data, share=recipe.val_share)
-    seeded_all(recipe.seed, rank)
+    seed_all(recipe.seed, rank)
     model = recipe.architecture.build(recipe.seed)
     size, classes = input_size(model), output_classes(model)
     if classes != len(split.classes):
@@ -179,7 +179,7 @@ def prepare(
     length = recipe.length(lessons.steps_per_epoch)
     learner = TrainStep(TrainingLoss(model, recipe.penalties, recipe.amp), recipe, length, accelerator)
     mixer = Mixer(recipe, classes, patch_side(model) if needs_patch_targets(recipe.penalties) else None)
-    seeded_all(recipe.seed, rank)
+    seed_all(recipe.seed, rank)
     facts = {
         "data": data,
         "val_data": val_data,

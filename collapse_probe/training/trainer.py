@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from collapse_probe.devices import autocast, peak_memory
 from collapse_probe.distributed import gathered, rank_and_world
-from collapse_probe.seeding import random_states, restore_random
+from collapse_probe.seeding import random_kept
 from collapse_probe.training.recipe import Recipe
 from collapse_probe.training.run import (
     Run,
@@ -94,9 +94,8 @@ def train(
     Raises SettingError, DataError, ModelError, OutputError, CheckpointError; DivergedError where a loss is no
     number any more, which names the step, the term and the last checkpoint.
     """
-    output, before = Path(output), random_states()
-    accelerator = accelerator_on(device)
-    try:
+    output, accelerator = Path(output), accelerator_on(device)
+    with random_kept(accelerator.device):
         run = prepare(recipe, data, val_data, output, resume, accelerator, report or (lambda text: None), command)
         if monitor is None and recipe.monitor_every and accelerator.is_main_process:
             monitor = monitor_of(run)
@@ -104,8 +103,6 @@ def train(
             return _learn(run, monitor, progress, min(run.total, stop_after or run.total))
         finally:
             run.log.close()
-    finally:
-        restore_random(before)
 
 
 def _learn(run: Run, monitor: Any, progress: Progress | None, until: int) -> Trained:

@@ -10,7 +10,7 @@ import torch
 
 from collapse_probe.errors import CheckpointError, OutputError
 from collapse_probe.files import write_whole
-from collapse_probe.seeding import drawn_under, random_states, restore_random, seed_of
+from collapse_probe.seeding import random_states, restore_random, seed_of, seeded
 from collapse_probe.training.run import load_state, save_state, states_in
 
 
@@ -73,7 +73,7 @@ def test_random_states_come_back_from_disk(tmp_path):
 
 def test_what_is_drawn_under_a_key_depends_on_the_key_alone_and_disturbs_nothing():
     def under(*key):
-        with drawn_under(*key):
+        with seeded(*key):
             return draws()
 
     before = random_states()
