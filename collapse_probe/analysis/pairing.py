@@ -21,7 +21,8 @@ from collapse_probe.results.comparison import (
     Pair,
 )
 from collapse_probe.results.findings import Findings, MetricResult
-from collapse_probe.results.readings import CORRECTED_ABOVE, adjacent, of_weights
+from collapse_probe.results.readings import adjacent
+from collapse_probe.results.rules import KAPPA_ABOVE
 from collapse_probe.statistics.intervals import Array, Parts, count_difference_bounds, kappa_parts, mean_parts
 from collapse_probe.statistics.paired import NO_INTERVAL, Paired, Sides, compare_sides
 
@@ -52,8 +53,8 @@ def _counts_of_metric(name: str, source: str, first: Findings, second: Findings)
     counts = [reading.details.get("corrected", {}).get("value") for reading in (one, other)]
     if None not in counts:
         sides = [kappa_parts(*held) for held in zip(real, null, strict=True)] if len(real) == len(null) == 2 else []
-        ends = _ends(sides, CORRECTED_ABOVE)
-        yield CountDifference(name + KAPPA, CORRECTED_ABOVE, float(counts[0]), float(counts[1]), ends)
+        ends = _ends(sides, KAPPA_ABOVE)
+        yield CountDifference(name + KAPPA, KAPPA_ABOVE, float(counts[0]), float(counts[1]), ends)
 
 
 def _ends(sides: Sequence[Parts], above: float) -> tuple[float, float]:
@@ -229,7 +230,7 @@ def with_weights(pair: Pair, first: Findings, second: Findings) -> Pair:
     refused = dict(pair.not_comparable)
     for name, one in first.metrics.items():
         other = second.metrics.get(name)
-        if other is None or one.values is None or other.values is None or not of_weights(name, one):
+        if other is None or one.values is None or other.values is None or one.description.level != "weights":
             continue
         if _shape(one) != _shape(other):
             shapes = ", ".join(f"{label} has {_words(r)}" for label, r in ((pair.first, one), (pair.second, other)))

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from collapse_probe.data.images import ImageSet
 from collapse_probe.results.findings import MetricResult
-from collapse_probe.results.readings import COUNTED_ABOVE, Summary, adjacent, mean
+from collapse_probe.results.readings import Summary, adjacent, mean
+from collapse_probe.results.rules import RAW_ABOVE
 from collapse_probe.statistics.breakdowns import classes_of, convergence_of, extremes_of
 from collapse_probe.statistics.estimates import PerImageValues, per_image_values
 from collapse_probe.statistics.intervals import Array
@@ -144,7 +145,7 @@ def _similarity(reading: MetricResult, key: str) -> Summary:
 def _counts(reading: MetricResult, key: str) -> Summary:
     if reading.values is None or reading.ci95 is None:
         return {f"similar_blocks{key}": None, f"similar_blocks{key}_corrected": None}
-    at = list(reading.settings["thresholds"]).index(COUNTED_ABOVE)
+    at = list(reading.settings["thresholds"]).index(RAW_ABOVE)
     low, high = (float(b) if np.isfinite(b) else None for b in reading.ci95[at])
     return {
         f"similar_blocks{key}": int(reading.values[at]),
@@ -180,7 +181,7 @@ def sureness(
     own, class_names = labels_of(images)
     return {
         "tests": pair_tests(table, readings, seed),
-        "convergence": convergence_of(kept, seed),
+        "convergence": convergence_of(kept, RAW_ABOVE, seed),
         "extremes": extremes_of(kept),
         "classes": classes_of(kept, labels or None if own is None else own, class_names),
     }

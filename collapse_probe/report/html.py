@@ -17,7 +17,7 @@ from PIL import Image
 
 from collapse_probe.report.style import pixels, save, svg
 from collapse_probe.results.findings import Findings
-from collapse_probe.results.readings import weights_alone
+from collapse_probe.results.readings import weights_only
 from collapse_probe.results.text import plain
 
 
@@ -87,7 +87,7 @@ class Plate:
 
 def looked_at(findings: Findings) -> str:
     """The images that findings are of, in words."""
-    if weights_alone(findings):
+    if weights_only(findings):
         return "weights alone, no images"
     return f"{plain(findings.data.get('images'))} images of {plain(findings.data.get('address'))}"
 

@@ -76,6 +76,12 @@ class MetricResult:
     head_mean: tuple[Array, Array, Array] | None = None
     not_applicable: str | None = None
 
+    @property
+    def array(self) -> Array:
+        """The values of a metric that applies."""
+        assert self.values is not None
+        return self.values
+
 
 @dataclass(frozen=True)
 class Gallery:

@@ -1,4 +1,4 @@
-"""The number that each rule of the verdict is about, read off findings with its interval, place by place."""
+"""How each rule of the verdict comes out: its number read off findings with its interval, place by place, and the answer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from collapse_probe.results.findings import Findings, MetricResult
+from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import (
     Absent,
     adjacent,
-    at_last,
     entropy_share,
-    last_of_twin,
-    null_interval,
+    is_untrained,
+    null_ci95,
     require_null,
     require_result,
 )
@@ -26,162 +24,171 @@ from collapse_probe.statistics.intervals import Array, half_width, interval, mea
 NO_INTERVAL_OF_NULL = "decided by its value: no interval is taken of this null"
 ROW_ALONE = "the interval is that of the row similarity alone"
 ONE_SET = "decided by its value: a model has one set of weights, which is no sample"
-AS_STORED = "decided by its value: a fact of the run"
+TWIN_EXACT = "the twin's own sampling error is not counted"
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A rule's number at each place: `values` [places], NaN where undefined, and `low` and `high` of its 95 % interval.
+    """A rule's number at each place: `values` [places], NaN where undefined, and its 95 % interval `ci95` [places, 2].
 
     `places` are numbers of blocks or depths, as `axis` says; a pair of neighbouring blocks goes by the later one. Without
-    `low` the number has no interval by its nature, and `note` says why; NaN there means that there are too few images.
+    `ci95` the number has no interval by its nature, and `note` says why; NaN there means that there are too few images.
     """
 
     values: Array
     places: tuple[int, ...]
     axis: str = "block"
-    low: Array | None = None
-    high: Array | None = None
+    ci95: Array | None = None
     note: str = ""
 
 
-def quantity(name: str, findings: Findings) -> Quantity | str:
-    """The number that rule `name` is about, or why these findings do not hold it."""
-    try:
-        return READERS[name](findings, BY_NAME[name].metric)
-    except Absent as absent:
-        return str(absent)
+Reader = Callable[[Findings, str], Quantity]
+"""Reads a rule's number off findings, from the metric of that name; raises Absent."""
 
 
-def _pairs(values: Array, bounds: Array | None = None, note: str = "") -> Quantity:
-    """Of each block with the block before, from what runs over pairs of blocks."""
-    places = tuple(range(1, len(values) + 1))
-    if bounds is None:
-        return Quantity(values, places, "pair", note=note)
-    return Quantity(values, places, "pair", bounds[..., 0], bounds[..., 1], note)
+def _of_pairs(values: Array, ci95: Array | None, note: str = "") -> Quantity:
+    return Quantity(values, tuple(range(1, len(values) + 1)), "pair", ci95, note)
 
 
-def _kappa(findings: Findings, metric: str) -> Quantity:
-    reading, _ = require_result(findings, metric)
-    found = adjacent(require_null(reading, metric, "kappa"))
-    bounds = None if reading.nulls is None else reading.nulls.kappa_ci95
-    none = "decided by its value: the findings hold no interval of kappa"
-    return _pairs(found, None if bounds is None else _neighbours(bounds), "" if bounds is not None else none)
+def _adjacent_ci95(ci95: Array | None) -> Array | None:
+    return None if ci95 is None else adjacent(ci95)
 
 
-def _neighbours(bounds: Array) -> Array:
-    return np.stack([adjacent(bounds[..., end]) for end in (0, 1)], axis=-1)
+def similarity(findings: Findings, metric: str) -> Quantity:
+    """The similarity of each block with the block before."""
+    result = require_result(findings, metric)
+    return _of_pairs(adjacent(result.array), _adjacent_ci95(result.ci95))
 
 
-def _wrong_token(findings: Findings, metric: str) -> Quantity:
-    reading, _ = require_result(findings, metric)
-    found = adjacent(require_null(reading, metric, "other_token"))
-    by_image = findings.images.get(f"{metric}/other_token")
-    if by_image is None or by_image.shape[1:] != found.shape:
-        return _of_null(reading, "other_token", found)
+def kappa(findings: Findings, metric: str) -> Quantity:
+    """Kappa of each block with the block before."""
+    result = require_result(findings, metric)
+    values, ci95 = adjacent(require_null(result, metric, "kappa")), _adjacent_ci95(null_ci95(result, "kappa"))
+    return _of_pairs(values, ci95, "" if ci95 is not None else "decided by its value: the findings hold no interval of kappa")
+
+
+def other_head(findings: Findings, metric: str) -> Quantity:
+    """What different heads of two neighbouring blocks agree on."""
+    return _of_null(findings, metric, "other_head")
+
+
+def other_token(findings: Findings, metric: str) -> Quantity:
+    """What different tokens of two neighbouring blocks agree on; its interval from the single images, where they are kept."""
+    found, by_image = _of_null(findings, metric, "other_token"), findings.images.get(f"{metric}/other_token")
+    if by_image is None or by_image.shape[1:] != found.values.shape:
+        return found
     _, parts, defined = mean_parts(by_image)
-    return _pairs(found, interval(found, parts_stderr(parts, defined.sum(0)), defined.sum(0)))
+    count = defined.sum(0)
+    return _of_pairs(found.values, interval(found.values, parts_stderr(parts, count), count))
 
 
-def _of_null(reading: MetricResult, role: str, found: Array) -> Quantity:
-    bounds = null_interval(reading, role)
-    return _pairs(found, note=NO_INTERVAL_OF_NULL) if bounds is None else _pairs(found, _neighbours(bounds))
+def _of_null(findings: Findings, metric: str, role: str) -> Quantity:
+    result = require_result(findings, metric)
+    values, ci95 = adjacent(require_null(result, metric, role)), _adjacent_ci95(null_ci95(result, role))
+    return _of_pairs(values, ci95, NO_INTERVAL_OF_NULL if ci95 is None else "")
 
 
-def _wrong_head(findings: Findings, metric: str) -> Quantity:
-    reading, _ = require_result(findings, metric)
-    return _of_null(reading, "other_head", adjacent(require_null(reading, metric, "other_head")))
-
-
-def _beyond_heads(findings: Findings, metric: str) -> Quantity:
-    reading, values = require_result(findings, metric)
-    row, head = adjacent(values), adjacent(require_null(reading, metric, "other_head"))
-    independent = query_independent(pairs_of(findings))
-    if not independent.any():
+def rows_beyond_heads(findings: Findings, metric: str) -> Quantity:
+    """(row similarity − wrong-head null) / (1 − wrong-head null), in pairs of blocks whose maps ignore the query."""
+    rows, heads = similarity(findings, metric), other_head(findings, metric)
+    ignoring = np.array([kind in ("shared-row", "query-independent") for kind in kinds_of(pairs_of(findings))], dtype=np.bool_)
+    if not ignoring.any():
         raise Absent("no neighbouring blocks have maps that are query-independent, not near-uniform, and tell heads apart")
-    room = np.where(independent & (head < 1), 1 - head, np.nan)
-    beyond = (row - head) / room
-    if reading.ci95 is None:
-        return _pairs(beyond, None, ROW_ALONE)
-    of_head = null_interval(reading, "other_head")
-    head_reach = np.zeros_like(head) if of_head is None else half_width(_neighbours(of_head))
-    reach = np.hypot(half_width(_neighbours(reading.ci95)), (1 - beyond) * head_reach) / room
-    return _pairs(beyond, np.stack([beyond - reach, beyond + reach], axis=-1), ROW_ALONE if of_head is None else "")
+    room = np.where(ignoring & (heads.values < 1), 1 - heads.values, np.nan)
+    beyond = (rows.values - heads.values) / room
+    if rows.ci95 is None:
+        return _of_pairs(beyond, None, ROW_ALONE)
+    head_reach = np.zeros_like(beyond) if heads.ci95 is None else half_width(heads.ci95)
+    reach = np.hypot(half_width(rows.ci95), (1 - beyond) * head_reach) / room
+    return _of_pairs(beyond, np.stack([beyond - reach, beyond + reach], axis=-1), ROW_ALONE if heads.ci95 is None else "")
 
 
-def _raw(findings: Findings, metric: str) -> Quantity:
-    reading, values = require_result(findings, metric)
-    return _pairs(adjacent(values), None if reading.ci95 is None else _neighbours(reading.ci95))
-
-
-def _share(findings: Findings, metric: str) -> Quantity:
+def entropy_of_blocks(findings: Findings, metric: str) -> Quantity:
+    """Attention entropy over log N, mean over the heads of each block."""
     require_result(findings, metric)
     share = entropy_share(findings)
     assert share is not None
-    places = tuple(range(len(share.mean)))
-    if share.ci95 is None:
-        return Quantity(share.mean, places, note="decided by its value: the findings hold no interval over heads")
-    return Quantity(share.mean, places, low=share.ci95[:, 0], high=share.ci95[:, 1])
+    note = "decided by its value: the findings hold no interval over heads" if share.ci95 is None else ""
+    return Quantity(share.mean, tuple(range(len(share.mean))), ci95=share.ci95, note=note)
 
 
-def _share_of_pairs(findings: Findings, metric: str) -> Quantity:
-    of = _share(findings, metric)
-    ends = None if of.low is None or of.high is None else np.stack([_paired(of.low), _paired(of.high)], axis=-1)
-    return _pairs(_paired(of.values), ends, of.note)
+def entropy_of_pairs(findings: Findings, metric: str) -> Quantity:
+    """The same, mean over each block and the block before."""
+    blocks = entropy_of_blocks(findings, metric)
+    values, ci95 = ((None if part is None else (part[1:] + part[:-1]) / 2) for part in (blocks.values, blocks.ci95))
+    assert values is not None
+    return _of_pairs(values, ci95, blocks.note)
 
 
-def _paired(values: Array) -> Array:
-    return (values[1:] + values[:-1]) / 2
+def share_of_pairs(*kinds: str) -> Reader:
+    """The share of the neighbouring pairs that are of one of `kinds`."""
 
-
-def _share_of_kinds(*wanted: str) -> Callable[[Findings, str], Quantity]:
     def read(findings: Findings, metric: str) -> Quantity:
         require_result(findings, metric)
-        kinds = [kind for kind in kinds_of(pairs_of(findings)) if kind != "undefined"]
-        share = sum(kind in wanted for kind in kinds) / len(kinds) if kinds else np.nan
+        share = share_of_kinds(kinds_of(pairs_of(findings)), *kinds)
         return Quantity(np.array([share]), (), "model", note="decided by the values of the pairs")
 
     return read
 
 
-def _depth(at: int, values: Array, bounds: Array, note: str = "") -> Quantity:
-    return Quantity(values, (at,), "depth", bounds[:, 0], bounds[:, 1], note)
+def share_of_kinds(found: tuple[str, ...], *kinds: str) -> float:
+    """How many of the defined pairs are of one of `kinds`; NaN where none is defined."""
+    defined = [kind for kind in found if kind != "undefined"]
+    return sum(kind in kinds for kind in defined) / len(defined) if defined else np.nan
 
 
-def _last(findings: Findings, metric: str) -> Quantity:
-    return _depth(*at_last(findings, metric))
+def at_last_depth(findings: Findings, metric: str) -> Quantity:
+    """The number after the last block."""
+    result = require_result(findings, metric)
+    ci95 = np.full((len(result.array), 2), np.nan) if result.ci95 is None else result.ci95
+    return Quantity(result.array[-1:], (len(result.array) - 1,), "depth", ci95[-1:])
 
 
-def _last_cosine(findings: Findings, metric: str) -> Quantity:
-    at, values, bounds = at_last(findings, metric)
-    return _depth(at, 1 - values, 1 - bounds[:, ::-1])
+def cosine_at_last_depth(findings: Findings, metric: str) -> Quantity:
+    """One minus the number after the last block."""
+    last = at_last_depth(findings, metric)
+    assert last.ci95 is not None
+    return Quantity(1 - last.values, last.places, "depth", 1 - last.ci95[:, ::-1])
 
 
-def _last_over_twin(findings: Findings, metric: str) -> Quantity:
-    at, values, bounds = at_last(findings, metric)
-    fresh, reach, note = last_of_twin(findings, metric)
+def last_over_twin(findings: Findings, metric: str) -> Quantity:
+    """The number after the last block over that of the untrained twin."""
+    last, (fresh, reach, note) = at_last_depth(findings, metric), _last_of_twin(findings, metric)
     fresh = np.where(fresh > 0, fresh, np.nan)
-    return _depth(at, values / fresh, quotient_bounds(values, half_width(bounds), fresh, reach), note)
+    assert last.ci95 is not None
+    ci95 = quotient_bounds(last.values, half_width(last.ci95), fresh, reach)
+    return Quantity(last.values / fresh, last.places, "depth", ci95, note)
 
 
-def _last_less_twin(findings: Findings, metric: str) -> Quantity:
-    at, values, bounds = at_last(findings, metric)
-    fresh, fresh_reach, note = last_of_twin(findings, metric)
-    more, reach = values - fresh, np.hypot(half_width(bounds), fresh_reach)
-    return _depth(at, more, np.stack([more - reach, more + reach], axis=-1), note)
+def last_less_twin(findings: Findings, metric: str) -> Quantity:
+    """The number after the last block less that of the untrained twin."""
+    last, (fresh, fresh_reach, note) = at_last_depth(findings, metric), _last_of_twin(findings, metric)
+    assert last.ci95 is not None
+    more, reach = last.values - fresh, np.hypot(half_width(last.ci95), fresh_reach)
+    return Quantity(more, last.places, "depth", np.stack([more - reach, more + reach], axis=-1), note)
 
 
-def _over_twin(findings: Findings, metric: str) -> Quantity:
-    reading, values = require_result(findings, metric)
-    fresh = require_null(reading, metric, "untrained")
-    both = np.isfinite(values) & np.isfinite(fresh) & (fresh > 0)
+def _last_of_twin(findings: Findings, metric: str) -> tuple[Array, Array, str]:
+    """The untrained twin's last value [1], half the length of its interval, and a note where none was kept."""
+    result = require_result(findings, metric)
+    fresh, ci95 = require_null(result, metric, "untrained")[-1:], null_ci95(result, "untrained")
+    return (fresh, fresh * 0, TWIN_EXACT) if ci95 is None else (fresh, half_width(ci95[-1:]), "")
+
+
+def matrices_over_twin(findings: Findings, metric: str) -> Quantity:
+    """Each matrix's number over that of the untrained twin, mean over the matrices of a block."""
+    result = require_result(findings, metric)
+    fresh = require_null(result, metric, "untrained")
+    both = np.isfinite(result.array) & np.isfinite(fresh) & (fresh > 0)
     count = both.sum(1)
-    ratios = np.where(both, values / np.where(both, fresh, 1.0), 0.0).sum(1) / np.maximum(count, 1)
-    return Quantity(np.where(count > 0, ratios, np.nan), tuple(range(len(values))), note=ONE_SET)
+    ratios = np.where(both, result.array / np.where(both, fresh, 1.0), 0.0).sum(1) / np.maximum(count, 1)
+    return Quantity(np.where(count > 0, ratios, np.nan), tuple(range(len(ratios))), note=ONE_SET)
 
 
-def _fact(holds: bool) -> Quantity:
-    return Quantity(np.array([float(holds)]), (), "model", note=AS_STORED)
+def fact(holds: Callable[[Mapping[str, Any]], bool]) -> Reader:
+    """1 where what `holds` says of the model is so, else 0."""
+    note = "decided by its value: a fact of the run"
+    return lambda findings, _: Quantity(np.array([float(holds(findings.model))]), (), "model", note=note)
 
 
 @dataclass(frozen=True)
@@ -198,9 +205,9 @@ class Pairs:
 
 def pairs_of(findings: Findings) -> Pairs:
     """The numbers of the neighbouring pairs; `attention-similarity` must have values."""
-    raw = _raw(findings, "attention-similarity").values
+    raw = similarity(findings, "attention-similarity").values
 
-    def values(read: Callable[[Findings, str], Quantity], metric: str) -> Array:
+    def values(read: Reader, metric: str) -> Array:
         try:
             found = read(findings, metric).values
         except Absent:
@@ -209,18 +216,12 @@ def pairs_of(findings: Findings) -> Pairs:
 
     return Pairs(
         raw=raw,
-        null=values(_wrong_token, "attention-similarity"),
-        kappa=values(_kappa, "attention-similarity"),
-        row=values(_raw, "attention-similarity@row"),
-        row_head=values(_wrong_head, "attention-similarity@row"),
-        share=values(_share_of_pairs, "attention-entropy"),
+        null=values(other_token, "attention-similarity"),
+        kappa=values(kappa, "attention-similarity"),
+        row=values(similarity, "attention-similarity@row"),
+        row_head=values(other_head, "attention-similarity@row"),
+        share=values(entropy_of_pairs, "attention-entropy"),
     )
-
-
-def query_independent(pairs: Pairs) -> NDArray[np.bool_]:
-    """Which pairs have maps that ignore the query and tell heads apart: there rows say what columns cannot."""
-    found = [classify(pairs, i) in ("shared-row", "query-independent") for i in range(len(pairs.raw))]
-    return np.array(found, dtype=np.bool_)
 
 
 def kinds_of(pairs: Pairs) -> tuple[str, ...]:
@@ -250,33 +251,34 @@ def classify(pairs: Pairs, i: int) -> str:
     return "distinct"
 
 
-READERS: Mapping[str, Callable[[Findings, str], Quantity]] = {
-    "shared": _kappa,
-    "query-independent": _wrong_token,
-    "same-everywhere": _wrong_head,
-    "shared-row": _beyond_heads,
-    "high-raw": _raw,
-    "near-uniform": _share_of_pairs,
-    "mostly-query-independent": _share_of_kinds("query-independent", "same-everywhere"),
-    "mostly-explained": _share_of_kinds("near-uniform", "explained"),
-    "entropy-collapse": _share,
-    "parallel-patches": _last_cosine,
-    "less-diverse-than-untrained": _last_over_twin,
-    "constant-tokens": _last,
-    "constant-tokens-composite": _last,
-    "less-high-frequency-than-untrained": _last_over_twin,
-    "lower-rank-than-untrained": _last_over_twin,
-    "outlier-tokens": _last_less_twin,
-    "norm-above-150": _last,
-    "weights-lost-rank": _over_twin,
-    "rows-more-alike": _over_twin,
-    "untrained": lambda findings, _: _fact(str(findings.model.get("weights", "")).startswith("random")),
-    "mixed-maps": lambda findings, _: _fact(bool(findings.model.get("mixes_maps"))),
+READERS: Mapping[str, Reader] = {
+    "shared": kappa,
+    "query-independent": other_token,
+    "same-everywhere": other_head,
+    "shared-row": rows_beyond_heads,
+    "high-raw": similarity,
+    "near-uniform": entropy_of_pairs,
+    "mostly-query-independent": share_of_pairs("query-independent", "same-everywhere"),
+    "mostly-explained": share_of_pairs("near-uniform", "explained"),
+    "entropy-collapse": entropy_of_blocks,
+    "parallel-patches": cosine_at_last_depth,
+    "less-diverse-than-untrained": last_over_twin,
+    "constant-tokens": at_last_depth,
+    "constant-tokens-composite": at_last_depth,
+    "less-high-frequency-than-untrained": last_over_twin,
+    "lower-rank-than-untrained": last_over_twin,
+    "outlier-tokens": last_less_twin,
+    "norm-above-150": at_last_depth,
+    "weights-lost-rank": matrices_over_twin,
+    "rows-more-alike": matrices_over_twin,
+    "untrained": fact(is_untrained),
+    "mixed-maps": fact(lambda model: bool(model.get("mixes_maps"))),
 }
 
 
 Answer = Literal["yes", "no", "undecided", "not applicable"]
-Bounds = tuple[float, float]
+ORDER: tuple[Answer, ...] = ("yes", "undecided", "no")
+"""A rule comes out as the first of these that any place says."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,7 @@ class Place:
 
     at: int | None
     value: float
-    ci: Bounds | None
+    ci: tuple[float, float] | None
     answer: Answer
 
 
@@ -302,7 +304,7 @@ class Outcome:
     rule: Rule
     answer: Answer
     value: float | None
-    ci: Bounds | None
+    ci: tuple[float, float] | None
     reason: str
     axis: str = "model"
     places: tuple[Place, ...] = ()
@@ -326,54 +328,46 @@ def verdict_table(findings: Findings) -> list[Outcome]:
 
 def outcome(rule: Rule, findings: Findings) -> Outcome:
     """How one rule comes out."""
-    found = quantity(rule.name, findings)
-    if isinstance(found, str):
-        return Outcome(rule, "not applicable", None, None, found)
+    try:
+        quantity = READERS[rule.name](findings, rule.metric)
+    except Absent as absent:
+        return Outcome(rule, "not applicable", None, None, str(absent))
     alone = rule.level in ("attention", "tokens") and (findings.data.get("images") or 0) < 2
-    places = tuple(_place(rule, found, i, alone) for i in range(len(found.values)))
-    answer = _together(places)
-    if answer == "not applicable":
-        return Outcome(rule, answer, None, None, f"{rule.quantity} is defined nowhere", found.axis, places)
+    places = tuple(_place(rule, quantity, i, alone) for i in range(len(quantity.values)))
+    answer = next((answer for answer in ORDER if any(place.answer == answer for place in places)), None)
+    if answer is None:
+        reason = f"{rule.quantity} is defined nowhere"
+        return Outcome(rule, "not applicable", None, None, reason, quantity.axis, places)
     furthest = max if rule.direction == "above" else min
     shown = furthest((place for place in places if place.answer == answer), key=lambda place: place.value)
-    return Outcome(rule, answer, shown.value, shown.ci, _reason(rule, answer, places, found), found.axis, places)
+    return Outcome(rule, answer, shown.value, shown.ci, _reason(rule, answer, places, quantity), quantity.axis, places)
 
 
-def _place(rule: Rule, found: Quantity, i: int, alone: bool) -> Place:
-    at = found.places[i] if found.places else None
-    value = float(found.values[i])
+def _place(rule: Rule, quantity: Quantity, i: int, alone: bool) -> Place:
+    """The rule at place i; `alone`: there is one image, from which nothing can be told."""
+    at, value = quantity.places[i] if quantity.places else None, float(quantity.values[i])
     if not np.isfinite(value):
         return Place(at, value, None, "not applicable")
-    if found.low is None or found.high is None:
-        return Place(at, value, None, "undecided" if alone else _answer(rule.holds(value)))
-    low, high = float(found.low[i]), float(found.high[i])
+    if quantity.ci95 is None:
+        return Place(at, value, None, "undecided" if alone else "yes" if rule.holds(value) else "no")
+    low, high = (float(end) for end in quantity.ci95[i])
     if not (np.isfinite(low) and np.isfinite(high)):
         return Place(at, value, None, "undecided")
-    sides = {rule.holds(low), rule.holds(value), rule.holds(high)}
-    return Place(at, value, (low, high), "undecided" if len(sides) > 1 else _answer(sides.pop()))
+    held = [rule.holds(number) for number in (low, value, high)]
+    return Place(at, value, (low, high), "yes" if all(held) else "undecided" if any(held) else "no")
 
 
-def _answer(holds: bool) -> Answer:
-    return "yes" if holds else "no"
-
-
-def _together(places: tuple[Place, ...]) -> Answer:
-    found = {place.answer for place in places}
-    order: tuple[Answer, ...] = ("yes", "undecided", "no")
-    return next((answer for answer in order if answer in found), "not applicable")
-
-
-def _reason(rule: Rule, answer: Answer, places: tuple[Place, ...], found: Quantity) -> str:
+def _reason(rule: Rule, answer: Answer, places: tuple[Place, ...], quantity: Quantity) -> str:
     here = [place for place in places if place.answer == answer]
     defined = sum(place.answer != "not applicable" for place in places)
-    where = f"{len(here)} of {defined} {found.axis}s: " if defined > 1 else ""
-    side = f"{rule.direction} {rule.threshold:g}"
-    by_interval = found.low is not None
-    said = {
-        "yes": f"{side}{' with the whole interval' if by_interval else ''}",
-        "no": f"not {side}{' anywhere in the interval' if by_interval else ''}",
-        "undecided": f"the interval holds {rule.threshold:g}"
-        if any(place.ci for place in here)
-        else "no interval: more images are needed",
-    }[answer]
-    return where + said + (f" ({found.note})" if found.note else "")
+    where = f"{len(here)} of {defined} {quantity.axis}s: " if defined > 1 else ""
+    side, by_interval = f"{rule.direction} {rule.threshold:g}", quantity.ci95 is not None
+    if answer == "yes":
+        why = f"{side}{' with the whole interval' if by_interval else ''}"
+    elif answer == "no":
+        why = f"not {side}{' anywhere in the interval' if by_interval else ''}"
+    elif any(place.ci for place in here):
+        why = f"the interval holds {rule.threshold:g}"
+    else:
+        why = "no interval: more images are needed"
+    return where + why + (f" ({quantity.note})" if quantity.note else "")

@@ -23,10 +23,10 @@ class Rule:
     metric: str
     quantity: str
     threshold: float
-    direction: Literal["above", "below"]
-    source: str
     says: str
     does_not_say: str
+    direction: Literal["above", "below"] = "above"
+    source: str = OURS
     spoken: bool = False
 
     def holds(self, value: float) -> bool:
@@ -41,8 +41,6 @@ RULES = (
         metric="attention-similarity",
         quantity="kappa with the block before (columns)",
         threshold=0.5,
-        direction="above",
-        source=OURS,
         says="the block attends like the block before, token by token, beyond what other tokens' attention explains",
         does_not_say="Similar maps are no proof of wasted blocks, distinct maps none of useful ones: values and MLPs are not "
         "compared.",
@@ -53,8 +51,6 @@ RULES = (
         metric="attention-similarity",
         quantity="wrong-token null with the block before (columns)",
         threshold=0.98,
-        direction="above",
-        source=OURS,
         says="columns are alike whichever tokens are compared: every query attends alike, or nearly uniformly",
         does_not_say="Whether two blocks attend to the same tokens; the row version against its wrong-head null says that.",
     ),
@@ -64,8 +60,6 @@ RULES = (
         metric="attention-similarity@row",
         quantity="wrong-head null with the block before (rows)",
         threshold=0.98,
-        direction="above",
-        source=OURS,
         says="all heads of both blocks attend with nearly the same row",
         does_not_say="That two blocks share more than any two heads do: nothing is left to tell that from.",
     ),
@@ -75,8 +69,6 @@ RULES = (
         metric="attention-similarity@row",
         quantity="(row similarity − wrong-head null) / (1 − wrong-head null), where maps are query-independent",
         threshold=0.5,
-        direction="above",
-        source=OURS,
         says="the two blocks share one row of attention, more than different heads do",
         does_not_say="Anything about maps that depend on the query.",
     ),
@@ -86,7 +78,6 @@ RULES = (
         metric="attention-similarity",
         quantity="similarity with the block before (columns)",
         threshold=0.9,
-        direction="above",
         source=f"DeepViT (arXiv 2103.11886) sets 0.9 for a share of vectors; for the mean cosine it is {OURS}",
         says="the raw similarity is as high as that of a block counted as similar",
         does_not_say="That the network learned it: near-uniform maps score as high without training.",
@@ -97,8 +88,6 @@ RULES = (
         metric="attention-entropy",
         quantity="entropy over log N, mean over the heads of the two blocks",
         threshold=0.9,
-        direction="above",
-        source=OURS,
         says="attention is spread over nearly all tokens",
         does_not_say="That the block does nothing: small differences from uniform may matter.",
     ),
@@ -108,8 +97,6 @@ RULES = (
         metric="attention-similarity",
         quantity="share of the neighbouring pairs of blocks whose maps are query-independent without sharing their row",
         threshold=0.5,
-        direction="above",
-        source=OURS,
         says="attention ignores the query in most pairs of blocks",
         does_not_say="Anything about the other pairs.",
     ),
@@ -119,8 +106,6 @@ RULES = (
         metric="attention-similarity",
         quantity="share of the neighbouring pairs of blocks whose high raw similarity the nulls explain",
         threshold=0.5,
-        direction="above",
-        source=OURS,
         says="raw similarity is high in most pairs of blocks, but no more than chance would give",
         does_not_say="Anything about the other pairs.",
     ),
@@ -142,7 +127,6 @@ RULES = (
         metric="patch-diversity",
         quantity="mean absolute cosine between different patches after the last block",
         threshold=0.7,
-        direction="above",
         source=f"the last layer of DeiT-Base24 as published with arXiv 2104.12753; that it is a threshold is {OURS}",
         says="the patches of an image have become nearly parallel",
         does_not_say="That attention did it: MLPs, norms and the embedding move patches as well.",
@@ -214,7 +198,6 @@ RULES = (
         metric="token-norm@outliers",
         quantity="share of patches longer than their image's median + 6 MAD after the last block, less the untrained twin's",
         threshold=0.01,
-        direction="above",
         source=f"{OURS}; 0.0237 above a norm of 150 is published for DINOv2 ViT-g/14 (arXiv 2309.16588)",
         says="training has made some patches far longer than the rest",
         does_not_say="That they hold global information, or that registers would remove them.",
@@ -226,7 +209,6 @@ RULES = (
         metric="token-norm@150",
         quantity="share of patches with a norm above 150 after the last block",
         threshold=0.01,
-        direction="above",
         source=f"norm 150: arXiv 2309.16588, by hand for DINOv2; that 1 % of the patches is enough is {OURS}",
         says="some patches are longer than 150",
         does_not_say="Anything about models with another scale than DINOv2's.",
@@ -250,7 +232,6 @@ RULES = (
         metric="weight-similarity",
         quantity="mean absolute cosine between rows of a block's matrices over that of the untrained twin (mean over matrices)",
         threshold=2.0,
-        direction="above",
         source=f"{OURS}: twice what the same architecture has with fresh weights",
         says="training has made the neurons of a block's matrices more alike",
         does_not_say="That neurons are redundant: a mean over pairs hides which are.",
@@ -262,7 +243,6 @@ RULES = (
         metric="",
         quantity="1 where the model's weights are random, else 0",
         threshold=0.5,
-        direction="above",
         source=FACT,
         says="the model is untrained: these numbers describe its architecture and initialisation, not anything learned",
         does_not_say="What training would change.",
@@ -273,7 +253,6 @@ RULES = (
         metric="",
         quantity="1 where the model changes its maps after the softmax, else 0",
         threshold=0.5,
-        direction="above",
         source=FACT,
         says="this model changes its maps after the softmax. The similarity is that of what multiplies V (weights); the @probs "
         "metrics show the softmax itself, which may tell another story",
@@ -281,6 +260,10 @@ RULES = (
     ),
 )
 BY_NAME = {rule.name: rule for rule in RULES}
+
+RAW_ABOVE = BY_NAME["high-raw"].threshold  # a block counts as similar to the one before where the mean cosine is above this
+KAPPA_ABOVE = BY_NAME["shared"].threshold  # the same, corrected for chance
+COUNT_THRESHOLDS = (0.8, RAW_ABOVE, 0.95)  # the mean cosines above which similar-blocks counts
 
 # Conventions of comparisons, interventions and the demonstration; all are ours.
 NOTABLE = 0.1  # a difference of similarity, or of kappa, that a sentence names

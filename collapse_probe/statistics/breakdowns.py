@@ -78,7 +78,7 @@ def _against_the_rest(whole: Estimate, members: Sequence[Any]) -> Array:
 
 
 SIZES = 20
-COUNT, COUNT_ABOVE, COUNT_TOLERANCE = "similar_blocks", 0.9, 1.0
+COUNT, COUNT_TOLERANCE = "similar_blocks", 1.0
 MOST_NEEDED = 10_000_000
 """Beyond so many images the estimate of how many would do says nothing."""
 
@@ -94,11 +94,12 @@ def sizes_for(images: int) -> list[int]:
     return sorted({round(size) for size in np.geomspace(2, images, SIZES).tolist()})
 
 
-def convergence_of(kept: PerImageValues, seed: int = 0) -> dict[str, Any]:
+def convergence_of(kept: PerImageValues, count_above: float, seed: int = 0) -> dict[str, Any]:
     """Running values and 95 % intervals of the headline numbers, as plain data; {} with fewer than two images.
 
-    `sizes`: numbers of images. `numbers`: by name `value`, `ci_low` and `ci_high` at every size (NaN where undefined), the
-    `half_width` at the end, the `tolerance` it is held against, whether it is `settled`, and `images_needed`: about how many
+    Among them is the number of similar blocks, whose similarity with the block before is above `count_above`. `sizes`: numbers
+    of images. `numbers`: by name `value`, `ci_low` and `ci_high` at every size (NaN where undefined), the `half_width` at the
+    end, the `tolerance` it is held against, whether it is `settled`, and `images_needed`: about how many
     images would bring it there (half-width falls with the root of their number; None for a count). `sentences`: what
     there were too few images for.
     """
@@ -108,7 +109,7 @@ def convergence_of(kept: PerImageValues, seed: int = 0) -> dict[str, Any]:
     running = [step.estimates() for step in steps]
     found = {name: _curve(name, [step.get(name) for step in running]) for name in (running[-1] if running else {})}
     if SIMILARITY in kept.values and steps:
-        found[COUNT] = _count_curve(steps)
+        found[COUNT] = _count_curve(steps, count_above)
     if not found:
         return {}
     return {
@@ -140,13 +141,13 @@ def _settled(half_width: float, tolerance: float, images: int | None) -> dict[st
     return {"half_width": half_width, "tolerance": tolerance, "settled": settled, "images_needed": needed}
 
 
-def _count_curve(steps: list[PerImageValues]) -> dict[str, Any]:
+def _count_curve(steps: list[PerImageValues], count_above: float) -> dict[str, Any]:
     """The count of similar blocks with the bounds that similar-blocks has."""
     values, ends = [], []
     for step in steps:
         means, parts, defined = mean_parts(step.values[SIMILARITY])
-        values.append(float((means > COUNT_ABOVE).sum()))
-        ends.append(count_bounds(means, parts_stderr(parts, defined.sum(0)), defined.sum(0), COUNT_ABOVE).tolist())
+        values.append(float((means > count_above).sum()))
+        ends.append(count_bounds(means, parts_stderr(parts, defined.sum(0)), defined.sum(0), count_above).tolist())
     low, high = ends[-1]
     return {
         "value": values,

@@ -12,12 +12,9 @@ import numpy as np
 import pytest
 from factories import synthetic
 
-from collapse_probe.analysis import summary
-from collapse_probe.metrics.attention import similar_blocks
 from collapse_probe.metrics.presets import records
 from collapse_probe.registry import PRESETS
 from collapse_probe.report import style as style_module
-from collapse_probe.report.findings import curves
 from collapse_probe.report.findings import page as page_module
 from collapse_probe.report.findings.captions import CAPTIONS
 from collapse_probe.report.findings.figures import FIGURES, draw_all
@@ -25,7 +22,7 @@ from collapse_probe.report.findings.page import render, write_report
 from collapse_probe.report.findings.provenance import definitions, not_measured, skipped
 from collapse_probe.report.findings.tables import key_numbers, per_block
 from collapse_probe.results.findings import Description, Findings, MetricResult, Nulls
-from collapse_probe.results.readings import KAPPA_THRESHOLD, RAW_THRESHOLD
+from collapse_probe.results.rules import KAPPA_ABOVE, RAW_ABOVE
 from collapse_probe.results.text import interval, number, plain
 from collapse_probe.results.verdict import Verdict
 
@@ -300,13 +297,9 @@ def test_a_page_of_the_weights_alone_speaks_of_no_images() -> None:
 
 
 def test_thresholds_on_the_page_are_those_of_the_rules() -> None:
-    assert RAW_THRESHOLD == summary.COUNTED_ABOVE
-    assert summary.COUNTED_ABOVE in similar_blocks.THRESHOLDS
-    assert curves.THRESHOLDS is similar_blocks.THRESHOLDS
-    assert similar_blocks.CORRECTED_ABOVE == KAPPA_THRESHOLD
-    assert f"κ passes {KAPPA_THRESHOLD:g}." in CAPTIONS["similar-blocks"].seen
+    assert f"κ passes {KAPPA_ABOVE:g}." in CAPTIONS["similar-blocks"].seen
     card = next(card for card in key_numbers(synthetic(5)) if card.label.startswith("similar blocks"))
-    assert card.detail == f"of 4 pairs: raw above {RAW_THRESHOLD:g}, κ above {KAPPA_THRESHOLD:g}"
+    assert card.detail == f"of 4 pairs: raw above {RAW_ABOVE:g}, κ above {KAPPA_ABOVE:g}"
 
 
 def test_each_rule_of_style_stands_once() -> None:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from collapse_probe.results.findings import Findings, MetricResult, Nulls
-from collapse_probe.results.outcomes import NO_INTERVAL_OF_NULL, READERS, ROW_ALONE, outcome
-from collapse_probe.results.readings import TWIN_EXACT
+from collapse_probe.results.outcomes import NO_INTERVAL_OF_NULL, READERS, ROW_ALONE, TWIN_EXACT, outcome
 from collapse_probe.results.rules import BY_NAME
 
 BLOCKS = 3
@@ -52,8 +51,8 @@ def last(value, reach, fresh, fresh_reach=None, metric="patch-diversity"):
 
 def test_the_wrong_head_null_has_its_interval():
     found = READERS["same-everywhere"](rows(head=0.985, head_reach=0.002), ROW)
-    assert found.low == pytest.approx([0.983] * 2)
-    assert found.high == pytest.approx([0.987] * 2)
+    assert found.ci95[:, 0] == pytest.approx([0.983] * 2)
+    assert found.ci95[:, 1] == pytest.approx([0.987] * 2)
     assert found.note == ""
     answers = [outcome(BY_NAME["same-everywhere"], rows(head=0.985, head_reach=r)).answer for r in (0.002, 0.01, np.nan)]
     assert answers == ["yes", "undecided", "undecided"]
@@ -63,38 +62,38 @@ def test_the_wrong_token_null_has_its_interval_without_the_single_images():
     pair = ("block", "block")
     spread = {"other_token_ci95": around(square(0.985), 0.01)}
     given = findings({COLUMN: reading(square(0.99), 0, {"other_token": square(0.985)}, spread, pair)})
-    assert READERS["query-independent"](given, COLUMN).low == pytest.approx([0.975] * 2)
+    assert READERS["query-independent"](given, COLUMN).ci95[:, 0] == pytest.approx([0.975] * 2)
     assert outcome(BY_NAME["query-independent"], given).answer == "undecided"
 
 
 def test_rows_beyond_the_heads_count_both_errors():
     exact = READERS["shared-row"](rows(), ROW)
     assert exact.note == ROW_ALONE
-    assert exact.high - exact.values == pytest.approx([0.05 / 0.6] * 2)
+    assert exact.ci95[:, 1] - exact.values == pytest.approx([0.05 / 0.6] * 2)
     both = READERS["shared-row"](rows(head_reach=0.3), ROW)
     by_row, by_head = 1 / (1 - 0.4), (1 - 0.9) / (1 - 0.4) ** 2  # derivatives of (r − h)/(1 − h)
     assert both.values == pytest.approx([0.5 / 0.6] * 2)
-    assert both.high - both.values == pytest.approx([np.hypot(by_row * 0.05, by_head * 0.3)] * 2)
+    assert both.ci95[:, 1] - both.values == pytest.approx([np.hypot(by_row * 0.05, by_head * 0.3)] * 2)
     assert both.note == ""
 
 
 def test_a_quotient_with_the_twin_counts_both_errors():
     rule = "less-diverse-than-untrained"
     exact = READERS[rule](last(0.3, 0.06, 0.8), "patch-diversity")
-    assert (exact.low, exact.high) == (pytest.approx([0.3]), pytest.approx([0.45]))
+    assert (exact.ci95[:, 0], exact.ci95[:, 1]) == (pytest.approx([0.3]), pytest.approx([0.45]))
     assert exact.note == TWIN_EXACT
     both = READERS[rule](last(0.3, 0.06, 0.8, 0.2), "patch-diversity")
     assert both.note == ""
-    for end in (both.low[0], both.high[0]):
+    for end in both.ci95[0]:
         assert abs(0.3 - end * 0.8) == pytest.approx(np.hypot(0.06, end * 0.2))
-    assert both.low[0] < exact.low[0] < exact.high[0] < both.high[0]
+    assert both.ci95[0, 0] < exact.ci95[0, 0] < exact.ci95[0, 1] < both.ci95[0, 1]
 
 
 def test_a_difference_from_the_twin_counts_both_errors():
     both = READERS["outlier-tokens"](last(0.05, 0.03, 0.01, 0.04, "token-norm@outliers"), "token-norm@outliers")
-    assert (both.low, both.high) == (pytest.approx([-0.01]), pytest.approx([0.09]))
+    assert (both.ci95[:, 0], both.ci95[:, 1]) == (pytest.approx([-0.01]), pytest.approx([0.09]))
     exact = READERS["outlier-tokens"](last(0.05, 0.03, 0.01, None, "token-norm@outliers"), "token-norm@outliers")
-    assert (exact.low, exact.high) == (pytest.approx([0.01]), pytest.approx([0.07]))
+    assert (exact.ci95[:, 0], exact.ci95[:, 1]) == (pytest.approx([0.01]), pytest.approx([0.07]))
     assert exact.note == TWIN_EXACT
 
 

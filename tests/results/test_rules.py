@@ -172,8 +172,8 @@ def test_the_interval_of_a_null_comes_from_the_single_images():
     metrics = {"attention-similarity": reading(square(0.5), 0, ("block", "block"), {"other_token": null})}
     found = READERS["query-independent"](findings(metrics, by_image=by_image), "attention-similarity")
     reach = 4.302652729911275 * 0.1 / np.sqrt(3)  # Student's t with two degrees of freedom
-    assert found.low == pytest.approx([0.6 - reach, 0.9])
-    assert found.high == pytest.approx([0.6 + reach, 0.9])
+    assert found.ci95[:, 0] == pytest.approx([0.6 - reach, 0.9])
+    assert found.ci95[:, 1] == pytest.approx([0.6 + reach, 0.9])
 
 
 def test_an_outcome_shows_the_place_that_goes_furthest_and_all_places():

@@ -20,6 +20,7 @@ from collapse_probe.metrics.metric import of_level
 from collapse_probe.metrics.nulls import untrained_only, with_twins
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
+from collapse_probe.results.rules import RAW_ABOVE
 from collapse_probe.statistics.breakdowns import classes_of, convergence_of, extremes_of, sizes_for
 from collapse_probe.statistics.estimates import HEADLINES, PerImageValues, per_image_values
 
@@ -93,28 +94,28 @@ def test_convergence_takes_about_twenty_sizes_from_two_to_all():
 def test_convergence_shuffles_so_that_a_sorted_set_does_not_bend_it():
     values = np.linspace(0, 1, 400)[:, None]
     kept = PerImageValues(tuple(map(str, range(400))), {"patch-diversity": values})
-    curve = convergence_of(kept)["numbers"]["patch_diversity_last"]
-    at = convergence_of(kept)["sizes"].index(next(s for s in sizes_for(400) if s > 30))
+    curve = convergence_of(kept, RAW_ABOVE)["numbers"]["patch_diversity_last"]
+    at = convergence_of(kept, RAW_ABOVE)["sizes"].index(next(s for s in sizes_for(400) if s > 30))
     assert abs(curve["value"][at] - 0.5) < 0.2
-    assert curve == convergence_of(kept)["numbers"]["patch_diversity_last"]
-    assert curve != convergence_of(kept, seed=1)["numbers"]["patch_diversity_last"]
+    assert curve == convergence_of(kept, RAW_ABOVE)["numbers"]["patch_diversity_last"]
+    assert curve != convergence_of(kept, RAW_ABOVE, seed=1)["numbers"]["patch_diversity_last"]
 
 
 def test_too_few_images_are_said_to_be_too_few():
-    wide = convergence_of(per_image_values(table(12)))
+    wide = convergence_of(per_image_values(table(12)), RAW_ABOVE)
     assert any("Too few images to tell the patch diversity" in said for said in wide["sentences"])
     curve = wide["numbers"]["patch_diversity_last"]
     assert not curve["settled"]
     assert curve["images_needed"] == math.ceil(12 * (curve["half_width"] / curve["tolerance"]) ** 2)
     same = {key: values if key == "names" else np.repeat(values[:1], 12, 0) for key, values in table(12).items()}
-    narrow = convergence_of(per_image_values(same))
+    narrow = convergence_of(per_image_values(same), RAW_ABOVE)
     assert narrow["sentences"] == []
     assert all(curve["settled"] for curve in narrow["numbers"].values())
 
 
 def test_one_image_gives_no_convergence_no_extremes_and_no_classes():
     alone = per_image_values(table(1))
-    assert convergence_of(alone) == {}
+    assert convergence_of(alone, RAW_ABOVE) == {}
     assert extremes_of(alone) == {}
     assert classes_of(alone, {"0000": 0}) == {}
 

@@ -14,7 +14,7 @@ from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.metrics.pairwise_cosine import MapPairwiseCosine
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
-from collapse_probe.results.readings import CORRECTED_ABOVE, THRESHOLDS
+from collapse_probe.results.rules import COUNT_THRESHOLDS, KAPPA_ABOVE
 from collapse_probe.statistics.intervals import Array, bootstrap, count_bounds, kappa, kappa_parts, mean_parts, parts_stderr
 
 
@@ -28,8 +28,8 @@ def count_above(adjacent: Array, threshold: float) -> Array:
 
 
 def count_corrected(real: Array, other_token: Array) -> Array:
-    """How many of the adjacent pairs have kappa above one half, [pairs, ..., images] -> [...]."""
-    return np.asarray((kappa(_mean(real), _mean(other_token)) > CORRECTED_ABOVE).sum(0), dtype=np.float64)
+    """How many of the adjacent pairs have kappa above KAPPA_ABOVE, [pairs, ..., images] -> [...]."""
+    return np.asarray((kappa(_mean(real), _mean(other_token)) > KAPPA_ABOVE).sum(0), dtype=np.float64)
 
 
 def _mean(values: Array) -> Array:
@@ -46,7 +46,7 @@ class SimilarBlocks(Metric):
     summary = "how many blocks attend like the block before (DeepViT Fig. 3b), at 0.8 / 0.9 / 0.95"
     dims = ("threshold",)
     collapsed = "high"
-    defaults = {"axis": "column", "centred": False, "point": "weights", "thresholds": list(THRESHOLDS)}  # noqa: RUF012
+    defaults = {"axis": "column", "centred": False, "point": "weights", "thresholds": list(COUNT_THRESHOLDS)}  # noqa: RUF012
     variants = {"row": {"axis": "row"}, "centred": {"centred": True}, "probs": {"point": "probs"}}  # noqa: RUF012
 
     def inapplicable(self) -> str:
@@ -59,8 +59,8 @@ class SimilarBlocks(Metric):
         return (
             "Number of blocks whose attention-similarity with the block before, averaged over images, heads and tokens, is "
             f"above the threshold ({self.settings['axis']}s, at {self.settings['point']}). DeepViT does not define its count; "
-            "this is our reading. The corrected count asks for kappa above 0.5 instead. Standard errors: bootstrap "
-            "over images (scipy.stats.bootstrap). Intervals: from the pairs surely above the threshold to those not surely "
+            f"this is our reading. The corrected count asks for kappa above {KAPPA_ABOVE:g} instead. Standard errors: "
+            "bootstrap over images (scipy.stats.bootstrap). Intervals: from the pairs surely above the threshold to those not surely "
             "below it, by one-sided t bounds at 5 % over the number of pairs (Bonferroni), which cover at least 95 %."
         )
 
@@ -75,10 +75,10 @@ class SimilarBlocks(Metric):
         counts = [count_above(real, t) for t in self.settings["thresholds"]]
         errors = [_error(partial(_above, real, t), real.shape[-1]) for t in self.settings["thresholds"]]
         corrected = count_corrected(real, null)
-        corrected_ci95 = _bounds(kappa_parts(real.T, null.T), CORRECTED_ABOVE)
+        corrected_ci95 = _bounds(kappa_parts(real.T, null.T), KAPPA_ABOVE)
         details = {
             "pairs": len(real),
-            "corrected": {"kappa_above": CORRECTED_ABOVE, "value": float(corrected), "ci95": corrected_ci95.tolist()},
+            "corrected": {"kappa_above": KAPPA_ABOVE, "value": float(corrected), "ci95": corrected_ci95.tolist()},
         }
         return self.reading(
             np.array(counts),

@@ -35,7 +35,7 @@ from collapse_probe.report.style import (
 )
 from collapse_probe.results.comparison import ACCURACY, PROBS, Comparison
 from collapse_probe.results.findings import Findings
-from collapse_probe.results.readings import adjacent, corrected_count, mean, null_of, pairs_of, result_of
+from collapse_probe.results.readings import adjacent, corrected_count, mean, null_of, pair_count, result_of
 from collapse_probe.statistics.intervals import Array
 
 COUNTS = "similar-blocks"
@@ -60,7 +60,7 @@ def similar_blocks(comparison: Comparison, narrow: bool = False) -> Figure | Non
         for at, (label, findings) in enumerate(subjects.items()):
             place = y + (at - (len(subjects) - 1) / 2) * 0.7 / len(subjects)
             _count(axes, place, _of_row(findings, row), looks[label])
-    pairs = max(pairs_of(findings) for findings in subjects.values())
+    pairs = max(pair_count(findings) for findings in subjects.values())
     room = max(0.05 * pairs, 0.1)
     axes.set(xlim=(-room, pairs + room), ylim=(len(rows) - 0.5, -0.5), xlabel=f"adjacent pairs, of {pairs}")
     axes.set_yticks(range(len(rows)), rows)
@@ -150,7 +150,7 @@ def _counts_over(axes: Axes | None, x: Array, subjects: list[Findings]) -> bool:
     look = ROLES["measured"]
     curve(axes, x, _floats([v for v, _, _ in raw]), Role("raw", look.colour, marker="o", width=2.0), _ends(raw))
     curve(axes, x, _floats([v for v, _, _ in corrected]), CORRECTED, _ends(corrected))
-    axes.set_title(f"similar blocks, of {max(map(pairs_of, subjects))} pairs (raw > 0.9)")
+    axes.set_title(f"similar blocks, of {max(map(pair_count, subjects))} pairs (raw > 0.9)")
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_ylim(bottom=min(-0.3, axes.get_ylim()[0]))
     return True

@@ -11,7 +11,8 @@ import numpy as np
 
 from collapse_probe.results.comparison import ACCURACY, KAPPA, PROBS, Comparison, Difference, Pair, equal, unsampled
 from collapse_probe.results.findings import Findings
-from collapse_probe.results.readings import COUNTED_ABOVE, adjacent, mean, null_of, weights_only
+from collapse_probe.results.readings import adjacent, is_untrained, mean, null_of, weights_only
+from collapse_probe.results.rules import RAW_ABOVE
 from collapse_probe.results.text import interval, number, spans
 from collapse_probe.results.verdict import MEANS, MOST_LISTED
 from collapse_probe.statistics.paired import SAME, Paired
@@ -79,8 +80,8 @@ def moved(paired: Paired, at: int, controlled: bool = False) -> str:
 
 def without_training(pair: Pair, mixes: str, other: str) -> tuple[str, str]:
     """The contrast of two untrained models of which one mixes its maps, and where it comes from."""
-    count = next((c for c in pair.counts if c.name == "similar-blocks" and c.threshold == COUNTED_ABOVE), None)
-    counted = "" if count is None else f"; {count.first:g} and {count.second:g} similar blocks at {COUNTED_ABOVE:g}"
+    count = next((c for c in pair.counts if c.name == "similar-blocks" and c.threshold == RAW_ABOVE), None)
+    counted = "" if count is None else f"; {count.first:g} and {count.second:g} similar blocks at {RAW_ABOVE:g}"
     return (
         f"The contrast exists without any training: neither {pair.first} nor {pair.second} has been trained, "
         f"and yet their raw similarities are {both(pair.differences[RAW])}{counted}.",
@@ -266,7 +267,7 @@ def _same(difference: Difference) -> bool:
 
 def untrained(findings: Findings) -> bool:
     """Whether the weights are fresh ones."""
-    return str(findings.model.get("weights") or "").startswith("random")
+    return is_untrained(findings.model)
 
 
 def notable(difference: Difference) -> list[int]:

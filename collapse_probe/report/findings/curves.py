@@ -17,17 +17,16 @@ from collapse_probe.report.heatmaps import UNSIGNED, Panel, heat
 from collapse_probe.report.style import INK, MUTED, NARROW, ROLES, WIDE, Role, curve, drawn, over_blocks, share_legend, sheet
 from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.readings import (
-    KAPPA_THRESHOLD,
-    THRESHOLDS,
     adjacent,
     corrected_count,
     entropy_share,
-    kappa_ci95,
+    null_ci95,
     null_of,
     nulls_of,
-    pairs_of,
+    pair_count,
     result_of,
 )
+from collapse_probe.results.rules import COUNT_THRESHOLDS, KAPPA_ABOVE
 from collapse_probe.statistics.intervals import Array
 
 
@@ -95,10 +94,10 @@ def adjacent_blocks(findings: Findings, narrow: bool = False) -> Figure | None:
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=[3, 2][:rows])[:, 0]
     references = {role: adjacent(values) for role, values in nulls_of(reading).items()}
     _with_references(axes[0], x, adjacent(reading.values), _adjacent_or_none(reading.ci95), references)
-    _thresholds(axes[0], THRESHOLDS)
+    _thresholds(axes[0], COUNT_THRESHOLDS)
     axes[0].set_ylabel("cosine with the block before")
     if kappa is not None:
-        _kappa(axes[1], x, adjacent(kappa), _adjacent_or_none(kappa_ci95(reading)))
+        _kappa(axes[1], x, adjacent(kappa), _adjacent_or_none(null_ci95(reading, "kappa")))
     over_blocks(axes[-1], x, "block b, compared with block b − 1")
     share_legend(figure, axes[0], columns=2 if narrow else 5)
     return figure
@@ -133,7 +132,7 @@ def _kappa(axes: Axes, x: Array, values: Array, ci95: Array | None) -> None:
     curve(axes, x, values, ROLES["measured"], ci95)
     null_role = ROLES["other_token"]
     axes.axhline(0.0, color=null_role.colour, linestyle=null_role.line, linewidth=null_role.width, zorder=1)
-    _thresholds(axes, (KAPPA_THRESHOLD,))
+    _thresholds(axes, (KAPPA_ABOVE,))
     axes.set(ylabel="null-corrected κ", ylim=(min(_floor([values]), -0.25), 1.05))
     axes.grid(axis="y")
 
@@ -210,7 +209,7 @@ def counts(axes: Axes, findings: Findings, name: str) -> None:
     """The counts of one similar-blocks reading, a row for each threshold; last, how many pass by kappa."""
     reading = findings.metrics[name]
     assert reading.values is not None
-    levels = [float(level) for level in reading.settings.get("thresholds", THRESHOLDS)]
+    levels = [float(level) for level in reading.settings.get("thresholds", COUNT_THRESHOLDS)]
     rows = [f"raw > {level:g}" for level in levels]
     corrected, fresh = corrected_count(findings, name), null_of(reading, "untrained")
     for y, value in enumerate(reading.values):
@@ -220,7 +219,7 @@ def counts(axes: Axes, findings: Findings, name: str) -> None:
     if corrected is not None:
         _count(axes, len(levels), corrected.value, corrected.ci95)
         rows.append(f"κ > {corrected.above:g}")
-    _count_axes(axes, rows, pairs_of(findings, name))
+    _count_axes(axes, rows, pair_count(findings, name))
 
 
 def _count_axes(axes: Axes, rows: list[str], pairs: int) -> None:

@@ -30,7 +30,7 @@ from collapse_probe.report.findings.tables import (
 from collapse_probe.report.html import Caption, Plate, looked_at, paper, plate_of
 from collapse_probe.report.style import save
 from collapse_probe.results.findings import Findings
-from collapse_probe.results.readings import null_of, result_of, weights_alone
+from collapse_probe.results.readings import is_untrained, null_of, result_of, weights_only
 from collapse_probe.results.text import number, plain
 from collapse_probe.results.verdict import verdict_of
 from collapse_probe.statistics.breakdowns import pictured
@@ -50,13 +50,13 @@ def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> s
     """One self-contained HTML page with `figures`, or with all that `draw_all` makes."""
     figures = draw_all(findings) if figures is None else figures
     listed, more = skipped(findings)
-    untrained, verdict = str(findings.model.get("weights") or "").startswith("random"), verdict_of(findings)
+    untrained, verdict = is_untrained(findings.model), verdict_of(findings)
     return paper(
         "findings.html",
         name=plain(findings.model.get("name")),
         weights=plain(findings.model.get("weights")),
         subject=looked_at(findings),
-        weights_alone=weights_alone(findings),
+        weights_alone=weights_only(findings),
         verdict=verdict,
         caveats=[text for text, rule in zip(verdict.caveats, verdict.caveat_rules, strict=True) if rule != "untrained"],
         untrained=untrained,

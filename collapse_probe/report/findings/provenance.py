@@ -10,7 +10,7 @@ import numpy as np
 
 from collapse_probe.report.style import NULL_LABELS
 from collapse_probe.results.findings import Findings, MetricResult, Nulls
-from collapse_probe.results.readings import weights_alone
+from collapse_probe.results.readings import weights_only
 from collapse_probe.results.text import DASH, plain
 
 MOST_SKIPPED = 200  # names of skipped images that the page lists
@@ -100,7 +100,7 @@ def provenance(findings: Findings) -> list[Entry]:
     Without images there is no data to speak of, and nothing in the run that counts images.
     """
     model = Entry("Model", "", tuple(_facts("model", findings.model)))
-    if weights_alone(findings):
+    if weights_only(findings):
         run = {key: value for key, value in findings.run.items() if key not in OF_IMAGES}
         return [model, Entry("Run", "", (("images", "none: the metrics are of the weights alone"), *_facts("run", run)))]
     count = len(findings.data.get("skipped") or ())

@@ -12,19 +12,18 @@ from collapse_probe.report.html import Table
 from collapse_probe.report.style import NULL_LABELS
 from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.readings import (
-    KAPPA_THRESHOLD,
     NULLS,
-    RAW_THRESHOLD,
     adjacent,
     against_seeds,
     corrected_count,
     entropy_share,
-    kappa_ci95,
     mean,
+    null_ci95,
     null_of,
-    pairs_of,
+    pair_count,
     result_of,
 )
+from collapse_probe.results.rules import KAPPA_ABOVE, RAW_ABOVE
 from collapse_probe.results.text import DASH, interval, number, plain
 from collapse_probe.statistics.estimates import HEADLINES
 from collapse_probe.statistics.intervals import Array
@@ -63,7 +62,7 @@ def _similarity_cards(findings: Findings) -> list[Card]:
         Card("the same with the wrong token", number(mean(token)), "null: what chance gives"),
     ]
     undefined = 0 if kappa is None else int((~np.isfinite(kappa)).sum())
-    detail = _mean_interval(findings, "kappa_adjacent", kappa_ci95(reading))
+    detail = _mean_interval(findings, "kappa_adjacent", null_ci95(reading, "kappa"))
     beside = f"undefined for {undefined} of {len(kappa)} pairs" if undefined and kappa is not None else ""
     if mean(kappa) is None:
         detail, beside = _why(reading, "kappa"), ""
@@ -100,11 +99,11 @@ def _counts(findings: Findings) -> Card | None:
     ends = [] if low is None or high is None else [f"raw {low:g} … {high:g}"]
     if corrected is not None and corrected.ci95 is not None:
         ends.append(f"κ {corrected.ci95[0]:g} … {corrected.ci95[1]:g}")
-    above = KAPPA_THRESHOLD if corrected is None else corrected.above
+    above = KAPPA_ABOVE if corrected is None else corrected.above
     return Card(
         "similar blocks, raw / corrected",
         f"{count:g} / {DASH if corrected is None else f'{corrected.value:g}'}",
-        f"of {pairs_of(findings)} pairs: raw above {RAW_THRESHOLD:g}, κ above {above:g}",
+        f"of {pair_count(findings)} pairs: raw above {RAW_ABOVE:g}, κ above {above:g}",
         f"95 %: {', '.join(ends)}" if ends else "",
     )
 
@@ -172,7 +171,7 @@ def _similarity_columns(reading: MetricResult) -> dict[str, list[str]]:
     columns["95 % interval"] = _intervals(reading.ci95, len(reading.values))
     for role in (*NULLS, "kappa"):
         columns[NULL_LABELS[role]] = _cells(null_of(reading, role), rows=len(reading.values))
-    columns["κ, 95 % interval"] = _intervals(kappa_ci95(reading), len(reading.values))
+    columns["κ, 95 % interval"] = _intervals(null_ci95(reading, "kappa"), len(reading.values))
     return columns
 
 
@@ -421,7 +420,7 @@ def _ends(entry: Mapping[str, Any], at: int) -> str:
 def words_of(name: str) -> str:
     """A headline number in words, with its unit."""
     if name not in HEADLINES:
-        return f"number of similar blocks (raw > {RAW_THRESHOLD:g})" if name == "similar_blocks" else name.replace("_", " ")
+        return f"number of similar blocks (raw > {RAW_ABOVE:g})" if name == "similar_blocks" else name.replace("_", " ")
     headline = HEADLINES[name]
     return f"{headline.words}, {headline.unit}" if headline.unit else headline.words
 
