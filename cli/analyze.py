@@ -75,11 +75,11 @@ def run(*, model: str, data: str | None, output: str | None, as_json: bool, quie
 
 def chosen(levels: tuple[str, ...], metrics: tuple[str, ...], data: str | None) -> tuple[str, ...]:
     """The metrics that --level, --preset and --metric ask for (none: the default set); wrong usage where data are missing."""
-    from collapse_probe.metrics.metric import level_of, of_level
+    from collapse_probe.metrics.metric import of_level
     from collapse_probe.registry import METRICS
 
     asked = (*of_level(*levels), *metrics)
-    hungry = [name for name in asked if level_of(METRICS[name.partition("@")[0]]) != "weights"]
+    hungry = [name for name in asked if METRICS[name.partition("@")[0]].level != "weights"]
     if data is None and (hungry or not asked):
         why = f"{hungry[0]} needs images" if hungry else "the default metrics need images"
         raise click.UsageError(f"Missing option '--data': {why}; only `--level weights` and metrics of the weights do without.")

@@ -11,8 +11,12 @@ from torch import Tensor
 from collapse_probe.capture.plan import Layer, Plan
 from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.metrics.accumulators import Means
-from collapse_probe.metrics.metric import Metric, mean_over_images, no_token_maps
+from collapse_probe.metrics.metric import Metric, Variant, mean_over_images, no_token_maps
 
+BY_ROWS = Variant({"axis": "row"}, "by rows: where one query looks")
+CENTRED = Variant({"centred": True}, "centred: each vector's mean taken off")
+OF_PROBS = Variant({"point": "probs"}, "of the softmax (probs)")
+WITHOUT_PREFIX = Variant({"prefix": False}, "without prefix tokens")
 RowValues = Callable[[Trace, MapTile], Tensor]
 """Takes a tile with whole rows; gives a value for each of its queries, [b, h, L, R], NaN where it is undefined."""
 
@@ -78,8 +82,8 @@ class MapMetric(Metric):
     """A metric that compares maps token by token, at `weights` (what multiplies V) or at `@probs`; see `Metric`."""
 
     level = "attention"
-    defaults = {"point": "weights"}  # noqa: RUF012
-    variants = {"probs": {"point": "probs"}}  # noqa: RUF012
+    defaults = {"point": "weights"}
+    variants = {"probs": OF_PROBS}
 
     def inapplicable(self) -> str:
         """Windowed, pooled and channel attention has no map over the image's tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from collapse_probe.capture.plan import Plan
@@ -14,31 +15,72 @@ from collapse_probe.results.findings import Description, MetricResult
 from collapse_probe.statistics.intervals import Array, interval
 
 LEVELS = ("attention", "tokens", "weights")
+BESIDE_TWIN = "The grey dashed line is the untrained twin, the same architecture with fresh weights."
+DOTS = f"One dot for each head; the line is the mean over heads with its 95 % interval over images. {BESIDE_TWIN}"
+CURVE = f"The line is the mean over images with its 95 % interval. {BESIDE_TWIN}"
+MATRICES = "No interval is drawn in a matrix; they are in findings.json."
 Need = tuple[Hashable, Callable[[], Accumulator]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a suffix changes: settings, the title of the panel (empty: the suffix), the unit (empty: the metric's own)."""
+
+    settings: Mapping[str, Any]
+    panel: str = ""
+    unit: str = ""
 
 
 class Metric(ABC):
     """One metric with its settings, for one model's plan.
 
-    A child states its nature in class attributes, says which folds it needs (equal keys are shared between the metrics
-    of a run) and reads a `Reading` off them. `variants` maps a suffix such as `row` to the settings that it changes. A metric
-    whose number depends on which images come near one another (minibatches) says that not `any_order` will do: a run then
-    reads the images in a random order. `level` is "attention", "tokens" or "weights", by default the folder in which the
-    metric's file lies.
+    A child states its nature in class attributes, says which accumulators it needs (equal keys are shared between the metrics
+    of a run) and computes a `MetricResult` from them. `variants` says by suffix, such as `row`, what changes; `title` to
+    `reference` are what `Description` holds. `level` is "attention", "tokens" or "weights", as the three bases set it.
+    A metric whose number depends on which images come near one another (minibatches) sets `any_order` to False: a run then
+    reads the images in a random order.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     dims: ClassVar[tuple[str, ...]]
     collapsed: ClassVar[str | None] = None
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    level: ClassVar[str] = "other"
+    title: ClassVar[str] = ""
+    seen: ClassVar[str] = ""
+    limits: ClassVar[str] = ""
+    panel: ClassVar[str] = ""
+    unit: ClassVar[str] = "value"
+    top: ClassVar[float | None] = None
+    logarithmic: ClassVar[bool] = False
+    reference: ClassVar[tuple[str, str] | None] = None
+    variants: ClassVar[Mapping[str, Variant]] = {}
     defaults: ClassVar[Mapping[str, Any]] = {}
     any_order: ClassVar[bool] = True
-    level: ClassVar[str] = ""
 
     def __init__(self, plan: Plan, **settings: Any) -> None:
         self.plan = plan
+        self.suffixes: tuple[str, ...] = ()
         self.settings: dict[str, Any] = {**self.defaults, **settings}
+
+    @classmethod
+    def describe(cls, *suffixes: str) -> Description:
+        """What a page says of the metric with these suffixes. Scale and reference line are those of the plain unit alone."""
+        variants = [cls.variants[suffix] for suffix in suffixes]
+        unit = next((variant.unit for variant in variants if variant.unit), cls.unit)
+        panels = [variant.panel or suffix for suffix, variant in zip(suffixes, variants, strict=True)]
+        same = unit == cls.unit
+        return Description(
+            title=cls.title or cls.name,
+            seen=cls.seen,
+            limits=cls.limits,
+            level=cls.level,
+            panel="; ".join(panels) or cls.panel or cls.name,
+            unit=unit,
+            top=cls.top if same else None,
+            logarithmic=cls.logarithmic and same,
+            reference=cls.reference if same else None,
+        )
 
     def inapplicable(self) -> str:
         """Why the metric has nothing to measure in this model; empty where it has."""
@@ -66,7 +108,7 @@ class Metric(ABC):
         common: dict[str, Any] = {
             "settings": self.settings,
             "collapsed": self.collapsed,
-            "description": Description(level=level_of(type(self))),
+            "description": self.describe(*self.suffixes),
         }
         return MetricResult(dims=self.dims, definition=self.definition, values=values, **{**common, **facts})
 
@@ -75,16 +117,10 @@ class Metric(ABC):
         return self.reading(None, not_applicable=reason)
 
 
-def level_of(kind: type[Metric]) -> str:
-    """The level that a metric belongs to: its own `level`, or the folder of its family that its file is in, or else "other"."""
-    folder = kind.__module__.split(".")[-2:][0]
-    return kind.level or (folder if folder in LEVELS else "other")
-
-
 def of_level(*levels: str) -> tuple[str, ...]:
     """The plain metrics of some levels ("all" for every one), in the order of the table."""
     wanted = [level for level in (*LEVELS, "other") if level in levels or "all" in levels]
-    return tuple(name for level in wanted for name, kind in METRICS.items() if level_of(kind) == level)
+    return tuple(name for level in wanted for name, kind in METRICS.items() if kind.level == level)
 
 
 def make(name: str, plan: Plan) -> Metric:
@@ -96,8 +132,9 @@ def make(name: str, plan: Plan) -> Metric:
         if suffix not in kind.variants:
             known = ", ".join(f"@{s}" for s in kind.variants) or "none"
             raise SettingError(f"{base} has no variant @{suffix}; it has {known}")
-        settings |= kind.variants[suffix]
+        settings |= kind.variants[suffix].settings
     metric: Metric = kind(plan, **settings)
+    metric.suffixes = tuple(suffixes)
     return metric
 
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import Means
-from collapse_probe.metrics.metric import Metric, Need, mean_over_images
+from collapse_probe.metrics.metric import Metric, Need, Variant, mean_over_images
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import Array
 
+WITH_PREFIX = Variant({"prefix": True}, "with prefix tokens")
 WIDE_BYTES = 32 * 2**20
 Numbers = Callable[[Tensor], Mapping[str, Tensor]]
 """Takes tokens [B, N, D] in float64; gives numbers [B] by name, NaN where undefined."""
@@ -57,7 +58,17 @@ class DepthMeans(Means):
         return found
 
 
-class DepthMetric(Metric):
+class TokenMetric(Metric):
+    """A metric of the tokens on the residual stream."""
+
+    level = "tokens"
+
+    def inapplicable(self) -> str:
+        """The tokens must be read somewhere."""
+        return "" if self.plan.width else "no token sequence was found at the first block's input"
+
+
+class DepthMetric(TokenMetric):
     """A metric with one value per image and depth. Variants that read another of the same `names` share one fold."""
 
     dims = ("depth",)
@@ -76,10 +87,6 @@ class DepthMetric(Metric):
     def same(self) -> tuple[Any, ...]:
         """The settings that change the numbers: metrics with equal ones share a fold."""
         return (self.settings["prefix"],)
-
-    def inapplicable(self) -> str:
-        """The tokens must be read somewhere."""
-        return "" if self.plan.width else "no token sequence was found at the first block's input"
 
     def which_tokens(self) -> str:
         """The tokens and the place of the definition, in words."""

@@ -20,6 +20,9 @@ from collapse_probe.statistics.intervals import Array
 NO_INTERVAL = "none: a model has one set of weights, which is no sample of anything"
 
 
+ONE_HEAD = "rows of one head (q, k, v)"
+
+
 class WeightMetric(Metric):
     """A metric that reads weight matrices, [block, matrix] with the matrices `matrices.NAMES`; see `Metric`.
 

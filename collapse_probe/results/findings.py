@@ -157,16 +157,17 @@ def _array(value: Any) -> Array | None:
     return None if value is None else np.array(value, dtype=np.float64)
 
 
-def _description(entry: Mapping[str, Any]) -> Description:
+def _description(name: str, entry: Mapping[str, Any]) -> Description:
     """The stored description; a plain one for findings that were written without."""
     stored = entry.get("description")
     if stored is None:
         of_weights = "matrix" in entry["dims"] or "matrices" in entry["settings"]
-        return Description(level="weights" if of_weights else "other")
+        base, *suffixes = name.split("@")
+        return Description(base, level="weights" if of_weights else "other", panel="; ".join(suffixes) or base)
     return Description(**{**stored, "reference": None if stored["reference"] is None else tuple(stored["reference"])})
 
 
-def reading_from_json(entry: Mapping[str, Any]) -> MetricResult:
+def reading_from_json(name: str, entry: Mapping[str, Any]) -> MetricResult:
     """The Reading behind one entry of `metrics` in findings.json."""
     stored, nulls = entry["nulls"], None
     if stored is not None:
@@ -189,7 +190,7 @@ def reading_from_json(entry: Mapping[str, Any]) -> MetricResult:
         point=entry["point"],
         settings=entry["settings"],
         details=entry.get("details", entry["settings"]),
-        description=_description(entry),
+        description=_description(name, entry),
         nulls=nulls,
         head_mean=None if mean is None else tuple(np.array(mean[k], dtype=np.float64) for k in mean),  # type: ignore[arg-type]
         not_applicable=entry["not_applicable"],
@@ -365,7 +366,7 @@ class Findings:
             model=content["model"],
             data=content["data"],
             run=content["run"],
-            metrics={name: reading_from_json(entry) for name, entry in content["metrics"].items()},
+            metrics={name: reading_from_json(name, entry) for name, entry in content["metrics"].items()},
             summary=content["summary"],
             images=load_arrays(folder / "images.npz"),
             gallery=load_gallery(folder / "gallery.npz"),

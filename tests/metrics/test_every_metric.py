@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from factories import make_gallery, nulls_of, similarity, synthetic, with_interval
 
+from collapse_probe.metrics.metric import Metric, Variant
 from collapse_probe.registry import METRICS
 from collapse_probe.report.findings.captions import CAPTIONS
 from collapse_probe.report.findings.figures import FIGURES, attention_variants, draw_all
-from collapse_probe.report.findings.metric_descriptions import FAMILIES, family_of
 from collapse_probe.report.findings.metric_figures import (
     ceiling,
     family_figure,
@@ -25,7 +25,7 @@ from collapse_probe.report.findings.metric_figures import (
 )
 from collapse_probe.report.findings.page import caption_of, render, sections
 from collapse_probe.report.findings.tables import sensitivity_tables
-from collapse_probe.results.findings import Findings, Gallery, MetricResult, Nulls
+from collapse_probe.results.findings import Description, Findings, Gallery, MetricResult, Nulls
 
 BLOCKS, HEADS = 4, 3
 NAMES = [name for base, kind in METRICS.items() for name in (base, *(f"{base}@{suffix}" for suffix in kind.variants))]
@@ -44,13 +44,14 @@ def reading_for(name: str, dims: tuple[str, ...] | None = None) -> MetricResult:
         values = similarity(sizes[dims[0]], 0.5, rng)
     settings = dict(kind.defaults)
     for suffix in suffixes:
-        settings |= kind.variants[suffix]
+        settings |= kind.variants[suffix].settings
     details = {"uniform": [0.3] * BLOCKS, "largest": [5.0, None, 5.0, 5.0], "ratio_above": 0.9, "tokens": [50] * BLOCKS}
     details["matrices"] = ["q", "k", "v", "proj", "fc1", "fc2"]
     details["outlier_map"] = np.full((BLOCKS + 1, 2, 2), 0.1)
     details["outlier_share"] = [0.1] * (BLOCKS + 1)
     fresh = Nulls({"untrained": values * 0.9}, {"untrained": 4})
     facts = {"settings": settings, "details": details, "nulls": fresh, **with_interval(values)}
+    facts["description"] = kind.describe(*suffixes)
     return MetricResult(dims, f"what {name} is", **facts)
 
 
@@ -77,16 +78,21 @@ def test_a_reading_alone_draws_something(name):
     assert draw_all(findings_with(name)), name
 
 
-@pytest.mark.parametrize("base", METRICS)
-def test_every_metric_and_variant_has_words(base):
-    assert base in FAMILIES, f"{base} has no words"
-    missing = [suffix for suffix in METRICS[base].variants if suffix not in FAMILIES[base].variants]
-    assert not missing, f"{base} has no words for its variants {missing}"
+@pytest.mark.parametrize("name", NAMES)
+def test_every_metric_and_variant_has_words(name):
+    base, *suffixes = name.split("@")
+    stated = METRICS[base].describe(*suffixes)
+    assert stated.title != base, "no title"
+    assert stated.seen, "not said what its figure shows"
+    assert stated.limits, "not said what it does not say"
+    assert stated.panel not in ("", base, *suffixes), "no title of its panel"
+    assert stated.unit != "value", "no unit"
 
 
 def test_an_unknown_metric_is_drawn_and_told_by_its_definition():
     findings = findings_with("token-rank")
-    findings = replace(findings, metrics={"my-own": findings.metrics["token-rank"]})
+    result = replace(findings.metrics["token-rank"], description=Description("my-own", panel="my-own"))
+    findings = replace(findings, metrics={"my-own": result})
     assert family_figures(findings) == {"my-own": ["my-own"]}
     caption = caption_of("my-own", family_figures(findings), findings)
     assert (caption.title, caption.seen) == ("my-own", "what token-rank is")
@@ -112,7 +118,7 @@ def test_the_variants_of_a_metric_stand_aside_where_the_plain_one_is_there():
 
 def test_the_panel_of_heads_shows_the_numbers_of_the_findings():
     reading = replace(reading_for("attention-distance"), head_mean=None)
-    one = lines("attention-distance", reading)
+    one = lines(reading)
     np.testing.assert_allclose(one.values, reading.values.mean(1))
     np.testing.assert_allclose(one.others["untrained"], 0.9 * reading.values.mean(1))
     np.testing.assert_array_equal(one.reference, [0.3] * BLOCKS)
@@ -126,8 +132,8 @@ def test_the_panel_of_heads_shows_the_numbers_of_the_findings():
 
 
 def test_a_reference_stands_only_at_the_unit_that_it_is_of():
-    assert lines("map-rank", reading_for("map-rank")).reference is not None
-    assert lines("map-rank@residual", reading_for("map-rank@residual")).reference is None
+    assert lines(reading_for("map-rank")).reference is not None
+    assert lines(reading_for("map-rank@residual")).reference is None
 
 
 def test_ranks_are_logarithmic_and_shares_end_at_one():
@@ -251,6 +257,10 @@ def test_outliers_are_drawn_where_they_sit_and_their_absence_is_said():
     assert outlier_places(replace(findings_with(), metrics={"token-norm": outliers(0.0)})) is None
 
 
-def test_a_family_without_words_takes_its_own_name():
-    assert family_of("something-new@odd").panel("something-new@odd") == "odd"
-    assert family_of("token-rank@centred@all").panel("token-rank@centred@all").count(";") == 1
+def test_a_metric_without_words_takes_its_own_name():
+    class Plain(Metric):
+        name, variants = "something-new", {"odd": Variant({"odd": True})}
+
+    assert Plain.describe() == Description("something-new", panel="something-new")
+    assert Plain.describe("odd") == Description("something-new", panel="odd")
+    assert METRICS["token-rank"].describe("centred", "all").panel.count(";") == 1

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from collapse_probe.analysis.summary import summary_of
 from collapse_probe.capture.weight_matrices import NAMES, Matrices, Matrix
-from collapse_probe.metrics.metric import LEVELS, level_of, make, of_level
+from collapse_probe.metrics.metric import LEVELS, make, of_level
 from collapse_probe.metrics.weight_metric import WeightMetric
 from collapse_probe.metrics.weights.weight_orthogonality import relative_gap
 from collapse_probe.metrics.weights.weight_similarity import between_blocks, read_directions, row_similarity
@@ -295,7 +295,8 @@ def test_levels_hold_the_plain_metrics_of_their_folder():
     assert of_level("weights") == tuple(sorted(WEIGHTS))
     assert set(of_level("all")) == set(METRICS)
     assert set(of_level("attention")) | set(of_level("tokens")) | set(of_level("weights")) == set(METRICS)
-    assert all(level_of(kind) in LEVELS for kind in METRICS.values())
+    assert all(kind.level in LEVELS for kind in METRICS.values())
+    assert all(kind.level == kind.__module__.split(".")[-2] for kind in METRICS.values())
     assert all(issubclass(METRICS[name], WeightMetric) for name in of_level("weights"))
     assert not any(issubclass(METRICS[name], WeightMetric) for name in of_level("attention", "tokens"))
 

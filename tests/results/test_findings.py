@@ -202,7 +202,7 @@ def test_findings_written_before_details_stood_apart_still_load(tmp_path):
         "attention-entropy": "other",
         "weight-rank": "weights",
     }
-    assert old.metrics["weight-rank"].description.title == ""
+    assert old.metrics["weight-rank"].description.title == "weight-rank"
 
 
 def test_a_description_is_stored_with_its_metric(tmp_path):

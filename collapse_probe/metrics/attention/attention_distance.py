@@ -13,8 +13,8 @@ from torch import Tensor
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.errors import SettingError
-from collapse_probe.metrics.map_metric import RowMeans, by_head, over_patches, patch_distances, patch_size
-from collapse_probe.metrics.metric import Metric, Need, no_token_maps
+from collapse_probe.metrics.map_metric import MapMetric, RowMeans, by_head, over_patches, patch_distances, patch_size
+from collapse_probe.metrics.metric import DOTS, Need, Variant, no_token_maps
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
@@ -78,14 +78,29 @@ def patches_anew(trace: Trace, tile: MapTile, patches: list[int]) -> Tensor:
     return torch.stack(found, dim=2)
 
 
-class AttentionDistance(Metric):
+class AttentionDistance(MapMetric):
     """Mean distance in pixels between a patch and the patches that it attends to (ViT Fig. 7)."""
 
     name = "attention-distance"
     summary = "how far each head looks: mean attended distance, in pixels of the input"
     dims = ("block", "head")
-    defaults = {"prefix": "renormalise", "point": "probs"}  # noqa: RUF012
-    variants = {"drop": {"prefix": "drop"}, "resoftmax": {"prefix": "resoftmax"}}  # noqa: RUF012
+    title = "How far each head looks"
+    seen = (
+        f"Mean distance between a patch and the patches that it attends to, in pixels of the model's input. {DOTS} Dotted: "
+        "what uniform attention gives."
+    )
+    limits = (
+        "A head on the dotted line may attend uniformly, or to patches that lie as far away; only the entropy tells these "
+        "apart. Nearness is not quality."
+    )
+    panel = "prefix tokens left out, rows renormalised"
+    unit = "pixels"
+    reference = ("uniform", "uniform attention")
+    defaults = {"prefix": "renormalise", "point": "probs"}
+    variants = {
+        "drop": Variant({"prefix": "drop"}, "attention to prefix tokens counts as 0 pixels"),
+        "resoftmax": Variant({"prefix": "resoftmax"}, "softmax taken anew over the patches"),
+    }
 
     def __init__(self, plan: Plan, **settings: Any) -> None:
         super().__init__(plan, **settings)

@@ -12,7 +12,8 @@ from torch import Tensor
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.metrics.accumulators import Means
-from collapse_probe.metrics.metric import Metric, Need, mean_over_images, no_token_maps
+from collapse_probe.metrics.map_metric import MapMetric
+from collapse_probe.metrics.metric import DOTS, Need, mean_over_images, no_token_maps
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
@@ -60,13 +61,21 @@ class EntropySums(Means):
         return {"value": mean}
 
 
-class AttentionEntropy(Metric):
+class AttentionEntropy(MapMetric):
     """Entropy of the attention distributions (Zhai et al., arXiv 2303.06296)."""
 
     name = "attention-entropy"
     summary = "entropy of each head's attention, in nats and as a share of log N"
     dims = ("block", "head")
-    defaults = {"point": "probs"}  # noqa: RUF012
+    title = "Attention entropy"
+    seen = f"Entropy of each head's attention. {DOTS}"
+    limits = (
+        "High entropy is not collapse by itself; low entropy says how sharp a head is, not whether it looks at the right place."
+    )
+    panel = "entropy"
+    unit = "nats"
+    defaults = {"point": "probs"}
+    variants = {}
 
     def inapplicable(self) -> str:
         """Windowed, pooled and channel attention has no map over the image's tokens."""

@@ -14,7 +14,8 @@ from collapse_probe.capture.trace import Trace
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.functional.geometry import unit
 from collapse_probe.metrics.functional.rollout import FUSIONS, fused, rollouts
-from collapse_probe.metrics.metric import Metric, Need, mean_over_images, no_token_maps
+from collapse_probe.metrics.map_metric import WITHOUT_PREFIX, MapMetric
+from collapse_probe.metrics.metric import MATRICES, Need, Variant, mean_over_images, no_token_maps
 from collapse_probe.metrics.nulls import between_blocks
 from collapse_probe.metrics.pairwise_cosine import PairwiseCosine, Part, VectorGroup
 from collapse_probe.registry import METRICS
@@ -47,18 +48,29 @@ class RolloutAgreement(PairwiseCosine):
         return super().end(trace)
 
 
-class AttentionRollout(Metric):
+class AttentionRollout(MapMetric):
     """Cosine between what a token has gathered after two blocks, by attention rollout (Abnar & Zuidema)."""
 
     name = "attention-rollout"
     summary = "cosine between the attention rollouts (Abnar & Zuidema) after two blocks"
     dims = ("block", "block")
-    defaults = {"axis": "row", "heads": "mean", "prefix": True, "point": "probs"}  # noqa: RUF012
-    variants = {  # noqa: RUF012
-        "column": {"axis": "column"},
-        "max": {"heads": "max"},
-        "min": {"heads": "min"},
-        "patches": {"prefix": False},
+    title = "How alike the attention rollouts after two blocks are"
+    seen = (
+        "Rollout multiplies the maps of all blocks up to one, with the skip connections as identity (Abnar & Zuidema). Left "
+        f"the raw cosine of two rollouts, right κ, what the other-token null leaves of it. {MATRICES}"
+    )
+    limits = (
+        "Products of stochastic maps settle in every deep network, so that late blocks look alike without any illness. Rollout "
+        "ignores values and MLPs."
+    )
+    panel = "mean over heads, by rows"
+    unit = "cosine"
+    defaults = {"axis": "row", "heads": "mean", "prefix": True, "point": "probs"}
+    variants = {
+        "column": Variant({"axis": "column"}, "by columns"),
+        "max": Variant({"heads": "max"}, "largest over heads"),
+        "min": Variant({"heads": "min"}, "smallest over heads"),
+        "patches": WITHOUT_PREFIX,
     }
 
     def __init__(self, plan: Plan, **settings: Any) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from collapse_probe.metrics.metric import Metric, Need, mean_over_images, no_token_maps
+from collapse_probe.metrics.map_metric import BY_ROWS, CENTRED, OF_PROBS, WITHOUT_PREFIX, MapMetric
+from collapse_probe.metrics.metric import Need, mean_over_images, no_token_maps
 from collapse_probe.metrics.nulls import between_blocks
 from collapse_probe.metrics.pairwise_cosine import MapPairwiseCosine
 from collapse_probe.registry import METRICS
@@ -13,20 +14,23 @@ from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import Array
 
 
-class AttentionSimilarity(Metric):
+class AttentionSimilarity(MapMetric):
     """Cosine of the attention vectors of the same head and token in two blocks (DeepViT, arXiv 2103.11886, Eq. 2)."""
 
     name = "attention-similarity"
     summary = "cosine of the attention of the same head and token in two blocks (DeepViT Eq. 2)"
     dims = ("block", "block")
     collapsed = "high"
-    defaults = {"axis": "column", "centred": False, "prefix": True, "point": "weights"}  # noqa: RUF012
-    variants = {  # noqa: RUF012
-        "row": {"axis": "row"},
-        "centred": {"centred": True},
-        "probs": {"point": "probs"},
-        "patches": {"prefix": False},
-    }
+    title = "Attention similarity"
+    seen = "Mean cosine between the attention vectors of the same head and token in two blocks, raw and corrected by its nulls."
+    limits = (
+        "Near-uniform maps, and maps in which every query looks at the same keys, have a raw cosine near 1 whatever they "
+        "attend to; κ and the other readings tell these apart."
+    )
+    panel = "raw cosine"
+    unit = "cosine"
+    defaults = {"axis": "column", "centred": False, "prefix": True, "point": "weights"}
+    variants = {"row": BY_ROWS, "centred": CENTRED, "probs": OF_PROBS, "patches": WITHOUT_PREFIX}
 
     def inapplicable(self) -> str:
         """Windowed, pooled and channel attention has no map over the image's tokens."""

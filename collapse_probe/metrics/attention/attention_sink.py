@@ -13,8 +13,8 @@ from torch import Tensor
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.errors import SettingError
-from collapse_probe.metrics.map_metric import HeadMeans, RowMeans, by_head, patch_places, prefix_places
-from collapse_probe.metrics.metric import Metric, Need, no_token_maps
+from collapse_probe.metrics.map_metric import HeadMeans, MapMetric, RowMeans, by_head, patch_places, prefix_places
+from collapse_probe.metrics.metric import DOTS, Need, Variant, no_token_maps
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
@@ -84,14 +84,23 @@ class PeakMeans(HeadMeans):
         return self.taken(value=torch.where(torch.isfinite(peak), peak, torch.nan))
 
 
-class AttentionSink(Metric):
+class AttentionSink(MapMetric):
     """Mass on the most attended key, or on the prefix tokens."""
 
     name = "attention-sink"
     summary = "how much attention goes to the one key that receives most, or to the prefix tokens"
     dims = ("block", "head")
-    defaults = {"keys": "any", "point": "probs"}  # noqa: RUF012
-    variants = {"prefix": {"keys": "prefix"}, "patches": {"keys": "patch"}}  # noqa: RUF012
+    title = "How much attention one key receives"
+    seen = f"Share of all attention that goes to the key which receives most of it. {DOTS} Dotted: uniform attention."
+    limits = "A sink is no collapse by itself: a head may park its attention on a token where it does nothing."
+    panel = "the most attended key"
+    unit = "share of attention"
+    reference = ("uniform", "uniform attention")
+    defaults = {"keys": "any", "point": "probs"}
+    variants = {
+        "prefix": Variant({"keys": "prefix"}, "all prefix tokens together"),
+        "patches": Variant({"keys": "patch"}, "the most attended patch"),
+    }
 
     def __init__(self, plan: Plan, **settings: Any) -> None:
         super().__init__(plan, **settings)

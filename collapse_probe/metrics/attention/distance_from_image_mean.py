@@ -13,7 +13,7 @@ from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.metrics.accumulators import GROUPS, Accumulator, group_of
 from collapse_probe.metrics.map_metric import MapMetric, block_by_head
-from collapse_probe.metrics.metric import Need
+from collapse_probe.metrics.metric import DOTS, Need
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.metrics.pairwise_cosine import SAMPLED_TOKENS, STATE_BUDGET, seeded_sample
 from collapse_probe.registry import METRICS
@@ -117,6 +117,15 @@ class DistanceFromImageMean(MapMetric):
     summary = "how far the maps of single images are from the mean map of all images"
     dims = ("block", "head")
     collapsed = "low"
+    title = "How much the maps depend on the image"
+    seen = (
+        "Spread of a head's maps over images, relative to their size: 0 where it attends alike whatever the picture, 1 where "
+        f"the maps of two images do not overlap. {DOTS}"
+    )
+    limits = "A map that follows the picture need not follow what matters in it."
+    panel = "what multiplies the values (weights)"
+    unit = "relative distance"
+    top = 1.0
 
     @property
     def definition(self) -> str:

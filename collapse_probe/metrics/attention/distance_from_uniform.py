@@ -12,8 +12,8 @@ from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import MapTile, Trace
-from collapse_probe.metrics.map_metric import RowMeans, by_head, over_patches
-from collapse_probe.metrics.metric import Metric, Need, no_token_maps
+from collapse_probe.metrics.map_metric import MapMetric, RowMeans, by_head, over_patches
+from collapse_probe.metrics.metric import DOTS, Need, Variant, no_token_maps
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
@@ -45,14 +45,24 @@ def of_rows(plan: Plan, prefix: bool, trace: Trace, tile: MapTile) -> Tensor:
     return found
 
 
-class DistanceFromUniform(Metric):
+class DistanceFromUniform(MapMetric):
     """Total variation distance of the attention distributions from uniform attention."""
 
     name = "distance-from-uniform"
     summary = "how far each head's attention is from uniform (total variation)"
     dims = ("block", "head")
-    defaults = {"prefix": True, "point": "probs"}  # noqa: RUF012
-    variants = {"patches": {"prefix": False}}  # noqa: RUF012
+    title = "How far attention is from uniform"
+    seen = (
+        f"Total variation distance of the softmax from 1/N: 0 where a head averages all tokens. {DOTS} Dotted: one key alone, "
+        "the largest distance that there is."
+    )
+    limits = "Both ends can be ill: near 0 attention chooses nothing, near the dotted line it chooses a single token."
+    panel = "all keys"
+    unit = "total variation distance"
+    top = 1.0
+    reference = ("largest", "one key alone")
+    defaults = {"prefix": True, "point": "probs"}
+    variants = {"patches": Variant({"prefix": False}, "patch queries and keys alone")}
 
     def inapplicable(self) -> str:
         """There must be maps over tokens, and over the patches themselves where prefix tokens are left out."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from collapse_probe.metrics.map_metric import MapMetric
-from collapse_probe.metrics.metric import Need
+from collapse_probe.metrics.map_metric import BY_ROWS, CENTRED, OF_PROBS, MapMetric
+from collapse_probe.metrics.metric import CURVE, Need
 from collapse_probe.metrics.nulls import finished
 from collapse_probe.metrics.pairwise_cosine import MapPairwiseCosine
 from collapse_probe.registry import METRICS
@@ -23,8 +23,14 @@ class HeadSimilarity(MapMetric):
     summary = "cosine between the attention of different heads of one block"
     dims = ("block",)
     collapsed = "high"
-    defaults = {"axis": "column", "centred": False, "point": "weights"}  # noqa: RUF012
-    variants = {"row": {"axis": "row"}, "centred": {"centred": True}, "probs": {"point": "probs"}}  # noqa: RUF012
+    title = "Heads of one block"
+    seen = f"Cosine between the heads of one block. {CURVE}"
+    limits = "Near-uniform maps are alike in all heads, whatever these attend to."
+    panel = "by columns"
+    unit = "cosine"
+    top = 1.0
+    defaults = {"axis": "column", "centred": False, "point": "weights"}
+    variants = {"row": BY_ROWS, "centred": CENTRED, "probs": OF_PROBS}
 
     def inapplicable(self) -> str:
         """One head has no other to be like; windows and channels have no map over tokens."""

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from collapse_probe.metrics.accumulators import GROUPS
-from collapse_probe.metrics.map_metric import MapMetric
-from collapse_probe.metrics.metric import Need
+from collapse_probe.metrics.map_metric import BY_ROWS, CENTRED, OF_PROBS, MapMetric
+from collapse_probe.metrics.metric import CURVE, Need
 from collapse_probe.metrics.nulls import finished
 from collapse_probe.metrics.pairwise_cosine import JACKKNIFE_TOKENS, ImageSpread, MapPairwiseCosine
 from collapse_probe.registry import METRICS
@@ -24,8 +24,14 @@ class ImageSimilarity(MapMetric):
     summary = "cosine of one block's attention across different images: how far it ignores the input"
     dims = ("block",)
     collapsed = "high"
-    defaults = {"axis": "column", "centred": False, "point": "weights"}  # noqa: RUF012
-    variants = {"row": {"axis": "row"}, "centred": {"centred": True}, "probs": {"point": "probs"}}  # noqa: RUF012
+    title = "Maps of different images"
+    seen = f"Cosine between a block's maps of two images. {CURVE}"
+    limits = "Near 1 attention ignores the picture, or is close to uniform: the entropy tells these apart."
+    panel = "by columns"
+    unit = "cosine"
+    top = 1.0
+    defaults = {"axis": "column", "centred": False, "point": "weights"}
+    variants = {"row": BY_ROWS, "centred": CENTRED, "probs": OF_PROBS}
 
     @property
     def definition(self) -> str:

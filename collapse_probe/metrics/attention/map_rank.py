@@ -12,8 +12,8 @@ from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace, maps_of
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.functional.spectra import effective_rank_of, singular_values, stable_rank_of
-from collapse_probe.metrics.map_metric import HeadMeans, by_head
-from collapse_probe.metrics.metric import Metric, Need, no_token_maps
+from collapse_probe.metrics.map_metric import OF_PROBS, WITHOUT_PREFIX, HeadMeans, MapMetric, by_head
+from collapse_probe.metrics.metric import DOTS, Need, Variant, no_token_maps
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
@@ -76,19 +76,32 @@ class MapSpectra(HeadMeans):
         return torch.cat(found)
 
 
-class MapRank(Metric):
+class MapRank(MapMetric):
     """Effective or stable rank of the attention maps, or their distance from rank one."""
 
     name = "map-rank"
     summary = "effective rank of each head's map; @stable rank, @residual: distance to rank one"
     dims = ("block", "head")
     collapsed = "low"
-    defaults = {"measure": "effective", "prefix": True, "point": "weights"}  # noqa: RUF012
-    variants = {  # noqa: RUF012
-        "stable": {"measure": "stable"},
-        "residual": {"measure": "residual"},
-        "probs": {"point": "probs"},
-        "patches": {"prefix": False},
+    title = "How many directions an attention map has"
+    seen = (
+        "Effective rank of the whole map of a head, on a logarithmic scale from 1: at 1 every query attends alike, up to a "
+        f"factor. {DOTS} Dotted: the largest rank that the map could have."
+    )
+    limits = (
+        "The rank is taken uncentred, so that a strong uniform part alone brings it near 1; a low rank is how "
+        "query-independent attention looks, not how useless attention looks."
+    )
+    panel = "effective rank of what multiplies the values (weights)"
+    unit = "rank"
+    logarithmic = True
+    reference = ("largest", "largest possible")
+    defaults = {"measure": "effective", "prefix": True, "point": "weights"}
+    variants = {
+        "stable": Variant({"measure": "stable"}, "stable rank ‖A‖²/σ₁²"),
+        "residual": Variant({"measure": "residual"}, "distance to rank one", unit="relative distance"),
+        "probs": OF_PROBS,
+        "patches": WITHOUT_PREFIX,
     }
 
     def __init__(self, plan: Plan, **settings: Any) -> None:

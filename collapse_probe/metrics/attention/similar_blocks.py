@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collapse_probe.metrics.metric import Metric, Need, no_token_maps
+from collapse_probe.metrics.map_metric import BY_ROWS, CENTRED, OF_PROBS, MapMetric
+from collapse_probe.metrics.metric import Need, no_token_maps
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.metrics.pairwise_cosine import MapPairwiseCosine
 from collapse_probe.registry import METRICS
@@ -39,15 +40,20 @@ def _mean(values: Array) -> Array:
         return np.asarray(np.where(n > 0, np.where(defined, values, 0.0).sum(-1) / n, np.nan))
 
 
-class SimilarBlocks(Metric):
+class SimilarBlocks(MapMetric):
     """The number of blocks whose mean similarity with the block before is above a threshold."""
 
     name = "similar-blocks"
     summary = "how many blocks attend like the block before (DeepViT Fig. 3b), at 0.8 / 0.9 / 0.95"
     dims = ("threshold",)
     collapsed = "high"
-    defaults = {"axis": "column", "centred": False, "point": "weights", "thresholds": list(COUNT_THRESHOLDS)}  # noqa: RUF012
-    variants = {"row": {"axis": "row"}, "centred": {"centred": True}, "probs": {"point": "probs"}}  # noqa: RUF012
+    title = "Similar blocks"
+    seen = "Adjacent pairs whose mean similarity is above each threshold, and those whose κ is above 0.5."
+    limits = "A count depends on its threshold, and a network with random weights can pass all of them."
+    panel = "by columns"
+    unit = "adjacent pairs"
+    defaults = {"axis": "column", "centred": False, "point": "weights", "thresholds": list(COUNT_THRESHOLDS)}
+    variants = {"row": BY_ROWS, "centred": CENTRED, "probs": OF_PROBS}
 
     def inapplicable(self) -> str:
         """Without maps over tokens there is nothing to count."""

@@ -16,7 +16,8 @@ from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.accumulators import Means
-from collapse_probe.metrics.metric import Metric, Need, no_token_maps
+from collapse_probe.metrics.map_metric import BY_ROWS, CENTRED, OF_PROBS, MapMetric
+from collapse_probe.metrics.metric import CURVE, Need, Variant, no_token_maps
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.metrics.pairwise_cosine import unit_vectors
 from collapse_probe.registry import METRICS
@@ -168,21 +169,34 @@ class NeighbourCosines(Means):
         return {"ratio": found[:, CHOICES.index(self.choice)]}
 
 
-class SimilarityRatio(Metric):
+class SimilarityRatio(MapMetric):
     """The share of a block's attention vectors that are like those of the nearest blocks (DeepViT Fig. 3a)."""
 
     name = "similarity-ratio"
     summary = "share of a block's attention vectors that are like those of the nearest blocks (DeepViT Fig. 3a)"
     dims = ("block",)
     collapsed = "high"
-    defaults = {**asdict(Choice()), "axis": "column", "centred": False, "point": "weights"}  # noqa: RUF012
-    variants = {  # noqa: RUF012
-        "mean": {"threshold": "mean"},
-        "both": {"direction": "both"},
-        "nearest-3": {"k": 3},
-        "row": {"axis": "row"},
-        "centred": {"centred": True},
-        "probs": {"point": "probs"},
+    title = "What share of a block's attention vectors is like its neighbours'"
+    seen = (
+        "A reading of DeepViT's Figure 3a: the share of (head, token) vectors whose cosine with those of the nearest blocks is "
+        f"above a threshold. {CURVE} Dotted: 0.9, above which the block counts as similar."
+    )
+    limits = (
+        "The paper leaves threshold, number and side of the neighbours open, and these decide the count: see the table. Raw "
+        "cosines near 1 are also what near-uniform attention gives without any training."
+    )
+    panel = "the nearest block before, cosine above 0.9"
+    unit = "share of vectors"
+    top = 1.0
+    reference = ("ratio_above", "counted as similar above")
+    defaults = {**asdict(Choice()), "axis": "column", "centred": False, "point": "weights"}
+    variants = {
+        "mean": Variant({"threshold": "mean"}, "threshold: the image's own mean"),
+        "both": Variant({"direction": "both"}, "the nearest block on each side"),
+        "nearest-3": Variant({"k": 3}, "the three nearest blocks before"),
+        "row": BY_ROWS,
+        "centred": CENTRED,
+        "probs": OF_PROBS,
     }
 
     def __init__(self, plan: Plan, **settings: Any) -> None:

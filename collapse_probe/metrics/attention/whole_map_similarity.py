@@ -13,7 +13,7 @@ from collapse_probe.capture.trace import Trace, maps_of
 from collapse_probe.metrics.accumulators import Means
 from collapse_probe.metrics.functional.geometry import wide_gram
 from collapse_probe.metrics.map_metric import MapMetric
-from collapse_probe.metrics.metric import Need, mean_over_images
+from collapse_probe.metrics.metric import MATRICES, Need, mean_over_images
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
@@ -86,6 +86,14 @@ class WholeMapSimilarity(MapMetric):
     summary = "mean |cosine| between any two heads' whole maps, in one block or two (Diverse-ViT)"
     dims = ("block", "block")
     collapsed = "high"
+    title = "How alike any two heads' whole maps are"
+    seen = (
+        "Mean absolute cosine between the whole maps of any two heads, in one block (diagonal) or in two (Diverse-ViT); "
+        f"right, where there is one, the untrained twin. {MATRICES}"
+    )
+    limits = "Two maps that are both near uniform score near 1 whatever they attend to."
+    panel = "what multiplies the values (weights)"
+    unit = "|cosine|"
 
     @property
     def definition(self) -> str:

@@ -11,9 +11,9 @@ from torch import Tensor
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import Means
 from collapse_probe.metrics.functional.geometry import unit
-from collapse_probe.metrics.metric import Metric, Need, mean_over_images
+from collapse_probe.metrics.metric import MATRICES, Need, mean_over_images
 from collapse_probe.metrics.nulls import untrained_only
-from collapse_probe.metrics.token_metric import sequence
+from collapse_probe.metrics.token_metric import WITH_PREFIX, TokenMetric, sequence
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import Array
@@ -71,19 +71,23 @@ class CrossPatches(Means):
         return {"adjacent": values.diagonal(-1, 1, 2)}
 
 
-class CrossPatchSimilarity(Metric):
+class CrossPatchSimilarity(TokenMetric):
     """Mean absolute cosine between any patch at one depth and any patch at another (Diverse-ViT)."""
 
     name = "cross-patch-similarity"
     summary = "mean absolute cosine between any two patches at two depths (Diverse-ViT)"
     dims = ("depth", "depth")
     collapsed = "high"
-    defaults = {"prefix": False}  # noqa: RUF012
-    variants = {"all": {"prefix": True}}  # noqa: RUF012
-
-    def inapplicable(self) -> str:
-        """The patches must be read somewhere."""
-        return "" if self.plan.width else "no token sequence was found at the first block's input"
+    title = "How alike any two patches at two depths are"
+    seen = (
+        "Mean absolute cosine between every patch at one depth and every patch at another, of one image; right, where there is "
+        f"one, the untrained twin. {MATRICES}"
+    )
+    limits = "A common direction of all tokens alone makes it high."
+    panel = "patch tokens"
+    unit = "|cosine|"
+    defaults = {"prefix": False}
+    variants = {"all": WITH_PREFIX}
 
     @property
     def definition(self) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from collapse_probe.metrics.metric import CURVE, Variant
 from collapse_probe.metrics.token_metric import DepthMetric
 from collapse_probe.registry import METRICS
 
@@ -50,12 +51,21 @@ class DirichletEnergy(DepthMetric):
     name = "dirichlet-energy"
     summary = "squared differences of neighbouring patches over their squared norms"
     collapsed = "low"
+    title = "How much neighbouring patches differ"
+    seen = (
+        "Squared differences of patches beside one another over their squared norms: 0 where neighbours are equal, 1 where "
+        f"they have nothing in common. {CURVE}"
+    )
+    limits = "Neighbours in a photograph are alike to begin with: compare with depth 0, not with 1."
+    panel = "neighbours on the grid, relative"
+    unit = "energy"
+    top = 1.0
     names = ("relative", "raw")
-    defaults = {"graph": "grid", "scale": "relative", "prefix": False}  # noqa: RUF012
-    variants = {  # noqa: RUF012
-        "complete": {"graph": "complete"},
-        "raw": {"scale": "raw"},
-        "all": {"graph": "complete", "prefix": True},
+    defaults = {"graph": "grid", "scale": "relative", "prefix": False}
+    variants = {
+        "complete": Variant({"graph": "complete"}, "every two patches, relative"),
+        "raw": Variant({"scale": "raw"}, "neighbours, not divided by norms", unit="squared units of the tokens"),
+        "all": Variant({"graph": "complete", "prefix": True}, "every two tokens"),
     }
 
     def inapplicable(self) -> str:

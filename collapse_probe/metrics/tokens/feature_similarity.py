@@ -5,25 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from collapse_probe.metrics.metric import Metric, Need, mean_over_images
+from collapse_probe.metrics.metric import Need, mean_over_images
 from collapse_probe.metrics.nulls import between_blocks
 from collapse_probe.metrics.pairwise_cosine import TokenPairwiseCosine
+from collapse_probe.metrics.token_metric import TokenMetric
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import Array
 
 
-class FeatureSimilarity(Metric):
+class FeatureSimilarity(TokenMetric):
     """Cosine of the patch embeddings of the same token at two depths (DeepViT Fig. 4)."""
 
     name = "feature-similarity"
     summary = "cosine of the embedding of the same patch at two depths (DeepViT Fig. 4)"
     dims = ("depth", "depth")
     collapsed = "high"
-
-    def inapplicable(self) -> str:
-        """The patches must be read somewhere."""
-        return "" if self.plan.width else "no token sequence was found at the first block's input"
+    title = "Feature similarity"
+    seen = "Cosine of the embeddings of the same patch at two depths, raw and corrected by its nulls."
+    limits = (
+        "The residual stream carries each embedding on, so that neighbouring depths are close to 1 in nearly every deep "
+        "network, healthy or not."
+    )
+    panel = "patch tokens"
+    unit = "cosine"
 
     @property
     def definition(self) -> str:

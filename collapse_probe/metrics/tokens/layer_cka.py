@@ -9,10 +9,10 @@ from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace
-from collapse_probe.metrics.metric import Metric, Need
+from collapse_probe.metrics.metric import MATRICES, Need
 from collapse_probe.metrics.minibatch_cka import STRIDE, MinibatchHSIC, minibatch_for
 from collapse_probe.metrics.nulls import untrained_only
-from collapse_probe.metrics.token_metric import sequence
+from collapse_probe.metrics.token_metric import WITH_PREFIX, TokenMetric, sequence
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import Array
@@ -32,20 +32,27 @@ class DepthHSIC(MinibatchHSIC):
         return {}
 
 
-class LayerCKA(Metric):
+class LayerCKA(TokenMetric):
     """Minibatch CKA between the patch embeddings at two depths (Nguyen et al., Raghu et al.)."""
 
     name = "layer-cka"
     summary = "minibatch unbiased linear CKA between the patch embeddings at two depths"
     dims = ("depth", "depth")
     collapsed = "high"
-    defaults = {"prefix": False}  # noqa: RUF012
-    variants = {"all": {"prefix": True}}  # noqa: RUF012
+    title = "Which depths tell the images apart in the same way"
+    seen = (
+        "Unbiased minibatch CKA between the patch embeddings at two depths; right, where there is one, the untrained twin. "
+        f"{MATRICES}"
+    )
+    limits = (
+        "High values between neighbouring depths are usual, trained or not, and a few dominant directions can carry all of it. "
+        "With few images the estimate is rough."
+    )
+    panel = "patch tokens"
+    unit = "CKA"
+    defaults = {"prefix": False}
+    variants = {"all": WITH_PREFIX}
     any_order = False
-
-    def inapplicable(self) -> str:
-        """The patches must be read somewhere."""
-        return "" if self.plan.width else "no token sequence was found at the first block's input"
 
     @property
     def definition(self) -> str:

@@ -11,8 +11,9 @@ from torch import Tensor
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import PerImage
 from collapse_probe.metrics.functional.geometry import gram, unit
-from collapse_probe.metrics.metric import Metric, Need, mean_over_images
+from collapse_probe.metrics.metric import CURVE, Need, mean_over_images
 from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.metrics.token_metric import TokenMetric
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import Array
@@ -50,17 +51,19 @@ def diversity(trace: Trace) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-class PatchDiversity(Metric):
+class PatchDiversity(TokenMetric):
     """One minus the mean absolute cosine between different patches (Patch Diversification)."""
 
     name = "patch-diversity"
     summary = "one minus the mean absolute cosine between different patches of an image"
     dims = ("depth",)
     collapsed = "low"
-
-    def inapplicable(self) -> str:
-        """The patches must be read somewhere."""
-        return "" if self.plan.width else "no token sequence was found at the first block's input"
+    title = "Patch diversity"
+    seen = f"One minus the mean absolute cosine of two patches. {CURVE}"
+    limits = "Patches can grow alike while attention stays diverse, and the other way round."
+    panel = "patch tokens"
+    unit = "1 − mean |cosine|"
+    top = 1.0
 
     @property
     def definition(self) -> str:

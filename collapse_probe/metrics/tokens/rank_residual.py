@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from collapse_probe.metrics.token_metric import DepthMetric
+from collapse_probe.metrics.metric import CURVE, Variant
+from collapse_probe.metrics.token_metric import WITH_PREFIX, DepthMetric
 from collapse_probe.registry import METRICS
 
 
@@ -47,9 +48,15 @@ class RankResidual(DepthMetric):
     name = "rank-residual"
     summary = "relative distance of the token matrix from its best rank-one constant"
     collapsed = "low"
+    title = "How far the tokens are from one repeated vector"
+    seen = f"Distance of an image's patch embeddings from their mean, relative to their size: 0 is rank collapse. {CURVE}"
+    limits = "The skip connections carry a common part along: a low value alone does not show that attention made it."
+    panel = "Frobenius norm"
+    unit = "relative distance"
+    top = 1.0
     names = ("frobenius", "composite")
-    defaults = {"norm": "frobenius", "prefix": False}  # noqa: RUF012
-    variants = {"composite": {"norm": "composite"}, "all": {"prefix": True}}  # noqa: RUF012
+    defaults = {"norm": "frobenius", "prefix": False}
+    variants = {"composite": Variant({"norm": "composite"}, "ℓ1,∞ norm, as in the paper's code"), "all": WITH_PREFIX}
 
     @property
     def wanted(self) -> str:

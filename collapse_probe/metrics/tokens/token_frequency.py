@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from collapse_probe.metrics.token_metric import DepthMetric
+from collapse_probe.metrics.metric import CURVE, Variant
+from collapse_probe.metrics.token_metric import WITH_PREFIX, DepthMetric
 from collapse_probe.registry import METRICS
 
 
@@ -30,9 +31,17 @@ class TokenFrequency(DepthMetric):
     name = "token-frequency"
     summary = "high-frequency share: norm of the tokens minus their mean over the norm of the mean"
     collapsed = "low"
+    title = "How much of the tokens is not their mean"
+    seen = (
+        "Norm of what differs between the patches of an image, over the norm of what they share: falling towards 0 is "
+        f"over-smoothing, a low-pass filter. {CURVE}"
+    )
+    limits = "The ratio has no upper end and grows where the common part happens to be small."
+    panel = "over the norm of the mean"
+    unit = "ratio"
     names = ("mean", "total")
-    defaults = {"over": "mean", "prefix": False}  # noqa: RUF012
-    variants = {"total": {"over": "total"}, "all": {"prefix": True}}  # noqa: RUF012
+    defaults = {"over": "mean", "prefix": False}
+    variants = {"total": Variant({"over": "total"}, "over the norm of everything", unit="share"), "all": WITH_PREFIX}
 
     @property
     def wanted(self) -> str:

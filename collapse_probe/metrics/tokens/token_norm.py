@@ -14,9 +14,9 @@ from collapse_probe.capture.trace import Trace
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.accumulators import Means
 from collapse_probe.metrics.functional.geometry import SMALLEST_SPREAD
-from collapse_probe.metrics.metric import Metric, Need, mean_over_images
+from collapse_probe.metrics.metric import CURVE, Need, Variant, mean_over_images
 from collapse_probe.metrics.nulls import untrained_only
-from collapse_probe.metrics.token_metric import in_parts, sequence
+from collapse_probe.metrics.token_metric import TokenMetric, in_parts, sequence
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import Array, interval
@@ -24,6 +24,7 @@ from collapse_probe.statistics.intervals import Array, interval
 DEVIATIONS = 6.0
 """Six median absolute deviations are four standard deviations of a normal distribution."""
 REGISTERS_THRESHOLD = 150.0
+SHARE_UNIT = "share of tokens"
 NO_INTERVAL = "outlier_map has none: it is a picture of where outliers sit, and no single place is to be read as a number"
 
 
@@ -85,26 +86,30 @@ class NormSums(Means):
         return shares.reshape(-1, *grid)
 
 
-class TokenNorm(Metric):
+class TokenNorm(TokenMetric):
     """Norms of the patch embeddings and the share of high-norm outliers (Darcet et al., arXiv 2309.16588)."""
 
     name = "token-norm"
     summary = "mean norm of the patch embeddings; share and place of high-norm outliers"
     dims = ("depth",)
-    defaults = {"value": "norm", "deviations": DEVIATIONS, "threshold": None}  # noqa: RUF012
-    variants = {  # noqa: RUF012
-        "outliers": {"value": "share"},
-        "150": {"value": "share", "threshold": REGISTERS_THRESHOLD},
+    title = "How long the patch embeddings are, and which stand out"
+    seen = f"Mean ℓ2 norm of the patch tokens on the residual stream. {CURVE}"
+    limits = (
+        "Norms grow along the residual stream of most networks. High-norm outliers are a known habit of large trained models; "
+        "a threshold taken from one model does not fit another."
+    )
+    panel = "mean norm"
+    unit = "ℓ2 norm"
+    defaults = {"value": "norm", "deviations": DEVIATIONS, "threshold": None}
+    variants = {
+        "outliers": Variant({"value": "share"}, "outliers above the image's own threshold", unit=SHARE_UNIT),
+        "150": Variant({"value": "share", "threshold": REGISTERS_THRESHOLD}, "tokens with a norm above 150", unit=SHARE_UNIT),
     }
 
     def __init__(self, plan: Plan, **settings: Any) -> None:
         super().__init__(plan, **settings)
         if not self.settings["deviations"] > 0:
             raise SettingError(f"outliers lie above the median: deviations must be above 0, not {self.settings['deviations']}")
-
-    def inapplicable(self) -> str:
-        """The patches must be read somewhere."""
-        return "" if self.plan.width else "no token sequence was found at the first block's input"
 
     @property
     def definition(self) -> str:

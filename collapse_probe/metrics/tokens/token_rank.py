@@ -9,7 +9,8 @@ from torch import Tensor
 
 from collapse_probe.metrics.functional.geometry import SMALLEST_SPREAD
 from collapse_probe.metrics.functional.spectra import effective_rank_of, singular_values, stable_rank_of
-from collapse_probe.metrics.token_metric import DepthMetric
+from collapse_probe.metrics.metric import CURVE, Variant
+from collapse_probe.metrics.token_metric import WITH_PREFIX, DepthMetric
 from collapse_probe.registry import METRICS
 
 
@@ -37,9 +38,22 @@ class TokenRank(DepthMetric):
     name = "token-rank"
     summary = "effective and stable rank of the token matrix, centred and not"
     collapsed = "low"
+    title = "In how many directions the tokens of an image differ"
+    seen = f"Rank of the matrix of all patch embeddings of one image, on a logarithmic scale from 1. {CURVE}"
+    limits = (
+        "Uncentred, a strong common part of all tokens lowers the rank even where they still differ; a few tokens of large "
+        "norm lower it too."
+    )
+    panel = "effective rank"
+    unit = "rank"
+    logarithmic = True
     names = ("effective", "stable")
-    defaults = {"rank": "effective", "centred": False, "prefix": False}  # noqa: RUF012
-    variants = {"stable": {"rank": "stable"}, "centred": {"centred": True}, "all": {"prefix": True}}  # noqa: RUF012
+    defaults = {"rank": "effective", "centred": False, "prefix": False}
+    variants = {
+        "stable": Variant({"rank": "stable"}, "stable rank ‖X‖²/σ₁²"),
+        "centred": Variant({"centred": True}, "effective rank, mean token taken off"),
+        "all": WITH_PREFIX,
+    }
 
     @property
     def wanted(self) -> str:

@@ -13,7 +13,8 @@ from collapse_probe.metrics.functional.orthogonality import (
     hyperspherical_energy,
     hyperspherical_separation,
 )
-from collapse_probe.metrics.weight_metric import WeightMetric
+from collapse_probe.metrics.metric import Variant
+from collapse_probe.metrics.weight_metric import ONE_HEAD, WeightMetric
 from collapse_probe.registry import METRICS
 from collapse_probe.statistics.intervals import Array
 
@@ -34,13 +35,17 @@ class HypersphericalEnergy(WeightMetric):
         "energy of the weights' rows on the sphere; @separation their smallest distance, @gram the determinant of their kernel"
     )
     collapsed = "high"
-    defaults = {"measure": "energy", "power": 1.0, "by_head": False}  # noqa: RUF012
-    variants = {  # noqa: RUF012
-        "separation": {"measure": "separation"},
-        "gram": {"measure": "gram"},
-        "squared": {"power": 2.0},
-        "log": {"power": 0.0},
-        "head": {"by_head": True},
+    title = "Rows of the weights on the sphere"
+    seen = "How crowded the rows of each weight matrix of each block are on the sphere; dashed: the untrained twin."
+    limits = "Random rows have an energy of their own: only the distance from the untrained twin is learned."
+    panel = unit = "mean 1 / distance"
+    defaults = {"measure": "energy", "power": 1.0, "by_head": False}
+    variants = {
+        "separation": Variant({"measure": "separation"}, "smallest squared distance of two rows", unit="squared distance"),
+        "gram": Variant({"measure": "gram"}, "−log det of the rows' kernel", unit="nats"),
+        "squared": Variant({"power": 2.0}, "mean 1 / distance²", unit="1 / distance²"),
+        "log": Variant({"power": 0.0}, "mean −log distance", unit="nats"),
+        "head": Variant({"by_head": True}, f"mean 1 / distance, {ONE_HEAD}"),
     }
 
     @property

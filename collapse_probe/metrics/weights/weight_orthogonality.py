@@ -10,7 +10,8 @@ from torch import Tensor
 from collapse_probe.capture.weight_matrices import Matrices
 from collapse_probe.metrics.functional.geometry import gram
 from collapse_probe.metrics.functional.orthogonality import orthogonality_gap, soft_orthogonality
-from collapse_probe.metrics.weight_metric import WeightMetric
+from collapse_probe.metrics.metric import Variant
+from collapse_probe.metrics.weight_metric import ONE_HEAD, WeightMetric
 from collapse_probe.registry import METRICS
 from collapse_probe.statistics.intervals import Array
 
@@ -34,12 +35,17 @@ class WeightOrthogonality(WeightMetric):
     name = "weight-orthogonality"
     summary = "exact conditional-orthogonality gap λmax − λmin of W Wᵀ; @soft its distance from the identity"
     collapsed = "high"
-    defaults = {"measure": "gap", "by_head": False}  # noqa: RUF012
-    variants = {  # noqa: RUF012
-        "squared": {"measure": "squared"},
-        "relative": {"measure": "relative"},
-        "soft": {"measure": "soft"},
-        "head": {"by_head": True},
+    title = "Orthogonality of the weights"
+    seen = "Spread of the eigenvalues of W Wᵀ of each weight matrix of each block; dashed: the untrained twin."
+    limits = "The gap follows the largest direction, so that one outlying entry, which some initialisations draw, raises it."
+    panel = "λmax − λmin of W Wᵀ"
+    unit = "squared units"
+    defaults = {"measure": "gap", "by_head": False}
+    variants = {
+        "squared": Variant({"measure": "squared"}, "(λmax − λmin)² of W Wᵀ", unit="fourth power of units"),
+        "relative": Variant({"measure": "relative"}, "(λmax − λmin) / λmax", unit="share"),
+        "soft": Variant({"measure": "soft"}, "‖W Wᵀ − I‖²", unit="squared norm"),
+        "head": Variant({"by_head": True}, f"λmax − λmin, {ONE_HEAD}"),
     }
 
     @property

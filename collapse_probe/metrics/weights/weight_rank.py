@@ -9,11 +9,12 @@ import torch
 
 from collapse_probe.capture.weight_matrices import BY_HEAD, NAMES, Matrices
 from collapse_probe.metrics.functional.spectra import components_for, effective_rank_of, pca_error, stable_rank_of
-from collapse_probe.metrics.weight_metric import WeightMetric, spectral
+from collapse_probe.metrics.metric import Variant
+from collapse_probe.metrics.weight_metric import ONE_HEAD, WeightMetric, spectral
 from collapse_probe.registry import METRICS
 from collapse_probe.statistics.intervals import Array
 
-SHARES = (0.90, 0.95, 0.99)
+PERCENT = (90, 95, 99)
 
 
 class WeightRank(WeightMetric):
@@ -22,14 +23,29 @@ class WeightRank(WeightMetric):
     name = "weight-rank"
     summary = "effective rank of q, k, v, proj, fc1, fc2; stable rank; PCA reconstruction error"
     collapsed = "low"
-    defaults = {"measure": "effective", "by_head": False, "divided": False}  # noqa: RUF012
-    variants = {  # noqa: RUF012
-        "squared": {"measure": "squared"},
-        "stable": {"measure": "stable"},
-        "share": {"divided": True},
-        "head": {"by_head": True},
-        **{f"pca{round(100 * share)}": {"measure": "pca", "share": share} for share in SHARES},
-        **{f"components{round(100 * share)}": {"measure": "components", "share": share} for share in SHARES},
+    title = "Rank of the weights"
+    seen = "Effective rank of each weight matrix of each block; dashed: the untrained twin."
+    limits = "A random matrix has a rank below the full one: only the distance from the untrained twin is learned."
+    panel = "effective rank"
+    unit = "rank"
+    defaults = {"measure": "effective", "by_head": False, "divided": False}
+    variants = {
+        "squared": Variant({"measure": "squared"}, "effective rank, squared singular values"),
+        "stable": Variant({"measure": "stable"}, "stable rank"),
+        "share": Variant({"divided": True}, "effective rank over the full one", unit="share"),
+        "head": Variant({"by_head": True}, f"effective rank, {ONE_HEAD}"),
+        **{
+            f"pca{p}": Variant(
+                {"measure": "pca", "share": p / 100}, f"left over by the leading {p} % of components", unit="share of variance"
+            )
+            for p in PERCENT
+        },
+        **{
+            f"components{p}": Variant(
+                {"measure": "components", "share": p / 100}, f"components that hold {p} % of the variance", unit="components"
+            )
+            for p in PERCENT
+        },
     }
 
     @property

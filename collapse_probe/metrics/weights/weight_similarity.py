@@ -11,7 +11,8 @@ from torch import Tensor
 
 from collapse_probe.capture.weight_matrices import INTO_THE_STREAM, NAMES, Matrices, Matrix, wide
 from collapse_probe.metrics.functional.geometry import gram, unit
-from collapse_probe.metrics.weight_metric import WeightMetric
+from collapse_probe.metrics.metric import Variant
+from collapse_probe.metrics.weight_metric import ONE_HEAD, WeightMetric
 from collapse_probe.registry import METRICS
 from collapse_probe.statistics.intervals import Array
 
@@ -71,12 +72,17 @@ class WeightSimilarity(WeightMetric):
     name = "weight-similarity"
     summary = "mean |cosine| between the rows of q, k, v, proj, fc1, fc2; @depth of the same matrix in two blocks"
     collapsed = "high"
-    defaults = {"between": "rows", "signed": False, "by_head": False}  # noqa: RUF012
-    variants = {  # noqa: RUF012
-        "signed": {"signed": True},
-        "head": {"by_head": True},
-        "depth": {"between": "blocks"},
-        "directions": {"between": "directions"},
+    title = "Similarity of the rows of the weights"
+    seen = "Mean |cosine| between the rows of each weight matrix of each block; dashed: the untrained twin."
+    limits = "Random rows are not quite orthogonal: only the distance from the untrained twin is learned."
+    panel = "|cosine| between rows"
+    unit = "|cosine|"
+    defaults = {"between": "rows", "signed": False, "by_head": False}
+    variants = {
+        "signed": Variant({"signed": True}, "with its sign", unit="cosine"),
+        "head": Variant({"by_head": True}, ONE_HEAD),
+        "depth": Variant({"between": "blocks"}, "entry by entry"),
+        "directions": Variant({"between": "directions"}, "by directions"),
     }
 
     @property

@@ -13,9 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from collapse_probe.report.findings import curves as weight_curves
-from collapse_probe.report.findings.captions import Family
 from collapse_probe.report.findings.curves import counts
-from collapse_probe.report.findings.metric_descriptions import family_of
 from collapse_probe.report.heatmaps import SIGNED, UNSIGNED, Panel, grid, scale_of
 from collapse_probe.report.style import (
     HATCH,
@@ -31,7 +29,7 @@ from collapse_probe.report.style import (
     share_legend,
     sheet,
 )
-from collapse_probe.results.findings import Findings, MetricResult
+from collapse_probe.results.findings import Description, Findings, MetricResult
 from collapse_probe.results.readings import entropy_share, null_of, nulls_of, over_heads, result_of
 from collapse_probe.statistics.intervals import Array
 
@@ -137,7 +135,7 @@ def family_figure(findings: Findings, names: Sequence[str], narrow: bool = False
 def _matrices(readings: Mapping[str, MetricResult], narrow: bool) -> Figure:
     panels: list[Panel | None] = []
     for name, reading in readings.items():
-        title = family_of(name).panel(name)
+        title = reading.description.panel
         panels += pair(reading, title, "κ, null-corrected" if "@" not in name else f"κ; {title}", twin=True)
     if not any(panels[1::2]):
         panels = panels[::2]
@@ -165,7 +163,7 @@ def _counts(findings: Findings, names: list[str], narrow: bool) -> Figure:
     figure = sheet(NARROW if narrow else 7.5, rows * len(names) + 0.3)
     for axes, name in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
         counts(axes, findings, name)
-        axes.set_title(family_of(name).panel(name))
+        axes.set_title(findings.metrics[name].description.panel)
     share_legend(figure, *figure.axes, columns=2)
     return figure
 
@@ -183,24 +181,22 @@ def _panels(count: int, narrow: bool) -> tuple[Figure, list[Axes]]:
 def _curves(findings: Findings, readings: Mapping[str, MetricResult], narrow: bool) -> Figure:
     base = next(iter(readings)).partition("@")[0]
     relatives = {n: r for n, r in findings.metrics.items() if n.partition("@")[0] == base and kind(r) in ("heads", "curve")}
-    every = {name: lines(name, reading) for name, reading in relatives.items() if reading.values is not None}
+    every = {name: lines(reading) for name, reading in relatives.items() if reading.values is not None}
     figure, places = _panels(len(readings), narrow)
-    family = family_of(base)
-    for axes, name in zip(places, readings, strict=True):
-        one = every[name]
-        _draw(axes, one, family.reference[1] if family.reference else "")
-        peers = [other for other in every.values() if other.unit == one.unit]
-        _scale(axes, family, one.unit, peers)
+    for axes, (name, reading) in zip(places, readings.items(), strict=True):
+        one, stated = every[name], reading.description
+        _draw(axes, one, stated.reference[1] if stated.reference else "")
+        _scale(axes, stated, [other for other in every.values() if other.unit == one.unit])
     share_legend(figure, *places, columns=2 if narrow else 5)
     return figure
 
 
-def lines(name: str, reading: MetricResult) -> Lines:
+def lines(reading: MetricResult) -> Lines:
     """What the panel of a block × head, block or depth reading shows."""
     assert reading.values is not None
-    family, title = family_of(name), family_of(name).panel(name)
-    unit, along = family.unit_of(name), "depth (0: before block 0)" if "depth" in reading.dims else reading.dims[0]
-    reference = _reference(family, unit, reading)
+    title, unit = reading.description.panel, reading.description.unit
+    along = "depth (0: before block 0)" if "depth" in reading.dims else reading.dims[0]
+    reference = _reference(reading)
     if reading.dims != ("block", "head"):
         return Lines(title, unit, along, reading.values, reading.ci95, nulls_of(reading), reference=reference)
     average, ci95 = over_heads(reading.values), None
@@ -210,10 +206,10 @@ def lines(name: str, reading: MetricResult) -> Lines:
     return Lines(title, unit, along, average, ci95, others, reading.values, reference)
 
 
-def _reference(family: Family, unit: str, reading: MetricResult) -> Array | None:
-    if family.reference is None or unit != family.unit or reading.values is None:
+def _reference(reading: MetricResult) -> Array | None:
+    if reading.description.reference is None or reading.values is None:
         return None
-    stored = reading.details.get(family.reference[0])
+    stored = reading.details.get(reading.description.reference[0])
     found = None if stored is None else np.broadcast_to(np.array(stored, dtype=np.float64), len(reading.values))
     return None if found is None or not np.isfinite(found).any() else found
 
@@ -233,10 +229,10 @@ def _draw(axes: Axes, one: Lines, reference: str) -> None:
     axes.grid(axis="y")
 
 
-def _scale(axes: Axes, family: Family, unit: str, peers: Sequence[Lines]) -> None:
-    """From 0 to a round number that holds every panel of that unit, or the family's own end; ranks from 1, logarithmic."""
+def _scale(axes: Axes, stated: Description, peers: Sequence[Lines]) -> None:
+    """From 0 to a round number that holds every panel of that unit, or the metric's own end; ranks from 1, logarithmic."""
     high, low = max(one.highest for one in peers), min(one.lowest for one in peers)
-    if family.logarithmic and unit == family.unit:
+    if stated.logarithmic:
         top = next((tick for tick in TICKS if tick >= high), high)
         axes.set_yscale("log")
         axes.set_ylim(0.93, max(top, 2.0) * 1.07)
@@ -244,7 +240,7 @@ def _scale(axes: Axes, family: Family, unit: str, peers: Sequence[Lines]) -> Non
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
         return
-    top = max(ceiling(high), family.top or 0.0 if unit == family.unit else 0.0)
+    top = max(ceiling(high), stated.top or 0.0)
     axes.set_ylim(_ends(low, top))
 
 
@@ -268,11 +264,11 @@ def ceiling(value: float) -> float:
 def _weights(readings: Mapping[str, MetricResult], narrow: bool) -> Figure:
     """One panel a reading, one line a matrix."""
     panels = []
-    for name, reading in readings.items():
+    for reading in readings.values():
         assert reading.values is not None
-        fresh, family = null_of(reading, "untrained"), family_of(name)
+        fresh, stated = null_of(reading, "untrained"), reading.description
         one = Lines("", "", "", reading.values, others={} if fresh is None else {"untrained": fresh})
-        words, ends = (family.panel(name), family.unit_of(name)), _ends(one.lowest, ceiling(one.highest))
+        words, ends = (stated.panel, stated.unit), _ends(one.lowest, ceiling(one.highest))
         panels.append(weight_curves.MatrixPanel(*words, weight_curves.matrices_in(reading), reading.values, fresh, ends))
     return weight_curves.matrix_lines(panels, narrow)
 

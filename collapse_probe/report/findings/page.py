@@ -12,9 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from collapse_probe.report.findings.captions import CAPTIONS, TESTED_PAIRS, other_readings
+from collapse_probe.report.findings.captions import CAPTIONS, TESTED_PAIRS
 from collapse_probe.report.findings.figures import draw_all
-from collapse_probe.report.findings.metric_descriptions import family_of
 from collapse_probe.report.findings.metric_figures import family_figures, undrawn, without_outliers
 from collapse_probe.report.findings.provenance import definitions, not_measured, provenance, skipped
 from collapse_probe.report.findings.tables import (
@@ -193,6 +192,11 @@ LEVELS = {
     "convergence": "sure",
 }
 """Figures of their own that stand under their level; all others come first."""
+OTHER_SETTINGS = Caption(
+    "Other readings",
+    "The metric with other settings, named above each panel.",
+    "No reading is the true one: where they disagree, the number depends on a choice that papers leave open.",
+)
 FOLLOWS = {"attention-rollout": "rollout-gallery", "token-norm": "token-norm-places"}
 
 
@@ -218,7 +222,7 @@ def sections(findings: Findings, drawn: Collection[str]) -> list[Section]:
     for level, title in TITLES.items():
         keys = {key: None for key in own if LEVELS.get(key) == level and key not in FOLLOWS.values()}
         for key, names in families.items():
-            if family_of(names[0]).level == level:
+            if findings.metrics[names[0]].description.level == level:
                 keys[key] = None
         ordered = [each for key in keys for each in (key, FOLLOWS.get(key)) if each in drawn and each is not None]
         ordered += [key for key in own if LEVELS.get(key) == level and key not in ordered]
@@ -232,16 +236,15 @@ def _variants(key: str) -> bool:
 
 
 def caption_of(key: str, families: Mapping[str, list[str]], findings: Findings) -> Caption:
-    """The words under a figure: its own, with those about the dots where it has some, or those of its family."""
+    """The words under a figure: its own, with those about the dots where it has some, or those of its metric."""
     names = families.get(key)
     if names is None:
         return _with_tests(CAPTIONS.get(key, Caption(key, "", "")), key, findings)
-    family = family_of(names[0])
-    if family.level == "other":
-        return replace(family.caption, seen=findings.metrics[names[0]].definition)
-    if _variants(key) and not family.caption.title.startswith("Other readings"):
-        return other_readings(family.caption.title[0].lower() + family.caption.title[1:])
-    return family.caption
+    result = findings.metrics[names[0]]
+    stated = result.description
+    if _variants(key):
+        return replace(OTHER_SETTINGS, title=f"{OTHER_SETTINGS.title}: {stated.title[0].lower()}{stated.title[1:]}")
+    return Caption(stated.title, stated.seen or result.definition, stated.limits)
 
 
 def _with_tests(caption: Caption, key: str, findings: Findings) -> Caption:
