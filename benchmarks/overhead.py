@@ -26,9 +26,8 @@ import numpy as np
 import timm
 import torch
 
-from collapse_probe.analysis.analyze import DEFAULT_METRICS, chosen_metrics
-from collapse_probe.analysis.loop import PassResult, absorb, folds_for, reading_of
-from collapse_probe.analysis.weights import apart
+from collapse_probe.analysis.loop import PassResult, absorb, folds_for, result_of
+from collapse_probe.analysis.measurement import DEFAULT_METRICS, make_metrics, need_images
 from collapse_probe.capture.capture import discover_plan, record
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import TILE_BYTES, micro_batch
@@ -64,7 +63,7 @@ def clock(device: torch.device) -> float:
 def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str | None) -> dict[str, Callable]:
     """What is timed, each a function of one batch."""
     plan = discover_plan(model, (size, size))
-    sets = {"analysis": chosen_metrics(plan, DEFAULT_METRICS), "everything": every_metric(plan)}
+    sets = {"analysis": make_metrics(plan, DEFAULT_METRICS), "everything": every_metric(plan)}
 
     @cache
     def run_of(variant: str) -> PassResult:
@@ -97,7 +96,7 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
         for fold in run.folds.values():
             fold.settle()
         for metric in sets[variant].values():
-            reading_of(metric, run)
+            result_of(metric, run)
 
     timed = {variant: partial(measured, variant) for variant in sets}
     ends = {f"{variant} end": partial(finish, variant) for variant in sets}
@@ -106,8 +105,8 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
 
 def every_metric(plan: Plan) -> dict[str, Metric]:
     """Every metric that hears images, under its plain name, and those of every preset."""
-    _, heard = apart(chosen_metrics(plan, with_presets(METRICS, PRESETS)))
-    return heard
+    metrics = make_metrics(plan, with_presets(METRICS, PRESETS))
+    return {name: metrics[name] for name in need_images(metrics)}
 
 
 def peer(name: str) -> Callable[[torch.Tensor], None]:

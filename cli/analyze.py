@@ -38,7 +38,8 @@ def run(*, model: str, data: str | None, output: str | None, as_json: bool, quie
     from collapse_probe.cli.console import Talk, answer
     from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
 
-    from collapse_probe.analysis.analyze import RunSettings, measure
+    from collapse_probe.analysis.analyze import measure
+    from collapse_probe.analysis.measurement import RunSettings
     from collapse_probe.data.images import open_data
     from collapse_probe.distributed import rank_and_world
     from collapse_probe.files import check_writable, write_with_page

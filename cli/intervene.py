@@ -52,8 +52,8 @@ def run(*, model: str, data: str, output: str | None, as_json: bool, quiet: bool
     from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
     from collapse_probe.cli.options import blocks_in
 
-    from collapse_probe.analysis.analyze import RunSettings
     from collapse_probe.analysis.intervene import intervene
+    from collapse_probe.analysis.measurement import RunSettings
     from collapse_probe.data.images import open_data
     from collapse_probe.distributed import rank_and_world
     from collapse_probe.files import check_writable, write_with_page

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from collapse_probe.analysis.analyze import Report, RunSettings, as_it_was, measure
+from collapse_probe.analysis.analyze import measure, restored
 from collapse_probe.analysis.cross_cka import NAME, cross_cka
 from collapse_probe.analysis.loop import Progress
-from collapse_probe.analysis.outputs import Answers, OutputCollector, labels_for, mean_kl
-from collapse_probe.analysis.pairing import pair_up, with_weights
+from collapse_probe.analysis.measurement import GALLERY_IMAGES, NULL_IMAGES, Images, Report, RunSettings
+from collapse_probe.analysis.outputs import ModelOutputs, OutputCollector, labels_for, mean_kl
+from collapse_probe.analysis.pairing import pair_up
 from collapse_probe.analysis.subjects import Candidate, ModelOptions, SubjectSpec, open_subjects
 from collapse_probe.data.images import ImageSet, open_data
 from collapse_probe.errors import DataError, SettingError
@@ -23,125 +24,197 @@ from collapse_probe.models.batchnorm import recalibrated
 from collapse_probe.models.cost import measure_cost
 from collapse_probe.models.loading import Subject
 from collapse_probe.provenance import versions
-from collapse_probe.results.comparison import LABELS, TOP1, Comparison, OutputAgreement, Pair
+from collapse_probe.results.comparison import LABELS, TOP1, Comparison, Pair
 from collapse_probe.results.findings import Findings
 
 __all__ = ["Comparison", "compare"]
 COST_BATCH = 16  # images a time when throughput is measured; fewer where the run's own batch is smaller
-Images = ImageSet | Iterable[Any] | None
 Watch = Callable[[str, "int | None"], AbstractContextManager["Progress | None"]]
+"""Gives the progress callback of one subject from its label and the number of images."""
 
 
 @dataclass(frozen=True)
 class ComparisonRun:
     """What all subjects of one comparison share."""
 
-    images: Images
+    images: Images | None
     settings: RunSettings
     recalibrate_bn: int
     watch: Watch
-    report: Report
-    cka: bool
+    say: Report
+
+
+@dataclass(frozen=True)
+class MeasuredSubject:
+    """A subject's findings; of one that was run also the outputs on every image and the model."""
+
+    label: str
+    findings: Findings
+    outputs: ModelOutputs | None = None
+    subject: Subject | None = None
 
 
 def compare(
     subjects: Mapping[str, Candidate] | Sequence[Candidate],
-    data: str | Path | ImageSet | Iterable[Any] | None = None,
+    data: str | Path | Images | None = None,
     *,
+    metrics: Sequence[str] = (),
+    presets: Sequence[str] = (),
+    cka: bool = False,
+    split: str | None = None,
+    limit: int | None = None,
     model: str | None = None,
+    partial: bool = False,
+    pretrained: bool | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    img_size: int | None = None,
     fixes: Sequence[str] = (),
     fix_blocks: Sequence[int] | None = None,
     recalibrate_bn: int = 0,
-    cka: bool = False,
-    limit: int | None = None,
-    split: str | None = None,
-    settings: RunSettings | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "auto",
+    amp: bool = False,
+    amp_dtype: str = "float16",
+    seed: int = 0,
+    null_images: int = NULL_IMAGES,
+    null_seeds: int = 1,
+    gallery_images: int = GALLERY_IMAGES,
+    command: str = "",
     watch: Watch | None = None,
     report: Report | None = None,
-    **options: Any,
 ) -> Comparison:
-    """Measure every subject that is a model, take the findings of the others, and pair all with the first,
-    image by image.
+    """Measure every subject that is a model, take the findings of the others, and pair all with the first, image by image.
 
-    `subjects` maps labels to addresses, modules, Subjects, checkpoint files (of the architecture `model`),
-    folders of checkpoints, findings folders or Findings; a sequence gets labels from their names. `data`
-    as `analyze` takes it; findings need none. `fixes` and `fix_blocks` (see `remedied.with_fixes`) go into
-    every model after the first; `recalibrate_bn` is a number of batches; `cka` also takes the CKA between the
-    depths of the first model and of each other (`cross_cka`), into the other's findings. `options` are
-    fields of `Settings`, and those of `sources.resolve`. Raises DataError for subjects on different images,
-    naming the first difference, and for models without data.
+    `subjects` maps labels to addresses, modules, Subjects, checkpoint files (of the architecture `model`), folders of
+    checkpoints, findings folders or Findings; a sequence gets labels from their names. `data`, `split` and `limit` as for
+    `analyze`; findings need none. `partial`, `pretrained`, `model_kwargs` and `img_size` are for all models, see `resolve`.
+    `fixes` and `fix_blocks` (see `with_fixes`) go into every model after the first; `recalibrate_bn` is a number of batches;
+    `cka` also takes the CKA between the depths of the first model and of each other (`cross_cka`), into the other's findings.
+    `watch` follows the images, `report(line)` is called before each longer step; the rest is as for `analyze`.
+    Raises DataError for subjects on different images, naming the first difference, and for models without data.
     """
-    known = {name: options.pop(name) for name in list(options) if name in RunSettings.__dataclass_fields__}
-    settings = replace(settings or RunSettings(), **known)
-    blocks = None if fix_blocks is None else tuple(fix_blocks)
-    lineup = open_subjects(subjects, ModelOptions(model, options, tuple(fixes), blocks, settings.seed))
-    models = [entry.label for entry in lineup.entries if entry.is_model]
-    if models and data is None:
-        raise DataError(f"{models[0]!r} is a model, to be run on images: give --data (findings folders need none)")
-    if cka and (len(models) < 2 or not lineup.entries[0].is_model):
-        raise SettingError("CKA is taken between the first subject and others that are models too, not findings folders")
-    images = open_data(data, split=split, limit=limit, seed=settings.seed) if isinstance(data, (str, Path)) else data
-    run = ComparisonRun(
-        images,
-        settings,
-        recalibrate_bn,
-        watch or (lambda label, total: nullcontext()),
-        report or (lambda text: None),
-        cka,
+    settings = RunSettings(
+        device=device,
+        amp=amp,
+        amp_dtype=amp_dtype,
+        batch_size=batch_size,
+        workers=workers,
+        seed=seed,
+        metrics=tuple(metrics),
+        presets=tuple(presets),
+        null_images=null_images,
+        null_seeds=null_seeds,
+        gallery_images=gallery_images,
+        command=command,
     )
-    found, pairs = _run_all(lineup.entries, run)
+    options = ModelOptions(
+        model=model,
+        partial=partial,
+        pretrained=pretrained,
+        model_kwargs=model_kwargs or {},
+        img_size=img_size,
+        fixes=tuple(fixes),
+        fix_blocks=None if fix_blocks is None else tuple(fix_blocks),
+        seed=seed,
+    )
+    specs, trajectory = open_subjects(subjects, options)
+    _check_specs(specs, data, cka)
+    images = open_data(data, split=split, limit=limit, seed=seed) if isinstance(data, (str, Path)) else data
+    watch, say = watch or (lambda label, total: nullcontext()), report or (lambda text: None)
+    findings, pairs = _compare_all(specs, ComparisonRun(images, settings, recalibrate_bn, watch, say), cka)
     facts = {
-        "command": settings.command,
-        "seed": settings.seed,
+        "command": command,
+        "seed": seed,
         "versions": versions(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    return Comparison(found, tuple(pairs), lineup.trajectory, facts)
+    return Comparison(findings, tuple(pairs), trajectory, facts)
 
 
-def _run_all(entries: Sequence[SubjectSpec], run: ComparisonRun) -> tuple[dict[str, Findings], list[Pair]]:
-    """Every subject in turn, paired with the first at once; the logits of two subjects are held at a time."""
-    found: dict[str, Findings] = {}
+def _check_specs(specs: Sequence[SubjectSpec], data: object, cka: bool) -> None:
+    models = [spec.label for spec in specs if spec.is_model]
+    if models and data is None:
+        raise DataError(f"{models[0]!r} is a model, to be run on images: give --data (findings folders need none)")
+    if cka and (len(models) < 2 or not specs[0].is_model):
+        raise SettingError("CKA is taken between the first subject and others that are models too, not findings folders")
+
+
+def _compare_all(specs: Sequence[SubjectSpec], run: ComparisonRun, cka: bool) -> tuple[dict[str, Findings], list[Pair]]:
+    """The findings of every subject in turn, and its pair with the first; the logits of two subjects are held at a time."""
+    findings: dict[str, Findings] = {}
     pairs: list[Pair] = []
-    first: tuple[str, Findings, Answers | None, Subject | None] | None = None
-    for entry in entries:
-        run.report(f"subject {entry.label}")
-        findings, answers, subject = _one(entry, run)
-        found[entry.label] = findings
+    first: MeasuredSubject | None = None
+    for spec in specs:
+        run.say(f"subject {spec.label}")
+        current = measure_subject(spec, run)
         if first is None:
-            first = (entry.label, findings, answers, subject if run.cka else None)
-            continue
-        pair = with_weights(pair_up(first[1], findings, (first[0], entry.label), run.settings.seed), first[1], findings)
-        pairs.append(replace(pair, agreement=_agreement(pair, (first[2], answers), first[1], findings)))
-        if first[3] is not None and subject is not None:
-            found[entry.label] = _with_cka(findings, (first[0], entry.label), (first[3], subject), run)
-    return found, pairs
+            first = current if cka else replace(current, subject=None)
+        else:
+            pair = pair_up(first.findings, current.findings, (first.label, current.label), run.settings.seed)
+            pairs.append(with_divergence(pair, first.outputs, current.outputs))
+            current = with_cka(current, first, run)
+        findings[spec.label] = current.findings
+    return findings, pairs
 
 
-def _one(entry: SubjectSpec, run: ComparisonRun) -> tuple[Findings, Answers | None, Subject | None]:
-    """The findings of one subject, with what it answered and the model if it was run; a module of the caller
-    stays as it was.
-    """
-    with as_it_was(entry.given.model if isinstance(entry.given, Subject) else entry.given):
-        subject = entry.open()
+def measure_subject(spec: SubjectSpec, run: ComparisonRun) -> MeasuredSubject:
+    """Load the findings of one subject, or open the model and measure it; a caller's module stays as it was."""
+    with restored(spec.candidate):
+        subject, settings, images = spec.open(), run.settings, run.images
         if isinstance(subject, Findings):
-            return subject, None, None
-        assert run.images is not None
-        return *_measured(entry.label, subject, run.images, run), subject
+            return MeasuredSubject(spec.label, subject)
+        assert images is not None
+        facts = {"batch_size": settings.batch_size, "device": settings.device, "seed": settings.seed}
+        subject = recalibrated(subject, images, run.recalibrate_bn, **facts)
+        run.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
+        collector = OutputCollector()
+        with run.watch(spec.label, len(images) if isinstance(images, ImageSet) else None) as progress:
+            findings = measure(subject, images, settings, progress=progress, report=run.say, outputs=collector)
+        outputs = collector.outputs(findings.images["names"].tolist())
+        cost = measure_cost(subject.model, subject.preprocess.size, min(COST_BATCH, settings.batch_size))
+        findings = with_accuracy(findings.with_run(cost=cost.facts()), outputs, images)
+        return MeasuredSubject(spec.label, findings, outputs, subject)
 
 
-def _with_cka(findings: Findings, labels: tuple[str, str], subjects: tuple[Subject, Subject], run: ComparisonRun) -> Findings:
-    """The second subject's findings with the CKA between the first model's depths and its own."""
-    run.report(f"CKA between {labels[0]} and {labels[1]}")
-    first, second = subjects
-    settings = run.settings
+def with_accuracy(findings: Findings, outputs: ModelOutputs, images: Images) -> Findings:
+    """The findings with top answers, labels and accuracy, as far as there are any."""
+    top1, table = outputs.top1(), dict(findings.images)
+    accuracy, reason = None, outputs.reason
+    if top1 is not None:
+        labels, reason = labels_for(outputs.names, images, outputs.classes)
+        table[TOP1] = top1
+        if labels is not None:
+            table[LABELS], accuracy = labels, float(np.mean(top1 == labels))
+    return replace(
+        findings.with_run(outputs={"classes": outputs.classes, "accuracy": accuracy, "reason": reason}),
+        images=table,
+        summary={**findings.summary, "accuracy": accuracy},
+    )
+
+
+def with_divergence(pair: Pair, first: ModelOutputs | None, second: ModelOutputs | None) -> Pair:
+    """The pair with the KL divergence of the outputs, where the logits of both models are at hand."""
+    if first is None or second is None or first.logits is None or second.logits is None:
+        return pair
+    if first.classes != second.classes or first.names != second.names:
+        return pair
+    return replace(pair, agreement=replace(pair.agreement, kl=mean_kl(first.logits, second.logits), reason=""))
+
+
+def with_cka(current: MeasuredSubject, first: MeasuredSubject, run: ComparisonRun) -> MeasuredSubject:
+    """The second subject with the CKA between the first model's depths and its own in its findings, where both are models."""
+    if first.subject is None or current.subject is None:
+        return current
+    run.say(f"CKA between {first.label} and {current.label}")
     assert run.images is not None
-    with as_it_was(first.model), as_it_was(second.model):
-        first.model.eval()
-        second.model.eval()
-        reading = cross_cka(
-            first,
-            second,
+    settings = run.settings
+    with restored(first.subject), restored(current.subject):
+        first.subject.model.eval()
+        current.subject.model.eval()
+        result = cross_cka(
+            first.subject,
+            current.subject,
             run.images,
             batch_size=settings.batch_size,
             device=settings.device,
@@ -149,63 +222,5 @@ def _with_cka(findings: Findings, labels: tuple[str, str], subjects: tuple[Subje
             amp=settings.amp_as,
             seed=settings.seed,
         )
-    reading = replace(reading, details={**reading.details, "first": labels[0], "second": labels[1]})
-    return replace(findings, metrics={**findings.metrics, NAME: reading})
-
-
-def _measured(label: str, subject: Subject, images: ImageSet | Iterable[Any], run: ComparisonRun) -> tuple[Findings, Answers]:
-    settings, listener = run.settings, OutputCollector()
-    subject = recalibrated(
-        subject,
-        images,
-        run.recalibrate_bn,
-        batch_size=settings.batch_size,
-        device=settings.device,
-        seed=settings.seed,
-    )
-    run.report(f"model {subject.source}:{subject.name}, weights {subject.weights}")
-    total = len(images) if isinstance(images, ImageSet) else None
-    with run.watch(label, total) as progress:
-        findings = measure(subject, images, settings, progress=progress, report=run.report, outputs=listener)
-    answers = listener.answers(findings.images["names"].tolist())
-    cost = measure_cost(subject.model, subject.preprocess.size, min(COST_BATCH, settings.batch_size))
-    return _with_answers(findings.with_run(cost=cost.facts()), answers, images), answers
-
-
-def _with_answers(findings: Findings, answers: Answers, images: ImageSet | Iterable[Any]) -> Findings:
-    """The findings with top answers, labels and accuracy, as far as there are any."""
-    top1, names = answers.top1(), list(answers.names)
-    table: dict[str, Any] = {} if top1 is None else {TOP1: top1}
-    accuracy, why = None, answers.reason
-    if top1 is not None:
-        labels, kinds = _labels(images)
-        label, why = labels_for(names, labels, kinds, answers.classes)
-        if label is not None:
-            table[LABELS] = label
-            accuracy = float(np.mean(top1 == label))
-    return replace(
-        findings,
-        images={**findings.images, **table},
-        summary={**findings.summary, "accuracy": accuracy},
-        run={**findings.run, "outputs": {"classes": answers.classes, "accuracy": accuracy, "reason": why}},
-    )
-
-
-def _labels(images: ImageSet | Iterable[Any]) -> tuple[dict[str, int] | None, int]:
-    """The class of every image by name and the number of classes, where the data tell."""
-    if not isinstance(images, ImageSet) or images.labels is None:
-        return None, 0
-    kinds = len(images.class_names) or max(images.labels) + 1
-    return dict(zip(images.names, images.labels, strict=True)), kinds
-
-
-def _agreement(
-    pair: Pair, answers: tuple[Answers | None, Answers | None], first: Findings, second: Findings
-) -> OutputAgreement:
-    """Agreement of the top answers, with the KL divergence where both models' logits are at hand."""
-    one, other = answers
-    if one is None or other is None or one.logits is None or other.logits is None:
-        return pair.agreement
-    if one.classes != other.classes or one.names != other.names:
-        return pair.agreement
-    return replace(pair.agreement, kl=mean_kl(one.logits, other.logits), reason="")
+    result = replace(result, details={**result.details, "first": first.label, "second": current.label})
+    return replace(current, findings=replace(current.findings, metrics={**current.findings.metrics, NAME: result}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,25 +114,33 @@ class PassResult:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class PassOptions:
+    """What a pass does besides adding up: it keeps the pictures of the images named in `gallery`, reports `progress` after
+    each batch, hands the model's outputs to `outputs`, and ends early where `stopper` says so.
+    """
+
+    gallery: frozenset[str] = frozenset()
+    progress: Progress | None = None
+    outputs: Outputs | None = None
+    stopper: Stopper | None = None
+
+
 def one_pass(
     model: nn.Module,
     plan: Plan,
     metrics: Mapping[str, Metric],
-    stream: Iterator[Batch],
+    batches: Iterable[Batch],
     device: torch.device,
-    *,
-    amp: str | None = None,
-    wanted: frozenset[str] = frozenset(),
-    progress: Progress | None = None,
-    outputs: Outputs | None = None,
-    stopper: Stopper | None = None,
+    amp: str | None,
+    options: PassOptions,
 ) -> PassResult:
-    """Every image once through the model and into the folds (or as many as `stopper` needs); then all processes' together."""
+    """Every image once through the model and into the accumulators; then the sums of all processes together."""
     run = PassResult(folds=folds_for(metrics, device))
     start, done, skipped = time.perf_counter(), 0, 0
     dtype = next(model.parameters()).dtype
     with torch.no_grad():
-        for batch in stream:
+        for batch in batches:
             latest = PassResult(folds=run.folds)
             step = micro_batch(plan, device, len(batch.names))
             for first in range(0, len(batch.names), step):
@@ -140,9 +148,9 @@ def one_pass(
                 images = batch.pixels[part].to(device, dtype, non_blocking=True)
                 with record(model, plan) as ears, autocast(device, amp):
                     answer = model(images)
-                if outputs is not None:
-                    outputs(batch.names[part], answer)
-                absorb(latest, ears.take(), batch.names[part], batch.pixels[part], TILE_BYTES[device.type], wanted)
+                if options.outputs is not None:
+                    options.outputs(batch.names[part], answer)
+                absorb(latest, ears.take(), batch.names[part], batch.pixels[part], TILE_BYTES[device.type], options.gallery)
             latest.names = list(batch.names)
             _append(run, latest)
             run.indices += list(batch.indices)
@@ -150,12 +158,12 @@ def one_pass(
             if batch.labels is not None:
                 run.labels |= dict(zip(batch.names, batch.labels.tolist(), strict=True))
             done, skipped = done + len(batch.names), skipped + len(batch.skipped)
-            if progress is not None:
-                progress(done, skipped)
-            if stopper is not None and stopper.enough(image_table(metrics, latest)):
+            if options.progress is not None:
+                options.progress(done, skipped)
+            if options.stopper is not None and options.stopper.enough(image_table(metrics, latest)):
                 break
-        if stopper is not None:
-            stopper.drain()
+        if options.stopper is not None:
+            options.stopper.drain()
     run.seconds = time.perf_counter() - start
     return _joined(run)
 
@@ -225,7 +233,7 @@ def _joined(run: PassResult) -> PassResult:
     )
 
 
-def reading_of(metric: Metric, run: PassResult) -> MetricResult:
+def result_of(metric: Metric, run: PassResult) -> MetricResult:
     """The metric's numbers off the run's sums, or why it has none."""
     reason = metric.inapplicable()
     if reason:

@@ -1,4 +1,4 @@
-"""What models answer: kept beside the image names while a run is made, then scored and compared."""
+"""What models return: logits kept beside the image names while a run is made, then scored and compared."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import Tensor, float32
+from torch import Tensor
 
+from collapse_probe.data.images import ImageSet
 from collapse_probe.distributed import gathered
 
 Logits = NDArray[np.float32]
-AT_ONCE = 4096  # images
+CHUNK = 4096  # images whose divergences are taken at a time
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Logits [images, classes], float32, in the order of `names`; None with a `reason` for a model that
-    gives none.
-    """
+class ModelOutputs:
+    """Logits [images, classes], float32, in the order of `names`; None with a `reason` for a model that gives none."""
 
     names: tuple[str, ...]
     logits: Logits | None
@@ -47,53 +47,71 @@ class OutputCollector:
     def __call__(self, names: Sequence[str], output: Any) -> None:
         """Take the output of one forward pass: logits [B, classes]."""
         self.names += names
-        fits = isinstance(output, Tensor) and output.ndim == 2 and len(output) == len(names)
-        if not fits or output.shape[1] < 2:
-            came = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            self.reason = f"the model's output is no vector of logits (it is {came})"
+        logits = logits_in(output, len(names))
+        if isinstance(logits, str):
+            self.reason = f"the model's output is no vector of logits (it is {logits})"
         elif not self.reason:
-            self.parts.append(output.detach().to("cpu", float32).numpy())
+            self.parts.append(logits.detach().to("cpu", torch.float32).numpy())
 
-    def answers(self, order: Sequence[str]) -> Answers:
-        """What all processes heard, with the images in the order of the names given."""
+    def outputs(self, order: Sequence[str]) -> ModelOutputs:
+        """What the model returned in all processes, with the images in the order of the names given."""
         parts = gathered((self.names, self.parts, self.reason))
         names = [name for part in parts for name in part[0]]
         reason = next((part[2] for part in parts if part[2]), "")
         if reason or not names:
-            return Answers(tuple(order), None, reason or "no image was answered")
+            return ModelOutputs(tuple(order), None, reason or "the model was run on no image")
         logits = np.concatenate([chunk for part in parts for chunk in part[1]])
         if names == list(order):
-            return Answers(tuple(order), logits)
+            return ModelOutputs(tuple(order), logits)
         place = np.argsort(np.argsort(np.array(order), kind="stable"), kind="stable")
-        return Answers(tuple(order), logits[np.argsort(np.array(names), kind="stable")[place]])
+        return ModelOutputs(tuple(order), logits[np.argsort(np.array(names), kind="stable")[place]])
 
 
-def labels_for(names: Sequence[str], labels: Mapping[str, int] | None, kinds: int, classes: int) -> tuple[Any, str]:
+def logits_in(output: Any, images: int) -> Tensor | str:
+    """The logits [images, classes] that a model returned, or in words what it returned instead."""
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        return type(output).__name__
+    fits = logits.ndim == 2 and len(logits) == images and logits.shape[1] > 1
+    return logits if fits else str(list(logits.shape))
+
+
+def labels_for(
+    names: Sequence[str], images: object, classes: int, given: Mapping[str, int] | None = None
+) -> tuple[NDArray[np.int64] | None, str]:
     """The label of every image [images], or None and why accuracy cannot be told.
 
-    `kinds` is the number of classes in the data, `classes` that of the output: labels are positions among
-    the data's own classes, so the two must be the same classes.
+    The labels of an ImageSet are positions among its own classes, so these must be as many as the `classes` of the output.
+    Those that a caller's own batches brought along are `given`, and must be among the output's classes.
     """
-    if labels is None:
+    labels = given or {}
+    if isinstance(images, ImageSet) and images.labels is not None:
+        count = len(images.class_names) or max(images.labels) + 1
+        if count != classes:
+            return None, f"the data have {count} classes, the output {classes}"
+        labels = dict(zip(images.names, images.labels, strict=True))
+    if not labels or any(name not in labels for name in names):
         return None, "the data have no labels"
-    if kinds != classes:
-        return None, f"the data have {kinds} classes, the output {classes}"
-    return np.array([labels[name] for name in names], dtype=np.int64), ""
+    found = np.array([labels[name] for name in names], dtype=np.int64)
+    if found.max() >= classes or found.min() < 0:
+        return None, f"the labels run to {found.max()}, the output has {classes} classes"
+    return found, ""
+
+
+def kl_divergence(first: Tensor, second: Tensor) -> NDArray[np.float64]:
+    """KL(softmax(first) ‖ softmax(second)) of every image, logits [B, classes] twice -> [B] in nats, in float64.
+
+    >>> kl_divergence(torch.zeros(2, 2), torch.zeros(2, 2))
+    array([0., 0.])
+    """
+    p, q = first.double().log_softmax(1), second.double().log_softmax(1)
+    return np.asarray((p.exp() * (p - q)).sum(1).clamp_min(0.0).numpy())
 
 
 def mean_kl(first: Logits, second: Logits) -> float:
-    """Mean over images of KL(softmax(first) ‖ softmax(second)), [images, classes] twice -> nats.
-
-    >>> mean_kl(np.zeros((2, 2), np.float32), np.zeros((2, 2), np.float32))
-    0.0
-    """
-    total = 0.0
-    for start in range(0, len(first), AT_ONCE):
-        p, q = (_log_softmax(side[start : start + AT_ONCE].astype(np.float64)) for side in (first, second))
-        total += float((np.exp(p) * (p - q)).sum())
-    return total / len(first)
-
-
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = logits - logits.max(1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
+    """The mean of `kl_divergence` over images."""
+    each = [
+        kl_divergence(torch.from_numpy(first[at : at + CHUNK]), torch.from_numpy(second[at : at + CHUNK]))
+        for at in range(0, len(first), CHUNK)
+    ]
+    return float(np.concatenate(each).mean())

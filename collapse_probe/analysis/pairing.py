@@ -26,19 +26,153 @@ from collapse_probe.results.rules import KAPPA_ABOVE
 from collapse_probe.statistics.intervals import Array, Parts, count_difference_bounds, kappa_parts, mean_parts
 from collapse_probe.statistics.paired import NO_INTERVAL, Paired, Sides, compare_sides
 
+Both = tuple[Findings, Findings]
+Labels = tuple[str, str]
+
+
+def pair_up(first: Findings, second: Findings, labels: Labels, seed: int = 0) -> Pair:
+    """Everything that can be paired between two findings; see `Pair`. Raises DataError for other images."""
+    both = with_probs(first), with_probs(aligned(first, second, labels))
+    mixed = any(findings.model.get("mixes_maps", True) for findings in both)
+    names = dict.fromkeys([*both[0].metrics, *both[1].metrics])
+    names = [name for name in names if mixed or not name.endswith(PROBS)]  # elsewhere they say the same again
+    reasons = {name: _why_not(name, both, labels) for name in names}
+    comparable = [name for name, reason in reasons.items() if not reason]
+    differences: dict[str, Difference] = {}
+    for name in comparable:
+        if name in both[0].images:
+            differences |= _over_images(name, both, seed)
+    right = [_correct_answers(findings) for findings in both]
+    if right[0] is not None and right[1] is not None:
+        differences[ACCURACY] = _difference("all", (0,), Sides(right[0], right[1]), seed)
+    for name in comparable:
+        if both[0].metrics[name].description.level == "weights":
+            differences |= {f"{name}{part}": each for part, each in _over_weights(*(f.metrics[name] for f in both))}
+    return Pair(
+        first=labels[0],
+        second=labels[1],
+        images=len(both[0].images.get("names", ())),
+        differences=differences,
+        counts=tuple(count_differences(*both, comparable)),
+        not_comparable={name: reason for name, reason in reasons.items() if reason},
+        agreement=top1_agreement(*both),
+    )
+
+
+def aligned(first: Findings, second: Findings, labels: Labels) -> Findings:
+    """The second findings with their images in the order of the first; DataError naming the first image that only one has."""
+    names = [list(map(str, f.images.get("names", ()))) for f in (first, second)]
+    if names[0] == names[1] and (names[0] or first.data.get("names_sha256") == second.data.get("names_sha256")):
+        return second
+    if names[0] == names[1] or sorted(names[0]) != sorted(names[1]):
+        facts = [
+            f"{label} has {f.data.get('images')} images of {f.data.get('address')} "
+            f"(names_sha256 {str(f.data.get('names_sha256'))[:12]})"
+            for label, f in zip(labels, (first, second), strict=True)
+        ]
+        what = _first_difference(names[0], names[1], labels) if names[0] != names[1] else "neither folder holds the names"
+        raise DataError(f"the images are not the same: {what}; {'; '.join(facts)}; analyse both on the same images")
+    back = np.argsort(np.argsort(names[0], kind="stable"), kind="stable")
+    order = np.argsort(names[1], kind="stable")[back]
+    return replace(second, images={key: values[order] for key, values in second.images.items()})
+
+
+def _first_difference(first: list[str], second: list[str], labels: Labels) -> str:
+    for mine, others, label in ((first, set(second), labels[0]), (second, set(first), labels[1])):
+        for name in mine:
+            if name not in others:
+                return f"{name!r} is only in {label}"
+    twice = next(name for name in first if first.count(name) != second.count(name))
+    return f"{twice!r} is {first.count(twice)} times in {labels[0]}, {second.count(twice)} times in {labels[1]}"
+
+
+def with_probs(findings: Findings) -> Findings:
+    """Findings in which the @probs metrics are there also where they are the plain ones.
+
+    A model that does not change its maps after the softmax is measured once: what multiplies V is the
+    softmax.
+    """
+    if findings.model.get("mixes_maps", True):
+        return findings
+    metrics, images = dict(findings.metrics), dict(findings.images)
+    for name, reading in findings.metrics.items():
+        if reading.point == "weights":
+            metrics.setdefault(name + PROBS, reading)
+            same = {key: values for key, values in images.items() if key in (name, name + NULL)}
+            images |= {key.replace(name, name + PROBS): values for key, values in same.items()}
+    return replace(findings, metrics=metrics, images=images)
+
+
+def _why_not(name: str, both: Both, labels: Labels) -> str:
+    """Why a metric of two findings cannot be paired; empty where it can."""
+    for findings, label in zip(both, labels, strict=True):
+        result = findings.metrics.get(name)
+        if result is None:
+            return f"not measured in {label}"
+        if result.values is None:
+            return f"not applicable in {label}: {result.not_applicable}"
+    one, other = (findings.metrics[name] for findings in both)
+    if one.description.level == "weights":
+        shapes, sizes = [_shape_of_weights(result) for result in (one, other)], [_dims(result) for result in (one, other)]
+    elif name not in both[0].images and name not in both[1].images:
+        return "" if one.dims == ("threshold",) else "it has no value of a single image, so nothing to pair"
+    else:
+        shapes = [(f.metrics[name].dims, f.images[name].shape[1:] if name in f.images else None) for f in both]
+        sizes = [_places(findings, name) for findings in both]
+    if shapes[0] == shapes[1]:
+        return ""
+    return "other shapes: " + ", ".join(f"{label} has {size}" for label, size in zip(labels, sizes, strict=True))
+
+
+def _places(findings: Findings, name: str) -> str:
+    result = findings.metrics[name]
+    if name not in findings.images:
+        return "no per-image values"
+    return f"{findings.images[name].shape[1]} {'pairs' if _first_place(result) else result.dims[0] + 's'}"
+
+
+def _first_place(result: MetricResult) -> int:
+    """1 for a block × block metric, whose per-image values are those of each block with the one before; else 0."""
+    return int(len(result.dims) == 2 and result.dims[0] == result.dims[1])
+
+
+def _over_images(name: str, both: Both, seed: int) -> dict[str, Difference]:
+    """The difference of one metric over images, and as NAME/kappa that of its null-corrected values."""
+    result = both[0].metrics[name]
+    one, other = (np.asarray(findings.images[name], dtype=np.float64) for findings in both)
+    start = _first_place(result)
+    axis, places = result.dims[0], tuple(range(start, start + one.shape[1]))
+    differences = {name: _difference(axis, places, Sides(one, other), seed)}
+    nulls = [np.asarray(f.images[name + NULL], dtype=np.float64) for f in both if name + NULL in f.images]
+    if len(nulls) == 2:
+        differences[name + KAPPA] = _difference(axis, places, Sides(one, other, (nulls[0], nulls[1])), seed)
+    return differences
+
+
+def _difference(axis: str, places: tuple[int, ...], sides: Sides, seed: int) -> Difference:
+    whole = compare_sides(replace(sides, pooled=True), seed=seed)
+    return Difference(axis, places, compare_sides(sides, seed=seed), whole)
+
+
+def _correct_answers(findings: Findings) -> Array | None:
+    """Whether each image's top answer is its label, [images, 1] of 0 and 1; None where there is no answer or no label."""
+    top1, label = findings.images.get(TOP1), findings.images.get(LABELS)
+    if top1 is None or label is None:
+        return None
+    return np.asarray(top1 == label, dtype=np.float64)[:, None]
+
 
 def count_differences(first: Findings, second: Findings, names: Iterable[str]) -> list[CountDifference]:
     """The counts among the metrics `names` of two findings on the same images in the same order.
 
     Undefined ends where the findings hold no values of single images, or one image only.
     """
-    found: list[CountDifference] = []
+    counts: list[CountDifference] = []
     for name in names:
         base, *variant = name.split("@")
         if base == "similar-blocks":
-            source = "@".join(["attention-similarity", *variant])
-            found += _counts_of_metric(name, source, first, second)
-    return found
+            counts += _counts_of_metric(name, "@".join(["attention-similarity", *variant]), first, second)
+    return counts
 
 
 def _counts_of_metric(name: str, source: str, first: Findings, second: Findings) -> Iterable[CountDifference]:
@@ -65,154 +199,6 @@ def _ends(sides: Sequence[Parts], above: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def aligned(first: Findings, second: Findings, labels: tuple[str, str]) -> tuple[Findings, Findings]:
-    """Both findings with their images in the order of the first; DataError naming the first image that
-    only one has.
-    """
-    names = [list(map(str, f.images.get("names", ()))) for f in (first, second)]
-    if names[0] == names[1]:
-        if not names[0] and first.data.get("names_sha256") != second.data.get("names_sha256"):
-            raise _mismatch(first, second, labels, "neither folder holds the names")
-        return first, second
-    if sorted(names[0]) != sorted(names[1]):
-        raise _mismatch(first, second, labels, _first_difference(names[0], names[1], labels))
-    back = np.argsort(np.argsort(names[0], kind="stable"), kind="stable")
-    order = np.argsort(names[1], kind="stable")[back]
-    return first, replace(second, images={key: values[order] for key, values in second.images.items()})
-
-
-def with_probs(findings: Findings) -> Findings:
-    """Findings in which the @probs metrics are there also where they are the plain ones.
-
-    A model that does not change its maps after the softmax is measured once: what multiplies V is the
-    softmax.
-    """
-    if findings.model.get("mixes_maps", True):
-        return findings
-    metrics, images = dict(findings.metrics), dict(findings.images)
-    for name, reading in findings.metrics.items():
-        if reading.point == "weights":
-            metrics.setdefault(name + PROBS, reading)
-            same = {key: values for key, values in images.items() if key in (name, name + NULL)}
-            images |= {key.replace(name, name + PROBS): values for key, values in same.items()}
-    return replace(findings, metrics=metrics, images=images)
-
-
-def _first_difference(first: list[str], second: list[str], labels: tuple[str, str]) -> str:
-    held = set(second)
-    for name in first:
-        if name not in held:
-            return f"{name!r} is only in {labels[0]}"
-    held = set(first)
-    for name in second:
-        if name not in held:
-            return f"{name!r} is only in {labels[1]}"
-    twice = next(name for name in first if first.count(name) != second.count(name))
-    return f"{twice!r} is {first.count(twice)} times in {labels[0]}, {second.count(twice)} times in {labels[1]}"
-
-
-def _mismatch(first: Findings, second: Findings, labels: tuple[str, str], what: str) -> DataError:
-    facts = [
-        f"{label} has {f.data.get('images')} images of {f.data.get('address')} "
-        f"(names_sha256 {str(f.data.get('names_sha256'))[:12]})"
-        for label, f in zip(labels, (first, second), strict=True)
-    ]
-    return DataError(f"the images are not the same: {what}; {'; '.join(facts)}; analyse both on the same images")
-
-
-def pair_up(first: Findings, second: Findings, labels: tuple[str, str], seed: int = 0) -> Pair:
-    """Everything that can be paired between two findings; see `Pair`. Raises DataError for other images."""
-    first, second = (with_probs(findings) for findings in aligned(first, second, labels))
-    differences: dict[str, Difference] = {}
-    refused: dict[str, str] = {}
-    names = _names(first, second)
-    for name in names:
-        reason = _why_not(name, first, second, labels)
-        if reason:
-            refused[name] = reason
-        elif name in first.images:
-            differences |= _of_metric(name, first, second, seed)
-    right = [_right(findings) for findings in (first, second)]
-    if right[0] is not None and right[1] is not None:
-        differences[ACCURACY] = _difference("all", (0,), Sides(right[0], right[1]), seed)
-    return Pair(
-        first=labels[0],
-        second=labels[1],
-        images=len(first.images.get("names", ())),
-        differences=differences,
-        counts=tuple(count_differences(first, second, [n for n in names if n not in refused])),
-        not_comparable=refused,
-        agreement=top1_agreement(first, second),
-    )
-
-
-def _names(first: Findings, second: Findings) -> list[str]:
-    """The metrics of either; those @probs only where a map is mixed, for elsewhere they say the same
-    again.
-    """
-    mixed = any(findings.model.get("mixes_maps", True) for findings in (first, second))
-    return [n for n in dict.fromkeys([*first.metrics, *second.metrics]) if mixed or not n.endswith(PROBS)]
-
-
-def _why_not(name: str, first: Findings, second: Findings, labels: tuple[str, str]) -> str:
-    for findings, label in zip((first, second), labels, strict=True):
-        reading = findings.metrics.get(name)
-        if reading is None:
-            return f"not measured in {label}"
-        if reading.values is None:
-            return f"not applicable in {label}: {reading.not_applicable}"
-    one, other = first.metrics[name], second.metrics[name]
-    if name not in first.images and name not in second.images:
-        return "" if one.dims == ("threshold",) else "it has no value of a single image, so nothing to pair"
-    shapes = [f.images[name].shape[1:] if name in f.images else None for f in (first, second)]
-    if one.dims != other.dims or shapes[0] != shapes[1]:
-        sizes = [f"{label} has {_size(f, name)}" for f, label in zip((first, second), labels, strict=True)]
-        return f"other shapes: {', '.join(sizes)}"
-    return ""
-
-
-def _size(findings: Findings, name: str) -> str:
-    reading = findings.metrics[name]
-    if name not in findings.images:
-        return "no per-image values"
-    return f"{findings.images[name].shape[1]} {'pairs' if _first_place(reading) else reading.dims[0] + 's'}"
-
-
-def _first_place(reading: MetricResult) -> int:
-    """1 for a block × block metric, whose per-image values are those of each block with the one before;
-    else 0.
-    """
-    return int(len(reading.dims) == 2 and reading.dims[0] == reading.dims[1])
-
-
-def _of_metric(name: str, first: Findings, second: Findings, seed: int) -> dict[str, Difference]:
-    reading = first.metrics[name]
-    one, other = (np.asarray(f.images[name], dtype=np.float64) for f in (first, second))
-    start = _first_place(reading)
-    axis, places = reading.dims[0], tuple(range(start, start + one.shape[1]))
-    found = {name: _difference(axis, places, Sides(one, other), seed)}
-    nulls = [f.images.get(name + NULL) for f in (first, second)]
-    if nulls[0] is not None and nulls[1] is not None:
-        sides = Sides(one, other, (np.asarray(nulls[0], dtype=np.float64), np.asarray(nulls[1], dtype=np.float64)))
-        found[name + KAPPA] = _difference(axis, places, sides, seed)
-    return found
-
-
-def _difference(axis: str, places: tuple[int, ...], sides: Sides, seed: int) -> Difference:
-    whole = compare_sides(replace(sides, pooled=True), seed=seed)
-    return Difference(axis, places, compare_sides(sides, seed=seed), whole)
-
-
-def _right(findings: Findings) -> Array | None:
-    """Whether each image's top answer is its label, [images, 1] of 0 and 1; None where there is no answer
-    or no label.
-    """
-    top1, label = findings.images.get(TOP1), findings.images.get(LABELS)
-    if top1 is None or label is None:
-        return None
-    return np.asarray(top1 == label, dtype=np.float64)[:, None]
-
-
 def top1_agreement(first: Findings, second: Findings) -> OutputAgreement:
     """How often the top answers agree, from what the findings hold (two that are `aligned`)."""
     one, other = (f.images.get(TOP1) for f in (first, second))
@@ -224,40 +210,26 @@ def top1_agreement(first: Findings, second: Findings) -> OutputAgreement:
     return OutputAgreement(float(np.mean(one == other)), None, len(one), "the logits were not kept")
 
 
-def with_weights(pair: Pair, first: Findings, second: Findings) -> Pair:
-    """The pair with the differences of every weight metric that both findings hold: NAME/MATRIX, or NAME between blocks."""
-    found: dict[str, Difference] = {}
-    refused = dict(pair.not_comparable)
-    for name, one in first.metrics.items():
-        other = second.metrics.get(name)
-        if other is None or one.values is None or other.values is None or one.description.level != "weights":
-            continue
-        if _shape(one) != _shape(other):
-            shapes = ", ".join(f"{label} has {_words(r)}" for label, r in ((pair.first, one), (pair.second, other)))
-            refused[name] = f"other shapes: {shapes}"
-            continue
-        refused.pop(name, None)
-        found |= {f"{name}{part}": difference for part, difference in _differences(one, one.values, other.values)}
-    return replace(pair, differences={**pair.differences, **found}, not_comparable=refused)
-
-
-def _shape(reading: MetricResult) -> tuple[object, ...]:
-    assert reading.values is not None
-    return reading.dims, reading.values.shape, tuple(reading.details.get("matrices", ())) if "matrix" in reading.dims else ()
-
-
-def _words(reading: MetricResult) -> str:
-    assert reading.values is not None
-    return " × ".join(f"{size} {dim}" for size, dim in zip(reading.values.shape, reading.dims, strict=True))
-
-
-def _differences(reading: MetricResult, first: Array, second: Array) -> Iterator[tuple[str, Difference]]:
-    if "matrix" not in reading.dims:
+def _over_weights(one: MetricResult, other: MetricResult) -> Iterator[tuple[str, Difference]]:
+    """The differences of a metric of the weights, one for each matrix (/MATRIX) or between neighbouring blocks."""
+    first, second = one.values, other.values
+    assert first is not None
+    assert second is not None
+    if "matrix" not in one.dims:
         yield "", _weight_difference(adjacent(first), adjacent(second), 1)
         return
-    for at, matrix in enumerate(reading.details.get("matrices", range(first.shape[1]))):
+    for at, matrix in enumerate(one.details.get("matrices", range(first.shape[1]))):
         if np.isfinite(first[:, at]).any() or np.isfinite(second[:, at]).any():
             yield f"/{matrix}", _weight_difference(first[:, at], second[:, at], 0)
+
+
+def _shape_of_weights(result: MetricResult) -> tuple[object, ...]:
+    matrices = tuple(result.details.get("matrices", ())) if "matrix" in result.dims else ()
+    return result.dims, np.shape(result.values), matrices
+
+
+def _dims(result: MetricResult) -> str:
+    return " × ".join(f"{size} {dim}" for size, dim in zip(np.shape(result.values), result.dims, strict=True))
 
 
 def _weight_difference(first: Array, second: Array, start: int) -> Difference:

@@ -1,12 +1,12 @@
-"""Who is compared: what each word or object stands for, in order, under a short label of its own."""
+"""What is compared: the model or the findings behind each word or object, in order, under a short label of its own."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -22,13 +22,16 @@ MOST_LABEL = 40
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How models are made of addresses and checkpoints: what `remedied.resolved` takes.
+    """How models are made of addresses and checkpoints, see `resolved`.
 
     `model` is the architecture of all checkpoints; `fixes` go into every model after the first subject.
     """
 
     model: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    partial: bool = False
+    pretrained: bool | None = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    img_size: int | None = None
     fixes: tuple[str, ...] = ()
     fix_blocks: tuple[int, ...] | None = None
     seed: int = 0
@@ -36,117 +39,114 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class SubjectSpec:
-    """One subject, made of what was `given`; `make(fixed)` makes it, with the recipe's fixes where `fixed`."""
+    """One subject that is not opened yet: `candidate` is an object, an address, or the path of findings or of a checkpoint.
+
+    `fixed` where the fixes of the options go into it.
+    """
 
     label: str
-    given: Candidate
-    is_model: bool
-    make: Callable[[bool], Subject | Findings]
+    candidate: Candidate
+    kind: Literal["findings", "checkpoint", "model"]
     fixed: bool = False
+    options: ModelOptions = field(default_factory=ModelOptions)
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it is a model, to be measured."""
+        return self.kind != "findings"
 
     def open(self) -> Subject | Findings:
         """Its findings, or the model that is to be measured."""
-        return self.make(self.fixed)
+        options, candidate = self.options, self.candidate
+        fixes, blocks = (options.fixes, options.fix_blocks) if self.fixed else ((), None)
+        if isinstance(candidate, Findings):
+            return candidate
+        if isinstance(candidate, Subject):
+            return with_fixes(candidate, fixes, blocks, options.seed)
+        if self.kind == "findings":
+            return Findings.load(Path(str(candidate)))
+        address, kwargs, checkpoint, pretrained = candidate, dict(options.model_kwargs), None, options.pretrained
+        if self.kind == "checkpoint":
+            address, checkpoint, pretrained = options.model, Path(str(candidate)), False
+            if address is None and is_model_file(checkpoint):
+                address, checkpoint, pretrained = f"ours:{checkpoint}", None, True
+            elif address is None:
+                address, own = deepvit_of(checkpoint)
+                kwargs = {**own, **kwargs}
+        return resolved(
+            address if isinstance(address, nn.Module) else str(address),
+            fixes,
+            blocks,
+            seed=options.seed,
+            checkpoint=checkpoint,
+            pretrained=pretrained,
+            partial=options.partial,
+            model_kwargs=kwargs,
+            img_size=options.img_size,
+        )
 
 
-@dataclass(frozen=True)
-class Subjects:
-    """The subjects in order; `trajectory` where they are the checkpoints or the findings of one folder."""
+def open_subjects(
+    subjects: Mapping[str, Candidate] | Sequence[Candidate], options: ModelOptions
+) -> tuple[list[SubjectSpec], bool]:
+    """The subjects behind names, paths and objects, and whether they are a trajectory: the checkpoints or findings of one
+    folder. Nothing is loaded yet.
 
-    entries: tuple[SubjectSpec, ...]
-    trajectory: bool
-
-
-def open_subjects(subjects: Mapping[str, Candidate] | Sequence[Candidate], recipe: ModelOptions) -> Subjects:
-    """The subjects behind names, paths and objects; nothing is loaded yet.
-
-    A string is a path where one is there, else a model address. A folder with findings.json is findings, a
-    folder of checkpoint files all of them in natural order (epoch 2 before epoch 10), one of findings folders
-    (as a Monitor writes) likewise, a file a checkpoint.
-    One model alone with fixes is compared with itself without them. Raises SettingError for fewer than two
-    subjects, CheckpointError and OutputError for paths that hold neither.
+    A string is a path where one is there, else a model address. A folder with findings.json is findings, a folder of
+    checkpoint files all of them in natural order (epoch 2 before epoch 10), one of findings folders (as a Monitor writes)
+    likewise, a file a checkpoint. One model alone with fixes is compared with itself without them. Raises SettingError for
+    fewer than two subjects, CheckpointError and OutputError for paths that hold neither.
     """
-    check_blocks(recipe.fixes, recipe.fix_blocks)
-    named = subjects.items() if isinstance(subjects, Mapping) else [(None, subject) for subject in subjects]
-    given = list(named)
-    alone = len(given) == 1
-    if alone and recipe.fixes and not _is_folder(given[0][1]):
-        given = given * 2
-    found = [entry for label, subject in given for entry in _expand(label, subject, recipe)]
-    if len(found) < 2:
+    check_blocks(options.fixes, options.fix_blocks)
+    named = list(subjects.items()) if isinstance(subjects, Mapping) else [(None, subject) for subject in subjects]
+    alone = len(named) == 1
+    trajectory = alone and _is_folder(named[0][1])
+    if alone and options.fixes and not trajectory:
+        named *= 2
+    specs = [spec for label, candidate in named for spec in _expand(label, candidate)]
+    if len(specs) < 2:
         raise SettingError(
-            f"compare takes two or more subjects, came {len(found)}: models, checkpoints, findings folders, "
+            f"compare takes two or more subjects, came {len(specs)}: models, checkpoints, findings folders, "
             "or one folder of two or more checkpoints or findings folders"
         )
-    fixed = [replace(entry, fixed=at > 0 and entry.is_model) for at, entry in enumerate(found)]
-    told = alone or not isinstance(subjects, Mapping)
-    suffix = "".join(f"+{fix.partition(':')[0]}" for fix in recipe.fixes) if told else ""
-    labels = unique([entry.label + suffix * entry.fixed for entry in fixed])
-    entries = tuple(replace(entry, label=label) for entry, label in zip(fixed, labels, strict=True))
-    return Subjects(entries, trajectory=alone and _is_folder(given[0][1]))
+    specs = [replace(spec, fixed=at > 0 and spec.is_model, options=options) for at, spec in enumerate(specs)]
+    own_labels = isinstance(subjects, Mapping) and not alone
+    suffix = "" if own_labels else "".join(f"+{fix.partition(':')[0]}" for fix in options.fixes)
+    labels = unique([spec.label + suffix * spec.fixed for spec in specs])
+    return [replace(spec, label=label) for spec, label in zip(specs, labels, strict=True)], trajectory
 
 
 def _is_folder(subject: Candidate) -> bool:
     return isinstance(subject, (str, Path)) and Path(subject).is_dir() and not (Path(subject) / "findings.json").exists()
 
 
-def _expand(label: str | None, given: Candidate, recipe: ModelOptions) -> list[SubjectSpec]:
-    """The entries behind one word or object: one, or one for each checkpoint of a folder."""
-    if isinstance(given, Findings):
-        return [SubjectSpec(label or str(given.model.get("name")), given, False, lambda fixed: given)]
-    if isinstance(given, Subject):
-        return [SubjectSpec(label or given.name, given, True, lambda fixed: _remedied(given, recipe, fixed))]
-    if isinstance(given, nn.Module):
-        return [SubjectSpec(label or type(given).__name__, given, True, lambda fixed: _of_address(given, recipe, fixed))]
-    path = Path(given).expanduser()
+def _expand(label: str | None, candidate: Candidate) -> list[SubjectSpec]:
+    """The specs behind one word or object: one, or one for each checkpoint or findings folder in a folder."""
+    if isinstance(candidate, Findings):
+        return [SubjectSpec(label or str(candidate.model.get("name")), candidate, "findings")]
+    if isinstance(candidate, (Subject, nn.Module)):
+        name = candidate.name if isinstance(candidate, Subject) else type(candidate).__name__
+        return [SubjectSpec(label or name, candidate, "model")]
+    path = Path(candidate).expanduser()
     if (path / "findings.json").exists():
-        return [SubjectSpec(label or path.resolve().name, given, False, lambda fixed: Findings.load(path))]
+        return [SubjectSpec(label or path.resolve().name, path, "findings")]
     if path.is_dir():
-        if found := findings_in(path):
-            named = [f"{label}/{folder.name}" if label else folder.name for folder in found]
-            return [SubjectSpec(n, given, False, _stored(folder)) for n, folder in zip(named, found, strict=True)]
-        files = checkpoints_in(path)
-        names = [f"{label}/{stem(file)}" if label else stem(file) for file in files]
-        return [SubjectSpec(name, given, True, _checkpoint(file, recipe)) for name, file in zip(names, files, strict=True)]
+        inside = sorted(path.iterdir(), key=lambda each: natural(each.name))
+        files = [f for f in inside if f.is_file() and f.suffix.lower() in checkpoints.SUFFIXES]
+        if files:
+            return [SubjectSpec(f"{label}/{stem(file)}" if label else stem(file), file, "checkpoint") for file in files]
+        folders = [f for f in inside if not f.name.startswith(".") and (f / "findings.json").is_file()]
+        if not folders:
+            kinds = ", ".join(checkpoints.SUFFIXES)
+            raise CheckpointError(f"the folder {path} holds neither findings.json nor a checkpoint ({kinds})")
+        return [SubjectSpec(f"{label}/{folder.name}" if label else folder.name, folder, "findings") for folder in folders]
     if path.is_file() or path.suffix.lower() in checkpoints.SUFFIXES:
         if not path.is_file():
             raise CheckpointError(f"there is no checkpoint {path}; give an existing file or folder")
-        return [SubjectSpec(label or stem(path), given, True, _checkpoint(path, recipe))]
-    address = str(given)
-    return [SubjectSpec(label or _short(address), given, True, lambda fixed: _of_address(address, recipe, fixed))]
-
-
-def _checkpoint(path: Path, recipe: ModelOptions) -> Callable[[bool], Subject | Findings]:
-    return lambda fixed: _of_checkpoint(path, recipe, fixed)
-
-
-def _stored(folder: Path) -> Callable[[bool], Subject | Findings]:
-    return lambda fixed: Findings.load(folder)
-
-
-def _of_address(address: str | nn.Module, recipe: ModelOptions, fixed: bool) -> Subject:
-    return _resolved(address, recipe, fixed, dict(recipe.options))
-
-
-def _of_checkpoint(path: Path, recipe: ModelOptions, fixed: bool) -> Subject:
-    """The model that a checkpoint's weights belong to: the one named, or the DeepViT that its keys tell."""
-    options = dict(recipe.options)
-    address = recipe.model
-    if address is None and is_model_file(path):
-        return _resolved(f"ours:{path}", recipe, fixed, {**options, "pretrained": True})
-    if address is None:
-        address, kwargs = deepvit_of(path)
-        options["model_kwargs"] = {**kwargs, **dict(options.get("model_kwargs") or {})}
-    return _resolved(address, recipe, fixed, {**options, "checkpoint": path, "pretrained": False})
-
-
-def _resolved(address: str | nn.Module, recipe: ModelOptions, fixed: bool, options: dict[str, Any]) -> Subject:
-    fixes, blocks = (recipe.fixes, recipe.fix_blocks) if fixed else ((), None)
-    return resolved(address, fixes, blocks, seed=recipe.seed, **options)
-
-
-def _remedied(subject: Subject, recipe: ModelOptions, fixed: bool) -> Subject:
-    return with_fixes(subject, recipe.fixes, recipe.fix_blocks, recipe.seed) if fixed else subject
+        return [SubjectSpec(label or stem(path), path, "checkpoint")]
+    address = str(candidate)
+    short = address.rpartition(":")[2].rstrip("/").rpartition("/")[2] or address
+    return [SubjectSpec(label or short, address, "model")]
 
 
 def deepvit_of(path: Path) -> tuple[str, dict[str, Any]]:
@@ -167,24 +167,6 @@ def deepvit_of(path: Path) -> tuple[str, dict[str, Any]]:
     raise CheckpointError(f"{path} holds a DeepViT of no official size ({found}); name the architecture with --model")
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoint files of a folder in natural order; CheckpointError where there is none."""
-    files = [f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in checkpoints.SUFFIXES]
-    if not files:
-        kinds = ", ".join(checkpoints.SUFFIXES)
-        raise CheckpointError(f"the folder {folder} holds neither findings.json nor a checkpoint ({kinds})")
-    return sorted(files, key=lambda file: natural(file.name))
-
-
-def findings_in(folder: Path) -> list[Path]:
-    """The findings folders in a folder, in natural order; none where it holds checkpoint files of its own."""
-    inside = list(folder.iterdir())
-    if any(f.is_file() and f.suffix.lower() in checkpoints.SUFFIXES for f in inside):
-        return []
-    finished = [f for f in inside if not f.name.startswith(".") and (f / "findings.json").is_file()]
-    return sorted(finished, key=lambda folder: natural(folder.name))
-
-
 def natural(name: str) -> list[tuple[int, int, str]]:
     """A sort key in which numbers count as numbers.
 
@@ -201,10 +183,6 @@ def stem(path: Path) -> str:
     while Path(name).suffix.lower() in checkpoints.SUFFIXES and Path(name).stem:
         name = Path(name).stem
     return name
-
-
-def _short(address: str) -> str:
-    return address.rpartition(":")[2].rstrip("/").rpartition("/")[2] or address
 
 
 def unique(labels: Sequence[str]) -> list[str]:

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collapse_probe.data.images import ImageSet
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.results.readings import Summary, adjacent, mean
 from collapse_probe.results.rules import RAW_ABOVE
 from collapse_probe.statistics.breakdowns import classes_of, convergence_of, extremes_of
-from collapse_probe.statistics.estimates import PerImageValues, per_image_values
+from collapse_probe.statistics.estimates import PerImageValues
 from collapse_probe.statistics.intervals import Array
 from collapse_probe.statistics.paired import controlled
 from collapse_probe.statistics.permutation import ASSUMPTION, LEVEL, NULL, SignFlips, sign_flips
@@ -88,116 +87,88 @@ def _all_pairs(reading: MetricResult) -> dict[str, Any] | None:
     }
 
 
-def summary_of(readings: Mapping[str, MetricResult]) -> Summary:
-    """The mean of each weight reading over what is defined, and that of its untrained twin.
+def summarise(results: Mapping[str, MetricResult], images: int) -> Summary:
+    """Flat names and numbers of the attention and token metrics; None where one was not measured or is undefined."""
+    summary: Summary = {"images": images}
+    for variant in ("", "@row", "@centred", "@probs"):
+        if result := results.get(f"attention-similarity{variant}"):
+            nulls, key = {} if result.nulls is None else result.nulls.values, variant.replace("@", "_")
+            summary[f"attention_similarity{key}_adjacent"] = mean(adjacent(result.values))
+            summary[f"other_token{key}_adjacent"] = mean(adjacent(nulls.get("other_token")))
+            summary[f"kappa{key}_adjacent"] = mean(adjacent(nulls.get("kappa")))
+    for variant in ("", "@probs"):
+        if result := results.get(f"similar-blocks{variant}"):
+            summary |= _counts(result, f"similar_blocks{variant.replace('@', '_')}")
+    if result := results.get("attention-entropy"):
+        share = None if result.values is None else np.asarray(result.details["share"], dtype=np.float64)
+        summary |= {"attention_entropy_mean": mean(result.values), "attention_entropy_share": mean(share)}
+    for name, key in (
+        ("head-similarity", "head_similarity_mean"),
+        ("image-similarity", "image_similarity_mean"),
+        ("feature-similarity", "feature_similarity_adjacent"),
+    ):
+        if result := results.get(name):
+            summary[key] = mean(adjacent(result.values) if key.endswith("adjacent") else result.values)
+    if result := results.get("patch-diversity"):
+        summary["patch_diversity_last"] = None if result.values is None else mean(result.values[-1:])
+    return summary
+
+
+def _counts(result: MetricResult, key: str) -> Summary:
+    """The count of similar blocks with its interval, and the corrected one."""
+    if result.values is None or result.ci95 is None:
+        return {key: None, f"{key}_corrected": None}
+    at = list(result.settings["thresholds"]).index(RAW_ABOVE)
+    low, high = (float(end) if np.isfinite(end) else None for end in result.ci95[at])
+    return {
+        key: int(result.values[at]),
+        f"{key}_ci_low": low,
+        f"{key}_ci_high": high,
+        f"{key}_corrected": int(result.details["corrected"]["value"]),
+    }
+
+
+def summarise_weights(results: Mapping[str, MetricResult]) -> Summary:
+    """The mean of each weight metric over what is defined, and that of its untrained twin.
 
     Keys are the metric's name with underscores and `_mean`, or `_adjacent` for the mean over neighbouring blocks.
     """
-    found: Summary = {}
-    for name, reading in readings.items():
-        across = reading.dims == ("block", "block")
-        key = name.replace("-", "_").replace("@", "_")
-        fresh = None if reading.nulls is None else reading.nulls.values.get("untrained")
-        for ending, values in (("", reading.values), ("_untrained", fresh)):
-            numbers = None if values is None else mean(adjacent(values) if across else values)
-            if not ending or fresh is not None:
-                found[f"{key}_{'adjacent' if across else 'mean'}{ending}"] = numbers
-    return found
+    summary: Summary = {}
+    for name, result in results.items():
+        across = result.dims == ("block", "block")
+        key = f"{name.replace('-', '_').replace('@', '_')}_{'adjacent' if across else 'mean'}"
+        fresh = None if result.nulls is None else result.nulls.values.get("untrained")
+        summary[key] = mean(adjacent(result.values) if across else result.values)
+        if fresh is not None:
+            summary[f"{key}_untrained"] = mean(adjacent(fresh) if across else fresh)
+    return summary
 
 
-def summarise(readings: Mapping[str, MetricResult], images: int) -> Summary:
-    """Flat names and numbers; None where a metric was not measured or is undefined."""
-    found: Summary = {"images": images}
-    for name, key in (
-        ("attention-similarity", ""),
-        ("attention-similarity@row", "_row"),
-        ("attention-similarity@centred", "_centred"),
-        ("attention-similarity@probs", "_probs"),
-    ):
-        if name in readings:
-            found |= _similarity(readings[name], key)
-    for name, key in (("similar-blocks", ""), ("similar-blocks@probs", "_probs")):
-        if name in readings:
-            found |= _counts(readings[name], key)
-    if "attention-entropy" in readings:
-        found |= _entropy(readings["attention-entropy"])
-    for name in ("head-similarity", "image-similarity", "feature-similarity"):
-        if name in readings:
-            reading = readings[name]
-            values = adjacent(reading.values) if len(reading.dims) == 2 else reading.values
-            key = name.replace("-", "_") + ("_adjacent" if len(reading.dims) == 2 else "_mean")
-            found[key] = None if values is None else mean(values)
-    if "patch-diversity" in readings:
-        values = readings["patch-diversity"].values
-        found["patch_diversity_last"] = None if values is None or not np.isfinite(values[-1]) else float(values[-1])
-    return found
-
-
-def _similarity(reading: MetricResult, key: str) -> Summary:
-    nulls = {} if reading.nulls is None else reading.nulls.values
+def headline_bounds(values: PerImageValues) -> Summary:
+    """The ends of the headline means' 95 % intervals, for the summary: NAME_ci_low and NAME_ci_high; None with one image."""
     return {
-        f"attention_similarity{key}_adjacent": mean(adjacent(reading.values)),
-        f"other_token{key}_adjacent": mean(adjacent(nulls.get("other_token"))),
-        f"kappa{key}_adjacent": mean(adjacent(nulls.get("kappa"))),
+        f"{name}_ci_{end}": value if np.isfinite(value) else None
+        for name, estimate in values.estimates().items()
+        for end, value in zip(("low", "high"), estimate.ci95, strict=True)
     }
-
-
-def _counts(reading: MetricResult, key: str) -> Summary:
-    if reading.values is None or reading.ci95 is None:
-        return {f"similar_blocks{key}": None, f"similar_blocks{key}_corrected": None}
-    at = list(reading.settings["thresholds"]).index(RAW_ABOVE)
-    low, high = (float(b) if np.isfinite(b) else None for b in reading.ci95[at])
-    return {
-        f"similar_blocks{key}": int(reading.values[at]),
-        f"similar_blocks{key}_ci_low": low,
-        f"similar_blocks{key}_ci_high": high,
-        f"similar_blocks{key}_corrected": int(reading.details["corrected"]["value"]),
-    }
-
-
-def _entropy(reading: MetricResult) -> Summary:
-    if reading.values is None:
-        return {"attention_entropy_mean": None, "attention_entropy_share": None}
-    share = np.asarray(reading.details["share"], dtype=np.float64)
-    return {"attention_entropy_mean": mean(reading.values), "attention_entropy_share": mean(share)}
 
 
 def sureness(
+    values: PerImageValues,
     table: Mapping[str, NDArray[Any]],
-    readings: Mapping[str, MetricResult],
-    *,
-    heads: Array | None = None,
-    images: object = None,
+    results: Mapping[str, MetricResult],
     labels: Mapping[str, int] | None = None,
+    class_names: Sequence[str] = (),
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """`tests`, `convergence`, `extremes` and `classes` of a run by name, as plain data; each empty where nothing can be said.
 
-    `table` is the content of images.npz, `heads` the heads of every block; `images` gives the labels where it is an ImageSet
-    that has some, else `labels` may hold them by image name. See `pair_tests`, `convergence_of`, `extremes_of` and `classes_of`
-    for what each holds.
+    `table` is the content of images.npz, `values` what the headline numbers need of it, `labels` the class of each image by
+    its name. See `pair_tests`, `convergence_of`, `extremes_of` and `classes_of` for what each holds.
     """
-    kept = per_image_values(table, heads)
-    own, class_names = labels_of(images)
     return {
-        "tests": pair_tests(table, readings, seed),
-        "convergence": convergence_of(kept, RAW_ABOVE, seed),
-        "extremes": extremes_of(kept),
-        "classes": classes_of(kept, labels or None if own is None else own, class_names),
+        "tests": pair_tests(table, results, seed),
+        "convergence": convergence_of(values, RAW_ABOVE, seed),
+        "extremes": extremes_of(values),
+        "classes": classes_of(values, labels, class_names),
     }
-
-
-def labels_of(images: object) -> tuple[dict[str, int] | None, Sequence[str]]:
-    """The class of every image by its name and the names of the classes; None where there are no labels."""
-    if not isinstance(images, ImageSet) or images.labels is None:
-        return None, ()
-    return dict(zip(images.names, images.labels, strict=True)), images.class_names
-
-
-def bounds_of(kept: PerImageValues) -> Summary:
-    """The ends of the headline means' 95 % intervals, for the summary: NAME_ci_low and NAME_ci_high; None with one image."""
-    found: Summary = {}
-    for name, estimate in kept.estimates().items():
-        for end, value in zip(("low", "high"), estimate.ci95, strict=True):
-            found[f"{name}_ci_{end}"] = value if value == value else None
-    return found

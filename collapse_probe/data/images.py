@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from collapse_probe.data.preprocessing import Preprocess
 from collapse_probe.data.readers import LIBRARIES, Pictures, bundled, in_folder, in_tar, in_timm
+from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import DataError, SettingError
 
 Skipped = tuple[str, str]  # name, reason
@@ -174,6 +175,20 @@ def batches(
         raise SettingError(f"expected workers ≥ 0 and 0 ≤ rank < world, not {workers}, {rank}, {world}")
     mine = (range(len(images)) if order is None else order)[rank::world]
     return _batches(images, preprocess, batch_size, workers, mine, alone=world == 1)
+
+
+def batches_of(
+    images: ImageSet | Iterable[Any],
+    preprocess: Preprocess,
+    batch_size: int,
+    workers: int = 0,
+    order: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """This process's share of an ImageSet, see `batches`; or what a caller's own loader gives, see `from_loader`."""
+    if not isinstance(images, ImageSet):
+        return from_loader(images)
+    rank, world = rank_and_world()
+    return batches(images, preprocess, batch_size=batch_size, workers=workers, rank=rank, world=world, order=order)
 
 
 def seeded_order(images: ImageSet, seed: int) -> tuple[int, ...]:

@@ -16,7 +16,6 @@ ONE_IMAGE = "needs two different images"
 NO_KAPPA_INTERVAL = "undefined: how kappa's null varies with the images was not kept"
 NO_PAIR_INTERVAL = "none: a mean over all pairs of images, of which the run keeps one sum and not how it varies with the images"
 NO_NULL_INTERVAL = "none: how this null varies with the images was not kept"
-TWIN_INTERVAL = "untrained_ci95"
 SAMPLED = ("other_token", "other_image", "other_head")
 """The nulls that are means over images or pairs of images."""
 
@@ -86,41 +85,33 @@ def untrained_only() -> Nulls:
     return Nulls(values={"untrained": None}, images={}, reasons={"untrained": NO_TWIN})
 
 
-def with_untrained(reading: MetricResult, twin: MetricResult | None, images: int, reason: str = NO_TWIN) -> MetricResult:
-    """The reading with the values of its untrained twin, or with the reason why there are none.
+def with_twins(result: MetricResult, twins: Mapping[int, MetricResult], images: int, reason: str = "") -> MetricResult:
+    """The result with the mean over its untrained twins by seed, or with the `reason` why there are none.
 
-    `spread["untrained_ci95"]` [..., 2] is the twin's own interval over its images, where it has one.
-    """
-    if reading.nulls is None:
-        return reading
-    values, reasons, taken = dict(reading.nulls.values), dict(reading.nulls.reasons), dict(reading.nulls.images)
-    spread = {name: part for name, part in reading.nulls.spread.items() if name != TWIN_INTERVAL}
-    values["untrained"] = None if twin is None else twin.values
-    if twin is None or twin.values is None:
-        reasons["untrained"] = reason
-    else:
-        reasons.pop("untrained", None)
-        taken["untrained"] = images
-        if twin.ci95 is not None:
-            spread[TWIN_INTERVAL] = twin.ci95
-    return replace(reading, nulls=replace(reading.nulls, values=values, reasons=reasons, images=taken, spread=spread))
-
-
-def with_twins(reading: MetricResult, twins: Mapping[int, MetricResult], images: int) -> MetricResult:
-    """The reading with the mean over untrained twins by seed, and with several how they spread over the seeds.
-
-    `spread["untrained_seeds"]`: the `seeds`, the standard deviation `sd` (n − 1) and the range `low`, `high` over them, with
-    the metric's dims. Seeds are few: look at the range before the deviation. The twins saw the same images, so that the
+    `spread["untrained_ci95"]` [..., 2] is the twin's own interval over its images, where it has one. With several twins
+    `spread["untrained_seeds"]` holds the `seeds`, the standard deviation `sd` (n − 1) and the range `low`, `high` over them,
+    with the metric's dims. Seeds are few: look at the range before the deviation. The twins saw the same images, so that the
     interval of their mean over images is taken as the mean of theirs, which is never too narrow; it says nothing of seeds.
     """
-    first = next(iter(twins.values()))
-    held = [twin for twin in twins.values() if twin.values is not None]
-    if len(held) < 2 or reading.nulls is None:
-        return with_untrained(reading, first, images)
-    values = np.stack([twin.values for twin in held if twin.values is not None])
-    bounds = [twin.ci95 for twin in held if twin.ci95 is not None]
-    ci95 = np.mean(bounds, axis=0) if len(bounds) == len(held) else None
-    found = with_untrained(reading, replace(first, values=values.mean(0), ci95=ci95), images)
-    assert found.nulls is not None
-    spread = {"seeds": list(twins), "sd": values.std(0, ddof=1), "low": values.min(0), "high": values.max(0)}
-    return replace(found, nulls=replace(found.nulls, spread={**found.nulls.spread, "untrained_seeds": spread}))
+    if result.nulls is None:
+        return result
+    nulls, measured = result.nulls, [twin for twin in twins.values() if twin.values is not None]
+    if not measured:
+        reasons = {**nulls.reasons, "untrained": reason or NO_TWIN}
+        return replace(result, nulls=replace(nulls, values={**nulls.values, "untrained": None}, reasons=reasons))
+    values = np.stack([twin.values for twin in measured if twin.values is not None])
+    bounds = [twin.ci95 for twin in measured if twin.ci95 is not None]
+    spread = dict(nulls.spread)
+    if len(bounds) == len(measured):
+        spread["untrained_ci95"] = np.mean(bounds, axis=0)
+    if len(measured) > 1:
+        extent = {"sd": values.std(0, ddof=1), "low": values.min(0), "high": values.max(0)}
+        spread["untrained_seeds"] = {"seeds": list(twins), **extent}
+    nulls = replace(
+        nulls,
+        values={**nulls.values, "untrained": values.mean(0)},
+        reasons={name: text for name, text in nulls.reasons.items() if name != "untrained"},
+        images={**nulls.images, "untrained": images},
+        spread=spread,
+    )
+    return replace(result, nulls=nulls)

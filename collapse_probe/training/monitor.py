@@ -13,7 +13,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from collapse_probe.analysis.analyze import RunSettings, as_it_was, measure
+from collapse_probe.analysis.analyze import measure, restored
+from collapse_probe.analysis.measurement import RunSettings
 from collapse_probe.data.images import ImageSet, open_data
 from collapse_probe.data.preprocessing import Preprocess, from_callable
 from collapse_probe.distributed import alone
@@ -134,7 +135,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(random_kept(device))
         stack.callback(_put_back, buffers)
-        stack.enter_context(as_it_was(model))
+        stack.enter_context(restored(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from collapse_probe.analysis.analyze import RunSettings, measure
+from collapse_probe.analysis.analyze import measure
+from collapse_probe.analysis.measurement import RunSettings
 from collapse_probe.data.images import ImageSet, open_data
 from collapse_probe.data.splits import split_data
 from collapse_probe.devices import choose_device, device_name

@@ -221,23 +221,23 @@ class TestLineup:
         for epoch in (10, 2, 1):
             torch.save(nn.Linear(1, 1).state_dict(), tmp_path / f"epoch-{epoch}.pth")
         (tmp_path / "log.txt").write_text("no checkpoint")
-        found = open_subjects([tmp_path], ModelOptions("timm:vit_tiny_patch16_224"))
-        assert [entry.label for entry in found.entries] == ["epoch-1", "epoch-2", "epoch-10"]
-        assert found.trajectory
-        assert not open_subjects([tmp_path, "timm:deit_tiny_patch16_224"], ModelOptions("timm:x")).trajectory
+        specs, trajectory = open_subjects([tmp_path], ModelOptions("timm:vit_tiny_patch16_224"))
+        assert [spec.label for spec in specs] == ["epoch-1", "epoch-2", "epoch-10"]
+        assert trajectory
+        assert not open_subjects([tmp_path, "timm:deit_tiny_patch16_224"], ModelOptions("timm:x"))[1]
 
     def test_what_words_stand_for(self, made, tmp_path):
         made[0].save(tmp_path / "runs" / "a")
         torch.save({}, tmp_path / "b.pth.tar")
         words = [tmp_path / "runs" / "a", str(tmp_path / "b.pth.tar"), "timm:vit_tiny_patch16_224", "hf-hub:org/vit"]
-        found = open_subjects(words, ModelOptions("timm:vit_tiny_patch16_224"))
-        assert [(e.label, e.is_model) for e in found.entries] == [
+        specs, _ = open_subjects(words, ModelOptions("timm:vit_tiny_patch16_224"))
+        assert [(spec.label, spec.is_model) for spec in specs] == [
             ("a", False),
             ("b", True),
             ("vit_tiny_patch16_224", True),
             ("vit", True),
         ]
-        assert isinstance(found.entries[0].open(), Findings)
+        assert isinstance(specs[0].open(), Findings)
 
     def test_too_few_missing_and_empty(self, made, tmp_path):
         with pytest.raises(SettingError, match="two or more subjects"):
@@ -250,11 +250,11 @@ class TestLineup:
     def test_a_checkpoint_of_no_known_layout_asks_for_its_model(self, tmp_path):
         torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "a.pth")
         with pytest.raises(CheckpointError, match="--model"):
-            open_subjects([tmp_path / "a.pth"] * 2, ModelOptions()).entries[0].open()
+            open_subjects([tmp_path / "a.pth"] * 2, ModelOptions())[0][0].open()
 
     def test_one_model_with_a_fix_stands_beside_itself_without(self):
-        found = open_subjects(["timm:vit_tiny_patch16_224"], ModelOptions(fixes=("attn-scale",)))
-        assert [e.label for e in found.entries] == ["vit_tiny_patch16_224", "vit_tiny_patch16_224+attn-scale"]
+        specs, _ = open_subjects(["timm:vit_tiny_patch16_224"], ModelOptions(fixes=("attn-scale",)))
+        assert [spec.label for spec in specs] == ["vit_tiny_patch16_224", "vit_tiny_patch16_224+attn-scale"]
 
     def test_names(self, tmp_path):
         assert unique(["a", "a", "a (2)", "b"]) == ["a", "a (2)", "a (2) (2)", "b"]
@@ -273,28 +273,31 @@ def test_an_official_deepvit_checkpoint_tells_its_own_architecture(tmp_path):
     assert deepvit_of(tmp_path / "a.pth") == ("ours:deepvit_patch16_224_re_attn_16b", {"num_classes": 3})
 
 
-class TestAnswers:
+class TestOutputs:
     def test_the_order_is_that_of_the_names(self):
-        listener = OutputCollector()
-        listener(["b", "a"], torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
-        listener(["c"], torch.tensor([[5.0, 1.0]]))
-        found = listener.answers(["a", "b", "c"])
+        collector = OutputCollector()
+        collector(["b", "a"], torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+        collector(["c"], torch.tensor([[5.0, 1.0]]))
+        found = collector.outputs(["a", "b", "c"])
         assert found.logits.tolist() == [[2.0, 1.0], [0.0, 1.0], [5.0, 1.0]]
         assert found.top1().tolist() == [0, 1, 0]
 
     @pytest.mark.parametrize("output", [torch.zeros(2, 3, 4), torch.zeros(2, 1), (torch.zeros(2, 3),), {"logits": 1}])
     def test_an_output_that_is_no_vector_of_logits(self, output):
-        listener = OutputCollector()
-        listener(["a", "b"], output)
-        found = listener.answers(["a", "b"])
+        collector = OutputCollector()
+        collector(["a", "b"], output)
+        found = collector.outputs(["a", "b"])
         assert found.logits is None
         assert "no vector of logits" in found.reason
 
-    def test_labels_are_classes_of_the_data(self):
-        held = {"a": 1, "b": 0}
-        assert labels_for(["b", "a"], held, 2, 2)[0].tolist() == [0, 1]
-        assert labels_for(["b", "a"], held, 2, 1000) == (None, "the data have 2 classes, the output 1000")
-        assert labels_for(["b", "a"], None, 0, 2) == (None, "the data have no labels")
+    def test_labels_are_classes_of_the_data(self, photos):
+        digits, loader = open_data("bundled:digits", limit=5), [torch.zeros(2, 3, 4, 4)]
+        assert labels_for(digits.names[::-1], digits, 10)[0].tolist() == digits.labels[::-1]
+        assert labels_for(digits.names, digits, 1000) == (None, "the data have 10 classes, the output 1000")
+        assert labels_for(["a"], open_data(str(photos)), 2, {}) == (None, "the data have no labels")
+        assert labels_for(["b", "a"], loader, 2, {"a": 1, "b": 0})[0].tolist() == [0, 1]
+        assert labels_for(["b", "a"], loader, 2, {"a": 1}) == (None, "the data have no labels")
+        assert labels_for(["b", "a"], loader, 2, {"a": 2, "b": 0}) == (None, "the labels run to 2, the output has 2 classes")
 
     def test_the_divergence_is_that_of_the_formula(self):
         first = np.log(np.array([[0.75, 0.25]], dtype=np.float32))

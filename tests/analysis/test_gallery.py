@@ -12,9 +12,10 @@ from PIL import Image
 
 import collapse_probe as cp
 from collapse_probe.analysis import gallery as showing
-from collapse_probe.analysis.analyze import wanted
+from collapse_probe.analysis.analyze import gallery_names
 from collapse_probe.analysis.gallery import LONGEST, thumbnails
 from collapse_probe.analysis.loop import FEWEST
+from collapse_probe.analysis.measurement import RunSettings
 from collapse_probe.data.images import open_data, seeded_order
 from collapse_probe.data.preprocessing import Preprocess
 from collapse_probe.results.findings import Findings
@@ -88,15 +89,17 @@ def test_only_the_first_process_reads_them(photos, monkeypatch):
 @pytest.mark.parametrize("count", [0, 2, 6, 9])
 def test_the_gallery_is_spread_over_the_images(photos, count):
     images = open_data(str(photos))
-    assert len(wanted(images, count, None)) == min(count, 6)
-    assert wanted(images, count, None) <= set(images.names)
-    assert wanted([torch.zeros(1)], count, None) == {str(i) for i in range(count)}
+    settings = RunSettings(gallery_images=count)
+    assert len(gallery_names(images, settings)) == min(count, 6)
+    assert gallery_names(images, settings) <= set(images.names)
+    assert gallery_names([torch.zeros(1)], settings) == {str(i) for i in range(count)}
 
 
 def test_a_run_that_may_stop_early_shows_images_that_it_reads_in_any_case():
     images = open_data("bundled:digits")
-    assert wanted(images, 4, 3) <= {images.names[i] for i in seeded_order(images, 3)[:FEWEST]}
-    assert len(wanted(images, 4, 3)) == 4
+    names = gallery_names(images, RunSettings(gallery_images=4, until_ci=0.1, seed=3))
+    assert names <= {images.names[i] for i in seeded_order(images, 3)[:FEWEST]}
+    assert len(names) == 4
 
 
 def test_the_findings_keep_the_ends_and_give_them_back(photos, tmp_path):

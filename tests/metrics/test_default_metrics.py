@@ -8,7 +8,7 @@ import reference
 import torch
 from factories import random_maps, readings, trace_of
 
-from collapse_probe.analysis.analyze import DEFAULT_METRICS
+from collapse_probe.analysis.measurement import DEFAULT_METRICS
 from collapse_probe.metrics.tokens.patch_diversity import patch_cosine
 from collapse_probe.registry import METRICS
 

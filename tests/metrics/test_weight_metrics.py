@@ -9,7 +9,7 @@ from factories import plan_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collapse_probe.analysis.summary import summary_of
+from collapse_probe.analysis.summary import summarise_weights
 from collapse_probe.capture.weight_matrices import NAMES, Matrices, Matrix
 from collapse_probe.metrics.metric import LEVELS, make, of_level
 from collapse_probe.metrics.weight_metric import WeightMetric
@@ -305,6 +305,6 @@ def test_summary_is_the_mean_of_what_is_defined():
     first, second = blocks(2)
     names = ("weight-rank", "weight-similarity@depth")
     readings = {name: read(name, first, {"q": second["q"]}) for name in names}
-    found = summary_of(readings)
+    found = summarise_weights(readings)
     assert found["weight_rank_mean"] == pytest.approx(np.nanmean(readings["weight-rank"].values))
     assert found["weight_similarity_depth_adjacent"] == pytest.approx(readings[names[1]].values[1, 0])

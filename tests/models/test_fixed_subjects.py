@@ -7,7 +7,8 @@ import torch
 from collapse_probe.cli.options import blocks_in
 from torch import nn
 
-from collapse_probe.analysis.analyze import RunSettings, measure
+from collapse_probe.analysis.analyze import measure
+from collapse_probe.analysis.measurement import RunSettings
 from collapse_probe.data.images import open_data
 from collapse_probe.errors import CheckpointError, ModelError, SettingError, UnknownNameError
 from collapse_probe.models.batchnorm import recalibrated

@@ -173,7 +173,7 @@ def test_not_applicable_says_why(pictures):
 
 
 def measured_swin(pictures):
-    from collapse_probe.analysis.analyze import RunSettings
+    from collapse_probe.analysis.measurement import RunSettings
     from collapse_probe.data.images import open_data
     from collapse_probe.models.loading import resolve
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 import collapse_probe as cp
 from collapse_probe.analysis.summary import pair_tests, sureness
-from collapse_probe.data.images import from_loader, open_data
+from collapse_probe.data.images import from_loader
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.metric import of_level
 from collapse_probe.metrics.nulls import untrained_only, with_twins
@@ -218,10 +218,10 @@ def test_a_loaders_whole_numbers_are_its_labels(labels, kept):
 def test_labels_by_name_make_the_classes_of_a_loader():
     held = table(40)
     labels = {name: i % 3 for i, name in enumerate(held["names"])}
-    found = sureness(held, {}, images=[torch.zeros(1)], labels=labels)["classes"]
+    found = sureness(per_image_values(held), held, {}, labels)["classes"]
     assert found["names"] == ["0", "1", "2"]
     np.testing.assert_equal(found["numbers"], classes_of(per_image_values(held), labels)["numbers"])
-    assert sureness(held, {}, images=[torch.zeros(1)], labels={})["classes"] == {}
+    assert sureness(per_image_values(held), held, {}, {})["classes"] == {}
 
 
 def test_a_callers_own_loader_with_labels_has_its_classes():
@@ -385,6 +385,7 @@ def test_impossible_settings_are_refused(wrong):
         cp.analyze(NAME, "bundled:digits", limit=2, **wrong, **TINY)
 
 
-def test_without_labels_or_maps_there_is_little_to_say(photos):
-    found = sureness({"names": np.array(["a", "b"])}, {}, images=open_data(str(photos)))
+def test_without_labels_or_maps_there_is_little_to_say():
+    table = {"names": np.array(["a", "b"])}
+    found = sureness(per_image_values(table), table, {})
     assert found == {"tests": {}, "convergence": {}, "extremes": {}, "classes": {}}

@@ -196,10 +196,10 @@ def test_the_folder_is_a_trajectory_in_natural_order(tmp_path, photos):
     (tmp_path / "watch" / ".step-0000005.abc").mkdir()
     (tmp_path / "watch" / ".step-0000005.abc" / "findings.json").write_text("{}")
     assert sorted(p.name for p in (tmp_path / "watch").glob("step*")) == ["step-0000000", "step-0000005", "step-0000010"]
-    lineup = open_subjects([tmp_path / "watch"], ModelOptions())
-    assert [e.label for e in lineup.entries] == ["step-0000000", "step-0000005", "step-0000010"]
-    assert lineup.trajectory
-    assert not any(e.is_model for e in lineup.entries)
+    specs, trajectory = open_subjects([tmp_path / "watch"], ModelOptions())
+    assert [e.label for e in specs] == ["step-0000000", "step-0000005", "step-0000010"]
+    assert trajectory
+    assert not any(e.is_model for e in specs)
     compared = cp.compare([tmp_path / "watch"])
     assert compared.trajectory
     assert len(compared.subjects) == 3
@@ -212,14 +212,14 @@ def test_steps_beyond_seven_digits_stay_in_order(tmp_path):
     monitor = Monitor(pixels(), every=1, metrics=("patch-diversity",), folder=tmp_path)
     for step in (12_345_678, 2_000_000):
         monitor.step(tiny(), step)
-    assert [e.label for e in open_subjects([tmp_path], ModelOptions()).entries] == ["step-2000000", "step-12345678"]
+    assert [e.label for e in open_subjects([tmp_path], ModelOptions())[0]] == ["step-2000000", "step-12345678"]
 
 
 def test_checkpoints_in_a_folder_come_before_findings_beside_them(tmp_path):
     for name in ("a.pth", "b.pth"):
         torch.save(nn.Linear(1, 1).state_dict(), tmp_path / name)
     Monitor(pixels(), every=1, metrics=("patch-diversity",), folder=tmp_path).step(tiny(), 0)
-    assert [e.label for e in open_subjects([tmp_path], ModelOptions("timm:x")).entries] == ["a", "b"]
+    assert [e.label for e in open_subjects([tmp_path], ModelOptions("timm:x"))[0]] == ["a", "b"]
 
 
 def test_measuring_a_step_again_replaces_it(tmp_path):

@@ -1,0 +1,218 @@
+"""The one path on which a model is measured: a plan, metrics and images become results; each untrained twin takes it again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from collapse_probe.analysis.loop import PassOptions, PassResult, one_pass, result_of
+from collapse_probe.capture.capture import discover_plan, noise
+from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.weight_capture import record_matrices
+from collapse_probe.capture.weight_matrices import NAMES, Matrices
+from collapse_probe.data.images import ImageSet, batches_of, seeded_order
+from collapse_probe.devices import choose_device
+from collapse_probe.distributed import unwrap
+from collapse_probe.errors import DataError, ModelError, SettingError
+from collapse_probe.metrics.metric import Metric, make
+from collapse_probe.metrics.nulls import with_twins
+from collapse_probe.metrics.weight_metric import WeightMetric
+from collapse_probe.models.loading import Subject
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.results.readings import against_seeds
+
+DEFAULT_METRICS = (
+    "attention-similarity",
+    "attention-similarity@row",
+    "attention-similarity@centred",
+    "similar-blocks",
+    "head-similarity",
+    "image-similarity",
+    "attention-entropy",
+    "feature-similarity",
+    "patch-diversity",
+)
+PROBS_METRICS = (
+    "attention-similarity@probs",
+    "attention-similarity@row@probs",
+    "attention-similarity@centred@probs",
+    "similar-blocks@probs",
+    "head-similarity@probs",
+    "image-similarity@probs",
+)
+NULL_IMAGES = 64
+GALLERY_IMAGES = 4
+
+Images = ImageSet | Iterable[Any]
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a run is made; none of it changes what the numbers mean, and all of it is stored."""
+
+    device: str = "auto"
+    amp: bool = False
+    amp_dtype: str = "float16"
+    batch_size: int = 64
+    workers: int = 0
+    seed: int = 0
+    metrics: tuple[str, ...] = ()
+    presets: tuple[str, ...] = ()
+    null_images: int = NULL_IMAGES
+    null_seeds: int = 1
+    until_ci: float | None = None
+    gallery_images: int = GALLERY_IMAGES
+    command: str = ""
+
+    @property
+    def amp_as(self) -> str | None:
+        """The dtype of automatic mixed precision, None where it is off."""
+        return self.amp_dtype if self.amp else None
+
+    def __post_init__(self) -> None:
+        for name, value, low in (
+            ("the batch size", self.batch_size, 1),
+            ("the number of null images", self.null_images, 0),
+            ("the number of seeds of the untrained twin", self.null_seeds, 1),
+        ):
+            if value < low:
+                raise SettingError(f"{name} must be {low} or more, not {value}")
+        if self.until_ci is not None and not self.until_ci > 0:
+            raise SettingError(f"the half-width to stop at must be above 0, not {self.until_ci}")
+        if self.amp_dtype not in ("float16", "bfloat16"):
+            raise SettingError(f"the amp dtype must be float16 or bfloat16, not {self.amp_dtype!r}")
+
+
+def make_metrics(plan: Plan, names: Sequence[str]) -> dict[str, Metric]:
+    """The metrics of a run by name: those asked for, or the default set (with @probs where the model mixes its maps)."""
+    if not names:
+        mixed = any(plan.layers[i].mixed for i in plan.map_layers)
+        names = [*DEFAULT_METRICS, *(PROBS_METRICS if mixed else ())]
+    return {name: make(name, plan) for name in dict.fromkeys(names)}
+
+
+def need_images(metrics: Mapping[str, Metric]) -> list[str]:
+    """The names of the metrics that are not of the weights alone."""
+    return [name for name, metric in metrics.items() if not isinstance(metric, WeightMetric)]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Results by metric name, what the pass over the images gathered, and notes for the run."""
+
+    results: dict[str, MetricResult]
+    images: PassResult
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+def measure_model(
+    subject: Subject,
+    plan: Plan,
+    metrics: Mapping[str, Metric],
+    images: Images | None,
+    settings: RunSettings,
+    options: PassOptions | None = None,
+) -> Measurement:
+    """Every metric of one model, from its weights and from one pass over the images (None where no metric needs any).
+
+    An ImageSet is read in a random order that follows from the seed where the run may stop early or a metric asks for it.
+    Raises DataError where no image can be read.
+    """
+    device, start, run = choose_device(settings.device), time.perf_counter(), PassResult(folds={})
+    model, notes = subject.model.to(device), tuple[str, ...]()
+    if need_images(metrics):
+        assert images is not None
+        drawn = settings.until_ci is not None or not all(metric.any_order for metric in metrics.values())
+        order = seeded_order(images, settings.seed) if drawn and isinstance(images, ImageSet) else None
+        batches = batches_of(images, subject.preprocess, settings.batch_size, settings.workers, order)
+        run = one_pass(model, plan, metrics, batches, device, settings.amp_as, options or PassOptions())
+        if not run.names:
+            why = f": {len(run.skipped)} were skipped, the first ({': '.join(run.skipped[0])})" if run.skipped else ""
+            raise DataError(f"no image could be read{why}")
+    of_weights = [metric for metric in metrics.values() if isinstance(metric, WeightMetric)]
+    if of_weights:
+        matrices = read_matrices(model, plan, settings.seed)
+        notes = tuple(dict.fromkeys(matrices.reasons()))
+        for metric in of_weights:
+            metric.matrices = matrices
+    results = {name: result_of(metric, run) for name, metric in metrics.items()}
+    return Measurement(results, run, run.seconds or time.perf_counter() - start, notes)
+
+
+def read_matrices(model: nn.Module, plan: Plan, seed: int = 0) -> Matrices:
+    """The weight matrices of every block of `plan`, recorded in one forward pass of noise; no data are needed."""
+    if plan.image_size is None:
+        reason = "the probe saw no image, so that no pass could be made to record the products of the blocks"
+        missing = tuple(dict.fromkeys(NAMES, reason) for _ in plan.blocks)
+        return Matrices(plan.blocks, tuple({} for _ in plan.blocks), missing)
+    model = unwrap(model)
+    return record_matrices(model, noise(model, plan.image_size, 3, seed), plan.blocks)
+
+
+def with_untrained(
+    results: Mapping[str, MetricResult],
+    subject: Subject,
+    metrics: Mapping[str, Metric],
+    images: Images | None,
+    settings: RunSettings,
+    say: Report,
+) -> tuple[dict[str, MetricResult], list[str]]:
+    """The results beside those of the same architecture with fresh weights, and notes on these untrained twins.
+
+    Where a metric has no twin, its nulls hold the reason.
+    """
+    on_images = need_images(metrics)
+    reasons = {name: _no_twin(subject, images, settings, name in on_images) for name in metrics}
+    names = [name for name, reason in reasons.items() if not reason]
+    twins: dict[int, Measurement] = {}
+    try:
+        if names:
+            twins = measure_twins(subject, names, images if set(names) & set(on_images) else None, settings, say)
+    except ModelError as error:
+        reasons |= dict.fromkeys(names, str(error))
+    seen = max((len(twin.images.names) for twin in twins.values()), default=0)
+    paired = {}
+    for name, result in results.items():
+        of_twins = {seed: twin.results[name] for seed, twin in twins.items() if name in twin.results}
+        paired[name] = with_twins(result, of_twins, seen if name in on_images else 0, reasons[name])
+    if not twins:
+        return paired, []
+    which, seeds = ("twins", f"seeds {[*twins]}") if len(twins) > 1 else ("twin", f"seed {next(iter(twins))}")
+    notes = [f"untrained {which}: fresh weights with {seeds} on {seen} images"] if seen else []
+    notes += filter(None, [against_seeds(result) for name, result in paired.items() if name == "attention-similarity"])
+    if set(names) - set(on_images):
+        notes.append(f"untrained {which} of the weights: fresh weights with {seeds}")
+    return paired, notes
+
+
+def _no_twin(subject: Subject, images: Images | None, settings: RunSettings, on_images: bool) -> str:
+    """Why a metric has no untrained twin; empty where it has one."""
+    if settings.null_images == 0:
+        return "no null images were asked for"
+    if on_images and not isinstance(images, ImageSet):
+        return "the images came from an iterable that can be run through once"
+    return "" if subject.fresh is not None else "the model came as an object, and its architecture cannot be made anew"
+
+
+def measure_twins(
+    subject: Subject, names: Sequence[str], images: Images | None, settings: RunSettings, say: Report
+) -> dict[int, Measurement]:
+    """The same architecture with fresh weights of the `null_seeds` seeds after the run's own, by seed, one model at a time.
+
+    A twin sees a seeded subset of the images, the same for all. Raises ModelError where the weights cannot be made anew.
+    """
+    assert subject.fresh is not None
+    few = images.subset(settings.null_images, settings.seed) if isinstance(images, ImageSet) else None
+    twins: dict[int, Measurement] = {}
+    for seed in range(settings.seed + 1, settings.seed + 1 + settings.null_seeds):
+        say(f"measuring the untrained twin of seed {seed}" + ("" if few is None else f" on {len(few)} images"))
+        twin = replace(subject, model=subject.fresh(seed).to(choose_device(settings.device)))
+        plan = discover_plan(twin.model, subject.preprocess.size, seed=settings.seed)
+        twins[seed] = measure_model(twin, plan, make_metrics(plan, names), few, settings)
+    return twins
