@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from collapse_probe.cli import options
 @options.level
 @options.preset
 @options.running
+@options.measuring
 @options.surer
 @options.remedies
 @options.failing
@@ -33,78 +31,39 @@ def command(output: str | None, as_json: bool, quiet: bool, verbose: int, **flag
         run(output=output, as_json=as_json, quiet=quiet, **flags)
 
 
-def run(*, model: str, data: str | None, output: str | None, as_json: bool, quiet: bool, **flags: Any) -> Path | None:
-    """Analyse, write the folder, print the answer; the folder's path where one was written."""
+def run(*, data: str | None, output: str | None, as_json: bool, quiet: bool, **flags: Any) -> None:
+    """Analyse, write the folder, print the answer."""
     from collapse_probe.cli.console import Talk, answer
     from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
+    from collapse_probe.cli.output import deliver, output_folder
 
-    from collapse_probe.analysis.analyze import measure
-    from collapse_probe.analysis.measurement import RunSettings
-    from collapse_probe.data.images import open_data
+    from collapse_probe.analysis.analyze import analyze
     from collapse_probe.distributed import rank_and_world
-    from collapse_probe.files import check_writable, write_with_page
     from collapse_probe.metrics.presets import with_presets
     from collapse_probe.report.findings.page import write_report
 
-    talk, rules = Talk(quiet), thresholds(flags.pop("fail_on", ()))
-    asked = with_presets(flags["metrics"], flags.get("presets", ()))
-    flags["metrics"] = chosen(flags.pop("levels", ()), asked, data)
-    some = {key: flags.pop(key) for key in ("split", "limit")}
-    images = None if data is None else open_data(data, seed=flags["seed"], **some)
-    subject = opened(model, images, flags)
-    folder = None if as_json and output is None else Path(output or Path("findings") / subject.name.replace("/", "-"))
-    if folder is not None:
-        check_writable(folder)
+    talk, rules = Talk(quiet), thresholds(flags.pop("fail_on"))
+    flags["metrics"] = metric_names(flags.pop("levels"), with_presets(flags["metrics"], flags["presets"]), data)
+    images, subject = options.opened(data, flags)
+    folder = output_folder(output, as_json, Path("findings") / subject.name.replace("/", "-"))
     talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
     talk.say("preprocessing " + ", ".join(f"{k} {v}" for k, v in subject.preprocess.description.items()))
     talk.say("no data: the weights alone" if images is None else f"data {images.address}, {len(images)} images")
-    settings = RunSettings(**flags, command=command_line())
     with talk.bar(0 if images is None else len(images)) as progress:
-        findings = measure(subject, images, settings, progress=progress, report=talk.say)
-    if rank_and_world()[0] > 0:
-        return None
-    if folder is not None:
-        write_with_page(folder, findings, write_report)
-    if as_json:
-        click.echo(json.dumps(findings.to_json(), allow_nan=False))
-    else:
-        click.echo(answer(findings))
-        click.echo(f"\nreport: {folder / 'report.html'}" if folder is not None else "")
-    stop_if_tripped(rules, {"": findings.summary})
-    return folder
+        findings = analyze(subject, images, **flags, command=options.command_line(), progress=progress, report=talk.say)
+    if rank_and_world()[0] == 0:
+        deliver(findings, folder, write_report, answer(findings), as_json)
+        stop_if_tripped(rules, {"": findings.summary})
 
 
-def chosen(levels: tuple[str, ...], metrics: tuple[str, ...], data: str | None) -> tuple[str, ...]:
+def metric_names(levels: tuple[str, ...], metrics: tuple[str, ...], data: str | None) -> tuple[str, ...]:
     """The metrics that --level, --preset and --metric ask for (none: the default set); wrong usage where data are missing."""
     from collapse_probe.metrics.metric import of_level
     from collapse_probe.registry import METRICS
 
-    asked = (*of_level(*levels), *metrics)
-    hungry = [name for name in asked if METRICS[name.partition("@")[0]].level != "weights"]
-    if data is None and (hungry or not asked):
-        why = f"{hungry[0]} needs images" if hungry else "the default metrics need images"
+    names = (*of_level(*levels), *metrics)
+    on_images = [name for name in names if METRICS[name.partition("@")[0]].level != "weights"]
+    if data is None and (on_images or not names):
+        why = f"{on_images[0]} needs images" if on_images else "the default metrics need images"
         raise click.UsageError(f"Missing option '--data': {why}; only `--level weights` and metrics of the weights do without.")
-    return tuple(dict.fromkeys(asked))
-
-
-def opened(address: str, images: Any, flags: dict[str, Any]) -> Any:
-    """The subject that the flags of model and remedies describe; takes these flags out of `flags`."""
-    from collapse_probe.cli.options import blocks_in
-
-    from collapse_probe.models.batchnorm import recalibrated
-    from collapse_probe.models.loading import resolved
-
-    named = {key: flags.pop(key) for key in ("checkpoint", "partial", "pretrained", "model_kwargs", "img_size")}
-    fixes, where, count = flags.pop("fixes", ()), flags.pop("fix_blocks", None), flags.pop("recalibrate_bn", 0)
-    subject = resolved(address, fixes, None if where is None else blocks_in(where), seed=flags["seed"], **named)
-    if count and images is None:
-        raise click.UsageError("--recalibrate-bn needs images: give --data.")
-    facts = {key: flags[key] for key in ("batch_size", "device", "seed")}
-    return recalibrated(subject, images, count, **facts)
-
-
-def command_line() -> str:
-    """The command as it was typed."""
-    context = click.get_current_context(silent=True)
-    words = None if context is None else context.find_root().obj
-    return shlex.join(["collapse-probe", *(sys.argv[1:] if words is None else words)])
+    return tuple(dict.fromkeys(names))

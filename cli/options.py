@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +42,29 @@ def keywords(ctx: click.Context, parameter: click.Parameter, values: tuple[str, 
         return parse_keywords(" ".join(values).split())
     except SettingError as error:
         raise click.BadParameter(str(error), ctx, parameter) from error
+
+
+def opened(data: str | None, flags: dict[str, Any]) -> tuple[Any, Any]:
+    """The images (or None) and the subject that the flags of data, model and remedies describe; takes these out of `flags`."""
+    from collapse_probe.data.images import open_data
+    from collapse_probe.models.batchnorm import recalibrated
+    from collapse_probe.models.loading import resolved
+
+    seed, split, limit, count = flags["seed"], flags.pop("split"), flags.pop("limit"), flags.pop("recalibrate_bn")
+    images = None if data is None else open_data(data, split=split, limit=limit, seed=seed)
+    named = {key: flags.pop(key) for key in ("checkpoint", "partial", "pretrained", "model_kwargs", "img_size", "fixes")}
+    where = flags.pop("fix_blocks")
+    subject = resolved(flags.pop("model"), blocks=None if where is None else blocks_in(where), seed=seed, **named)
+    if count and images is None:
+        raise click.UsageError("--recalibrate-bn needs images: give --data.")
+    return images, recalibrated(subject, images, count, batch_size=flags["batch_size"], device=flags["device"], seed=seed)
+
+
+def command_line() -> str:
+    """The command as it was typed."""
+    context = click.get_current_context(silent=True)
+    words = None if context is None else context.find_root().obj
+    return shlex.join(["collapse-probe", *(sys.argv[1:] if words is None else words)])
 
 
 def configuration(ctx: click.Context, parameter: click.Parameter, path: str | None) -> None:
@@ -82,15 +107,7 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
     return add
 
 
-model = _all(
-    click.option(
-        "-m",
-        "--model",
-        required=True,
-        metavar="ADDRESS",
-        help="vit_b_32, timm:NAME, torchvision:NAME, hf-hub:ORG/NAME, local-dir:PATH, import:module:callable, …",
-    ),
-    click.option("--checkpoint", metavar="FILE", help="Weights to load: .safetensors, .pth, .pth.tar."),
+architecture = _all(
     click.option("--partial", is_flag=True, help="Accept a checkpoint that fits only in part."),
     click.option(
         "--pretrained/--no-pretrained",
@@ -102,15 +119,26 @@ model = _all(
     ),
     click.option("--img-size", type=click.IntRange(min=1), metavar="N", help="Side of the input in pixels."),
 )
+model = _all(
+    click.option(
+        "-m",
+        "--model",
+        required=True,
+        metavar="ADDRESS",
+        help="vit_b_32, timm:NAME, torchvision:NAME, hf-hub:ORG/NAME, local-dir:PATH, import:module:callable, …",
+    ),
+    click.option("--checkpoint", metavar="FILE", help="Weights to load: .safetensors, .pth, .pth.tar."),
+    architecture,
+)
 _DATA_HELP = "A folder of images, a .tar, hfds/ORG/NAME, wds/…, torch/NAME, bundled:photos, …"
-_part_of_data = _all(
+part_of_data = _all(
     click.option("--split", metavar="NAME", help="A subfolder, or a split of the data set."),
     click.option("--limit", type=click.IntRange(min=1), metavar="N", help="A seeded subset.  [default: everything]"),
 )
-data = _all(click.option("--data", required=True, metavar="ADDRESS", help=_DATA_HELP), _part_of_data)
+data = _all(click.option("--data", required=True, metavar="ADDRESS", help=_DATA_HELP), part_of_data)
 data_if_needed = _all(
     click.option("--data", metavar="ADDRESS", help=f"{_DATA_HELP}  [needed unless all metrics are of the weights]"),
-    _part_of_data,
+    part_of_data,
 )
 level = click.option(
     "--level",
@@ -141,6 +169,8 @@ running = _all(
     click.option("--amp", is_flag=True, help="Run the model in automatic mixed precision; maps and cosines stay in float32."),
     click.option("--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True),
     click.option("--seed", type=int, default=0, show_default=True, metavar="N"),
+)
+measuring = _all(
     click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Only these metrics; see `ls metrics`."),
     click.option(
         "--null-images",

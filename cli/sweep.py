@@ -84,8 +84,8 @@ def run(
     **flags: Any,
 ) -> None:
     """Sweep, write the page, print the answer; exit with FAILED where a cell failed."""
-    from collapse_probe.cli.analyze import command_line
     from collapse_probe.cli.console import Talk
+    from collapse_probe.cli.options import command_line
 
     from collapse_probe.registry import RECIPES
     from collapse_probe.report.sweep.page import write_sweep

@@ -88,8 +88,8 @@ def run(
     **changes: Any,
 ) -> None:
     """Make the recipe, train it, print how it ended."""
-    from collapse_probe.cli.analyze import command_line
     from collapse_probe.cli.console import Talk
+    from collapse_probe.cli.options import command_line
 
     from collapse_probe.distributed import rank_and_world
     from collapse_probe.errors import SettingError

@@ -165,8 +165,8 @@ def measure_subject(spec: SubjectSpec, run: ComparisonRun) -> MeasuredSubject:
         if isinstance(subject, Findings):
             return MeasuredSubject(spec.label, subject)
         assert images is not None
-        facts = {"batch_size": settings.batch_size, "device": settings.device, "seed": settings.seed}
-        subject = recalibrated(subject, images, run.recalibrate_bn, **facts)
+        size, device, seed = settings.batch_size, settings.device, settings.seed
+        subject = recalibrated(subject, images, run.recalibrate_bn, batch_size=size, device=device, seed=seed)
         run.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
         collector = OutputCollector()
         with run.watch(spec.label, len(images) if isinstance(images, ImageSet) else None) as progress:

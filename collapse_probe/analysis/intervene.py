@@ -34,6 +34,7 @@ from collapse_probe.statistics.paired import Sides, compare_sides
 
 MAPS_HELD = 6  # of one layer: the map before, the map in its place, their copies in other types
 SIMILARITY = "attention-similarity"
+Classes = NDArray[np.int64]
 Condition = tuple[str, tuple[int, ...]]
 """A kind of replacement and the blocks in which it is made."""
 
@@ -180,8 +181,8 @@ class ConditionOutputs:
     names: list[str]
     labels: dict[str, int]
     classes: int
-    plain: NDArray[np.int64]
-    top1: NDArray[np.int64]
+    plain: Classes
+    top1: Classes
     kl: Array
 
 
@@ -289,7 +290,12 @@ def _logits(output: Any, images: int, condition: Condition) -> Tensor:
 
 
 def effects_of(
-    conditions: Sequence[tuple[str, tuple[int, ...]]], kl: Array, plain: Array, replaced: Array, labels: Array | None, seed: int
+    conditions: Sequence[tuple[str, tuple[int, ...]]],
+    kl: Array,
+    plain: Classes,
+    replaced: Classes,
+    labels: Classes | None,
+    seed: int,
 ) -> list[Effect]:
     """The effects of all conditions, from per-image numbers: `kl` and `replaced` (top answers) [conditions, images], `plain`
     (top answers) and `labels` [images].

@@ -34,9 +34,11 @@ def pair_up(first: Findings, second: Findings, labels: Labels, seed: int = 0) ->
     """Everything that can be paired between two findings; see `Pair`. Raises DataError for other images."""
     both = with_probs(first), with_probs(aligned(first, second, labels))
     mixed = any(findings.model.get("mixes_maps", True) for findings in both)
-    names = dict.fromkeys([*both[0].metrics, *both[1].metrics])
-    names = [name for name in names if mixed or not name.endswith(PROBS)]  # elsewhere they say the same again
-    reasons = {name: _why_not(name, both, labels) for name in names}
+    reasons = {
+        name: _why_not(name, both, labels)
+        for name in dict.fromkeys([*both[0].metrics, *both[1].metrics])
+        if mixed or not name.endswith(PROBS)  # elsewhere they say the same again
+    }
     comparable = [name for name, reason in reasons.items() if not reason]
     differences: dict[str, Difference] = {}
     for name in comparable:
@@ -225,11 +227,13 @@ def _over_weights(one: MetricResult, other: MetricResult) -> Iterator[tuple[str,
 
 def _shape_of_weights(result: MetricResult) -> tuple[object, ...]:
     matrices = tuple(result.details.get("matrices", ())) if "matrix" in result.dims else ()
-    return result.dims, np.shape(result.values), matrices
+    assert result.values is not None
+    return result.dims, result.values.shape, matrices
 
 
 def _dims(result: MetricResult) -> str:
-    return " × ".join(f"{size} {dim}" for size, dim in zip(np.shape(result.values), result.dims, strict=True))
+    assert result.values is not None
+    return " × ".join(f"{size} {dim}" for size, dim in zip(result.values.shape, result.dims, strict=True))
 
 
 def _weight_difference(first: Array, second: Array, start: int) -> Difference:

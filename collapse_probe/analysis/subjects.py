@@ -65,16 +65,19 @@ class SubjectSpec:
             return with_fixes(candidate, fixes, blocks, options.seed)
         if self.kind == "findings":
             return Findings.load(Path(str(candidate)))
-        address, kwargs, checkpoint, pretrained = candidate, dict(options.model_kwargs), None, options.pretrained
+        address: str | nn.Module = candidate if isinstance(candidate, nn.Module) else str(candidate)
+        kwargs, checkpoint, pretrained = dict(options.model_kwargs), None, options.pretrained
         if self.kind == "checkpoint":
-            address, checkpoint, pretrained = options.model, Path(str(candidate)), False
-            if address is None and is_model_file(checkpoint):
+            checkpoint, pretrained = Path(str(candidate)), False
+            if options.model is not None:
+                address = options.model
+            elif is_model_file(checkpoint):
                 address, checkpoint, pretrained = f"ours:{checkpoint}", None, True
-            elif address is None:
+            else:
                 address, own = deepvit_of(checkpoint)
                 kwargs = {**own, **kwargs}
         return resolved(
-            address if isinstance(address, nn.Module) else str(address),
+            address,
             fixes,
             blocks,
             seed=options.seed,
