@@ -1,7 +1,7 @@
-"""Overhear a model while it trains: tokens and attention maps that carry gradients, for penalties.
+"""Records a model while it trains: tokens and attention maps that carry gradients, for penalties.
 
-Tokens are taken by forward hooks, with fused attention left on. A dispatch mode, which `capture` uses, hears below autograd and
-so hears no gradients; maps are therefore taken where functions are called: q and k of the fused kernel, or the softmax itself
+Tokens are taken by forward hooks, with fused attention left on. A dispatch mode, which `capture` uses, runs below autograd and
+so sees no gradients; maps are therefore taken where functions are called: q and k of the fused kernel, or the softmax itself
 and the map that is multiplied afterwards. Nothing is computed during the forward pass; maps are made from q and k when asked.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from collapse_probe.capture.trace import Attention, maps_of
+from collapse_probe.capture.trace import Attention
 from collapse_probe.errors import CaptureError, ModelError, SettingError
 
 Place = int | Literal["embedded", "normed"]
@@ -28,7 +28,7 @@ MATRICES: tuple[Matrix, ...] = ("query", "key", "value", "proj", "fc1", "fc2")
 
 
 class ViTParts:
-    """The parts of `model` that penalties name; each is looked for when it is asked for.
+    """The parts of `model` that penalties name; each is looked up when it is asked for.
 
     Raises ModelError for a model without a list of blocks.
     """
@@ -37,25 +37,25 @@ class ViTParts:
         self.model, self.kind = model, type(model).__name__
         blocks = getattr(model, "blocks", None)
         if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
-            raise ModelError(f"{self.kind} has no list `blocks`: penalties hear timm's VisionTransformer, DeepViT or our ViT")
+            raise ModelError(f"{self.kind} has no list `blocks`: penalties take timm's VisionTransformer, DeepViT or our ViT")
         self.blocks: Sequence[Any] = list(blocks)
         self.depth = len(self.blocks)
+
+    def _whole_number(self, name: str, what: str) -> int:
+        number = getattr(self.model, name, None)
+        if not isinstance(number, int):
+            raise ModelError(f"{self.kind} does not say {what} ({name})")
+        return number
 
     @property
     def prefix(self) -> int:
         """How many tokens stand before the patches inside the blocks."""
-        found = getattr(self.model, "num_prefix_tokens", None)
-        if not isinstance(found, int):
-            raise ModelError(f"{self.kind} does not say how many tokens stand before the patches (num_prefix_tokens)")
-        return found
+        return self._whole_number("num_prefix_tokens", "how many tokens stand before the patches")
 
     @property
     def width(self) -> int:
         """The width D of the tokens."""
-        found = getattr(self.model, "embed_dim", None)
-        if not isinstance(found, int):
-            raise ModelError(f"{self.kind} does not say how wide its tokens are (embed_dim)")
-        return found
+        return self._whole_number("embed_dim", "how wide its tokens are")
 
     def chosen(self, blocks: tuple[int, ...] | None) -> tuple[int, ...]:
         """The blocks meant by a setting (None: all); SettingError for one that the model does not have."""
@@ -78,17 +78,17 @@ class ViTParts:
 
     def part(self, name: str) -> nn.Module:
         """The model's own module of that name; ModelError where it has none."""
-        found = getattr(self.model, name, None)
-        if not isinstance(found, nn.Module):
-            raise ModelError(f"{self.kind} has no `{name}`, where this penalty would hear")
-        return found
+        module = getattr(self.model, name, None)
+        if not isinstance(module, nn.Module):
+            raise ModelError(f"{self.kind} has no module `{name}`, which this penalty reads")
+        return module
 
     def attention(self, block: int) -> nn.Module:
         """The attention module of a block."""
-        found = getattr(self.blocks[block], "attn", None)
-        if not isinstance(found, nn.Module):
-            raise ModelError(f"block {block} of {self.kind} has no `attn`, where its attention maps would be heard")
-        return found
+        module = getattr(self.blocks[block], "attn", None)
+        if not isinstance(module, nn.Module):
+            raise ModelError(f"block {block} of {self.kind} has no module `attn`, whose attention maps this penalty reads")
+        return module
 
     def matrix(self, block: int, name: Matrix) -> Tensor:
         """A weight matrix of a block, [out, in]: of the attention (query, key, value, proj) or the MLP (fc1, fc2)."""
@@ -97,16 +97,13 @@ class ViTParts:
         else:
             owner, layer = self.attention(block), "proj" if name == "proj" else "qkv"
         weight = getattr(getattr(owner, layer, None), "weight", None)
+        where = f"block {block} of {self.kind}"
         if not isinstance(weight, Tensor) or weight.ndim != 2:
-            raise ModelError(
-                f"block {block} of {self.kind} has no linear layer `{layer}`, whose weight this penalty would read"
-            )
+            raise ModelError(f"{where} has no linear layer `{layer}`, whose weight this penalty reads")
         if layer != "qkv":
             return weight
         if weight.shape[0] % 3:
-            raise ModelError(
-                f"`qkv` in block {block} of {self.kind} has {weight.shape[0]} rows, which are no three equal parts"
-            )
+            raise ModelError(f"`qkv` in {where} has {weight.shape[0]} rows, which are no three equal parts")
         return weight.chunk(3)[("query", "key", "value").index(name)]
 
     def grid(self, patches: int) -> tuple[int, int]:
@@ -122,27 +119,23 @@ class ViTParts:
     def classes(self) -> int:
         """How many classes the model's head tells apart."""
         head = self.part("head")
-        found = getattr(head, "out_features", None)
-        if not isinstance(found, int):
+        count = getattr(head, "out_features", None)
+        if not isinstance(count, int):
             raise ModelError(f"the head of {self.kind} is no linear classifier ({type(head).__name__}): it gives no logits")
-        return found
+        return count
 
     def logits(self, normed_BND: Tensor) -> Tensor:
         """The model's own head on every token behind the final norm, [B, N, D] -> [B, N, classes]."""
         self.classes()
         norm, head = getattr(self.model, "fc_norm", None), self.part("head")
         tokens_BND = normed_BND.to(next(head.parameters()).dtype)
-        found: Tensor = head(tokens_BND if norm is None else norm(tokens_BND))
-        return found
-
-
-_PRODUCTS = ("matmul", "__matmul__", "bmm", "einsum")
-_EVERYTHING = (slice(None),) * 4
+        logits_BNK: Tensor = head(tokens_BND if norm is None else norm(tokens_BND))
+        return logits_BNK
 
 
 @dataclass(frozen=True)
 class Requests:
-    """What is to be heard: the places where tokens pass, and the blocks whose attention is needed."""
+    """What is to be recorded: the places where tokens pass, and the blocks whose attention is needed."""
 
     places: frozenset[Place] = frozenset()
     maps: frozenset[int] = frozenset()
@@ -156,7 +149,7 @@ class AttentionCall:
     """One attention as it was called: its tensors with their graph, and what autocast will make of q, k and the
     map that multiplies V.
 
-    `versions` count the writes into the tensors until they were heard; `product` says whether the map that
+    `versions` count the writes into the tensors until they were recorded; `product` says whether the map that
     multiplies V is known.
     """
 
@@ -171,12 +164,12 @@ class AttentionCall:
 
     @property
     def overwritten(self) -> bool:
-        """Whether the model has since written into what was heard."""
+        """Whether the model has since written into what was recorded."""
         return any(getattr(self.attention, name)._version != count for name, count in self.versions.items())
 
 
 class MapRecorder(TorchFunctionMode):
-    """Hears the attention of the block that is running; the outputs are the model's own."""
+    """Records the attention of the block that is running; the outputs are the model's own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +187,7 @@ class MapRecorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the function unchanged; note it where it is attention."""
+        """Run the function unchanged; record it where it is attention."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if self.block is not None:
@@ -204,7 +197,7 @@ class MapRecorder(TorchFunctionMode):
             elif name == "softmax" and _over_keys(out, *args, **kwargs):
                 calls.append(AttentionCall(Attention(owner="", operation="softmax", probs=out), _lowered(out)))
                 calls[-1].mark("probs")
-            elif name in _PRODUCTS and calls:
+            elif name in ("matmul", "__matmul__", "bmm", "einsum") and calls:
                 _multiplied(calls[-1], args, out)
         return out
 
@@ -221,8 +214,8 @@ def _fused(
 ) -> AttentionCall:
     """The arguments of the fused kernel, named as PyTorch names them."""
     number = float(query.shape[-1] ** -0.5 if scale is None else scale)
-    heard = Attention("", "scaled_dot_product_attention", query, key, attn_mask, is_causal, number)
-    call = AttentionCall(heard, _lowered(query), product=True)
+    attention = Attention("", "scaled_dot_product_attention", query, key, attn_mask, is_causal, number)
+    call = AttentionCall(attention, _lowered(query), product=True)
     call.mark("q", "k")
     return call
 
@@ -252,13 +245,13 @@ def _multiplied(call: AttentionCall, args: tuple[Any, ...], out: Tensor) -> None
 
 
 class GradientTrace:
-    """What one forward pass left: tokens and maps with their graphs, and the model's own matrices.
+    """What was recorded of one forward pass: tokens and maps with their graphs, and the model's own matrices.
 
     Tensors come in float32 (float64 stays) whatever autocast did.
     """
 
-    def __init__(self, anatomy: ViTParts) -> None:
-        self.anatomy = anatomy
+    def __init__(self, parts: ViTParts) -> None:
+        self.parts = parts
         self.passed: dict[Place, Tensor] = {}
         self.calls: dict[int, list[AttentionCall]] = {}
         self.patch_count: int | None = None
@@ -268,10 +261,14 @@ class GradientTrace:
         """All tokens at a place, [B, N, D]."""
         if place not in self.passed:
             what = f"at depth {place}" if isinstance(place, int) else f"behind the {place} tokens' module"
-            raise CaptureError(f"no tokens were heard {what}: call the model itself inside `with penalised.listening()`")
-        found = self.passed[place]
-        self._with_graph(found, self._modules_before(place), f"the tokens at {place}")
-        return _wide(found)
+            raise CaptureError(f"no tokens were recorded {what}: call the model itself inside `with penalised.listening()`")
+        tokens_BND = self.passed[place]
+        if place == "embedded":
+            before = [self.parts.part("patch_embed")]
+        else:
+            before = list(self.parts.blocks[: place if isinstance(place, int) else None])
+        _check_graph(tokens_BND, before, f"the tokens at {place}")
+        return _wide(tokens_BND)
 
     def patches(self, place: Place) -> Tensor:
         """The patch tokens at a place, [B, P, D]; prefix tokens stand before them and are left out."""
@@ -290,89 +287,77 @@ class GradientTrace:
 
     def matrices(self, blocks: tuple[int, ...], names: tuple[Matrix, ...]) -> list[Tensor]:
         """Weight matrices [out, in] of some blocks, each of them once where blocks share it."""
-        found: dict[tuple[int, tuple[int, ...]], Tensor] = {}
-        for matrix in (self.anatomy.matrix(i, name) for i in blocks for name in names):
-            found.setdefault((matrix.data_ptr(), tuple(matrix.shape)), matrix)
-        return [_wide(matrix) for matrix in found.values()]
+        distinct: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        for matrix in (self.parts.matrix(i, name) for i in blocks for name in names):
+            distinct.setdefault((matrix.data_ptr(), tuple(matrix.shape)), matrix)
+        return [_wide(matrix) for matrix in distinct.values()]
 
     def _made(self, block: int, point: str) -> Tensor:
         calls = self.calls.get(block, [])
-        module = self.anatomy.attention(block)
+        module = self.parts.attention(block)
         where = f"in `attn` of block {block} ({type(module).__name__})"
         if len(calls) != 1:
             raise CaptureError(
-                f"expected one softmax attention {where}, heard {len(calls)}; attention penalties hear "
+                f"expected one softmax attention {where}, came {len(calls)}; attention penalties take "
                 "scaled_dot_product_attention and a softmax over keys, in a model that is not compiled"
             )
-        call = calls[0]
+        call, attention = calls[0], calls[0].attention
         if call.overwritten:
-            raise CaptureError(f"the model wrote into its attention {where} after it was heard: its maps cannot be made")
+            raise CaptureError(f"the model wrote into its attention {where} after it was recorded: its maps cannot be made")
         if point == "weights" and not call.product:
             raise CaptureError(f"cannot tell which map multiplies V {where}; take the softmax instead (point='probs')")
-        heard = call.attention
-        self._with_graph(heard.q if heard.q is not None else heard.probs, [module], f"the attention {where}")
+        _check_graph(attention.q if attention.q is not None else attention.probs, [module], f"the attention {where}")
         if call.lowered is not None:
             for name in ("q", "k", "weights"):
-                tensor = getattr(heard, name)
-                setattr(heard, name, None if tensor is None else tensor.to(call.lowered))
-        return maps_of(heard, *_EVERYTHING)[point]
+                tensor = getattr(attention, name)
+                setattr(attention, name, None if tensor is None else tensor.to(call.lowered))
+        return attention.maps()[point]
 
-    def _modules_before(self, place: Place) -> list[nn.Module]:
-        if place in ("embedded", 0):
-            return [self.anatomy.part("patch_embed")] if place == "embedded" else []
-        return list(self.anatomy.blocks[: place if isinstance(place, int) else None])
 
-    def _with_graph(self, found: Tensor | None, modules: list[nn.Module], what: str) -> None:
-        trainable = any(p.requires_grad for module in modules for p in module.parameters())
-        if found is not None and not found.requires_grad and trainable and torch.is_grad_enabled():
-            raise CaptureError(
-                f"{what} carry no gradient: the forward pass ran under torch.no_grad, or under reentrant "
-                "checkpointing; use non-reentrant checkpointing (use_reentrant=False)"
-            )
+def _check_graph(tensor: Tensor | None, modules: list[nn.Module], what: str) -> None:
+    trainable = any(p.requires_grad for module in modules for p in module.parameters())
+    if tensor is not None and not tensor.requires_grad and trainable and torch.is_grad_enabled():
+        raise CaptureError(
+            f"{what} carry no gradient: the forward pass ran under torch.no_grad, or under reentrant "
+            "checkpointing; use non-reentrant checkpointing (use_reentrant=False)"
+        )
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _take(heard: GradientTrace, place: Place, value: Any) -> None:
-    tensors = [x for x in (value if isinstance(value, tuple | list) else (value,)) if isinstance(x, Tensor)]
-    if not tensors or tensors[0].ndim < 3:
-        raise CaptureError(f"{heard.anatomy.kind} passes no token sequence at {place!r}, where a penalty would hear it")
-    heard.passed[place] = tensors[0]
-    if place == 0:
-        heard.patch_count = tensors[0].shape[1] - heard.anatomy.prefix
-
-
 @contextmanager
-def record_with_gradients(anatomy: ViTParts, wanted: Requests) -> Iterator[list[GradientTrace]]:
-    """Hear what is `wanted` of each forward pass of the model inside the `with`; the list holds the newest.
+def record_with_gradients(parts: ViTParts, requests: Requests) -> Iterator[list[GradientTrace]]:
+    """Record what `requests` names of each forward pass of the model inside the `with`; the list holds the newest.
 
-    Hooks and the mode leave with the `with`, whatever ended it. Raises CaptureError where a module passes no tokens.
+    Hooks and the mode leave with the `with`, also after an error. Raises CaptureError where a module passes no tokens.
     """
-    ear, newest = MapRecorder(), [GradientTrace(anatomy)]
+    recorder, newest = MapRecorder(), [GradientTrace(parts)]
 
     def begin(module: nn.Module, args: Any) -> None:
-        newest[0] = GradientTrace(anatomy)
-        ear.block, ear.calls = None, newest[0].calls
+        newest[0] = GradientTrace(parts)
+        recorder.block, recorder.calls = None, newest[0].calls
 
-    def before(place: Place, module: nn.Module, args: Any) -> None:
-        _take(newest[0], place, args)
-
-    def after(place: Place, module: nn.Module, args: Any, output: Any) -> None:
-        _take(newest[0], place, output)
+    def take(place: Place, module: nn.Module, *passed: Any) -> None:  # (input,) before the module, (input, output) after it
+        value, trace = passed[-1], newest[0]
+        tensors = [x for x in (value if isinstance(value, tuple | list) else (value,)) if isinstance(x, Tensor)]
+        if not tensors or tensors[0].ndim < 3:
+            raise CaptureError(f"{parts.kind} passes no token sequence at {place!r}, where a penalty reads it")
+        trace.passed[place] = tensors[0]
+        if place == 0:
+            trace.patch_count = tensors[0].shape[1] - parts.prefix
 
     with ExitStack() as stack:
-        stack.callback(anatomy.model.register_forward_pre_hook(begin, prepend=True).remove)
-        for place in wanted.places | ({0} if wanted.places else set()):
-            module, side = anatomy.passage(place)
-            register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
-            hook = partial(before if side == "input" else after, place)
-            stack.callback(register(hook).remove)
-        for block in wanted.maps:
-            module = anatomy.attention(block)
-            stack.callback(module.register_forward_pre_hook(partial(ear.enter, block)).remove)
-            stack.callback(module.register_forward_hook(ear.leave, always_call=True).remove)
-        if wanted.maps:
-            stack.enter_context(ear)
+        stack.callback(parts.model.register_forward_pre_hook(begin, prepend=True).remove)
+        for place in requests.places | ({0} if requests.places else set()):
+            module, side = parts.passage(place)
+            register: Any = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
+            stack.callback(register(partial(take, place)).remove)
+        for block in requests.maps:
+            module = parts.attention(block)
+            stack.callback(module.register_forward_pre_hook(partial(recorder.enter, block)).remove)
+            stack.callback(module.register_forward_hook(recorder.leave, always_call=True).remove)
+        if requests.maps:
+            stack.enter_context(recorder)
         yield newest

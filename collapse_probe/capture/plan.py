@@ -1,17 +1,19 @@
-"""FIXME docstring."""
+"""What the probe of a model finds out: its blocks, attention layers, prefix tokens, and where tokens are read."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+Frame = tuple[str, int]
+"""One call of a module: its dotted path, and how often it was called before in this forward pass."""
 
 
 @dataclass(frozen=True)
 class SelfCheck:
     """How far the captured attention is from the model's own, on the probe's images.
 
-    `row_sum` |sum of a row − 1|; `output` |A·V − the kernel's output| relative to the output's largest entry
-    (nan where no kernel ran); `logsumexp` |ours − the kernel's|, relative where that is above 1 (nan where
-    none gave it).
+    `row_sum` |sum of a row − 1|; `output` |A·V − the kernel's output| relative to the output's largest entry (nan where no
+    kernel ran); `logsumexp` |ours − the kernel's|, relative where that is above 1 (nan where none gave it).
     """
 
     row_sum: float
@@ -21,11 +23,11 @@ class SelfCheck:
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention call of the model, as the probe found it.
+    """One attention call of the model.
 
-    `block` is the index of its block, None for attention outside the blocks (pooling heads). `reason` says
-    why its maps cannot be compared token by token (a window, a pool, channels); empty for ordinary token
-    attention. `mixed`: what multiplies V is another map than the softmax.
+    `block` is the index of its block, None for attention outside the blocks (pooling heads). `reason` says why its maps cannot
+    be compared token by token (a window, a pool, channels); empty for ordinary token attention. `mixed`: what multiplies V is
+    another map than the softmax.
     """
 
     owner: str
@@ -48,8 +50,7 @@ class Layer:
 class Tap:
     """Where the tokens at one depth are read: the `side` ("input", "output") of call `call` of module `path`.
 
-    `layout` names the axes of the tensor there: "BND", "NBD", "BhwD", "BDhw", or "" where it is no token
-    sequence.
+    `layout` names the axes of the tensor there: "BND", "NBD", "BhwD", "BDhw", or "" where it is no token sequence.
     """
 
     path: str
@@ -60,12 +61,11 @@ class Tap:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the probe learned of a model: blocks, attention layers, prefix tokens, where tokens are read.
+    """What the probe found in a model.
 
-    `prefix` are the positions of tokens that do not come from the image (class, distillation, register
-    tokens); `patch_shapes` are (patches, width) at each depth, None where a depth has no token sequence;
-    `grid` is (rows, columns) of the patches, None where they form no rectangle; `image_size` is (height, width) of the input
-    in pixels, None where the input was no image.
+    `prefix` are the positions of tokens that do not come from the image (class, distillation, register tokens); `patch_shapes`
+    are (patches, width) at each depth, None where a depth has no token sequence; `grid` is (rows, columns) of the patches, None
+    where they form no rectangle; `image_size` is (height, width) of the input in pixels, None where the input was no image.
     """
 
     blocks: tuple[str, ...]
@@ -78,7 +78,7 @@ class Plan:
     grid: tuple[int, int] | None
     bytes_per_image: int
     check: SelfCheck
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     image_size: tuple[int, int] | None = None
 
     @property
@@ -93,8 +93,8 @@ class Plan:
 
     def groups(self) -> dict[tuple[int, int, int], list[int]]:
         """Positions on the `block` axis of the layers that share a signature, token attention only."""
-        found: dict[tuple[int, int, int], list[int]] = {}
+        groups: dict[tuple[int, int, int], list[int]] = {}
         for position, index in enumerate(self.map_layers):
             if not self.layers[index].reason:
-                found.setdefault(self.layers[index].signature, []).append(position)
-        return found
+                groups.setdefault(self.layers[index].signature, []).append(position)
+        return groups

@@ -1,4 +1,4 @@
-"""The ear: hears every operator of one model's forward pass, keeps what is attention, and changes nothing."""
+"""Records every operator of one model's forward pass that is attention, and changes nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from collapse_probe.capture import operators as kernels
-from collapse_probe.capture.operators import storage_of, tensors_in
-from collapse_probe.capture.softmax_tracking import Frame, Products, Softmaxes, rescue
+from collapse_probe.capture.operators import KernelCall, OperatorCall, storage_of, tensors_in
+from collapse_probe.capture.plan import Frame
+from collapse_probe.capture.softmax_tracking import Products, Softmaxes, copy_before_write
 from collapse_probe.capture.trace import Attention
 from collapse_probe.errors import CaptureError
 
@@ -26,69 +27,52 @@ def steady_tokens(tokens: Tensor | None, images: int) -> list[bool] | None:
     if tokens is None or tokens.is_nested or tokens.ndim != 3 or images < 2 or images not in tokens.shape[:2]:
         return None
     tokens = tokens if len(tokens) == images else tokens.transpose(0, 1)
-    found: list[bool] = (tokens == tokens[:1]).all(2).all(0).tolist()
-    return found
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a sketch keeps of a tensor while the model runs: no memory among the model's own, which would tear that apart."""
-
-    dtype: torch.dtype
-    sizes: tuple[int, ...]
+    steady: list[bool] = (tokens == tokens[:1]).all(2).all(0).tolist()
+    return steady
 
 
 def sketch(value: Any) -> Any:
-    """Shapes in place of tensors."""
+    """Tensors without memory, of the same shapes and types, in place of a tensor or of those in a tuple."""
     if isinstance(value, Tensor) and not value.is_nested:
-        return Shape(value.dtype, tuple(value.shape))
-    return [sketch(x) for x in value] if isinstance(value, tuple) else value
-
-
-def unsketched(value: Any) -> Any:
-    """Tensors of one element seen as their shapes, in place of the shapes."""
-    if isinstance(value, Shape):
-        return torch.empty((), dtype=value.dtype).expand(value.sizes)
-    return tuple(unsketched(x) for x in value) if isinstance(value, list) else value
-
-
-_HELD = ("q", "k", "bias", "probs", "weights")
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    return tuple(map(sketch, value)) if isinstance(value, tuple) else value
 
 
 @dataclass
 class AttentionEvent:
-    """One attention call as it was heard: its maps, where it stood, and what the self-check needs.
+    """One attention call: its maps, the modules that were running, and what the self-check needs.
 
-    `errors` are the self-check's (rows, output, logsumexp) once it was made.
+    `index` counts the events of the forward pass; `kernel` is the call of a fused kernel in a thorough recording; `operand` is
+    the tensor that held an eager map when it multiplied V; `errors` are the self-check's (rows, output, logsumexp).
     """
 
     attention: Attention
     stack: tuple[Frame, ...]
-    value: Tensor | None = None
-    out: Tensor | None = None
-    finish: Callable[[Tensor], Tensor] | None = None
+    index: int
+    kernel: KernelCall | None = None
+    operand: Tensor | None = None
     errors: tuple[float, float, float] | None = None
-    held: dict[int, int] = field(default_factory=dict)
+    memory: dict[int, int] = field(default_factory=dict)
 
     def sketch(self) -> None:
-        """Keep of the tensors their shapes, and in `held` the bytes behind each storage."""
-        self.held = self.storages()
-        for name in _HELD:
+        """Keep only the shapes of the tensors, and in `memory` the bytes behind each storage."""
+        self.memory = self.storages()
+        for name in ("q", "k", "bias", "probs", "weights"):
             setattr(self.attention, name, sketch(getattr(self.attention, name)))
-        self.value = self.out = self.finish = self.attention.logsumexp = None
+        self.kernel = self.operand = self.attention.logsumexp = None
 
     def storages(self) -> dict[int, int]:
         """The bytes behind each storage that the event keeps alive."""
-        tensors = [t for name in _HELD if (t := getattr(self.attention, name)) is not None]
-        return self.held or {storage_of(t): t.untyped_storage().nbytes() for t in tensors}
+        a = self.attention
+        tensors = [t for t in (a.q, a.k, a.bias, a.probs, a.weights) if t is not None]
+        return self.memory or {storage_of(t): t.untyped_storage().nbytes() for t in tensors}
 
 
 @dataclass
 class ModuleCall:
     """One call of a module, with its first input tensor and its output where these were asked for.
 
-    In a sketch both are tensors of one element seen as their shapes, and `steady` says which token positions of the input are
-    the same for all images.
+    In a sketch both have no memory, and `steady` says which token positions of the input are the same for all images.
     """
 
     path: str
@@ -100,11 +84,11 @@ class ModuleCall:
 
 
 @dataclass
-class Recording:
-    """All that was heard of one forward pass, in the order in which it happened.
+class PassLog:
+    """All that was recorded of one forward pass, in the order in which it happened.
 
-    `input` is the first tensor that any module received: the images, also where the model is called by
-    keyword.
+    `input` is the first tensor that any module received: the images, also where the model is called by keyword. `opaque` and
+    `suspects` are (module, what it computed): attention that cannot be captured.
     """
 
     images: int = 0
@@ -116,24 +100,18 @@ class Recording:
     suspects: list[tuple[str, str]] = field(default_factory=list)
 
 
-def finish_sketch(heard: Recording) -> None:
-    """Tensors seen as their shapes in place of the shapes, once the forward pass is over."""
-    for call in heard.calls:
-        call.input, call.output = unsketched(call.input), unsketched(call.output)
-    for event in heard.events:
-        for name in _HELD:
-            setattr(event.attention, name, unsketched(getattr(event.attention, name)))
-
-
-_LISTENING: set[int] = set()
+_RECORDED: set[int] = set()
+"""The ids of the models that are being recorded."""
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Hears one model on one thread. `thorough` keeps what plan and self-check need, for every module call; `examine`
-    is called with each event and the number of images as it happens, and may sketch it; of the modules' inputs and outputs
-    then no more than the shapes are kept.
+    """Records the forward passes of one model on one thread, while it is `attached`.
 
-    `on_forward` is called with the Hearing of each forward pass that ended without an exception.
+    `on_forward` receives the PassLog of each forward pass that ended without an exception. `thorough` keeps what plan and
+    self-check need, for every module call; otherwise the inputs and outputs of the module calls in `watched` are kept.
+    `on_operator` is called after each operator with its call, whose `out` it may replace, and with the attention events that it
+    completed, while their tensors are there; the log then keeps no more than the shapes of the modules' inputs and outputs.
+    `on_module` is called with each module call and its output; what it returns, unless None, takes the output's place.
     """
 
     supports_higher_order_operators = True
@@ -141,27 +119,55 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(
         self,
         model: nn.Module,
-        on_forward: Callable[[Recording], None],
+        on_forward: Callable[[PassLog], None] | None = None,
         *,
         thorough: bool = False,
-        examine: Callable[[AttentionEvent, int], None] | None = None,
         watched: frozenset[Frame] = frozenset(),
+        on_operator: Callable[[OperatorCall, list[AttentionEvent]], None] | None = None,
+        on_module: Callable[[Frame, Any], Any] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.on_forward, self.thorough, self.watched = model, on_forward, thorough, watched
-        self.examine, self.sketched = examine, examine is not None
+        self.model, self.on_forward, self.on_operator, self.on_module = model, on_forward, on_operator, on_module
+        self.thorough, self.watched = thorough, watched
         self.names = {id(module): name for name, module in model.named_modules()}
-        self.holds = _holders(model)
+        self.holders: set[str] = set()  # modules that have parameters, of their own or of a module inside
+        for name, module in model.named_modules(remove_duplicate=False):
+            if any(parameter is not None for parameter in module._parameters.values()):
+                while name not in self.holders:
+                    self.holders.add(name)
+                    name = name.rpartition(".")[0]
         self.thread = threading.get_ident()
         self.stack: list[ModuleCall] = []
         self.error_before: BaseException | None = None
         self.lowered: torch.dtype | None = None
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
-        self.hearing = Recording()
+    def _reset(self) -> None:
+        self.log = PassLog()
         self.counts: dict[str, int] = {}
         self.softmaxes, self.products = Softmaxes(), Products()
+
+    @contextmanager
+    def attached(self) -> Iterator[Recorder]:
+        """Record the model inside the `with`; hooks and the mode are removed at its end.
+
+        Raises CaptureError where this model is being recorded already. Under `torch.inference_mode` a dispatch mode would
+        change low-level choices of PyTorch, so that inside the `with` it is `torch.no_grad` instead.
+        """
+        if id(self.model) in _RECORDED:
+            raise CaptureError("this model is being recorded already; leave the first `with` before the second begins")
+        with ExitStack() as stack:
+            _RECORDED.add(id(self.model))
+            stack.callback(_RECORDED.discard, id(self.model))
+            stack.callback(register_module_forward_pre_hook(self.enter_module).remove)
+            stack.callback(register_module_forward_hook(self.leave_module, always_call=True).remove)
+            if hasattr(torch.compiler, "set_stance"):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+            stack.enter_context(self)
+            yield self
 
     # ---- which module is running ----
 
@@ -171,200 +177,132 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if path is None or (module is not self.model and not self.stack):
             return
         if module is self.model:
-            self._begin()
+            if torch.is_inference_mode_enabled():
+                raise CaptureError(
+                    "torch.inference_mode began inside the recording, where it would change the model's outputs; "
+                    "let it begin before, or use torch.no_grad"
+                )
+            self.stack.clear()  # a KeyboardInterrupt skips the hooks that would have emptied it
+            self._reset()
+            self.error_before = sys.exc_info()[1]
         number = self.counts.get(path, 0)
         self.counts[path] = number + 1
-        call = ModuleCall(path, number, self._frames())
-        if self.hearing.input is None:
-            self.hearing.input = _first_tensor(args)
-            self.hearing.images = 0 if self.hearing.input is None else len(self.hearing.input)
-        if self.thorough or (path, number) in self.watched:
-            call.input = _first_tensor(args)
-            if self.sketched:
-                call.steady, call.input = steady_tokens(call.input, self.hearing.images), sketch(call.input)
-            self.hearing.calls.append(call)
+        call, log = ModuleCall(path, number, self.frames()), self.log
+        kept = self.thorough or (path, number) in self.watched
+        first = next((x.detach() for x in tensors_in(args)), None) if kept or log.input is None else None
+        if log.input is None:
+            log.input, log.images = first, 0 if first is None else len(first)
+        if kept:
+            call.input = first
+            if self.on_operator is not None:
+                call.steady, call.input = steady_tokens(first, log.images), sketch(first)
+            log.calls.append(call)
         self.stack.append(call)
         self.lowered = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
-    def _begin(self) -> None:
-        if torch.is_inference_mode_enabled():
-            raise CaptureError(
-                "torch.inference_mode began inside the listening, where it would change the model's outputs; "
-                "let it begin before, or use torch.no_grad"
-            )
-        self.stack.clear()  # a KeyboardInterrupt skips the hooks that would have emptied it
-        self._forget()
-        self.error_before = sys.exc_info()[1]
-
-    def leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """A global forward hook, called after exceptions too: pop the module, and finish with the root."""
         path = self._path(module)
         if path is None or not self.stack or self.stack[-1].path != path:
-            return
+            return None
         call = self.stack.pop()
         self.softmaxes.hand_up(path, self._holder())
-        if path in self.holds:
+        if path in self.holders:
             self.products.forget(path)
         if self.thorough or (path, call.number) in self.watched:
-            call.output = sketch(_detached_tree(output)) if self.sketched else _detached_tree(output)
+            call.output = _detached(output) if self.on_operator is None else sketch(_detached(output))
         if not self.stack and sys.exc_info()[1] is self.error_before:
-            self.hearing.output, heard = output, self.hearing
-            self._forget()
-            if self.sketched:
-                finish_sketch(heard)
-            self.on_forward(heard)
+            self.log.output, log = output, self.log
+            self._reset()
+            if self.on_forward is not None:
+                self.on_forward(log)
+        return None if self.on_module is None else self.on_module((path, call.number), output)
 
-    def _path(self, module: nn.Module) -> str | None:
-        """The name of one of the model's own modules, running in the thread that listens."""
-        return self.names.get(id(module)) if threading.get_ident() == self.thread else None
-
-    def _frames(self) -> tuple[Frame, ...]:
+    def frames(self) -> tuple[Frame, ...]:
+        """The module calls that are running, outermost first."""
         return tuple((call.path, call.number) for call in self.stack)
 
-    def _holder(self) -> str:
-        return next((call.path for call in reversed(self.stack) if call.path in self.holds), "")
+    def _path(self, module: nn.Module) -> str | None:
+        """The name of one of the model's own modules, running in the recorder's thread."""
+        return self.names.get(id(module)) if threading.get_ident() == self.thread else None
 
-    # ---- what is running in it ----
+    def _holder(self) -> str:
+        return next((call.path for call in reversed(self.stack) if call.path in self.holders), "")
+
+    # ---- which operators run in it ----
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operator unchanged; note it where it is attention."""
+        """Run the operator unchanged; record it where it is attention."""
         kwargs = kwargs or {}
         if not self.stack:
             return func(*args, **kwargs)
         if not isinstance(func, torch._ops.OpOverload):
             if kernels.opaque(func):
-                self.hearing.opaque.append((self._holder(), str(func)))
+                self.log.opaque.append((self._holder(), str(func)))
             return func(*args, **kwargs)
+        call = OperatorCall(func, args, kwargs)
         if func._schema.is_mutable:
-            self._guard(kernels.written(func, args, kwargs))
+            self._protect({storage_of(target) for target in call.written()})
         if func in kernels.ENCODER_LAYER and self.lowered is not None:
             # this kernel calls operators that autocast lowers, unless a dispatch mode has switched it off
             with torch.autocast("cpu", self.lowered):
-                return self._run(func, args, kwargs)
-        return self._run(func, args, kwargs)
+                return self._run(call)
+        return self._run(call)
 
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = func(*args, **kwargs)
-        self._note(func, args, kwargs, out)
-        return out
+    def _run(self, call: OperatorCall) -> Any:
+        call.out = call.func(*call.args, **call.kwargs)
+        first = len(self.log.events)
+        self._note(call)
+        if self.on_operator is not None:
+            self.on_operator(call, self.log.events[first:])
+        return call.out
 
-    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        if func in kernels.FUSED:
-            self._kernel(*kernels.read_fused(func, kernels.arguments(func, args, kwargs), out))
-        elif func in kernels.MULTI_HEAD:
-            self._kernel(*kernels.read_multi_head(func, kernels.arguments(func, args, kwargs), out))
-        elif func in kernels.ENCODER_LAYER:
-            self._kernel(
-                *kernels.read_encoder_layer(func, kernels.arguments(func, args, kwargs), out),
-                inside="self_attn",
-            )
+    def _note(self, call: OperatorCall) -> None:
+        func, holder = call.func, self._holder()
+        if func in kernels.READERS:
+            kernel, stack = kernels.READERS[func](call), self.frames()
+            if func in kernels.ENCODER_LAYER:  # which stands for its attention module without calling it
+                holder = f"{holder}.self_attn".removeprefix(".")
+                stack = (*stack, (holder, stack[-1][1]))
+            self._add_event(kernel.attention, holder, stack, kernel=kernel if self.thorough else None)
         elif func in kernels.SOFTMAX:
-            attention = kernels.read_softmax(kernels.arguments(func, args, kwargs), out)
+            attention = kernels.read_softmax(call)
             if attention is not None:
-                self.softmaxes.begin(attention, self._frames(), self._holder())
+                self.softmaxes.begin(attention, self.frames(), holder)
         elif kernels.opaque(func):
-            self.hearing.opaque.append((self._holder(), func._schema.name))
+            self.log.opaque.append((holder, func._schema.name))
         else:
-            self._follow(func, args, out)
+            for softmax, operand in self.softmaxes.follow(call) if self.softmaxes.pending else ():
+                kept = None if self.on_operator is None else operand
+                self._add_event(softmax.attention, softmax.holder, softmax.stack, operand=kept)
+            if self.thorough and (kind := self.products.follow(call, holder)) is not None:
+                self.log.suspects.append((holder, kind))
 
-    def _kernel(
-        self,
-        attention: Attention,
-        value: Tensor,
-        out: Tensor,
-        finish: kernels.Finish | None,
-        inside: str = "",
-    ) -> None:
-        """Attention in one operator; `inside` names the sub-module that it stands for without calling it."""
-        owner, stack = self._holder(), self._frames()
-        if inside:
-            owner = f"{owner}.{inside}".removeprefix(".")
-            stack = (*stack, (owner, stack[-1][1]))
+    def _add_event(self, attention: Attention, owner: str, stack: tuple[Frame, ...], **more: Any) -> None:
         attention.owner = owner
-        event = AttentionEvent(attention, stack)
-        if self.thorough:
-            event.value, event.out, event.finish = value, out, finish
-        self._heard(event)
+        if attention.probs is not None and attention.probs.ndim == 3:  # [B·H, N, N]
+            images, maps = self.log.images, attention.probs.shape
+            shape = (images, -1, *maps[1:]) if images and maps[0] % images == 0 else (-1, 1, *maps[1:])
+            attention.probs = attention.probs.reshape(shape)
+            attention.weights = None if attention.weights is None else attention.weights.reshape(shape)
+        self.log.events.append(AttentionEvent(attention, stack, len(self.log.events), **more))
 
-    def _heard(self, event: AttentionEvent) -> None:
-        self.hearing.events.append(event)
-        if self.examine is not None:
-            self.examine(event, self.hearing.images)
-
-    def _follow(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
-        for softmax in self.softmaxes.follow(func, args, out) if self.softmaxes.pending else ():
-            softmax.attention.owner = softmax.holder
-            self._heard(AttentionEvent(softmax.attention, softmax.stack))
-        if self.thorough:
-            holder = self._holder()
-            kind = self.products.follow(func, args, out, holder)
-            if kind is not None:
-                self.hearing.suspects.append((holder, kind))
-
-    def _guard(self, targets: list[Tensor]) -> None:
-        """Before an operator writes into a tensor that was captured, keep a copy of what was captured."""
-        storages = {storage_of(target) for target in targets}
+    def _protect(self, storages: set[int]) -> None:
+        """Before an operator writes into tensors that were captured, copy what was captured there."""
         self.softmaxes.overwritten(storages)
-        for event in self.hearing.events:
-            rescue(event.attention, storages)
-            rescue(event, storages, ("value", "out"))
-        for call in self.hearing.calls:
-            rescue(call, storages, ("input", "output"))
+        for event in self.log.events:
+            copy_before_write(event.attention, storages)
+            if event.kernel is not None:
+                copy_before_write(event.kernel, storages, ("value", "out"))
+        for call in self.log.calls:
+            copy_before_write(call, storages, ("input", "output"))
             if isinstance(call.output, tuple):
                 call.output = tuple(x.clone() if storage_of(x) in storages else x for x in call.output)
 
 
-@contextmanager
-def ear(
-    model: nn.Module,
-    on_forward: Callable[[Recording], None],
-    *,
-    thorough: bool = False,
-    examine: Callable[[AttentionEvent, int], None] | None = None,
-    watched: frozenset[Frame] = frozenset(),
-) -> Iterator[Recorder]:
-    """Listen to `model` inside the `with`; every forward pass of it is handed to `on_forward`.
-
-    Raises CaptureError where this model is being listened to already. Under `torch.inference_mode` a dispatch
-    mode would change low-level choices of PyTorch, so that inside the `with` it is `torch.no_grad` instead.
-    """
-    if id(model) in _LISTENING:
-        raise CaptureError("this model is being listened to already; leave the first `with` before the second begins")
-    hears = Recorder(model, on_forward, thorough=thorough, examine=examine, watched=watched)
-    with ExitStack() as stack:
-        _LISTENING.add(id(model))
-        stack.callback(_LISTENING.discard, id(model))
-        entered = register_module_forward_pre_hook(hears.enter_module)
-        stack.callback(entered.remove)
-        left = register_module_forward_hook(hears.leave_module, always_call=True)
-        stack.callback(left.remove)
-        if hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-        stack.enter_context(hears)
-        yield hears
-
-
-def _holders(model: nn.Module) -> set[str]:
-    """The names of the modules that have parameters, of their own or of a module inside."""
-    found: set[str] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if any(parameter is not None for parameter in module._parameters.values()):
-            while name not in found:
-                found.add(name)
-                name = name.rpartition(".")[0]
-    return found
-
-
-def _first_tensor(args: tuple[Any, ...]) -> Tensor | None:
-    return next((x.detach() for x in tensors_in(args)), None)
-
-
-def _detached_tree(value: Any) -> Any:
+def _detached(value: Any) -> Any:
     """A module's output: a tensor, or the tensors in a list, tuple or dict as a tuple."""
     if isinstance(value, Tensor):
         return value.detach()

@@ -1,4 +1,4 @@
-"""What one batch leaves behind: tokens and attention of every block, and the plan that says which is which.
+"""What is kept of one batch: tokens and attention of every block, and the plan that says which is which.
 
 The dimension key, used as suffixes throughout: B images, H heads, N tokens, P patches, D width, K head width,
 L blocks (or attention layers), R and C the queries and keys inside a tile.
@@ -7,7 +7,7 @@ L blocks (or attention layers), R and C the queries and keys inside a tile.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,14 +17,15 @@ from collapse_probe.capture.plan import Plan
 
 TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20, "mps": 128 * 2**20}
 TRACE_BYTES = {"cpu": 128 * 2**20, "cuda": 8 * 2**30, "mps": 1 * 2**30}
+ALL = slice(None)
 
 
 def budget_line(plan: Plan, device: torch.device) -> str:
-    """One line on what listening costs in memory."""
-    held = plan.bytes_per_image / 2**20
+    """One line on the memory that a capture takes."""
+    per_image = plan.bytes_per_image / 2**20
     tile = tile_bytes(plan, device) / 2**20
     step = micro_batch(plan, device)
-    return f"maps are recomputed in tiles of {tile:.1f} MiB; {held:.1f} MiB are held per image, {step} images at a time"
+    return f"maps are recomputed in tiles of {tile:.1f} MiB; {per_image:.1f} MiB are held per image, {step} images at a time"
 
 
 def tile_bytes(plan: Plan, device: torch.device) -> int:
@@ -68,58 +69,67 @@ class Attention:
         """Whether the model changes the map between the softmax and V."""
         return self.weights is not None
 
-    def logits(self, images: slice, heads: slice, rows: slice, columns: slice) -> Tensor:
-        """The scaled, masked logits in float32 [b, h, R, C]; only where q and k were heard."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the map, [B, H, N, N] for token attention."""
+        if self.q is None or self.k is None:
+            assert self.probs is not None
+            return tuple(self.probs.shape)
+        return (*self.q.shape[:-1], self.k.shape[-2])
+
+    @property
+    def signature(self) -> tuple[int, int, int]:
+        """Heads, queries, keys."""
+        *leading, queries, keys = self.shape
+        return leading[-1] if leading else 1, queries, keys
+
+    def logits(self, images: slice = ALL, heads: slice = ALL, rows: slice = ALL, columns: slice = ALL) -> Tensor:
+        """The scaled, masked logits in float32 [b, h, R, C]; only where q and k were captured."""
         assert self.q is not None
         assert self.k is not None
-        k_BHNK = self.k[images]
-        if k_BHNK.shape[1] != self.q.shape[1]:
-            k_BHNK = k_BHNK.repeat_interleave(self.q.shape[1] // k_BHNK.shape[1], dim=1)
-        q_bhRK = self.q[images, heads, rows].float() * self.scale
-        logits = q_bhRK @ k_BHNK[:, heads, columns].float().transpose(-1, -2)
+        k_BHNK = expand_heads(self.k[images], self.q.shape[1])
+        logits = (self.q[images, heads, rows].float() * self.scale) @ k_BHNK[:, heads, columns].float().transpose(-1, -2)
         if self.bias is not None:
-            logits = logits + additive(self.bias, images, heads, rows, columns)
+            part = self.bias.reshape((1,) * (4 - self.bias.ndim) + self.bias.shape)
+            place = (images, heads, rows, columns)
+            part = part[tuple(span if size > 1 else ALL for span, size in zip(place, part.shape, strict=True))]
+            if part.dtype == torch.bool:
+                part = torch.zeros(part.shape, device=part.device).masked_fill(~part, -torch.inf)
+            logits = logits + part.float()
         if self.causal:
-            logits = logits.masked_fill(_future(self.q.shape[2], self.k.shape[2], rows, columns, logits), -torch.inf)
+            r, c = (torch.arange(size, device=logits.device) for size in self.shape[-2:])
+            logits = logits.masked_fill(c[None, columns] > r[rows, None], -torch.inf)
         return logits
 
+    def maps(
+        self, images: slice = ALL, heads: slice = ALL, rows: slice = ALL, columns: slice = ALL, sums: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """`probs` and `weights` [b, h, R, C] in float32.
 
-def additive(bias: Tensor, images: slice, heads: slice, rows: slice, columns: slice) -> Tensor:
-    """The part of a mask or bias for some images, heads, queries and keys, as a float32 term of the logits."""
-    part = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
-    wanted = (images, heads, rows, columns)
-    part = part[tuple(w if size > 1 else slice(None) for w, size in zip(wanted, part.shape, strict=True))]
-    if part.dtype == torch.bool:
-        return torch.zeros(part.shape, device=part.device).masked_fill(~part, -torch.inf)
-    return part.float()
-
-
-def _future(queries: int, keys: int, rows: slice, columns: slice, like: Tensor) -> Tensor:
-    r = torch.arange(queries, device=like.device)[rows]
-    c = torch.arange(keys, device=like.device)[columns]
-    return c[None, :] > r[:, None]
-
-
-def maps_of(
-    heard: Attention, images: slice, heads: slice, rows: slice, columns: slice, sums: Tensor | None = None
-) -> dict[str, Tensor]:
-    """probs and weights [b, h, R, C]. `sums` [b, H, N, 1] takes each query's logsumexp where all keys are here, or gives it."""
-    if heard.q is None:
-        assert heard.probs is not None
-        probs = heard.probs[images, heads, rows, columns].float()
-    else:
-        assert heard.k is not None
-        logits = heard.logits(images, heads, rows, columns)
-        if sums is None:
-            probs = torch.softmax(logits, dim=-1)
+        `sums` [b, H, N, 1] is filled with each query's logsumexp where all keys are asked for, and read where some are.
+        """
+        if self.q is None:
+            assert self.probs is not None
+            probs = self.probs[images, heads, rows, columns].float()
         else:
-            if columns == slice(0, heard.k.shape[2]):
-                sums[:, heads, rows] = torch.logsumexp(logits, dim=-1, keepdim=True)
-            probs = logits.sub_(sums[:, heads, rows]).exp_()
-        if heard.bias is not None or heard.causal:
-            probs = probs.nan_to_num(0.0)  # a query that may see nothing attends to nothing
-    weights = probs if heard.weights is None else heard.weights[images, heads, rows, columns].float()
-    return {"probs": probs, "weights": weights}
+            logits = self.logits(images, heads, rows, columns)
+            if sums is None:
+                probs = torch.softmax(logits, dim=-1)
+            else:
+                if columns == slice(0, self.shape[-1]):
+                    sums[:, heads, rows] = torch.logsumexp(logits, dim=-1, keepdim=True)
+                probs = logits.sub_(sums[:, heads, rows]).exp_()
+            if self.bias is not None or self.causal:
+                probs = probs.nan_to_num(0.0)  # a query that may see nothing attends to nothing
+        return {
+            "probs": probs,
+            "weights": probs if self.weights is None else self.weights[images, heads, rows, columns].float(),
+        }
+
+
+def expand_heads(x_BHNK: Tensor, heads: int) -> Tensor:
+    """Keys or values for `heads` heads, where several queries' heads share one (grouped queries)."""
+    return x_BHNK if x_BHNK.shape[1] == heads else x_BHNK.repeat_interleave(heads // x_BHNK.shape[1], dim=1)
 
 
 POINTS = ("probs", "weights")
@@ -138,7 +148,7 @@ class MapTile:
     """
 
     def __init__(
-        self, positions: list[int], place: Place, maps: dict[str, Tensor], whole: frozenset[str], last: tuple[bool, bool]
+        self, positions: list[int], place: Place, maps: dict[str, Tensor], whole: Sequence[str], last: tuple[bool, bool]
     ) -> None:
         self.positions = positions
         self.images, self.heads, self.rows, self.columns = place
@@ -163,7 +173,7 @@ class MapTile:
 
 @dataclass(frozen=True)
 class Trace:
-    """One batch heard: `tokens[d]` [B, N, D] at each depth, `attention` by layer.
+    """What was captured of one batch: `tokens[d]` [B, N, D] at each depth, `attention` by layer.
 
     Depth 0 is the sequence that enters the first block; None stands where a depth has no token sequence.
     `output` is what the model returned.
@@ -184,27 +194,41 @@ class Trace:
         if extra != len(self.plan.prefix):  # tokens that were added on the way come first
             tokens_BND = tokens_BND[:, extra:]
         elif extra:
-            keep = [i for i in range(tokens_BND.shape[1]) if i not in self.plan.prefix]
-            first, last = keep[0], keep[-1] + 1
-            contiguous = last - first == len(keep)
-            tokens_BND = tokens_BND[:, first:last] if contiguous else tokens_BND[:, keep]
+            patches = [i for i in range(tokens_BND.shape[1]) if i not in self.plan.prefix]
+            first, last = patches[0], patches[-1] + 1
+            contiguous = last - first == len(patches)
+            tokens_BND = tokens_BND[:, first:last] if contiguous else tokens_BND[:, patches]
         return tokens_BND.float()
 
     def maps(self, layer: int, point: str = "probs") -> Tensor:
         """The whole map of one layer, [B, H, N, N] in float32: for looking at; the metrics use `tiles`."""
-        everything = (slice(None),) * 4
-        return maps_of(self.attention[layer], *everything)[point]
+        return self.attention[layer].maps()[point]
 
     def map_of(self, layer: int, image: int, point: str = "probs") -> Tensor:
         """The whole map of one layer for one image, [H, N, N] in float32."""
-        everything = (slice(None),) * 3
-        return maps_of(self.attention[layer], slice(image, image + 1), *everything)[point][0]
+        return self.attention[layer].maps(slice(image, image + 1))[point][0]
 
     def tiles(self, budget: int) -> Iterator[MapTile]:
-        """All token maps of the batch in tiles of about `budget` bytes, one signature after the other."""
+        """All token maps of the batch in tiles of about `budget` bytes, one signature after the other.
+
+        Maps that are too large come twice: by queries, which also gives the logsumexp of each, then by keys.
+        """
         for signature, positions in self.plan.groups().items():
             layers = [self.attention[self.plan.map_layers[p]] for p in positions]
-            yield from _tiles(layers, positions, signature, self.images, budget)
+            all_heads, queries, keys = signature
+            b, h, rows, columns = tile_shape(signature, len(layers), budget)
+            heads = _spans(all_heads, h)
+            every_query, every_key = slice(0, queries), slice(0, keys)
+            for images in _spans(self.images, b):
+                if rows == queries and columns == keys:
+                    yield from _sweep(layers, positions, images, heads, [(every_query, every_key)], AXES, [None] * len(layers))
+                    continue
+                count = images.stop - images.start
+                sums = [None if a.q is None else torch.empty(count, *a.q.shape[1:3], 1, device=a.q.device) for a in layers]
+                by_query = [(span, every_key) for span in _spans(queries, rows)]
+                by_key = [(every_query, span) for span in _spans(keys, columns)]
+                yield from _sweep(layers, positions, images, heads, by_query, ("row",), sums)
+                yield from _sweep(layers, positions, images, heads, by_key, ("column",), sums)
 
 
 def tile_shape(signature: tuple[int, int, int], layers: int, budget: int) -> tuple[int, int, int, int]:
@@ -223,50 +247,21 @@ def _spans(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _tiles(
-    layers: list[Attention], positions: list[int], signature: tuple[int, int, int], images: int, budget: int
-) -> Iterator[MapTile]:
-    """Tiles of whole maps, or one sweep over queries, which also gives the logsumexp, and one over keys."""
-    all_heads, queries, keys = signature
-    b, h, rows, columns = tile_shape(signature, len(layers), budget)
-    everything = (slice(0, queries), slice(0, keys))
-    for chosen in _spans(images, b):
-        if rows == queries and columns == keys:
-            yield from _sweep(layers, positions, chosen, _spans(all_heads, h), [everything], frozenset(AXES), None)
-            continue
-        sums = [_no_sums(a, chosen) for a in layers]
-        by_rows = [(span, everything[1]) for span in _spans(queries, rows)]
-        by_columns = [(everything[0], span) for span in _spans(keys, columns)]
-        yield from _sweep(layers, positions, chosen, _spans(all_heads, h), by_rows, frozenset({"row"}), sums)
-        yield from _sweep(layers, positions, chosen, _spans(all_heads, h), by_columns, frozenset({"column"}), sums)
-
-
-def _no_sums(heard: Attention, images: slice) -> Tensor | None:
-    """Room for the logsumexp of each query [b, H, N, 1], where the map is made from q and k."""
-    if heard.q is None:
-        return None
-    return torch.empty(images.stop - images.start, *heard.q.shape[1:3], 1, device=heard.q.device)
-
-
 def _sweep(
     layers: list[Attention],
     positions: list[int],
     images: slice,
     heads: list[slice],
     parts: list[tuple[slice, slice]],
-    whole: frozenset[str],
-    sums: list[Tensor | None] | None,
+    whole: Sequence[str],
+    sums: list[Tensor | None],
 ) -> Iterator[MapTile]:
     for rows, columns in parts:
         for some in heads:
             place = (images, some, rows, columns)
-            last = (some is heads[-1], (rows, columns) == parts[-1])
-            yield MapTile(positions, place, _stack(layers, place, sums), whole, last)
-
-
-def _stack(layers: list[Attention], place: Place, sums: list[Tensor | None] | None) -> dict[str, Tensor]:
-    found = [maps_of(a, *place, None if sums is None else sums[i]) for i, a in enumerate(layers)]
-    probs = torch.stack([maps["probs"] for maps in found], dim=2)
-    if not any(a.mixed for a in layers):
-        return {"probs": probs, "weights": probs}
-    return {"probs": probs, "weights": torch.stack([maps["weights"] for maps in found], dim=2)}
+            maps = [a.maps(*place, queries_sums) for a, queries_sums in zip(layers, sums, strict=True)]
+            stacked = dict.fromkeys(POINTS, torch.stack([m["probs"] for m in maps], dim=2))
+            if any(a.mixed for a in layers):
+                stacked["weights"] = torch.stack([m["weights"] for m in maps], dim=2)
+            del maps  # the stacked ones alone stay in memory while the tile is in use
+            yield MapTile(positions, place, stacked, whole, (some is heads[-1], (rows, columns) == parts[-1]))

@@ -1,4 +1,4 @@
-"""Listening changes nothing while it lasts and leaves nothing behind when it ends."""
+"""Recording changes nothing while it lasts and leaves nothing behind when it ends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from toy_models import (
 
 from collapse_probe.capture.capture import discover_plan, record
 from collapse_probe.capture.discovery import call_frames
-from collapse_probe.capture.recorder import ear
+from collapse_probe.capture.recorder import Recorder
 from collapse_probe.capture.softmax_tracking import Softmaxes
 from collapse_probe.capture.trace import Attention
 from collapse_probe.errors import CaptureError
@@ -71,28 +71,28 @@ def test_outputs_are_equal_bit_for_bit(model, mode, amp):
     plan = discover_plan(model, SIZE)
     with mode(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
         plain = model(images())
-        with record(model, plan) as ears:
-            heard = model(images())
-    assert torch.equal(plain, heard)
-    assert torch.equal(plain, ears.last.output)
+        with record(model, plan) as recording:
+            recorded = model(images())
+    assert torch.equal(plain, recorded)
+    assert torch.equal(plain, recording.last.output)
 
 
-def test_gradients_are_equal_and_nothing_heard_holds_the_graph(trainable):
+def test_gradients_are_equal_and_nothing_recorded_holds_the_graph(trainable):
     def gradients():
         trainable.zero_grad()
         trainable(images()).square().sum().backward()
         return [p.grad.clone() for p in trainable.parameters()]
 
     plan, plain = discover_plan(trainable, SIZE), gradients()
-    with record(trainable, plan) as ears:
-        heard = gradients()
-    assert all(map(torch.equal, plain, heard))
-    trace = ears.last
+    with record(trainable, plan) as recording:
+        recorded = gradients()
+    assert all(map(torch.equal, plain, recorded))
+    trace = recording.last
     kept = [getattr(a, name) for a in trace.attention for name in ("q", "k", "bias", "probs", "weights")]
     assert not any(t.requires_grad for t in [*kept, *trace.tokens] if t is not None)
 
 
-def test_checkpointed_blocks_are_heard_once():
+def test_checkpointed_blocks_are_recorded_once():
     class Checkpointed(ToyViT):
         def forward(self, x):
             tokens = self.embed(x)
@@ -101,9 +101,9 @@ def test_checkpointed_blocks_are_heard_once():
             return self.head(tokens.mean(1))
 
     model = Checkpointed([Block(Matmul()) for _ in range(2)]).eval()
-    with record(model) as ears:
+    with record(model) as recording:
         model(images()).sum().backward()
-        assert len(ears.last.attention) == 2
+        assert len(recording.last.attention) == 2
 
 
 def test_a_model_may_be_called_by_keyword_and_return_nothing():
@@ -112,11 +112,11 @@ def test_a_model_may_be_called_by_keyword_and_return_nothing():
             super().forward(pixels)
 
     model = Silent([Block(Matmul()) for _ in range(2)]).eval()
-    with torch.no_grad(), record(model) as ears:
+    with torch.no_grad(), record(model) as recording:
         model(pixels=images())
-    assert ears.last.images == 3
-    assert ears.last.plan.prefix == (0,)
-    assert ears.last.output is None
+    assert recording.last.images == 3
+    assert recording.last.plan.prefix == (0,)
+    assert recording.last.output is None
 
 
 def test_tokens_are_those_before_a_block_overwrites_them():
@@ -136,11 +136,11 @@ def test_tokens_are_those_before_a_block_overwrites_them():
             return self.head(tokens.mean(1))
 
     model, expected = Unpacking([Overwriting(ToyAttention()) for _ in range(3)]), []
-    with torch.no_grad(), record(model, discover_plan(model, SIZE)) as ears:
+    with torch.no_grad(), record(model, discover_plan(model, SIZE)) as recording:
         model(images())
         model(images(), expected)
-    assert all(map(torch.equal, ears.last.tokens, expected))
-    assert len(ears.last.tokens) == 4
+    assert all(map(torch.equal, recording.last.tokens, expected))
+    assert len(recording.last.tokens) == 4
 
 
 @pytest.mark.filterwarnings("ignore:Using `torch.compile")
@@ -148,9 +148,9 @@ def test_wrappers_are_seen_through():
     model = toy()
     plan, inside = discover_plan(model, SIZE), reference(model, images())
     for wrapped in (nn.DataParallel(model), torch.compile(model, backend="eager"), distributed(model)):
-        with torch.no_grad(), record(wrapped, plan) as ears:
+        with torch.no_grad(), record(wrapped, plan) as recording:
             wrapped(images())
-        assert torch.allclose(ears.last.maps(1).double(), inside[1][0], atol=1e-5)
+        assert torch.allclose(recording.last.maps(1).double(), inside[1][0], atol=1e-5)
         assert discover_plan(wrapped, SIZE) == plan
     torch.distributed.destroy_process_group()
 
@@ -164,7 +164,7 @@ def distributed(model):
 
 
 def residue():
-    """Everything global that listening touches, and how many tensors and traces there are to see."""
+    """Everything global that a recording touches, and how many tensors and traces there are to see."""
     tables = [getattr(hooks, name) for name in vars(hooks) if name.startswith("_global_") and "hooks" in name]
     stance = torch._dynamo.eval_frame._stance.stance
     return [len(t) for t in tables if isinstance(t, dict)], len(_get_current_dispatch_mode_stack()), stance
@@ -195,36 +195,36 @@ def test_nothing_is_left_behind(name):
         model(images())
     assert residue() == before
     model.blocks[1].attn.error = None
-    with torch.no_grad(), record(model, plan) as ears:
+    with torch.no_grad(), record(model, plan) as recording:
         model(images())
-    assert torch.allclose(ears.last.maps(1).double(), expected[1][0], atol=1e-5)
+    assert torch.allclose(recording.last.maps(1).double(), expected[1][0], atol=1e-5)
     assert list(model.blocks[0]._forward_hooks) == [handle.id]
     assert residue() == before
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_listening_goes_on_after_a_pass_that_failed(name):
+def test_recording_goes_on_after_a_pass_that_failed(name):
     model, before = toy(Failing), residue()
     plan, expected = discover_plan(model, SIZE), reference(model, images())
-    with torch.no_grad(), record(model, plan) as ears:
+    with torch.no_grad(), record(model, plan) as recording:
         model.blocks[1].attn.error = ERRORS[name]
         with pytest.raises(type(ERRORS[name])):
             model(images())
-        with pytest.raises(CaptureError, match="no forward pass was heard"):
-            _ = ears.last
+        with pytest.raises(CaptureError, match="no forward pass was recorded"):
+            _ = recording.last
         model.blocks[1].attn.error = None
         model(images())
-    assert len(ears.last.attention) == 2
-    assert torch.allclose(ears.last.maps(0).double(), expected[0][0], atol=1e-5)
+    assert len(recording.last.attention) == 2
+    assert torch.allclose(recording.last.maps(0).double(), expected[0][0], atol=1e-5)
     assert residue() == before
 
 
-def test_one_ear_at_a_time():
+def test_one_recording_at_a_time():
     model = toy()
     with record(model):
-        with pytest.raises(CaptureError, match="listened to already"), record(nn.DataParallel(model)):
+        with pytest.raises(CaptureError, match="recorded already"), record(nn.DataParallel(model)):
             pass
-        with pytest.raises(CaptureError, match="listened to already"):
+        with pytest.raises(CaptureError, match="recorded already"):
             discover_plan(model, SIZE)
         with record(toy()):
             pass
@@ -232,15 +232,15 @@ def test_one_ear_at_a_time():
         pass
 
 
-def test_a_taken_trace_can_go_while_listening_lasts():
+def test_a_taken_trace_can_go_while_the_recording_lasts():
     model = toy()
     plan = discover_plan(model, SIZE)
-    with torch.no_grad(), record(model, plan) as ears:
+    with torch.no_grad(), record(model, plan) as recording:
         model(images())
-        trace = ears.take()
+        trace = recording.take()
         memory = weakref.ref(trace.attention[0].q)
-        with pytest.raises(CaptureError, match="no forward pass was heard"):
-            _ = ears.last
+        with pytest.raises(CaptureError, match="no forward pass was recorded"):
+            _ = recording.last
         del trace
         gc.collect()
         assert memory() is None
@@ -248,16 +248,16 @@ def test_a_taken_trace_can_go_while_listening_lasts():
 
 @pytest.mark.parametrize("attention", [ToyAttention, Matmul, *CHANGED[:2], EAGER[0]], ids=lambda a: a.__name__)
 def test_a_steady_run_holds_no_more_than_the_plan_says(attention):
-    model, heard = toy(attention, depth=6), []
+    model, logs = toy(attention, depth=6), []
     plan = discover_plan(model, SIZE)
-    with torch.no_grad(), ear(model, heard.append, watched=call_frames(plan.taps)):
+    with torch.no_grad(), Recorder(model, logs.append, watched=call_frames(plan.taps)).attached():
         model(images(6))
-    assert {(call.path, call.number) for call in heard[0].calls} == call_frames(plan.taps)
-    assert all(event.value is None and event.out is None and event.finish is None for event in heard[0].events)
-    with torch.no_grad(), record(model, plan) as ears:
+    assert {(call.path, call.number) for call in logs[0].calls} == call_frames(plan.taps)
+    assert all(event.kernel is None and event.operand is None for event in logs[0].events)
+    with torch.no_grad(), record(model, plan) as recording:
         model(images(6))
-    tensors = [getattr(a, n) for a in ears.last.attention for n in ("q", "k", "probs", "weights")]
-    tensors = [t for t in [*tensors, *ears.last.tokens] if t is not None]
+    tensors = [getattr(a, n) for a in recording.last.attention for n in ("q", "k", "probs", "weights")]
+    tensors = [t for t in [*tensors, *recording.last.tokens] if t is not None]
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert sum(held.values()) <= 6 * plan.bytes_per_image
 
@@ -273,10 +273,10 @@ def test_a_softmax_is_forgotten_when_the_module_around_its_own_ends():
 
 def test_the_first_pass_without_a_plan_makes_one_and_later_passes_are_lean():
     model = toy()
-    with torch.no_grad(), record(model) as ears:
+    with torch.no_grad(), record(model) as recording:
         model(images())
-        assert ears.plan.prefix == (0,)
-        assert ears._ear.thorough is False
+        assert recording.plan.prefix == (0,)
+        assert recording.recorder.thorough is False
         model(images(5))
-        assert ears.last.images == 5
-        assert torch.equal(ears.last.tokens[-1], model.blocks[1](ears.last.tokens[1]))
+        assert recording.last.images == 5
+        assert torch.equal(recording.last.tokens[-1], model.blocks[1](recording.last.tokens[1]))

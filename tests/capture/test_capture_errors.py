@@ -94,13 +94,13 @@ def test_attention_without_a_map_to_hear(attention, error, words):
         (Linear, "linear attention"),
     ],
 )
-def test_unheard_attention_beside_heard_attention_is_an_error(attention, words):
+def test_uncaptured_attention_beside_captured_attention_is_an_error(attention, words):
     model = ToyViT([Block(ToyAttention()), Block(attention())])
     with pytest.raises(CaptureError, match=f"(?s)blocks.1.attn.*{words}"):
         discover_plan(model, SIZE)
 
 
-def test_attention_of_one_class_is_heard_in_every_block_or_not_at_all():
+def test_attention_of_one_class_is_recorded_in_every_block_or_not_at_all():
     class Sometimes(ToyAttention):
         """Skips its softmax when told to."""
 
@@ -115,7 +115,7 @@ def test_attention_of_one_class_is_heard_in_every_block_or_not_at_all():
         discover_plan(model, SIZE)
 
 
-def test_a_shared_block_must_be_heard_at_every_call():
+def test_a_shared_block_must_be_recorded_at_every_call():
     class Tiring(ToyAttention):
         """Attends at every other call only."""
 
@@ -150,7 +150,7 @@ def test_blocks_outside_any_container_are_named():
         def forward(self, x):
             return self.attend(self.patches(x).flatten(2).transpose(1, 2))
 
-    with pytest.raises(NoAttentionFoundError, match=r"heard in attend, but in no block.*nn\.ModuleList"):
+    with pytest.raises(NoAttentionFoundError, match=r"found in attend, but in no block.*nn\.ModuleList"):
         discover_plan(sharpen(Bare()), SIZE)
 
 
@@ -184,12 +184,12 @@ class EarlyExit(ToyViT):
 
 def test_a_depth_that_depends_on_the_data():
     model = EarlyExit([Block(ToyAttention()) for _ in range(2)]).eval()
-    with torch.no_grad(), record(model, discover_plan(model, SIZE)) as ears:
+    with torch.no_grad(), record(model, discover_plan(model, SIZE)) as recording:
         model(images())
         with pytest.raises(CaptureError, match="ran 1 attention calls, the probe 2"):
             model(images() - 10)
-        with pytest.raises(CaptureError, match="no forward pass was heard"):
-            _ = ears.last
+        with pytest.raises(CaptureError, match="no forward pass was recorded"):
+            _ = recording.last
 
 
 def test_images_of_another_size_than_the_probes():
@@ -200,24 +200,24 @@ def test_images_of_another_size_than_the_probes():
         model(images())
 
 
-def test_nothing_heard_is_an_error_when_it_is_read():
+def test_nothing_recorded_is_an_error_when_it_is_read():
     model = toy()
     plan = discover_plan(model, SIZE)
-    with torch.no_grad(), record(model, plan) as ears:
-        with pytest.raises(CaptureError, match="no forward pass was heard"):
-            _ = ears.last
+    with torch.no_grad(), record(model, plan) as recording:
+        with pytest.raises(CaptureError, match="no forward pass was recorded"):
+            _ = recording.last
         for elsewhere in (model.embed, lambda x: model.blocks[0](model.embed(x))):
             elsewhere(images())
         runner = threading.Thread(target=model, args=(images(),))
         runner.start()
         runner.join()
         with pytest.raises(CaptureError, match="in the thread that entered it"):
-            ears.take()
+            recording.take()
         model(images())
-        assert ears.take().images == 3
+        assert recording.take().images == 3
 
 
-def test_another_thread_is_not_heard_while_this_one_is():
+def test_another_thread_is_not_recorded_while_this_one_is():
     model, others = toy(), []
     plan = discover_plan(model, SIZE)
 
@@ -228,10 +228,10 @@ def test_another_thread_is_not_heard_while_this_one_is():
         runner.join()
 
     model.blocks[1].register_forward_pre_hook(elsewhere)
-    with torch.no_grad(), record(model, plan) as ears:
+    with torch.no_grad(), record(model, plan) as recording:
         model(images())
     assert len(others) == 1
-    assert [len(a.q) for a in ears.last.attention] == [3, 3]
+    assert [len(a.q) for a in recording.last.attention] == [3, 3]
 
 
 def test_inference_mode_must_begin_before_the_listening():

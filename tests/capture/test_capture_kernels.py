@@ -39,9 +39,9 @@ def hear(model, pictures, plan=None):
     """One listened-to pass without gradients; its outputs are the plain ones."""
     with torch.no_grad():
         plain = model(pictures)
-        with record(model, plan or discover_plan(model, pictures.shape[-2:])) as ears:
+        with record(model, plan or discover_plan(model, pictures.shape[-2:])) as recording:
             assert torch.equal(model(pictures), plain)
-    return ears.take()
+    return recording.take()
 
 
 def assert_maps(trace, expected, tolerance=1e-5):
@@ -87,11 +87,11 @@ def test_bfloat16_is_not_a_change_of_the_map(attention):
     plan = discover_plan(model, SIZE)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         plain = model(pictures)
-        with record(model, plan) as ears:
+        with record(model, plan) as recording:
             assert torch.equal(model(pictures), plain)
         expected = reference(model, pictures)
-    assert not any(heard.mixed for heard in ears.last.attention)
-    assert_maps(ears.last, expected, tolerance=2e-2)
+    assert not any(heard.mixed for heard in recording.last.attention)
+    assert_maps(recording.last, expected, tolerance=2e-2)
 
 
 def test_a_softmax_in_a_module_of_its_own():

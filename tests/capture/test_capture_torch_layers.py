@@ -56,9 +56,9 @@ def test_multi_head_attention(name):
 def test_multi_head_attention_that_is_trained_leaves_its_fast_path():
     model, pictures = ToyViT([Block(Projected(call=FAST)) for _ in range(2)]), images(2)
     plan = discover_plan(model, SIZE)
-    with record(model, plan) as ears:
+    with record(model, plan) as recording:
         model(pictures).sum().backward()
-    assert_maps(ears.last, reference(model, pictures))
+    assert_maps(recording.last, reference(model, pictures))
 
 
 ENCODER_CALLS = {
@@ -91,10 +91,10 @@ def test_a_shared_encoder_layer_is_heard_at_every_call():
 def test_encoder_layer_is_the_same_layer_off_its_fast_path():
     model, pictures = ToyViT([Encoder(norm_first=True) for _ in range(2)]), images(2)
     plan, expected = discover_plan(model, SIZE), reference(model, pictures)
-    with record(model, plan) as ears:
+    with record(model, plan) as recording:
         model(pictures)
-        assert "flash" in ears.last.attention[0].operation
-        assert_maps(ears.last, expected)
+        assert "flash" in recording.last.attention[0].operation
+        assert_maps(recording.last, expected)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             model(pictures)
-        assert_maps(ears.last, expected, tolerance=0.2)
+        assert_maps(recording.last, expected, tolerance=0.2)

@@ -72,25 +72,25 @@ def test_pooling_is_no_block(name, owners):
 def test_token_streams_are_timms_own():
     model = make("vit_tiny_patch16_224", **SMALL, img_size=48)
     pictures = images(2, size=(48, 48))
-    with torch.no_grad(), record(model, discover_plan(model, (48, 48))) as ears:
+    with torch.no_grad(), record(model, discover_plan(model, (48, 48))) as recording:
         model(pictures)
         own = model.forward_intermediates(pictures, intermediates_only=True, output_fmt="NLC", norm=False)
-    assert all(torch.equal(ears.last.patches(i + 1), tokens) for i, tokens in enumerate(own))
-    assert torch.equal(ears.last.patches(0), ears.last.tokens[0][:, 1:])
+    assert all(torch.equal(recording.last.patches(i + 1), tokens) for i, tokens in enumerate(own))
+    assert torch.equal(recording.last.patches(0), recording.last.tokens[0][:, 1:])
 
 
 def test_a_class_token_that_comes_later_is_no_patch():
     model = make("convit_tiny", depth=2, embed_dim=16, num_heads=3, local_up_to_layer=1, img_size=48)
-    with torch.no_grad(), record(model, discover_plan(model, (48, 48))) as ears:
+    with torch.no_grad(), record(model, discover_plan(model, (48, 48))) as recording:
         model(images(2, size=(48, 48)))
         first = model.blocks[0]
-        own = first.attn.get_attention(first.norm1(ears.last.tokens[0]))
-    plan = ears.last.plan
+        own = first.attn.get_attention(first.norm1(recording.last.tokens[0]))
+    plan = recording.last.plan
     assert plan.groups() == {(3, 9, 9): [0], (3, 10, 10): [1]}
     assert plan.patch_shapes == ((9, 48),) * 3
-    assert torch.equal(ears.last.patches(2), ears.last.tokens[2][:, 1:])
-    assert torch.equal(ears.last.maps(0, "weights"), own)
-    assert not torch.equal(ears.last.maps(0, "probs"), own)
+    assert torch.equal(recording.last.patches(2), recording.last.tokens[2][:, 1:])
+    assert torch.equal(recording.last.maps(0, "weights"), own)
+    assert not torch.equal(recording.last.maps(0, "probs"), own)
 
 
 def test_windows_have_reasons():
@@ -143,10 +143,10 @@ def test_stages_are_groups():
 
 def test_patches_leave_the_class_token_out_after_merging_too():
     model = make("pit_ti_224", img_size=64)
-    with torch.no_grad(), record(model, discover_plan(model, (64, 64))) as ears:
+    with torch.no_grad(), record(model, discover_plan(model, (64, 64))) as recording:
         model(images(2, size=(64, 64)))
-    for depth, tokens in enumerate(ears.last.tokens):
-        assert torch.equal(ears.last.patches(depth), tokens[:, 1:])
+    for depth, tokens in enumerate(recording.last.tokens):
+        assert torch.equal(recording.last.patches(depth), tokens[:, 1:])
 
 
 def test_tokens_with_channels_first():
@@ -154,9 +154,9 @@ def test_tokens_with_channels_first():
     plan = discover_plan(model, (64, 64))
     assert plan.patch_shapes[:4] == ((1024, 32), (256, 32), (256, 32), (64, 64))
     assert plan.taps[1].layout == "BDhw"
-    with torch.no_grad(), record(model, plan) as ears:
+    with torch.no_grad(), record(model, plan) as recording:
         model(images(2, size=(64, 64)))
-    assert [t.shape[1:] for t in ears.last.tokens] == list(plan.patch_shapes)
+    assert [t.shape[1:] for t in recording.last.tokens] == list(plan.patch_shapes)
 
 
 def test_torchvision():
@@ -180,15 +180,15 @@ def test_transformers(kind):
     sharpen(twin)
     model.load_state_dict(twin.state_dict())
     plan, pictures = discover_plan(model, (48, 48)), images(2, size=(48, 48))
-    with torch.no_grad(), record(model, plan) as ears:
+    with torch.no_grad(), record(model, plan) as recording:
         model(pixel_values=pictures)
         own = model(pictures, output_hidden_states=True).hidden_states
         maps = twin(pictures, output_attentions=True).attentions
     assert len(plan.blocks) == len(maps) == 3
     assert (plan.prefix, plan.grid) == ((0,), (3, 3))
-    assert all(map(torch.equal, ears.last.tokens[:3], own))
+    assert all(map(torch.equal, recording.last.tokens[:3], own))
     for i, attn in enumerate(maps):
-        assert torch.equal(ears.last.maps(i), attn) if kind == "eager" else torch.allclose(ears.last.maps(i), attn, atol=1e-5)
+        assert torch.equal(recording.last.maps(i), attn) if kind == "eager" else torch.allclose(recording.last.maps(i), attn, atol=1e-5)
 
 
 # ---- the rules by themselves ----
@@ -214,10 +214,10 @@ def test_tokens_that_are_sequence_first():
     model = sharpen(SequenceFirst([Block(Turned({"batch_first": False}, {"need_weights": False})) for _ in range(2)]))
     plan = discover_plan(model, SIZE)
     assert (plan.prefix, plan.tokens, plan.taps[0].layout) == ((0,), 13, "NBD")
-    with torch.no_grad(), record(model, plan) as ears:
+    with torch.no_grad(), record(model, plan) as recording:
         model(images(13))
-    assert [t.shape for t in ears.last.tokens] == [(13, 13, WIDTH)] * 3
-    assert torch.equal(ears.last.tokens[0][:, 0], model.class_token[0].expand(13, -1))
+    assert [t.shape for t in recording.last.tokens] == [(13, 13, WIDTH)] * 3
+    assert torch.equal(recording.last.tokens[0][:, 0], model.class_token[0].expand(13, -1))
 
 
 def test_blocks_called_by_keyword():
@@ -231,17 +231,17 @@ def test_blocks_called_by_keyword():
     model = Keyword([Block(Matmul()) for _ in range(2)])
     plan = discover_plan(model, SIZE)
     assert (plan.prefix, plan.tokens) == ((0,), 13)
-    with torch.no_grad(), record(model, plan) as ears:
+    with torch.no_grad(), record(model, plan) as recording:
         model(images())
-        assert torch.equal(ears.last.tokens[0], model.embed(images()))
+        assert torch.equal(recording.last.tokens[0], model.embed(images()))
 
 
 def test_one_image_tells_no_prefix_and_the_plan_says_so():
     model = toy()
-    with torch.no_grad(), record(model) as ears:
+    with torch.no_grad(), record(model) as recording:
         model(images(1))
-    assert ears.plan.prefix == ()
-    assert "one image" in ears.plan.notes[0]
+    assert recording.plan.prefix == ()
+    assert "one image" in recording.plan.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What is overheard in training is what the capture hears, carries gradients, changes nothing and leaves nothing behind."""
+"""What is recorded in training is what the capture records, carries gradients, changes nothing and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def wanted(model, *places, maps=True):
     return Requests(frozenset(places), frozenset(range(len(model.blocks)) if maps else ()))
 
 
-def heard_of(model, images, *places, maps=True):
+def trace_of(model, images, *places, maps=True):
     with record_with_gradients(ViTParts(model), wanted(model, *places, maps=maps)) as newest:
         model(images)
     return newest[0]
@@ -83,24 +83,24 @@ def heard_of(model, images, *places, maps=True):
 def test_maps_and_tokens_are_those_of_the_capture(name, autocast):
     model, images = made(name)
     model.eval()
-    with record(model) as listener:
+    with record(model) as recording:
         model(images)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        heard = heard_of(model, images, *range(DEPTH + 1))
-        with record(model, listener.plan) as listener:
+        trace = trace_of(model, images, *range(DEPTH + 1))
+        with record(model, recording.plan) as recording:
             model(images)
-    trace = listener.last
+    capture = recording.last
     for block in range(DEPTH):
         for point in ("probs", "weights"):
-            torch.testing.assert_close(heard.maps(block, point).detach(), trace.maps(block, point), rtol=0, atol=2e-6)
+            torch.testing.assert_close(trace.maps(block, point).detach(), capture.maps(block, point), rtol=0, atol=2e-6)
     for depth in range(DEPTH + 1):
-        assert torch.equal(heard.patches(depth), trace.patches(depth))
-    assert heard.maps(1).requires_grad
-    assert heard.patches(DEPTH).requires_grad
+        assert torch.equal(trace.patches(depth), capture.patches(depth))
+    assert trace.maps(1).requires_grad
+    assert trace.patches(DEPTH).requires_grad
 
 
 @every
-def test_hearing_changes_no_output_and_no_gradient(name):
+def test_recording_changes_no_output_and_no_gradient(name):
     model, images = made(name)
     model.train()
     found = []
@@ -126,9 +126,9 @@ def test_nothing_is_left_behind(breaks):
     if breaks:
         model.blocks[1].attn.proj = nn.Linear(5, 5)
         with pytest.raises(RuntimeError):
-            heard_of(model, images, 0)
+            trace_of(model, images, 0)
     else:
-        heard_of(model, images, 0)
+        trace_of(model, images, 0)
     assert hooks_of(model) == before
     assert torch._C._len_torch_function_stack() == modes
 
@@ -142,7 +142,7 @@ def test_a_broken_pass_does_not_spoil_the_next():
     assert newest[0].maps(2).shape == (4, 2, 5, 5)
 
 
-def test_of_several_passes_the_newest_is_heard():
+def test_of_several_passes_the_newest_is_recorded():
     model, images = made("ours")
     model.eval()
     with record_with_gradients(ViTParts(model), wanted(model, 1)) as newest:
@@ -156,16 +156,16 @@ def test_of_several_passes_the_newest_is_heard():
 def test_gradients_of_a_map_are_those_of_the_formula(name):
     model, images = made(name)
     model.eval().double()
-    heard = heard_of(model, images.double())
-    weight = torch.randn(heard.maps(0, "weights").shape, generator=torch.Generator().manual_seed(3))
-    (heard.maps(0, "weights") * weight).sum().backward()
+    trace = trace_of(model, images.double())
+    weight = torch.randn(trace.maps(0, "weights").shape, generator=torch.Generator().manual_seed(3))
+    (trace.maps(0, "weights") * weight).sum().backward()
     grad = model.blocks[0].attn.qkv.weight.grad[5]
     step = 1e-3
     found = []
     for sign in (1, -1):
         with torch.no_grad():
             model.blocks[0].attn.qkv.weight[5] += sign * step
-            found.append((heard_of(model, images.double()).maps(0, "weights") * weight).sum())
+            found.append((trace_of(model, images.double()).maps(0, "weights") * weight).sum())
             model.blocks[0].attn.qkv.weight[5] -= sign * step
     assert grad.sum().item() == pytest.approx(((found[0] - found[1]) / (2 * step)).item(), rel=2e-2, abs=2e-3)
 
@@ -181,25 +181,25 @@ class Checkpointed(nn.Module):
         return checkpoint(self.block, x, use_reentrant=self.reentrant)
 
 
-def test_checkpointing_is_heard_with_its_gradients():
+def test_checkpointing_is_recorded_with_its_gradients():
     grads = []
     for checkpointed in (False, True):
         model, images = made("ours")
         if checkpointed:
             model.blocks = nn.Sequential(*(Checkpointed(block, False) for block in model.blocks))
-        heard = heard_of(model, images, DEPTH)
-        (heard.maps(2).square().sum() + heard.patches(DEPTH).sum()).backward()
+        trace = trace_of(model, images, DEPTH)
+        (trace.maps(2).square().sum() + trace.patches(DEPTH).sum()).backward()
         grads.append(model.patch_embed.proj.weight.grad)
     torch.testing.assert_close(grads[0], grads[1])
 
 
-def test_timm_checkpointing_is_heard_with_its_gradients():
+def test_timm_checkpointing_is_recorded_with_its_gradients():
     grads = []
     for checkpointed in (False, True):
         model, images = made("timm fused")
         model.train().set_grad_checkpointing(checkpointed)
-        heard = heard_of(model, images, DEPTH)
-        (heard.maps(2).square().sum() + heard.patches(DEPTH).sum()).backward()
+        trace = trace_of(model, images, DEPTH)
+        (trace.maps(2).square().sum() + trace.patches(DEPTH).sum()).backward()
         grads.append(model.patch_embed.proj.weight.grad)
     torch.testing.assert_close(grads[0], grads[1])
 
@@ -207,14 +207,14 @@ def test_timm_checkpointing_is_heard_with_its_gradients():
 def test_attention_without_a_graph_is_refused_and_without_grad_read():
     model, images = made("ours")
     with torch.no_grad():
-        heard = heard_of(model, images, 1)
-        assert heard.maps(0).sum().item() == pytest.approx(4 * 2 * 5, abs=1e-4)
+        trace = trace_of(model, images, 1)
+        assert trace.maps(0).sum().item() == pytest.approx(4 * 2 * 5, abs=1e-4)
     with pytest.raises(CaptureError, match="no gradient"):
-        heard.tokens(1)
+        trace.tokens(1)
     with torch.no_grad():
-        heard = heard_of(model, images)
+        trace = trace_of(model, images)
     with pytest.raises(CaptureError, match="no gradient"):
-        heard.maps(0)
+        trace.maps(0)
 
 
 class Writer(nn.Module):
@@ -238,29 +238,29 @@ class Writer(nn.Module):
         return out
 
 
-@pytest.mark.parametrize(("how", "text"), [("writes", "wrote into"), ("hidden", "heard 0"), ("unknown", "multiplies V")])
-def test_what_cannot_be_heard_rightly_is_refused(how, text):
+@pytest.mark.parametrize(("how", "text"), [("writes", "wrote into"), ("hidden", "came 0"), ("unknown", "multiplies V")])
+def test_what_cannot_be_recorded_rightly_is_refused(how, text):
     model, images = made("ours")
     model.blocks[1].attn = Writer(how)
-    heard = heard_of(model, images)
-    heard.maps(0, "weights")
+    trace = trace_of(model, images)
+    trace.maps(0, "weights")
     with pytest.raises(CaptureError, match=text):
-        heard.maps(1, "weights")
+        trace.maps(1, "weights")
 
 
 def test_one_softmax_a_block_is_expected():
     model, images = made("ours")
     attn = model.blocks[1].attn
     model.blocks[1].attn = nn.Sequential(attn, attn)
-    with pytest.raises(CaptureError, match="heard 2"):
-        heard_of(model, images).maps(1)
+    with pytest.raises(CaptureError, match="came 2"):
+        trace_of(model, images).maps(1)
 
 
 def test_tokens_that_did_not_pass_are_named():
     model, images = made("ours")
-    heard = heard_of(model, images, 1)
+    trace = trace_of(model, images, 1)
     with pytest.raises(CaptureError, match="depth 2"):
-        heard.tokens(2)
+        trace.tokens(2)
     with record_with_gradients(ViTParts(model), wanted(model, 1)) as newest:
         pass
     with pytest.raises(CaptureError, match="listening"):
@@ -293,27 +293,27 @@ def test_a_model_says_what_it_lacks():
 
 def test_matrices_are_the_parts_of_qkv_and_shared_ones_count_once():
     model, images = made("ours")
-    heard = heard_of(model, images)
-    query, value = heard.matrices((1,), ("query", "value"))
+    trace = trace_of(model, images)
+    query, value = trace.matrices((1,), ("query", "value"))
     assert torch.equal(query, model.blocks[1].attn.qkv.weight[:16])
     assert torch.equal(value, model.blocks[1].attn.qkv.weight[32:])
     tied, images = made("ours tied")
-    assert len(heard_of(tied, images).matrices((0, 1, 2), ("query", "fc1"))) == 2
+    assert len(trace_of(tied, images).matrices((0, 1, 2), ("query", "fc1"))) == 2
 
 
-def test_the_softmax_is_heard_before_dropout():
+def test_the_softmax_is_recorded_before_dropout():
     model, images = made("ours")
     model = ours(attention_dropout=0.5).train()
-    heard = heard_of(model, images)
-    torch.testing.assert_close(heard.maps(1).sum(-1), torch.ones(4, 2, 5))
+    trace = trace_of(model, images)
+    torch.testing.assert_close(trace.maps(1).sum(-1), torch.ones(4, 2, 5))
     for block in model.blocks:
         block.attn.fused_attn = False
-    heard = heard_of(model, images)
-    torch.testing.assert_close(heard.maps(1).sum(-1), torch.ones(4, 2, 5))
-    assert (heard.maps(1, "weights") == 0).any()
+    trace = trace_of(model, images)
+    torch.testing.assert_close(trace.maps(1).sum(-1), torch.ones(4, 2, 5))
+    assert (trace.maps(1, "weights") == 0).any()
 
 
-def test_masks_and_grouped_queries_are_heard():
+def test_masks_and_grouped_queries_are_recorded():
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
@@ -329,7 +329,7 @@ def test_masks_and_grouped_queries_are_heard():
 
     model, images = made("ours")
     model.blocks[0].attn = Masked()
-    found = heard_of(model, images).maps(0)
+    found = trace_of(model, images).maps(0)
     assert found.shape == (4, 2, 5, 5)
     assert (found.triu(1) == 0).all()
     torch.testing.assert_close(found.sum(-1), torch.ones(4, 2, 5))

@@ -7,7 +7,6 @@ import torch
 from toy_models import SIZE, Block, Encoder, Matmul, Projected, ToyViT, toy
 
 from collapse_probe.capture import capture
-from collapse_probe.capture import discovery as planning
 from collapse_probe.capture import operators as kernels
 from collapse_probe.capture.capture import discover_plan
 from collapse_probe.errors import CaptureError
@@ -21,48 +20,57 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+def patch_reader(monkeypatch, kind, change):
+    """Let the operators of a kind be read with a change to their attention."""
+    for func in kind:
+        read = kernels.READERS[func]
+
+        def wrong(call, read=read):
+            kernel = read(call)
+            change(kernel.attention)
+            return kernel
+
+        monkeypatch.setitem(kernels.READERS, func, wrong)
+
+
 @pytest.mark.parametrize("what", ["scale", "k", "bias", "causal"])
 def test_the_self_check_bites(monkeypatch, what):
-    model, read = toy(), kernels.read_fused
-
-    def wrong(operator, bound, out):
-        attention, value, result, finish = read(operator, bound, out)
+    def change(attention):
         if what == "bias":
             attention.bias = torch.eye(attention.q.shape[2])
         elif what == "causal":
             attention.causal = True
         else:
             setattr(attention, what, getattr(attention, what) * 1.01)
-        return attention, value, result, finish
 
+    model = toy()
     discover_plan(model, SIZE)
-    monkeypatch.setattr(kernels, "read_fused", wrong)
+    patch_reader(monkeypatch, kernels.FUSED, change)
     with pytest.raises(CaptureError, match="not the model's"):
         discover_plan(model, SIZE)
 
 
-@pytest.mark.parametrize("fast_path", ["read_multi_head", "read_encoder_layer"])
+@pytest.mark.parametrize("fast_path", ["multi-head", "encoder"])
 def test_the_self_check_bites_on_fast_paths(monkeypatch, fast_path):
-    layers = [Block(Projected(call={"need_weights": False}))] if fast_path == "read_multi_head" else [Encoder()]
-    model, read = ToyViT(layers), getattr(kernels, fast_path)
-
-    def wrong(operator, bound, out):
-        attention, *others = read(operator, bound, out)
-        attention.scale *= 1.01
-        return attention, *others
-
+    layers = [Block(Projected(call={"need_weights": False}))] if fast_path == "multi-head" else [Encoder()]
+    model = ToyViT(layers)
     discover_plan(model, SIZE)
-    monkeypatch.setattr(kernels, fast_path, wrong)
+    patch_reader(
+        monkeypatch,
+        kernels.MULTI_HEAD if fast_path == "multi-head" else kernels.ENCODER_LAYER,
+        lambda attention: setattr(attention, "scale", attention.scale * 1.01),
+    )
     with pytest.raises(CaptureError, match="not the model's"):
         discover_plan(model, SIZE)
 
 
 def test_the_self_check_bites_on_rows_that_do_not_sum_to_one(monkeypatch):
-    def wrong(event, count):
-        event = planning.regular(event, count)
-        event.attention.probs = event.attention.probs * 1.01
-        return event
+    errors = capture._errors
 
-    monkeypatch.setattr(capture, "regular", wrong)
+    def wrong(event):
+        event.attention.probs = event.attention.probs * 1.01
+        return errors(event)
+
+    monkeypatch.setattr(capture, "_errors", wrong)
     with pytest.raises(CaptureError, match=r"rows sum to one within 1\.0e-02"):
         discover_plan(toy(Matmul), SIZE)

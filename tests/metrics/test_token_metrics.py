@@ -318,9 +318,9 @@ def test_the_state_does_not_grow_with_the_images(name):
 def test_a_bfloat16_model_is_measured_in_wide_sums(name):
     model = small_vit(num_heads=2, embed_dim=16, depth=2).to(torch.bfloat16)
     plan = discover_plan(model, (64, 64))
-    with record(model, plan) as ears, torch.no_grad():
+    with record(model, plan) as recording, torch.no_grad():
         model(torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16))
-    found = readings([ears.last], [name])[name].values
+    found = readings([recording.last], [name])[name].values
     assert found.dtype == np.float64
     if name == "layer-cka":
         assert np.diag(found) == pytest.approx(1)

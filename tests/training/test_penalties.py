@@ -194,7 +194,7 @@ def labels_of(images, patches, seed=0):
 def test_mixing_with_the_models_head_agrees_with_a_slow_reference():
     heard = heard_as({"normed": torch.randn(2, 6, 16)})
     labels = labels_of(2, 5)
-    head = heard.anatomy.model.head
+    head = heard.parts.model.head
     found = term("patch-mixing", heard, Given(labels), form="diverse-vit")
     total = 0.0
     for image in range(2):
@@ -211,7 +211,7 @@ def test_mixing_of_regions_agrees_with_a_slow_reference():
     labels = MixedLabels(torch.zeros(2, 3), torch.where(inside[..., None], one, other))
     heard = heard_as({"normed": torch.randn(2, 6, 16)})
     penalty = PENALTIES["patch-mixing"].with_settings({"form": "repository"})
-    own = penalty.own(heard.anatomy).eval()
+    own = penalty.own(heard.parts).eval()
     found = penalty.loss(heard, Given(labels, own=own)).item()
     total = 0.0
     for image in range(2):
@@ -255,7 +255,7 @@ def heard_from(tokens, maps):
 def loss_of(name, settings, heard):
     penalty = PENALTIES[name].with_settings(settings)
     torch.manual_seed(1)
-    own = penalty.own(heard.anatomy)
+    own = penalty.own(heard.parts)
     own = None if own is None else own.double().eval()
     return penalty.loss(heard, Given(labels_of(2, 16), 0, own))
 
@@ -286,7 +286,7 @@ def test_degenerate_inputs_give_no_nan_in_value_or_gradient(name, settings, what
     assert found.isfinite()
     assert found.ndim == 0
     found.backward()
-    for tensor in (tokens, maps, *heard.anatomy.model.parameters()):
+    for tensor in (tokens, maps, *heard.parts.model.parameters()):
         assert tensor.grad is None or tensor.grad.isfinite().all()
 
 
@@ -297,7 +297,7 @@ def test_degenerate_weights_give_no_nan_in_value_or_gradient(name, identity):
     found = PENALTIES[name].with_settings({"level": "weights"}).loss(heard, Given())
     found.backward()
     assert found.isfinite()
-    assert heard.anatomy.blocks[0].attn.qkv.weight.grad.isfinite().all()
+    assert heard.parts.blocks[0].attn.qkv.weight.grad.isfinite().all()
 
 
 TOKENS_ONLY = [(n, s) for n, s in VARIANTS if PENALTIES[n].with_settings(s).wanted(ViTParts(small())).places]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
-from collapse_probe.capture.trace import Trace, maps_of
+from collapse_probe.capture.trace import Trace
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.functional.spectra import effective_rank_of, singular_values, stable_rank_of
 from collapse_probe.metrics.map_metric import OF_PROBS, WITHOUT_PREFIX, HeadMeans, MapMetric, by_head
@@ -69,7 +69,7 @@ class MapSpectra(HeadMeans):
         found = []
         for first in range(0, heads, step):
             place = (slice(image, image + 1), slice(first, first + step), everything, everything)
-            maps = maps_of(trace.attention[layer], *place)[self.point][0]
+            maps = trace.attention[layer].maps(*place)[self.point][0]
             if self.without:
                 maps = maps[:, rows][:, :, columns]
             found.append(singular_values(maps).cpu())

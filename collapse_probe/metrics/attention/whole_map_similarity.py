@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
-from collapse_probe.capture.trace import Trace, maps_of
+from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import Means
 from collapse_probe.metrics.functional.geometry import wide_gram
 from collapse_probe.metrics.map_metric import MapMetric
@@ -72,7 +72,7 @@ class WholeMaps(Means):
         total: Tensor | None = None
         for first in range(0, queries, step):
             rows = slice(first, min(first + step, queries))
-            maps = [maps_of(trace.attention[i], one, all_heads, rows, all_keys)[self.point][0].flatten(1) for i in layers]
+            maps = [trace.attention[i].maps(one, all_heads, rows, all_keys)[self.point][0].flatten(1) for i in layers]
             part = wide_gram(torch.cat(maps))
             total = part if total is None else total + part
         assert total is not None

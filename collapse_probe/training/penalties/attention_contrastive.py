@@ -40,19 +40,19 @@ class AttentionContrastive(Penalty):
         if self.blocks is not None and len(self.blocks) != 2:
             raise SettingError(f"{self.name}: blocks must be two block numbers, not {self.blocks!r}")
 
-    def _pair(self, anatomy: ViTParts) -> tuple[int, int]:
-        first, *_, last = anatomy.chosen(self.blocks or (0, anatomy.depth - 1))
+    def _pair(self, parts: ViTParts) -> tuple[int, int]:
+        first, *_, last = parts.chosen(self.blocks or (0, parts.depth - 1))
         return first, last
 
-    def wanted(self, anatomy: ViTParts) -> Requests:
+    def wanted(self, parts: ViTParts) -> Requests:
         """The maps of two blocks."""
-        if anatomy.depth < 2:
-            raise SettingError(f"{self.name} compares two blocks; {anatomy.kind} has one")
-        return Requests(maps=frozenset(self._pair(anatomy)))
+        if parts.depth < 2:
+            raise SettingError(f"{self.name} compares two blocks; {parts.kind} has one")
+        return Requests(maps=frozenset(self._pair(parts)))
 
     def loss(self, heard: GradientTrace, given: Given) -> Tensor:
         """The mean over images and heads."""
-        first, last = (heard.maps(i, self.point).flatten(2) for i in self._pair(heard.anatomy))
+        first, last = (heard.maps(i, self.point).flatten(2) for i in self._pair(heard.parts))
         found: Tensor = torch.mean(contrast(first, last))
         return found
 

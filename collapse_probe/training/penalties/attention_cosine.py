@@ -44,18 +44,18 @@ class AttentionCosine(Penalty):
         self._choice("point", "probs", "weights")
         self._blocks()
 
-    def _reach(self, anatomy: ViTParts) -> tuple[int, ...]:
+    def _reach(self, parts: ViTParts) -> tuple[int, ...]:
         if self.blocks is None and self.pairs == "within":
             return (0,)
-        return anatomy.chosen(self.blocks)
+        return parts.chosen(self.blocks)
 
-    def wanted(self, anatomy: ViTParts) -> Requests:
+    def wanted(self, parts: ViTParts) -> Requests:
         """The maps of the chosen blocks."""
-        return Requests(maps=frozenset(self._reach(anatomy)))
+        return Requests(maps=frozenset(self._reach(parts)))
 
     def loss(self, heard: GradientTrace, given: Given) -> Tensor:
         """The mean over images and blocks (or pairs of blocks); 0 where there is no pair."""
-        maps = [heard.maps(i, self.point).flatten(2) for i in self._reach(heard.anatomy)]
+        maps = [heard.maps(i, self.point).flatten(2) for i in self._reach(heard.parts)]
         if self.pairs == "across":
             found = [mean_cosine(a, b, absolute=True) for a, b in pairwise(maps)]
         elif self.form == "repository":

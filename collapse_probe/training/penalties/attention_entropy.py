@@ -51,13 +51,13 @@ class AttentionEntropy(Penalty):
         direction: Direction = "up" if self.high is None else "down" if self.low is None else "between"
         return self.metric, direction
 
-    def wanted(self, anatomy: ViTParts) -> Requests:
+    def wanted(self, parts: ViTParts) -> Requests:
         """The maps of the chosen blocks."""
-        return Requests(maps=frozenset(anatomy.chosen(self.blocks)))
+        return Requests(maps=frozenset(parts.chosen(self.blocks)))
 
     def loss(self, heard: GradientTrace, given: Given) -> Tensor:
         """The mean over images, heads and blocks."""
-        return torch.stack([self._of(heard.maps(i)) for i in heard.anatomy.chosen(self.blocks)]).mean()
+        return torch.stack([self._of(heard.maps(i)) for i in heard.parts.chosen(self.blocks)]).mean()
 
     def _of(self, probs_BHNN: Tensor) -> Tensor:
         keys = probs_BHNN.shape[-1]

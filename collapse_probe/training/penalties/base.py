@@ -92,10 +92,10 @@ class Penalty(Settings, ABC):
         return False
 
     @abstractmethod
-    def wanted(self, anatomy: ViTParts) -> Requests:
+    def wanted(self, parts: ViTParts) -> Requests:
         """What must be heard of a model."""
 
-    def own(self, anatomy: ViTParts) -> nn.Module | None:
+    def own(self, parts: ViTParts) -> nn.Module | None:
         """A module with parameters of the penalty's own, or None."""
         return None
 
@@ -151,18 +151,18 @@ class RowPenalty(Penalty):
         """The metric of this level."""
         return self.metrics[self.level]
 
-    def _reach(self, anatomy: ViTParts) -> tuple[int, ...]:
+    def _reach(self, parts: ViTParts) -> tuple[int, ...]:
         if self.blocks is None and self.level != "weights":
-            return (anatomy.depth - 1,) if self.level == "tokens" else (0,)
-        return anatomy.chosen(self.blocks)
+            return (parts.depth - 1,) if self.level == "tokens" else (0,)
+        return parts.chosen(self.blocks)
 
-    def wanted(self, anatomy: ViTParts) -> Requests:
+    def wanted(self, parts: ViTParts) -> Requests:
         """Tokens or maps of the chosen blocks; weights need no hearing."""
-        blocks = self._reach(anatomy)
+        blocks = self._reach(parts)
         if self.level == "weights":
             for i in blocks:
                 for name in self.matrices:
-                    anatomy.matrix(i, name)
+                    parts.matrix(i, name)
             return Requests()
         if self.level == "tokens":
             return Requests(places=frozenset(i + 1 for i in blocks))
@@ -174,7 +174,7 @@ class RowPenalty(Penalty):
 
     def loss(self, heard: GradientTrace, given: Given) -> Tensor:
         """The mean over images and blocks, or the sum over matrices."""
-        blocks = self._reach(heard.anatomy)
+        blocks = self._reach(heard.parts)
         if self.level == "weights":
             stacks: dict[tuple[int, ...], list[Tensor]] = {}
             for matrix in heard.matrices(blocks, self.matrices):
@@ -201,21 +201,21 @@ class Penalised(nn.Module):
 
     def __init__(self, model: nn.Module, penalties: Mapping[str, Penalty | Mapping[str, Any]]) -> None:
         super().__init__()
-        self._anatomy = ViTParts(unwrap(model))
+        self._parts = ViTParts(unwrap(model))
         self.penalties: dict[str, Penalty] = {
             name: each if isinstance(each, Penalty) else PENALTIES[name].with_settings(each) for name, each in penalties.items()
         }
         self._wanted = Requests()
         for each in self.penalties.values():
-            self._wanted |= each.wanted(self._anatomy)
+            self._wanted |= each.wanted(self._parts)
         for place in self._wanted.places:
-            self._anatomy.passage(place)
+            self._parts.passage(place)
         for block in self._wanted.maps:
-            self._anatomy.attention(block)
+            self._parts.attention(block)
         self.own = nn.ModuleDict()
-        like = next(self._anatomy.model.parameters())
+        like = next(self._parts.model.parameters())
         for name, each in self.penalties.items():
-            module = each.own(self._anatomy)
+            module = each.own(self._parts)
             if module is not None:
                 self.own[name] = module.to(like.device)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
@@ -229,7 +229,7 @@ class Penalised(nn.Module):
     def listening(self) -> Iterator[None]:
         """Hear the forward passes of the model inside the `with`; the newest is the one that pays."""
         self._newest = None
-        with record_with_gradients(self._anatomy, self._wanted) as newest:
+        with record_with_gradients(self._parts, self._wanted) as newest:
             yield
         self._newest = newest
 
@@ -242,7 +242,7 @@ class Penalised(nn.Module):
             raise CaptureError("nothing was heard: run the model inside `with penalised.listening()` before each `terms()`")
         heard, self._newest = self._newest[0], None
         self._count = int(self.steps) if self._count is None else self._count
-        kind = next(self._anatomy.model.parameters()).device.type
+        kind = next(self._parts.model.parameters()).device.type
         found, own = dict[str, Tensor](), dict(self.own.items())
         with torch.autocast(kind, enabled=False):
             for name, each in self.penalties.items():

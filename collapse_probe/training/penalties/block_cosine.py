@@ -42,19 +42,19 @@ class BlockCosine(Penalty):
         self._choice("axis", "head", "column", "row")
         self._choice("point", "weights", "probs")
 
-    def _blocks_of(self, anatomy: ViTParts) -> range:
-        return range(min(self.pairs + 1, anatomy.depth))
+    def _blocks_of(self, parts: ViTParts) -> range:
+        return range(min(self.pairs + 1, parts.depth))
 
-    def wanted(self, anatomy: ViTParts) -> Requests:
+    def wanted(self, parts: ViTParts) -> Requests:
         """The maps of the first blocks."""
-        if anatomy.depth < 2:
-            raise SettingError(f"{self.name} compares two blocks; {anatomy.kind} has one")
-        return Requests(maps=frozenset(self._blocks_of(anatomy)))
+        if parts.depth < 2:
+            raise SettingError(f"{self.name} compares two blocks; {parts.kind} has one")
+        return Requests(maps=frozenset(self._blocks_of(parts)))
 
     def loss(self, heard: GradientTrace, given: Given) -> Tensor:
         """The mean over pairs of blocks, images, and vectors."""
         dim = {"head": 1, "column": 2, "row": 3}[self.axis]
-        maps = [heard.maps(i, self.point) for i in self._blocks_of(heard.anatomy)]
+        maps = [heard.maps(i, self.point) for i in self._blocks_of(heard.parts)]
         return torch.stack([axis_cosine(a, b, dim).mean() for a, b in pairwise(maps)]).mean()
 
 

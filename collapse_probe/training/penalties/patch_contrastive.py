@@ -64,23 +64,23 @@ class PatchContrastive(Penalty):
     def __post_init__(self) -> None:
         self._choice("form", "paper", "repository", "diverse-vit")
 
-    def _places(self, anatomy: ViTParts) -> tuple[Place, Place]:
+    def _places(self, parts: ViTParts) -> tuple[Place, Place]:
         if self.form == "repository":
             return "embedded", "normed"
-        return (1 if self.form == "paper" else 0), anatomy.depth
+        return (1 if self.form == "paper" else 0), parts.depth
 
-    def wanted(self, anatomy: ViTParts) -> Requests:
+    def wanted(self, parts: ViTParts) -> Requests:
         """The patches at two places."""
-        return Requests(places=frozenset(self._places(anatomy)))
+        return Requests(places=frozenset(self._places(parts)))
 
     def loss(self, heard: GradientTrace, given: Given) -> Tensor:
         """The mean over images and patches."""
-        first_BPD, last_BPD = (heard.patches(place) for place in self._places(heard.anatomy))
+        first_BPD, last_BPD = (heard.patches(place) for place in self._places(heard.parts))
         if self.form == "diverse-vit":
             return contrast(first_BPD, last_BPD).mean()
         if self.form == "paper":
             return contrast(first_BPD.detach(), last_BPD, directions=False).mean()
-        return released_contrast(first_BPD.detach(), last_BPD, heard.anatomy.grid(last_BPD.shape[1])).mean()
+        return released_contrast(first_BPD.detach(), last_BPD, heard.parts.grid(last_BPD.shape[1])).mean()
 
 
 PENALTIES.add(PatchContrastive.name, PatchContrastive)

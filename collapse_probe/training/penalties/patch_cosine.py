@@ -39,16 +39,16 @@ class PatchCosine(Penalty):
         if self.depth is not None:
             self._whole("depth", 0)
 
-    def _place(self, anatomy: ViTParts) -> int:
-        return anatomy.depth if self.depth is None else self.depth
+    def _place(self, parts: ViTParts) -> int:
+        return parts.depth if self.depth is None else self.depth
 
-    def wanted(self, anatomy: ViTParts) -> Requests:
+    def wanted(self, parts: ViTParts) -> Requests:
         """The tokens at one depth."""
-        return Requests(places=frozenset({self._place(anatomy)}))
+        return Requests(places=frozenset({self._place(parts)}))
 
     def loss(self, heard: GradientTrace, given: Given) -> Tensor:
         """The mean over images."""
-        patches_BPD = heard.patches(self._place(heard.anatomy))
+        patches_BPD = heard.patches(self._place(heard.parts))
         if self.form == "repository":
             return mean_cosine(patches_BPD).mean()
         return defined_mean(patch_cosine(anchored(patches_BPD)))

@@ -65,16 +65,16 @@ class PatchMixing(Penalty):
         """Diverse-ViT's form holds the loss of CLS."""
         return self.form == "diverse-vit"
 
-    def wanted(self, anatomy: ViTParts) -> Requests:
+    def wanted(self, parts: ViTParts) -> Requests:
         """The tokens behind the final norm, and a head that gives logits."""
-        anatomy.classes()
+        parts.classes()
         return Requests(places=frozenset({"normed"}))
 
-    def own(self, anatomy: ViTParts) -> nn.Module | None:
+    def own(self, parts: ViTParts) -> nn.Module | None:
         """The head for patches."""
         if self.form == "diverse-vit":
             return None
-        head = nn.Linear(anatomy.width, anatomy.classes())
+        head = nn.Linear(parts.width, parts.classes())
         nn.init.trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
         return head if self.form == "paper" else nn.Sequential(nn.Dropout(RELEASED_DROPOUT), head)
@@ -99,7 +99,7 @@ class PatchMixing(Penalty):
         tokens_BND, patches_BPD = heard.tokens("normed"), heard.patches("normed")
         if tokens_BND.shape[1] == patches_BPD.shape[1]:
             raise SettingError("patch-mixing: form 'diverse-vit' needs a class token, which this model has not; take 'paper'")
-        logits_BNK = heard.anatomy.logits(torch.cat((tokens_BND[:, :1], patches_BPD), dim=1)).float()
+        logits_BNK = heard.parts.logits(torch.cat((tokens_BND[:, :1], patches_BPD), dim=1)).float()
         targets_BPK = labels.of_patches(patches_BPD.shape[1])
         targets_BNK = torch.cat((labels.targets_BK[:, None], targets_BPK), dim=1)
         return cross_entropy(logits_BNK, targets_BNK.to(logits_BNK.dtype)).mean()
