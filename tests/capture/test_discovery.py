@@ -188,7 +188,8 @@ def test_transformers(kind):
     assert (plan.prefix, plan.grid) == ((0,), (3, 3))
     assert all(map(torch.equal, recording.last.tokens[:3], own))
     for i, attn in enumerate(maps):
-        assert torch.equal(recording.last.maps(i), attn) if kind == "eager" else torch.allclose(recording.last.maps(i), attn, atol=1e-5)
+        captured = recording.last.maps(i)
+        assert torch.equal(captured, attn) if kind == "eager" else torch.allclose(captured, attn, atol=1e-5)
 
 
 # ---- the rules by themselves ----
