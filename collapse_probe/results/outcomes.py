@@ -367,7 +367,7 @@ def _reason(rule: Rule, answer: Answer, places: tuple[Place, ...], quantity: Qua
     elif answer == "no":
         why = f"not {side}{' anywhere in the interval' if by_interval else ''}"
     elif any(place.ci for place in here):
-        why = f"the interval holds {rule.threshold:g}"
+        why = f"the interval includes {rule.threshold:g}"
     else:
         why = "no interval: more images are needed"
     return where + why + (f" ({quantity.note})" if quantity.note else "")

@@ -56,7 +56,8 @@ def require_null(result: MetricResult, name: str, role: str) -> Array:
     """One null (or kappa) of metric `name`; raises Absent."""
     if (values := null_of(result, role)) is None:
         reasons = {} if result.nulls is None else result.nulls.reasons
-        raise Absent(f"{role} of {name} was not taken: {reasons.get(role, 'it is defined nowhere')}")
+        what = {"untrained": "the untrained twin", "kappa": "kappa"}.get(role, f"the {role.replace('_', '-')} null")
+        raise Absent(f"{what} of {name} was not measured: {reasons.get(role, 'it is defined nowhere')}")
     return values
 
 

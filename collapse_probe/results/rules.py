@@ -42,8 +42,8 @@ RULES = (
         quantity="kappa with the block before (columns)",
         threshold=0.5,
         says="the block attends like the block before, token by token, beyond what other tokens' attention explains",
-        does_not_say="Similar maps are no proof of wasted blocks, distinct maps none of useful ones: values and MLPs are not "
-        "compared.",
+        does_not_say="Similar maps do not prove that a block is useless, and different maps do not prove that it is useful: "
+        "values and MLPs are not compared.",
     ),
     Rule(
         name="query-independent",
@@ -254,9 +254,9 @@ RULES = (
         quantity="1 where the model changes its maps after the softmax, else 0",
         threshold=0.5,
         source=FACT,
-        says="this model changes its maps after the softmax. The similarity is that of what multiplies V (weights); the @probs "
-        "metrics show the softmax itself, which may tell another story",
-        does_not_say="Which of the two stories matters.",
+        says="this model changes its maps after the softmax. The similarity is that of the changed maps, which multiply V "
+        "(weights); the softmax itself (the @probs metrics) may be more or less alike",
+        does_not_say="Which of the two matters.",
     ),
 )
 BY_NAME = {rule.name: rule for rule in RULES}

@@ -108,7 +108,7 @@ def test_both_figures_of_the_weights_draw_every_matrix_and_its_twin():
         low, high = axes.get_ylim()
         assert low <= 0
         assert high > max(values.max(), fresh.max())
-    assert judge(found).sentences[0] == "The model is untrained, and no rule about the weights holds."
+    assert judge(found).sentences[0] == "The model is untrained, and no rule about weights holds."
 
 
 def test_the_numbers_are_those_of_the_models_own_matrices(run):

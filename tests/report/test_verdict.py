@@ -72,7 +72,7 @@ def test_query_independent_maps_with_rows_of_their_own(pictures):
     assert found.summary["kappa_adjacent"] is None
     answer = judge(found)
     assert (answer.case, answer.collapsed) == ("query-independent", None)
-    assert "whether blocks share it, more images must tell" in answer.sentences[0]
+    assert "more images must tell whether blocks share it" in answer.sentences[0]
     row = found.metrics["attention-similarity@row"]
     sure = {**found.metrics, "attention-similarity@row": replace(row, ci95=np.stack([row.values] * 2, axis=-1))}
     answer = judge(replace(found, metrics=sure))
@@ -184,9 +184,9 @@ def measured_swin(pictures):
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        (0.4, ": in the mean nothing agrees beyond that (kappa −0.200, 95 % −0.260 … −0.140)."),
-        (0.5, ": in the mean nothing agrees beyond that (kappa 0.000, 95 % −0.060 … 0.060)."),
-        (0.6, ": of what is left to agree, 20.0 % does (kappa 0.200)."),
+        (0.4, ": on average nothing agrees beyond chance (κ −0.200, 95 % −0.260 … −0.140)."),
+        (0.5, ": on average nothing agrees beyond chance (κ 0.000, 95 % −0.060 … 0.060)."),
+        (0.6, ": of the agreement that chance cannot explain, 20.0 % is reached (κ 0.200)."),
     ],
 )
 def test_a_kappa_of_nothing_is_no_share_of_what_is_left(raw, said):
@@ -194,7 +194,10 @@ def test_a_kappa_of_nothing_is_no_share_of_what_is_left(raw, said):
     kappa = found.summary["kappa_adjacent"]
     ends = {"kappa_adjacent_ci_low": kappa - 0.06, "kappa_adjacent_ci_high": kappa + 0.06}
     sure = judge(replace(found, summary={**found.summary, **ends})).sentences[1]
-    assert sure == f"Neighbouring blocks are alike at {raw:.3f} in raw cosine, and with the wrong tokens at 0.500{said}"
+    start = (
+        f"Neighbouring blocks have a raw similarity of {raw:.3f}, and 0.500 with the wrong tokens, which is the chance level"
+    )
+    assert sure == f"{start}{said}"
     without = judge(found).sentences[1]
     assert without == sure.replace(sure[sure.index(", 95 %") : sure.rindex(")")], "") if kappa <= 0 else sure
     assert "-" not in sure
@@ -205,7 +208,7 @@ def test_the_interval_beside_kappa_is_that_of_the_run(pictures):
     ends = [found.summary[f"kappa_adjacent_ci_{end}"] for end in ("low", "high")]
     mean = found.summary["kappa_adjacent"]
     assert ends[0] < mean < ends[1]
-    said = f"(kappa {number(mean)}, 95 % {number(ends[0])} … {number(ends[1])})"
+    said = f"(κ {number(mean)}, 95 % {number(ends[0])} … {number(ends[1])})"
     assert (said in judge(found).sentences[1]) == (mean <= 0)
 
 
@@ -257,12 +260,14 @@ def of_weights(rank=0.9, alike=1.0, **more):
 def test_weights_alone_are_answered_by_their_own_rules():
     answer = judge(of_weights())
     assert (answer.case, answer.collapsed) == ("weights-only", None)
-    says = [BY_NAME[name].says for name in ("weights-lost-rank", "rows-more-alike")]
-    assert answer.sentences[0] == f"No sign that {says[0]}, or that {says[1]}."
-    assert "effective rank over the full one 0.475 (untrained twin 0.500)" in answer.sentences[1]
-    assert "|cosine| between rows 0.100 (untrained twin 0.100)" in answer.sentences[1]
+    for name, sentence in zip(("weights-lost-rank", "rows-more-alike"), answer.sentences, strict=False):
+        assert sentence.startswith(f"No sign that {BY_NAME[name].says} ({BY_NAME[name].quantity}: ")
+        assert f"; the rule holds {BY_NAME[name].direction} {BY_NAME[name].threshold:g})." in sentence
+    assert "0.900 in block 0;" in answer.sentences[0]
+    assert "effective rank over the full one 0.475 (untrained twin 0.500)" in answer.sentences[2]
+    assert "|cosine| between rows 0.100 (untrained twin 0.100)" in answer.sentences[2]
     assert "not judged here" in answer.sentences[-1]
-    assert len(answer.rules) == len(answer.sentences) == 3
+    assert len(answer.rules) == len(answer.sentences) == 4
     text = " ".join((*answer.sentences, *answer.caveats))
     assert "was not measured" not in text
     assert "cannot be judged" not in text
@@ -293,15 +298,15 @@ def test_numbers_without_a_rule_are_said_to_be_that():
         name: replace(r, nulls=Nulls({"untrained": None}, {}, {"untrained": "why"})) for name, r in of_weights().metrics.items()
     }
     answer = judge(replace(of_weights(), metrics=bare))
-    assert "weight-rank is held against the untrained twin, which was not measured (why)" in answer.sentences[0]
+    assert "the untrained twin of weight-rank was not measured: why" in answer.sentences[0]
     assert "effective rank over the full one 0.475;" in answer.sentences[1]
 
 
 @pytest.mark.parametrize(
     ("metrics", "first", "count"),
     [
-        (("attention-entropy",), "No sign that the heads of a block attend to hardly more than one key each.", 3),
-        (("token-rank",), "There are numbers here and no verdict on them: token-rank is held against the untrained twin", 2),
+        (("attention-entropy",), "No sign that the heads of a block attend to hardly more than one key each (entropy", 2),
+        (("token-rank",), "There are numbers here and no verdict on them: the untrained twin of token-rank was not", 2),
         (("head-similarity",), "There are numbers here and no verdict on them: no rule is about head-similarity.", 2),
     ],
 )
@@ -312,8 +317,7 @@ def test_what_was_not_asked_for_is_no_failure(pictures, metrics, first, count):
     assert len(answer.sentences) == len(answer.rules) == count
     assert "not judged here: attention-similarity was not asked for" in answer.sentences[-1]
     assert not any("Similarity between blocks" in text for text in answer.sentences)
-    if count == 3:
-        assert "; the rule holds " in answer.sentences[1]
+    assert ("; the rule holds " in answer.sentences[0]) == (metrics == ("attention-entropy",))
 
 
 def test_many_rules_are_counted_and_few_are_named():
@@ -323,20 +327,19 @@ def test_many_rules_are_counted_and_few_are_named():
     many = {**few, "rank-residual": sure, "rank-residual@composite@all": sure}
     bare = replace(of_weights(), data={"images": 4})
     named, counted = (judge(replace(bare, metrics=metrics)) for metrics in (few, many))
-    assert named.sentences[0] == f"No sign that {BY_NAME['parallel-patches'].says}."
-    assert named.sentences[1].startswith(
-        "Mean absolute cosine between different patches after the last block: 0.500; the rule holds"
-    )
-    assert counted.sentences[0] == "No sign of collapse in what was measured: none of 3 rules about the tokens holds."
-    assert len(counted.sentences) == 2
+    rule = BY_NAME["parallel-patches"]
+    assert named.sentences[0] == f"No sign that {rule.says} ({rule.quantity}: 0.500; the rule holds above 0.7)."
+    assert counted.sentences[0] == "No sign of collapse in what was measured: none of 3 rules about tokens holds."
+    assert len(named.sentences) == len(counted.sentences) == 2
     wide = replace(sure, ci95=np.stack([values - 0.45, values + 0.45], -1))
     unsure = judge(replace(bare, metrics={**many, "patch-diversity": wide}))
-    assert unsure.sentences[0].startswith("None of 3 rules about the tokens holds for certain; 1 cannot be told")
+    assert unsure.sentences[0] == ("No rule about tokens holds for certain, and 1 cannot be told from these images.")
 
 
 def test_one_image_leaves_what_was_asked_for_open(pictures):
     answer = judge(cp.analyze(small_vit(), pictures, img_size=64, limit=1, metrics=("patch-diversity",), gallery_images=0))
-    assert answer.sentences[0].startswith("It cannot be told from these images whether the patches of an image have become")
+    assert answer.sentences[0] == "No rule about tokens holds for certain, and 1 cannot be told from these images."
+    assert "undecided whether the patches of an image have become nearly parallel" in answer.caveats[0]
     assert "patch-diversity" not in answer.rules
     assert answer.caveat_rules == ("parallel-patches",)
 

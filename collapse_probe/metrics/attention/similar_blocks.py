@@ -66,8 +66,8 @@ class SimilarBlocks(MapMetric):
             "Number of blocks whose attention-similarity with the block before, averaged over images, heads and tokens, is "
             f"above the threshold ({self.settings['axis']}s, at {self.settings['point']}). DeepViT does not define its count; "
             f"this is our reading. The corrected count asks for kappa above {KAPPA_ABOVE:g} instead. Standard errors: "
-            "bootstrap over images (scipy.stats.bootstrap). Intervals: from the pairs surely above the threshold to those not surely "
-            "below it, by one-sided t bounds at 5 % over the number of pairs (Bonferroni), which cover at least 95 %."
+            "bootstrap over images (scipy.stats.bootstrap). Intervals: from the pairs surely above the threshold to those not "
+            "surely below it, by one-sided t bounds at 5 % over the number of pairs (Bonferroni), which cover at least 95 %."
         )
 
     def needs(self) -> dict[str, Need]:
