@@ -56,7 +56,7 @@ def run(
     from collapse_probe.analysis.compare import compare
     from collapse_probe.distributed import rank_and_world
     from collapse_probe.report.comparison.page import write_comparison
-    from collapse_probe.report.comparison.verdict import answers
+    from collapse_probe.report.comparison.verdict import verdicts
 
     talk, rules = Talk(quiet), thresholds(fail_on)
     folder = output_folder(output, as_json, Path("comparison"))
@@ -70,6 +70,6 @@ def run(
     )
     if rank_and_world()[0] == 0:
         summaries = {label: findings.summary for label, findings in comparison.subjects.items()}
-        lines = [*answer_lines(answers(comparison)), *summary_lines(summaries)]
+        lines = [*answer_lines(verdicts(comparison)), *summary_lines(summaries)]
         deliver(comparison, folder, write_comparison, "\n".join(lines), as_json)
         stop_if_tripped(rules, {label: comparison.numbers(label) for label in comparison.subjects})

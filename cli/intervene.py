@@ -58,7 +58,7 @@ def run(*, data: str, blocks: str | None, output: str | None, as_json: bool, qui
     from collapse_probe.analysis.intervene import intervene
     from collapse_probe.distributed import rank_and_world
     from collapse_probe.report.intervention.page import write_interventions
-    from collapse_probe.report.intervention.verdict import answers
+    from collapse_probe.report.intervention.verdict import verdicts
 
     talk, rules = Talk(quiet), thresholds(flags.pop("fail_on"))
     flags["blocks"] = None if blocks is None else options.blocks_in(blocks)
@@ -69,6 +69,6 @@ def run(*, data: str, blocks: str | None, output: str | None, as_json: bool, qui
     with talk.bar(len(images)) as progress:
         found = intervene(subject, images, **flags, command=options.command_line(), progress=progress, report=talk.say)
     if rank_and_world()[0] == 0:
-        lines = [*answer_lines(answers(found)), *summary_lines({"": found.summary})]
+        lines = [*answer_lines(verdicts(found)), *summary_lines({"": found.summary})]
         deliver(found, folder, write_interventions, "\n".join(lines), as_json)
         stop_if_tripped(rules, {"": found.summary})

@@ -139,11 +139,11 @@ def varied(words: Sequence[str], seeds: int) -> dict[str, list[Any]]:
 
 def told(found: Any) -> str:
     """The answers and the caveats as text."""
-    from collapse_probe.report.sweep.verdict import answers, caveats, headline
+    from collapse_probe.report.sweep.verdict import caveats, headline, verdicts
 
     lines: list[str] = [headline(found), ""]
-    for answer in answers(found):
-        lines += [*([f"{answer.label}:"] if answer.label else []), *answer.sentences, ""]
+    for verdict in verdicts(found):
+        lines += [*([f"{verdict.label}:"] if verdict.label else []), *verdict.sentences, ""]
     return "\n".join([*lines, *(f"Note: {caveat}" for caveat in caveats(found))])
 
 

@@ -1,101 +1,25 @@
-"""Two or more findings side by side as plain numbers: what differs, by how much, and the folder they live
-in.
-"""
+"""Two or more findings side by side as plain numbers: what differs and by how much, and the folder they live in."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from collapse_probe.files import new_folder, read_document
-from collapse_probe.results.findings import Findings
-from collapse_probe.statistics.paired import BCA_IMAGES, RESAMPLES, Paired
-
-
-def unsampled(difference: Difference) -> bool:
-    """Whether a difference is one of two models' weights: no image entered it, and none was left out."""
-    return not (difference.paired.images.any() or difference.paired.left_out.any())
-
-
-def equal(difference: Difference) -> bool:
-    """Whether both sides are the same at every place; those undefined in both count as the same."""
-    return np.array_equal(difference.paired.first, difference.paired.second, equal_nan=True)
-
-
-PROBS = "@probs"
-TOP1, LABELS = "top1", "label"
-ACCURACY = "accuracy"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One quantity of two subjects over `places` (block b, for a pair of blocks the later one), and their
-    mean as `overall`.
-    """
-
-    axis: str
-    places: tuple[int, ...]
-    paired: Paired
-    overall: Paired
-
-
-@dataclass(frozen=True)
-class OutputAgreement:
-    """How often two subjects give the same top answer, and the mean KL divergence from the first to the
-    second in nats.
-
-    None where it was not to be had; `reason` says why.
-    """
-
-    top1: float | None = None
-    kl: float | None = None
-    images: int = 0
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The subject called `second` against `first`, on `images` images in common order.
-
-    `differences` holds metrics by name, `NAME/kappa` for the corrected similarity, and `accuracy`;
-    `not_comparable` what one of the two lacks or has in another shape, with the reason.
-    """
-
-    first: str
-    second: str
-    images: int
-    differences: Mapping[str, Difference]
-    counts: tuple[CountDifference, ...]
-    not_comparable: Mapping[str, str]
-    agreement: OutputAgreement
-
-
-NULL, KAPPA = "/other_token", "/kappa"
-"""What stands behind a metric's name where images.npz holds its null, and where a comparison holds its
-kappa.
-"""
-
-
-@dataclass(frozen=True)
-class CountDifference:
-    """Similar blocks of two subjects at one threshold: the counts, and the interval of second − first, which covers at least
-    95 % (`count_difference_bounds`).
-    """
-
-    name: str
-    threshold: float
-    first: float
-    second: float
-    ci95: tuple[float, float]
-
+from collapse_probe.files import new_folder, read_document, write_document
+from collapse_probe.results.findings import Findings, plain
+from collapse_probe.statistics.paired import BCA_IMAGES, RESAMPLES, SAME, Paired
 
 SCHEMA = "collapse-probe/comparison/1"
+FILE = "comparison.json"
+TOP1, LABELS = "top1", "label"
+ACCURACY = "accuracy"
+PROBS = "@probs"  # behind the name of a metric taken at the softmax, where that is not what multiplies V
+NULL, KAPPA = "/other_token", "/kappa"  # behind a metric's name: its null in images.npz, its kappa in a comparison
 METHODS = {
     "difference": "second − first, the mean over the images that both define; of kappa: kappa of the mean "
     "values and nulls, second − first",
@@ -115,9 +39,118 @@ METHODS = {
     "kl": "mean over images of KL(first ‖ second) of the softmax outputs, nats",
     "flops": "of one image, torch.utils.flop_counter; a multiplication and an addition are two",
 }
-OF_WEIGHTS = ("weights", "overall", "flops")
-"""The methods behind a comparison of weights alone."""
-ARRAYS = ("first", "second", "difference", "ci95", "p", "q", "effect")
+OF_WEIGHTS = ("weights", "overall", "flops")  # the methods behind a comparison of weights alone
+SUBJECT_FACTS = ("address", "name", "weights", "checkpoint", "checkpoint_sha256", "parameters", "blocks", "mixes_maps")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One quantity of two subjects over `places` (block b, for a pair of blocks the later one), and their mean as `overall`."""
+
+    axis: str
+    places: tuple[int, ...]
+    paired: Paired
+    overall: Paired
+
+    @property
+    def unsampled(self) -> bool:
+        """Whether it is one of two models' weights: no image entered it, and none was left out."""
+        return not (self.paired.images.any() or self.paired.left_out.any())
+
+    @property
+    def equal(self) -> bool:
+        """Whether both sides are the same at every place, in every image; undefined on both sides counts as the same."""
+        if self.unsampled:
+            return np.array_equal(self.paired.first, self.paired.second, equal_nan=True)
+        return set(self.paired.interval) == {SAME}
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of a pair's metrics in comparison.json."""
+        content: dict[str, Any] = plain(
+            {"axis": self.axis, "places": self.places, **vars(self.paired), "overall": vars(self.overall)}
+        )
+        return content
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Difference:
+        """What `to_json` wrote."""
+        return cls(entry["axis"], tuple(entry["places"]), _paired(entry), _paired(entry["overall"]))
+
+
+def _paired(entry: Mapping[str, Any]) -> Paired:
+    numbers = {key: np.array(entry[key], np.float64) for key in ("first", "second", "difference", "ci95", "p", "q", "effect")}
+    counts = {key: np.array(entry[key], np.int64) for key in ("images", "left_out")}
+    return Paired(**numbers, **counts, interval=tuple(entry["interval"]))
+
+
+@dataclass(frozen=True)
+class OutputAgreement:
+    """How often two subjects give the same top answer, and the mean KL divergence from the first to the second in nats.
+
+    None where it is not known; `reason` says why.
+    """
+
+    top1: float | None = None
+    kl: float | None = None
+    images: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class CountDifference:
+    """Similar blocks of two subjects at one threshold: the counts, and the interval of second − first, which covers at least
+    95 % (`count_difference_bounds`).
+    """
+
+    name: str
+    threshold: float
+    first: float
+    second: float
+    ci95: tuple[float, float]
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> CountDifference:
+        """One entry of a pair's counts in comparison.json, with its undefined ends as NaN."""
+        return cls(**{**entry, "ci95": tuple(np.array(entry["ci95"], np.float64).tolist())})
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The subject called `second` against `first`, on `images` images in common order.
+
+    `differences` holds metrics by name, `NAME/kappa` for the corrected similarity, and `accuracy`;
+    `not_comparable` what one of the two lacks or has in another shape, with the reason.
+    """
+
+    first: str
+    second: str
+    images: int
+    differences: Mapping[str, Difference]
+    counts: tuple[CountDifference, ...]
+    not_comparable: Mapping[str, str]
+    agreement: OutputAgreement
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of `pairs` in comparison.json."""
+        return {
+            "first": self.first,
+            "second": self.second,
+            "images": self.images,
+            "metrics": {name: difference.to_json() for name, difference in self.differences.items()},
+            "counts": [plain(vars(count)) for count in self.counts],
+            "not_comparable": dict(self.not_comparable),
+            "agreement": vars(self.agreement),
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Pair:
+        """What `to_json` wrote."""
+        return cls(
+            **{key: entry[key] for key in ("first", "second", "images", "not_comparable")},
+            differences={name: Difference.from_json(difference) for name, difference in entry["metrics"].items()},
+            counts=tuple(CountDifference.from_json(count) for count in entry["counts"]),
+            agreement=OutputAgreement(**entry["agreement"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -139,15 +172,13 @@ class Comparison:
         return next(iter(self.subjects))
 
     def numbers(self, label: str) -> dict[str, float | int | None]:
-        """The summary of one subject, and for each of its names NAME_difference: less that of the first
-        subject.
-        """
+        """The summary of one subject, and for each of its names NAME_difference: less that of the first subject."""
         own, base = self.subjects[label].summary, self.subjects[self.first].summary
-        found: dict[str, float | int | None] = dict(own)
+        differences: dict[str, float | int | None] = {}
         for name, value in own.items():
             other = base.get(name)
-            found[f"{name}_difference"] = None if value is None or other is None else value - other
-        return found
+            differences[f"{name}_difference"] = None if value is None or other is None else value - other
+        return {**own, **differences}
 
     def to_json(self) -> dict[str, Any]:
         """The content of comparison.json: JSON types alone, undefined numbers as None."""
@@ -160,7 +191,7 @@ class Comparison:
             "subjects": [
                 {"label": label, "folder": folders[label], **_subject(findings)} for label, findings in self.subjects.items()
             ],
-            "pairs": [_pair_to_json(pair) for pair in self.pairs],
+            "pairs": [pair.to_json() for pair in self.pairs],
         }
 
     def save(self, folder: str | Path) -> Path:
@@ -171,8 +202,7 @@ class Comparison:
 
     def write(self, inside: Path) -> None:
         """Write the files into an existing folder, without any guard."""
-        text = json.dumps(self.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
-        (inside / "comparison.json").write_text(text + "\n", encoding="utf-8")
+        write_document(inside / FILE, self.to_json())
         folders = _folders(self.subjects)
         for label, findings in self.subjects.items():
             place = inside / folders[label]
@@ -182,105 +212,30 @@ class Comparison:
     @classmethod
     def load(cls, folder: str | Path) -> Comparison:
         """Read a comparison's folder back; OutputError where it is none or of another schema."""
-        content = read_document(folder, "comparison.json", schema=SCHEMA, refusal="is no comparison", command="compare")
+        content = read_document(folder, FILE, schema=SCHEMA, refusal="is no comparison", command="compare")
         subjects = {s["label"]: Findings.load(Path(folder) / s["folder"]) for s in content["subjects"]}
-        pairs = tuple(_pair_from_json(entry) for entry in content["pairs"])
-        return cls(subjects, pairs, content["trajectory"], content["run"])
+        return cls(subjects, tuple(map(Pair.from_json, content["pairs"])), content["trajectory"], content["run"])
 
 
-def _folders(labels: Mapping[str, Any]) -> dict[str, str]:
+def _folders(labels: Iterable[str]) -> dict[str, str]:
     """A folder for each label that every file system takes, each another."""
-    found: dict[str, str] = {}
+    folders: dict[str, str] = {}
     for label in labels:
-        plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", label).strip("-. ") or "subject"
-        folder, number = plain, 2
-        while f"subjects/{folder}".casefold() in {name.casefold() for name in found.values()}:
-            folder, number = f"{plain}-{number}", number + 1
-        found[label] = f"subjects/{folder}"
-    return found
+        name = re.sub(r"[^A-Za-z0-9._+-]+", "-", label).strip("-. ") or "subject"
+        folder, number = f"subjects/{name}", 2
+        while folder.casefold() in map(str.casefold, folders.values()):
+            folder, number = f"subjects/{name}-{number}", number + 1
+        folders[label] = folder
+    return folders
 
 
 def _subject(findings: Findings) -> dict[str, Any]:
-    keys = (
-        "address",
-        "name",
-        "weights",
-        "checkpoint",
-        "checkpoint_sha256",
-        "parameters",
-        "blocks",
-        "mixes_maps",
-    )
-    facts = findings.to_json()
+    """One entry of `subjects` in comparison.json."""
+    model, data, run = plain(findings.model), plain(findings.data), plain(findings.run)
     return {
-        **{key: facts["model"].get(key) for key in keys},
-        "images": facts["data"].get("images"),
-        "names_sha256": facts["data"].get("names_sha256"),
-        "notes": facts["run"].get("notes", []),
-        "cost": facts["run"].get("cost"),
-        "outputs": facts["run"].get("outputs"),
-        "summary": facts["summary"],
+        **{key: model.get(key) for key in SUBJECT_FACTS},
+        **{key: data.get(key) for key in ("images", "names_sha256")},
+        "notes": run.get("notes", []),
+        **{key: run.get(key) for key in ("cost", "outputs")},
+        "summary": plain(findings.summary),
     }
-
-
-def _listed(values: Any) -> Any:
-    """Arrays as nested lists, NaN as None."""
-    if isinstance(values, np.ndarray):
-        return [_listed(value) for value in values]
-    return None if values is None or not np.isfinite(values) else float(values)
-
-
-def _array(values: Any) -> Any:
-    return np.array(values, dtype=np.float64)
-
-
-def _paired_to_json(paired: Paired) -> dict[str, Any]:
-    return {
-        **{name: _listed(getattr(paired, name)) for name in ARRAYS},
-        "interval": list(paired.interval),
-        "images": paired.images.tolist(),
-        "left_out": paired.left_out.tolist(),
-    }
-
-
-def _paired_from_json(entry: Mapping[str, Any]) -> Paired:
-    images, left_out = (np.array(entry[name], dtype=np.int64) for name in ("images", "left_out"))
-    arrays = {name: _array(entry[name]) for name in ARRAYS}
-    return Paired(**arrays, images=images, left_out=left_out, interval=tuple(entry["interval"]))
-
-
-def _pair_to_json(pair: Pair) -> dict[str, Any]:
-    return {
-        "first": pair.first,
-        "second": pair.second,
-        "images": pair.images,
-        "metrics": {
-            name: {
-                "axis": difference.axis,
-                "places": list(difference.places),
-                **_paired_to_json(difference.paired),
-                "overall": _paired_to_json(difference.overall),
-            }
-            for name, difference in pair.differences.items()
-        },
-        "counts": [{**vars(count), "ci95": [_listed(end) for end in count.ci95]} for count in pair.counts],
-        "not_comparable": dict(pair.not_comparable),
-        "agreement": dict(vars(pair.agreement)),
-    }
-
-
-def _pair_from_json(entry: Mapping[str, Any]) -> Pair:
-    differences = {
-        name: Difference(d["axis"], tuple(d["places"]), _paired_from_json(d), _paired_from_json(d["overall"]))
-        for name, d in entry["metrics"].items()
-    }
-    counts = tuple(CountDifference(**{**c, "ci95": tuple(_array(c["ci95"]).tolist())}) for c in entry["counts"])
-    return Pair(
-        first=entry["first"],
-        second=entry["second"],
-        images=entry["images"],
-        differences=differences,
-        counts=counts,
-        not_comparable=entry["not_comparable"],
-        agreement=OutputAgreement(**entry["agreement"]),
-    )

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from collapse_probe.files import new_folder, read_document
+from collapse_probe.files import new_folder, read_document, write_document
+from collapse_probe.results.findings import load_arrays
+from collapse_probe.results.findings import plain as json_values
 
 SCHEMA = "collapse-probe/interventions/1"
 FILE, IMAGES = "interventions.json", "images.npz"
-
-
+PARTS, EFFECTS = ("model", "data", "run", "kinds", "plain", "similarity"), ("single", "cumulative")
 Ends = tuple[float, float] | None
 DEFINITIONS = {
     "kl": "mean over images of KL(softmax of the plain logits ‖ softmax of the logits with maps replaced), in nats; bootstrap "
@@ -71,29 +70,22 @@ class Interventions:
     @property
     def summary(self) -> dict[str, float | int | None]:
         """Flat names and numbers, for thresholds: the largest effect of one block, and that of all chosen blocks together."""
-        found: dict[str, float | int | None] = {"images": self.data["images"], "accuracy": self.plain["accuracy"]}
+        numbers: dict[str, float | int | None] = {"images": self.data["images"], "accuracy": self.plain["accuracy"]}
         for kind, effects in self.single.items():
-            measured = [e for e in effects if e.kl is not None]
-            worst = max(measured, key=lambda e: e.kl or 0.0, default=None)
+            largest = max((e for e in effects if e.kl is not None), key=lambda e: e.kl or 0.0, default=None)
             whole = self.cumulative[kind][-1] if self.cumulative[kind] else None
-            for name, effect in (("largest", worst), ("all", whole)):
+            for name, effect in (("largest", largest), ("all", whole)):
                 for number in ("kl", "agreement", "accuracy_change"):
-                    found[f"{kind}_{name}_{number}"] = None if effect is None else getattr(effect, number)
-        return found
+                    numbers[f"{kind}_{name}_{number}"] = None if effect is None else getattr(effect, number)
+        return numbers
 
     def to_json(self) -> dict[str, Any]:
         """The content of interventions.json: JSON types alone, undefined numbers as None."""
         return {
             "schema": SCHEMA,
-            "model": dict(self.model),
-            "data": dict(self.data),
-            "run": dict(self.run),
-            "kinds": dict(self.kinds),
+            **{part: json_values(getattr(self, part)) for part in PARTS},
+            **{part: _each(getattr(self, part), lambda effect: json_values(vars(effect))) for part in EFFECTS},
             "definitions": DEFINITIONS,
-            "plain": dict(self.plain),
-            "single": {kind: [_plain(e) for e in effects] for kind, effects in self.single.items()},
-            "cumulative": {kind: [_plain(e) for e in effects] for kind, effects in self.cumulative.items()},
-            "similarity": {name: list(values) for name, values in self.similarity.items()},
             "summary": self.summary,
         }
 
@@ -105,27 +97,20 @@ class Interventions:
 
     def write(self, inside: Path) -> None:
         """Write the files into an existing folder, without any guard."""
-        text = json.dumps(self.to_json(), indent=1, allow_nan=False)
-        (inside / FILE).write_text(text + "\n", encoding="utf-8")
+        write_document(inside / FILE, self.to_json())
         np.savez_compressed(inside / IMAGES, **dict(self.images))  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, folder: str | Path) -> Interventions:
         """Read a folder back; raises OutputError where it is none or of another schema."""
         content = read_document(folder, FILE, schema=SCHEMA, refusal="holds no interventions", command="intervene")
-        with np.load(Path(folder) / IMAGES, allow_pickle=False) as stored:
-            images = {key: stored[key] for key in stored.files}
-        known: dict[str, Any] = {key: content[key] for key in ("model", "data", "run", "plain", "similarity", "kinds")}
-        for part in ("single", "cumulative"):
-            known[part] = {kind: tuple(_effect(entry) for entry in found) for kind, found in content[part].items()}
-        return cls(**known, images=images)
+        parts = {part: content[part] for part in PARTS} | {part: _each(content[part], _effect) for part in EFFECTS}
+        return cls(**parts, images=load_arrays(Path(folder) / IMAGES))
 
 
-def _plain(effect: Effect) -> dict[str, Any]:
-    values = asdict(effect)
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+def _each(by_kind: Mapping[str, Iterable[Any]], convert: Callable[[Any], Any]) -> dict[str, tuple[Any, ...]]:
+    return {kind: tuple(map(convert, effects)) for kind, effects in by_kind.items()}
 
 
 def _effect(entry: Mapping[str, Any]) -> Effect:
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-    return Effect(**values)
+    return Effect(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})

@@ -1,11 +1,11 @@
-"""What a sweep found: the outcome of every cell as plain numbers, and the files that they live in."""
+"""The results of a sweep: every cell as plain numbers, and the files that they live in."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from collapse_probe.errors import OutputError
-from collapse_probe.files import read_document, write_whole
+from collapse_probe.files import read_document, write_document, write_whole
+from collapse_probe.results.findings import plain
 from collapse_probe.statistics.intervals import interval
 
 
@@ -74,16 +75,20 @@ class CellResult:
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain values."""
-        held: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
-        return held
+        content: dict[str, Any] = plain(vars(self))
+        return content
 
     @classmethod
-    def from_json(cls, held: Mapping[str, Any]) -> CellResult:
-        """The outcome that `to_json` wrote; OutputError for anything else."""
+    def from_json(cls, content: Mapping[str, Any]) -> CellResult:
+        """What `to_json` wrote; OutputError for anything else."""
         try:
-            return cls(**held)
+            return cls(**content)
         except TypeError as error:
             raise OutputError(f"these values describe no cell of a sweep: {error}") from error
+
+
+Points = Sequence[tuple[Any, Sequence[CellResult]]]
+"""The values of an axis, each with its cells, one a seed."""
 
 
 @dataclass(frozen=True)
@@ -96,22 +101,57 @@ class Estimate:
 
 
 def estimate(values: Iterable[float]) -> Estimate:
-    """The mean of what is defined, and how far it may be from that of all seeds.
+    """The mean of the defined values, with its interval.
 
     >>> estimate([1.0, float("nan")])
     Estimate(mean=1.0, ci95=None, seeds=1)
     """
-    held = np.array([value for value in values if math.isfinite(value)], dtype=np.float64)
-    if len(held) < 2:
-        return Estimate(float(held.mean()) if len(held) else math.nan, None, len(held))
-    error = held.std(ddof=1) / math.sqrt(len(held))
-    low, high = interval(held.mean(), error, len(held))
-    return Estimate(float(held.mean()), (float(low), float(high)), len(held))
+    defined = np.array([value for value in values if math.isfinite(value)], dtype=np.float64)
+    count = len(defined)
+    mean = float(defined.mean()) if count else math.nan
+    if count < 2:
+        return Estimate(mean, None, count)
+    low, high = interval(mean, defined.std(ddof=1) / math.sqrt(count), count)
+    return Estimate(mean, (float(low), float(high)), count)
+
+
+RISES, FALLS, FLAT, UNCLEAR = "rises", "falls", "stays the same", "shows no clear trend"
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Which way a number goes along an axis: the mean slope of the seeds, with its 95 % t interval over them."""
+
+    case: str
+    slope: Estimate
+
+
+def trend(points: Points, key: str) -> Trend | None:
+    """Whether a number rises or falls along an axis of numbers; None with fewer than two places where it is defined.
+
+    A straight line is fitted to each seed that has all places. With two seeds or more the number rises where the
+    interval of the mean slope lies above 0 and falls where it lies below; with one, where no step goes the other way.
+    """
+    places = [(float(x), {cell.seed: cell.number(key) for cell in cells}) for x, cells in points]
+    places = [(x, by_seed) for x, by_seed in sorted(places, key=lambda p: p[0]) if any(map(math.isfinite, by_seed.values()))]
+    seeds = [s for s in (places[0][1] if places else ()) if all(math.isfinite(by.get(s, math.nan)) for _, by in places)]
+    if len(places) < 2 or not seeds:
+        return None
+    x = np.array([place for place, _ in places])
+    lines = [np.array([by_seed[seed] for _, by_seed in places]) for seed in seeds]
+    slope = estimate(float(np.polyfit(x, line, 1)[0]) for line in lines)
+    if slope.ci95 is None:
+        steps = np.diff(lines[0])
+        rises, falls = bool((steps >= 0).all()), bool((steps <= 0).all())
+    else:
+        rises, falls = slope.ci95[0] > 0, slope.ci95[1] < 0
+    flat = all(np.ptp(line) == 0 for line in lines)
+    return Trend(FLAT if flat else RISES if rises else FALLS if falls else UNCLEAR, slope)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The outcomes of a grid: `varied` maps each varied name to its values, `recipe` is the one that was varied."""
+    """The results of a grid: `varied` maps each varied name to its values, `recipe` is the one that was varied."""
 
     recipe: Mapping[str, Any]
     varied: Mapping[str, Sequence[Any]]
@@ -136,21 +176,33 @@ class Sweep:
     def axes(self) -> tuple[str, ...]:
         """The names along which curves are drawn: those with numbers alone, depth and width first; or the first varied one."""
         several = [name for name, values in self.varied.items() if len(values) > 1]
-        numbers = [name for name in several if all(_is_number(value) for value in self.varied[name])]
+        numbers = [name for name in several if self.is_numeric(name)]
         first = [name for name in ("depth", "width") if name in numbers]
         return tuple(first + [name for name in numbers if name not in first]) or tuple(several[:1])
 
-    def series(self, axis: str) -> dict[str, list[tuple[Any, list[CellResult]]]]:
-        """The finished cells along `axis`: for every combination of the other values, by its name, each value of the axis
+    def is_numeric(self, name: str) -> bool:
+        """Whether all values of a varied name are numbers."""
+        return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in self.varied[name])
+
+    @property
+    def groups(self) -> dict[str, list[CellResult]]:
+        """The finished cells that differ in their seed alone, by the label of what they have in common."""
+        cells: dict[str, list[CellResult]] = {}
+        for cell in self.finished:
+            cells.setdefault(label_of(cell.values), []).append(cell)
+        return cells
+
+    def series(self, axis: str) -> dict[str, Points]:
+        """The finished cells along `axis`: for every combination of the other values, by its label, each value of the axis
         with its cells, one a seed.
         """
-        found: dict[str, dict[Any, list[CellResult]]] = {}
+        curves: dict[str, dict[str, list[CellResult]]] = {}
         for cell in self.finished:
             label = label_of({name: value for name, value in cell.values.items() if name != axis})
-            found.setdefault(label, {}).setdefault(_key(cell.values[axis]), []).append(cell)
+            curves.setdefault(label, {}).setdefault(_key(cell.values[axis]), []).append(cell)
         return {
-            label: [(value, by_value[_key(value)]) for value in self.varied[axis] if _key(value) in by_value]
-            for label, by_value in found.items()
+            label: [(value, cells[_key(value)]) for value in self.varied[axis] if _key(value) in cells]
+            for label, cells in curves.items()
         }
 
     @property
@@ -166,14 +218,12 @@ class Sweep:
 
     def to_json(self) -> dict[str, Any]:
         """The content of sweep.json: JSON types alone, undefined numbers as None."""
-        held = {key: getattr(self, key) for key in PARTS}
-        plain: dict[str, Any] = json.loads(json.dumps(held, allow_nan=False))
-        return {"schema": SCHEMA, **plain, "published": PUBLISHED, "cells": [cell.to_json() for cell in self.cells]}
+        parts = {key: plain(getattr(self, key)) for key in PARTS}
+        return {"schema": SCHEMA, **parts, "published": PUBLISHED, "cells": [cell.to_json() for cell in self.cells]}
 
     def write(self, folder: str | Path) -> None:
         """Write sweep.json and table.csv into a folder, each whole or not at all. Raises OutputError."""
-        text = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
-        write_whole(Path(folder) / FILE, lambda stream: stream.write(text.encode()))
+        write_document(Path(folder) / FILE, self.to_json())
         table = self.table.to_csv(index=False).encode()
         write_whole(Path(folder) / TABLE, lambda stream: stream.write(table))
 
@@ -184,8 +234,8 @@ class Sweep:
         missing = [key for key in (*PARTS, "cells") if key not in content]
         if missing:
             raise OutputError(f"{Path(folder) / FILE} lacks {', '.join(missing)}: sweep again")
-        outcomes = tuple(CellResult.from_json(cell) for cell in content["cells"])
-        return cls(**{**{key: content[key] for key in PARTS}, "notes": tuple(content["notes"])}, cells=outcomes)
+        parts = {key: content[key] for key in PARTS} | {"notes": tuple(content["notes"])}
+        return cls(**parts, cells=tuple(map(CellResult.from_json, content["cells"])))
 
 
 def label_of(values: Mapping[str, Any]) -> str:
@@ -194,18 +244,12 @@ def label_of(values: Mapping[str, Any]) -> str:
     >>> label_of({"fix": None, "width": 64}), label_of({"fix": "re-attention"})
     ('no fix, width 64', 're-attention')
     """
-    return ", ".join(_said(name, value) for name, value in values.items())
-
-
-def _said(name: str, value: Any) -> str:
-    if value is None:
-        return f"no {name}"
-    return spelled(value) if name in ("fix", "penalty") else f"{name} {spelled(value)}"
+    words = []
+    for name, value in values.items():
+        alone = name in ("fix", "penalty") and value is not None
+        words.append(f"no {name}" if value is None else spelled(value) if alone else f"{name} {spelled(value)}")
+    return ", ".join(words)
 
 
 def _key(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -33,6 +33,15 @@ def interval(ends: Sequence[float] | Array | None, digits: int = 3) -> str:
     return f"{number(ends[0], digits)} … {number(ends[1], digits)}"
 
 
+def p_value(p: float | None) -> str:
+    """A p-value as it should be read.
+
+    >>> p_value(0.0312), p_value(1e-7), p_value(float("nan"))
+    ('0.031', '< 0.001', '–')
+    """
+    return "< 0.001" if p is not None and p < 0.001 else number(p)
+
+
 def spans(numbers: list[int]) -> str:
     """Block numbers as spans.
 

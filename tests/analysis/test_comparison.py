@@ -18,7 +18,7 @@ from collapse_probe.analysis.subjects import ModelOptions, natural, open_subject
 from collapse_probe.data.images import open_data
 from collapse_probe.errors import CheckpointError, DataError, OutputError, SettingError
 from collapse_probe.models.cost import measure_cost
-from collapse_probe.report.comparison.verdict import answers
+from collapse_probe.report.comparison.verdict import verdicts
 from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.findings import Findings
 
@@ -63,7 +63,7 @@ def test_a_model_with_itself_differs_by_exactly_nothing(models):
             assert (paired.q == 1).all()
     assert all(count.first == count.second and count.ci95 == (0, 0) for count in pair.counts)
     assert (pair.agreement.top1, pair.agreement.kl) == (1.0, 0.0)
-    said = answers(models)[0]
+    said = verdicts(models)[0]
     assert said.case == "same"
     assert "no difference" in said.sentences[0]
 
@@ -75,7 +75,7 @@ def test_a_copied_block_is_found(models):
     assert kappa.paired.difference[1] > 0.3
     assert kappa.paired.q[1] < 0.01
     assert kappa.paired.difference[0] == 0  # block 1 and 0 stayed as they were
-    said = answers(models)[1]
+    said = verdicts(models)[1]
     assert said.case == "blocks"
     assert "block 2 attends more like block 1 than in plain" in said.sentences[0]
 
@@ -85,7 +85,7 @@ def test_other_depths_are_compared_by_summary_and_say_so(models):
     assert set(pair.differences) == {"accuracy"}
     assert "plain has 3 pairs, deeper has 4 pairs" in pair.not_comparable["attention-similarity"]
     assert [(c.first, c.second) for c in pair.counts]  # counts need no blocks in common
-    said = answers(models)[2]
+    said = verdicts(models)[2]
     assert said.case == "by-summary"
     assert "cannot be paired block by block" in said.sentences[0]
 

@@ -19,8 +19,8 @@ from collapse_probe.capture.weight_matrices import NAMES
 from collapse_probe.data.images import open_data
 from collapse_probe.report.comparison import page as contrast_tables
 from collapse_probe.report.comparison.page import render
-from collapse_probe.report.comparison.verdict import answers, contrasted
-from collapse_probe.results.comparison import Comparison, equal, unsampled
+from collapse_probe.report.comparison.verdict import verdicts, weights_sentence
+from collapse_probe.results.comparison import Comparison
 
 METRICS = ("weight-rank", "weight-similarity", "weight-similarity@depth")
 
@@ -72,20 +72,22 @@ def test_a_model_is_no_sample(compared):
 
 
 def test_the_difference_is_told_where_it_is(both, compared):
-    (text,) = contrasted(compared.pairs[0], *both.values())
+    text = weights_sentence(compared.pairs[0], *both.values())
     first, second = (found.matrix("weight-rank") for found in both.values())
     at = (2, NAMES.index("fc1"))
     assert "weight-similarity@depth" not in text
     means = f"weight-rank {second.mean():.3f} against {first.mean():.3f}"
-    assert f"{means} (most apart: fc1 of block 2, {second[at]:.3f} against {first[at]:.3f})" in text
+    assert f"{means} (largest difference: fc1 of block 2, {second[at]:.3f} against {first[at]:.3f})" in text
     again = compare({"one": both["healthy"], "other": both["healthy"]})
-    assert "No number of the weights differs between one and other" in contrasted(again.pairs[0], *again.subjects.values())[0]
+    assert "No number of the weights differs between one and other" in weights_sentence(
+        again.pairs[0], *again.subjects.values()
+    )
 
 
 def test_the_answer_is_about_the_weights(both, compared):
-    (answer,) = answers(compared)
+    (answer,) = verdicts(compared)
     assert answer.case == "weights"
-    assert answer.sentences == contrasted(compared.pairs[0], *both.values())
+    assert answer.sentences == (weights_sentence(compared.pairs[0], *both.values()),)
     assert answer.caveats == ("A model is no sample of weights: these differences have no interval and no p-value.",)
     assert "raw similarity" not in " ".join(answer.sentences)
 
@@ -95,8 +97,8 @@ def test_equal_weights_have_no_interval_either(both):
     for difference in found.pairs[0].differences.values():
         assert (difference.paired.difference == 0).all()
         assert np.isnan(difference.paired.ci95).all()
-        assert equal(difference)
-        assert unsampled(difference)
+        assert difference.equal
+        assert difference.unsampled
 
 
 def test_a_matrix_that_neither_model_has_is_no_difference(both):
@@ -104,8 +106,8 @@ def test_a_matrix_that_neither_model_has_is_no_difference(both):
     holes = np.where(np.arange(4)[:, None] == 1, np.nan, reading.values)
     bare = replace(both["healthy"], metrics={"weight-rank": replace(reading, values=holes)})
     other = replace(bare, metrics={"weight-rank": replace(reading, values=np.where(holes > 0, holes, 1.0))})
-    assert all(equal(d) for d in compare({"one": bare, "again": bare}).pairs[0].differences.values())
-    assert not any(equal(d) for d in compare({"one": bare, "other": other}).pairs[0].differences.values())
+    assert all(d.equal for d in compare({"one": bare, "again": bare}).pairs[0].differences.values())
+    assert not any(d.equal for d in compare({"one": bare, "other": other}).pairs[0].differences.values())
 
 
 def test_the_page_says_nothing_of_images(compared):
@@ -143,10 +145,7 @@ def test_other_shapes_are_refused(both):
     (pair,) = found.pairs
     assert pair.differences == {}
     assert pair.not_comparable["weight-rank"] == "other shapes: one has 4 block × 6 matrix, deeper has 5 block × 6 matrix"
-    assert (
-        "cannot be set against each other block by block (weight-rank: other shapes"
-        in contrasted(pair, *found.subjects.values())[0]
-    )
+    assert "cannot be compared block by block (weight-rank: other shapes" in weights_sentence(pair, *found.subjects.values())
     fewer = replace(both["spoiled"], metrics={"weight-rank": both["spoiled"].metrics["weight-rank"]})
     (pair,) = compare({"one": both["healthy"], "fewer": fewer}).pairs
     assert pair.not_comparable["weight-similarity"] == "not measured in fewer"
@@ -157,7 +156,7 @@ def test_weights_stand_beside_what_is_paired_by_image():
     found = compare({"a": small_vit(), "b": small_vit()}, digits, metrics=metrics, null_images=0, batch_size=4)
     differences = found.pairs[0].differences
     assert {"attention-similarity", "weight-rank/q", "weight-rank/fc2"} <= set(differences)
-    assert answers(found)[0].case == "same"
+    assert verdicts(found)[0].case == "same"
 
 
 def test_two_folders_of_weights_from_the_shell(capsys, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from collapse_probe.errors import DataError, ModelError, OutputError, SettingErr
 from collapse_probe.models.loading import resolve
 from collapse_probe.report.intervention.figures import draw_all
 from collapse_probe.report.intervention.page import render, write_interventions
-from collapse_probe.report.intervention.verdict import MIXED, ONLY_ALONE, SPARED, USED, answers, case_of
+from collapse_probe.report.intervention.verdict import MIXED, ONLY_ALONE, SPARED, USED, case_of, verdicts
 from collapse_probe.results.intervention import Effect, Interventions
 
 SIZE = 64
@@ -107,7 +107,7 @@ def test_a_model_whose_maps_are_all_the_same_loses_nothing_by_sharing(digits):
     for kind in same.single:
         assert all(e.kl == pytest.approx(0, abs=1e-8) for e in same.single[kind] if e.kl is not None)
         assert all(e.agreement == 1 for e in same.cumulative[kind])
-    assert {a.case for a in answers(same)} == {SPARED}
+    assert {a.case for a in verdicts(same)} == {SPARED}
 
 
 def test_a_loader_with_labels_and_one_without(model):
@@ -143,7 +143,7 @@ def test_the_page_stands_alone(found, tmp_path):
     }
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
-    for answer in answers(found):
+    for answer in verdicts(found):
         assert html.escape(answer.sentences[0].split("(")[0], quote=False).replace("'", "&#39;") in page
     assert "there is no block before it" in page
 
@@ -154,7 +154,7 @@ def test_one_image_and_one_block_have_no_intervals(model, digits):
     assert effect.kl is not None
     assert effect.kl_ci95 is None
     assert effect.agreement_ci95 is None
-    assert len(answers(one)[0].sentences) == 2
+    assert len(verdicts(one)[0].sentences) == 2
     assert "one-at-a-time" in draw_all(one)
     assert "cumulative" not in draw_all(one)
     assert render(one)
@@ -180,11 +180,11 @@ def test_each_case_has_its_rule(single, whole, case):
 def test_the_sentences_follow_the_numbers(found):
     single = tuple(effect(a, kl, (b,)) for b, (a, kl) in enumerate([(1.0, 0.01), (0.5, 0.7), (0.97, 0.02)]))
     turned = replace(found, single={"share": single}, cumulative={"share": (single[2], effect(0.6, 0.8, (1, 2)))})
-    answer = answers(turned)[0]
+    answer = verdicts(turned)[0]
     assert "in 2 of 3 blocks" in answer.sentences[0]
     assert "block 1 changes the output most (50.0% of the top answers stay; KL 0.700 nats)" in answer.sentences[0]
     assert "In all 3 together 60.0%" in answer.sentences[1]
-    assert any("random" in c for c in answers(replace(turned, model={**found.model, "weights": "random (seed 0)"}))[0].caveats)
+    assert any("random" in c for c in verdicts(replace(turned, model={**found.model, "weights": "random (seed 0)"}))[0].caveats)
     assert any("raw cosine" in c for c in answer.caveats)
 
 

@@ -9,8 +9,9 @@ import pytest
 from factories import findings_of
 
 from collapse_probe.analysis.pairing import pair_up
-from collapse_probe.report.comparison.verdict import CASES, NOTABLE, answer, answers
+from collapse_probe.report.comparison.verdict import CASES, verdict_of_pair, verdicts
 from collapse_probe.results.comparison import Comparison
+from collapse_probe.results.rules import NOTABLE
 
 IMAGES, PAIRS = 20, 4
 
@@ -21,7 +22,7 @@ def around(*values, spread=0.01, seed=0):
 
 
 def said(first, second):
-    return answer(pair_up(first, second, ("A", "B")), first, second)
+    return verdict_of_pair(pair_up(first, second, ("A", "B")), first, second)
 
 
 def shared_null(*null, kappa, **facts):
@@ -152,11 +153,11 @@ def test_the_checkpoints_of_a_training_get_one_answer():
     steps = {f"epoch-{i}": shared_null(*PLAIN, kappa=[0.1 * i] * PAIRS) for i in range(4)}
     first = steps["epoch-0"]
     pairs = tuple(pair_up(first, f, ("epoch-0", label)) for label, f in steps.items() if f is not first)
-    found = answers(Comparison(steps, pairs, True, {}))
+    found = verdicts(Comparison(steps, pairs, True, {}))
     assert [a.case for a in found] == ["course"]
     assert found[0].sentences[0].startswith("From epoch-0 to epoch-3, over 4 checkpoints: κ")
     assert "→ 0.3" in found[0].sentences[0]
-    assert len(answers(Comparison(steps, pairs, False, {}))) == 3
+    assert len(verdicts(Comparison(steps, pairs, False, {}))) == 3
 
 
 def test_every_case_has_a_name_and_no_sentence_shows_a_bare_nan():

@@ -14,20 +14,28 @@ from collapse_probe.report.sweep.page import by_cell, means, render, trouble, wr
 from collapse_probe.report.sweep.verdict import (
     BEYOND,
     EXPLAINED,
-    FALLS,
-    FLAT,
     GONE,
     NEITHER,
     PARTLY,
-    RISES,
-    UNCLEAR,
     against_twin,
-    answers,
     caveats,
     headline,
+    verdicts,
+)
+from collapse_probe.results.sweep import (
+    FAILED,
+    FALLS,
+    FINISHED,
+    FLAT,
+    PUBLISHED,
+    RISES,
+    UNCLEAR,
+    CellResult,
+    Sweep,
+    estimate,
+    label_of,
     trend,
 )
-from collapse_probe.results.sweep import FAILED, FINISHED, PUBLISHED, CellResult, Sweep, estimate, label_of
 
 RECIPE = {"name": "toy", "architecture": {"vit": {"heads": 4, "init_std": 0.07}, "embedding_std": None}}
 
@@ -137,13 +145,13 @@ def test_the_sentences_turn_with_the_numbers():
     up, down = deep((2.0, 9.0, 20.0), fresh=1.0), deep((20.0, 9.0, 2.0), fresh=30.0)
     assert "the raw count of similar blocks rises in both curves" in headline(up)
     assert "the raw count of similar blocks falls in both curves" in headline(down)
-    first = answers(up)[0]
+    first = verdicts(up)[0]
     assert first.label == "no fix"
     assert "rises: 2.5 at depth 8, 20.5 at depth 24" in first.sentences[0]
     assert "36% and 89% of the adjacent pairs" in first.sentences[0]  # 2.5 of 7, 20.5 of 23
     assert "over 2 seeds" in first.sentences[0]
     assert "count fewer everywhere (1, 1, 1)" in first.sentences[1]
-    assert "no collapse that training brought" in answers(down)[0].sentences[1]
+    assert "no collapse that training brought" in verdicts(down)[0].sentences[1]
 
 
 def test_curves_that_differ_are_named_or_counted():
@@ -158,9 +166,9 @@ def test_curves_that_differ_are_named_or_counted():
 def test_one_seed_is_told_as_one_seed():
     alone = deep((2.0, 9.0, 20.0), seeds=1)
     assert "one seed: no interval" in headline(alone)
-    assert "one seed, no interval" in answers(alone)[0].sentences[0]
+    assert "one seed, no interval" in verdicts(alone)[0].sentences[0]
     assert any(text.startswith("One seed") for text in caveats(alone))
-    assert not any("95 %" in sentence for answer in answers(alone) for sentence in answer.sentences)
+    assert not any("95 %" in sentence for answer in verdicts(alone) for sentence in answer.sentences)
     assert "One seed: no intervals." in captions(alone)["similar-blocks-by-depth"].seen
 
 
@@ -211,7 +219,7 @@ def test_every_varied_number_has_its_figures_and_words_alone_have_theirs():
     words = sweep_of([outcome({"fix": fix}) for fix in (None, "layer-scale")], {"fix": [None, "layer-scale"]})
     axes = draw_all(words)["accuracy-by-fix"].axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["none", "layer-scale"]
-    assert [answer.label for answer in answers(words)] == ["no fix", "layer-scale"]
+    assert [answer.label for answer in verdicts(words)] == ["no fix", "layer-scale"]
     assert "no number was varied" in headline(words)
 
 
@@ -261,7 +269,7 @@ def test_the_page_stands_alone_and_a_folder_holds_its_figures(tmp_path):
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {f"{n}.{kind}" for n in names for kind in ("png", "svg")}
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
-    for answer in answers(deep((2.0, 9.0, 20.0))):
+    for answer in verdicts(deep((2.0, 9.0, 20.0))):
         assert html.escape(answer.sentences[0], quote=False) in page
 
 

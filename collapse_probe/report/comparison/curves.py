@@ -33,6 +33,7 @@ from collapse_probe.report.style import (
 from collapse_probe.results.comparison import KAPPA, PROBS, Comparison, Pair
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import adjacent, entropy_share, null_ci95, null_of, result_of
+from collapse_probe.results.rules import KAPPA_ABOVE
 from collapse_probe.statistics.intervals import Array
 
 MOST = 8  # subjects whose curves can be told apart
@@ -75,7 +76,7 @@ def adjacent_blocks(comparison: Comparison, narrow: bool = False) -> Figure | No
     if kappa:
         _overlay(axes[1], kappa, looks)
         axes[1].axhline(0.0, color=MUTED, linewidth=0.8, zorder=0)
-        axes[1].axhline(color=MUTED, linewidth=0.8, linestyle=(0, (1, 3)), zorder=0)
+        axes[1].axhline(KAPPA_ABOVE, color=MUTED, linewidth=0.8, linestyle=(0, (1, 3)), zorder=0)
         axes[1].set(ylabel="null-corrected κ", ylim=(min(_floor(kappa), -0.25), 1.05))
     over_blocks(axes[-1], _widest(raw), "block b, compared with block b − 1")
     _legend(figure, axes[0], raw, narrow)

@@ -11,13 +11,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from collapse_probe.report.comparison.figures import CAPTIONS, draw_all
-from collapse_probe.report.comparison.verdict import CASES, RAW, answers, p_value
+from collapse_probe.report.comparison.verdict import CASES, RAW, verdicts
 from collapse_probe.report.findings.provenance import provenance
 from collapse_probe.report.html import Table, looked_at, paper, plates_of, write_page
-from collapse_probe.results.comparison import ACCURACY, KAPPA, METHODS, OF_WEIGHTS, Comparison, Difference, Pair, unsampled
+from collapse_probe.results.comparison import ACCURACY, KAPPA, METHODS, OF_WEIGHTS, Comparison, Difference, Pair
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import weights_only
-from collapse_probe.results.text import DASH, facts, interval, number, plain
+from collapse_probe.results.text import DASH, facts, interval, number, p_value, plain
 from collapse_probe.results.verdict import verdict_of
 
 MOST_COLUMNS = 4  # subjects that stand side by side
@@ -133,7 +133,7 @@ def _differences(difference: Difference) -> Table:
     rows = [_row("mean", whole, 0)]
     if difference.axis != "all":
         rows = [_row(str(place), difference.paired, at) for at, place in enumerate(difference.places)] + rows
-    kept = 1 + (OF_A_SAMPLE if unsampled(difference) else len(HEADER))
+    kept = 1 + (OF_A_SAMPLE if difference.unsampled else len(HEADER))
     return Table((difference.axis, *HEADER)[:kept], tuple(row[:kept] for row in rows), ())
 
 
@@ -183,7 +183,7 @@ def render(comparison: Comparison, figures: Mapping[str, Figure] | None = None) 
         "comparison.html",
         labels=list(comparison.subjects),
         subject=looked_at(first),
-        answers=answers(comparison),
+        verdicts=verdicts(comparison),
         cases=CASES,
         subjects=subjects(comparison),
         plates=plates_of(figures, narrow, CAPTIONS),

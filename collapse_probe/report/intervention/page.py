@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 
 from collapse_probe.report.html import Table, paper, plates_of, write_page
 from collapse_probe.report.intervention.figures import CAPTIONS, draw_all
-from collapse_probe.report.intervention.verdict import KEEPS, answers
+from collapse_probe.report.intervention.verdict import verdicts
 from collapse_probe.results.intervention import DEFINITIONS, Effect, Interventions
+from collapse_probe.results.rules import KEEPS_ANSWERS
 from collapse_probe.results.text import DASH, facts, interval, number, plain
 
 
@@ -31,8 +32,8 @@ def render(found: Interventions, figures: Mapping[str, Figure] | None = None) ->
         images=plain(found.data.get("images")),
         data=plain(found.data.get("address")),
         plain_accuracy=f"{found.plain['accuracy']:.1%}" if accurate else f"not known: {found.plain['reason']}",
-        answers=answers(found),
-        keeps=f"{KEEPS:.0%}",
+        verdicts=verdicts(found),
+        keeps=f"{KEEPS_ANSWERS:.0%}",
         plates=plates_of(figures, narrow, CAPTIONS),
         tables=[(kind, *_tables(found, kind, accurate)) for kind in found.single],
         refused=[(e.kind, e.blocks[0], e.not_applicable) for es in found.single.values() for e in es if e.not_applicable],

@@ -14,14 +14,13 @@ from matplotlib.ticker import MaxNLocator
 
 from collapse_probe.report.html import Caption
 from collapse_probe.report.style import DISTINCT, MARKERS, NARROW, WIDE, Role, drawn, printable, share_legend, sheet
-from collapse_probe.results.sweep import PUBLISHED, UNTRAINED, CellResult, Sweep, estimate, spelled
+from collapse_probe.results.sweep import PUBLISHED, UNTRAINED, Points, Sweep, estimate, spelled
 
 UNTRAINED_LINE, PROBS_LINE = (0, (5, 2)), (0, (1.2, 1.2))
 PUBLISHED_COLOUR = "#c8102e"
 PUBLISHED_MARKS = {"ViT": "*", "DeepViT": "X"}
 ASIDE = 0.03  # between two curves, in shares of the nearest step on the axis
 ROUND = 1.3  # room around places on an axis, in shares of its nearest step
-Points = list[tuple[Any, list[CellResult]]]
 Panel = tuple[str, str]  # key, title
 
 PANELS: dict[str, tuple[Panel, ...]] = {

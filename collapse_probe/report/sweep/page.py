@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from collapse_probe.report.html import Table, paper, plates_of, write_page
 from collapse_probe.report.sweep.figures import captions, draw_all
-from collapse_probe.report.sweep.verdict import answers, caveats, groups, headline
+from collapse_probe.report.sweep.verdict import caveats, headline, verdicts
 from collapse_probe.results.sweep import FINISHED, PUBLISHED, UNTRAINED, CellResult, Sweep, estimate, spelled
 from collapse_probe.results.text import DASH, facts, interval, number, plain
 
@@ -44,7 +44,7 @@ def render(sweep: Sweep, figures: Mapping[str, Figure] | None = None) -> str:
         done=f"{len(sweep.finished)} of {len(sweep.cells)} cells finished",
         trouble=trouble(sweep),
         headline=headline(sweep),
-        answers=answers(sweep),
+        verdicts=verdicts(sweep),
         caveats=caveats(sweep),
         plates=plates_of(figures, draw_all(sweep, narrow=True), captions(sweep)),
         means=means(sweep),
@@ -76,7 +76,7 @@ def means(sweep: Sweep) -> Table:
     """The mean over seeds of every number, with its interval, for each combination of values."""
     columns = _columns(sweep)
     rows = []
-    for label, cells in groups(sweep).items():
+    for label, cells in sweep.groups.items():
         row = [label or "all cells", str(len(cells))]
         for key, (_, digits) in columns.items():
             held = estimate(cell.number(key) for cell in cells)

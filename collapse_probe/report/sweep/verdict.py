@@ -1,65 +1,104 @@
-"""What a sweep says, in a few sentences for each curve, made from rules that tests can turn around."""
+"""What a sweep shows: one sentence about all of it, and a few about each curve, from the numbers of the cells."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import numpy as np
+from collapse_probe.results.sweep import UNTRAINED, CellResult, Points, Sweep, Trend, estimate, trend
+from collapse_probe.results.text import DASH, interval, number
+from collapse_probe.results.verdict import Verdict
 
-from collapse_probe.results.sweep import UNTRAINED, CellResult, Estimate, Sweep, estimate, label_of
-from collapse_probe.results.text import interval, number
-
-RISES, FALLS, FLAT, UNCLEAR = "rises", "falls", "stays the same", "shows no clear trend"
 BEYOND, EXPLAINED, PARTLY, NEITHER, GONE = "beyond", "explained", "partly", "neither", "gone"
-MOST_ANSWERS, NAMED = 6, 3
-Points = Sequence[tuple[Any, Sequence[CellResult]]]
+MOST_VERDICTS, MOST_NAMED = 6, 3
+NUMBERS = {  # by their names, with decimals
+    "similar_blocks": ("raw count of similar blocks", 1),
+    "kappa_adjacent": ("mean κ of adjacent blocks", 3),
+    "accuracy": ("accuracy on the held-out images", 3),
+}
+TWINS = {
+    BEYOND: "count fewer everywhere",
+    EXPLAINED: "count as many or more everywhere, so that the raw count shows no collapse that training brought",
+    PARTLY: "count as many or more in some places, fewer in others",
+    NEITHER: "count none either: training did not bring the zero",
+    GONE: "do count some",
+}
 
 
-@dataclass(frozen=True)
-class Trend:
-    """Which way a number goes along an axis: the mean slope of the seeds, with its 95 % t interval over them."""
-
-    case: str
-    slope: Estimate
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What was varied in the curve, and the sentences about it."""
-
-    label: str
-    sentences: tuple[str, ...]
-
-
-def trend(points: Points, key: str) -> Trend | None:
-    """Whether a number rises or falls along an axis of numbers; None with fewer than two places where it is defined.
-
-    A straight line is fitted to each seed that has all places. With two seeds or more the number rises where the
-    interval of the mean slope lies above 0 and falls where it lies below; with one, where no step goes the other way.
-    """
-    places = [(float(x), {cell.seed: cell.number(key) for cell in cells}) for x, cells in points]
-    places = [(x, held) for x, held in places if any(math.isfinite(value) for value in held.values())]
-    if len(places) < 2:
-        return None
-    seeds = [seed for seed in places[0][1] if all(math.isfinite(held.get(seed, math.nan)) for _, held in places)]
-    if not seeds:
-        return None
-    x = np.array([place for place, _ in places])
-    lines = {seed: np.array([held[seed] for _, held in places]) for seed in seeds}
-    slope = estimate(float(np.polyfit(x, y, 1)[0]) for y in lines.values())
-    return Trend(_case(slope, list(lines.values()), np.argsort(x)), slope)
+def headline(sweep: Sweep) -> str:
+    """The whole sweep in one sentence: the trends along the first axis of numbers."""
+    axis = _numeric_axis(sweep)
+    if not sweep.finished:
+        return f"None of the {len(sweep.cells)} cells is finished."
+    seeds = "1 seed" if len(sweep.seeds) == 1 else f"{len(sweep.seeds)} seeds"
+    if axis is None:
+        return f"{len(sweep.groups)} kinds of network, {seeds}; no number was varied, so there is no trend."
+    curves, parts = sweep.series(axis), []
+    for key, (name, _) in NUMBERS.items():
+        trends = {label: trend(points, key) for label, points in curves.items()}
+        if cases := {label: each.case for label, each in trends.items() if each is not None}:
+            parts.append(f"the {name} {_counted(cases)}")
+    if not parts:
+        return f"Too few cells are finished for a trend along {axis}."
+    return f"Along {axis}{' (one seed: no interval)' if len(sweep.seeds) == 1 else ''}, {'; '.join(parts)}."
 
 
-def _case(slope: Estimate, lines: list[Any], order: Any) -> str:
-    if all(np.ptp(line) == 0 for line in lines):
-        return FLAT
-    if slope.ci95 is not None:
-        return RISES if slope.ci95[0] > 0 else FALLS if slope.ci95[1] < 0 else UNCLEAR
-    steps = np.diff(lines[0][order])
-    return RISES if (steps >= 0).all() else FALLS if (steps <= 0).all() else UNCLEAR
+def verdicts(sweep: Sweep) -> list[Verdict]:
+    """What each curve along the first axis of numbers shows, or each kind of network where no number was varied."""
+    axis = _numeric_axis(sweep)
+    if axis is None:
+        return [Verdict("levels", (_means(cells),), label=label) for label, cells in list(sweep.groups.items())[:MOST_VERDICTS]]
+    curves = list(sweep.series(axis).items())[:MOST_VERDICTS]
+    return [Verdict("trend", tuple(_along(axis, points)), label=label) for label, points in curves]
+
+
+def _numeric_axis(sweep: Sweep) -> str | None:
+    return next((axis for axis in sweep.axes if sweep.is_numeric(axis)), None)
+
+
+def _counted(cases: Mapping[str, str]) -> str:
+    """The case of each curve by its label: by name for a few, else how many have it."""
+    each, count = list(cases.values()), len(cases)
+    if len(set(each)) == 1:
+        return each[0] + ("" if count == 1 else " in both curves" if count == 2 else f" in all {count} curves")
+    if count <= MOST_NAMED:
+        return ", ".join(f"{case} ({label})" for label, case in cases.items())
+    return ", ".join(f"{case} in {each.count(case)} of {count} curves" for case in dict.fromkeys(each))
+
+
+def _means(cells: Sequence[CellResult]) -> str:
+    def mean(key: str, digits: int) -> str:
+        value = estimate(cell.number(key) for cell in cells)
+        return number(value.mean, digits) + ("" if value.ci95 is None else f" ({interval(value.ci95, digits)})")
+
+    return (
+        f"{mean('similar_blocks', 1)} adjacent blocks count as similar by the raw cosine, "
+        f"{mean('similar_blocks_corrected', 1)} by κ; mean κ {mean('kappa_adjacent', 3)}, accuracy {mean('accuracy', 3)}."
+    )
+
+
+def _along(axis: str, points: Points) -> list[str]:
+    """A sentence for each of NUMBERS, and one on the counts of the untrained twins."""
+    sentences = []
+    for key, (name, digits) in NUMBERS.items():
+        slope = trend(points, key)
+        if slope is None:
+            sentences.append(f"The {name} is known at fewer than two values of {axis}.")
+            continue
+        digits = 0 if key == "similar_blocks" and slope.slope.seeds == 1 else digits
+        first, last = (f"{number(_mean(cells, key), digits)} at {axis} {value}" for value, cells in (points[0], points[-1]))
+        more = ""
+        if key == "similar_blocks":  # more blocks leave more to count
+            more = f", {_share_of_pairs(points[0][1])} and {_share_of_pairs(points[-1][1])} of the adjacent pairs"
+        untrained = [_mean(cells, UNTRAINED + key) for _, cells in (points[0], points[-1])]
+        if key == "kappa_adjacent" and any(map(math.isfinite, untrained)):
+            more = f", untrained {number(untrained[0])} and {number(untrained[1])}"
+        sentences.append(f"The {name} {slope.case}: {first}, {last}{more} ({_certainty(slope, axis)}).")
+        if key == "similar_blocks" and (case := against_twin(points)):
+            counts = [_mean(cells, UNTRAINED + key) for _, cells in points]
+            words = ", ".join(number(count, 0 if count == round(count) else 1) for count in counts)
+            sentences.append(f"Untrained networks of the same architecture {TWINS[case]} ({words}).")
+    return sentences
 
 
 def against_twin(points: Points, key: str = "similar_blocks") -> str | None:
@@ -68,177 +107,59 @@ def against_twin(points: Points, key: str = "similar_blocks") -> str | None:
     beyond: more at every place; explained: at none; partly: at some; where the trained count none at all, neither: nor do
     the untrained; gone: the untrained do. None where there is nothing to compare.
     """
-    pairs = [tuple(estimate(c.number(k) for c in cells).mean for k in (key, UNTRAINED + key)) for _, cells in points]
+    pairs = [(_mean(cells, key), _mean(cells, UNTRAINED + key)) for _, cells in points]
     pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
-    more = [trained > fresh for trained, fresh in pairs]
     if not pairs:
         return None
     if not any(trained for trained, _ in pairs):
-        return GONE if any(fresh for _, fresh in pairs) else NEITHER
+        return GONE if any(untrained for _, untrained in pairs) else NEITHER
+    more = [trained > untrained for trained, untrained in pairs]
     return BEYOND if all(more) else PARTLY if any(more) else EXPLAINED
 
 
-def answers(sweep: Sweep) -> list[Answer]:
-    """What each curve along the first axis of numbers says, or each kind of network where no number was varied."""
-    axes = [axis for axis in sweep.axes if _numeric(sweep, axis)]
-    if not axes:
-        return [Answer(label, tuple(_levels(cells))) for label, cells in list(groups(sweep).items())[:MOST_ANSWERS]]
-    curves = list(sweep.series(axes[0]).items())[:MOST_ANSWERS]
-    return [Answer(label, tuple(_along(axes[0], points))) for label, points in curves]
+def _mean(cells: Sequence[CellResult], key: str) -> float:
+    return estimate(cell.number(key) for cell in cells).mean
 
 
-def headline(sweep: Sweep) -> str:
-    """The whole sweep in one sentence: which way the counts, kappa and the accuracy go along the first axis of numbers."""
-    axes = [axis for axis in sweep.axes if _numeric(sweep, axis)]
-    if not sweep.finished:
-        return f"None of the {len(sweep.cells)} cells is finished."
-    if not axes:
-        return f"{len(groups(sweep))} kinds of network, {len(sweep.seeds)} seeds; no number was varied, so there is no trend."
-    curves = sweep.series(axes[0])
-    parts = []
-    for key in CALLED:
-        found = {label: trend(points, key) for label, points in curves.items()}
-        cases = {label: each.case for label, each in found.items() if each is not None}
-        if cases:
-            parts.append(f"{SHORT[key]} {_counted(cases)}")
-    if not parts:
-        return f"Too few cells are finished to tell a trend along {axes[0]}."
-    few = " (one seed: no interval)" if len(sweep.seeds) == 1 else ""
-    return f"Along {axes[0]}{few}, {'; '.join(parts)}."
+def _share_of_pairs(cells: Sequence[CellResult]) -> str:
+    share = estimate(c.number("similar_blocks") / c.number("pairs") for c in cells if c.number("pairs") > 0).mean
+    return f"{share:.0%}" if math.isfinite(share) else DASH
 
 
-def _counted(cases: Mapping[str, str]) -> str:
-    """The case of each curve by its label: by name for a few, else how many have it."""
-    held, count = list(cases.values()), len(cases)
-    if len(set(held)) == 1:
-        return held[0] + ("" if count == 1 else " in both curves" if count == 2 else f" in all {count} curves")
-    if count <= NAMED:
-        return ", ".join(f"{case} ({label})" for label, case in cases.items())
-    return ", ".join(f"{case} in {held.count(case)} of {count} curves" for case in dict.fromkeys(held))
-
-
-def groups(sweep: Sweep) -> dict[str, list[CellResult]]:
-    """The finished cells that differ in their seed alone, by what they have in common."""
-    found: dict[str, list[CellResult]] = {}
-    for cell in sweep.finished:
-        found.setdefault(label_of(cell.values), []).append(cell)
-    return found
-
-
-def _numeric(sweep: Sweep, axis: str) -> bool:
-    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in sweep.varied[axis])
-
-
-def _levels(cells: Sequence[CellResult]) -> Iterable[str]:
-    mean = {key: estimate(cell.number(key) for cell in cells) for key in KEYS}
-    yield (
-        f"{_plain(mean['similar_blocks'])} adjacent blocks count as similar by the raw cosine, "
-        f"{_plain(mean['similar_blocks_corrected'])} by κ; mean κ {_plain(mean['kappa_adjacent'], 3)}, "
-        f"accuracy {_plain(mean['accuracy'], 3)}."
-    )
-
-
-KEYS = ("similar_blocks", "similar_blocks_corrected", "kappa_adjacent", "accuracy")
-CALLED = {
-    "similar_blocks": "The raw count of similar blocks",
-    "kappa_adjacent": "Corrected for chance, the mean κ of adjacent blocks",
-    "accuracy": "Accuracy on the held-out images",
-}
-SHORT = {"similar_blocks": "the raw count of similar blocks", "kappa_adjacent": "mean κ", "accuracy": "accuracy"}
-TWIN_SAYS = {
-    BEYOND: "Untrained networks of the same architecture count fewer everywhere",
-    EXPLAINED: "Untrained networks of the same architecture count as many or more everywhere, so that the raw count shows no "
-    "collapse that training brought",
-    PARTLY: "Untrained networks of the same architecture count as many or more in some of them, fewer in others",
-    NEITHER: "Untrained networks of the same architecture count none either: training did not bring the zero",
-    GONE: "Untrained networks of the same architecture do count some",
-}
-
-
-def _along(axis: str, points: Points) -> Iterable[str]:
-    for key, name in CALLED.items():
-        found = trend(points, key)
-        if found is None:
-            yield f"{name} is known at fewer than two values of {axis}."
-            continue
-        digits = 0 if key == "similar_blocks" and found.slope.seeds == 1 else 1 if key == "similar_blocks" else 3
-        ends = [estimate(cell.number(key) for cell in cells).mean for _, cells in (points[0], points[-1])]
-        text = f"{name} {found.case}: {number(ends[0], digits)} at {axis} {points[0][0]}, {number(ends[1], digits)} at {axis} "
-        text += f"{points[-1][0]}{_shares(points, key)}{_untrained(points, key)}"
-        yield f"{text} ({_sure(found, axis)})."
-        if key == "similar_blocks":
-            yield from _twin(points)
-
-
-def _shares(points: Points, key: str) -> str:
-    """The counts as shares of what could be counted: more blocks leave more to count."""
-    if key != "similar_blocks":
-        return ""
-    shares = [estimate(c.number(key) / c.number("pairs") for c in cells if c.number("pairs") > 0).mean for _, cells in points]
-    return f", {_percent(shares[0])} and {_percent(shares[-1])} of the adjacent pairs"
-
-
-def _untrained(points: Points, key: str) -> str:
-    fresh = [estimate(cell.number(UNTRAINED + key) for cell in cells).mean for _, cells in (points[0], points[-1])]
-    known = key == "kappa_adjacent" and any(map(math.isfinite, fresh))
-    return f", untrained {number(fresh[0])} and {number(fresh[1])}" if known else ""
-
-
-def _percent(share: float) -> str:
-    return f"{share:.0%}" if math.isfinite(share) else "–"
-
-
-def _sure(found: Trend, axis: str) -> str:
-    if found.slope.ci95 is None:
+def _certainty(along: Trend, axis: str) -> str:
+    slope = along.slope
+    if slope.ci95 is None:
         return "one seed, no interval"
-    return (
-        f"slope over {axis} {number(found.slope.mean, 4)}, 95 % {interval(found.slope.ci95, 4)} over {found.slope.seeds} seeds"
-    )
-
-
-def _twin(points: Points) -> Iterable[str]:
-    case = against_twin(points)
-    if case is not None:
-        fresh = [estimate(cell.number(UNTRAINED + "similar_blocks") for cell in cells).mean for _, cells in points]
-        yield f"{TWIN_SAYS[case]} ({', '.join(number(value, 0 if value == round(value) else 1) for value in fresh)})."
-
-
-def _plain(held: Estimate, digits: int = 1) -> str:
-    return number(held.mean, digits) + ("" if held.ci95 is None else f" ({interval(held.ci95, digits)})")
+    return f"slope over {axis} {number(slope.mean, 4)}, 95 % {interval(slope.ci95, 4)} over {slope.seeds} seeds"
 
 
 def caveats(sweep: Sweep) -> list[str]:
     """What must not be read out of this sweep."""
-    found = [
+    texts = [
         "Intervals are over seeds: initial weights, order and augmentation of the images. The data are split alike in all."
         if len(sweep.seeds) > 1
         else "One seed: no interval is given, and any difference may be chance. --seeds N adds seeds; finished cells are kept."
     ]
     if "depth" in sweep.axes:
-        found.append(
+        texts.append(
             "The published counts are of other networks on other data at another scale, and how they were counted was not "
             "published: they show what was reported, and are no target that these numbers could hit or miss."
         )
-    found += _about_width(sweep.varied, sweep.recipe, sweep.changes)
+    architecture = sweep.recipe.get("architecture", {})
+    settings = {**architecture.get("vit", {}), "embedding_std": architecture.get("embedding_std"), **sweep.changes}
+    fixed = [f"{n} {settings[n]}" for n in ("heads", "init_std", "embedding_std") if settings.get(n) and n not in sweep.varied]
+    if "width" in sweep.varied and fixed:
+        texts.append(
+            f"With the width only the width changed ({', '.join(fixed)} stayed): heads become wider, and fixed initial weights "
+            "are relatively larger in a wider network, which alone moves the raw number."
+        )
     if any("similar_blocks_probs" in cell.numbers for cell in sweep.finished):
-        found.append(
+        texts.append(
             "Where a fix changes the maps after the softmax, the counts are of what multiplies the values; the softmax of the "
             "same cells is drawn as a dotted line and may be more alike than in a network without the fix."
         )
     if len({cell.names_sha256 for cell in sweep.finished}) > 1:
-        found.append("The cells were not all trained and validated on the same images: their names differ.")
+        texts.append("The cells were not all trained and validated on the same images: their names differ.")
     if sweep.failed:
-        found.append(f"{len(sweep.failed)} of {len(sweep.cells)} cells failed and are missing from every curve; see the table.")
-    return [*found, *sweep.notes]
-
-
-def _about_width(varied: Mapping[str, Any], recipe: Mapping[str, Any], changes: Mapping[str, Any]) -> list[str]:
-    architecture = recipe.get("architecture", {})
-    held = {**architecture.get("vit", {}), "embedding_std": architecture.get("embedding_std"), **changes}
-    kept = [f"{name} {held[name]}" for name in ("heads", "init_std", "embedding_std") if held.get(name) and name not in varied]
-    if "width" not in varied or not kept:
-        return []
-    return [
-        f"With the width only the width changed ({', '.join(kept)} stayed): heads become wider, and fixed initial weights are "
-        "relatively larger in a wider network, which alone moves the raw number."
-    ]
+        texts.append(f"{len(sweep.failed)} of {len(sweep.cells)} cells failed and are missing from every curve; see the table.")
+    return [*texts, *sweep.notes]
