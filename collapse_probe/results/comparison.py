@@ -78,9 +78,10 @@ class Difference:
 
 
 def _paired(entry: Mapping[str, Any]) -> Paired:
-    numbers = {key: np.array(entry[key], np.float64) for key in ("first", "second", "difference", "ci95", "p", "q", "effect")}
-    counts = {key: np.array(entry[key], np.int64) for key in ("images", "left_out")}
-    return Paired(**numbers, **counts, interval=tuple(entry["interval"]))
+    arrays: dict[str, Any] = {key: np.array(entry[key], np.int64) for key in ("images", "left_out")}
+    for key in ("first", "second", "difference", "ci95", "p", "q", "effect"):
+        arrays[key] = np.array(entry[key], np.float64)
+    return Paired(**arrays, interval=tuple(entry["interval"]))
 
 
 @dataclass(frozen=True)

@@ -113,4 +113,5 @@ def _each(by_kind: Mapping[str, Iterable[Any]], convert: Callable[[Any], Any]) -
 
 
 def _effect(entry: Mapping[str, Any]) -> Effect:
-    return Effect(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return Effect(**values)

@@ -108,11 +108,10 @@ def estimate(values: Iterable[float]) -> Estimate:
     """
     defined = np.array([value for value in values if math.isfinite(value)], dtype=np.float64)
     count = len(defined)
-    mean = float(defined.mean()) if count else math.nan
     if count < 2:
-        return Estimate(mean, None, count)
-    low, high = interval(mean, defined.std(ddof=1) / math.sqrt(count), count)
-    return Estimate(mean, (float(low), float(high)), count)
+        return Estimate(float(defined[0]) if count else math.nan, None, count)
+    low, high = interval(defined.mean(), defined.std(ddof=1) / math.sqrt(count), count)
+    return Estimate(float(defined.mean()), (float(low), float(high)), count)
 
 
 RISES, FALLS, FLAT, UNCLEAR = "rises", "falls", "stays the same", "shows no clear trend"

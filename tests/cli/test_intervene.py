@@ -20,7 +20,7 @@ def test_it_writes_the_whole_folder_and_says_what_sharing_costs(run, photos):
     assert code == 0, err
     names = {str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file()}
     assert {"interventions.json", "images.npz", "report.html", "figures/one-at-a-time.png", "figures/cumulative.svg"} <= names
-    assert "Taking over the map of the block before" in out
+    assert "Using the map of the block before" in out
     assert "Leaving out the attention branch" in out
     assert "report: out/report.html" in out
     found = Interventions.load("out")
