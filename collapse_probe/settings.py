@@ -5,19 +5,38 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from collapse_probe.errors import SettingError
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A frozen dataclass whose fields are settings, with the checks that a child's `__post_init__` asks for.
+    """A frozen dataclass whose fields are settings, checked by their types.
 
-    Each check raises SettingError with the child's `name`, what the setting must be and what it is.
+    `Literal["a", "b"]` and `bool` name the values, `Annotated[float, "[0, 1)"]` the interval of a number and
+    `Annotated[int, "[1, inf)"]` the least of a whole number; a child's `__post_init__` may check other types. Each check raises
+    SettingError with the child's `name`, what the setting must be and what it is.
     """
 
     name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for setting, kind in _types(type(self)).items():
+            value = getattr(self, setting)
+            if get_origin(kind) is Literal:
+                self._choice(setting, *get_args(kind))
+            elif kind is bool:
+                self._choice(setting, True, False)
+            elif get_origin(kind) is Annotated:
+                number, interval = get_args(kind)
+                low, high = map(float, interval[1:-1].split(","))
+                at_open_end = (interval[0] == "(" and value == low) or (interval[-1] == ")" and value == high)
+                if number is int:
+                    self._whole(setting, int(low))
+                elif at_open_end or not between(value, low, high):
+                    raise SettingError(f"{self.name}: {setting} must be a number in {interval}, not {value!r}")
 
     @classmethod
     def _known(cls, names: Iterable[str]) -> None:
@@ -35,6 +54,13 @@ class Settings:
         value = getattr(self, setting)
         if not any(type(value) is type(each) and value == each for each in allowed):
             raise SettingError(f"{self.name}: {setting} must be one of {allowed}, not {value!r}")
+
+
+@cache
+def _types(kind: type) -> dict[str, Any]:
+    """The types of the settings of a class."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(kind)}
 
 
 def between(value: object, low: float, high: float) -> bool:

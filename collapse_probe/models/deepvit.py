@@ -23,7 +23,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from collapse_probe.errors import CheckpointError, ModelError
-from collapse_probe.models.fixes.apply import graft, open_sockets
+from collapse_probe.models.fixes.apply import apply, open_sockets
 from collapse_probe.models.fixes.re_attention import ReAttention
 
 
@@ -130,7 +130,7 @@ class DeepViT(VisionTransformer):
         if deepvit.re_attention:
             first: Any = self.blocks[0]
             scale = first.attn.scale if deepvit.transform_scale else 1.0
-            graft(self, ReAttention(scale=scale), deepvit.re_attention)
+            apply(self, ReAttention(scale=scale), deepvit.re_attention)
 
 
 def _data(settings: DeepViTSettings) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collapse_probe.errors import ModelError, SettingError
-from collapse_probe.models.fixes.base import AppliedFix, Seats, apply_sites, attend, mount
+from collapse_probe.models.fixes.base import AppliedFix, Sites, add_fix, apply_sites, attend
 from collapse_probe.registry import FIXES
 
 
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         self.num_heads, self.head_dim = heads, width // heads
         self.scale = self.head_dim**-0.5
         self.fused_attn = True
-        self.seats: Seats = []
+        self.sites: Sites = []
         self.qkv = nn.Linear(width, 3 * width)
         self.attn_drop = nn.Dropout(attention_dropout)
         self.proj = nn.Linear(width, width)
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         """What the tokens read from each other."""
         q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         dropout = self.attn_drop.p if self.training else 0.0
-        out_BHNK = attend(self.seats, q, k, v, scale=self.scale, dropout=dropout, fused=self.fused_attn)
+        out_BHNK = attend(self.sites, q, k, v, scale=self.scale, dropout=dropout, fused=self.fused_attn)
         out_BND: Tensor = self.proj_drop(self.proj(out_BHNK.transpose(1, 2).flatten(2)))
         return out_BND
 
@@ -149,7 +149,7 @@ class Block(nn.Module):
     def __init__(self, settings: ViTSettings, drop_path: float) -> None:
         super().__init__()
         width, drop = settings.width, settings.dropout
-        self.seats: Seats = []
+        self.sites: Sites = []
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, settings.heads, drop, settings.attention_dropout)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
@@ -158,9 +158,9 @@ class Block(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """The residual stream after both branches."""
-        attended = apply_sites(self.seats, "branch", self.attn(self.norm1(x_BND)), "attention")
+        attended = apply_sites(self.sites, "branch", self.attn(self.norm1(x_BND)), "attention")
         x_BND = x_BND + self.drop_path(attended)
-        changed = apply_sites(self.seats, "branch", self.mlp(self.norm2(x_BND)), "mlp")
+        changed = apply_sites(self.sites, "branch", self.mlp(self.norm2(x_BND)), "mlp")
         out_BND: Tensor = x_BND + self.drop_path(changed)
         return out_BND
 
@@ -177,7 +177,7 @@ class ViT(nn.Module):
         super().__init__()
         self.settings = s = replace(settings or ViTSettings(), **changes)
         self.embed_dim, self.num_classes, self.num_prefix_tokens = s.width, s.classes, 1
-        self.seats: Seats = []
+        self.sites: Sites = []
         self.fixes: tuple[AppliedFix, ...] = ()
         self.patch_embed = PatchEmbed(s.image_size, s.patch_size, s.channels, s.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, s.width))
@@ -192,7 +192,7 @@ class ViT(nn.Module):
         registers = {"registers": {"count": s.registers}} if s.registers else {}
         for name, chosen in {**registers, **s.fixes}.items():
             own = {key: value for key, value in chosen.items() if key != "blocks"}
-            mount(self, FIXES[name].with_settings(own), chosen.get("blocks"))
+            add_fix(self, FIXES[name].with_settings(own), chosen.get("blocks"))
 
     def _initialise(self) -> None:
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -216,8 +216,8 @@ class ViT(nn.Module):
         patches_BPD = self.patch_embed(images_BCHW)
         cls_B1D = self.cls_token.expand(patches_BPD.shape[0], -1, -1)
         tokens_BND = torch.cat((cls_B1D, patches_BPD), dim=1) + self.pos_embed
-        tokens_BND = self.blocks(apply_sites(self.seats, "enter", tokens_BND))
-        normed_BND: Tensor = self.norm(apply_sites(self.seats, "leave", tokens_BND))
+        tokens_BND = self.blocks(apply_sites(self.sites, "enter", tokens_BND))
+        normed_BND: Tensor = self.norm(apply_sites(self.sites, "leave", tokens_BND))
         return normed_BND
 
     def forward(self, images_BCHW: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def test_without_the_fused_kernel_the_logits_are_equal_to_the_bit(name: str, ima
 
 
 @pytest.mark.parametrize("name", list(FIXES))
-def test_a_grafted_model_is_our_vit_with_the_same_fix(name: str, images: Tensor) -> None:
+def test_a_fixed_model_is_our_vit_with_the_same_fix(name: str, images: Tensor) -> None:
     theirs = make()
     chosen = {} if FIXES[name].home == "model" or name == "shared-attention" else {"blocks": [1, 2]}
     apply(theirs, name, **chosen)
@@ -144,7 +144,7 @@ def test_fine_tuning_moves_the_fix_and_the_model(images: Tensor) -> None:
     assert all(model.blocks[i].attn.lamb.any() for i in (1, 2))
 
 
-def test_a_grafted_model_can_be_copied_and_pickled(images: Tensor) -> None:
+def test_a_fixed_model_can_be_copied_and_pickled(images: Tensor) -> None:
     model = make()
     for name in ("registers", "neutreno", "feat-scale", "re-attention"):
         apply(model, name)
@@ -179,13 +179,13 @@ def test_memory_across_blocks_refuses_gradient_checkpointing(images: Tensor) -> 
 
 
 @pytest.mark.parametrize("kind", ["distilled", "registers"])
-def test_the_capture_hears_a_grafted_model(kind: str, images: Tensor) -> None:
+def test_the_capture_records_a_fixed_model(kind: str, images: Tensor) -> None:
     model = apply(make(kind), "re-attention", blocks=[1])
     apply(model, "registers", count=2)
-    with torch.no_grad(), record(model) as listener:
+    with torch.no_grad(), record(model) as recording:
         model(images)
-    assert [listener.plan.layers[i].mixed for i in listener.plan.map_layers] == [False, True, False]
-    assert listener.plan.prefix == tuple(range(model.num_prefix_tokens))
+    assert [recording.plan.layers[i].mixed for i in recording.plan.map_layers] == [False, True, False]
+    assert recording.plan.prefix == tuple(range(model.num_prefix_tokens))
 
 
 @pytest.mark.skipif(

@@ -169,10 +169,10 @@ def test_timm_settings_pass_and_plain_blocks_stay_fused(monkeypatch: pytest.Monk
 
 def test_the_capture_tells_probs_from_weights() -> None:
     model = DeepViT(TINY).eval()
-    with torch.no_grad(), record(model) as listener:
+    with torch.no_grad(), record(model) as recording:
         model(torch.randn(2, 3, 32, 32))
-    assert [listener.plan.layers[i].mixed for i in listener.plan.map_layers] == [False, True, True]
-    assert listener.plan.prefix == (0,)
+    assert [recording.plan.layers[i].mixed for i in recording.plan.map_layers] == [False, True, True]
+    assert recording.plan.prefix == (0,)
 
 
 # A slow forward pass in NumPy, written from the equations alone.

@@ -211,13 +211,13 @@ def test_chosen_blocks_alone_are_changed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(FIXES))
-def test_the_capture_hears_it_rightly(name: str, images: Tensor) -> None:
+def test_the_capture_records_it_rightly(name: str, images: Tensor) -> None:
     model = fixed(name)
     expected = model(images)
-    with torch.no_grad(), record(model) as listener:
-        heard = model(images)
-    plan = listener.plan
-    assert torch.equal(heard, expected)
+    with torch.no_grad(), record(model) as recording:
+        recorded = model(images)
+    plan = recording.plan
+    assert torch.equal(recorded, expected)
     assert len(plan.map_layers) == 3
     assert all(plan.layers[i].mixed == (name in MIXES) for i in plan.map_layers)
     assert plan.prefix == tuple(range(model.num_prefix_tokens))
@@ -234,26 +234,26 @@ def test_parameters_have_their_official_names(name: str) -> None:
 
 
 def test_a_model_has_a_fix_once_in_a_block() -> None:
-    from collapse_probe.models.fixes.base import mount
+    from collapse_probe.models.fixes.base import add_fix
 
     model = plain()
-    mount(model, FIXES["attn-scale"](), [0, 1])
-    mount(model, FIXES["attn-scale"](), [2])
+    add_fix(model, FIXES["attn-scale"](), [0, 1])
+    add_fix(model, FIXES["attn-scale"](), [2])
     before = set(model.state_dict())
     with pytest.raises(ModelError, match=r"already has attn-scale in blocks \[0, 1\]"):
-        mount(model, FIXES["attn-scale"](init=1.0), [1])
+        add_fix(model, FIXES["attn-scale"](init=1.0), [1])
     with pytest.raises(ModelError, match="already"):
-        mount(plain(fixes={"contra-norm": {}}), FIXES["contra-norm"]())
+        add_fix(plain(fixes={"contra-norm": {}}), FIXES["contra-norm"]())
     assert set(model.state_dict()) == before
 
 
 def test_parts_never_take_the_place_of_what_is_there() -> None:
-    from collapse_probe.models.fixes.base import mount
+    from collapse_probe.models.fixes.base import add_fix
 
     model = plain()
     model.blocks[2].attn.lamb = nn.Parameter(torch.zeros(3))
     with pytest.raises(ModelError, match="block 2 already has a lamb"):
-        mount(model, FIXES["attn-scale"]())
+        add_fix(model, FIXES["attn-scale"]())
     assert not hasattr(model.blocks[0].attn, "lamb")
     assert not model.fixes
 
@@ -406,7 +406,7 @@ def test_neutreno_pulls_towards_the_first_values(images: Tensor) -> None:
     model(images)
     expected = values[2].mean(1, keepdim=True) + values[0] - values[2]
     torch.testing.assert_close(outputs[0], expected.expand_as(outputs[0]), rtol=0, atol=1e-5)
-    memory = model.blocks[0].attn.seats[0][1].memory
+    memory = model.blocks[0].attn.sites[0][1].memory
     assert memory == {}, "the last block must clear away what the first one left"
 
 
@@ -567,11 +567,11 @@ def test_class_attention_moves_cls_alone_and_reads_all_patches(images: Tensor) -
 def test_masks_reach_the_map_like_the_fused_kernel() -> None:
     q, k, v = torch.randn(3, 2, 2, 5, 4)
     fix = ReAttention(norm="none", init="identity")
-    seats: Any = [(fix, site_of(fix, dtype=torch.float32))]
+    sites: Any = [(fix, site_of(fix, dtype=torch.float32))]
     boolean = torch.rand(5, 5) > 0.3
     boolean.fill_diagonal_(True)
     for given in ({"causal": True}, {"mask": boolean}, {"mask": torch.randn(5, 5)}):
-        torch.testing.assert_close(attend(seats, q, k, v, scale=0.5, **given).detach(), attend([], q, k, v, scale=0.5, **given))
+        torch.testing.assert_close(attend(sites, q, k, v, scale=0.5, **given).detach(), attend([], q, k, v, scale=0.5, **given))
 
 
 def test_all_errors_are_ours() -> None:

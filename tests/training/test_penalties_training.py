@@ -54,9 +54,9 @@ def measured(model, images, metric, where):
         parts = [part for block in model.blocks for part in block.attn.qkv.weight.detach().chunk(3)]
         return WEIGHT_METRICS[metric](torch.stack(parts)).mean().item()
     model.eval()
-    with record(model) as listener, torch.no_grad():
+    with record(model) as recording, torch.no_grad():
         model(images)
-    found = readings([listener.take()], [metric])[metric].values
+    found = readings([recording.take()], [metric])[metric].values
     model.train()
     return float(np.mean(found[where]))
 

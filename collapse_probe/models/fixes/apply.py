@@ -1,8 +1,7 @@
-"""Fixes on models that exist: opens the sockets of a timm Vision Transformer in place, and puts fixes into
-them.
+"""Fixes on models that exist: opens the sockets of a timm Vision Transformer in place, and puts fixes into them.
 
-No weight is copied and no key is renamed: attention modules change their class to one with the same
-parameters, and hooks serve the sockets that lie between modules.
+No weight is copied and no key is renamed: attention modules change their class to one with the same parameters, and hooks serve
+the sockets that lie between modules.
 """
 
 from __future__ import annotations
@@ -15,22 +14,20 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from collapse_probe.errors import ModelError
-from collapse_probe.models.fixes.base import Fix, Seats, apply_sites, attend, mount
+from collapse_probe.models.fixes.base import Fix, Sites, add_fix, apply_sites, attend
 from collapse_probe.registry import FIXES
 
 
-class GraftedAttention(Attention):
-    """timm's Attention with sockets: the same parameters, the same result while its seats are empty."""
+class AttentionWithSockets(Attention):
+    """timm's Attention with sockets: the same parameters, the same result while it has no fix."""
 
-    seats: Seats
+    sites: Sites
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """[B, N, D] -> [B, N, D], q_norm and k_norm respected, as are an output norm and a gate where there
-        are any.
-        """
+        """[B, N, D] -> [B, N, D], q_norm and k_norm respected, as are an output norm and a gate where there are any."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         out_BHNK = attend(
-            self.seats,
+            self.sites,
             self.q_norm(q),
             self.k_norm(k),
             v,
@@ -41,81 +38,65 @@ class GraftedAttention(Attention):
             fused=self.fused_attn,
         )
         out_BND = out_BHNK.transpose(1, 2).flatten(2)
-        norm, gate = (
-            getattr(self, "norm", None),
-            getattr(self, "gate", None),
-        )  # older timm has neither
+        norm, gate = getattr(self, "norm", None), getattr(self, "gate", None)  # older timm has neither
         out_BND = out_BND if norm is None else norm(out_BND)
         out_BND = out_BND if gate is None else out_BND * gate(x).sigmoid()
         projected: Tensor = self.proj_drop(self.proj(out_BND))
         return projected
 
 
-def _branch(seats: Seats, kind: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return apply_sites(seats, "branch", output, kind)
+def _branch(sites: Sites, kind: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return apply_sites(sites, "branch", output, kind)
 
 
-def _enter(seats: Seats, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return apply_sites(seats, "enter", output)
+def _enter(sites: Sites, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return apply_sites(sites, "enter", output)
 
 
-def _leave(seats: Seats, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (apply_sites(seats, "leave", args[0]), *args[1:])
+def _leave(sites: Sites, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (apply_sites(sites, "leave", args[0]), *args[1:])
 
 
-def _refuse(model: Any) -> None:
-    kind = type(model).__name__
-    blocks = getattr(model, "blocks", None)
+def open_sockets(model: Any) -> None:
+    """Give a timm VisionTransformer (plain, distilled, with registers) its sockets, in place; what it computes stays.
+
+    Models that have sockets already, our ViT among them, are left alone. Raises ModelError for any other model.
+    """
+    if hasattr(model, "sites"):
+        return
+    kind, blocks = type(model).__name__, getattr(model, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
         raise ModelError(f"{kind} has no list of blocks: fixes go into timm's VisionTransformer, DeiT or our ViT")
     for i, block in enumerate(blocks):
-        found = type(getattr(block, "attn", None))
-        if found is not Attention:
-            what = "no attention" if found is type(None) else f"{found.__module__}.{found.__qualname__}"
+        attention = type(getattr(block, "attn", None))
+        if attention is not Attention:
+            what = "no attention" if attention is type(None) else f"{attention.__module__}.{attention.__qualname__}"
             raise ModelError(f"block {i} of {kind} has {what}; a fix has its place in timm.layers.Attention alone")
     missing = [name for name in ("embed_dim", "num_prefix_tokens", "norm_pre", "norm") if not hasattr(model, name)]
     if missing or not all(hasattr(block, "mlp") for block in blocks):
         raise ModelError(f"{kind} is not built like timm's VisionTransformer (no {', '.join(missing) or 'mlp'})")
-
-
-def open_sockets(model: Any) -> None:
-    """Give a timm VisionTransformer (plain, distilled, with registers) its sockets, in place; what it
-    computes stays.
-
-    Models that have sockets already, our ViT among them, are left alone. Raises ModelError for any other
-    model.
-    """
-    if hasattr(model, "seats"):
-        return
-    _refuse(model)
     for block in model.blocks:
-        block.attn.__class__ = GraftedAttention
-        block.attn.seats, block.seats = [], []
-        block.attn.register_forward_hook(partial(_branch, block.seats, "attention"))
-        block.mlp.register_forward_hook(partial(_branch, block.seats, "mlp"))
-    model.seats, model.fixes = [], ()
-    model.norm_pre.register_forward_hook(partial(_enter, model.seats))
-    model.norm.register_forward_pre_hook(partial(_leave, model.seats))
+        block.attn.__class__ = AttentionWithSockets
+        block.attn.sites, block.sites = [], []
+        block.attn.register_forward_hook(partial(_branch, block.sites, "attention"))
+        block.mlp.register_forward_hook(partial(_branch, block.sites, "mlp"))
+    model.sites, model.fixes = [], ()
+    model.norm_pre.register_forward_hook(partial(_enter, model.sites))
+    model.norm.register_forward_pre_hook(partial(_leave, model.sites))
 
 
-def graft(model: Any, fix: Fix, blocks: Sequence[int] | None = None) -> None:
-    """Put `fix` into an existing model, in place: `blocks` of it, or all that it can act on.
+def apply(model: Any, fix: str | Fix, blocks: Sequence[int] | None = None, **settings: Any) -> Any:
+    """Put a fix into `model`, in place, and return it: `apply(vit, "attn-scale", blocks=range(6, 12))`.
 
-    The model's own parameters and state_dict keys stay; the fix's come on top. With the fix's neutral
-    settings the model still computes what it computed. Raises ModelError for a model that has no place for
-    it, or has it already.
+    `blocks` None means all that the fix can act on. The model's own parameters and state_dict keys stay; the fix's come on top.
+    With the fix's neutral settings the model still computes what it computed.
+
+    Raises UnknownNameError for the name, SettingError for blocks or settings, ModelError for a model that has no place for the
+    fix, or has it already.
     """
+    fix = FIXES[fix].with_settings(settings) if isinstance(fix, str) else fix
     if fix.home == "model" and getattr(model, "dynamic_img_size", False) and not model.no_embed_class:
         raise ModelError(f"{fix.name} cannot go into a model that resamples its positions (dynamic_img_size)")
     open_sockets(model)
-    mount(model, fix, blocks)
-
-
-def apply(model: Any, name: str, blocks: Sequence[int] | None = None, **settings: Any) -> Any:
-    """Put the fix called `name` into `model`, in place, and return it: `apply(vit, "attn-scale",
-    blocks=range(6, 12))`.
-
-    Raises UnknownNameError for the name, SettingError for blocks or settings, ModelError for the model.
-    """
-    graft(model, FIXES[name].with_settings(settings), blocks)
+    add_fix(model, fix, blocks)
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +31,13 @@ class AttnScale(Fix):
     Source: Anti-Oversmoothing, arXiv 2203.05962, official `attnscale.py`. Setting: `init` of λ. Neutral: 0.
     """
 
-    init: float = 0.0
+    init: Annotated[float, "(-inf, inf)"] = 0.0
 
     name = "attn-scale"
     summary = "a learnable gain per head on the non-uniform part of the map (Anti-Oversmoothing)"
     source = "Anti-Oversmoothing, arXiv 2203.05962"
-    neutral: ClassVar[Mapping[str, Any] | None] = {"init": 0.0}
+    neutral = {"init": 0.0}
     official_keys = ("attn.lamb",)
-
-    def __post_init__(self) -> None:
-        self._number("init", float("-inf"), float("inf"), "()")
 
     def parts(self, site: FixSite) -> Mapping[str, Part]:
         """`lamb`, [H]."""

@@ -1,10 +1,9 @@
 """What a fix may touch: the sockets of a transformer, and the attention that runs through them.
 
-A fix is a frozen dataclass of its settings. It owns no tensor: `parts` makes its parameters, and
-`mounting.mount` registers them on the module where the official code keeps them (an attention, a block, the
-model), under the official names, so that official checkpoints fit. A socket is a method that receives a
-tensor and returns it changed; the base class returns it as it came. Several fixes in one place act in the
-order of mounting.
+A fix is a frozen dataclass of its settings. It owns no tensor: `parts` makes its parameters, and `add_fix` registers them on
+the module where the official code keeps them (an attention, a block, the model), under the official names, so that official
+checkpoints fit. A socket is a method that receives a tensor and returns it changed; the base class returns it as it came.
+Several fixes in one place act in the order in which they were added.
 
     model      enter → blocks → leave → norm → head
     block      x + branch(attention(norm1(x))),  x + branch(mlp(norm2(x)))
@@ -22,18 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collapse_probe.errors import ModelError, SettingError
-from collapse_probe.settings import Settings, between
+from collapse_probe.settings import Settings
 
 Part = nn.Module | nn.Parameter
 
 
 @dataclass(eq=False, repr=False)  # a printed site would print the model
 class FixSite:
-    """Where one fix sits in one model.
+    """Where one fix acts in one model.
 
-    `home` is the module that holds the fix's parts, `block` its block (-1 for the whole model), `blocks` all
-    blocks of this fix, `prefix` the number of prefix tokens before it came. `memory` is shared by the sites
-    of one mounted fix: what one block leaves there, a later block of the same forward pass takes.
+    `home` is the module that holds the fix's parts, `block` its block (-1 for the whole model), `blocks` all blocks of this
+    fix, `prefix` the number of prefix tokens before it came. `memory` is shared by the sites of one added fix: what one block
+    leaves there, a later block of the same forward pass takes.
     """
 
     home: Any
@@ -59,14 +58,13 @@ class FixSite:
 class Fix(Settings):
     """One remedy: its settings are the fields, its sockets the methods it overrides.
 
-    `neutral` holds the settings under which the model computes what it computed without the fix; None where
-    no such setting exists. `official_keys` are the names of its parameters in the official checkpoints,
-    relative to the block (or the model).
+    `neutral` holds the settings under which the model computes what it computed without the fix; None where no such setting
+    exists. `official_keys` are the names of its parameters in the official checkpoints, relative to the block (or the model).
     """
 
     summary: ClassVar[str]
     source: ClassVar[str]
-    neutral: ClassVar[Mapping[str, Any] | None]
+    neutral: ClassVar[Mapping[str, Any] | None] = None
     official_keys: ClassVar[tuple[str, ...]] = ()
     home: ClassVar[Literal["attention", "block", "model", "modules"]] = "attention"
 
@@ -77,7 +75,7 @@ class Fix(Settings):
         return cls(**settings)
 
     def reach(self, blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
-        """The blocks in which the fix sits, given those that the user chose (None: no choice made)."""
+        """The blocks in which the fix acts, given those that the user chose (None: no choice made)."""
         if self.home == "model" and blocks is not None:
             raise SettingError(f"{self.name} acts on the whole model: it cannot be put into single blocks")
         return tuple(range(depth)) if blocks is None else blocks
@@ -123,27 +121,16 @@ class Fix(Settings):
         return count
 
     def convert(self, module: nn.Module, width: int) -> bool:
-        """Turn a module into the fix's own kind, in place and with its parameters; False if it is none of
-        its.
-        """
+        """Turn a module into the fix's own kind, in place and with its parameters; False where it cannot."""
         return False
-
-    def overrides(self, socket: str) -> bool:
-        """Whether this fix fills the socket."""
-        return getattr(type(self), socket) is not getattr(Fix, socket)
 
     @property
     def needs_map(self) -> bool:
         """Whether the fix must see the attention map, which rules out fused attention."""
-        return any(map(self.overrides, ("logits", "probs", "weights")))
-
-    def _number(self, setting: str, low: float, high: float, ends: str = "[]") -> None:
-        value = getattr(self, setting)
-        if not between(value, low, high) or (ends[0] == "(" and value == low) or (ends[1] == ")" and value == high):
-            raise SettingError(f"{self.name}: {setting} must be a number in {ends[0]}{low}, {high}{ends[1]}, not {value!r}")
+        return any(getattr(type(self), socket) is not getattr(Fix, socket) for socket in ("logits", "probs", "weights"))
 
 
-Seats = list[tuple[Fix, FixSite]]
+Sites = list[tuple[Fix, FixSite]]
 
 
 @dataclass(frozen=True)
@@ -155,15 +142,15 @@ class AppliedFix:
     blocks: tuple[int, ...]
 
 
-def apply_sites(seats: Seats, socket: str, x: Tensor, *others: Any) -> Tensor:
-    """Pass `x` through one socket of every fix in `seats`, in order."""
-    for fix, site in seats:
+def apply_sites(sites: Sites, socket: str, x: Tensor, *others: Any) -> Tensor:
+    """Pass `x` through one socket of every fix in `sites`, in order."""
+    for fix, site in sites:
         x = getattr(fix, socket)(x, *others, site)
     return x
 
 
 def attend(
-    seats: Seats,
+    sites: Sites,
     q_BHNK: Tensor,
     k_BHNK: Tensor,
     v_BHNK: Tensor,
@@ -174,95 +161,74 @@ def attend(
     causal: bool = False,
     fused: bool = True,
 ) -> Tensor:
-    """Attention through the sockets, [B, H, N, K] three times -> [B, H, N, K]; the kernel is fused unless a
-    fix needs the map.
+    """Attention through the sockets, [B, H, N, K] three times -> [B, H, N, K]; the kernel is fused unless a fix needs the map.
 
-    `dropout` is the rate in force now (0 in eval mode); `mask` is boolean (True: may be seen) or added to
-    the logits.
+    `dropout` is the rate in force now (0 in eval mode); `mask` is boolean (True: may be seen) or added to the logits.
     """
-    q_BHNK = apply_sites(seats, "query", q_BHNK)
-    if fused and not any(fix.needs_map for fix, _ in seats):
+    q_BHNK = apply_sites(sites, "query", q_BHNK)
+    if fused and not any(fix.needs_map for fix, _ in sites):
         out_BHNK = F.scaled_dot_product_attention(
             q_BHNK, k_BHNK, v_BHNK, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
         )
     else:
-        logits_BHNN = apply_sites(seats, "logits", (q_BHNK * scale) @ k_BHNK.transpose(-2, -1))
-        probs_BHNN = apply_sites(seats, "probs", torch.softmax(_masked(logits_BHNN, mask, causal), dim=-1))
+        logits_BHNN = apply_sites(sites, "logits", (q_BHNK * scale) @ k_BHNK.transpose(-2, -1))
+        if causal:
+            mask = torch.ones_like(logits_BHNN[0, 0], dtype=torch.bool).tril()
+        if mask is not None and mask.dtype == torch.bool:
+            logits_BHNN = logits_BHNN.masked_fill(~mask, float("-inf"))
+        elif mask is not None:
+            logits_BHNN = logits_BHNN + mask
+        probs_BHNN = apply_sites(sites, "probs", torch.softmax(logits_BHNN, dim=-1))
         weights_BHNN = F.dropout(probs_BHNN, dropout) if dropout else probs_BHNN
-        out_BHNK = apply_sites(seats, "weights", weights_BHNN) @ v_BHNK
-    return apply_sites(seats, "heads", out_BHNK, v_BHNK)
+        out_BHNK = apply_sites(sites, "weights", weights_BHNN) @ v_BHNK
+    return apply_sites(sites, "heads", out_BHNK, v_BHNK)
 
 
-def _masked(logits_BHNN: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    if causal:
-        mask = torch.ones_like(logits_BHNN[0, 0], dtype=torch.bool).tril()
-    if mask is None:
-        return logits_BHNN
-    return logits_BHNN.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits_BHNN + mask
+def add_fix(model: Any, fix: Fix, blocks: Sequence[int] | None = None) -> None:
+    """Put `fix` into a model with sockets: into `blocks` (None: all that it can act on), at once or not at all.
 
-
-def mount(model: Any, fix: Fix, blocks: Sequence[int] | None = None) -> None:
-    """Put `fix` into a model with sockets: into `blocks` (None: all that it can act on), at once or not at
-    all.
-
-    A model with sockets has `blocks` (each with `attn`), `embed_dim`, `num_prefix_tokens`, and a list
-    `seats` on itself, on each block and on each attention. Raises SettingError for blocks that the model or
-    the fix does not have, ModelError where the fix already sits.
+    A model with sockets has `blocks` (each with `attn`), `embed_dim`, `num_prefix_tokens`, and a list `sites` on itself, on
+    each block and on each attention. Raises SettingError for blocks that the model or the fix does not have, ModelError where
+    the fix is there already.
     """
-    depth = len(model.blocks)
-    given = None if blocks is None else _checked(fix, blocks, depth)
-    reach = fix.reach(given, depth)
+    depth, chosen = len(model.blocks), None
+    if blocks is not None:
+        chosen = tuple(sorted({*blocks}))
+        if not chosen or len(chosen) != len(blocks) or not all(type(i) is int and 0 <= i < depth for i in chosen):
+            raise SettingError(f"{fix.name}: blocks must be different numbers from 0 to {depth - 1}, not {list(blocks)}")
+    reach = fix.reach(chosen, depth)
     for before in model.fixes:
         if before.name == fix.name and set(before.blocks) & set(reach):
             raise ModelError(f"the model already has {fix.name} in blocks {list(before.blocks)}: once is enough")
     if fix.home == "modules":
-        _convert(model, fix, given)
+        roots = [model] if chosen is None else [model.blocks[i] for i in chosen]
+        modules = [module for root in roots for module in root.modules()]
+        if not sum(fix.convert(module, model.embed_dim) for module in modules):
+            raise ModelError(f"the model has no layer that {fix.name} could act on")
     else:
-        _seat(model, fix, _sites(model, fix, reach))
+        _add_sites(model, fix, reach)
     model.num_prefix_tokens = fix.prefix_tokens(model.num_prefix_tokens)
     model.fixes = (*model.fixes, AppliedFix(fix.name, asdict(fix), reach))
 
 
-def _checked(fix: Fix, blocks: Sequence[int], depth: int) -> tuple[int, ...]:
-    chosen = tuple(sorted({*blocks}))
-    if not chosen or len(chosen) != len(blocks) or not all(type(i) is int and 0 <= i < depth for i in chosen):
-        raise SettingError(f"{fix.name}: blocks must be different numbers from 0 to {depth - 1}, not {list(blocks)}")
-    return chosen
-
-
-def _sites(model: Any, fix: Fix, reach: tuple[int, ...]) -> list[FixSite]:
-    heads = model.blocks[0].attn.num_heads
-    facts = (reach, len(model.blocks), model.embed_dim, heads, model.num_prefix_tokens)
+def _add_sites(model: Any, fix: Fix, reach: tuple[int, ...]) -> None:
+    homes = {-1: model} if fix.home == "model" else {i: model.blocks[i] for i in reach}
+    if fix.home == "attention":
+        homes = {i: block.attn for i, block in homes.items()}
+    facts = (reach, len(model.blocks), model.embed_dim, model.blocks[0].attn.num_heads, model.num_prefix_tokens)
     memory: dict[str, Tensor] = {}
-    if fix.home == "model":
-        return [FixSite(model, -1, *facts, memory)]
-    blocks = {i: model.blocks[i] for i in reach}
-    return [FixSite(block.attn if fix.home == "attention" else block, i, *facts, memory) for i, block in blocks.items()]
-
-
-def _seat(model: Any, fix: Fix, sites: list[FixSite]) -> None:
+    sites = [FixSite(home, i, *facts, memory) for i, home in homes.items()]
     like = next(model.parameters())
     with torch.device(like.device):
-        made = [fix.parts(site) for site in sites]
-    for site, parts in zip(sites, made, strict=True):
-        for name in parts:
+        parts = [fix.parts(site) for site in sites]
+    for site, named in zip(sites, parts, strict=True):
+        for name in named:
             if hasattr(site.home, name):
                 where = "the model" if site.block < 0 else f"block {site.block}"
                 raise ModelError(f"{where} already has a {name}, which {fix.name} would add")
-    for site, parts in zip(sites, made, strict=True):
-        for name, part in parts.items():
-            setattr(site.home, name, _fitted(part, like.dtype, site.home.training))
-        site.home.seats.append((fix, site))
-
-
-def _fitted(part: Part, dtype: torch.dtype, training: bool) -> Part:
-    if isinstance(part, nn.Module):
-        return part.to(dtype).train(training)
-    return nn.Parameter(part.to(dtype))
-
-
-def _convert(model: Any, fix: Fix, blocks: tuple[int, ...] | None) -> None:
-    roots = [model] if blocks is None else [model.blocks[i] for i in blocks]
-    modules = [module for root in roots for module in root.modules()]
-    if not sum(fix.convert(module, model.embed_dim) for module in modules):
-        raise ModelError(f"the model has no layer that {fix.name} could act on")
+    for site, named in zip(sites, parts, strict=True):
+        for name, part in named.items():
+            fitted = part.to(like.dtype)
+            made = fitted.train(site.home.training) if isinstance(fitted, nn.Module) else nn.Parameter(fitted)
+            setattr(site.home, name, made)
+        site.home.sites.append((fix, site))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -69,14 +69,13 @@ class ClassAttentionStage(Fix):
     part in the blocks.
     """
 
-    depth: int = 2
-    mlp_ratio: float = 4.0
-    init: float = 1e-5
+    depth: Annotated[int, "[1, inf)"] = 2
+    mlp_ratio: Annotated[float, "(0, inf)"] = 4.0
+    init: Annotated[float, "(0, inf)"] = 1e-5
 
     name = "class-attention"
     summary = "CLS leaves the blocks and reads the patches in a last stage (CaiT)"
     source = "CaiT, arXiv 2103.17239"
-    neutral: ClassVar[Mapping[str, Any] | None] = None
     official_keys = (
         *(
             f"blocks_token_only.{{i}}.{layer}.{leaf}"
@@ -87,11 +86,6 @@ class ClassAttentionStage(Fix):
         "blocks_token_only.{i}.gamma_2",
     )
     home = "model"
-
-    def __post_init__(self) -> None:
-        self._whole("depth", 1)
-        self._number("mlp_ratio", 0, float("inf"), "()")
-        self._number("init", 0, float("inf"), "()")
 
     def parts(self, site: FixSite) -> Mapping[str, Part]:
         """`blocks_token_only`; ModelError where the head reads something else than CLS."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -52,22 +51,16 @@ class ContraNorm(Fix):
     Settings: `scale` s, `tau`, `identity`, `dual`. Neutral: s = 0, which is the LayerNorm that was there.
     """
 
-    scale: float = 0.1
-    tau: float = 1.0
+    scale: Annotated[float, "[0, inf)"] = 0.1
+    tau: Annotated[float, "(0, inf)"] = 1.0
     identity: bool = False
     dual: bool = False
 
     name = "contra-norm"
     summary = "every LayerNorm first pushes similar tokens apart"
     source = "ContraNorm, arXiv 2303.06562"
-    neutral: ClassVar[Mapping[str, Any] | None] = {"scale": 0.0}
+    neutral = {"scale": 0.0}
     home = "modules"
-
-    def __post_init__(self) -> None:
-        self._number("scale", 0, float("inf"), "[)")
-        self._number("tau", 0, float("inf"), "()")
-        self._choice("identity", True, False)
-        self._choice("dual", True, False)
 
     def convert(self, module: nn.Module, width: int) -> bool:
         """Make a LayerNorm over token width a ContraLayerNorm, with its own weight, bias and eps."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -38,17 +37,13 @@ class DropAttention(Fix):
     mode.
     """
 
-    p: float = 0.1
+    p: Annotated[float, "[0, 1)"] = 0.1
     unit: Literal["key", "entry"] = "key"
 
     name = "drop-attention"
     summary = "drops random keys or entries of the map while training, rows renormalised"
     source = "after DropAttention, arXiv 1907.11065; compared in DeepViT, arXiv 2103.11886"
-    neutral: ClassVar[Mapping[str, Any] | None] = {"p": 0.0}
-
-    def __post_init__(self) -> None:
-        self._number("p", 0, 1, "[)")
-        self._choice("unit", "key", "entry")
+    neutral = {"p": 0.0}
 
     def probs(self, probs_BHNN: Tensor, site: FixSite) -> Tensor:
         """[B, H, N, N] -> [B, H, N, N]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,19 +35,15 @@ class FeatScale(Fix):
     Settings: `init` of s and t; `multiplicity` 1 or 2. Neutral: s = t = 0.
     """
 
-    init: float = 0.0
+    init: Annotated[float, "(-inf, inf)"] = 0.0
     multiplicity: Literal[1, 2] = 1
 
     name = "feat-scale"
     summary = "learnable gains per channel on the mean and the rest of the attention output"
     source = "Anti-Oversmoothing, arXiv 2203.05962"
-    neutral: ClassVar[Mapping[str, Any] | None] = {"init": 0.0}
+    neutral = {"init": 0.0}
     official_keys = ("lamb1", "lamb2")
     home = "block"
-
-    def __post_init__(self) -> None:
-        self._number("init", float("-inf"), float("inf"), "()")
-        self._choice("multiplicity", 1, 2)
 
     def parts(self, site: FixSite) -> Mapping[str, Part]:
         """`lamb1` and `lamb2`, [D]."""

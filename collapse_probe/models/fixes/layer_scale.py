@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,14 @@ class LayerScale(Fix):
     Setting: `init`, the start of γ. Neutral: 1.
     """
 
-    init: float = 1e-5
+    init: Annotated[float, "(0, inf)"] = 1e-5
 
     name = "layer-scale"
     summary = "a learnable gain per channel on both branches of a block (CaiT)"
     source = "CaiT, arXiv 2103.17239"
-    neutral: ClassVar[Mapping[str, Any] | None] = {"init": 1.0}
+    neutral = {"init": 1.0}
     official_keys = ("gamma_1", "gamma_2")
     home = "block"
-
-    def __post_init__(self) -> None:
-        self._number("init", 0, float("inf"), "()")
 
     def parts(self, site: FixSite) -> Mapping[str, Part]:
         """`gamma_1` and `gamma_2`, [D]."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated
 
 from torch import Tensor
 
@@ -23,15 +22,12 @@ class NeuTRENO(Fix):
     parameters.
     """
 
-    alpha: float = 0.6
+    alpha: Annotated[float, "(-inf, inf)"] = 0.6
 
     name = "neutreno"
     summary = "pulls each head's output towards the values of the first block"
     source = "NeuTRENO, arXiv 2312.00751"
-    neutral: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0}
-
-    def __post_init__(self) -> None:
-        self._number("alpha", float("-inf"), float("inf"), "()")
+    neutral = {"alpha": 0.0}
 
     def reach(self, blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
         """The chosen blocks and block 0, which only lends its values."""

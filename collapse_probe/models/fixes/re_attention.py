@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +44,12 @@ class ReAttention(Fix):
 
     norm: Literal["batch", "layer", "none"] = "batch"
     init: Literal["random", "identity"] = "random"
-    scale: float = 1.0
+    scale: Annotated[float, "(0, inf)"] = 1.0
 
     name = "re-attention"
     summary = "mixes the heads of the map with a learnable matrix, then normalises (DeepViT)"
     source = "DeepViT, arXiv 2103.11886"
-    neutral: ClassVar[Mapping[str, Any] | None] = {"norm": "none", "init": "identity"}
+    neutral = {"norm": "none", "init": "identity"}
     official_keys = (
         "attn.reatten_matrix.weight",
         "attn.reatten_matrix.bias",
@@ -59,11 +59,6 @@ class ReAttention(Fix):
         "attn.var_norm.running_var",
         "attn.var_norm.num_batches_tracked",
     )
-
-    def __post_init__(self) -> None:
-        self._choice("norm", "batch", "layer", "none")
-        self._choice("init", "random", "identity")
-        self._number("scale", 0, float("inf"), "()")
 
     def parts(self, site: FixSite) -> Mapping[str, Part]:
         """`reatten_matrix` and `var_norm`, or `reattn_weights` and `reattn_norm` for the LayerNorm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,15 +52,15 @@ class Refiner(Fix):
     makes harmless.
     """
 
-    expansion: int = 3
-    kernel: int = 3
+    expansion: Annotated[int, "[1, inf)"] = 3
+    kernel: Literal[1, 3, 5, 7] = 3
     adapt: bool = True
     quiet: bool = False
 
     name = "refiner"
     summary = "refines the map by convolutions over expanded heads and positions"
     source = "Refiner, arXiv 2106.03714"
-    neutral: ClassVar[Mapping[str, Any] | None] = {"adapt": False, "quiet": True}
+    neutral = {"adapt": False, "quiet": True}
     official_keys = (
         "attn.DLA.conv_exp.weight",
         "attn.DLA.depth_sep_conv.weight",
@@ -71,12 +71,6 @@ class Refiner(Fix):
             for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         ),
     )
-
-    def __post_init__(self) -> None:
-        self._whole("expansion", 1)
-        self._choice("kernel", 1, 3, 5, 7)
-        self._choice("adapt", True, False)
-        self._choice("quiet", True, False)
 
     def parts(self, site: FixSite) -> Mapping[str, Part]:
         """`DLA` and, where `adapt` says so, `adapt_bn`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +24,12 @@ class Registers(Fix):
     Setting: `count`. No neutral setting: any further key takes attention from the others.
     """
 
-    count: int = 4
+    count: Annotated[int, "[1, inf)"] = 4
 
     name = "registers"
     summary = "extra learnable tokens beside CLS that no head reads"
     source = "Registers, arXiv 2309.16588"
-    neutral: ClassVar[Mapping[str, Any] | None] = None
     home = "model"
-
-    def __post_init__(self) -> None:
-        self._whole("count", 1)
 
     def parts(self, site: FixSite) -> Mapping[str, Part]:
         """`registers`, [1, count, D]."""

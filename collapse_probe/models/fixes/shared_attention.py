@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated
 
 from torch import Tensor
 
@@ -20,21 +19,17 @@ class SharedAttention(Fix):
 
     If maps have collapsed onto each other, this should cost little: it is the test of that claim on one's own
     model. Source: `share_atten` of the Refiner's official code (arXiv 2106.03714), which takes the previous
-    block's map; here any block's. Fixes mounted later act on the shared map in each block by itself.
+    block's map; here any block's. Fixes added later act on the shared map in each block by itself.
 
     Setting: `source_block`. Blocks default to all above it. No neutral setting, no parameters; the queries
     and keys of the borrowing blocks get no gradient.
     """
 
-    source_block: int = 0
+    source_block: Annotated[int, "[0, inf)"] = 0
 
     name = "shared-attention"
     summary = "blocks reuse the attention map of an earlier block"
     source = "share_atten in the code of Refiner, arXiv 2106.03714"
-    neutral: ClassVar[Mapping[str, Any] | None] = None
-
-    def __post_init__(self) -> None:
-        self._whole("source_block", 0)
 
     def reach(self, blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
         """The source block and the blocks that borrow from it."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -79,11 +78,8 @@ class SigmaReparam(Fix):
     name = "sigma-reparam"
     summary = "weights divided by their spectral norm, times a learnable size"
     source = "arXiv 2303.06296"
-    neutral: ClassVar[Mapping[str, Any] | None] = {"gamma": "sigma"}
+    neutral = {"gamma": "sigma"}
     home = "modules"
-
-    def __post_init__(self) -> None:
-        self._choice("gamma", "sigma", "one")
 
     def convert(self, module: nn.Module, width: int) -> bool:
         """Make a Linear or Conv2d its reparametrised kind, with its own weight and bias."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,17 +46,13 @@ class TalkingHeads(Fix):
     name = "talking-heads"
     summary = "mixes the heads linearly before and after the softmax (CaiT)"
     source = "CaiT, arXiv 2103.17239"
-    neutral: ClassVar[Mapping[str, Any] | None] = {"init": "identity"}
+    neutral = {"init": "identity"}
     official_keys = (
         "attn.proj_l.weight",
         "attn.proj_l.bias",
         "attn.proj_w.weight",
         "attn.proj_w.bias",
     )
-
-    def __post_init__(self) -> None:
-        self._choice("where", "both", "logits", "map")
-        self._choice("init", "identity", "random")
 
     def parts(self, site: FixSite) -> Mapping[str, Part]:
         """`proj_l` and `proj_w`, as `where` asks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +26,13 @@ class Temperature(Fix):
     Settings: `tau`, the temperature or its start; `learnable`. Neutral: 1.
     """
 
-    tau: float = 1.0
+    tau: Annotated[float, "(0, inf)"] = 1.0
     learnable: bool = False
 
     name = "temperature"
     summary = "divides the attention logits by a temperature, fixed or learnable per head"
     source = "compared in DeepViT, arXiv 2103.11886"
-    neutral: ClassVar[Mapping[str, Any] | None] = {"tau": 1.0}
-
-    def __post_init__(self) -> None:
-        self._number("tau", 0, float("inf"), "()")
-        self._choice("learnable", True, False)
+    neutral = {"tau": 1.0}
 
     def parts(self, site: FixSite) -> Mapping[str, Part]:
         """`log_temperature`, [H], where it is learnable."""
