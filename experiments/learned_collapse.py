@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from collapse_probe.data.readers import _photographs
+from collapse_probe.data.readers import photographs
 from collapse_probe.models.vit import ViTSettings
 from collapse_probe.training.recipe import Augmentation, Recipe
 from collapse_probe.training.trainer import train
@@ -28,7 +28,7 @@ SCALES = (64, 160)  # width of a crop in the photograph before it is scaled to S
 
 def write_crops(folder: Path) -> None:
     """FOLDER/train and FOLDER/val with a folder for each photograph."""
-    for name, pixels in _photographs():
+    for name, pixels in photographs():
         picture = Image.fromarray(pixels).convert("RGB")
         width, height = picture.size
         parts = {"train": (0, int(0.7 * width), TRAIN), "val": (int(0.75 * width), width, HELD_OUT)}

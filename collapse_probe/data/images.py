@@ -62,22 +62,25 @@ class ImageSet(Dataset[Image]):
         """Whether the pictures come with a package rather than from the user."""
         return self._pictures.bundled
 
+    def only(self, places: Sequence[int]) -> ImageSet:
+        """The pictures at these places, in this order, as a set of their own."""
+        return ImageSet(self.address, self._pictures, [self._chosen[i] for i in places])
+
     def subset(self, count: int, seed: int = 0) -> ImageSet:
         """`count` pictures drawn without replacement under `seed`, in the set's order; at most all.
 
         Raises SettingError if `count` < 1.
         """
-        if count < 1:
-            raise SettingError(f"the number of images to take must be at least 1, not {count}; leave it out for all")
+        check_count(count)
         if count >= len(self):
             return self
-        drawn = np.random.default_rng(seed).choice(len(self), size=count, replace=False)
-        return ImageSet(self.address, self._pictures, [self._chosen[i] for i in sorted(drawn.tolist())])
+        return self.only(sorted(np.random.default_rng(seed).choice(len(self), size=count, replace=False).tolist()))
 
 
-def _check_count(count: int) -> None:
+def check_count(count: int) -> None:
+    """Raise SettingError for a number of images below 1."""
     if count < 1:
-        raise SettingError(f"the limit is a number of images from 1 on, not {count}; leave it out for all")
+        raise SettingError(f"the number of images to take must be at least 1, not {count}; leave it out for all")
 
 
 @dataclass(frozen=True)
@@ -106,32 +109,21 @@ def open_data(address: str | Path, *, split: str | None = None, limit: int | Non
     Raises DataError where nothing can be read there, SettingError if `limit` < 1, UnknownNameError for
     unknown bundled data.
     """
-    if limit is not None and limit < 1:
-        raise SettingError(f"the number of images to take must be at least 1, not {limit}; leave it out for all")
-    pictures = _find(str(address), split, limit)
+    if limit is not None:
+        check_count(limit)
+    name, path = str(address), Path(address).expanduser()
+    if name.startswith("bundled:") or (path.suffix.lower() == ".tar" and not path.is_dir()):
+        if split is not None:
+            raise DataError(f"{address} has no splits, so {split!r} cannot be taken; leave --split out")
+        pictures = bundled(name.removeprefix("bundled:")) if name.startswith("bundled:") else in_tar(path)
+    elif name.partition("/")[0] in LIBRARIES and not path.exists():
+        pictures = in_timm(name, split, limit)
+    else:
+        pictures = in_folder(path, split)
     if not pictures.names:
         raise DataError(f"{address} holds no image")
-    images = ImageSet(str(address), pictures)
+    images = ImageSet(name, pictures)
     return images if limit is None else images.subset(limit, seed)
-
-
-def _find(address: str, split: str | None, limit: int | None) -> Pictures:
-    scheme, colon, name = address.partition(":")
-    path = Path(address).expanduser()
-    if colon and scheme == "bundled":
-        _no_split(address, split)
-        return bundled(name)
-    if address.partition("/")[0] in LIBRARIES and not path.exists():
-        return in_timm(address, split, limit)
-    if path.suffix.lower() == ".tar" and not path.is_dir():
-        _no_split(address, split)
-        return in_tar(path)
-    return in_folder(path, split)
-
-
-def _no_split(address: str, split: str | None) -> None:
-    if split is not None:
-        raise DataError(f"{address} has no splits, so {split!r} cannot be taken; leave --split out")
 
 
 class _Prepared(Dataset[tuple[int, Tensor | str]]):
@@ -173,8 +165,35 @@ def batches(
         raise SettingError(f"the batch size must be at least 1, not {batch_size}")
     if workers < 0 or not 0 <= rank < world:
         raise SettingError(f"expected workers ≥ 0 and 0 ≤ rank < world, not {workers}, {rank}, {world}")
-    mine = (range(len(images)) if order is None else order)[rank::world]
-    return _batches(images, preprocess, batch_size, workers, mine, alone=world == 1)
+    places = (range(len(images)) if order is None else order)[rank::world]
+    collate = functools.partial(_collate, images.names, images.labels, preprocess.size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # more workers than cores
+        loader: DataLoader[Any] = DataLoader(
+            _Prepared(images, preprocess.transform),
+            batch_size=batch_size,
+            sampler=places,
+            num_workers=workers,
+            collate_fn=collate,
+            generator=torch.Generator(),  # DataLoader would draw its workers' seed from the global one
+        )
+    return _read_all(loader, images.address, len(places), alone=world == 1)
+
+
+def _read_all(loader: DataLoader[Any], address: str, count: int, alone: bool) -> Iterator[Batch]:
+    """The loader's batches; DataError at their end where one process `alone` could read none of `count` pictures."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fork in a process with threads
+        iterator = iter(loader)
+    skipped: list[Skipped] = []
+    read = 0
+    for batch in iterator:
+        read += len(batch.indices)
+        skipped += batch.skipped
+        yield batch
+    if alone and not read:
+        example = f", for example {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
+        raise DataError(f"no image of {address} can be read: {len(skipped)} of {count} failed{example}")
 
 
 def batches_of(
@@ -194,40 +213,6 @@ def batches_of(
 def seeded_order(images: ImageSet, seed: int) -> tuple[int, ...]:
     """The places of all pictures in a random order that follows from the seed and their number."""
     return tuple(np.random.default_rng(seed).permutation(len(images)).tolist())
-
-
-def _batches(
-    images: ImageSet, preprocess: Preprocess, batch_size: int, workers: int, mine: Sequence[int], alone: bool
-) -> Iterator[Batch]:
-    collate = functools.partial(_collate, images.names, images.labels, preprocess.size)
-    prepared = _Prepared(images, preprocess.transform)
-    skipped: list[Skipped] = []
-    read = 0
-    for batch in _loaded(prepared, collate, batch_size, workers, mine):
-        read += len(batch.indices)
-        skipped += batch.skipped
-        yield batch
-    if alone and not read:
-        example = f", for example {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
-        raise DataError(f"no image of {images.address} can be read: {len(skipped)} of {len(mine)} failed{example}")
-
-
-def _loaded(
-    prepared: _Prepared, collate: Callable[[Any], Batch], batch_size: int, workers: int, mine: Sequence[int]
-) -> Iterator[Batch]:
-    generator = torch.Generator()  # DataLoader would draw its workers' seed from the global one
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # more workers than cores; fork in a process with threads
-        loader: DataLoader[Any] = DataLoader(
-            prepared,
-            batch_size=batch_size,
-            sampler=mine,
-            num_workers=workers,
-            collate_fn=collate,
-            generator=generator,
-        )
-        iterator = iter(loader)
-    yield from iterator
 
 
 def _collate(
@@ -259,26 +244,23 @@ def from_loader(loader: Iterable[Any]) -> Iterator[Batch]:
     and for a loader that gives nothing.
     """
     seen = 0
-    for held in loader:
-        pixels, labels = _pixels_and_labels(held)
+    for item in loader:
+        pixels, labels = item, None
+        if isinstance(item, Mapping):
+            pixels, labels = (next((item[key] for key in keys if key in item), None) for keys in (PIXEL_KEYS, LABEL_KEYS))
+        elif isinstance(item, (tuple, list)) and item:
+            pixels, labels = item[0], item[1] if len(item) > 1 else None
         if not isinstance(pixels, Tensor) or pixels.ndim != 4 or not pixels.is_floating_point():
-            came = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else _kind(held)
-            wanted = "float images [batch, channels, height, width], alone or with labels"
-            raise DataError(f"a loader must give {wanted}; came {came}")
+            came = f"a dict with {', '.join(map(str, item))}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
+            came = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else came
+            raise DataError(
+                f"a loader must give float images [batch, channels, height, width], alone or with labels; came {came}"
+            )
         indices = tuple(range(seen, seen + len(pixels)))
         seen += len(pixels)
         yield Batch(indices, tuple(map(str, indices)), pixels.float(), _whole_numbers(labels, len(pixels)))
     if not seen:
         raise DataError("the loader gave no image")
-
-
-def _pixels_and_labels(held: Any) -> tuple[Any, Any]:
-    if isinstance(held, Mapping):
-        found = [next((held[key] for key in keys if key in held), None) for keys in (PIXEL_KEYS, LABEL_KEYS)]
-        return found[0], found[1]
-    if isinstance(held, (tuple, list)) and held:
-        return held[0], held[1] if len(held) > 1 else None
-    return held, None
 
 
 def _whole_numbers(labels: Any, count: int) -> Tensor | None:
@@ -289,7 +271,3 @@ def _whole_numbers(labels: Any, count: int) -> Tensor | None:
         return None
     found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     return torch.from_numpy(found.astype(np.int64)) if found.shape == (count,) and found.dtype.kind in "iu" else None
-
-
-def _kind(held: Any) -> str:
-    return f"a dict with {', '.join(map(str, held))}" if isinstance(held, Mapping) else f"a {type(held).__name__}"

@@ -1,4 +1,4 @@
-"""Finds the pictures in a folder or a tar file, with their names and classes, and decodes one of them."""
+"""Finds the pictures at an address, in a folder, a tar, a package or a library, with names and classes, and decodes one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -60,68 +61,63 @@ def decode(stream: IO[bytes]) -> Image.Image:
         return picture.convert("RGB")
 
 
-@dataclass(frozen=True)
-class _FolderReader:
-    root: Path
-    names: tuple[str, ...]
-
-    def __call__(self, index: int) -> Image.Image:
-        with (self.root / self.names[index]).open("rb") as stream:
-            return decode(stream)
-
-
-@dataclass(frozen=True)
-class _TarReader:
-    file: Path
-    places: tuple[tuple[int, int], ...]  # offset and length of each picture, in bytes
-
-    def __call__(self, index: int) -> Image.Image:
-        offset, length = self.places[index]
-        with self.file.open("rb") as stream:
-            stream.seek(offset)
-            return decode(io.BytesIO(stream.read(length)))
+def _read_file(root: Path, names: Sequence[str], index: int) -> Image.Image:
+    with (root / names[index]).open("rb") as stream:
+        return decode(stream)
 
 
 def in_folder(root: Path, split: str | None = None) -> Pictures:
     """The pictures below `root`, sorted by relative path; extensions as timm has them.
 
     A picture's class is the folder that it lies in; there are labels only if every picture lies in one.
-    `split` is a subfolder of that name or of the usual other names. Raises DataError for no folder or no
-    picture.
+    `split` is a subfolder of that name or of the usual other names. Raises DataError for no folder or no picture.
     """
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; give a folder of images, a .tar, or bundled:photos")
-    root = _split_folder(root, split) if split else root
+    if split:
+        names = (split, *next((same for same in SPLITS if split in same), ()))
+        inner = next((root / name for name in names if (root / name).is_dir()), None)
+        if inner is None:
+            raise DataError(f"{root} has no folder for the split {split!r}; leave --split out, or name the folder itself")
+        root = inner
     extensions = _extensions()
-    found = [
+    paths = [
         Path(folder, file).relative_to(root).as_posix()
         for folder, _, files in os.walk(root, followlinks=True)
         for file in files
         if PurePosixPath(file).suffix.lower() in extensions
     ]
-    if not found:
+    if not paths:
         raise DataError(f"the folder {root} holds no image ({', '.join(sorted(extensions))})")
-    names = tuple(sorted(found))
-    return Pictures(names, _FolderReader(root, names), *_classes(names))
+    found = tuple(sorted(paths))
+    return Pictures(found, partial(_read_file, root, found), *_classes(found))
+
+
+def _read_tar(file: Path, places: Sequence[tuple[int, int]], index: int) -> Image.Image:
+    """A picture by its offset and length in bytes, with a handle of its own: any number of processes may read at once."""
+    offset, length = places[index]
+    with file.open("rb") as stream:
+        stream.seek(offset)
+        return decode(io.BytesIO(stream.read(length)))
 
 
 def in_tar(file: Path) -> Pictures:
     """The pictures in an uncompressed tar and in tars inside it, sorted by path; classes as in a folder.
 
-    Each is read by its offset with a handle of its own, so that any number of processes may read at once.
     Raises DataError for no file, a damaged or compressed one, or no picture.
     """
     if not file.is_file():
         raise DataError(f"there is no tar file {file}")
+    extensions = _extensions()
     try:
         with file.open("rb") as stream:
-            members = dict(_tar_members(stream, "", 0, _extensions()))
+            members = dict(sorted(_tar_members(stream, "", 0, extensions)))
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"cannot read {file} as an uncompressed tar: {error}") from error
     if not members:
-        raise DataError(f"the tar {file} holds no image ({', '.join(sorted(_extensions()))})")
-    names = tuple(sorted(members))
-    return Pictures(names, _TarReader(file, tuple(members[name] for name in names)), *_classes(names))
+        raise DataError(f"the tar {file} holds no image ({', '.join(sorted(extensions))})")
+    names = tuple(members)
+    return Pictures(names, partial(_read_tar, file, tuple(members.values())), *_classes(names))
 
 
 def _tar_members(stream: IO[bytes], folder: str, start: int, extensions: set[str]) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -144,14 +140,6 @@ def _extensions() -> set[str]:
     return set(known.get_img_extensions(as_set=True))
 
 
-def _split_folder(root: Path, split: str) -> Path:
-    same = next((names for names in SPLITS if split in names), (split,))
-    for name in (split, *same):
-        if (root / name).is_dir():
-            return root / name
-    raise DataError(f"{root} has no folder for the split {split!r}; leave --split out, or name the folder itself")
-
-
 def _classes(names: Sequence[str]) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
     """Labels by the name of the innermost folder, numbered in timm's order (natural: 2 before 10)."""
     from timm.utils.misc import natural_key
@@ -165,43 +153,26 @@ def _classes(names: Sequence[str]) -> tuple[tuple[int, ...] | None, tuple[str, .
 
 
 Pixels = npt.NDArray[np.uint8]
-
 SIDE = 224  # no crop of a photograph is smaller, in pixels
 GRID = (2, 3)  # and no photograph is cut finer: rows, columns
-SCIKIT_IMAGE = (
-    "astronaut",
-    "brick",
-    "camera",
-    "cat",
-    "coffee",
-    "coins",
-    "grass",
-    "gravel",
-    "hubble_deep_field",
-    "moon",
-    "rocket",
-)
-SCIKIT_LEARN = ("china", "flower")
+SCIKIT_IMAGE = "astronaut brick camera cat coffee coins grass gravel hubble_deep_field moon rocket"
+SCIKIT_LEARN = "china flower"
 
 
-@dataclass(frozen=True)
-class _ArrayReader:
-    arrays: tuple[Pixels, ...]  # each [height, width] or [height, width, 3]
-
-    def __call__(self, index: int) -> Image.Image:
-        return Image.fromarray(np.ascontiguousarray(self.arrays[index])).convert("RGB")
+def _from_array(arrays: Sequence[Pixels], index: int) -> Image.Image:
+    """A picture out of arrays [height, width] or [height, width, 3]."""
+    return Image.fromarray(np.ascontiguousarray(arrays[index])).convert("RGB")
 
 
 def digits() -> Pictures:
     """scikit-learn's 1797 handwritten digits, 8×8 greys stretched from 0..16 to 0..255, with their labels."""
     from sklearn.datasets import load_digits
 
-    held = load_digits()
-    greys = np.round(held.images * (255 / 16)).astype(np.uint8)
-    labels = tuple(int(label) for label in held.target)
+    stored = load_digits()
+    greys = np.round(stored.images * (255 / 16)).astype(np.uint8)
+    labels = tuple(int(label) for label in stored.target)
     names = tuple(f"{label}/{i:04d}.png" for i, label in enumerate(labels))
-    classes = tuple(str(name) for name in held.target_names)
-    return Pictures(names, _ArrayReader(tuple(greys)), labels, classes, bundled=True)
+    return Pictures(names, partial(_from_array, tuple(greys)), labels, tuple(map(str, stored.target_names)), bundled=True)
 
 
 def photos() -> Pictures:
@@ -210,18 +181,19 @@ def photos() -> Pictures:
     Each photograph gives its largest centred square, then the squares of a grid of at most 2×3 cells (fewer
     where a cell would fall under 224 pixels): two scales, and no overlap within one.
     """
-    crops = [(f"{name}/{i}.png", crop) for name, photo in _photographs() for i, crop in enumerate(_squares(photo))]
-    names = tuple(name for name, _ in crops)
-    return Pictures(names, _ArrayReader(tuple(crop for _, crop in crops)), bundled=True)
+    crops = [(f"{name}/{i}.png", crop) for name, photo in photographs() for i, crop in enumerate(_squares(photo))]
+    names, arrays = zip(*crops, strict=True)
+    return Pictures(names, partial(_from_array, arrays), bundled=True)
 
 
-def _photographs() -> Iterator[tuple[str, Pixels]]:
+def photographs() -> Iterator[tuple[str, Pixels]]:
+    """Name and pixels of the photographs that come with scikit-image and scikit-learn."""
     import skimage.data
     from sklearn.datasets import load_sample_image
 
-    for name in SCIKIT_IMAGE:
+    for name in SCIKIT_IMAGE.split():
         yield name, getattr(skimage.data, name)()
-    for name in SCIKIT_LEARN:
+    for name in SCIKIT_LEARN.split():
         yield name, load_sample_image(f"{name}.jpg")
 
 
@@ -230,11 +202,10 @@ def _squares(photo: Pixels) -> Iterator[Pixels]:
     fine = (min(GRID[0], height // SIDE), min(GRID[1], width // SIDE))
     for rows, columns in [(1, 1)] + [fine] * (fine != (1, 1)):
         side = min(height // rows, width // columns)
-        for row in range(rows):
-            for column in range(columns):
-                top = (2 * row + 1) * height // (2 * rows) - side // 2
-                left = (2 * column + 1) * width // (2 * columns) - side // 2
-                yield photo[top : top + side, left : left + side]
+        for row, column in itertools.product(range(rows), range(columns)):
+            top = (2 * row + 1) * height // (2 * rows) - side // 2
+            left = (2 * column + 1) * width // (2 * columns) - side // 2
+            yield photo[top : top + side, left : left + side]
 
 
 BUNDLED: dict[str, Callable[[], Pictures]] = {"digits": digits, "photos": photos}
@@ -262,40 +233,6 @@ LIBRARIES = {  # prefix: the library that it needs, how to install it
 }
 STREAMS = ("hfids", "wds", "tfds")  # can only be read from the beginning on
 WAY_OUT = "fetch it where there is network, or give a folder of images or bundled:photos"
-
-
-@dataclass(frozen=True)
-class _TimmReader:
-    reader: Any  # a timm.data.readers.Reader: index -> (open file, target)
-
-    def __call__(self, index: int) -> Image.Image:
-        with self.reader[index][0] as stream:
-            return decode(stream)
-
-
-@dataclass(frozen=True)
-class _TorchReader:
-    dataset: Any  # index -> (PIL image, target)
-
-    def __call__(self, index: int) -> Image.Image:
-        picture: Image.Image = self.dataset[index][0]
-        return picture.convert("RGB")
-
-
-class _SpoolReader:
-    """Reads what `_spooled` wrote; the folder goes when the reader that owns it does, not with its copies."""
-
-    def __init__(self, folder: str, owner: bool = False) -> None:
-        self.folder = folder
-        if owner:
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-
-    def __reduce__(self) -> tuple[type[_SpoolReader], tuple[str]]:
-        return _SpoolReader, (self.folder,)
-
-    def __call__(self, index: int) -> Image.Image:
-        with Path(self.folder, f"{index}.png").open("rb") as stream:
-            return decode(stream)
 
 
 def in_timm(address: str, split: str | None, limit: int | None) -> Pictures:
@@ -327,45 +264,54 @@ def _create(address: str, prefix: str, split: str) -> Any:
 
     if prefix in STREAMS and torch.distributed.is_available() and torch.distributed.is_initialized():
         raise DataError(f"{address} is a stream, which one process alone can read; run without torchrun")
-    root: str | None = None
-    if prefix == "torch":
-        root = str(Path(torch.hub.get_dir()) / "datasets")
-    elif prefix == "wds":
-        root = address.partition("/")[2]
+    root = {"torch": str(Path(torch.hub.get_dir()) / "datasets"), "wds": address.partition("/")[2]}.get(prefix)
     factory: Any = timm.data  # untyped
     return factory.create_dataset(address, root=root, split=split, download=prefix in ("torch", "tfds"))
+
+
+def _read_timm(reader: Any, index: int) -> Image.Image:
+    with reader[index][0] as stream:
+        return decode(stream)
 
 
 def _from_reader(reader: Any) -> Pictures:
     """hfds: the reader's data set is random access; a picture without a path is named by its number."""
     count = len(reader)
     paths = [reader.filename(i) for i in range(count)]
-    unique = all(isinstance(path, str) for path in paths) and len(set(paths)) == count
-    names = tuple(str(path) for path in paths) if unique else tuple(str(i) for i in range(count))
-    labels = _labels(reader.dataset[reader.label_key]) if _has_column(reader) else None
+    if not all(isinstance(path, str) for path in paths) or len(set(paths)) < count:
+        paths = [*map(str, range(count))]
+    with_labels = reader.label_key in getattr(reader.dataset, "column_names", ())
+    labels = _labels(reader.dataset[reader.label_key]) if with_labels else None
     ordered = sorted(reader.class_to_idx, key=reader.class_to_idx.get) if labels else []
-    return Pictures(names, _TimmReader(reader), labels, tuple(str(name) for name in ordered))
+    return Pictures(tuple(paths), partial(_read_timm, reader), labels, tuple(map(str, ordered)))
 
 
-def _has_column(reader: Any) -> bool:
-    return reader.label_key in getattr(reader.dataset, "column_names", ())
+def _read_torch(dataset: Any, index: int) -> Image.Image:
+    picture: Image.Image = dataset[index][0]
+    return picture.convert("RGB")
 
 
 def _from_torch(dataset: Any) -> Pictures:
-    names = tuple(str(i) for i in range(len(dataset)))
     labels = _labels(getattr(dataset, "targets", ()))
-    classes = tuple(str(name) for name in getattr(dataset, "classes", ())) if labels else ()
-    return Pictures(names, _TorchReader(dataset), labels, classes)
+    classes = tuple(map(str, getattr(dataset, "classes", ()))) if labels else ()
+    return Pictures(tuple(map(str, range(len(dataset)))), partial(_read_torch, dataset), labels, classes)
 
 
 def _spooled(stream: Iterable[tuple[Image.Image, Any]]) -> Pictures:
-    folder = tempfile.mkdtemp(prefix="collapse-probe-")
-    reader = _SpoolReader(folder, owner=True)
-    targets = []
-    for i, (picture, target) in enumerate(stream):
-        picture.convert("RGB").save(Path(folder, f"{i}.png"), compress_level=1)
-        targets.append(target)
-    return Pictures(tuple(str(i) for i in range(len(targets))), reader, _labels(targets))
+    """The pictures of a stream, written to a temporary folder that goes when they are no longer used here."""
+    folder, targets = tempfile.mkdtemp(prefix="collapse-probe-"), []
+    try:
+        for i, (picture, target) in enumerate(stream):
+            picture.convert("RGB").save(Path(folder, f"{i}.png"), compress_level=1)
+            targets.append(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    numbers = tuple(map(str, range(len(targets))))
+    read = partial(_read_file, Path(folder), tuple(f"{number}.png" for number in numbers))
+    pictures = Pictures(numbers, read, _labels(targets))
+    weakref.finalize(pictures, shutil.rmtree, folder, ignore_errors=True)
+    return pictures
 
 
 def _labels(targets: Iterable[Any]) -> tuple[int, ...] | None:

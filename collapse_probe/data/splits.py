@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,8 +51,8 @@ def split_data(address: str, val_data: str | None = None, *, share: float = 0.2)
     if address == PHOTOS:
         return photograph_tiles(whole)
     labels = _labels(whole)
-    kept, taken = stratified(labels, share)
-    return Split(picked(whole, kept), picked(whole, taken), _names(whole))
+    train, held = stratified(labels, share)
+    return Split(whole.only(train), whole.only(held), _names(whole))
 
 
 def _paired(train: ImageSet, held_out: ImageSet) -> Split:
@@ -83,10 +84,10 @@ def stratified(labels: Sequence[int], share: float) -> tuple[list[int], list[int
     Fractions of an image go to the classes with the largest remainders; the draw is always the same.
     """
     members = {c: [i for i, label in enumerate(labels) if label == c] for c in sorted(set(labels))}
-    wanted = {c: len(each) * share for c, each in members.items()}
-    counts = {c: int(number) for c, number in wanted.items()}
+    shares = {c: len(each) * share for c, each in members.items()}
+    counts = {c: int(number) for c, number in shares.items()}
     missing = int(-(-len(labels) * share // 1)) - sum(counts.values())
-    for c in sorted(members, key=lambda c: counts[c] - wanted[c])[:missing]:
+    for c in sorted(members, key=lambda c: counts[c] - shares[c])[:missing]:
         counts[c] += 1
     generator = torch.Generator().manual_seed(seed_of(SPLIT_SEED))
     taken: set[int] = set()
@@ -94,43 +95,6 @@ def stratified(labels: Sequence[int], share: float) -> tuple[list[int], list[int
         order = torch.randperm(len(each), generator=generator).tolist()
         taken |= {each[at] for at in order[: counts[c]]}
     return [i for i in range(len(labels)) if i not in taken], sorted(taken)
-
-
-@dataclass(frozen=True)
-class _Some:
-    images: ImageSet
-    chosen: tuple[int, ...]
-
-    def __call__(self, index: int) -> Image:
-        return self.images[self.chosen[index]]
-
-
-def picked(images: ImageSet, chosen: Sequence[int]) -> ImageSet:
-    """The images at these places, in this order, as a set of their own."""
-    labels = _labels(images)
-    return ImageSet(
-        images.address,
-        Pictures(
-            tuple(images.names[i] for i in chosen),
-            _Some(images, tuple(chosen)),
-            tuple(labels[i] for i in chosen),
-            images.class_names,
-            images.bundled,
-        ),
-    )
-
-
-@dataclass(frozen=True)
-class _Tiles:
-    images: ImageSet
-    crops: tuple[int, ...]
-
-    def __call__(self, index: int) -> Image:
-        crop, place = divmod(index, TILES**2)
-        picture = self.images[self.crops[crop]]
-        side = picture.width // TILES
-        row, column = divmod(place, TILES)
-        return picture.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
 
 
 def photograph_tiles(photos: ImageSet) -> Split:
@@ -142,14 +106,23 @@ def photograph_tiles(photos: ImageSet) -> Split:
     crops: dict[str, list[int]] = {}
     for i, name in enumerate(photos.names):
         crops.setdefault(name.partition("/")[0], []).append(i)
-    cells = {name: held[1:] for name, held in crops.items() if len(held) > 2}
+    cells = {name: places[1:] for name, places in crops.items() if len(places) > 2}
     classes = tuple(cells)
-    train = [(at, i) for at, name in enumerate(classes) for i in cells[name][:-1]]
-    held_out = [(at, i) for at, name in enumerate(classes) for i in cells[name][-1:]]
+    train = [(label, i) for label, name in enumerate(classes) for i in cells[name][:-1]]
+    held_out = [(label, i) for label, name in enumerate(classes) for i in cells[name][-1:]]
     return Split(_tiled(photos, train, classes), _tiled(photos, held_out, classes), classes)
 
 
 def _tiled(photos: ImageSet, crops: Sequence[tuple[int, int]], classes: tuple[str, ...]) -> ImageSet:
     names = tuple(f"{photos.names[i]}#{place}" for _, i in crops for place in range(TILES**2))
     labels = tuple(label for label, _ in crops for _ in range(TILES**2))
-    return ImageSet(photos.address, Pictures(names, _Tiles(photos, tuple(i for _, i in crops)), labels, classes, True))
+    read = partial(_read_tile, photos, tuple(i for _, i in crops))
+    return ImageSet(photos.address, Pictures(names, read, labels, classes, bundled=True))
+
+
+def _read_tile(photos: ImageSet, crops: Sequence[int], index: int) -> Image:
+    crop, place = divmod(index, TILES**2)
+    picture = photos[crops[crop]]
+    side = picture.width // TILES
+    row, column = divmod(place, TILES)
+    return picture.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))

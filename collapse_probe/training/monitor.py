@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from collapse_probe.analysis.analyze import measure, restored
 from collapse_probe.analysis.measurement import RunSettings
-from collapse_probe.data.images import ImageSet, open_data
+from collapse_probe.data.images import ImageSet, check_count, open_data
 from collapse_probe.data.preprocessing import Preprocess, from_callable
 from collapse_probe.distributed import alone
 from collapse_probe.errors import DataError, ModelError, SettingError
@@ -168,8 +168,8 @@ def _images(data: str | Path | ImageSet | Tensor, limit: int | None, seed: int) 
     if isinstance(data, Tensor):
         if data.ndim != 4 or not data.is_floating_point() or not len(data):
             raise DataError(f"expected float images [n, channels, height, width], came {data.dtype} {list(data.shape)}")
-        if limit is not None and limit < 1:
-            raise SettingError(f"the limit is a number of images from 1 on, not {limit}")
+        if limit is not None:
+            check_count(limit)
         return GivenPixels(data[:limit].detach().to("cpu", torch.float32).clone())
     if isinstance(data, ImageSet):
         return data if limit is None else data.subset(limit, seed)
