@@ -94,7 +94,7 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
         run = run_of(variant)
         run.records = {key: {n: [np.concatenate(v)] for n, v in found.items()} for key, found in run.records.items()}
         for fold in run.folds.values():
-            fold.settle()
+            fold.flush()
         for metric in sets[variant].values():
             result_of(metric, run)
 

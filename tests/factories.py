@@ -78,12 +78,12 @@ def readings(traces, names, budget=2**24, image_names=None):
         labels = labels if image_names is None else image_names[seen : seen + trace.images]
         seen += trace.images
         for fold in folds.values():
-            fold.begin(trace, labels)
+            fold.start_batch(trace, labels)
         for tile in trace.tiles(budget):
             for fold in folds.values():
-                fold.tile(tile)
+                fold.add_tile(tile)
         for key, fold in folds.items():
-            for name, values in fold.end(trace).items():
+            for name, values in fold.end_batch(trace).items():
                 records[key].setdefault(name, []).append(values.double().numpy())
     joined = {key: {name: np.concatenate(parts) for name, parts in found.items()} for key, found in records.items()}
     return {

@@ -65,16 +65,12 @@ def cross_cka(
     fold = MinibatchHSIC(sum(len(plan.taps) for plan in plans), minibatch_for(sum(map(_length, plans)))).to(place)
     streams = _streams(images, (first.preprocess, second.preprocess), batch_size, workers, seed)
     step = min(micro_batch(plan, place) for plan in plans)
-    seen = 0
     with torch.no_grad():
         for one, other in zip(*streams, strict=True):
             for pixels in _pairs(one, other, step):
                 heard = [_patches(m, p, x.to(place), amp) for m, p, x in zip(models, plans, pixels, strict=True)]
                 fold.absorb([view for views in heard for view in views])
-                seen += len(pixels[0])
-    fold._update_count = max(seen, 1)
-    if rank_and_world()[1] > 1:
-        fold.sync()
+    fold.all_reduce()
     return _reading(fold, len(plans[0].taps))
 
 

@@ -18,7 +18,7 @@ from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import TILE_BYTES, Trace, micro_batch
 from collapse_probe.data.images import Batch
 from collapse_probe.devices import autocast
-from collapse_probe.distributed import gathered, rank_and_world
+from collapse_probe.distributed import gathered
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.accumulators import Accumulator
 from collapse_probe.metrics.metric import Metric
@@ -182,12 +182,12 @@ def folds_for(metrics: Mapping[str, Metric], device: torch.device) -> dict[Hasha
 def absorb(run: PassResult, trace: Trace, names: Sequence[str], pixels: Tensor, budget: int, wanted: frozenset[str]) -> None:
     """One batch's trace into all folds and records; overlays of the images that are wanted."""
     for fold in run.folds.values():
-        fold.begin(trace, names)
+        fold.start_batch(trace, names)
     for tile in trace.tiles(budget):
         for fold in run.folds.values():
-            fold.tile(tile)
+            fold.add_tile(tile)
     for key, fold in run.folds.items():
-        for name, values in fold.end(trace).items():
+        for name, values in fold.end_batch(trace).items():
             store = run.records.setdefault(key, {}).setdefault(name, [])
             store.append(values.detach().cpu().to(torch.float64).numpy())
     rolled = any(isinstance(key, tuple) and key[0] == "rollout" for key in run.folds)
@@ -207,12 +207,8 @@ def _append(run: PassResult, latest: PassResult) -> None:
 
 def _joined(run: PassResult) -> PassResult:
     """All processes' sums added and their images brought into the order of the data set."""
-    _, world = rank_and_world()
     for fold in run.folds.values():
-        fold.settle()
-        fold._update_count = max(len(run.names), 1)
-        if world > 1:
-            fold.sync()
+        fold.all_reduce()
     mine = (run.names, run.indices, run.skipped, run.records, run.pictures, run.seconds, run.labels)
     parts = gathered(mine)
     order = np.argsort([i for part in parts for i in part[1]], kind="stable")

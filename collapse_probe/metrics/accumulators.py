@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import Metric as StateHolder
 
 from collapse_probe.capture.trace import MapTile, Trace
+from collapse_probe.distributed import rank_and_world
 from collapse_probe.statistics.intervals import Array
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 GROUPS = 16
 """Images fall into this many groups by their name, for the jackknife of statistics over pairs of images."""
@@ -23,70 +27,96 @@ def group_of(name: str) -> int:
     return zlib.crc32(name.encode()) % GROUPS
 
 
-class Accumulator(StateHolder):
-    """One thing taken from every batch and added up. States are tensors that add across batches and processes.
+class Accumulator:
+    """Named sums over images: tensors that add across batches, parts of the data and processes.
 
-    For each batch `begin` comes first, then `tile` for every tile of the maps, then `end`. What `end` returns are per-image
-    values [B, …] by name, which the run keeps beside the image names.
+    For each batch `start_batch` comes first, then `add_tile` for every tile of the maps, then `end_batch`, which returns
+    per-image values [B, …] by name: the run keeps these beside the image names.
     """
 
-    full_state_update = False
+    def __init__(self) -> None:
+        self.states: dict[str, Tensor] = {}
 
-    def begin(self, trace: Trace, names: Sequence[str]) -> None:
+    def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         """Make room for a batch."""
 
-    def tile(self, tile: MapTile) -> None:
-        """Take what this fold wants of a tile of the maps."""
+    def add_tile(self, tile: MapTile) -> None:
+        """Add what is wanted of a tile of the maps."""
 
-    def end(self, trace: Trace) -> dict[str, Tensor]:
-        """Close the batch: add its sums to the states; per-image values [B, …] by name."""
+    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
+        """Add the sums of the batch to the states; returns per-image values [B, …] by name."""
         return {}
 
-    def settle(self) -> None:
-        """After the last batch, before the states are read or brought together: bring in what was not added yet."""
+    def flush(self) -> None:
+        """Add to the states what was not added yet. Called before the states are read, stored or brought together."""
 
-    def update(self, *_: Any) -> None:
-        """Unused: torchmetrics asks for it."""
-
-    def compute(self) -> None:
-        """Unused: metrics read the sums themselves."""
-
-    def room(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> None:
-        """A state of zeros that adds across processes."""
-        self.add_state(name, torch.zeros(*shape, dtype=dtype), dist_reduce_fx="sum")
-        self._defaults[name] = torch.zeros((), dtype=dtype).expand(shape)  # torchmetrics keeps a copy as large as the state
+    def add_state(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> None:
+        """A new state of zeros."""
+        self.states[name] = torch.zeros(*shape, dtype=dtype)
 
     def state(self, name: str) -> Tensor:
         """A state by its name."""
-        found: Tensor = getattr(self, name)
-        return found
+        return self.states[name]
 
-    def into(self, name: str, value: Tensor) -> None:
+    def add(self, name: str, value: Tensor) -> None:
         """Add `value` to a state."""
-        state = self.state(name)
+        state = self.states[name]
         state += value.to(state.device, torch.float64)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the states; returns the accumulator itself."""
+        self.states = {name: state.to(device) for name, state in self.states.items()}
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of all that was added, on the CPU."""
+        self.flush()
+        return {name: state.cpu().clone() for name, state in self.states.items()}
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave for an accumulator of the same kind and settings."""
+        self.flush()
+        assert states.keys() == self.states.keys(), "these are the states of another accumulator"
+        for name, state in self.states.items():
+            state.copy_(states[name])
+
+    def merge(self, other: Self) -> None:
+        """Add what another accumulator of the same kind and settings has seen: of other images."""
+        self.flush()
+        other.flush()
+        for name, state in self.states.items():
+            state += other.states[name].to(state.device)
+
+    def all_reduce(self) -> None:
+        """Replace the states by their sums over all processes, added in the order of the ranks; every process calls it."""
+        self.flush()
+        _, world = rank_and_world()
+        if world > 1:
+            for name, state in self.states.items():
+                parts = [torch.empty_like(state) for _ in range(world)]
+                dist.all_gather(parts, state.contiguous())
+                self.states[name] = torch.stack(parts).sum(0)
 
 
 class Means(Accumulator):
     """Means over images, with the sums for their standard errors and covariances; NaN marks an undefined value."""
 
-    def means_of(self, **shapes: tuple[int, ...]) -> None:
-        """Make room for the named quantities, each an array of the given shape per image."""
+    def add_means(self, **shapes: tuple[int, ...]) -> None:
+        """New named quantities, each an array of the given shape per image."""
         for name, shape in shapes.items():
-            self.room(f"{name}_count", *shape)
-            self.room(f"{name}_total", *shape)
-            self.room(f"{name}_square", *shape)
+            for part in ("count", "total", "square"):
+                self.add_state(f"{name}_{part}", *shape)
 
-    def take(self, name: str, values: Tensor) -> None:
+    def add_images(self, name: str, values: Tensor) -> None:
         """Add the per-image values [B, *shape] of a quantity."""
         values = values.to(torch.float64) if values.device.type != "mps" else values.cpu().to(torch.float64)
         defined = torch.isfinite(values)
         values = torch.where(defined, values, 0.0)
-        self.into(f"{name}_count", defined.sum(0))
-        self.into(f"{name}_total", values.sum(0))
-        self.into(f"{name}_square", values.square().sum(0))
+        self.add(f"{name}_count", defined.sum(0))
+        self.add(f"{name}_total", values.sum(0))
+        self.add(f"{name}_square", values.square().sum(0))
 
-    def mean(self, name: str) -> tuple[Array, Array, Array]:
+    def mean(self, name: str = "value") -> tuple[Array, Array, Array]:
         """Mean, standard error and number of images of a quantity; NaN where no image defined it."""
         n, total, square = (self.array(f"{name}_{part}") for part in ("count", "total", "square"))
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -97,7 +127,7 @@ class Means(Accumulator):
 
     def array(self, name: str) -> Array:
         """A state as a NumPy array."""
-        return np.array(self.state(name).cpu().numpy(), dtype=np.float64)
+        return np.array(self.states[name].cpu().numpy(), dtype=np.float64)
 
 
 class PerImage(Means):
@@ -106,10 +136,10 @@ class PerImage(Means):
     def __init__(self, values: Callable[[Trace], Tensor], shape: tuple[int, ...]) -> None:
         super().__init__()
         self.values = values
-        self.means_of(value=shape)
+        self.add_means(value=shape)
 
-    def end(self, trace: Trace) -> dict[str, Tensor]:
+    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Add one batch."""
         values = self.values(trace)
-        self.take("value", values)
+        self.add_images("value", values)
         return {"value": values}

@@ -33,14 +33,14 @@ class HeadMeans(Means):
         super().__init__()
         self.shape = block_by_head(plan)
         for name in names or ("value",):
-            self.means_of(**{name: self.shape, f"{name}_over_heads": self.shape[:1]})
+            self.add_means(**{name: self.shape, f"{name}_over_heads": self.shape[:1]})
 
-    def taken(self, **values: Tensor) -> dict[str, Tensor]:
+    def add_heads(self, **values: Tensor) -> dict[str, Tensor]:
         """Add quantities [B, blocks, heads] of a batch; their means over heads [B, blocks] are what is kept of each image."""
         found = {name: quantity.nanmean(-1) for name, quantity in values.items()}
         for name, quantity in values.items():
-            self.take(name, quantity)
-            self.take(f"{name}_over_heads", found[name])
+            self.add_images(name, quantity)
+            self.add_images(f"{name}_over_heads", found[name])
         return found
 
 
@@ -51,13 +51,13 @@ class RowMeans(HeadMeans):
         super().__init__(plan)
         self.values = values
 
-    def begin(self, trace: Trace, names: Sequence[str]) -> None:
+    def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         """Make room for a batch."""
         self._trace = trace
         self._total = torch.zeros(trace.images, *self.shape, dtype=torch.float64)
         self._rows = torch.zeros_like(self._total)
 
-    def tile(self, tile: MapTile) -> None:
+    def add_tile(self, tile: MapTile) -> None:
         """Add the queries of a tile."""
         if tile.whole_rows:
             values_bhLR = self.values(self._trace, tile)
@@ -66,10 +66,10 @@ class RowMeans(HeadMeans):
             for target, part in ((self._total, torch.where(defined, values_bhLR, 0.0)), (self._rows, defined)):
                 target[tile.images, place, tile.heads] += part.sum(-1).transpose(1, 2).cpu()
 
-    def end(self, trace: Trace) -> dict[str, Tensor]:
+    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Close the batch."""
         del self._trace
-        return self.taken(value=torch.where(self._rows > 0, self._total / self._rows, torch.nan))
+        return self.add_heads(value=torch.where(self._rows > 0, self._total / self._rows, torch.nan))
 
 
 def by_head(fold: Means, name: str = "value") -> Mapping[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from collapse_probe.distributed import gathered, rank_and_world
 from collapse_probe.metrics.accumulators import GROUPS, Accumulator
 from collapse_probe.metrics.functional.cka import FEWEST, alignment, linear_gram, pairwise_hsic
 from collapse_probe.statistics.intervals import Array, interval, jackknife
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 STRIDE = 4
 """An image is kept for a minibatch with those whose place in the reading order differs by a multiple of this."""
@@ -43,8 +46,8 @@ class MinibatchHSIC(Accumulator):
     def __init__(self, views: int, size: int = MINIBATCH) -> None:
         super().__init__()
         self.size = size
-        self.room("hsic", GROUPS, views, views)
-        self.room("minibatches", GROUPS)
+        self.add_state("hsic", GROUPS, views, views)
+        self.add_state("minibatches", GROUPS)
         self._kept: dict[int, list[Kept]] = {remainder: [] for remainder in range(STRIDE)}
         self._closed = [0] * STRIDE
         self._seen = 0
@@ -60,12 +63,30 @@ class MinibatchHSIC(Accumulator):
             if len(kept) == self.size:
                 self._close(place % STRIDE)
 
-    def sync(self, *args: Any, **kwargs: Any) -> None:
+    def all_reduce(self) -> None:
         """All processes' sums, and the images that none of them has put into a minibatch yet."""
-        super().sync(*args, **kwargs)
-        mine = [(place, [None if f is None else f.cpu() for f in one]) for kept in self._kept.values() for place, one in kept]
-        everyone = [one for part in gathered(mine) for one in part]
-        self._kept = {0: everyone}
+        super().all_reduce()
+        self._kept = {0: [one for part in gathered(self._open()) for one in part]}
+
+    def merge(self, other: Self) -> None:
+        """Add the other's sums and the images that it has not put into a minibatch yet."""
+        super().merge(other)
+        self._kept = {0: [*self._open(), *other._open()]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums and the images that are in no minibatch yet, with how many were read."""
+        return {**super().state_dict(), "open": dict(self._kept), "closed": list(self._closed), "seen": self._seen}
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave: reading goes on with the next image."""
+        own = {"open", "closed", "seen"}
+        super().load_state_dict({name: state for name, state in states.items() if name not in own})
+        self._kept = {remainder: list(images) for remainder, images in states["open"].items()}
+        self._closed, self._seen = list(states["closed"]), states["seen"]
+
+    def _open(self) -> list[Kept]:
+        images = (one for kept in self._kept.values() for one in kept)
+        return [(place, [None if view is None else view.cpu() for view in views]) for place, views in images]
 
     def totals(self) -> tuple[Tensor, Tensor]:
         """n·HSIC₁ [GROUPS, V, V] and numbers of minibatches [GROUPS] over all images, those of unfilled minibatches too."""

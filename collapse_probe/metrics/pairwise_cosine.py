@@ -162,24 +162,24 @@ class PairwiseCosine(Means):
         self._recent: list[tuple[Tensor, Tensor]] = []
         self._summed = 0
         square = (blocks, blocks)
-        self.means_of(real=square, other_token=square, other_head=square, other_both=square)
-        self.room("covariance", *square)
-        self.room("own_sums", 4, *square)
-        self.room("own_pairs", 4, *square)
+        self.add_means(real=square, other_token=square, other_head=square, other_both=square)
+        self.add_state("covariance", *square)
+        self.add_state("own_sums", 4, *square)
+        self.add_state("own_pairs", 4, *square)
         self.samples = [self._sample(group) for group in groups]
         self.sampled = any(len(s) < len(g.tokens) for s, g in zip(self.samples, groups, strict=True))
         for g, (group, sample) in enumerate(zip(groups, self.samples, strict=True)):
             blocks_here = len(group.positions)
             shape = (len(sample), group.length) if axis == "row" else (group.length, len(sample))
-            self.room(f"over_images_{g}", group.heads, blocks_here, *shape)
-            self.room(f"defined_{g}", group.heads, blocks_here, len(sample))
+            self.add_state(f"over_images_{g}", group.heads, blocks_here, *shape)
+            self.add_state(f"defined_{g}", group.heads, blocks_here, len(sample))
 
     @staticmethod
     def _sample(group: VectorGroup) -> list[int]:
         size = group.heads * len(group.positions) * group.length * len(group.tokens) * 8
         return group.tokens if size <= STATE_BUDGET else seeded_sample(group.tokens, SAMPLED_TOKENS)
 
-    def begin(self, trace: Trace, names: Sequence[str]) -> None:
+    def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         """Make room for the pair sums of a batch."""
         device = next(t.device for t in _tensors_of(trace))
         self._pairs = PairSums(trace.images, self.blocks, device)
@@ -218,22 +218,22 @@ class PairwiseCosine(Means):
     def _index(places: list[int], like: Tensor) -> Tensor:
         return torch.tensor(places, device=like.device, dtype=torch.long)
 
-    def end(self, trace: Trace) -> dict[str, Tensor]:
+    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Close the batch."""
         found = mean_cosines(self._pairs.sums, self._pairs.pairs)
         for name, values in found.items():
-            self.take(name, values)
+            self.add_images(name, values)
         product = found["real"] * found["other_token"]
-        self.into("covariance", torch.where(torch.isfinite(product), product, 0.0).sum(0))
-        self.into("own_sums", self._own.sums.sum(1))
-        self.into("own_pairs", self._own.pairs.sum(1))
+        self.add("covariance", torch.where(torch.isfinite(product), product, 0.0).sum(0))
+        self.add("own_sums", self._own.sums.sum(1))
+        self.add("own_pairs", self._own.pairs.sum(1))
         self._summed += trace.images
         if self._summed >= SUMMED_IMAGES:
-            self.settle()
+            self.flush()
         adjacent = {name: found[name].diagonal(-1, -2, -1) for name in ("real", "other_token")}
         return adjacent | {"within": found["other_head"].diagonal(0, -2, -1)}
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Bring the sums over the last few images into the states, a head at a time."""
         for g, recent in enumerate(self._recent):
             for name, sums in zip((f"over_images_{g}", f"defined_{g}"), recent, strict=True):
@@ -243,7 +243,7 @@ class PairwiseCosine(Means):
 
     def across_images(self) -> dict[str, Array]:
         """real, other_token, other_head, other_both between different images, [blocks, blocks]; NaN with one image."""
-        self.settle()
+        self.flush()
         own_sums, own_pairs = self.state("own_sums"), self.state("own_pairs")
         whole = PairSums(1, self.blocks, own_sums.device)
         for g, group in enumerate(self.groups):
@@ -271,7 +271,7 @@ class MapPairwiseCosine(PairwiseCosine):
             groups.append(VectorGroup(heads, length, tokens, positions))
         super().__init__(len(plan.map_layers), groups, axis)
 
-    def tile(self, tile: MapTile) -> None:
+    def add_tile(self, tile: MapTile) -> None:
         """Take the vectors of a tile that holds them whole."""
         if tile.whole(self.axis):
             vectors = unit_vectors(tile, self.point, self.axis, self.centred, self.without)
@@ -297,7 +297,7 @@ class TokenPairwiseCosine(PairwiseCosine):
         groups = [VectorGroup(1, width, list(range(n)), at) for (n, width), at in depths.items()]
         super().__init__(len(shapes), groups, "row")
 
-    def end(self, trace: Trace) -> dict[str, Tensor]:
+    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Take the whole batch, a few images at a time."""
         for group in self.groups:
             positions = group.positions
@@ -308,7 +308,7 @@ class TokenPairwiseCosine(PairwiseCosine):
                 chosen = slice(start, min(start + step, trace.images))
                 part = Part(chosen, positions, slice(0, 1), last_heads=True, last_tokens=True)
                 self.absorb(part, group.tokens, _units([p[chosen] for p in patches]))
-        return super().end(trace)
+        return super().end_batch(trace)
 
 
 def _units(patches: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -331,21 +331,21 @@ class ImageSpread(Means):
         super().__init__()
         self.point, self.axis, self.centred, self.token_dim = point, axis, centred, -2 if axis == "row" else -1
         self.groups, self.blocks = plan.groups(), len(plan.map_layers)
-        self.room("own", GROUPS, self.blocks)
-        self.room("own_pairs", GROUPS, self.blocks)
+        self.add_state("own", GROUPS, self.blocks)
+        self.add_state("own_pairs", GROUPS, self.blocks)
         self.samples = []
         for g, ((heads, rows, columns), positions) in enumerate(self.groups.items()):
             sample = seeded_sample(list(range(rows if axis == "row" else columns)), JACKKNIFE_TOKENS, seed=1)
             self.samples.append(sample)
             shape = (len(sample), columns) if axis == "row" else (rows, len(sample))
-            self.room(f"sums_{g}", GROUPS, heads, len(positions), *shape, dtype=torch.float32)
-            self.room(f"defined_{g}", GROUPS, heads, len(positions), len(sample), dtype=torch.float32)
+            self.add_state(f"sums_{g}", GROUPS, heads, len(positions), *shape, dtype=torch.float32)
+            self.add_state(f"defined_{g}", GROUPS, heads, len(positions), len(sample), dtype=torch.float32)
 
-    def begin(self, trace: Trace, names: Sequence[str]) -> None:
+    def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         """Remember the groups of this batch's images."""
         self._group = torch.tensor([group_of(name) for name in names])
 
-    def tile(self, tile: MapTile) -> None:
+    def add_tile(self, tile: MapTile) -> None:
         """Add the sampled tokens' vectors to the sums of their images' groups."""
         g = list(self.groups.values()).index(tile.positions)
         sample, held = self.samples[g], tile.tokens(self.axis)

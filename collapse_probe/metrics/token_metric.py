@@ -43,9 +43,9 @@ class DepthMeans(Means):
     def __init__(self, depths: int, names: Sequence[str], numbers: Numbers, prefix: bool) -> None:
         super().__init__()
         self.depths, self.names, self.numbers, self.prefix = depths, tuple(names), numbers, prefix
-        self.means_of(**dict.fromkeys(names, (depths,)))
+        self.add_means(**dict.fromkeys(names, (depths,)))
 
-    def end(self, trace: Trace) -> dict[str, Tensor]:
+    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Add one batch; per image [B, depths] by name."""
         found = {name: torch.full((trace.images, self.depths), torch.nan, dtype=torch.float64) for name in self.names}
         for depth in range(self.depths):
@@ -54,7 +54,7 @@ class DepthMeans(Means):
                 for name, values in in_parts(self.numbers, tokens_BND).items():
                     found[name][:, depth] = values
         for name, values in found.items():
-            self.take(name, values)
+            self.add_images(name, values)
         return found
 
 

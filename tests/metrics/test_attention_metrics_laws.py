@@ -91,11 +91,11 @@ def test_what_is_kept_does_not_grow_with_the_images(name):
         folds = [build() for _, build in make(name, trace.plan).needs().values()]
         for fold in folds:
             for _ in range(2):
-                fold.begin(trace, [f"image {i}" for i in range(count)])
+                fold.start_batch(trace, [f"image {i}" for i in range(count)])
                 for tile in trace.tiles(2**20):
-                    fold.tile(tile)
-                fold.end(trace)
-        held.append([tuple(value.shape) for fold in folds for value in fold.metric_state.values()])
+                    fold.add_tile(tile)
+                fold.end_batch(trace)
+        held.append([tuple(value.shape) for fold in folds for value in fold.states.values()])
     assert held[0] == held[1]
     assert held[0]
 

@@ -304,9 +304,9 @@ def test_the_state_does_not_grow_with_the_images(name):
         metric = make(name, trace_with(tokens_of(images=1)).plan)
         folds = [build() for _, build in metric.needs().values()]
         for fold in folds:
-            fold.end(trace_with(tokens_of(images=images)))
-        return sum(v.numel() for fold in folds for v in fold.metric_state.values()), [
-            sum(len(kept) for kept in getattr(fold, "_kept", {}).values()) for fold in folds
+            fold.end_batch(trace_with(tokens_of(images=images)))
+        return sum(v.numel() for fold in folds for v in fold.states.values()), [
+            sum(len(images) for images in fold.state_dict().get("open", {}).values()) for fold in folds
         ]
 
     few, many = held(8), held(200)

@@ -36,14 +36,14 @@ class EntropySums(Means):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.shape = (len(plan.map_layers), max((heads for heads, _, _ in plan.groups()), default=1))
-        self.means_of(value=self.shape, over_heads=self.shape[:1])
+        self.add_means(value=self.shape, over_heads=self.shape[:1])
 
-    def begin(self, trace: Trace, names: Sequence[str]) -> None:
+    def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         """Make room for a batch."""
         self._total = torch.zeros(trace.images, *self.shape)
         self._rows = torch.zeros(self.shape)
 
-    def tile(self, tile: MapTile) -> None:
+    def add_tile(self, tile: MapTile) -> None:
         """Add the rows of a tile."""
         if tile.whole_rows:
             sums_bLh = entropy(tile.probs).sum(-1).transpose(1, 2).cpu()
@@ -52,12 +52,12 @@ class EntropySums(Means):
             if tile.images.start == 0:
                 self._rows[place, tile.heads] += tile.rows.stop - tile.rows.start
 
-    def end(self, trace: Trace) -> dict[str, Tensor]:
+    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Close the batch."""
         values = torch.where(self._rows > 0, self._total / self._rows, torch.nan)
-        self.take("value", values)
+        self.add_images("value", values)
         mean = values.nanmean(-1)
-        self.take("over_heads", mean)
+        self.add_images("over_heads", mean)
         return {"value": mean}
 
 

@@ -39,13 +39,13 @@ class RolloutAgreement(PairwiseCosine):
         blocks = len(plan.map_layers)
         super().__init__(blocks, [VectorGroup(1, len(self.kept), self.kept, list(range(blocks)))], axis)
 
-    def end(self, trace: Trace) -> dict[str, Tensor]:
+    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Take the whole batch, one image at a time."""
         for image in range(trace.images):
             found = rollouts_of(trace, image, self.fusion)[:, self.kept][:, :, self.kept]
             part = Part(slice(image, image + 1), self.groups[0].positions, slice(0, 1), last_heads=True, last_tokens=True)
             self.absorb(part, self.kept, unit(found[None, None], dim=-1 if self.axis == "row" else -2))
-        return super().end(trace)
+        return super().end_batch(trace)
 
 
 class AttentionRollout(MapMetric):

@@ -50,13 +50,13 @@ class PeakMeans(HeadMeans):
     def __init__(self, plan: Plan, patches_only: bool) -> None:
         super().__init__(plan)
         self.plan, self.patches_only = plan, patches_only
-        self.means_of(on_prefix=self.shape)
+        self.add_means(on_prefix=self.shape)
 
-    def begin(self, trace: Trace, names: Sequence[str]) -> None:
+    def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         """Make room for a batch: peaks over patch keys and over prefix keys."""
         self._peaks = torch.full((2, trace.images, *self.shape), -torch.inf)
 
-    def tile(self, tile: MapTile) -> None:
+    def add_tile(self, tile: MapTile) -> None:
         """Raise the peaks to those of a tile's keys."""
         patches = patch_places(self.plan, self.plan.layers[self.plan.map_layers[tile.positions[0]]].keys)
         if not tile.whole_columns or (self.patches_only and patches is None):
@@ -75,13 +75,13 @@ class PeakMeans(HeadMeans):
         inside = set(held if patches is None else patches)
         return [i for i, t in enumerate(held) if t in inside], [i for i, t in enumerate(held) if t not in inside]
 
-    def end(self, trace: Trace) -> dict[str, Tensor]:
+    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Close the batch."""
         patch, prefix = self._peaks
         peak = patch if self.patches_only else torch.maximum(patch, prefix)
         known = torch.isfinite(patch) | torch.isfinite(prefix)
-        self.take("on_prefix", torch.where(known, (prefix > patch).double(), torch.nan))
-        return self.taken(value=torch.where(torch.isfinite(peak), peak, torch.nan))
+        self.add_images("on_prefix", torch.where(known, (prefix > patch).double(), torch.nan))
+        return self.add_heads(value=torch.where(torch.isfinite(peak), peak, torch.nan))
 
 
 class AttentionSink(MapMetric):

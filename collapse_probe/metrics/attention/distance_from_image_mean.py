@@ -43,10 +43,10 @@ class ImageMean(Accumulator):
     def __init__(self, plan: Plan, point: str) -> None:
         super().__init__()
         self.point, self.groups, self.shape = point, plan.groups(), block_by_head(plan)
-        self.room("squares", *self.shape)
-        self.room("images", 1)
-        self.room("group_squares", GROUPS, *self.shape)
-        self.room("group_images", GROUPS)
+        self.add_state("squares", *self.shape)
+        self.add_state("images", 1)
+        self.add_state("group_squares", GROUPS, *self.shape)
+        self.add_state("group_images", GROUPS)
         self.samples, self.few = [], []
         for g, ((heads, queries, keys), positions) in enumerate(self.groups.items()):
             row = heads * len(positions) * keys * 8
@@ -55,16 +55,16 @@ class ImageMean(Accumulator):
             )
             most = min(JACKKNIFE_TOKENS, max(1, STATE_BUDGET // (row * GROUPS)))
             self.few.append(seeded_sample(list(range(queries)), most, seed=1))
-            self.room(f"sum_{g}", heads, len(positions), len(self.samples[g]), keys)
-            self.room(f"group_sum_{g}", GROUPS, heads, len(positions), len(self.few[g]), keys)
+            self.add_state(f"sum_{g}", heads, len(positions), len(self.samples[g]), keys)
+            self.add_state(f"group_sum_{g}", GROUPS, heads, len(positions), len(self.few[g]), keys)
 
-    def begin(self, trace: Trace, names: Sequence[str]) -> None:
+    def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         """Count the images of a batch and remember their groups."""
         self._group = [group_of(name) for name in names]
-        self.into("images", torch.tensor([float(trace.images)]))
-        self.into("group_images", torch.bincount(torch.tensor(self._group), minlength=GROUPS))
+        self.add("images", torch.tensor([float(trace.images)]))
+        self.add("group_images", torch.bincount(torch.tensor(self._group), minlength=GROUPS))
 
-    def tile(self, tile: MapTile) -> None:
+    def add_tile(self, tile: MapTile) -> None:
         """Add the sampled rows of a tile, one image after the other."""
         if not tile.whole_rows:
             return

@@ -46,7 +46,7 @@ class MapSpectra(HeadMeans):
         super().__init__(plan, *MEASURES)
         self.point, self.without = point, without
 
-    def end(self, trace: Trace) -> dict[str, Tensor]:
+    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Take the whole batch, map by map."""
         found = {name: torch.full((trace.images, *self.shape), torch.nan, dtype=torch.float64) for name in MEASURES}
         for positions in trace.plan.groups().values():
@@ -58,7 +58,7 @@ class MapSpectra(HeadMeans):
                     found["effective"][image, position, :heads] = effective_rank_of(values)
                     found["stable"][image, position, :heads] = stable_rank_of(values)
                     found["residual"][image, position, :heads] = distance_to_rank_one(values)
-        return self.taken(**found)
+        return self.add_heads(**found)
 
     def _singular_values(self, trace: Trace, layer: int, image: int) -> Tensor:
         """Singular values of the maps of all heads of one layer and image, [H, min(N, M)] in float64 on the CPU."""

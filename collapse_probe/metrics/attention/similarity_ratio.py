@@ -136,16 +136,16 @@ class NeighbourCosines(Means):
         super().__init__()
         self.point, self.axis, self.centred, self.choice = point, axis, centred, choice
         self.groups, self.blocks = plan.groups(), len(plan.map_layers)
-        self.means_of(ratio=(len(CHOICES), self.blocks))
+        self.add_means(ratio=(len(CHOICES), self.blocks))
 
-    def begin(self, trace: Trace, names: Sequence[str]) -> None:
+    def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         """Make room for the cosines of a batch: by offset, image, block, head and token."""
         self._cosines = []
         for (heads, queries, keys), positions in self.groups.items():
             tokens = queries if self.axis == "row" else keys
             self._cosines.append(torch.full((max(NEAREST), trace.images, len(positions), heads, tokens), torch.nan))
 
-    def tile(self, tile: MapTile) -> None:
+    def add_tile(self, tile: MapTile) -> None:
         """Take the cosines of the vectors that a tile holds whole."""
         if not tile.whole(self.axis):
             return
@@ -157,7 +157,7 @@ class NeighbourCosines(Means):
             cosines = torch.where(valid[:, :, d:] & valid[:, :, :-d], cosines, torch.nan)
             target[d - 1, tile.images, d:, tile.heads, span] = cosines.transpose(1, 2).cpu()
 
-    def end(self, trace: Trace) -> dict[str, Tensor]:
+    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Close the batch: ratios under every choice into the sums; those under this one, [B, blocks], are kept by image."""
         found = torch.full((trace.images, len(CHOICES), self.blocks), torch.nan, dtype=torch.float64)
         for positions, cosines in zip(self.groups.values(), self._cosines, strict=True):
@@ -165,7 +165,7 @@ class NeighbourCosines(Means):
             for place, choice in enumerate(CHOICES):
                 found[:, place, positions] = share_above(means[choice.k, choice.direction], choice.threshold)
         del self._cosines
-        self.take("ratio", found)
+        self.add_images("ratio", found)
         return {"ratio": found[:, CHOICES.index(self.choice)]}
 
 

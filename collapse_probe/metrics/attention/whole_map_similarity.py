@@ -49,9 +49,9 @@ class WholeMaps(Means):
     def __init__(self, plan: Plan, point: str) -> None:
         super().__init__()
         self.point, self.blocks = point, len(plan.map_layers)
-        self.means_of(value=(self.blocks, self.blocks))
+        self.add_means(value=(self.blocks, self.blocks))
 
-    def end(self, trace: Trace) -> dict[str, Tensor]:
+    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Take the batch image by image; each block with the block before is kept by image."""
         values = torch.full((trace.images, self.blocks, self.blocks), torch.nan, dtype=torch.float64)
         for (heads, queries, keys), positions in trace.plan.groups().items():
@@ -61,7 +61,7 @@ class WholeMaps(Means):
                 products = self._products(trace, layers, image, (heads, queries, keys))
                 found = head_cosine(products.view(len(layers), heads, len(layers), heads))
                 values[image, place[:, None], place[None]] = found.cpu().to(torch.float64)
-        self.take("value", values)
+        self.add_images("value", values)
         return {"adjacent": values.diagonal(-1, 1, 2)}
 
     def _products(self, trace: Trace, layers: list[int], image: int, shape: tuple[int, int, int]) -> Tensor:

@@ -50,9 +50,9 @@ class CrossPatches(Means):
     def __init__(self, depths: int, prefix: bool) -> None:
         super().__init__()
         self.depths, self.prefix = depths, prefix
-        self.means_of(value=(depths, depths))
+        self.add_means(value=(depths, depths))
 
-    def end(self, trace: Trace) -> dict[str, Tensor]:
+    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Add one batch; each depth with the depth before is kept by image."""
         values = torch.full((trace.images, self.depths, self.depths), torch.nan, dtype=torch.float64)
         found: dict[int, tuple[Tensor, Tensor]] = {}
@@ -67,7 +67,7 @@ class CrossPatches(Means):
                     pairs = found[depth][1] * others
                     mean = cross_cosine(unit_BND, other_BND) / pairs.clamp_min(1)
                     values[:, depth, before] = values[:, before, depth] = torch.where(pairs > 0, mean, torch.nan)
-        self.take("value", values)
+        self.add_images("value", values)
         return {"adjacent": values.diagonal(-1, 1, 2)}
 
 

@@ -26,7 +26,7 @@ class DepthHSIC(MinibatchHSIC):
         super().__init__(len(plan.taps), minibatch_for(length))
         self.prefix = prefix
 
-    def end(self, trace: Trace) -> dict[str, Tensor]:
+    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Take the batch; CKA is no mean over images, so nothing is kept by image."""
         self.absorb([sequence(trace, depth, self.prefix) for depth in range(len(trace.tokens))])
         return {}

@@ -54,11 +54,11 @@ class NormSums(Means):
         super().__init__()
         self.deviations, self.threshold, depths = deviations, threshold, len(plan.taps)
         self.places = 0 if plan.grid is None else plan.grid[0] * plan.grid[1]
-        self.means_of(norm=(depths,), share=(depths,))
-        self.room("outliers", depths, self.places)
-        self.room("images", depths)
+        self.add_means(norm=(depths,), share=(depths,))
+        self.add_state("outliers", depths, self.places)
+        self.add_state("images", depths)
 
-    def end(self, trace: Trace) -> dict[str, Tensor]:
+    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Add one batch; mean norms and shares [B, depths] are kept by image."""
         shape = trace.images, len(trace.tokens)
         found = {name: torch.full(shape, torch.nan, dtype=torch.float64) for name in ("norm", "share")}
@@ -73,7 +73,7 @@ class NormSums(Means):
                 self.state("outliers")[depth] += flagged_BP.sum(0).to(self.state("outliers").device)
                 self.state("images")[depth] += trace.images
         for name, values in found.items():
-            self.take(name, values)
+            self.add_images(name, values)
         return found
 
     def where(self, grid: tuple[int, int] | None) -> Array | None:
