@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from collapse_probe.cli import options
+from collapse_probe.cli.train import INTERRUPTED, duration, training
 
 FAILED = 1
-INTERRUPTED = 130
 
 
 @click.command("sweep", context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,19 +23,6 @@ INTERRUPTED = 130
     help="Values of a field of the recipe or its model, or of fix: depth=8,16,24, width=32,64, fix=none,re-attention.",
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Runs of every cell.")
-@click.option(
-    "--set",
-    "changes",
-    multiple=True,
-    callback=options.keywords,
-    metavar="FIELD=VALUE",
-    help="Change the recipe or its model in all cells: lr=5e-4, batch_size=64, …",
-)
-@click.option(
-    "--steps", type=click.IntRange(min=1), metavar="N", help="Another length; warm-up and cooldown keep their shares."
-)
-@click.option("--data", metavar="ADDRESS", help="Labelled images to train on.  [default: the recipe's own]")
-@click.option("--val-data", metavar="ADDRESS", help="Held-out images, where they do not lie in DATA/val.")
 @click.option("--eval-data", metavar="ADDRESS", help="Images to measure on.  [default: the held-out ones]")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Measure a seeded draw of them.  [default: all]")
 @click.option(
@@ -47,15 +33,9 @@ INTERRUPTED = 130
     metavar="N",
     help="Images for the untrained twin inside each cell's findings.",
 )
-@options.output
-@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
-@click.option("--amp", is_flag=True, help="Train in automatic mixed precision.")
-@click.option("--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="bfloat16", show_default=True)
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Cells at once.")
-@click.option("--dry-run", is_flag=True, help="Say what every cell is and will cost; train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print sweep.json on stdout; the folder is written all the same.")
-@options.plugin
-@options.talking
+@training
 def command(quiet: bool, verbose: int, **flags: Any) -> None:
     """Train and measure RECIPE (default: digits-mhsa) for every combination of the varied values and every seed.
 
@@ -149,8 +129,6 @@ def told(found: Any) -> str:
 
 def forecasts(recipe: Any, vary: dict[str, list[Any]], seeds: int, changes: dict[str, Any], device: str) -> str:
     """Every cell with its parameters, steps and expected time; cells that differ in their seed alone are tried once."""
-    from collapse_probe.cli.train import _duration as duration
-
     from collapse_probe.training.forecast import forecast
     from collapse_probe.training.sweep import grid_of
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,49 @@ INTERRUPTED = 130
 
 def _penalties(ctx: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> dict[str, float]:
     """NAME=COEF words as a dictionary."""
-    found = {}
+    coefficients = {}
     for word in words:
         name, _, text = word.partition("=")
         try:
-            found[name] = float(text)
+            coefficients[name] = float(text)
         except ValueError as error:
             raise click.BadParameter(f"expected NAME=COEF, came {word!r}", ctx, parameter) from error
-    return found
+    return coefficients
+
+
+TRAINING = (
+    click.option("--data", metavar="ADDRESS", help="Labelled images to train on.  [default: the recipe's own]"),
+    click.option("--val-data", metavar="ADDRESS", help="Held-out images, where they do not lie in DATA/val."),
+    options.output,
+    click.option(
+        "--set",
+        "changes",
+        multiple=True,
+        callback=options.keywords,
+        metavar="FIELD=VALUE",
+        help="Change the recipe or its model: lr=5e-4, depth=32, batch_size=64, …",
+    ),
+    click.option(
+        "--steps", type=click.IntRange(min=1), metavar="N", help="Another length; warm-up and cooldown keep their shares."
+    ),
+    click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:N or mps."),
+    click.option("--amp", is_flag=True, help="Train in automatic mixed precision."),
+    click.option("--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="bfloat16", show_default=True),
+    click.option("--dry-run", is_flag=True, help="Say what would be trained and what it will cost; train nothing."),
+    options.plugin,
+    options.talking,
+)
+
+
+def training(function: Any) -> Any:
+    """The flags that `train` and `sweep` share."""
+    for option in reversed(TRAINING):
+        function = option(function)
+    return function
 
 
 @click.command("train", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("recipe", metavar="RECIPE")
-@click.option("--data", metavar="ADDRESS", help="Labelled images.  [default: the recipe's own]")
-@click.option("--val-data", metavar="ADDRESS", help="Held-out images, where they do not lie in DATA/val.")
-@options.output
 @click.option("--fix", "fixes", multiple=True, metavar="NAME[:K=V,…]", help="Put a fix into the model; see `ls fixes`.")
 @click.option(
     "--penalty",
@@ -38,30 +66,14 @@ def _penalties(ctx: click.Context, parameter: click.Parameter, words: tuple[str,
     metavar="NAME=COEF",
     help="Add to the loss; see `ls penalties`.",
 )
-@click.option(
-    "--set",
-    "changes",
-    multiple=True,
-    callback=options.keywords,
-    metavar="FIELD=VALUE",
-    help="Change the recipe or its model: lr=5e-4, depth=32, batch_size=64, …",
-)
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Of the weights, the order, the augmentation.")
-@click.option(
-    "--steps", type=click.IntRange(min=1), metavar="N", help="Another length; warm-up and cooldown keep their shares."
-)
-@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
-@click.option("--amp", is_flag=True, help="Automatic mixed precision.")
-@click.option("--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="bfloat16", show_default=True)
 @click.option("-j", "--workers", type=click.IntRange(min=0), metavar="N", help="Processes that read images.")
 @click.option(
     "--monitor-every", type=click.IntRange(min=0), metavar="N", help="Measure collapse every N steps, on a few images."
 )
 @click.option("--stop-after", type=click.IntRange(min=1), metavar="N", help="End after N steps in all; --resume goes on.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the output folder.")
-@click.option("--dry-run", is_flag=True, help="Say what the recipe is and will cost; train nothing.")
-@options.plugin
-@options.talking
+@training
 def command(quiet: bool, verbose: int, **flags: Any) -> None:
     """Train RECIPE (see `ls recipes`) on labelled images, with any fixes and penalties.
 
@@ -85,7 +97,7 @@ def run(
     stop_after: int | None,
     dry_run: bool,
     quiet: bool,
-    **changes: Any,
+    **flags: Any,
 ) -> None:
     """Make the recipe, train it, print how it ended."""
     from collapse_probe.cli.console import Talk
@@ -96,21 +108,21 @@ def run(
     from collapse_probe.files import check_writable
     from collapse_probe.training.trainer import train
 
-    chosen = changed(recipe, **changes)
-    address = data or chosen.data
+    changed = changed_recipe(recipe, **flags)
+    address = data or changed.data
     if dry_run:
-        click.echo(told(chosen, address, device))
+        click.echo(costs(changed, address, device))
         return
     if not address:
         raise SettingError(f"the recipe {recipe} has no data of its own; name a data set with --data")
-    folder = Path(output or Path("runs") / chosen.name)
+    folder = Path(output or Path("runs") / changed.name)
     check_writable(folder)
     talk = Talk(quiet)
-    talk.say(f"recipe {chosen.name} on {address}, into {folder}")
+    talk.say(f"recipe {changed.name} on {address}, into {folder}")
     try:
-        with talk.bar(None if chosen.steps is None else chosen.steps * chosen.batch_size) as progress:
-            ended = train(
-                chosen,
+        with talk.bar(None if changed.steps is None else changed.steps * changed.batch_size) as progress:
+            trained = train(
+                changed,
                 address,
                 folder,
                 val_data=val_data,
@@ -124,79 +136,69 @@ def run(
     except KeyboardInterrupt:
         click.echo(f"interrupted; --resume -o {folder} goes on from the last checkpoint", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
-    if rank_and_world()[0] == 0:
-        click.echo(answer(ended))
-
-
-def changed(
-    name: str,
-    *,
-    fixes: Sequence[str],
-    penalties: dict[str, float],
-    changes: dict[str, Any],
-    seed: int | None,
-    steps: int | None,
-    amp: bool,
-    amp_dtype: str,
-    workers: int | None,
-    monitor_every: int | None,
-) -> Any:
-    """The recipe of that name as the flags want it; UnknownNameError and SettingError for what there is not."""
-    from collapse_probe.registry import RECIPES
-
-    recipe = RECIPES[name]().vary(**changes)
-    if fixes:
-        recipe = recipe.vary(fix=list(fixes))
-    if penalties:
-        recipe = recipe.vary(penalty={**{key: weight for key, (weight, _) in recipe.penalties.items()}, **penalties})
-    given = {"seed": seed, "steps": steps, "workers": workers, "monitor_every": monitor_every}
-    recipe = recipe.vary(**{key: value for key, value in given.items() if value is not None})
-    return recipe.vary(amp=amp_dtype) if amp else recipe
-
-
-def answer(ended: Any) -> str:
-    """How the run ended, as text."""
-    if not ended.finished:
-        return f"stopped after step {ended.steps}, as asked; --resume goes on from {ended.checkpoint}"
-    return (
-        f"{ended.accuracy:.2%} of the held-out images right, loss {ended.loss:.4f}, "
-        f"after {ended.steps} steps and {ended.seconds:.0f} s\nmodel: {ended.model}"
+    if rank_and_world()[0] > 0:
+        return
+    if not trained.finished:
+        click.echo(f"stopped after step {trained.steps}, as asked; --resume goes on from {trained.checkpoint}")
+        return
+    click.echo(
+        f"{trained.accuracy:.2%} of the held-out images right, loss {trained.loss:.4f}, "
+        f"after {trained.steps} steps and {trained.seconds:.0f} s\nmodel: {trained.model}"
     )
 
 
-def told(recipe: Any, data: str, device: str) -> str:
-    """The configuration and what it will cost, as text."""
-    import json
+def changed_recipe(
+    name: str,
+    *,
+    fixes: tuple[str, ...],
+    penalties: dict[str, float],
+    changes: dict[str, Any],
+    amp: bool,
+    amp_dtype: str,
+    **numbers: int | None,
+) -> Any:
+    """The recipe of that name as the flags change it; UnknownNameError and SettingError for what there is not."""
+    from collapse_probe.registry import RECIPES
 
+    recipe = RECIPES[name]()
+    changes |= {key: value for key, value in numbers.items() if value is not None}
+    changes |= {"fix": list(fixes)} if fixes else {}
+    changes |= {"amp": amp_dtype} if amp else {}
+    if penalties:
+        changes["penalty"] = {**{key: weight for key, (weight, _) in recipe.penalties.items()}, **penalties}
+    return recipe.vary(**changes)
+
+
+def costs(recipe: Any, data: str, device: str) -> str:
+    """The recipe and its forecast, as text."""
     from collapse_probe.training.forecast import forecast
 
     cost = forecast(recipe, device=device)
-    held = json.dumps(recipe.to_json(), indent=2)
-    return "\n".join([held, "", *(f"{name:<22} {value}" for name, value in lines(cost, data))])
-
-
-def lines(cost: Any, data: str) -> list[tuple[str, str]]:
-    """Names and values of a forecast."""
     unknown = "not known: the number of training images decides"
-    flops = "cannot be counted" if cost.flops is None else f"{cost.flops / 1e9:.4g} GFLOP forwards"
-    total = unknown if cost.total_flops is None else f"{cost.total_flops:.3g} floating-point operations"
-    return [
-        ("data", data or "–"),
-        ("parameters", f"{cost.parameters:,}"),
-        ("one image", flops),
-        ("steps", unknown if cost.steps is None else f"{cost.steps:,} ({cost.images:,} images)"),
-        ("whole run", total),
-        ("memory", f"{_size(cost.memory_bytes)}: {_size(cost.state_bytes)} held, {_size(cost.activation_bytes)} an image"),
-        ("speed", f"{cost.images_per_second:.4g} images/s, tried with {cost.trial_images} on {cost.device}"),
-        ("expected time", unknown if cost.seconds is None else f"{_duration(cost.seconds)} in one process on {cost.device}"),
-    ]
+    memory = [f"{_size(count)}" for count in (cost.memory_bytes, cost.state_bytes, cost.activation_bytes)]
+    lines = {
+        "data": data or "–",
+        "parameters": f"{cost.parameters:,}",
+        "one image": "cannot be counted" if cost.flops is None else f"{cost.flops / 1e9:.4g} GFLOP forwards",
+        "steps": unknown if cost.steps is None else f"{cost.steps:,} ({cost.images:,} images)",
+        "whole run": unknown if cost.total_flops is None else f"{cost.total_flops:.3g} floating-point operations",
+        "memory": f"{memory[0]}: {memory[1]} held, {memory[2]} an image",
+        "speed": f"{cost.images_per_second:.4g} images/s, tried with {cost.trial_images} on {cost.device}",
+        "expected time": unknown if cost.seconds is None else f"{duration(cost.seconds)} in one process on {cost.device}",
+    }
+    return "\n".join([json.dumps(recipe.to_json(), indent=2), "", *(f"{name:<22} {line}" for name, line in lines.items())])
 
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them.
+
+    >>> duration(90), duration(3000), duration(90000)
+    ('90 s', '50 min', '25 h')
+    """
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 2 * 3600:

@@ -261,7 +261,7 @@ class GradientTrace:
         """All tokens at a place, [B, N, D]."""
         if place not in self.passed:
             what = f"at depth {place}" if isinstance(place, int) else f"behind the {place} tokens' module"
-            raise CaptureError(f"no tokens were recorded {what}: call the model itself inside `with penalised.listening()`")
+            raise CaptureError(f"no tokens were recorded {what}: call the model itself inside `with penalties.recording()`")
         tokens_BND = self.passed[place]
         if place == "embedded":
             before = [self.parts.part("patch_embed")]
@@ -276,7 +276,7 @@ class GradientTrace:
         if place == "embedded":
             return tokens_BND.flatten(1, -2)  # some embeddings keep the grid
         if self.patch_count is None:
-            raise CaptureError("the first block did not run: call the model itself inside `with penalised.listening()`")
+            raise CaptureError("the first block did not run: call the model itself inside `with penalties.recording()`")
         return tokens_BND[:, tokens_BND.shape[1] - self.patch_count :]
 
     def maps(self, block: int, point: Literal["probs", "weights"] = "probs") -> Tensor:

@@ -85,17 +85,18 @@ class Architecture:
             return {name: getattr(self.model, name) for name in TIMM_NAMES}
         return {name: self.model_kwargs.get(theirs) for name, theirs in TIMM_NAMES.items()}
 
-    def varied(self, name: str, value: Any) -> Architecture:
-        """The same with one setting changed, by the name that our ViT gives it (`depth`, `width`, `heads`, …).
+    def varied(self, settings: Mapping[str, Any]) -> Architecture:
+        """The same with some settings changed, by the names that our ViT gives them (`depth`, `width`, `heads`, …).
 
         Raises SettingError for a setting that the model does not have.
         """
         if isinstance(self.model, ViTSettings):
-            return replace(self, model=replace(self.model, **{name: value}))
-        if name not in TIMM_NAMES:
-            known = ", ".join(TIMM_NAMES)
-            raise SettingError(f"{name!r} cannot be changed in {self.model}; only {known} can, or model_kwargs as a whole")
-        return replace(self, model_kwargs={**self.model_kwargs, TIMM_NAMES[name]: value})
+            return replace(self, model=replace(self.model, **settings))
+        for name in settings:
+            if name not in TIMM_NAMES:
+                known = ", ".join(TIMM_NAMES)
+                raise SettingError(f"{name!r} cannot be changed in {self.model}; only {known} can, or model_kwargs as a whole")
+        return replace(self, model_kwargs={**self.model_kwargs, **{TIMM_NAMES[name]: v for name, v in settings.items()}})
 
     def plain(self) -> dict[str, Any]:
         """The same as plain values, which JSON can hold and `of_plain` takes back."""

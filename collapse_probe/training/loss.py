@@ -1,4 +1,4 @@
-"""A model with its losses: what one forward pass of training computes, and what data parallelism wraps."""
+"""A model with its losses: one forward pass of training, as data parallelism wraps it; and how batches are mixed before."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collapse_probe.devices import autocast
 from collapse_probe.errors import ModelError
 from collapse_probe.registry import PENALTIES
 from collapse_probe.seeding import seed_of, seeded
-from collapse_probe.training.penalties.base import MixedLabels, Penalised
+from collapse_probe.training.penalties.base import MixedLabels, ModelPenalties
 from collapse_probe.training.recipe import PenaltyTerm, Recipe
 
 MIX = 4  # what a random stream is for
@@ -22,19 +22,20 @@ MIX = 4  # what a random stream is for
 
 @dataclass(frozen=True)
 class Mixed:
-    """A batch ready to be learned: `images` [B, C, height, width], `targets_BK`, and `patch_targets_BPK`
-    where they were asked for.
-    """
+    """A batch as the loss takes it: `images` [B, C, height, width], `targets_BK`, and `patch_targets_BPK` or None."""
 
     images: Tensor
     targets_BK: Tensor
     patch_targets_BPK: Tensor | None = None
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The arguments of `TrainingLoss.forward`."""
+        return tuple(x for x in (self.images, self.targets_BK, self.patch_targets_BPK) if x is not None)
+
 
 class Mixer:
-    """Smooths and mixes batches as a recipe says; `patch` is the side of a patch in pixels where targets for
-    each patch are wanted.
-    """
+    """Smooths and mixes batches as a recipe says; with `patch`, the side of a patch in pixels, also makes targets by patch."""
 
     def __init__(self, recipe: Recipe, classes: int, patch: int | None = None) -> None:
         self.recipe, self.classes, self.patch = recipe, classes, patch
@@ -50,24 +51,16 @@ class Mixer:
         """The batch of a step, mixed as drawn under the recipe's seed and the step."""
         own_BK = smoothed(labels, self.classes, self.recipe.label_smoothing)
         if self._mixup is None:
-            shares_BP = None if self.patch is None else torch.ones(len(images), self._patches(images), device=images.device)
-            return Mixed(images, own_BK, self._patch_targets(own_BK, shares_BP))
+            return Mixed(images, own_BK)  # every patch has the label of its image
         front_B111 = (torch.arange(len(images), device=images.device) < len(images) // 2).to(images.dtype)[:, None, None, None]
         marked = torch.cat((images, front_B111.expand(-1, 1, *images.shape[2:])), dim=1)
         with seeded(seed_of(self.recipe.seed, MIX, step)):
             mixed, targets_BK = self._mixup(marked, labels)
-        shares_BP = None if self.patch is None else patch_shares(mixed[:, -1:], front_B111, self.patch)
-        return Mixed(mixed[:, :-1], targets_BK.to(images.dtype), self._patch_targets(own_BK, shares_BP))
-
-    def _patches(self, images: Tensor) -> int:
-        assert self.patch is not None
-        return int(images.shape[2] // self.patch) * int(images.shape[3] // self.patch)
-
-    def _patch_targets(self, own_BK: Tensor, shares_BP: Tensor | None) -> Tensor | None:
-        if shares_BP is None:
-            return None
-        shares_BP1 = shares_BP[..., None]
-        return shares_BP1 * own_BK[:, None] + (1 - shares_BP1) * own_BK.flip(0)[:, None]
+        patch_targets_BPK = None
+        if self.patch is not None:
+            shares_BP1 = patch_shares(mixed[:, -1:], front_B111, self.patch)[..., None]
+            patch_targets_BPK = shares_BP1 * own_BK[:, None] + (1 - shares_BP1) * own_BK.flip(0)[:, None]
+        return Mixed(mixed[:, :-1], targets_BK.to(images.dtype), patch_targets_BPK)
 
 
 def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
@@ -91,9 +84,8 @@ CROSS_ENTROPY = "cross entropy"
 class TrainingLoss(nn.Module):
     """[B, C, height, width] and targets -> the loss terms [1 + penalties], unweighted and in float32.
 
-    `terms` names them, `weights` are their coefficients: 1 for the cross entropy, 0 where a penalty holds it
-    already (Diverse-ViT's mixing). Penalties hear the very forward pass whose logits are judged; what they
-    own is part of this module.
+    `terms` names them, `weights` are their coefficients: 1 for the cross entropy, 0 where a penalty contains it (Diverse-ViT's
+    mixing). Penalties read the same forward pass as the cross entropy; their own parameters are part of this module.
     """
 
     weights: Tensor
@@ -106,7 +98,7 @@ class TrainingLoss(nn.Module):
         own = 0.0 if any(each.replaces_criterion for each in made.values()) else 1.0
         weights = torch.tensor([own, *(weight for weight, _ in penalties.values())])
         self.register_buffer("weights", weights, persistent=False)
-        self.penalised = Penalised(model, made) if made else None
+        self.penalties = ModelPenalties(model, made) if made else None
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizers leave without weight decay, as the model says."""
@@ -114,19 +106,14 @@ class TrainingLoss(nn.Module):
         return {f"model.{name}" for name in own()} if callable(own) else set()
 
     def forward(self, images: Tensor, targets_BK: Tensor, patch_targets_BPK: Tensor | None = None) -> Tensor:
-        """The terms; ModelError where the model does not answer with logits [B, K]."""
+        """The terms; ModelError where the model does not return logits [B, K]."""
         with autocast(images.device, self.amp):
-            if self.penalised is None:
+            if self.penalties is None:
                 return cross_entropy(self.model(images), targets_BK)[None]
-            with self.penalised.listening():
+            with self.penalties.recording():
                 logits = self.model(images)
-            found = self.penalised.terms(MixedLabels(targets_BK, patch_targets_BPK))
-        terms = [cross_entropy(logits, targets_BK), *(found[name].float() for name in self.terms[1:])]
-        return torch.stack(terms)
-
-    def chosen(self, batch: Mixed) -> tuple[Tensor, ...]:
-        """The arguments of `forward` for a mixed batch."""
-        return (batch.images, batch.targets_BK, *(() if batch.patch_targets_BPK is None else (batch.patch_targets_BPK,)))
+            terms = self.penalties.terms(MixedLabels(targets_BK, patch_targets_BPK))
+        return torch.stack([cross_entropy(logits, targets_BK), *(terms[name].float() for name in self.terms[1:])])
 
 
 def cross_entropy(logits: Any, targets_BK: Tensor) -> Tensor:
@@ -138,5 +125,5 @@ def cross_entropy(logits: Any, targets_BK: Tensor) -> Tensor:
 
 
 def needs_patch_targets(penalties: Mapping[str, PenaltyTerm]) -> bool:
-    """Whether any of these penalties judges patches by the labels of their pixels."""
+    """Whether any of these penalties needs the labels of patches."""
     return any("labels" in PENALTIES[name].needs for name in penalties)

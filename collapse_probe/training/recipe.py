@@ -13,8 +13,10 @@ from collapse_probe.errors import SettingError
 from collapse_probe.models.architecture import OWN_FIELDS, TIMM_NAMES, Architecture, read_fix
 from collapse_probe.models.vit import ViTSettings
 from collapse_probe.registry import PENALTIES
+from collapse_probe.settings import between
 
 FORMAT = "collapse-probe/recipe/1"
+PARTS = ("warmup", "cooldown")
 ARCHITECTURE = ("model", "model_kwargs", "fixes", "embedding_std")
 PenaltyTerm = tuple[float, Mapping[str, Any]]  # coefficient, settings
 
@@ -129,30 +131,65 @@ class Recipe:
         `heads`, …), `fix` (one name, `NAME:K=V`, several, or None for none) and `penalty` ({name:
         coefficient}, or None).
 
-        `augmentation` takes a mapping of what changes. New `steps` or `epochs` keep the shares of warm-up and
-        cooldown. Raises SettingError for a name that nothing has.
+        `augmentation` takes a mapping of what changes. New `steps` or `epochs` keep the shares of warm-up and cooldown, unless
+        these are changed too. All changes are made at once. Raises SettingError for a name that nothing has, and for a recipe
+        that cannot be.
         """
-        recipe = self
-        for name, value in changes.items():
-            recipe = _varied(recipe, name, value)
-        return recipe
+        settings = {name: value for name, value in changes.items() if name in (*OWN_FIELDS, *TIMM_NAMES)}
+        own: dict[str, Any] = {}
+        try:
+            for name, value in changes.items():
+                own |= {} if name in settings else self._change(name, value)
+            own |= {part: changes[part] for part in PARTS if part in changes}
+            made = Architecture(**{name: own.get(name, getattr(self, name)) for name in ARCHITECTURE}).varied(settings)
+            return replace(self, **{**own, "model": made.model, "model_kwargs": made.model_kwargs})
+        except TypeError as error:
+            asked = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+            raise SettingError(f"the recipe {self.name} cannot have {asked}: {error}") from error
+
+    def _change(self, name: str, value: Any) -> dict[str, Any]:
+        """The fields that change where `name` is set to `value`."""
+        if name == "fix":
+            return {"fixes": dict(read_fix(word) for word in ([value] if isinstance(value, str) else value or ()))}
+        if name == "penalty":  # the settings that the recipe has for a penalty stay
+            weights = dict(value or {})
+            for penalty in weights:
+                PENALTIES[penalty]  # an unknown name is refused
+            return {
+                "penalties": {key: (float(weight), self.penalties.get(key, (0.0, {}))[1]) for key, weight in weights.items()}
+            }
+        if name in ("steps", "epochs"):
+            if type(value) is not int or value < 1:
+                raise SettingError(f"{name} must be a whole number from 1 up, not {value!r}")
+            before = self.steps or self.epochs or 1
+            return {"steps": None, "epochs": None, name: value, **{p: round(getattr(self, p) * value / before) for p in PARTS}}
+        if name == "augmentation" and isinstance(value, Mapping):
+            known = [f.name for f in fields(Augmentation)]
+            if unknown := [key for key in value if key not in known]:
+                raise SettingError(f"augmentation has {', '.join(known)}, not {', '.join(unknown)}")
+            return {name: replace(self.augmentation, **value)}
+        if name not in FIELDS:
+            known = sorted({*FIELDS, *OWN_FIELDS, "fix", "penalty"})
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
+            raise SettingError(f"a recipe has no {name!r}; did you mean {', '.join(near)}?")
+        return {name: value}
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain values."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ARCHITECTURE}
         own["penalties"] = {name: [weight, dict(settings)] for name, (weight, settings) in self.penalties.items()}
         own["augmentation"] = asdict(self.augmentation)
-        held = {"format": FORMAT, **own, "architecture": self.architecture.plain()}
-        plain: dict[str, Any] = json.loads(json.dumps(held, allow_nan=False))
+        content = {"format": FORMAT, **own, "architecture": self.architecture.plain()}
+        plain: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
         return plain
 
     @classmethod
-    def from_json(cls, held: Mapping[str, Any]) -> Recipe:
+    def from_json(cls, content: Mapping[str, Any]) -> Recipe:
         """The recipe that `to_json` wrote; SettingError for anything else."""
-        if held.get("format") != FORMAT:
-            raise SettingError(f"this is no recipe: its format is {held.get('format')!r}, expected {FORMAT!r}")
-        own = {key: value for key, value in held.items() if key not in ("format", "architecture")}
-        made = Architecture.of_plain(held["architecture"])
+        if content.get("format") != FORMAT:
+            raise SettingError(f"this is no recipe: its format is {content.get('format')!r}, expected {FORMAT!r}")
+        own = {key: value for key, value in content.items() if key not in ("format", "architecture")}
+        made = Architecture.of_plain(content["architecture"])
         try:
             own["penalties"] = {name: (weight, settings) for name, (weight, settings) in own["penalties"].items()}
             own["augmentation"] = Augmentation(**own["augmentation"])
@@ -166,50 +203,6 @@ class Recipe:
 FIELDS = tuple(f.name for f in fields(Recipe))
 
 
-def _varied(recipe: Recipe, name: str, value: Any) -> Recipe:
-    if name == "fix":
-        words = [value] if isinstance(value, str) else list(value or ())
-        return replace(recipe, fixes=dict(read_fix(word) for word in words))
-    if name == "penalty":
-        return replace(recipe, penalties={key: _term(key, weight, recipe) for key, weight in dict(value or {}).items()})
-    if name in ("steps", "epochs"):
-        return _lengthened(recipe, name, value)
-    if name == "augmentation" and isinstance(value, Mapping):
-        return replace(recipe, augmentation=_changed(recipe.augmentation, value))
-    if name in FIELDS:
-        return replace(recipe, **{name: value})
-    if name in OWN_FIELDS or name in TIMM_NAMES:
-        made = recipe.architecture.varied(name, value)
-        return replace(recipe, model=made.model, model_kwargs=made.model_kwargs)
-    known = sorted({*FIELDS, *OWN_FIELDS, "fix", "penalty"})
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
-    raise SettingError(f"a recipe has no {name!r}; did you mean {', '.join(near)}?")
-
-
-def _term(name: str, weight: Any, recipe: Recipe) -> PenaltyTerm:
-    """The coefficient with the settings that the recipe has for this penalty; a name that exists."""
-    PENALTIES[name]
-    return float(weight), recipe.penalties.get(name, (0.0, {}))[1]
-
-
-def _changed(augmentation: Augmentation, changes: Mapping[str, Any]) -> Augmentation:
-    try:
-        return replace(augmentation, **changes)
-    except TypeError as error:
-        known = ", ".join(f.name for f in fields(Augmentation))
-        raise SettingError(f"augmentation has {known}, not {', '.join(changes)}") from error
-
-
-def _lengthened(recipe: Recipe, unit: str, value: int) -> Recipe:
-    before = recipe.steps if recipe.steps is not None else recipe.epochs
-    assert before is not None
-    if type(value) is not int or value < 1:
-        raise SettingError(f"{unit} must be a whole number from 1 up, not {value!r}")
-    warmup, cooldown = (round(part * value / before) for part in (recipe.warmup, recipe.cooldown))
-    steps, epochs = (value, None) if unit == "steps" else (None, value)
-    return replace(recipe, warmup=warmup, cooldown=cooldown, steps=steps, epochs=epochs)
-
-
 def _check(recipe: Recipe) -> None:
     def demand(name: str, fits: bool, expected: str) -> None:
         if not fits:
@@ -217,27 +210,24 @@ def _check(recipe: Recipe) -> None:
 
     if (recipe.steps is None) == (recipe.epochs is None):
         raise SettingError(f"recipe {recipe.name}: give its length either in steps or in epochs")
-    length = recipe.steps if recipe.steps is not None else recipe.epochs
-    wholes = ("warmup", "cooldown", "recalibrate", "workers", "log_every", "evaluate_every", "monitor_every")
-    for name in (*wholes, "snapshot_every", "checkpoint_every", "seed"):
-        demand(name, type(getattr(recipe, name)) is int and getattr(recipe, name) >= 0, "a whole number from 0 up")
-    for name in ("batch_size", "accumulate", "monitor_images"):
-        demand(name, type(getattr(recipe, name)) is int and getattr(recipe, name) >= 1, "a whole number from 1 up")
-    demand("steps" if recipe.steps is not None else "epochs", type(length) is int and length >= 1, "a whole number from 1 up")
-    assert length is not None
+    unit = "steps" if recipe.steps is not None else "epochs"
+    every = [f"{name}_every" for name in ("log", "evaluate", "monitor", "snapshot", "checkpoint")]
+    from_zero = (*PARTS, *every, "recalibrate", "workers", "seed")
+    from_one = ("batch_size", "accumulate", "monitor_images", unit)
+    for low, names in ((0, from_zero), (1, from_one)):
+        for name in names:
+            value = getattr(recipe, name)
+            demand(name, type(value) is int and value >= low, f"a whole number from {low} up")
+    length = getattr(recipe, unit)
     demand("warmup", recipe.warmup + recipe.cooldown <= length, f"so short that it and the cooldown fit into {length}")
     for name in ("lr", "weight_decay", "mixup", "cutmix", "warmup_lr", "min_lr"):
-        demand(name, _number(getattr(recipe, name), math.inf), "a number from 0 up")
-    for name in ("label_smoothing", "switch"):
-        demand(name, _number(getattr(recipe, name), 1.0), "a number from 0 to 1")
-    demand("clip", recipe.clip is None or (_number(recipe.clip, math.inf) and recipe.clip > 0), "a number above 0, or None")
-    demand("ema", recipe.ema is None or _number(recipe.ema, 1.0), "a decay from 0 to 1, or None")
-    demand("val_share", _number(recipe.val_share, 1.0) and 0 < recipe.val_share < 1, "a share between 0 and 1")
+        demand(name, between(getattr(recipe, name), 0, math.inf), "a number from 0 up")
+    for name in ("label_smoothing", "switch", "val_share"):
+        demand(name, between(getattr(recipe, name), 0, 1), "a number from 0 to 1")
+    demand("clip", recipe.clip is None or (between(recipe.clip, 0, math.inf) and recipe.clip > 0), "a number above 0, or None")
+    demand("ema", recipe.ema is None or between(recipe.ema, 0, 1), "a decay from 0 to 1, or None")
+    demand("val_share", 0 < recipe.val_share < 1, "a share between 0 and 1")
     demand("amp", recipe.amp in (None, "bfloat16", "float16"), "bfloat16, float16 or None")
     demand("schedule", recipe.schedule in ("cosine", "constant"), "cosine or constant")
     mixes = recipe.mixup > 0 or recipe.cutmix > 0
     demand("batch_size", not mixes or recipe.batch_size % 2 == 0, "even where images are mixed in pairs")
-
-
-def _number(value: object, most: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most

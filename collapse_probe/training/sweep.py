@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,7 +24,7 @@ from collapse_probe.data.splits import split_data
 from collapse_probe.devices import choose_device, device_name
 from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import SettingError
-from collapse_probe.files import check_writable, write_whole
+from collapse_probe.files import check_writable, write_document, write_whole
 from collapse_probe.models.batchnorm import recalibrated
 from collapse_probe.models.loading import resolve
 from collapse_probe.provenance import versions
@@ -32,16 +32,17 @@ from collapse_probe.registry import RECIPES, load_plugin, loaded_plugins
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.sweep import FAILED, FINISHED, CellResult, Sweep
 from collapse_probe.training.recipe import Recipe
-from collapse_probe.training.run import FREE, states_in, write_json
+from collapse_probe.training.run import FREE, Say, states_in
 from collapse_probe.training.sweep_grid import Cell, cells
 from collapse_probe.training.trainer import Progress, train
 
-OUTCOME, ERROR, FINDINGS, TWIN = "cell.json", "error.txt", "findings", "untrained"
-Say = Callable[[str], None]
+RESULT, ERROR, FINDINGS, TWIN = "cell.json", "error.txt", "findings", "untrained"
+RECALIBRATION_BATCHES = 20
+Watch = Callable[[int], AbstractContextManager[Progress]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
+class Conditions:
     """What all cells of a sweep have in common beside their recipe: the data, and how they are measured.
 
     Measured are the images at `eval_data`, or those held out from the training; of these a seeded draw of `limit`.
@@ -58,154 +59,6 @@ class Terms:
     def measured(self) -> dict[str, Any]:
         """What decides the numbers of a measurement."""
         return {"eval_data": self.eval_data, "limit": self.limit, "null_images": self.null_images}
-
-
-def run_cell(cell: Cell, folder: Path, terms: Terms, progress: Progress | None = None, say: Say | None = None) -> CellResult:
-    """Bring one cell to its end in its folder and say how it ended; what is finished there already is kept.
-
-    Writes what `train` writes, findings/ (of the trained model), untrained/ (of its twin) and cell.json; where it fails,
-    error.txt. KeyboardInterrupt is passed on.
-    """
-    say = say or (lambda text: None)
-    kept = finished(cell, folder, terms)
-    if kept is not None:
-        return kept
-    try:
-        account = _account(folder) or _trained(cell, folder, terms, progress, say)
-        outcome = _measured(cell, folder, terms, account, say)
-    except Exception as error:  # whatever befalls one cell must not end the others
-        return failed(cell, folder, " ".join(f"{type(error).__name__}: {error}".split()), traceback.format_exc())
-    write_json(folder / OUTCOME, {"measured": terms.measured(), "outcome": outcome.to_json()})
-    (folder / ERROR).unlink(missing_ok=True)
-    return outcome
-
-
-def finished(cell: Cell, folder: Path, terms: Terms) -> CellResult | None:
-    """The outcome of a cell that was trained and measured on these terms before; None where there is work to do."""
-    held = _read(folder / OUTCOME)
-    if held is None or held.get("measured") != terms.measured() or not (folder / FINDINGS).is_dir():
-        return None
-    return replace(CellResult.from_json(held["outcome"]), name=cell.name, values=dict(cell.values), seed=cell.seed)
-
-
-def failed(cell: Cell, folder: Path, reason: str, trace: str = "") -> CellResult:
-    """The outcome of a cell that failed, with the reason left in its folder."""
-    content = f"{reason}\n\n{trace}".rstrip() + "\n"
-    write_whole(folder / ERROR, lambda stream: stream.write(content.encode()))
-    return CellResult(name=cell.name, values=dict(cell.values), seed=cell.seed, status=FAILED, reason=reason)
-
-
-def check_same(cell: Cell, folder: Path, terms: Terms) -> None:
-    """Raise SettingError where the folder holds a run with another recipe or other data."""
-    held, account = _read(folder / "recipe.json"), _account(folder) or {}
-    if held is None:
-        return
-    now = {key: value for key, value in cell.recipe.to_json().items() if key not in FREE}
-    other = differences({key: held.get(key) for key in now}, now)
-    for name in ("data", "val_data"):
-        if name in account:
-            other += differences({name: account[name]}, {name: getattr(terms, name)})
-    if other:
-        raise SettingError(
-            f"the cell in {folder} was trained with another {'; '.join(other[:5])}; sweep with the same recipe and data, "
-            "or choose another -o"
-        )
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> list[str]:
-    """What differs between two plain mappings, by dotted name.
-
-    >>> differences({"lr": 1, "vit": {"depth": 2}}, {"lr": 1, "vit": {"depth": 3}})
-    ['vit.depth (2 then, 3 now)']
-    """
-    found = []
-    for key in dict.fromkeys([*before, *now]):
-        one, other = before.get(key), now.get(key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            found += differences(one, other, f"{within}{key}.")
-        elif one != other:
-            found.append(f"{within}{key} ({one!r} then, {other!r} now)")
-    return found
-
-
-def _account(folder: Path) -> dict[str, Any] | None:
-    """training.json of a training that came to its end."""
-    return _read(folder / "training.json") if (folder / "model.safetensors").is_file() else None
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return held if isinstance(held, dict) else None
-
-
-def _trained(cell: Cell, folder: Path, terms: Terms, progress: Progress | None, say: Say) -> dict[str, Any]:
-    train(
-        cell.recipe,
-        terms.data,
-        folder,
-        val_data=terms.val_data,
-        device=terms.device,
-        resume=bool(states_in(folder / "state")),
-        progress=progress,
-        report=say,
-        command=terms.command,
-    )
-    account = _account(folder)
-    assert account is not None
-    return account
-
-
-def images_of(cell: Cell, terms: Terms) -> ImageSet:
-    """The images on which a cell is measured."""
-    if terms.eval_data is not None:
-        return open_data(terms.eval_data, limit=terms.limit)
-    held_out = split_data(terms.data, terms.val_data, share=cell.recipe.val_share).held_out
-    return held_out if terms.limit is None else held_out.subset(terms.limit)
-
-
-def _measured(cell: Cell, folder: Path, terms: Terms, account: Mapping[str, Any], say: Say) -> CellResult:
-    began, images = time.perf_counter(), images_of(cell, terms)
-    address = f"ours:{folder / 'model.safetensors'}"
-    settings = RunSettings(device=terms.device, null_images=terms.null_images, seed=cell.seed, command=terms.command)
-    say(f"measuring on {len(images)} images")
-    found = measure(resolve(address), images, settings)
-    found.save(folder / FINDINGS)
-    batch = settings.batch_size
-    twin = resolve(address, pretrained=False, seed=cell.seed)
-    twin = recalibrated(twin, images, cell.recipe.recalibrate, batch_size=batch, device=terms.device, seed=cell.seed)
-    fresh = measure(twin, images, replace(settings, null_images=0, gallery_images=0))
-    fresh.save(folder / TWIN)
-    return CellResult(
-        name=cell.name,
-        values=dict(cell.values),
-        seed=cell.seed,
-        status=FINISHED,
-        accuracy=account["accuracy"],
-        loss=account["loss"],
-        parameters=account["parameters"],
-        train_seconds=round(account["seconds"], 3),
-        measure_seconds=round(time.perf_counter() - began, 3),
-        names_sha256=account["names_sha256"],
-        numbers=numbers(found),
-        untrained=numbers(fresh),
-    )
-
-
-def numbers(findings: Findings) -> dict[str, float | None]:
-    """The summary, and how many adjacent pairs of blocks the count is out of."""
-    counted = findings.metrics.get("similar-blocks")
-    pairs = None if counted is None or counted.values is None else counted.settings["pairs"]
-    return {**findings.summary, "pairs": pairs}
-
-
-SETTLED_OVER = 20  # batches
-
-
-Task = tuple[Cell, Path, Terms]
-Watch = Callable[[int], AbstractContextManager[Progress]]
 
 
 def sweep(
@@ -234,11 +87,10 @@ def sweep(
     With `jobs` above 1 cells run in processes of their own, which share torch's threads. Raises SettingError,
     UnknownNameError where the grid cannot be, or where a folder holds another recipe's run; OutputError.
     """
-    say, folder = report or (lambda text: None), Path(output)
-    made, notes = grid_of(recipe, vary, seeds, changes)
-    base = made[0].recipe
-    terms = Terms(
-        data=data or base.data,
+    base, folder, say = RECIPES[recipe]() if isinstance(recipe, str) else recipe, Path(output), report or (lambda text: None)
+    grid, notes = grid_of(base, vary, seeds, changes)
+    conditions = Conditions(
+        data=data or grid[0].recipe.data,
         val_data=val_data,
         eval_data=eval_data,
         limit=limit,
@@ -246,55 +98,85 @@ def sweep(
         device=device,
         command=command,
     )
-    _check(terms, made, jobs)
+    _check(conditions, grid, jobs)
     check_writable(folder)
-    for cell in made:
-        check_same(cell, folder / cell.name, terms)
-    named = RECIPES[recipe]() if isinstance(recipe, str) else recipe
-    found = Sweep(
-        recipe=named.to_json(),
+    for cell in grid:
+        check_same(cell, folder / cell.name, conditions)
+    result = Sweep(
+        recipe=base.to_json(),
         varied={name: list(values) for name, values in vary.items()},
-        seeds=list(dict.fromkeys(cell.seed for cell in made)),
-        changes={**(changes or {})},
-        data={"data": terms.data, "val_data": terms.val_data, **terms.measured()},
-        run=_facts(device, jobs, command),
-        cells=tuple(CellResult(name=cell.name, values=dict(cell.values), seed=cell.seed) for cell in made),
+        seeds=list(dict.fromkeys(cell.seed for cell in grid)),
+        changes=dict(changes or {}),
+        data={"data": conditions.data, "val_data": val_data, **conditions.measured()},
+        run=_provenance(device, jobs, command),
+        cells=tuple(_result(cell) for cell in grid),
         notes=tuple(notes),
     )
-    for outcome in _outcomes(made, folder, terms, jobs, watch, say):
-        found = replace(found, cells=tuple(outcome if old.name == outcome.name else old for old in found.cells))
-        found.write(folder)
-    return found
+    for done in _results(grid, folder, conditions, jobs, watch, say):
+        result = replace(result, cells=tuple(done if cell.name == done.name else cell for cell in result.cells))
+        result.write(folder)
+    return result
 
 
 def grid_of(
-    recipe: str | Recipe, vary: Mapping[str, Sequence[Any]], seeds: int, changes: Mapping[str, Any] | None
+    recipe: Recipe, vary: Mapping[str, Sequence[Any]], seeds: int, changes: Mapping[str, Any] | None
 ) -> tuple[list[Cell], list[str]]:
-    """The cells of a sweep, and what was decided for all of them that nobody asked for."""
-    named = RECIPES[recipe]() if isinstance(recipe, str) else recipe
-    asked = dict(changes or {})
-    if "fix" not in vary or named.recalibrate or "recalibrate" in {*asked, *vary}:
-        return cells(named, vary, seeds, asked), []
+    """The cells of a sweep, and notes on what was decided for all of them without being asked."""
+    changes = dict(changes or {})
+    if "fix" not in vary or recipe.recalibrate or "recalibrate" in {*changes, *vary}:
+        return cells(recipe, vary, seeds, changes), []
     note = (
-        f"BatchNorm, where a fix brings it, is re-estimated over {SETTLED_OVER} training batches before a cell is validated "
-        "and saved, as in the recipes with Re-attention (recalibrate=0 leaves it as it is)."
+        f"BatchNorm, where a fix brings it, is re-estimated over {RECALIBRATION_BATCHES} training batches before a cell is "
+        "validated and saved, as in the recipes with Re-attention (recalibrate=0 leaves it as it is)."
     )
-    return cells(named, vary, seeds, {**asked, "recalibrate": SETTLED_OVER}), [note]
+    return cells(recipe, vary, seeds, {**changes, "recalibrate": RECALIBRATION_BATCHES}), [note]
 
 
-def _check(terms: Terms, made: Sequence[Cell], jobs: int) -> None:
-    """Raise now what would otherwise befall every cell."""
-    if not terms.data:
-        raise SettingError(f"the recipe {made[0].recipe.name} has no data of its own; name a data set with --data")
+def _check(conditions: Conditions, grid: Sequence[Cell], jobs: int) -> None:
+    """Raise before the first cell is trained what would be raised in each."""
+    if not conditions.data:
+        raise SettingError(f"the recipe {grid[0].recipe.name} has no data of its own; name a data set with --data")
     if type(jobs) is not int or jobs < 1:
         raise SettingError(f"the number of jobs must be a whole number from 1 up, not {jobs!r}")
     if rank_and_world()[1] > 1:
         raise SettingError("a sweep gives each cell one process; start it without torchrun, with --jobs N for N cells at once")
-    RunSettings(null_images=terms.null_images)
-    images_of(made[0], terms)
+    RunSettings(null_images=conditions.null_images)
+    images_of(grid[0], conditions)
 
 
-def _facts(device: str, jobs: int, command: str) -> dict[str, Any]:
+def check_same(cell: Cell, folder: Path, conditions: Conditions) -> None:
+    """Raise SettingError where the folder holds a run with another recipe or other data."""
+    before, account = _read(folder / "recipe.json"), _account(folder) or {}
+    if before is None:
+        return
+    now = {key: value for key, value in cell.recipe.to_json().items() if key not in FREE}
+    other = differences({key: before.get(key) for key in now}, now)
+    data: dict[str, Any] = {name: getattr(conditions, name) for name in ("data", "val_data") if name in account}
+    other += differences({name: account[name] for name in data}, data)
+    if other:
+        raise SettingError(
+            f"the cell in {folder} was trained with another {'; '.join(other[:5])}; sweep with the same recipe and data, "
+            "or choose another -o"
+        )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> list[str]:
+    """What differs between two plain mappings, by dotted name.
+
+    >>> differences({"lr": 1, "vit": {"depth": 2}}, {"lr": 1, "vit": {"depth": 3}})
+    ['vit.depth (2 then, 3 now)']
+    """
+    lines = []
+    for key in dict.fromkeys([*before, *now]):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            lines += differences(one, other, f"{within}{key}.")
+        elif one != other:
+            lines.append(f"{within}{key} ({one!r} then, {other!r} now)")
+    return lines
+
+
+def _provenance(device: str, jobs: int, command: str) -> dict[str, Any]:
     return {
         "device": device_name(choose_device(device)),
         "threads": torch.get_num_threads(),
@@ -305,67 +187,55 @@ def _facts(device: str, jobs: int, command: str) -> dict[str, Any]:
     }
 
 
-def _outcomes(
-    made: Sequence[Cell], folder: Path, terms: Terms, jobs: int, watch: Watch | None, say: Say
+def _results(
+    grid: Sequence[Cell], folder: Path, conditions: Conditions, jobs: int, watch: Watch | None, say: Say
 ) -> Iterator[CellResult]:
-    """How the cells end, as they do."""
-    work = []
-    for cell in made:
-        kept = finished(cell, folder / cell.name, terms)
-        if kept is None:
-            work.append(cell)
-        else:
-            yield kept
-    if len(work) < len(made):
-        say(f"{len(made) - len(work)} of {len(made)} cells were finished before and are kept")
-    if jobs == 1 or len(work) < 2:
-        for at, cell in enumerate(work, 1):
-            say(f"cell {at} of {len(work)}: {cell.name}")
-            length = cell.recipe.steps
-            with nullcontext() if watch is None or length is None else watch(length * cell.recipe.batch_size) as progress:
-                outcome = run_cell(cell, folder / cell.name, terms, progress, say)
-            say(told(outcome))
-            yield outcome
-        return
-    with _crew(min(jobs, len(work))) as start:
-        for outcome in start([(cell, folder / cell.name, terms) for cell in work]):
-            say(told(outcome))
-            yield outcome
+    """The results of the cells, in the order in which they are done."""
+    done = {cell.name: finished_result(cell, folder / cell.name, conditions) for cell in grid}
+    yield from (result for result in done.values() if result is not None)
+    work = [cell for cell in grid if done[cell.name] is None]
+    if len(work) < len(grid):
+        say(f"{len(grid) - len(work)} of {len(grid)} cells were finished before and are kept")
+    if jobs > 1 and len(work) > 1:
+        results = _in_processes(work, folder, conditions, min(jobs, len(work)))
+    else:
+        results = _one_by_one(work, folder, conditions, watch, say)
+    for result in results:
+        say(result_line(result))
+        yield result
 
 
-def told(outcome: CellResult) -> str:
-    """How a cell ended, in one line."""
-    if outcome.status == FAILED:
-        return f"{outcome.name} failed: {outcome.reason}"
-    counted = outcome.numbers.get("similar_blocks")
-    blocks = "" if counted is None else f", {counted:g} of {outcome.numbers['pairs']:g} adjacent pairs similar"
-    return f"{outcome.name}: accuracy {outcome.number('accuracy'):.2%}{blocks}, {outcome.train_seconds:.0f} s of training"
+def _one_by_one(
+    work: Sequence[Cell], folder: Path, conditions: Conditions, watch: Watch | None, say: Say
+) -> Iterator[CellResult]:
+    for at, cell in enumerate(work, 1):
+        say(f"cell {at} of {len(work)}: {cell.name}")
+        length = cell.recipe.steps
+        with nullcontext() if watch is None or length is None else watch(length * cell.recipe.batch_size) as progress:
+            result = run_cell(cell, folder / cell.name, conditions, progress, say)
+        yield result
 
 
-@contextmanager
-def _crew(jobs: int) -> Iterator[Callable[[Sequence[Task]], Iterator[CellResult]]]:
-    """Runs cells in `jobs` processes at once, a fresh one for each, so that one that is killed takes no other along."""
+def _in_processes(work: Sequence[Cell], folder: Path, conditions: Conditions, jobs: int) -> Iterator[CellResult]:
+    """Run `jobs` cells at once, each in a fresh process: where one is killed, the others go on."""
     context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // jobs)
     running: set[Any] = set()
     stopped = threading.Event()
 
-    def one(task: Task) -> CellResult:
-        cell = task[0]
+    def run(cell: Cell) -> CellResult:
         if stopped.is_set():
-            return CellResult(name=cell.name, values=dict(cell.values), seed=cell.seed)
-        process = context.Process(target=_alone, args=(*task, threads, loaded_plugins))
+            return _result(cell)
+        arguments = (cell, folder / cell.name, conditions, threads, loaded_plugins)
+        process = context.Process(target=_process, args=arguments)
         running.add(process)
         process.start()
         process.join()
         running.discard(process)
-        return ended(*task, process.exitcode)
-
-    def start(tasks: Sequence[Task]) -> Iterator[CellResult]:
-        yield from (future.result() for future in as_completed([pool.submit(one, task) for task in tasks]))
+        return process_result(*arguments[:3], process.exitcode)
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            yield start
+            yield from (future.result() for future in as_completed([pool.submit(run, cell) for cell in work]))
         except BaseException:
             stopped.set()
             for process in [p for p in running if p.pid is not None]:
@@ -373,20 +243,132 @@ def _crew(jobs: int) -> Iterator[Callable[[Sequence[Task]], Iterator[CellResult]
             raise
 
 
-def _alone(cell: Cell, folder: Path, terms: Terms, threads: int, plugins: Sequence[str]) -> None:
+def _process(cell: Cell, folder: Path, conditions: Conditions, threads: int, plugins: Sequence[str]) -> None:
     for address in plugins:
         load_plugin(address)
     torch.set_num_threads(threads)
-    run_cell(cell, folder, terms)
+    run_cell(cell, folder, conditions)
 
 
-def ended(cell: Cell, folder: Path, terms: Terms, code: int | None) -> CellResult:
-    """How a cell ended that ran in a process of its own, from what lies in its folder."""
-    kept = finished(cell, folder, terms)
-    if kept is not None:
-        return kept
+def process_result(cell: Cell, folder: Path, conditions: Conditions, code: int | None) -> CellResult:
+    """The result of a cell whose process ended with this exit code, from what lies in its folder."""
+    done = finished_result(cell, folder, conditions)
+    if done is not None:
+        return done
     reason = folder / ERROR
     if code == 0 and reason.is_file():
-        line = reason.read_text(encoding="utf-8").partition("\n")[0]
-        return CellResult(name=cell.name, values=dict(cell.values), seed=cell.seed, status=FAILED, reason=line)
-    return failed(cell, folder, f"the process of this cell ended with exit code {code}; it may have run out of memory")
+        return _result(cell, status=FAILED, reason=reason.read_text(encoding="utf-8").partition("\n")[0])
+    return failed_result(cell, folder, f"the process of this cell ended with exit code {code}; it may have run out of memory")
+
+
+def result_line(result: CellResult) -> str:
+    """How a cell ended, in one line."""
+    if result.status == FAILED:
+        return f"{result.name} failed: {result.reason}"
+    count = result.numbers.get("similar_blocks")
+    blocks = "" if count is None else f", {count:g} of {result.numbers['pairs']:g} adjacent pairs similar"
+    return f"{result.name}: accuracy {result.number('accuracy'):.2%}{blocks}, {result.train_seconds:.0f} s of training"
+
+
+def run_cell(
+    cell: Cell, folder: Path, conditions: Conditions, progress: Progress | None = None, say: Say | None = None
+) -> CellResult:
+    """Train and measure one cell in its folder; what is finished there already is kept.
+
+    Writes what `train` writes, findings/ (of the trained model), untrained/ (of its twin) and cell.json; where it fails,
+    error.txt. KeyboardInterrupt is passed on.
+    """
+    done, say = finished_result(cell, folder, conditions), say or (lambda text: None)
+    if done is not None:
+        return done
+    try:
+        if _account(folder) is None:
+            train(
+                cell.recipe,
+                conditions.data,
+                folder,
+                val_data=conditions.val_data,
+                device=conditions.device,
+                resume=bool(states_in(folder / "state")),
+                progress=progress,
+                report=say,
+                command=conditions.command,
+            )
+        result = _measured(cell, folder, conditions, say)
+    except Exception as error:  # of any kind: the other cells are still to be run
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return failed_result(cell, folder, reason, traceback.format_exc())
+    write_document(folder / RESULT, {"measured": conditions.measured(), "outcome": result.to_json()})
+    (folder / ERROR).unlink(missing_ok=True)
+    return result
+
+
+def _measured(cell: Cell, folder: Path, conditions: Conditions, say: Say) -> CellResult:
+    """Measure the trained model of a cell and its untrained twin."""
+    began, images, account = time.perf_counter(), images_of(cell, conditions), _account(folder)
+    assert account is not None
+    address, device, null_images = f"ours:{folder / 'model.safetensors'}", conditions.device, conditions.null_images
+    settings = RunSettings(device=device, null_images=null_images, seed=cell.seed, command=conditions.command)
+    say(f"measuring on {len(images)} images")
+    trained = measure(resolve(address), images, settings)
+    trained.save(folder / FINDINGS)
+    twin = resolve(address, pretrained=False, seed=cell.seed)
+    batches, size = cell.recipe.recalibrate, settings.batch_size
+    twin = recalibrated(twin, images, batches, batch_size=size, device=device, seed=cell.seed)
+    untrained = measure(twin, images, replace(settings, null_images=0, gallery_images=0))
+    untrained.save(folder / TWIN)
+    return _result(
+        cell,
+        status=FINISHED,
+        **{name: account[name] for name in ("accuracy", "loss", "parameters", "names_sha256")},
+        train_seconds=round(account["seconds"], 3),
+        measure_seconds=round(time.perf_counter() - began, 3),
+        numbers=_numbers(trained),
+        untrained=_numbers(untrained),
+    )
+
+
+def images_of(cell: Cell, conditions: Conditions) -> ImageSet:
+    """The images on which a cell is measured."""
+    if conditions.eval_data is not None:
+        return open_data(conditions.eval_data, limit=conditions.limit)
+    held_out = split_data(conditions.data, conditions.val_data, share=cell.recipe.val_share).held_out
+    return held_out if conditions.limit is None else held_out.subset(conditions.limit)
+
+
+def _numbers(findings: Findings) -> dict[str, float | None]:
+    """The summary, and how many adjacent pairs of blocks were counted."""
+    similar = findings.metrics.get("similar-blocks")
+    return {**findings.summary, "pairs": None if similar is None else similar.details.get("pairs")}
+
+
+def finished_result(cell: Cell, folder: Path, conditions: Conditions) -> CellResult | None:
+    """The result of a cell that was trained and measured under these conditions before; None where there is work to do."""
+    content = _read(folder / RESULT)
+    if content is None or content.get("measured") != conditions.measured() or not (folder / FINDINGS).is_dir():
+        return None
+    return replace(CellResult.from_json(content["outcome"]), name=cell.name, values=dict(cell.values), seed=cell.seed)
+
+
+def failed_result(cell: Cell, folder: Path, reason: str, trace: str = "") -> CellResult:
+    """The result of a cell that failed, with the reason left in its folder."""
+    content = f"{reason}\n\n{trace}".rstrip() + "\n"
+    write_whole(folder / ERROR, lambda stream: stream.write(content.encode()))
+    return _result(cell, status=FAILED, reason=reason)
+
+
+def _result(cell: Cell, **facts: Any) -> CellResult:
+    return CellResult(name=cell.name, values=dict(cell.values), seed=cell.seed, **facts)
+
+
+def _account(folder: Path) -> dict[str, Any] | None:
+    """training.json of a training that came to its end."""
+    return _read(folder / "training.json") if (folder / "model.safetensors").is_file() else None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,10 +1,10 @@
-"""The loop that trains and watches: one recipe, one data set, one output folder."""
+"""The loop that trains and monitors: one recipe, one data set, one output folder."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,21 @@ from torch import Tensor, nn
 
 from collapse_probe.devices import autocast, peak_memory
 from collapse_probe.distributed import gathered, rank_and_world
+from collapse_probe.files import write_document
 from collapse_probe.seeding import random_kept
+from collapse_probe.training.monitor import Monitor
 from collapse_probe.training.recipe import Recipe
 from collapse_probe.training.run import (
     Run,
     Say,
     accelerator_on,
-    monitor_of,
     prepare,
     save_run_model,
     save_run_state,
-    settled_best,
-    write_json,
+    settled_model,
+    state_path,
 )
-from collapse_probe.training.step import DivergedError, StepResult
+from collapse_probe.training.step import DivergedError
 
 
 @torch.no_grad()
@@ -41,8 +42,7 @@ def score(model: nn.Module, held_out: Iterable[tuple[Tensor, Tensor]], amp: str 
         right += int((logits.argmax(dim=-1) == labels).sum())
         loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
         images += len(labels)
-    found = gathered((right, loss, images))
-    right, loss, images = (sum(each[i] for each in found) for i in range(3))
+    right, loss, images = (sum(parts) for parts in zip(*gathered((right, loss, images)), strict=True))
     return right / images, loss / images
 
 
@@ -54,8 +54,8 @@ Progress = Callable[[int, int], None]  # images done, images skipped
 class Trained:
     """How a run ended: `accuracy` (a share) and `loss` (nats) on the held-out images, after `steps` steps.
 
-    `model` is the model file, `checkpoint` the complete state from which the run could go on. `finished` is
-    False where the run was told to stop earlier; there is no model file then, and no accuracy.
+    `model` is the model file, `checkpoint` the complete state from which the run can go on. `finished` is
+    False after `stop_after` steps; there is no model file then, and no accuracy.
     """
 
     recipe: Recipe
@@ -91,115 +91,101 @@ def train(
     run goes on from the newest checkpoint, on the CPU to the bit; without one it begins. `monitor.step(model,
     step)` is called before the first step and after each; `stop_after` ends the run after that many steps.
 
-    Raises SettingError, DataError, ModelError, OutputError, CheckpointError; DivergedError where a loss is no
-    number any more, which names the step, the term and the last checkpoint.
+    Raises SettingError, DataError, ModelError, OutputError, CheckpointError; DivergedError where a loss is NaN or infinite,
+    which names the step, the term and the last checkpoint.
     """
     output, accelerator = Path(output), accelerator_on(device)
     with random_kept(accelerator.device):
         run = prepare(recipe, data, val_data, output, resume, accelerator, report or (lambda text: None), command)
         if monitor is None and recipe.monitor_every and accelerator.is_main_process:
-            monitor = monitor_of(run)
+            images = run.data.sample(recipe.monitor_images)
+            monitor = Monitor(images, every=recipe.monitor_every, folder=output / "monitor", limit=recipe.monitor_images)
         try:
-            return _learn(run, monitor, progress, min(run.total, stop_after or run.total))
+            return _train(run, monitor, progress, min(run.total, stop_after or run.total))
         finally:
             run.log.close()
 
 
-def _learn(run: Run, monitor: Any, progress: Progress | None, until: int) -> Trained:
-    learner, recipe, began = run.learner, run.recipe, time.perf_counter()
-    earlier, main = run.seconds, rank_and_world()[0] == 0
-    if learner.done == 0:
-        _watch(run, monitor)
-    checkpoint = _latest(run)
-    for images, labels in run.lessons.batches(learner.done, until):
+def _train(run: Run, monitor: Any, progress: Progress | None, until: int) -> Trained:
+    """Take the steps up to `until`, with all that is due on the way."""
+    train_step, recipe, earlier, began = run.train_step, run.recipe, run.seconds, time.perf_counter()
+    checkpoint = state_path(run.output / "state", train_step.done) if train_step.done else None
+    if train_step.done == 0:
+        _monitor(run, monitor)
+    for images, labels in run.data.batches(train_step.done, until):
         try:
-            stepped = learner.step(run.mixer(images, labels, learner.done))
+            result = train_step(run.mixer(images, labels, train_step.done))
         except DivergedError as error:
             last = checkpoint or "none yet"
             hint = "try a lower lr, a longer warmup, clip, or another precision"
             raise DivergedError(f"{error}; the weights were left as they were; last good checkpoint: {last}; {hint}") from error
         run.seconds = earlier + time.perf_counter() - began
-        step = learner.done
+        step = train_step.done
         if progress is not None:
             progress(step * recipe.batch_size, 0)
-        if main and _due(step, recipe.log_every):
-            run.log.scalars("train", _row(stepped, run), step)
+        if _due(step, recipe.log_every):
+            speed = step * recipe.batch_size / max(run.seconds, 1e-9)
+            curves = {"total": result.total, "gradient norm": result.gradient_norm, "lr": result.lr, "images per second": speed}
+            run.log.scalars("train", {**result.terms, **curves}, step)
         if _due(step, recipe.evaluate_every) and step < run.total:
-            _evaluate(run)
-        _watch(run, monitor)
+            accuracy, loss = _evaluate(run, settled_model(run))
+            run.say(f"step {step} of {run.total}: accuracy {accuracy:.2%}, loss {loss:.4f} on held-out images")
+        _monitor(run, monitor)
         if _due(step, recipe.snapshot_every):
-            save_run_model(run, run.output / "models" / f"step-{step:08d}.safetensors", settled_best(run), {})
+            save_run_model(run, run.output / "models" / f"step-{step:08d}.safetensors", settled_model(run), {})
         if _due(step, recipe.checkpoint_every) or step == until:
             checkpoint = save_run_state(run)
-    if checkpoint is None:
-        checkpoint = save_run_state(run)
-    ended: dict[str, Any] = {"recipe": recipe, "steps": learner.done, "seconds": run.seconds, "checkpoint": checkpoint}
-    if learner.done < run.total:
-        return Trained(**ended, finished=False, evaluations=tuple(run.evaluations))
-    return _finish(run, ended)
+    trained = Trained(
+        recipe=recipe,
+        steps=train_step.done,
+        seconds=run.seconds,
+        checkpoint=checkpoint or save_run_state(run),
+        finished=train_step.done >= run.total,
+        evaluations=tuple(run.evaluations),
+    )
+    return _finish(run, trained) if trained.finished else trained
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _latest(run: Run) -> Path | None:
-    path = run.output / "state" / f"step-{run.learner.done:08d}.pt"
-    return path if run.learner.done else None
-
-
-def _row(stepped: StepResult, run: Run) -> dict[str, float]:
-    speed = run.learner.done * run.recipe.batch_size / max(run.seconds, 1e-9)
-    return {
-        **stepped.terms,
-        "total": stepped.total,
-        "gradient norm": stepped.gradient_norm,
-        "lr": stepped.lr,
-        "images per second": speed,
-    }
-
-
-def _watch(run: Run, monitor: Any) -> None:
-    if monitor is None:
-        return
-    findings = monitor.step(run.learner.lesson.model, run.learner.done)
+def _monitor(run: Run, monitor: Any) -> None:
+    step = run.train_step.done
+    findings = None if monitor is None else monitor.step(run.train_step.loss.model, step)
     if findings is not None:
-        held = {name: value for name, value in findings.summary.items() if isinstance(value, (int, float))}
-        run.log.scalars("collapse", held, run.learner.done)
+        numbers = {name: value for name, value in findings.summary.items() if isinstance(value, (int, float))}
+        run.log.scalars("collapse", numbers, step)
 
 
-def _evaluate(run: Run) -> tuple[float, float]:
-    accuracy, loss = score(settled_best(run), run.lessons.held_out(), run.recipe.amp)
-    step = run.learner.done
-    run.evaluations.append({"step": step, "accuracy": accuracy, "loss": loss})
-    run.log.scalars("validation", {"accuracy": accuracy, "loss": loss}, step)
-    run.say(f"step {step} of {run.total}: accuracy {accuracy:.2%}, loss {loss:.4f} on held-out images")
+def _evaluate(run: Run, model: nn.Module) -> tuple[float, float]:
+    """Accuracy and loss on the held-out images, also entered in the run's evaluations and its log."""
+    accuracy, loss = score(model, run.data.held_out(), run.recipe.amp)
+    numbers = {"accuracy": accuracy, "loss": loss}
+    run.evaluations.append({"step": run.train_step.done, **numbers})
+    run.log.scalars("validation", numbers, run.train_step.done)
     return accuracy, loss
 
 
-def _finish(run: Run, ended: Mapping[str, Any]) -> Trained:
-    model = settled_best(run)
-    accuracy, loss = score(model, run.lessons.held_out(), run.recipe.amp)
-    run.evaluations.append({"step": run.learner.done, "accuracy": accuracy, "loss": loss})
-    run.log.scalars("validation", {"accuracy": accuracy, "loss": loss}, run.learner.done)
-    path = run.output / "model.safetensors"
+def _finish(run: Run, trained: Trained) -> Trained:
+    """Evaluate and write the model file and training.json."""
+    model, path = settled_model(run), run.output / "model.safetensors"
+    accuracy, loss = _evaluate(run, model)
     save_run_model(run, path, model, {"accuracy": accuracy, "loss": loss})
-    trained = Trained(**ended, model=path, accuracy=accuracy, loss=loss, evaluations=tuple(run.evaluations))
+    evaluations = tuple(run.evaluations)
+    trained = replace(trained, model=path, accuracy=accuracy, loss=loss, evaluations=evaluations)
     if rank_and_world()[0] == 0:
-        write_json(run.output / "training.json", _account(run, trained))
-    gathered(None)  # nobody reads the model before it is there
+        account = {
+            "format": FORMAT,
+            "recipe": run.recipe.to_json(),
+            **run.facts,
+            "steps": trained.steps,
+            "seconds": trained.seconds,
+            "accuracy": accuracy,
+            "loss": loss,
+            "evaluations": evaluations,
+            "peak_memory_bytes": peak_memory(run.train_step.accelerator.device),
+        }
+        write_document(run.output / "training.json", account)
+    gathered(None)  # no process reads the model before it is there
     return trained
-
-
-def _account(run: Run, trained: Trained) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "recipe": run.recipe.to_json(),
-        **run.facts,
-        "steps": trained.steps,
-        "seconds": trained.seconds,
-        "accuracy": trained.accuracy,
-        "loss": trained.loss,
-        "evaluations": list(trained.evaluations),
-        "peak_memory_bytes": peak_memory(run.learner.accelerator.device),
-    }

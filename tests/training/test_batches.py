@@ -14,6 +14,7 @@ from collapse_probe.errors import DataError, SettingError
 from collapse_probe.models.vit import ViTSettings
 from collapse_probe.training.batches import Sharing, augmented, open_training_data, order_of, share_of
 from collapse_probe.training.loss import Mixer, smoothed
+from collapse_probe.training.penalties.base import MixedLabels
 from collapse_probe.training.recipe import Augmentation, Recipe
 
 RECIPE = Recipe(
@@ -237,4 +238,4 @@ def test_without_mixing_the_targets_are_smoothed_as_in_timm():
     found = Mixer(RECIPE.vary(label_smoothing=0.1), 10, 2)(torch.zeros(2, 3, 8, 8), torch.tensor([3, 0]), 0)
     assert found.targets_BK[0, 3] == pytest.approx(0.91)
     assert found.targets_BK[0, 0] == pytest.approx(0.01)
-    assert torch.equal(found.patch_targets_BPK[:, 5], found.targets_BK)
+    assert torch.equal(MixedLabels(found.targets_BK, found.patch_targets_BPK).of_patches(16)[:, 5], found.targets_BK)

@@ -20,7 +20,7 @@ from collapse_probe.metrics.functional.geometry import contrast, cosines, mean_c
 from collapse_probe.models.deepvit import DeepViT, DeepViTSettings
 from collapse_probe.models.vit import ViT
 from collapse_probe.registry import METRICS, PENALTIES
-from collapse_probe.training.penalties.base import Given, MixedLabels, Penalised, Penalty
+from collapse_probe.training.penalties.base import Inputs, MixedLabels, ModelPenalties, Penalty
 
 CLASSES = 3
 
@@ -62,7 +62,7 @@ def heard_as(tokens=None, maps=(), weight=None):
     return heard
 
 
-def term(name, heard, given=Given(), **settings):  # noqa: B008
+def term(name, heard, given=Inputs(), **settings):  # noqa: B008
     with torch.no_grad():
         return PENALTIES[name].with_settings(settings).loss(heard, given).item()
 
@@ -135,10 +135,10 @@ def test_entropy_between_its_bounds_costs_nothing_and_beyond_them_its_distance()
 
 def test_the_power_estimate_changes_with_the_step_and_stays_below_the_exact_gap():
     heard = heard_as(weight=WEIGHT)
-    found = [term("conditional-orthogonality", heard, Given(seed=seed)) for seed in range(20)]
+    found = [term("conditional-orthogonality", heard, Inputs(seed=seed)) for seed in range(20)]
     assert len(set(found)) == 20
     assert max(found) < 6 * 13.2178664971
-    assert found[3] == term("conditional-orthogonality", heard, Given(seed=3))
+    assert found[3] == term("conditional-orthogonality", heard, Inputs(seed=3))
 
 
 def test_opposite_patches_cancel_in_the_signed_form_alone():
@@ -181,7 +181,7 @@ def test_the_shallow_patches_are_held_fixed_where_the_form_says_so(form, held):
     shallow, deep = (torch.randn(2, 17, 16, requires_grad=True) for _ in range(2))
     heard = heard_as({0: shallow, 1: shallow, 2: deep, "normed": deep})
     heard.passed["embedded"] = shallow[:, 1:]
-    PENALTIES["patch-contrastive"](form=form).loss(heard, Given()).backward()
+    PENALTIES["patch-contrastive"](form=form).loss(heard, Inputs()).backward()
     assert deep.grad.abs().sum() > 0
     assert (shallow.grad is None or shallow.grad.abs().sum() == 0) == held
 
@@ -195,7 +195,7 @@ def test_mixing_with_the_models_head_agrees_with_a_slow_reference():
     heard = heard_as({"normed": torch.randn(2, 6, 16)})
     labels = labels_of(2, 5)
     head = heard.parts.model.head
-    found = term("patch-mixing", heard, Given(labels), form="diverse-vit")
+    found = term("patch-mixing", heard, Inputs(labels), form="diverse-vit")
     total = 0.0
     for image in range(2):
         for i in range(6):
@@ -212,7 +212,7 @@ def test_mixing_of_regions_agrees_with_a_slow_reference():
     heard = heard_as({"normed": torch.randn(2, 6, 16)})
     penalty = PENALTIES["patch-mixing"].with_settings({"form": "repository"})
     own = penalty.own(heard.parts).eval()
-    found = penalty.loss(heard, Given(labels, own=own)).item()
+    found = penalty.loss(heard, Inputs(labels, own=own)).item()
     total = 0.0
     for image in range(2):
         for region, y in ((inside[image], one.numpy()), (~inside[image], other.numpy())):
@@ -257,7 +257,7 @@ def loss_of(name, settings, heard):
     torch.manual_seed(1)
     own = penalty.own(heard.parts)
     own = None if own is None else own.double().eval()
-    return penalty.loss(heard, Given(labels_of(2, 16), 0, own))
+    return penalty.loss(heard, Inputs(labels_of(2, 16), 0, own))
 
 
 DEGENERATE = {
@@ -294,13 +294,13 @@ def test_degenerate_inputs_give_no_nan_in_value_or_gradient(name, settings, what
 @pytest.mark.parametrize("name", LEVELS)
 def test_degenerate_weights_give_no_nan_in_value_or_gradient(name, identity):
     heard = heard_as(weight=identity)
-    found = PENALTIES[name].with_settings({"level": "weights"}).loss(heard, Given())
+    found = PENALTIES[name].with_settings({"level": "weights"}).loss(heard, Inputs())
     found.backward()
     assert found.isfinite()
     assert heard.parts.blocks[0].attn.qkv.weight.grad.isfinite().all()
 
 
-TOKENS_ONLY = [(n, s) for n, s in VARIANTS if PENALTIES[n].with_settings(s).wanted(ViTParts(small())).places]
+TOKENS_ONLY = [(n, s) for n, s in VARIANTS if PENALTIES[n].with_settings(s).requests(ViTParts(small())).places]
 
 
 WITHOUT_HEAD = [case for case in TOKENS_ONLY if case != ("patch-mixing", {"form": "diverse-vit"})]  # that head is float32
@@ -355,11 +355,11 @@ MODELS = {
 
 def paid(model, penalties, autocast=False):
     size = 8 if isinstance(model, ViT) else 64
-    penalised = Penalised(model, penalties)
-    with penalised.listening(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    penalties = ModelPenalties(model, penalties)
+    with penalties.recording(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         model(torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        return penalised, penalised.terms(labels_of(2, 16))
+        return penalties, penalties.terms(labels_of(2, 16))
 
 
 def all_penalties():
@@ -370,7 +370,7 @@ def all_penalties():
 def test_every_model_in_training_pays_every_penalty(which):
     model = MODELS[which]().train()
     hooks = hooks_of(model)
-    penalised, terms = paid(model, all_penalties())
+    penalties, terms = paid(model, all_penalties())
     assert len(terms) == len(VARIANTS)
     assert hooks_of(model) == hooks
     for label, found in terms.items():
@@ -382,7 +382,7 @@ def test_every_model_in_training_pays_every_penalty(which):
         graded = any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
         assert graded == (found.item() != 0 or "entropy" not in label), label
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()), label
-    assert all(p.grad.abs().sum() > 0 for p in penalised.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in penalties.parameters())
 
 
 def hooks_of(model):
@@ -434,39 +434,39 @@ def test_lists_from_a_file_are_taken_as_blocks():
 def test_the_wrong_use_is_explained():
     model = small()
     with pytest.raises(UnknownNameError, match="patch-cosine"):
-        Penalised(model, {"patch-cosin": {}})
+        ModelPenalties(model, {"patch-cosin": {}})
     with pytest.raises(SettingError, match="blocks 0 to 1"):
-        Penalised(model, {"attention-cosine": {"blocks": (2,)}})
+        ModelPenalties(model, {"attention-cosine": {"blocks": (2,)}})
     with pytest.raises(SettingError, match="has one"):
-        Penalised(small(depth=1), {"block-cosine": {}})
+        ModelPenalties(small(depth=1), {"block-cosine": {}})
     with pytest.raises(ModelError, match="no list `blocks`"):
-        Penalised(nn.Linear(2, 2), {"patch-cosine": {}})
+        ModelPenalties(nn.Linear(2, 2), {"patch-cosine": {}})
     with pytest.raises(ModelError, match="linear classifier"):
-        Penalised(small(classes=0), {"patch-mixing": {}})
-    penalised = Penalised(model, {"patch-mixing": {}})
-    with pytest.raises(CaptureError, match="nothing was heard"):
-        penalised.terms()
-    with penalised.listening():
+        ModelPenalties(small(classes=0), {"patch-mixing": {}})
+    penalties = ModelPenalties(model, {"patch-mixing": {}})
+    with pytest.raises(CaptureError, match="nothing was recorded"):
+        penalties.terms()
+    with penalties.recording():
         model(torch.randn(2, 3, 8, 8))
     with pytest.raises(SettingError, match="needs labels"):
-        penalised.terms()
-    with penalised.listening():
+        penalties.terms()
+    with penalties.recording():
         model(torch.randn(2, 3, 8, 8))
     with pytest.raises(SettingError, match="5 patches"):
-        penalised.terms(labels_of(2, 5))
-    with pytest.raises(CaptureError, match="nothing was heard"):
-        penalised.terms(labels_of(2, 16))
+        penalties.terms(labels_of(2, 5))
+    with pytest.raises(CaptureError, match="nothing was recorded"):
+        penalties.terms(labels_of(2, 16))
 
 
 def test_several_penalties_pay_together_and_share_what_was_heard():
     model = small().train()
-    penalised = Penalised(
+    penalties = ModelPenalties(
         model,
         {"near": PENALTIES["patch-cosine"](form="repository"), "patch-cosine": {}, "block-cosine": {}, "attention-cosine": {}},
     )
-    with penalised.listening():
+    with penalties.recording():
         logits = model(torch.randn(2, 3, 8, 8))
-    terms = penalised.terms()
+    terms = penalties.terms()
     assert list(terms) == ["near", "patch-cosine", "block-cosine", "attention-cosine"]
     (logits.sum() + sum(terms.values())).backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -474,24 +474,24 @@ def test_several_penalties_pay_together_and_share_what_was_heard():
 
 def test_own_parameters_and_the_count_of_steps_go_into_a_checkpoint():
     model = small()
-    penalised = Penalised(model, {"patch-mixing": {"form": "repository"}, "conditional-orthogonality": {}})
-    assert sum(p.numel() for p in penalised.parameters()) == 16 * CLASSES + CLASSES
+    penalties = ModelPenalties(model, {"patch-mixing": {"form": "repository"}, "conditional-orthogonality": {}})
+    assert sum(p.numel() for p in penalties.parameters()) == 16 * CLASSES + CLASSES
     images, found = torch.randn(2, 3, 8, 8), []
     for step in range(3):
         if step == 2:
-            saved = {k: v.clone() for k, v in penalised.state_dict().items()}
-        with penalised.listening():
+            saved = {k: v.clone() for k, v in penalties.state_dict().items()}
+        with penalties.recording():
             model(images)
-        found.append(penalised.terms(labels_of(2, 16))["conditional-orthogonality"].item())
-    again = Penalised(model, {"patch-mixing": {"form": "repository"}, "conditional-orthogonality": {}})
+        found.append(penalties.terms(labels_of(2, 16))["conditional-orthogonality"].item())
+    again = ModelPenalties(model, {"patch-mixing": {"form": "repository"}, "conditional-orthogonality": {}})
     again.load_state_dict(saved)
-    with again.listening():
+    with again.recording():
         model(images)
     assert again.terms(labels_of(2, 16))["conditional-orthogonality"].item() == found[2]
-    nn.ModuleDict({"part": penalised}).load_state_dict({f"part.{key}": value for key, value in saved.items()})
-    with penalised.listening():
+    nn.ModuleDict({"part": penalties}).load_state_dict({f"part.{key}": value for key, value in saved.items()})
+    with penalties.recording():
         model(images)
-    assert penalised.terms(labels_of(2, 16))["conditional-orthogonality"].item() == found[2]
+    assert penalties.terms(labels_of(2, 16))["conditional-orthogonality"].item() == found[2]
     assert len(set(found)) == 3
 
 
@@ -508,10 +508,10 @@ class Wrapper(nn.parallel.DistributedDataParallel):
 
 def test_a_wrapped_model_is_heard_through_its_wrapper():
     model = small()
-    penalised = Penalised(Wrapper(model), {"patch-cosine": {}, "block-cosine": {}})
-    with penalised.listening():
+    penalties = ModelPenalties(Wrapper(model), {"patch-cosine": {}, "block-cosine": {}})
+    with penalties.recording():
         Wrapper(model)(torch.randn(2, 3, 8, 8))
-    assert all(found.requires_grad for found in penalised.terms().values())
+    assert all(found.requires_grad for found in penalties.terms().values())
 
 
 def test_validation_without_gradients_reads_the_same_terms():

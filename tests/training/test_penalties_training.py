@@ -11,7 +11,7 @@ from collapse_probe.capture.capture import record
 from collapse_probe.metrics.functional.orthogonality import hyperspherical_energy, orthogonality_gap
 from collapse_probe.models.vit import ViT
 from collapse_probe.registry import PENALTIES
-from collapse_probe.training.penalties.base import MixedLabels, Penalised
+from collapse_probe.training.penalties.base import MixedLabels, ModelPenalties
 
 STEPS = 200
 LAST, FIRST, NEIGHBOURS = (-1,), (0,), (0, 1)
@@ -74,13 +74,13 @@ def trained(name, settings, metric, where):
     model, (images, labels) = over_smoothed().train(), mixed_batch()
     if settings.get("low") is not None:
         model = sharpened(model)
-    penalised = Penalised(model, {name: settings})
-    optimiser = torch.optim.Adam([*model.parameters(), *penalised.parameters()], lr=3e-3)
+    penalties = ModelPenalties(model, {name: settings})
+    optimiser = torch.optim.Adam([*model.parameters(), *penalties.parameters()], lr=3e-3)
     before, terms = measured(model, images, metric, where), []
     for _ in range(STEPS):
-        with penalised.listening():
+        with penalties.recording():
             model(images)
-        term = penalised.terms(labels)[name]
+        term = penalties.terms(labels)[name]
         optimiser.zero_grad()
         term.backward()
         optimiser.step()

@@ -7,7 +7,7 @@ import torch
 
 from collapse_probe.errors import UnknownNameError
 from collapse_probe.models.vit import ViT
-from collapse_probe.training.penalties.base import MixedLabels, Penalised
+from collapse_probe.training.penalties.base import MixedLabels, ModelPenalties
 from collapse_probe.training.penalties.presets import PRESETS, preset
 
 RELEASED = {
@@ -55,12 +55,12 @@ def test_a_model_pays_a_preset(name):
     torch.manual_seed(0)
     model = ViT(image_size=8, patch_size=2, depth=3, width=16, heads=2, classes=3).train()
     chosen = preset(name)
-    penalised = Penalised(model, {key: penalty for key, (penalty, _) in chosen.items()})
-    with penalised.listening():
+    penalties = ModelPenalties(model, {key: penalty for key, (penalty, _) in chosen.items()})
+    with penalties.recording():
         model(torch.randn(2, 3, 8, 8))
     labels = MixedLabels(torch.eye(3)[:2])
-    terms = penalised.terms(labels)
+    terms = penalties.terms(labels)
     sum(weight * terms[key] for key, (_, weight) in chosen.items()).backward()
     assert list(terms) == list(chosen)
-    assert all(p.grad.isfinite().all() for p in penalised.parameters())
+    assert all(p.grad.isfinite().all() for p in penalties.parameters())
     assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0

@@ -17,7 +17,7 @@ from collapse_probe.registry import RECIPES
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.sweep import FAILED, FINISHED, WAITING, Sweep
 from collapse_probe.training.recipe import Recipe
-from collapse_probe.training.sweep import Terms, differences, ended, grid_of, images_of
+from collapse_probe.training.sweep import Conditions, differences, grid_of, images_of, process_result
 from collapse_probe.training.sweep_grid import cells
 from collapse_probe.training.trainer import train
 
@@ -58,12 +58,12 @@ def test_every_cell_is_trained_and_measured_with_its_own_architecture(swept):
 def test_the_measured_images_are_held_out_from_the_training():
     split = split_data("bundled:digits")
     cell = cells(tiny(), {"depth": [2]})[0]
-    names = images_of(cell, Terms(data="bundled:digits", limit=12)).names
+    names = images_of(cell, Conditions(data="bundled:digits", limit=12)).names
     assert len(names) == 12
     assert set(names) <= set(split.held_out.names)
     assert not set(names) & set(split.train.names)
-    assert images_of(cell, Terms(data="bundled:digits")).names == split.held_out.names
-    assert set(images_of(cell, Terms(data="bundled:digits", eval_data="bundled:photos", limit=2)).names).isdisjoint(names)
+    assert images_of(cell, Conditions(data="bundled:digits")).names == split.held_out.names
+    assert set(images_of(cell, Conditions(data="bundled:digits", eval_data="bundled:photos", limit=2)).names).isdisjoint(names)
 
 
 def test_the_files_hold_the_whole_sweep(swept):
@@ -187,8 +187,8 @@ def test_two_jobs_find_what_one_finds(swept, tmp_path):
 
 def test_a_process_that_was_killed_is_a_failed_cell(tmp_path):
     cell = cells(tiny(), {"depth": [2]})[0]
-    terms = Terms(data="bundled:digits")
-    outcome = ended(cell, tmp_path / cell.name, terms, -9)
+    conditions = Conditions(data="bundled:digits")
+    outcome = process_result(cell, tmp_path / cell.name, conditions, -9)
     assert outcome.status == FAILED
     assert "exit code -9" in outcome.reason
     assert "exit code -9" in (tmp_path / cell.name / "error.txt").read_text()

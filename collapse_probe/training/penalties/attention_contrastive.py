@@ -12,7 +12,7 @@ from collapse_probe.capture.gradients import GradientTrace, Requests, ViTParts
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.functional.geometry import contrast
 from collapse_probe.registry import PENALTIES
-from collapse_probe.training.penalties.base import Given, Penalty
+from collapse_probe.training.penalties.base import Inputs, Penalty
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,14 @@ class AttentionContrastive(Penalty):
         first, *_, last = parts.chosen(self.blocks or (0, parts.depth - 1))
         return first, last
 
-    def wanted(self, parts: ViTParts) -> Requests:
-        """The maps of two blocks."""
+    def requests(self, parts: ViTParts) -> Requests:
         if parts.depth < 2:
             raise SettingError(f"{self.name} compares two blocks; {parts.kind} has one")
         return Requests(maps=frozenset(self._pair(parts)))
 
-    def loss(self, heard: GradientTrace, given: Given) -> Tensor:
+    def loss(self, trace: GradientTrace, inputs: Inputs) -> Tensor:
         """The mean over images and heads."""
-        first, last = (heard.maps(i, self.point).flatten(2) for i in self._pair(heard.parts))
+        first, last = (trace.maps(i, self.point).flatten(2) for i in self._pair(trace.parts))
         found: Tensor = torch.mean(contrast(first, last))
         return found
 

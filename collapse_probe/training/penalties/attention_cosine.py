@@ -13,7 +13,7 @@ from collapse_probe.capture.gradients import GradientTrace, Requests, ViTParts
 from collapse_probe.metrics.functional.geometry import anchored, defined_mean, mean_cosine
 from collapse_probe.metrics.tokens.patch_diversity import patch_cosine
 from collapse_probe.registry import PENALTIES
-from collapse_probe.training.penalties.base import Given, Penalty
+from collapse_probe.training.penalties.base import Inputs, Penalty
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,17 @@ class AttentionCosine(Penalty):
         self._choice("point", "probs", "weights")
         self._blocks()
 
-    def _reach(self, parts: ViTParts) -> tuple[int, ...]:
+    def _blocks_of(self, parts: ViTParts) -> tuple[int, ...]:
         if self.blocks is None and self.pairs == "within":
             return (0,)
         return parts.chosen(self.blocks)
 
-    def wanted(self, parts: ViTParts) -> Requests:
-        """The maps of the chosen blocks."""
-        return Requests(maps=frozenset(self._reach(parts)))
+    def requests(self, parts: ViTParts) -> Requests:
+        return Requests(maps=frozenset(self._blocks_of(parts)))
 
-    def loss(self, heard: GradientTrace, given: Given) -> Tensor:
+    def loss(self, trace: GradientTrace, inputs: Inputs) -> Tensor:
         """The mean over images and blocks (or pairs of blocks); 0 where there is no pair."""
-        maps = [heard.maps(i, self.point).flatten(2) for i in self._reach(heard.parts)]
+        maps = [trace.maps(i, self.point).flatten(2) for i in self._blocks_of(trace.parts)]
         if self.pairs == "across":
             found = [mean_cosine(a, b, absolute=True) for a, b in pairwise(maps)]
         elif self.form == "repository":

@@ -12,7 +12,7 @@ from collapse_probe.capture.gradients import GradientTrace, Requests, ViTParts
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.attention.attention_entropy import entropy
 from collapse_probe.registry import PENALTIES
-from collapse_probe.training.penalties.base import Direction, Given, Penalty
+from collapse_probe.training.penalties.base import Direction, Inputs, Penalty
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,12 @@ class AttentionEntropy(Penalty):
         direction: Direction = "up" if self.high is None else "down" if self.low is None else "between"
         return self.metric, direction
 
-    def wanted(self, parts: ViTParts) -> Requests:
-        """The maps of the chosen blocks."""
+    def requests(self, parts: ViTParts) -> Requests:
         return Requests(maps=frozenset(parts.chosen(self.blocks)))
 
-    def loss(self, heard: GradientTrace, given: Given) -> Tensor:
+    def loss(self, trace: GradientTrace, inputs: Inputs) -> Tensor:
         """The mean over images, heads and blocks."""
-        return torch.stack([self._of(heard.maps(i)) for i in heard.parts.chosen(self.blocks)]).mean()
+        return torch.stack([self._of(trace.maps(i)) for i in trace.parts.chosen(self.blocks)]).mean()
 
     def _of(self, probs_BHNN: Tensor) -> Tensor:
         keys = probs_BHNN.shape[-1]

@@ -1,11 +1,11 @@
-"""What a penalty is, and how a model in training is made to pay it.
+"""What a penalty is, and how its loss is computed from a model in training.
 
-A penalty is a frozen dataclass of its settings: one term of a loss, computed from what was overheard of a forward pass::
+A penalty is a frozen dataclass of its settings: one term of a loss, computed from what was recorded of a forward pass::
 
-    penalised = Penalised(model, {"patch-cosine": {"form": "paper"}})
-    with penalised.listening():
+    penalties = ModelPenalties(model, {"patch-cosine": {"form": "paper"}})
+    with penalties.recording():
         logits = model(images)
-    terms = penalised.terms(labels)          # {"patch-cosine": a 0-d tensor with its graph}
+    terms = penalties.terms(labels)          # {"patch-cosine": a 0-d tensor with its graph}
     loss = criterion(logits, targets) + 0.5 * terms["patch-cosine"]
 """
 
@@ -54,8 +54,8 @@ class MixedLabels:
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
-    """What a penalty gets beside what was heard: the labels, a seed that differs from step to step, its own module."""
+class Inputs:
+    """What a penalty gets beside the trace: the labels, a seed that differs from step to step, the penalty's own module."""
 
     labels: MixedLabels | None = None
     seed: int = 0
@@ -66,8 +66,8 @@ class Given:
 class Penalty(Settings, ABC):
     """One term of a loss; its settings are the fields.
 
-    `metric` is the collapse-probe metric that it moves, and `direction` where to ("between": into bounds); `needs` says what
-    it lives on: tokens, attention, weights, labels. An instance may do better: `moves()` answers for its settings.
+    `metric` is the collapse-probe metric that it moves, and `direction` where to ("between": into bounds), unless `moves()`
+    says otherwise for the settings; `needs` says what it is computed from: tokens, attention, weights, labels.
     """
 
     summary: ClassVar[str]
@@ -88,35 +88,32 @@ class Penalty(Settings, ABC):
 
     @property
     def replaces_criterion(self) -> bool:
-        """Whether the term holds the classification loss already, so that the trainer leaves its own out."""
+        """Whether the term contains the classification loss, so that the trainer leaves its own out."""
         return False
 
     @abstractmethod
-    def wanted(self, parts: ViTParts) -> Requests:
-        """What must be heard of a model."""
+    def requests(self, parts: ViTParts) -> Requests:
+        """What must be recorded of a model; SettingError or ModelError where the model does not have it."""
 
     def own(self, parts: ViTParts) -> nn.Module | None:
         """A module with parameters of the penalty's own, or None."""
         return None
 
     @abstractmethod
-    def loss(self, heard: GradientTrace, given: Given) -> Tensor:
-        """The unweighted term, a 0-d tensor with its graph."""
+    def loss(self, trace: GradientTrace, inputs: Inputs) -> Tensor:
+        """The unweighted term, a 0-d tensor with its graph: a mean over images, unless the class says otherwise."""
 
     def _number(self, setting: str, low: float, high: float = float("inf"), *, open_end: bool = False) -> None:
         value = getattr(self, setting)
         if not between(value, low, high) or (open_end and value == low):
-            raise SettingError(
-                f"{self.name}: {setting} must be a number {'above' if open_end else 'from'} {low}, not {value!r}"
-            )
+            start = "above" if open_end else "from"
+            raise SettingError(f"{self.name}: {setting} must be a number {start} {low}, not {value!r}")
 
-    def _blocks(self, setting: str = "blocks") -> None:
-        value = getattr(self, setting)
-        if value is None:
-            return
+    def _blocks(self) -> None:
+        value: Any = getattr(self, "blocks", None)
         whole = isinstance(value, tuple) and all(type(i) is int and i >= 0 for i in value)
-        if not whole or not value or len(set(value)) != len(value):
-            raise SettingError(f"{self.name}: {setting} must be different block numbers from 0 up, not {value!r}")
+        if value is not None and (not whole or not value or len(set(value)) != len(value)):
+            raise SettingError(f"{self.name}: blocks must be different block numbers from 0 up, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -133,12 +130,7 @@ class RowPenalty(Penalty):
     blocks: tuple[int, ...] | None = None
     matrices: tuple[Matrix, ...] = ("query", "key", "value")
 
-    metrics: ClassVar[Mapping[str, tuple[str, Direction]]] = {
-        "tokens": ("patch-diversity", "up"),
-        "attention": ("head-similarity", "down"),
-        "weights": ("hyperspherical-energy", "down"),
-    }
-    directions_only: ClassVar[bool] = False
+    weight_metric: ClassVar[str] = "hyperspherical-energy"
     needs = ("tokens", "attention", "weights")
 
     def __post_init__(self) -> None:
@@ -149,52 +141,54 @@ class RowPenalty(Penalty):
 
     def moves(self) -> tuple[str, Direction]:
         """The metric of this level."""
-        return self.metrics[self.level]
+        if self.level == "tokens":
+            return "patch-diversity", "up"
+        return ("head-similarity" if self.level == "attention" else self.weight_metric), "down"
 
-    def _reach(self, parts: ViTParts) -> tuple[int, ...]:
+    def _blocks_of(self, parts: ViTParts) -> tuple[int, ...]:
         if self.blocks is None and self.level != "weights":
             return (parts.depth - 1,) if self.level == "tokens" else (0,)
         return parts.chosen(self.blocks)
 
-    def wanted(self, parts: ViTParts) -> Requests:
-        """Tokens or maps of the chosen blocks; weights need no hearing."""
-        blocks = self._reach(parts)
-        if self.level == "weights":
-            for i in blocks:
-                for name in self.matrices:
-                    parts.matrix(i, name)
-            return Requests()
+    def requests(self, parts: ViTParts) -> Requests:
+        """Tokens or maps of the chosen blocks; for weights nothing but that the matrices are there."""
+        blocks = self._blocks_of(parts)
         if self.level == "tokens":
             return Requests(places=frozenset(i + 1 for i in blocks))
-        return Requests(maps=frozenset(blocks))
+        if self.level == "attention":
+            return Requests(maps=frozenset(blocks))
+        for i in blocks:
+            for name in self.matrices:
+                parts.matrix(i, name)
+        return Requests()
 
     @abstractmethod
     def of_rows(self, rows: Tensor, seed: int) -> Tensor:
         """The penalty on sets of rows, [..., n, d] -> [...]."""
 
-    def loss(self, heard: GradientTrace, given: Given) -> Tensor:
+    def loss(self, trace: GradientTrace, inputs: Inputs) -> Tensor:
         """The mean over images and blocks, or the sum over matrices."""
-        blocks = self._reach(heard.parts)
+        blocks = self._blocks_of(trace.parts)
         if self.level == "weights":
             stacks: dict[tuple[int, ...], list[Tensor]] = {}
-            for matrix in heard.matrices(blocks, self.matrices):
+            for matrix in trace.matrices(blocks, self.matrices):
                 stacks.setdefault(tuple(matrix.shape), []).append(matrix)
-            return torch.stack([self.of_rows(torch.stack(s), given.seed).sum() for s in stacks.values()]).sum()
+            return torch.stack([self.of_rows(torch.stack(s), inputs.seed).sum() for s in stacks.values()]).sum()
         if self.level == "tokens":
-            rows = [unit(anchored(heard.tokens(i + 1)))[0] for i in blocks]
+            rows = [unit(anchored(trace.tokens(i + 1)))[0] for i in blocks]
         else:
-            rows = [heard.maps(i).flatten(2) for i in blocks]
-        return torch.stack([self.of_rows(each, given.seed).mean() for each in rows]).mean()
+            rows = [trace.maps(i).flatten(2) for i in blocks]
+        return torch.stack([self.of_rows(each, inputs.seed).mean() for each in rows]).mean()
 
 
-class Penalised(nn.Module):
-    """A model and its penalties: `listening()` around the forward pass, then `terms(labels)`.
+class ModelPenalties(nn.Module):
+    """A model and its penalties: `recording()` around the forward pass, then `terms(labels)`.
 
     `penalties` gives each term its name: a Penalty, or the settings of the penalty that has that name. The model is not part
     of this module: `parameters()` and `state_dict()` hold what the penalties own (a head for patches, the count of steps
-    from which random starts are drawn). Wrapped models (DistributedDataParallel) are heard through their wrapper; there,
-    call `average_gradients()` after backward, for the wrapper does not know the penalties' own parameters. Raises
-    UnknownNameError, SettingError, and ModelError where the model has no place to hear.
+    from which random starts are drawn). A wrapped model (DistributedDataParallel) is recorded through its wrapper; call
+    `average_gradients()` after backward then, for the wrapper does not know the penalties' own parameters. Raises
+    UnknownNameError, SettingError, and ModelError where the model lacks a part that a penalty reads.
     """
 
     steps: Tensor
@@ -205,51 +199,54 @@ class Penalised(nn.Module):
         self.penalties: dict[str, Penalty] = {
             name: each if isinstance(each, Penalty) else PENALTIES[name].with_settings(each) for name, each in penalties.items()
         }
-        self._wanted = Requests()
+        self._requests = Requests()
         for each in self.penalties.values():
-            self._wanted |= each.wanted(self._parts)
-        for place in self._wanted.places:
+            self._requests |= each.requests(self._parts)
+        for place in self._requests.places:
             self._parts.passage(place)
-        for block in self._wanted.maps:
+        for block in self._requests.maps:
             self._parts.attention(block)
         self.own = nn.ModuleDict()
-        like = next(self._parts.model.parameters())
+        device = next(self._parts.model.parameters()).device
         for name, each in self.penalties.items():
             module = each.own(self._parts)
             if module is not None:
-                self.own[name] = module.to(like.device)
+                self.own[name] = module.to(device)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self._count: int | None = None
-        loaded: Any = self.register_load_state_dict_post_hook
-        loaded(_count_again)
-        self._newest: Sequence[GradientTrace] | None = None
-        _same_everywhere(self)
+        hook: Any = self.register_load_state_dict_post_hook
+        hook(_read_steps_again)
+        self._traces: Sequence[GradientTrace] | None = None
+        if rank_and_world()[1] > 1:
+            for parameter in self.parameters():
+                dist.broadcast(parameter.data, src=0)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Hear the forward passes of the model inside the `with`; the newest is the one that pays."""
-        self._newest = None
-        with record_with_gradients(self._parts, self._wanted) as newest:
+    def recording(self) -> Iterator[None]:
+        """Record the forward passes of the model inside the `with`; `terms` reads the last one."""
+        self._traces = None
+        with record_with_gradients(self._parts, self._requests) as traces:
             yield
-        self._newest = newest
+        self._traces = traces
 
     def terms(self, labels: MixedLabels | None = None) -> dict[str, Tensor]:
-        """The unweighted losses by name, 0-d, in float32 with their graphs; what was heard is let go.
+        """The unweighted losses by name, 0-d, in float32 with their graphs; the recording is dropped.
 
-        Raises CaptureError where no forward pass was heard (since the last call), SettingError where labels are missing.
+        Raises CaptureError where no forward pass was recorded since the last call, SettingError where labels are missing.
         """
-        if self._newest is None:
-            raise CaptureError("nothing was heard: run the model inside `with penalised.listening()` before each `terms()`")
-        heard, self._newest = self._newest[0], None
+        if self._traces is None:
+            raise CaptureError("nothing was recorded: run the model inside `with penalties.recording()` before each `terms()`")
+        trace, self._traces = self._traces[0], None
         self._count = int(self.steps) if self._count is None else self._count
-        kind = next(self._parts.model.parameters()).device.type
-        found, own = dict[str, Tensor](), dict(self.own.items())
-        with torch.autocast(kind, enabled=False):
-            for name, each in self.penalties.items():
-                found[name] = each.loss(heard, Given(labels, self._count, own.get(name)))
+        modules = dict(self.own.items())
+        with torch.autocast(next(self._parts.model.parameters()).device.type, enabled=False):
+            terms = {
+                name: penalty.loss(trace, Inputs(labels, self._count, modules.get(name)))
+                for name, penalty in self.penalties.items()
+            }
         self._count += 1
         self.steps.add_(1)
-        return found
+        return terms
 
     def average_gradients(self) -> None:
         """Average the gradients of the penalties' own parameters over all processes; nothing to do in one."""
@@ -260,13 +257,6 @@ class Penalised(nn.Module):
                 parameter.grad /= world
 
 
-def _count_again(penalised: Penalised, keys: Any) -> None:
+def _read_steps_again(penalties: ModelPenalties, keys: Any) -> None:
     """After loading, also as part of another module: random starts go on from the count of steps that was loaded."""
-    penalised._count = None
-
-
-def _same_everywhere(module: nn.Module) -> None:
-    """Start the parameters of all processes from those of the first."""
-    if rank_and_world()[1] > 1:
-        for parameter in module.parameters():
-            dist.broadcast(parameter.data, src=0)
+    penalties._count = None

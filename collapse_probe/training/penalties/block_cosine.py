@@ -13,7 +13,7 @@ from collapse_probe.capture.gradients import GradientTrace, Requests, ViTParts
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.functional.geometry import axis_cosine
 from collapse_probe.registry import PENALTIES
-from collapse_probe.training.penalties.base import Given, Penalty
+from collapse_probe.training.penalties.base import Inputs, Penalty
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,15 @@ class BlockCosine(Penalty):
     def _blocks_of(self, parts: ViTParts) -> range:
         return range(min(self.pairs + 1, parts.depth))
 
-    def wanted(self, parts: ViTParts) -> Requests:
-        """The maps of the first blocks."""
+    def requests(self, parts: ViTParts) -> Requests:
         if parts.depth < 2:
             raise SettingError(f"{self.name} compares two blocks; {parts.kind} has one")
         return Requests(maps=frozenset(self._blocks_of(parts)))
 
-    def loss(self, heard: GradientTrace, given: Given) -> Tensor:
+    def loss(self, trace: GradientTrace, inputs: Inputs) -> Tensor:
         """The mean over pairs of blocks, images, and vectors."""
         dim = {"head": 1, "column": 2, "row": 3}[self.axis]
-        maps = [heard.maps(i, self.point) for i in self._blocks_of(heard.parts)]
+        maps = [trace.maps(i, self.point) for i in self._blocks_of(trace.parts)]
         return torch.stack([axis_cosine(a, b, dim).mean() for a, b in pairwise(maps)]).mean()
 
 

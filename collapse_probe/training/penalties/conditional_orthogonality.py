@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from collapse_probe.metrics.functional.orthogonality import orthogonality_gap, power_step_gap
 from collapse_probe.registry import PENALTIES
-from collapse_probe.training.penalties.base import Direction, RowPenalty
+from collapse_probe.training.penalties.base import RowPenalty
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,13 @@ class ConditionalOrthogonality(RowPenalty):
     source = "Diverse-ViT, arXiv 2203.06345"
     metric = "weight-orthogonality"
     direction = "down"
-    metrics: ClassVar[Mapping[str, tuple[str, Direction]]] = {
-        "tokens": ("patch-diversity", "up"),
-        "attention": ("head-similarity", "down"),
-        "weights": ("weight-orthogonality", "down"),
-    }
+    weight_metric = "weight-orthogonality"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._choice("estimate", "power", "exact")
 
     def of_rows(self, rows: Tensor, seed: int) -> Tensor:
-        """[..., n, d] -> [...]."""
         if self.estimate == "exact":
             return orthogonality_gap(rows).square()
         return power_step_gap(rows, seed, "uniform" if self.level == "weights" else "normal").square()

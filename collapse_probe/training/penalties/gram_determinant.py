@@ -32,7 +32,6 @@ class GramDeterminant(RowPenalty):
         self._number("epsilon", 0, open_end=True)
 
     def of_rows(self, rows: Tensor, seed: int) -> Tensor:
-        """[..., n, d] -> [...]."""
         return -gram_log_determinant(rows, self.epsilon)
 
 

@@ -34,7 +34,6 @@ class HypersphericalSeparation(RowPenalty):
         self._choice("form", "minimum", "repository")
 
     def of_rows(self, rows: Tensor, seed: int) -> Tensor:
-        """[..., n, d] -> [...]."""
         return -hyperspherical_separation(rows, self.form)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from collapse_probe.capture.gradients import GradientTrace, Place, Requests, ViTParts
 from collapse_probe.metrics.functional.geometry import contrast
 from collapse_probe.registry import PENALTIES
-from collapse_probe.training.penalties.base import Given, Penalty
+from collapse_probe.training.penalties.base import Inputs, Penalty
 
 WINDOW = 7
 SMALLEST = 1e-8
@@ -69,18 +69,17 @@ class PatchContrastive(Penalty):
             return "embedded", "normed"
         return (1 if self.form == "paper" else 0), parts.depth
 
-    def wanted(self, parts: ViTParts) -> Requests:
-        """The patches at two places."""
+    def requests(self, parts: ViTParts) -> Requests:
         return Requests(places=frozenset(self._places(parts)))
 
-    def loss(self, heard: GradientTrace, given: Given) -> Tensor:
+    def loss(self, trace: GradientTrace, inputs: Inputs) -> Tensor:
         """The mean over images and patches."""
-        first_BPD, last_BPD = (heard.patches(place) for place in self._places(heard.parts))
+        first_BPD, last_BPD = (trace.patches(place) for place in self._places(trace.parts))
         if self.form == "diverse-vit":
             return contrast(first_BPD, last_BPD).mean()
         if self.form == "paper":
             return contrast(first_BPD.detach(), last_BPD, directions=False).mean()
-        return released_contrast(first_BPD.detach(), last_BPD, heard.parts.grid(last_BPD.shape[1])).mean()
+        return released_contrast(first_BPD.detach(), last_BPD, trace.parts.grid(last_BPD.shape[1])).mean()
 
 
 PENALTIES.add(PatchContrastive.name, PatchContrastive)

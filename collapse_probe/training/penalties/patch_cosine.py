@@ -11,7 +11,7 @@ from collapse_probe.capture.gradients import GradientTrace, Requests, ViTParts
 from collapse_probe.metrics.functional.geometry import anchored, defined_mean, mean_cosine
 from collapse_probe.metrics.tokens.patch_diversity import patch_cosine
 from collapse_probe.registry import PENALTIES
-from collapse_probe.training.penalties.base import Given, Penalty
+from collapse_probe.training.penalties.base import Inputs, Penalty
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,11 @@ class PatchCosine(Penalty):
     def _place(self, parts: ViTParts) -> int:
         return parts.depth if self.depth is None else self.depth
 
-    def wanted(self, parts: ViTParts) -> Requests:
-        """The tokens at one depth."""
+    def requests(self, parts: ViTParts) -> Requests:
         return Requests(places=frozenset({self._place(parts)}))
 
-    def loss(self, heard: GradientTrace, given: Given) -> Tensor:
-        """The mean over images."""
-        patches_BPD = heard.patches(self._place(heard.parts))
+    def loss(self, trace: GradientTrace, inputs: Inputs) -> Tensor:
+        patches_BPD = trace.patches(self._place(trace.parts))
         if self.form == "repository":
             return mean_cosine(patches_BPD).mean()
         return defined_mean(patch_cosine(anchored(patches_BPD)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from collapse_probe.capture.gradients import GradientTrace, Requests, ViTParts
 from collapse_probe.errors import SettingError
 from collapse_probe.registry import PENALTIES
-from collapse_probe.training.penalties.base import Given, MixedLabels, Penalty
+from collapse_probe.training.penalties.base import Inputs, MixedLabels, Penalty
 
 RELEASED_DROPOUT = 0.2
 
@@ -65,8 +65,7 @@ class PatchMixing(Penalty):
         """Diverse-ViT's form holds the loss of CLS."""
         return self.form == "diverse-vit"
 
-    def wanted(self, parts: ViTParts) -> Requests:
-        """The tokens behind the final norm, and a head that gives logits."""
+    def requests(self, parts: ViTParts) -> Requests:
         parts.classes()
         return Requests(places=frozenset({"normed"}))
 
@@ -79,27 +78,26 @@ class PatchMixing(Penalty):
         nn.init.zeros_(head.bias)
         return head if self.form == "paper" else nn.Sequential(nn.Dropout(RELEASED_DROPOUT), head)
 
-    def loss(self, heard: GradientTrace, given: Given) -> Tensor:
-        """The mean over images."""
-        if given.labels is None:
+    def loss(self, trace: GradientTrace, inputs: Inputs) -> Tensor:
+        if inputs.labels is None:
             raise SettingError("patch-mixing needs labels: call terms(MixedLabels(targets_BK, patch_targets_BPK))")
-        patches_BPD = heard.patches("normed")
+        patches_BPD = trace.patches("normed")
         if self.form == "diverse-vit":
-            return self._with_cls(heard, given.labels)
-        targets_BPK = given.labels.of_patches(patches_BPD.shape[1]).to(patches_BPD.dtype)
-        assert given.own is not None
+            return self._with_cls(trace, inputs.labels)
+        targets_BPK = inputs.labels.of_patches(patches_BPD.shape[1]).to(patches_BPD.dtype)
+        assert inputs.own is not None
         if self.form == "paper":
-            return cross_entropy(given.own(patches_BPD), targets_BPK).mean()
+            return cross_entropy(inputs.own(patches_BPD), targets_BPK).mean()
         regions_BPR = two_regions(targets_BPK)
-        logits_BRK = given.own(_mean_in(regions_BPR, patches_BPD))
+        logits_BRK = inputs.own(_mean_in(regions_BPR, patches_BPD))
         return region_divergence(logits_BRK, _mean_in(regions_BPR, targets_BPK), regions_BPR.mean(1)).mean()
 
-    def _with_cls(self, heard: GradientTrace, labels: MixedLabels) -> Tensor:
+    def _with_cls(self, trace: GradientTrace, labels: MixedLabels) -> Tensor:
         """CLS, which is the first token, and the patches with the model's head."""
-        tokens_BND, patches_BPD = heard.tokens("normed"), heard.patches("normed")
+        tokens_BND, patches_BPD = trace.tokens("normed"), trace.patches("normed")
         if tokens_BND.shape[1] == patches_BPD.shape[1]:
             raise SettingError("patch-mixing: form 'diverse-vit' needs a class token, which this model has not; take 'paper'")
-        logits_BNK = heard.parts.logits(torch.cat((tokens_BND[:, :1], patches_BPD), dim=1)).float()
+        logits_BNK = trace.parts.logits(torch.cat((tokens_BND[:, :1], patches_BPD), dim=1)).float()
         targets_BPK = labels.of_patches(patches_BPD.shape[1])
         targets_BNK = torch.cat((labels.targets_BK[:, None], targets_BPK), dim=1)
         return cross_entropy(logits_BNK, targets_BNK.to(logits_BNK.dtype)).mean()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from collapse_probe.metrics.functional.orthogonality import soft_orthogonality
 from collapse_probe.registry import PENALTIES
-from collapse_probe.training.penalties.base import Direction, RowPenalty
+from collapse_probe.training.penalties.base import RowPenalty
 
 
 @dataclass(frozen=True)
@@ -26,14 +24,9 @@ class SoftOrthogonality(RowPenalty):
     source = "Diverse-ViT, arXiv 2203.06345 (released code)"
     metric = "patch-diversity"
     direction = "up"
-    metrics: ClassVar[Mapping[str, tuple[str, Direction]]] = {
-        "tokens": ("patch-diversity", "up"),
-        "attention": ("head-similarity", "down"),
-        "weights": ("weight-orthogonality", "down"),
-    }
+    weight_metric = "weight-orthogonality"
 
     def of_rows(self, rows: Tensor, seed: int) -> Tensor:
-        """[..., n, d] -> [...]."""
         return soft_orthogonality(rows)
 
 
