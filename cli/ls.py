@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import click
 from collapse_probe.cli import options
@@ -19,11 +20,11 @@ KINDS = ("models", "metrics", "presets", "fixes", "penalties", "recipes", "data"
 @options.talking
 def command(kind: str, pattern: str | None, quiet: bool, verbose: int) -> None:
     """List models, metrics, presets, fixes, penalties, recipes or data, those that match PATTERN (* and ? as in a shell)."""
-    found = [(name, line) for name, line in entries(kind) if matches(name, pattern)]
-    width = max((len(name) for name, _ in found), default=0)
-    for name, line in found:
+    rows = [(name, line) for name, line in entries(kind) if matches(name, pattern)]
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, line in rows:
         click.echo(f"{name:<{width}}  {line}".rstrip())
-    if not found:
+    if not rows:
         click.echo(f"nothing among the {kind} matches {pattern!r}", err=True)
 
 
@@ -36,43 +37,33 @@ def matches(name: str, pattern: str | None) -> bool:
 
 def entries(kind: str) -> Iterator[tuple[str, str]]:
     """Names and lines of one kind."""
-    if kind == "models":
-        from collapse_probe.registry import SOURCES
+    from collapse_probe import registry
 
-        for scheme, source in SOURCES.items():
+    if kind == "data":
+        yield from DATA
+    elif kind == "models":
+        for scheme, source in registry.SOURCES.items():
             try:
                 names = source.names()
             except Exception as error:  # a plug-in may raise anything
                 warnings.warn(f"the model source {scheme!r} cannot be listed: {type(error).__name__}: {error}", stacklevel=2)
                 continue
             yield from ((f"{scheme}:{name}", "") for name in names)
-    elif kind == "metrics":
-        from collapse_probe.registry import METRICS
-
-        for name, metric in METRICS.items():
-            variants = "".join(f" @{suffix}" for suffix in metric.variants)
-            yield name, metric.summary + (f"; variants{variants}" if variants else "")
-    elif kind == "presets":
-        from collapse_probe.registry import PRESETS
-
-        for name, preset in PRESETS.items():
-            yield name, f"version {preset.version}; {preset.summary} ({preset.paper}): {', '.join(preset.metrics)}"
-    elif kind == "fixes":
-        from collapse_probe.registry import FIXES
-
-        yield from ((name, fix.summary) for name, fix in FIXES.items())
-    elif kind == "penalties":
-        from collapse_probe.registry import PENALTIES
-
-        yield from ((name, penalty.summary) for name, penalty in PENALTIES.items())
-    elif kind == "recipes":
-        from collapse_probe.registry import RECIPES
-
-        yield from ((name, recipe().about) for name, recipe in RECIPES.items())
     else:
-        yield from DATA
+        for name, entry in getattr(registry, kind.upper()).items():
+            yield name, LINES.get(kind, lambda entry: entry.summary)(entry)
 
 
+def _metric_line(metric: Any) -> str:
+    variants = "".join(f" @{suffix}" for suffix in metric.variants)
+    return metric.summary + (f"; variants{variants}" if variants else "")
+
+
+LINES: dict[str, Callable[[Any], str]] = {
+    "metrics": _metric_line,
+    "presets": lambda preset: f"version {preset.version}; {preset.summary} ({preset.paper}): {', '.join(preset.metrics)}",
+    "recipes": lambda recipe: recipe().about,
+}
 DATA = (
     ("FOLDER", "a folder of images, flat or with class folders"),
     ("FILE.tar", "a tar archive of images"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -26,28 +27,6 @@ CPU = torch.device("cpu")
 Pair = tuple[Tensor, Tensor]  # images [B, C, height, width], normalised, and classes [B]
 
 
-class TrainingData(Protocol):
-    """What a trainer asks of its data."""
-
-    steps_per_epoch: int
-
-    def batches(self, first: int, last: int) -> Iterator[Pair]:
-        """This process's share of the batches of the steps from `first` to `last` (not with it)."""
-        ...
-
-    def plain(self, count: int) -> Iterator[Tensor]:
-        """`count` batches of training images without augmentation: the same for every process."""
-        ...
-
-    def held_out(self) -> Iterator[Pair]:
-        """This process's share of the held-out images, each once."""
-        ...
-
-    def sample(self, count: int) -> Tensor:
-        """Up to `count` held-out images, always the same."""
-        ...
-
-
 @dataclass(frozen=True)
 class Sharing:
     """Which share of every batch is this process's, and where its tensors go."""
@@ -55,15 +34,6 @@ class Sharing:
     rank: int = 0
     world: int = 1
     device: torch.device = CPU
-
-
-def open_training_data(split: Split, recipe: Recipe, size: tuple[int, int], sharing: Sharing) -> TrainingData:
-    """The data of a split as the recipe wants them, for images of `size` (height, width)."""
-    config = {"input_size": (3, *size), "mean": recipe.mean, "std": recipe.std}
-    preprocess = from_timm_config({**config, "interpolation": recipe.interpolation, "crop_pct": recipe.crop_pct})
-    share_of(recipe.batch_size, sharing.rank, sharing.world)
-    kind = DecodedData if recipe.augmentation.by_picture else InMemoryData
-    return kind(split, recipe, preprocess, sharing)
 
 
 def share_of(batch: int, rank: int, world: int) -> list[int]:
@@ -126,70 +96,90 @@ def _shifted(x_BCHW: Tensor, by_B2: Tensor) -> Tensor:
     return x.gather(3, columns_BW[:, None, None, :].expand(-1, channels, height, -1))
 
 
-class InMemoryData:
+class TrainingData(ABC):
+    """The batches of a split as a recipe asks for them: on the device of `sharing`, normalised."""
+
+    def __init__(self, split: Split, recipe: Recipe, preprocess: Preprocess, sharing: Sharing) -> None:
+        self.split, self.recipe, self.preprocess, self.sharing = split, recipe, preprocess, sharing
+        if len(split.train) < recipe.batch_size:
+            many = f"{len(split.train)} training images do not fill one batch of {recipe.batch_size}"
+            raise DataError(f"{many}; take a smaller batch_size")
+        self.steps_per_epoch = len(split.train) // recipe.batch_size
+        self.share = share_of(recipe.batch_size, sharing.rank, sharing.world)
+
+    def batches(self, first: int, last: int) -> Iterator[Pair]:
+        """This process's share of the batches of the steps from `first` to `last` (not with it)."""
+        recipe = self.recipe
+        for step, (images, labels) in zip(range(first, last), self.pictures(range(first, last)), strict=True):
+            seed = seed_of(recipe.seed, DRAWS, step)
+            yield augmented(images, recipe.augmentation, seed, self.share, recipe.batch_size), labels
+
+    def order(self, step: int) -> Tensor:
+        """The training images of this process in the batch of a step."""
+        return order_of(len(self.split.train), self.recipe.batch_size, step, self.recipe.seed)[self.share]
+
+    @abstractmethod
+    def pictures(self, steps: range) -> Iterator[Pair]:
+        """The images and labels of `order` for each of these steps, before the augmentation of whole batches."""
+
+    @abstractmethod
+    def plain(self, count: int) -> Iterator[Tensor]:
+        """`count` batches of training images without augmentation: the same for every process."""
+
+    @abstractmethod
+    def held_out(self) -> Iterator[Pair]:
+        """This process's share of the held-out images, each once."""
+
+    @abstractmethod
+    def sample(self, count: int) -> Tensor:
+        """Up to `count` held-out images, always the same."""
+
+    def read(self, images: ImageSet, size: int, rank: int = 0, world: int = 1) -> Iterator[Pair]:
+        """Preprocessed images in batches of `size`; DataError for one that cannot be read."""
+        stream = batches(images, self.preprocess, batch_size=size, workers=self.recipe.workers, rank=rank, world=world)
+        for batch in stream:
+            if batch.skipped:
+                raise unreadable(*batch.skipped[0])
+            assert batch.labels is not None
+            yield batch.pixels.to(self.sharing.device), batch.labels.to(self.sharing.device)
+
+
+class InMemoryData(TrainingData):
     """Data held in memory as one tensor on the device and changed a batch at a time: for small sets."""
 
     def __init__(self, split: Split, recipe: Recipe, preprocess: Preprocess, sharing: Sharing) -> None:
-        self._recipe, self._sharing = recipe, sharing
-        self.steps_per_epoch = whole_batches(len(split.train), recipe.batch_size)
-        self._train = _read(split.train, preprocess, recipe.workers, sharing.device)
-        self._held_out = _read(split.held_out, preprocess, recipe.workers, sharing.device)
+        super().__init__(split, recipe, preprocess, sharing)
+        self._train, self._held_out = (
+            tuple(map(torch.cat, zip(*self.read(images, VALIDATION_BATCH), strict=True)))
+            for images in (split.train, split.held_out)
+        )
 
-    def batches(self, first: int, last: int) -> Iterator[Pair]:
-        """As `Lessons.batches`."""
-        recipe, sharing = self._recipe, self._sharing
-        share = share_of(recipe.batch_size, sharing.rank, sharing.world)
-        images, labels = self._train
-        for step in range(first, last):
-            order = order_of(len(labels), recipe.batch_size, step, recipe.seed)[share].to(sharing.device)
-            seed = seed_of(recipe.seed, DRAWS, step)
-            yield augmented(images[order], recipe.augmentation, seed, share, recipe.batch_size), labels[order]
+    def pictures(self, steps: range) -> Iterator[Pair]:
+        for step in steps:
+            order = self.order(step).to(self.sharing.device)
+            yield self._train[0][order], self._train[1][order]
 
     def plain(self, count: int) -> Iterator[Tensor]:
-        """As `Lessons.plain`."""
         for at in range(count):
-            order = order_of(len(self._train[1]), self._recipe.batch_size, at, SPLIT_SEED)
-            yield self._train[0][order.to(self._sharing.device)]
+            order = order_of(len(self.split.train), self.recipe.batch_size, at, SPLIT_SEED)
+            yield self._train[0][order.to(self.sharing.device)]
 
     def held_out(self) -> Iterator[Pair]:
-        """As `Lessons.held_out`."""
-        images, labels = (each[self._sharing.rank :: self._sharing.world] for each in self._held_out)
+        images, labels = (each[self.sharing.rank :: self.sharing.world] for each in self._held_out)
         for first in range(0, len(labels), VALIDATION_BATCH):
             yield images[first : first + VALIDATION_BATCH], labels[first : first + VALIDATION_BATCH]
 
     def sample(self, count: int) -> Tensor:
-        """As `Lessons.sample`."""
-        return self._held_out[0][_spread(len(self._held_out[1]), count)].cpu()
+        drawn = torch.randperm(len(self._held_out[1]), generator=torch.Generator().manual_seed(SPLIT_SEED))[:count]
+        return self._held_out[0][sorted(drawn.tolist())].cpu()
 
 
-def whole_batches(images: int, batch: int) -> int:
-    """Whole batches in a set; DataError where there is none."""
-    if images < batch:
-        raise DataError(f"{images} training images do not fill one batch of {batch}; take a smaller batch_size")
-    return images // batch
+def unreadable(name: str, reason: str) -> DataError:
+    """The error of an image that a training cannot do without."""
+    return DataError(f"{name} cannot be read ({reason}); remove it or repair it, and begin again")
 
 
-def _spread(count: int, wanted: int) -> list[int]:
-    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))[:wanted]
-    return sorted(drawn.tolist())
-
-
-def _read(images: ImageSet, preprocess: Preprocess, workers: int, device: torch.device) -> Pair:
-    pixels, labels = [], []
-    for batch in batches(images, preprocess, batch_size=VALIDATION_BATCH, workers=workers):
-        if batch.skipped:
-            raise _unreadable(*batch.skipped[0])
-        assert batch.labels is not None
-        pixels.append(batch.pixels)
-        labels.append(batch.labels)
-    return torch.cat(pixels).to(device), torch.cat(labels).to(device)
-
-
-def _unreadable(name: str, reason: str) -> DataError:
-    return DataError(f"{name} cannot be read ({reason}); remove it, or mend it, and begin again")
-
-
-class _Seeded(Dataset[tuple[Tensor, int]]):
+class SeededPictures(Dataset[tuple[Tensor, int]]):
     """Item (epoch, index) is a picture changed as drawn under the seed, the epoch and the index alone."""
 
     def __init__(self, images: ImageSet, labels: Sequence[int], transform: Callable[[Image], Any], seed: int) -> None:
@@ -200,47 +190,33 @@ class _Seeded(Dataset[tuple[Tensor, int]]):
         try:
             picture = self.images[index]
         except Exception as error:  # Pillow has no common base for its errors
-            raise _unreadable(self.images.names[index], f"{type(error).__name__}: {error}") from error
+            raise unreadable(self.images.names[index], f"{type(error).__name__}: {error}") from error
         with seeded(self.seed, PICTURE, epoch, index):
             return self.transform(picture), self.labels[index]
 
 
-class DecodedData:
+class DecodedData(TrainingData):
     """Pictures decoded anew each time and changed one by one with timm's transforms: for large sets."""
 
-    def __init__(self, split: Split, recipe: Recipe, preprocess: Preprocess, sharing: Sharing) -> None:
-        self._recipe, self._sharing, self._split, self._preprocess = recipe, sharing, split, preprocess
-        self.steps_per_epoch = whole_batches(len(split.train), recipe.batch_size)
-
-    def batches(self, first: int, last: int) -> Iterator[Pair]:
-        """As `Lessons.batches`."""
-        recipe, sharing, train = self._recipe, self._sharing, self._split.train
-        share = share_of(recipe.batch_size, sharing.rank, sharing.world)
-        items = _Seeded(train, train.labels or [], self._transform(), recipe.seed)
-        keys = [(step // self.steps_per_epoch, step) for step in range(first, last)]
-        count = len(train)
-        orders = (
-            [(epoch, int(i)) for i in order_of(count, recipe.batch_size, step, recipe.seed)[share]] for epoch, step in keys
-        )
+    def pictures(self, steps: range) -> Iterator[Pair]:
+        train, device = self.split.train, self.sharing.device
         loader: DataLoader[Any] = DataLoader(
-            items,
-            batch_sampler=orders,  # one pass, in order
-            num_workers=recipe.workers,
+            SeededPictures(train, train.labels or [], self._transform(), self.recipe.seed),
+            batch_sampler=([(step // self.steps_per_epoch, int(i)) for i in self.order(step)] for step in steps),
+            num_workers=self.recipe.workers,
             generator=torch.Generator(),  # else it would draw from the global one
-            pin_memory=sharing.device.type == "cuda",
+            pin_memory=device.type == "cuda",
         )
-        for step, (images, labels) in zip(range(first, last), loader, strict=True):
-            moved = images.to(sharing.device, non_blocking=True), labels.to(sharing.device, non_blocking=True)
-            seed = seed_of(recipe.seed, DRAWS, step)
-            yield augmented(moved[0], recipe.augmentation, seed, share, recipe.batch_size), moved[1]
+        for images, labels in loader:
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     def _transform(self) -> Callable[[Image], Any]:
         import timm.data
 
         factory: Any = timm.data  # untyped
-        a, recipe = self._recipe.augmentation, self._recipe
-        made: Callable[[Image], Any] = factory.create_transform(
-            input_size=(3, *self._preprocess.size),
+        a, recipe = self.recipe.augmentation, self.recipe
+        transform: Callable[[Image], Any] = factory.create_transform(
+            input_size=(3, *self.preprocess.size),
             is_training=True,
             scale=(1.0 if a.crop is None else a.crop, 1.0),
             hflip=0.5 if a.flip else 0.0,
@@ -252,26 +228,23 @@ class DecodedData:
             re_prob=a.erase,
             re_mode="pixel",
         )
-        return made
+        return transform
 
     def plain(self, count: int) -> Iterator[Tensor]:
-        """As `Lessons.plain`."""
-        few = self._split.train.subset(count * self._recipe.batch_size, SPLIT_SEED)
-        yield from (pixels for pixels, _ in self._read(few, self._recipe.batch_size, 0, 1))
+        few = self.split.train.subset(count * self.recipe.batch_size, SPLIT_SEED)
+        yield from (images for images, _ in self.read(few, self.recipe.batch_size))
 
     def held_out(self) -> Iterator[Pair]:
-        """As `Lessons.held_out`."""
-        yield from self._read(self._split.held_out, VALIDATION_BATCH, self._sharing.rank, self._sharing.world)
+        yield from self.read(self.split.held_out, VALIDATION_BATCH, self.sharing.rank, self.sharing.world)
 
     def sample(self, count: int) -> Tensor:
-        """As `Lessons.sample`."""
-        few = self._split.held_out.subset(count, SPLIT_SEED)
-        return torch.cat([pixels.cpu() for pixels, _ in self._read(few, VALIDATION_BATCH, 0, 1)])
+        few = self.split.held_out.subset(count, SPLIT_SEED)
+        return torch.cat([images.cpu() for images, _ in self.read(few, VALIDATION_BATCH)])
 
-    def _read(self, images: ImageSet, size: int, rank: int, world: int) -> Iterator[Pair]:
-        stream = batches(images, self._preprocess, batch_size=size, workers=self._recipe.workers, rank=rank, world=world)
-        for batch in stream:
-            if batch.skipped:
-                raise _unreadable(*batch.skipped[0])
-            assert batch.labels is not None
-            yield batch.pixels.to(self._sharing.device), batch.labels.to(self._sharing.device)
+
+def open_training_data(split: Split, recipe: Recipe, size: tuple[int, int], sharing: Sharing) -> TrainingData:
+    """The data of a split as the recipe wants them, for images of `size` (height, width)."""
+    config = {"input_size": (3, *size), "mean": recipe.mean, "std": recipe.std}
+    preprocess = from_timm_config({**config, "interpolation": recipe.interpolation, "crop_pct": recipe.crop_pct})
+    kind = DecodedData if recipe.augmentation.by_picture else InMemoryData
+    return kind(split, recipe, preprocess, sharing)

@@ -35,8 +35,7 @@ class AttentionContrastive(Penalty):
     needs = ("attention",)
 
     def __post_init__(self) -> None:
-        self._choice("point", "probs", "weights")
-        self._blocks()
+        super().__post_init__()
         if self.blocks is not None and len(self.blocks) != 2:
             raise SettingError(f"{self.name}: blocks must be two block numbers, not {self.blocks!r}")
 

@@ -38,12 +38,6 @@ class AttentionCosine(Penalty):
     direction = "down"
     needs = ("attention",)
 
-    def __post_init__(self) -> None:
-        self._choice("form", "repository", "paper")
-        self._choice("pairs", "within", "across")
-        self._choice("point", "probs", "weights")
-        self._blocks()
-
     def _blocks_of(self, parts: ViTParts) -> tuple[int, ...]:
         if self.blocks is None and self.pairs == "within":
             return (0,)

@@ -37,6 +37,7 @@ class AttentionEntropy(Penalty):
     needs = ("attention",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for bound in ("low", "high"):
             if getattr(self, bound) is not None:
                 self._number(bound, 0, 1)
@@ -44,7 +45,6 @@ class AttentionEntropy(Penalty):
             raise SettingError(f"{self.name}: give low, high or both, as shares of log N from 0 to 1")
         if self.low is not None and self.high is not None and self.low > self.high:
             raise SettingError(f"{self.name}: low {self.low} must not be above high {self.high}")
-        self._blocks()
 
     def moves(self) -> tuple[str, Direction]:
         """Up with a lower bound alone, down with an upper bound alone."""

@@ -76,6 +76,15 @@ class Penalty(Settings, ABC):
     direction: ClassVar[Direction]
     needs: ClassVar[tuple[str, ...]]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        blocks: Any = getattr(self, "blocks", None)
+        if blocks is None:
+            return
+        whole = isinstance(blocks, tuple) and all(type(i) is int and i >= 0 for i in blocks)
+        if not whole or not blocks or len(set(blocks)) != len(blocks):
+            raise SettingError(f"{self.name}: blocks must be different block numbers from 0 up, not {blocks!r}")
+
     @classmethod
     def with_settings(cls: type[P], settings: Mapping[str, Any]) -> P:
         """The penalty with these settings; SettingError for a name that it does not have."""
@@ -109,12 +118,6 @@ class Penalty(Settings, ABC):
             start = "above" if open_end else "from"
             raise SettingError(f"{self.name}: {setting} must be a number {start} {low}, not {value!r}")
 
-    def _blocks(self) -> None:
-        value: Any = getattr(self, "blocks", None)
-        whole = isinstance(value, tuple) and all(type(i) is int and i >= 0 for i in value)
-        if value is not None and (not whole or not value or len(set(value)) != len(value)):
-            raise SettingError(f"{self.name}: blocks must be different block numbers from 0 up, not {value!r}")
-
 
 @dataclass(frozen=True)
 class RowPenalty(Penalty):
@@ -134,8 +137,7 @@ class RowPenalty(Penalty):
     needs = ("tokens", "attention", "weights")
 
     def __post_init__(self) -> None:
-        self._choice("level", "tokens", "attention", "weights")
-        self._blocks()
+        super().__post_init__()
         if not self.matrices or any(name not in MATRICES for name in self.matrices):
             raise SettingError(f"{self.name}: matrices must be some of {', '.join(MATRICES)}, not {self.matrices!r}")
 

@@ -38,9 +38,8 @@ class BlockCosine(Penalty):
     needs = ("attention",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._whole("pairs", 1)
-        self._choice("axis", "head", "column", "row")
-        self._choice("point", "weights", "probs")
 
     def _blocks_of(self, parts: ViTParts) -> range:
         return range(min(self.pairs + 1, parts.depth))

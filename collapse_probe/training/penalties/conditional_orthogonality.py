@@ -32,10 +32,6 @@ class ConditionalOrthogonality(RowPenalty):
     direction = "down"
     weight_metric = "weight-orthogonality"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._choice("estimate", "power", "exact")
-
     def of_rows(self, rows: Tensor, seed: int) -> Tensor:
         if self.estimate == "exact":
             return orthogonality_gap(rows).square()

@@ -29,10 +29,6 @@ class HypersphericalSeparation(RowPenalty):
     metric = "patch-diversity"
     direction = "up"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._choice("form", "minimum", "repository")
-
     def of_rows(self, rows: Tensor, seed: int) -> Tensor:
         return -hyperspherical_separation(rows, self.form)
 

@@ -61,9 +61,6 @@ class PatchContrastive(Penalty):
     direction = "up"
     needs = ("tokens",)
 
-    def __post_init__(self) -> None:
-        self._choice("form", "paper", "repository", "diverse-vit")
-
     def _places(self, parts: ViTParts) -> tuple[Place, Place]:
         if self.form == "repository":
             return "embedded", "normed"

@@ -35,7 +35,7 @@ class PatchCosine(Penalty):
     needs = ("tokens",)
 
     def __post_init__(self) -> None:
-        self._choice("form", "paper", "repository")
+        super().__post_init__()
         if self.depth is not None:
             self._whole("depth", 0)
 

@@ -57,9 +57,6 @@ class PatchMixing(Penalty):
     direction = "up"
     needs = ("tokens", "labels")
 
-    def __post_init__(self) -> None:
-        self._choice("form", "paper", "repository", "diverse-vit")
-
     @property
     def replaces_criterion(self) -> bool:
         """Diverse-ViT's form holds the loss of CLS."""

@@ -4,13 +4,13 @@ Source: scripts/*.yaml of zhoudaquan/dvit_repo for arXiv 2103.11886. Not known t
 32 images; 8 are assumed (the code does not scale its learning rate by the batch). The official code re-estimates
 BatchNorm on 50 training batches before it validates; so do these recipes, on the average of the weights too.
 Costs: operations of one forward pass, a multiplication and an addition being two, and of the whole run at three
-such passes a step; the time on a machine is told by --dry-run there.
+such passes a step; --dry-run says the time on a machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from collapse_probe.registry import RECIPES
 from collapse_probe.training.recipe import Augmentation, Recipe
@@ -47,78 +47,26 @@ def _deepvit(name: str, model: str, about: str) -> Recipe:
     )
 
 
-def deepvit_s() -> Recipe:
-    """DeepViT-S: 16 blocks, Re-attention in the last 5, convolutional stem.
+def _enter(name: str, model: str, about: str, costs: str, **changes: Any) -> None:
+    def recipe() -> Recipe:
+        return replace(_deepvit(f"imagenet-{name}", model, about), **changes)
 
-    27.3 M parameters, 12.7 GFLOP an image, 1.5e19 in all.
-    """
-    return _deepvit("imagenet-deepvit-s", "deepvit_s", "DeepViT-S, 16 blocks, the last 5 with Re-attention")
-
-
-def deepvit_l() -> Recipe:
-    """DeepViT-L: 32 blocks, Re-attention in the last 12, convolutional stem.
-
-    58.9 M parameters, 26.3 GFLOP an image, 3.1e19 in all.
-    """
-    return _deepvit("imagenet-deepvit-l", "deepvit_l", "DeepViT-L, 32 blocks, the last 12 with Re-attention")
+    recipe.__doc__ = f"{about}. {costs} in all."
+    RECIPES.add(f"imagenet-{name}", recipe)
 
 
-def _pure(depth: int, kind: str) -> Recipe:
-    deep = kind == "deepvit"
-    model = f"deepvit_patch16_224_{'re_attn' if deep else 'mhsa'}_{depth}b"
-    about = f"{depth} blocks of width 384, " + ("all with Re-attention" if deep else "plain attention: the twin")
-    made = _deepvit(f"imagenet-{kind}-{depth}b", model, about)
-    if depth < 32:
-        return made
-    penalties = {"block-cosine": (0.1, {"pairs": 12, "axis": "head", "point": "weights"})}
-    return replace(made, mixup=0.1, cutmix=0.0, amp="float16", penalties=penalties)
-
-
-def deepvit_16b() -> Recipe:
-    """16 blocks with Re-attention, width 384. 24.4 M parameters, 10.5 GFLOP an image, 1.3e19 in all."""
-    return _pure(16, "deepvit")
-
-
-def deepvit_24b() -> Recipe:
-    """24 blocks with Re-attention, width 384. 36.3 M parameters, 15.8 GFLOP an image, 1.9e19 in all."""
-    return _pure(24, "deepvit")
-
-
-def deepvit_32b() -> Recipe:
-    """32 blocks with Re-attention, width 384; less mixing, float16, cosine penalty on 12 pairs of blocks.
-
-    48.1 M parameters, 21.0 GFLOP an image, 2.5e19 in all.
-    """
-    return _pure(32, "deepvit")
-
-
-def mhsa_16b() -> Recipe:
-    """The twin of 16b without Re-attention. 24.4 M parameters, 10.4 GFLOP an image, 1.2e19 in all."""
-    return _pure(16, "mhsa")
-
-
-def mhsa_24b() -> Recipe:
-    """The twin of 24b without Re-attention. 36.3 M parameters, 15.5 GFLOP an image, 1.8e19 in all."""
-    return _pure(24, "mhsa")
-
-
-def mhsa_32b() -> Recipe:
-    """The twin of 32b without Re-attention, with all else of its recipe.
-
-    48.1 M parameters, 20.6 GFLOP an image, 2.5e19 in all.
-    """
-    return _pure(32, "mhsa")
-
-
-ALL: tuple[Callable[[], Recipe], ...] = (
-    deepvit_s,
-    deepvit_l,
-    deepvit_16b,
-    deepvit_24b,
-    deepvit_32b,
-    mhsa_16b,
-    mhsa_24b,
-    mhsa_32b,
-)
-for _recipe in ALL:
-    RECIPES.add(f"imagenet-{_recipe.__name__.replace('_', '-')}", _recipe)
+S, L = "DeepViT-S, 16 blocks, the last 5 with Re-attention", "DeepViT-L, 32 blocks, the last 12 with Re-attention"
+_enter("deepvit-s", "deepvit_s", S, "27.3 M parameters, 12.7 GFLOP an image, 1.5e19")
+_enter("deepvit-l", "deepvit_l", L, "58.9 M parameters, 26.3 GFLOP an image, 3.1e19")
+COSTS = {  # of width 384 by depth: with Re-attention and without
+    16: ("24.4 M parameters, 10.5 GFLOP an image, 1.3e19", "24.4 M parameters, 10.4 GFLOP an image, 1.2e19"),
+    24: ("36.3 M parameters, 15.8 GFLOP an image, 1.9e19", "36.3 M parameters, 15.5 GFLOP an image, 1.8e19"),
+    32: ("48.1 M parameters, 21.0 GFLOP an image, 2.5e19", "48.1 M parameters, 20.6 GFLOP an image, 2.5e19"),
+}
+PENALTIES_32B = {"block-cosine": (0.1, {"pairs": 12, "axis": "head", "point": "weights"})}
+for _depth, (_deep, _plain) in COSTS.items():
+    _less_mixing: dict[str, Any] = {"mixup": 0.1, "cutmix": 0.0, "amp": "float16", "penalties": PENALTIES_32B}
+    _changes = _less_mixing if _depth == 32 else {}
+    _about, _model = f"{_depth} blocks of width 384, ", "deepvit_patch16_224_{}_" + f"{_depth}b"
+    _enter(f"deepvit-{_depth}b", _model.format("re_attn"), _about + "all with Re-attention", _deep, **_changes)
+    _enter(f"mhsa-{_depth}b", _model.format("mhsa"), _about + "plain attention: the twin", _plain, **_changes)

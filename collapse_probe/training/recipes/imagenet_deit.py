@@ -59,19 +59,13 @@ def deit_s_24() -> Recipe:
 
 
 def diverse_vit_s() -> Recipe:
-    """DeiT-S with the penalties of Diverse-ViT, whose mixing takes the place of the classification loss.
-
-    22.1 M parameters, 9.2 GFLOP an image, 1.1e19 in all without the penalties.
-    """
+    """22.1 M parameters, 9.2 GFLOP an image, 1.1e19 in all without the penalties, one of which replaces the cross entropy."""
     made = _deit("imagenet-diverse-vit-s", "DeiT-S, 12 blocks, with the penalties of Diverse-ViT")
     return replace(made, penalties=_preset("diverse-vit"))
 
 
 def diverse_vit_s_24() -> Recipe:
-    """DeiT-S with 24 blocks and the penalties of Diverse-ViT.
-
-    43.3 M parameters, 18.3 GFLOP an image, 2.1e19 in all without the penalties.
-    """
+    """43.3 M parameters, 18.3 GFLOP an image, 2.1e19 in all without the penalties, one of which replaces the cross entropy."""
     made = _deit("imagenet-diverse-vit-s-24", "DeiT-S with 24 blocks and the penalties of Diverse-ViT", depth=24)
     return replace(made, penalties=_preset("diverse-vit"))
 
