@@ -51,7 +51,7 @@ def entries(kind: str) -> Iterator[tuple[str, str]]:
             yield from ((f"{scheme}:{name}", "") for name in names)
     else:
         for name, entry in getattr(registry, kind.upper()).items():
-            yield name, LINES.get(kind, lambda entry: entry.summary)(entry)
+            yield name, LINES[kind](entry) if kind in LINES else entry.summary
 
 
 def _metric_line(metric: Any) -> str:

@@ -23,7 +23,8 @@ class Settings:
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for setting, kind in _types(type(self)).items():
+        own: Any = type(self)
+        for setting, kind in _types(own).items():
             value = getattr(self, setting)
             if get_origin(kind) is Literal:
                 self._choice(setting, *get_args(kind))
@@ -57,7 +58,7 @@ class Settings:
 
 
 @cache
-def _types(kind: type) -> dict[str, Any]:
+def _types(kind: Any) -> dict[str, Any]:
     """The types of the settings of a class."""
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in fields(kind)}

@@ -12,6 +12,7 @@ from collapse_probe.capture.gradients import GradientTrace, Requests, ViTParts
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.attention.attention_entropy import entropy
 from collapse_probe.registry import PENALTIES
+from collapse_probe.settings import between
 from collapse_probe.training.penalties.base import Direction, Inputs, Penalty
 
 
@@ -39,8 +40,9 @@ class AttentionEntropy(Penalty):
     def __post_init__(self) -> None:
         super().__post_init__()
         for bound in ("low", "high"):
-            if getattr(self, bound) is not None:
-                self._number(bound, 0, 1)
+            value = getattr(self, bound)
+            if value is not None and not between(value, 0, 1):
+                raise SettingError(f"{self.name}: {bound} must be a number in [0, 1] or None, not {value!r}")
         if self.low is None and self.high is None:
             raise SettingError(f"{self.name}: give low, high or both, as shares of log N from 0 to 1")
         if self.low is not None and self.high is not None and self.low > self.high:

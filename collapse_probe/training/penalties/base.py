@@ -26,7 +26,7 @@ from collapse_probe.distributed import rank_and_world, unwrap
 from collapse_probe.errors import CaptureError, SettingError
 from collapse_probe.metrics.functional.geometry import anchored, unit
 from collapse_probe.registry import PENALTIES
-from collapse_probe.settings import Settings, between
+from collapse_probe.settings import Settings
 
 Direction = Literal["up", "down", "between"]
 Level = Literal["tokens", "attention", "weights"]
@@ -111,12 +111,6 @@ class Penalty(Settings, ABC):
     @abstractmethod
     def loss(self, trace: GradientTrace, inputs: Inputs) -> Tensor:
         """The unweighted term, a 0-d tensor with its graph: a mean over images, unless the class says otherwise."""
-
-    def _number(self, setting: str, low: float, high: float = float("inf"), *, open_end: bool = False) -> None:
-        value = getattr(self, setting)
-        if not between(value, low, high) or (open_end and value == low):
-            start = "above" if open_end else "from"
-            raise SettingError(f"{self.name}: {setting} must be a number {start} {low}, not {value!r}")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class BlockCosine(Penalty):
     key, along the queries), "row" those along the keys. `point` "weights" (what multiplies V, released) or "probs".
     """
 
-    pairs: int = 12
+    pairs: Annotated[int, "[1, inf)"] = 12
     axis: Literal["head", "column", "row"] = "head"
     point: Literal["weights", "probs"] = "weights"
 
@@ -36,10 +36,6 @@ class BlockCosine(Penalty):
     metric = "attention-similarity"
     direction = "down"
     needs = ("attention",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._whole("pairs", 1)
 
     def _blocks_of(self, parts: ViTParts) -> range:
         return range(min(self.pairs + 1, parts.depth))

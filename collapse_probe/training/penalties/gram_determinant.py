@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
@@ -19,17 +20,13 @@ class GramDeterminant(RowPenalty):
     train with it.
     """
 
-    epsilon: float = 1e-6
+    epsilon: Annotated[float, "(0, inf)"] = 1e-6
 
     name = "gram-determinant"
     summary = "minus the log determinant of a Gaussian kernel of the rows' directions"
     source = "arXiv 2103.01649; Diverse-ViT, arXiv 2203.06345 (released code)"
     metric = "patch-diversity"
     direction = "up"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._number("epsilon", 0, open_end=True)
 
     def of_rows(self, rows: Tensor, seed: int) -> Tensor:
         return -gram_log_determinant(rows, self.epsilon)
