@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from collapse_probe.report.comparison.figures import CAPTIONS, draw_all
+from collapse_probe.report.comparison.figures import FIGURES
 from collapse_probe.report.comparison.page import write_comparison
 from collapse_probe.report.html import PAGE, Caption, Plate, Table, paper, plate_of, plates_of, write_page
 from collapse_probe.report.intervention.page import write_interventions
@@ -184,12 +184,8 @@ def render(demonstration: Demonstration, links: Mapping[str, str], spread: Mappi
 
 def _plates(demonstration: Demonstration, pair: str) -> list[Plate]:
     """The heatmaps of a pair, and the similarity of neighbouring blocks at weights and probs."""
-    comparison, names = demonstration.comparisons[pair], ("matrices", "adjacent")
-    wide, narrow = (
-        {f"{pair}-{name}".replace(" ", "-"): figure for name, figure in draw_all(comparison, narrow=n, names=names).items()}
-        for n in (False, True)
-    )
-    return plates_of(wide, narrow, {f"{pair}-{name}".replace(" ", "-"): CAPTIONS[name] for name in names})
+    drawings = {f"{pair}-{name}".replace(" ", "-"): FIGURES[name] for name in ("matrices", "adjacent")}
+    return plates_of(drawings, demonstration.comparisons[pair])
 
 
 def _table(demonstration: Demonstration) -> Table:

@@ -112,11 +112,6 @@ def write_page(folder: str | Path, figures: Mapping[str, Figure], page: str) -> 
     return path
 
 
-def plates_of(figures: Mapping[str, Figure], narrow: Mapping[str, Figure], captions: Mapping[str, Caption]) -> list[Plate]:
-    """A plate for each of `figures`, with its version for phones and its caption by the same name."""
-    return [plate_of(name, figure, narrow.get(name), captions[name]) for name, figure in figures.items()]
-
-
 def plate_of(name: str, figure: Figure, narrow: Figure | None, caption: Caption, *, sharp: bool = True, **more: Any) -> Plate:
     """`figure` and its version for phones as a plate; `more` are the plate's further fields."""
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
@@ -130,6 +125,15 @@ def draw_figures(
     """Every figure (of `names`) that these results fill, by name, in the order of `drawings`."""
     made = {name: each.draw(results, narrow) for name, each in drawings.items() if names is None or name in names}
     return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def plates_of(
+    drawings: Mapping[str, Drawing[Results]], results: Results, figures: Mapping[str, Figure] | None = None
+) -> list[Plate]:
+    """A plate for each figure that these results fill; `figures` are the wide ones, drawn where not given."""
+    wide = draw_figures(drawings, results) if figures is None else figures
+    narrow = draw_figures(drawings, results, narrow=True, names=wide)
+    return [plate_of(name, figure, narrow.get(name), drawings[name].caption) for name, figure in wide.items()]
 
 
 def data_url(figure: Figure, dpi: float, *, sharp: bool = True) -> str:

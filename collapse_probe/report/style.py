@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
-import seaborn
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,12 +22,10 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
-from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.readings import NULLS
 from collapse_probe.statistics.intervals import Array
 
 P = ParamSpec("P")
-T = TypeVar("T")
 Drawing = TypeVar("Drawing", bound="Figure | None")
 
 
@@ -249,39 +246,12 @@ def png(figure: Figure, dpi: float = 180) -> bytes:
 
 DISTINCT = ("#0b5fa5", "#d55e00", "#01855f", "#b5579b", "#8a6d00", "#5b4fa2", "#a8322d", "#4a7f87")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
-FAINTER = {"other_token": (0, (1.2, 1.2)), "untrained": (0, (5, 2))}
-COMPARISON_NULL_LABELS = {"other_token": "its other-token null", "untrained": "its untrained twin"}
 
 
-def colours(comparison: Comparison) -> dict[str, str]:
-    """A colour for each label: distinct ones, or along one ramp for checkpoints and for many subjects."""
-    labels = list(comparison.subjects)
-    if not comparison.trajectory and len(labels) <= len(DISTINCT):
-        return dict(zip(labels, DISTINCT, strict=False))
-    ramp = seaborn.color_palette("flare", n_colors=len(labels)).as_hex()
-    return dict(zip(labels, map(str, ramp), strict=True))
-
-
-def roles(comparison: Comparison, most: int | None = None) -> dict[str, Role]:
-    """How the measured line of each subject looks; of `most` subjects where there are more."""
-    named = colours(comparison)
-    shown = chosen(list(named), most or len(named))
-    places = {label: at for at, label in enumerate(named)}
-    return {
-        label: Role(printable(label, 34), named[label], marker=MARKERS[places[label] % len(MARKERS)], width=1.8)
-        for label in shown
-    }
-
-
-def null_role(role: Role, null: str) -> Role:
-    """How a null of that subject looks: its colour, another line."""
-    return Role("", role.colour, FAINTER[null], width=1.2)
-
-
-def chosen(labels: Sequence[str], most: int) -> list[str]:
+def evenly_spaced(labels: Sequence[str], most: int) -> list[str]:
     """All labels, or `most` of them evenly spaced, first and last among them.
 
-    >>> chosen(["a", "b", "c", "d", "e"], 3)
+    >>> evenly_spaced(["a", "b", "c", "d", "e"], 3)
     ['a', 'c', 'e']
     """
     if len(labels) <= most:
@@ -291,12 +261,6 @@ def chosen(labels: Sequence[str], most: int) -> list[str]:
 
 
 NULL_LABELS = {**{role: ROLES[role].label for role in NULLS}, "kappa": "κ"}
-
-
-def draw_each(figures: Mapping[str, Callable[[T, bool], Figure | None]], results: T, narrow: bool = False) -> dict[str, Figure]:
-    """Every one of `figures` that `results` fill, by name; `narrow` for a phone."""
-    each = {name: draw(results, narrow) for name, draw in figures.items()}
-    return {name: figure for name, figure in each.items() if figure is not None}
 
 
 def save(figures: Mapping[str, Figure], folder: str | Path) -> None:

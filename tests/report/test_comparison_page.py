@@ -15,9 +15,10 @@ from collapse_probe.data.images import open_data
 from collapse_probe.models.loading import resolve, with_fixes
 from collapse_probe.report.comparison import figures as contrast_heatmaps
 from collapse_probe.report.comparison import page as contrast_tables
-from collapse_probe.report.comparison.figures import CAPTIONS, FIGURES, draw_all
+from collapse_probe.report.comparison.curves import colours
+from collapse_probe.report.comparison.figures import FIGURES, draw_all
 from collapse_probe.report.comparison.page import render, write_comparison
-from collapse_probe.report.style import chosen, colours, svg
+from collapse_probe.report.style import evenly_spaced, svg
 from collapse_probe.results.comparison import Comparison
 
 
@@ -41,7 +42,7 @@ def course():
 
 
 def test_every_figure_has_its_caption():
-    assert FIGURES.keys() == CAPTIONS.keys()
+    assert all(each.caption.title and each.caption.seen for each in FIGURES.values())
 
 
 def test_two_models_of_which_one_mixes_fill_all_but_the_course(mixed):
@@ -64,13 +65,13 @@ def test_a_training_draws_its_course(course):
 
 
 def test_drawn_twice_it_is_the_same(mixed):
-    one, other = (svg(FIGURES["adjacent"](mixed, False)) for _ in range(2))
+    one, other = (svg(FIGURES["adjacent"].draw(mixed)) for _ in range(2))
     assert one == other
 
 
 def test_all_subjects_share_one_scale(mixed):
     for name in ("matrices", "probs-and-weights"):
-        panels = [axes for axes in FIGURES[name](mixed, False).axes if axes.get_xlabel() == "block"]
+        panels = [axes for axes in FIGURES[name].draw(mixed).axes if axes.get_xlabel() == "block"]
         raw = [axes.collections[0].get_clim() for axes in panels if "κ" not in axes.get_title(loc="left")]
         assert len(raw) >= 2
         assert len(set(raw)) == 1
@@ -83,7 +84,7 @@ def test_the_scale_of_differences_is_one_of_a_few(reach, limit):
 
 
 def test_adjacent_curves_do_not_make_much_of_tiny_differences(mixed):
-    raw, kappa = FIGURES["adjacent"](mixed, False).axes
+    raw, kappa = FIGURES["adjacent"].draw(mixed).axes
     assert raw.get_ylim()[0] <= 0.0
     assert raw.get_ylim()[1] >= 1.0
     assert kappa.get_ylim()[0] <= -0.25
@@ -103,7 +104,7 @@ def test_other_depths_leave_the_difference_map_out():
 def test_colours_tell_subjects_apart(course, mixed):
     assert len(set(colours(course).values())) == 5
     assert len(set(colours(mixed).values())) == 2
-    assert chosen(list("abcdefghij"), 4) == ["a", "d", "g", "j"]
+    assert evenly_spaced(list("abcdefghij"), 4) == ["a", "d", "g", "j"]
 
 
 def test_the_page_stands_alone_and_starts_with_the_answer(mixed, tmp_path):

@@ -1,43 +1,59 @@
-"""Curves of several subjects over the blocks, laid over one another, with intervals and nulls; and their
-paired differences.
-"""
+"""Curves of several subjects: over the blocks with intervals and nulls, their paired differences, and over training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
+import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from collapse_probe.report.comparison.verdict import RAW
 from collapse_probe.report.style import (
-    COMPARISON_NULL_LABELS,
-    FAINTER,
+    DISTINCT,
     INK,
+    MARKERS,
     MUTED,
     NARROW,
+    ROLES,
     WIDE,
     Role,
     curve,
     drawn,
-    null_role,
+    evenly_spaced,
     over_blocks,
+    panels,
     printable,
-    roles,
     share_legend,
     sheet,
 )
-from collapse_probe.results.comparison import KAPPA, PROBS, Comparison, Pair
+from collapse_probe.results.comparison import ACCURACY, KAPPA, PROBS, Comparison, Difference
 from collapse_probe.results.findings import Findings
-from collapse_probe.results.readings import adjacent, entropy_share, null_ci95, null_of, result_of
-from collapse_probe.results.rules import KAPPA_ABOVE
+from collapse_probe.results.readings import (
+    adjacent,
+    corrected_count,
+    entropy_share,
+    mean,
+    null_ci95,
+    null_of,
+    pair_count,
+    result_of,
+)
+from collapse_probe.results.rules import COUNT_THRESHOLDS, FALSE_DISCOVERY_RATE, KAPPA_ABOVE, RAW_ABOVE
 from collapse_probe.statistics.intervals import Array
 
-MOST = 8  # subjects whose curves can be told apart
-ALPHA = 0.05
+MOST_SUBJECTS = 8  # whose curves can be told apart
+MOST_TICKS = 12
+NULL_LINES = {"other_token": (0, (1.2, 1.2)), "untrained": (0, (5, 2))}
+NULL_NAMES = {"other_token": "its other-token null", "untrained": "its untrained twin"}
+CORRECTED = Role(f"corrected: κ > {KAPPA_ABOVE:g}", "#d55e00", marker="s", width=2.0)
+AT_SOFTMAX = Role("at the softmax (probs)", "#01855f", (0, (4, 1.5)), marker="^")
+COUNTS = "similar-blocks"
 DIFFERENCES = {
     RAW: "raw similarity with the block before",
     RAW + KAPPA: "κ of that similarity",
@@ -48,33 +64,93 @@ DIFFERENCES = {
 }
 
 
+def colours(comparison: Comparison) -> dict[str, str]:
+    """A colour for each label: distinct ones, or along one ramp for checkpoints and for many subjects."""
+    labels = list(comparison.subjects)
+    if not comparison.trajectory and len(labels) <= len(DISTINCT):
+        return dict(zip(labels, DISTINCT, strict=False))
+    ramp = seaborn.color_palette("flare", n_colors=len(labels)).as_hex()
+    return dict(zip(labels, map(str, ramp), strict=True))
+
+
+def roles(comparison: Comparison) -> dict[str, Role]:
+    """How the measured line of each subject looks; of MOST_SUBJECTS where there are more."""
+    looks = {
+        label: Role(printable(label, 34), colour, marker=MARKERS[place % len(MARKERS)], width=1.8)
+        for place, (label, colour) in enumerate(colours(comparison).items())
+    }
+    return {label: looks[label] for label in evenly_spaced(list(looks), MOST_SUBJECTS)}
+
+
 @dataclass(frozen=True)
 class Line:
     """One curve of one subject: values over `x` with an interval, and its nulls by role."""
 
     x: Array
     values: Array
-    ci95: Array | None
-    nulls: dict[str, Array]
+    ci95: Array | None = None
+    nulls: Mapping[str, Array] = field(default_factory=dict)
+
+
+Lines = Mapping[str, Line]
+"""One curve by subject."""
+
+
+def _lines(comparison: Comparison, of: Callable[[Findings], Line | None]) -> Lines:
+    lines = {label: of(comparison.subjects[label]) for label in roles(comparison)}
+    return {label: line for label, line in lines.items() if line is not None}
+
+
+def _raw(findings: Findings) -> Line | None:
+    result = result_of(findings, RAW)
+    if result is None or len(result.array) < 2:
+        return None
+    nulls = {role: adjacent(null) for role in NULL_LINES if (null := null_of(result, role)) is not None}
+    ci95 = None if result.ci95 is None else adjacent(result.ci95)
+    return Line(np.arange(1.0, len(result.array)), adjacent(result.array), ci95, nulls)
+
+
+def _kappa(findings: Findings) -> Line | None:
+    result = result_of(findings, RAW)
+    values = None if result is None else null_of(result, "kappa")
+    if result is None or values is None or len(values) < 2:
+        return None
+    ci95 = null_ci95(result, "kappa")
+    return Line(np.arange(1.0, len(values)), adjacent(values), None if ci95 is None else adjacent(ci95))
+
+
+def _over_places(name: str) -> Callable[[Findings], Line | None]:
+    """Reads a metric over blocks or depths, beside its untrained twin."""
+
+    def line(findings: Findings) -> Line | None:
+        result = result_of(findings, name)
+        return None if result is None else _beside_twin(result.array, result.ci95, null_of(result, "untrained"))
+
+    return line
+
+
+def _entropy(findings: Findings) -> Line | None:
+    share = entropy_share(findings)
+    return None if share is None else _beside_twin(share.mean, share.ci95, share.untrained)
+
+
+def _beside_twin(values: Array, ci95: Array | None, untrained: Array | None) -> Line:
+    return Line(np.arange(float(len(values))), values, ci95, {} if untrained is None else {"untrained": untrained})
 
 
 @drawn
 def adjacent_blocks(comparison: Comparison, narrow: bool = False) -> Figure | None:
-    """Similarity of each block with the one before, all subjects in one plot with their nulls; kappa
-    beneath.
-    """
-    raw = _lines(comparison, _raw)
+    """Similarity of each block with the one before, all subjects in one plot with their nulls; kappa beneath."""
+    raw, kappa = _lines(comparison, _raw), _lines(comparison, _kappa)
     if not raw:
         return None
-    kappa = _lines(comparison, _kappa)
     rows = 2 if kappa else 1
     figure = sheet(NARROW if narrow else WIDE, 3.9 * rows)
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
-    looks = roles(comparison, MOST)
-    _overlay(axes[0], raw, looks)
+    _overlay(axes[0], raw, comparison)
     axes[0].set(ylabel="cosine with the block before", ylim=(_floor(raw), 1.03))
     if kappa:
-        _overlay(axes[1], kappa, looks)
+        _overlay(axes[1], kappa, comparison)
         axes[1].axhline(0.0, color=MUTED, linewidth=0.8, zorder=0)
         axes[1].axhline(KAPPA_ABOVE, color=MUTED, linewidth=0.8, linestyle=(0, (1, 3)), zorder=0)
         axes[1].set(ylabel="null-corrected κ", ylim=(min(_floor(kappa), -0.25), 1.05))
@@ -85,144 +161,233 @@ def adjacent_blocks(comparison: Comparison, narrow: bool = False) -> Figure | No
 
 @drawn
 def per_block(comparison: Comparison, narrow: bool = False) -> Figure | None:
-    """Heads, images, entropy and patch diversity over the blocks, all subjects, each with its untrained
-    twin.
-    """
-    kinds: list[tuple[str, str, str, Callable[[Findings], Line | None]]] = [
-        ("between heads of one block", "cosine", "block", _plain("head-similarity")),
-        ("between images", "cosine", "block", _plain("image-similarity")),
-        ("attention entropy", "share of log N", "block", _entropy),
-        ("patch diversity", "1 − mean |cosine|", "depth (0: before block 0)", _plain("patch-diversity")),
-    ]
-    found = [(*kind[:3], lines) for kind in kinds if (lines := _lines(comparison, kind[3]))]
-    if not found:
+    """Heads, images, entropy and patch diversity over the blocks, all subjects, each with its untrained twin."""
+    kinds = {
+        "between heads of one block": ("cosine", "block", _over_places("head-similarity")),
+        "between images": ("cosine", "block", _over_places("image-similarity")),
+        "attention entropy": ("share of log N", "block", _entropy),
+        "patch diversity": ("1 − mean |cosine|", "depth (0: before block 0)", _over_places("patch-diversity")),
+    }
+    each = {title: lines for title, (_, _, of) in kinds.items() if (lines := _lines(comparison, of))}
+    if not each:
         return None
-    columns = 1 if narrow else 2
-    rows = -(-len(found) // columns)
-    figure = sheet(NARROW if narrow else WIDE, 2.9 * rows + 0.5)
-    places = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, (title, unit, along, lines) in zip(places, found, strict=False):
-        _overlay(axes, lines, roles(comparison, MOST))
-        axes.set_ylim(_floor(lines), 1.03)
+    figure, places = panels(len(each), narrow, tall=2.9)
+    for axes, (title, lines) in zip(places, each.items(), strict=True):
+        unit, along, _ = kinds[title]
+        _overlay(axes, lines, comparison)
         over_blocks(axes, _widest(lines), along, 12)
-        axes.set(title=title, ylabel=unit)
-    for axes in places[len(found) :]:
-        axes.set_axis_off()
-    _legend(figure, places[0], found[0][3], narrow)
+        axes.set(title=title, ylabel=unit, ylim=(_floor(lines), 1.03))
+    _legend(figure, places[0], next(iter(each.values())), narrow)
     return figure
 
 
-@drawn
-def paired_differences(comparison: Comparison, narrow: bool = False) -> Figure | None:
-    """What each block has more or less than in the first subject, with paired intervals; filled: q ≤ 0.05."""
-    looks = roles(comparison, MOST)
-    pairs = [pair for pair in comparison.pairs if pair.second in looks]
-    names = [name for name in DIFFERENCES if any(name in pair.differences for pair in pairs)]
-    if not names:
-        return None
-    columns = 1 if narrow else 2
-    rows = -(-len(names) // columns)
-    figure = sheet(NARROW if narrow else WIDE, 2.7 * rows + 0.5)
-    places = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, name in zip(places, names, strict=False):
-        _differences(axes, name, pairs, looks, 18 if narrow else 34)
-    for axes in places[len(names) :]:
-        axes.set_axis_off()
-    places[0].plot([], [], " ", label=f"filled: q ≤ {ALPHA:g}")
-    share_legend(figure, *places, columns=1 if narrow else 3)
-    return figure
-
-
-def _differences(axes: Axes, name: str, pairs: list[Pair], looks: dict[str, Role], room: int) -> None:
-    axes.axhline(0.0, color=INK, linewidth=0.8, zorder=0)
-    axes.grid(axis="y")
-    axes.set_title(DIFFERENCES[name])
-    there = [pair for pair in pairs if name in pair.differences]
-    for at, pair in enumerate(there):
-        found, role = pair.differences[name], looks[pair.second]
-        paired = found.paired
-        x = np.array(found.places, dtype=np.float64) + (at - (len(there) - 1) / 2) * min(0.12, 0.6 / len(there))
-        axes.vlines(x, paired.ci95[:, 0], paired.ci95[:, 1], color=role.colour, linewidth=1.6, alpha=0.6)
-        sure = paired.q <= ALPHA
-        label = f"{printable(pair.second, room)} − {printable(pair.first, room)}"
-        style = {"linestyle": "", "marker": role.marker, "color": role.colour, "markersize": 5.0}
-        axes.plot(x[sure], paired.difference[sure], label=label, **style)  # type: ignore[arg-type]
-        axes.plot(x[~sure], paired.difference[~sure], markerfacecolor="white", **style)  # type: ignore[arg-type]
-    if there:
-        shown = there[0].differences[name]
-        along = "block b, with block b − 1" if shown.places[0] == 1 else "block"
-        along = "depth (0: before block 0)" if shown.axis == "depth" else along
-        over_blocks(axes, np.array(shown.places, dtype=np.float64), along, 12)
-
-
-def _lines(comparison: Comparison, of: Callable[[Findings], Line | None]) -> dict[str, Line]:
-    found = {label: of(comparison.subjects[label]) for label in roles(comparison, MOST)}
-    return {label: line for label, line in found.items() if line is not None}
-
-
-def _raw(findings: Findings) -> Line | None:
-    reading = result_of(findings, RAW)
-    if reading is None or reading.values is None or len(reading.values) < 2:
-        return None
-    taken = {role: null_of(reading, role) for role in FAINTER}
-    return Line(
-        np.arange(1.0, len(reading.values)),
-        adjacent(reading.values),
-        None if reading.ci95 is None else adjacent(reading.ci95),
-        {role: adjacent(values) for role, values in taken.items() if values is not None},
-    )
-
-
-def _kappa(findings: Findings) -> Line | None:
-    reading = result_of(findings, RAW)
-    values = None if reading is None else null_of(reading, "kappa")
-    if reading is None or values is None or len(values) < 2:
-        return None
-    ci95 = null_ci95(reading, "kappa")
-    return Line(np.arange(1.0, len(values)), adjacent(values), None if ci95 is None else adjacent(ci95), {})
-
-
-def _plain(name: str) -> Callable[[Findings], Line | None]:
-    def line(findings: Findings) -> Line | None:
-        reading = result_of(findings, name)
-        if reading is None or reading.values is None:
-            return None
-        fresh = null_of(reading, "untrained")
-        nulls = {} if fresh is None else {"untrained": fresh}
-        return Line(np.arange(len(reading.values), dtype=np.float64), reading.values, reading.ci95, nulls)
-
-    return line
-
-
-def _entropy(findings: Findings) -> Line | None:
-    share = entropy_share(findings)
-    if share is None:
-        return None
-    nulls = {} if share.untrained is None else {"untrained": share.untrained}
-    return Line(np.arange(len(share.mean), dtype=np.float64), share.mean, share.ci95, nulls)
-
-
-def _overlay(axes: Axes, lines: dict[str, Line], looks: dict[str, Role]) -> None:
+def _overlay(axes: Axes, lines: Lines, comparison: Comparison) -> None:
+    looks = roles(comparison)
     for label, line in lines.items():
         curve(axes, line.x, line.values, looks[label], line.ci95)
-        for role, values in line.nulls.items():
-            curve(axes, line.x, values, null_role(looks[label], role))
+        for null, values in line.nulls.items():
+            curve(axes, line.x, values, Role("", looks[label].colour, NULL_LINES[null], width=1.2))
     axes.grid(axis="y")
 
 
-def _widest(lines: dict[str, Line]) -> Array:
+def _widest(lines: Lines) -> Array:
     return max((line.x for line in lines.values()), key=len)
 
 
-def _floor(lines: dict[str, Line]) -> float:
+def _floor(lines: Lines) -> float:
     """Zero, or a little below the lowest value: the scale must not make much of tiny differences."""
     values = np.concatenate([v for line in lines.values() for v in (line.values, *line.nulls.values())])
     return float(np.min(values[np.isfinite(values)], initial=0.0)) * 1.1 - 0.03
 
 
-def _legend(figure: Figure, axes: Axes, lines: dict[str, Line], narrow: bool) -> None:
+def _legend(figure: Figure, axes: Axes, lines: Lines, narrow: bool) -> None:
     """Subjects by colour, and what the other lines of that colour are."""
-    kinds: Iterable[str] = dict.fromkeys(role for line in lines.values() for role in line.nulls)
-    for role in kinds:
-        axes.add_line(Line2D([], [], color=MUTED, linestyle=FAINTER[role], linewidth=1.2, label=COMPARISON_NULL_LABELS[role]))
+    for null in dict.fromkeys(null for line in lines.values() for null in line.nulls):
+        axes.add_line(Line2D([], [], color=MUTED, linestyle=NULL_LINES[null], linewidth=1.2, label=NULL_NAMES[null]))
     share_legend(figure, axes, columns=1 if narrow else 4)
+
+
+@drawn
+def paired_differences(comparison: Comparison, narrow: bool = False) -> Figure | None:
+    """What each block has more or less than in the first subject, with paired intervals; filled: q ≤ FALSE_DISCOVERY_RATE."""
+    looks, room = roles(comparison), 18 if narrow else 34
+    pairs = [pair for pair in comparison.pairs if pair.second in looks]
+    names = [name for name in DIFFERENCES if any(name in pair.differences for pair in pairs)]
+    if not names:
+        return None
+    figure, places = panels(len(names), narrow, tall=2.7)
+    for axes, name in zip(places, names, strict=True):
+        axes.axhline(0.0, color=INK, linewidth=0.8, zorder=0)
+        axes.grid(axis="y")
+        axes.set_title(DIFFERENCES[name])
+        here = [pair for pair in pairs if name in pair.differences]
+        for at, pair in enumerate(here):
+            aside = (at - (len(here) - 1) / 2) * min(0.12, 0.6 / len(here))
+            label = f"{printable(pair.second, room)} − {printable(pair.first, room)}"
+            _difference(axes, pair.differences[name], aside, looks[pair.second], label)
+        first = here[0].differences[name]
+        along = "depth (0: before block 0)" if first.axis == "depth" else "block"
+        along = "block b, with block b − 1" if first.places[0] == 1 else along
+        over_blocks(axes, np.array(first.places, dtype=np.float64), along, 12)
+    places[0].plot([], [], " ", label=f"filled: q ≤ {FALSE_DISCOVERY_RATE:g}")
+    share_legend(figure, columns=1 if narrow else 3)
+    return figure
+
+
+def _difference(axes: Axes, difference: Difference, aside: float, role: Role, label: str) -> None:
+    """The marks of one pair, `aside` blocks to the right, so that none hides another."""
+    paired, x = difference.paired, np.array(difference.places, dtype=np.float64) + aside
+    axes.vlines(x, paired.ci95[:, 0], paired.ci95[:, 1], color=role.colour, linewidth=1.6, alpha=0.6)
+    sure = paired.q <= FALSE_DISCOVERY_RATE
+    for which, face, name in ((sure, role.colour, label), (~sure, "white", None)):
+        axes.plot(
+            x[which],
+            paired.difference[which],
+            linestyle="",
+            marker=role.marker,
+            color=role.colour,
+            markersize=5.0,
+            markerfacecolor=face,
+            label=name,
+        )
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many adjacent pairs are above a threshold, with an interval [2], and the untrained twin's count."""
+
+    value: float
+    ci95: Array | None = None
+    untrained: float | None = None
+
+
+def counts(findings: Findings) -> dict[str, Count]:
+    """The counts of similar blocks by threshold: `raw > 0.9`, …, `κ > 0.5`; empty where they were not measured."""
+    result = result_of(findings, COUNTS)
+    if result is None:
+        return {}
+    untrained = null_of(result, "untrained")
+    rows = {
+        f"raw > {level:g}": Count(
+            float(result.array[at]),
+            None if result.ci95 is None else result.ci95[at],
+            None if untrained is None else float(untrained[at]),
+        )
+        for at, level in enumerate(result.settings.get("thresholds", COUNT_THRESHOLDS))
+    }
+    corrected = corrected_count(findings)
+    return rows if corrected is None else {**rows, f"κ > {corrected.above:g}": Count(corrected.value, corrected.ci95)}
+
+
+@drawn
+def similar_blocks(comparison: Comparison, narrow: bool = False) -> Figure | None:
+    """How many adjacent pairs pass each threshold in each subject, with intervals; hollow: its untrained twin."""
+    looks = roles(comparison)
+    subjects = {label: each for label in looks if (each := counts(comparison.subjects[label]))}
+    if not subjects:
+        return None
+    rows = sorted(dict.fromkeys(row for each in subjects.values() for row in each), key=lambda row: row.startswith("κ"))
+    figure = sheet(NARROW if narrow else 8.5, (0.24 * len(subjects) + 0.3) * len(rows) + 1.4)
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+        for at, (label, each) in enumerate(subjects.items()):
+            if row in each:
+                _count(axes, y + (at - (len(subjects) - 1) / 2) * 0.7 / len(subjects), each[row], looks[label])
+    pairs = max(pair_count(comparison.subjects[label]) for label in subjects)
+    room = max(0.05 * pairs, 0.1)
+    axes.set(xlim=(-room, pairs + room), ylim=(len(rows) - 0.5, -0.5), xlabel=f"adjacent pairs, of {pairs}")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.grid(axis="x")
+    for y in range(1, len(rows)):
+        axes.axhline(y - 0.5, color=INK, linewidth=0.3, alpha=0.4)
+    if any(count.untrained is not None for each in subjects.values() for count in each.values()):
+        axes.plot([], [], "D", color=MUTED, markerfacecolor="white", markersize=9, label=NULL_NAMES["untrained"])
+    share_legend(figure, axes, columns=1 if narrow else 3)
+    return figure
+
+
+def _count(axes: Axes, y: float, count: Count, role: Role) -> None:
+    colour, x = role.colour, count.value
+    if count.untrained is not None:
+        axes.plot([count.untrained], [y], "D", color=colour, markersize=10.5, markerfacecolor="white", zorder=2)
+    axes.plot([x], [y], role.marker, color=colour, markersize=5.5, label=role.label, zorder=3)
+    axes.annotate(f"{x:.3g}", (x, y), (10, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
+    if count.ci95 is not None and np.isfinite(count.ci95).all():
+        axes.plot(count.ci95, [y, y], color=colour, linewidth=4, alpha=0.35, solid_capstyle="butt", zorder=1)
+
+
+@dataclass(frozen=True)
+class CoursePanel:
+    """One panel over training: its curves, the first being what it is about, and which scale they have."""
+
+    title: str
+    scale: Literal["count", "cosine", "number"]
+    curves: Sequence[tuple[Role, Array, Array | None]]
+
+    @property
+    def filled(self) -> bool:
+        """Whether there is anything to draw."""
+        return bool(np.isfinite(self.curves[0][1]).any())
+
+
+@drawn
+def course(comparison: Comparison, narrow: bool = False) -> Figure | None:
+    """The numbers over the checkpoints of one training; only for those."""
+    filled = [panel for panel in _course_panels(list(comparison.subjects.values())) if panel.filled]
+    if not comparison.trajectory or not filled:
+        return None
+    figure, places = panels(len(filled), narrow, tall=2.9, above=0.9, share_x=True)
+    labels = list(comparison.subjects)
+    for axes, panel in zip(places, filled, strict=True):
+        for role, values, ci95 in panel.curves:
+            curve(axes, np.arange(float(len(labels))), values, role, ci95)
+        axes.set_title(panel.title)
+        axes.grid(axis="y")
+        if panel.scale == "count":
+            axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.set_ylim(bottom=min(-0.3, axes.get_ylim()[0]))
+        elif panel.scale == "cosine":
+            axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.03)
+        else:
+            low, high = (float(end(panel.curves[0][1])) for end in (np.nanmin, np.nanmax))
+            room = max(0.08 * (high - low), 0.02)
+            axes.set_ylim(min(low, 0.0) - room, max(high, 0.5) + room)
+    ticks = sorted({*range(0, len(labels) - 1, -(-len(labels) // MOST_TICKS)), len(labels) - 1})
+    for axes in places[-1 if narrow else -2 :]:
+        names = [printable(labels[tick], 18) for tick in ticks]
+        axes.set_xticks(ticks, names, rotation=35, ha="right", rotation_mode="anchor")
+        axes.tick_params(labelbottom=True)
+    share_legend(figure, columns=1 if narrow else 4)
+    return figure
+
+
+def _course_panels(subjects: Sequence[Findings]) -> list[CoursePanel]:
+    def similarity(name: str, null: str | None = None) -> Array:
+        results = [result_of(findings, name) for findings in subjects]
+        maps = [None if r is None else r.array if null is None else null_of(r, null) for r in results]
+        return np.array([None if each is None else mean(adjacent(each)) for each in maps], dtype=np.float64)
+
+    def count(row: str) -> tuple[Array, Array]:
+        each = [counts(findings).get(row, Count(np.nan)) for findings in subjects]
+        ends = [np.full(2, np.nan) if c.ci95 is None else c.ci95 for c in each]
+        return np.array([c.value for c in each]), np.stack(ends)
+
+    def summary(name: str) -> Array:
+        return np.array([findings.summary.get(name) for findings in subjects], dtype=np.float64)
+
+    measured = Role("raw", ROLES["measured"].colour, marker="o", width=2.0)
+    similarities = [(measured, similarity(RAW), None)]
+    for null, name in NULL_NAMES.items():
+        similarities.append((replace(ROLES[null], label=name.removeprefix("its ")), similarity(RAW, null), None))
+    if any(findings.model.get("mixes_maps") for findings in subjects):
+        similarities.append((AT_SOFTMAX, similarity(RAW + PROBS), None))
+    row, pairs = f"raw > {RAW_ABOVE:g}", max(map(pair_count, subjects))
+    similar = [(measured, *count(row)), (CORRECTED, *count(f"κ > {KAPPA_ABOVE:g}"))]
+    return [
+        CoursePanel(f"similar blocks, of {pairs} pairs ({row})", "count", similar),
+        CoursePanel("raw similarity, mean over neighbours", "cosine", similarities),
+        CoursePanel("κ, mean over neighbours", "number", [(measured, similarity(RAW, "kappa"), None)]),
+        CoursePanel("patch diversity after the last block", "number", [(measured, summary("patch_diversity_last"), None)]),
+        CoursePanel("accuracy", "number", [(measured, summary(ACCURACY), None)]),
+    ]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from collapse_probe.report.comparison.figures import CAPTIONS, draw_all
+from collapse_probe.report.comparison.figures import FIGURES, draw_all
 from collapse_probe.report.comparison.verdict import CASES, RAW, verdicts
 from collapse_probe.report.findings.provenance import provenance
 from collapse_probe.report.html import Table, looked_at, paper, plates_of, write_page
@@ -173,9 +173,7 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> Path:
 
 
 def render(comparison: Comparison, figures: Mapping[str, Figure] | None = None) -> str:
-    """One self-contained HTML page; `figures` (as `draw_all` makes them) are drawn where not given."""
-    figures = draw_all(comparison) if figures is None else figures
-    narrow = draw_all(comparison, narrow=True)
+    """One self-contained HTML page; `figures` (wide, as `draw_all` makes them) are drawn where not given."""
     first = comparison.subjects[comparison.first]
     pairs = comparison.pairs[-1:] if comparison.trajectory else comparison.pairs
     bare = all(weights_only(findings) for findings in comparison.subjects.values())
@@ -186,7 +184,7 @@ def render(comparison: Comparison, figures: Mapping[str, Figure] | None = None) 
         verdicts=verdicts(comparison),
         cases=CASES,
         subjects=subjects(comparison),
-        plates=plates_of(figures, narrow, CAPTIONS),
+        plates=plates_of(FIGURES, comparison, figures),
         pairs=[(pair, paired(pair), agreement(pair, comparison)) for pair in pairs],
         methods={name: METHODS[name] for name in OF_WEIGHTS} if bare else METHODS,
         run=facts(comparison.run),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from collapse_probe.report.html import Caption
+from collapse_probe.report.html import Caption, Drawing, draw_figures
 from collapse_probe.report.style import (
     DISTINCT,
     MARKERS,
@@ -17,9 +17,9 @@ from collapse_probe.report.style import (
     WIDE,
     Role,
     curve,
-    draw_each,
     drawn,
     over_blocks,
+    panels,
     share_legend,
     sheet,
 )
@@ -32,127 +32,119 @@ PANELS = {
     "accuracy_change": "change in accuracy",
 }
 LOGARITHMIC_FROM = 30.0  # largest over smallest KL
-CAPTIONS: dict[str, Caption] = {
-    "one-at-a-time": Caption(
-        "One block at a time",
-        "Each block's map replaced while all others are the model's own: how far the output moves (KL in nats), how many top "
-        "answers stay and, where there are labels, what accuracy gains or loses; 95 % intervals over images.",
-        "A block that can be spared alone need not be one that can be spared together with others; and the model was not "
-        "trained with the replacement.",
-    ),
-    "cumulative": Caption(
-        "From the last block down",
-        "The same numbers with the maps of all chosen blocks from block b up to the last replaced at once. With share, all of "
-        "them then use the map of the block below b.",
-        "Errors can cancel as well as add up on the way, so the curve need not be monotonic.",
-    ),
-    "beside-similarity": Caption(
-        "Similarity is one thing, redundancy another",
-        "Above, how alike each block's map is to that of the block before: raw cosine, its wrong-token null, and κ, from the "
-        "same images. Beneath, what it costs to use the map of the block before.",
-        "A high cosine beside a high cost means that the small difference between the two maps matters; a low cosine beside "
-        "no cost, that the map hardly matters.",
-    ),
-}
 
 
-def _role(kind: str, place: int) -> Role:
-    return Role(kind, DISTINCT[place % len(DISTINCT)], marker=MARKERS[place % len(MARKERS)], width=1.8)
+@drawn
+def one_at_a_time(interventions: Interventions, narrow: bool = False) -> Figure | None:
+    """Every number of every replacement, block by block."""
+    effects = {kind: [e for e in single if e.kl is not None] for kind, single in interventions.single.items()}
+    return _over_blocks(effects, "block", narrow)
 
 
-def _line(effects: Sequence[Effect], number: str) -> tuple[Array, Array, Array]:
-    """Blocks, values and intervals of one number; NaN where there is none."""
-    x = np.array([e.blocks[0] for e in effects], dtype=np.float64)
-    values = np.array([getattr(e, number) for e in effects], dtype=np.float64)
-    ends = np.array([getattr(e, f"{number}_ci95") or (np.nan, np.nan) for e in effects], dtype=np.float64)
-    return x, values, ends.reshape(-1, 2)
+@drawn
+def cumulative(interventions: Interventions, narrow: bool = False) -> Figure | None:
+    """The same with all blocks from b up to the last."""
+    effects = {kind: list(reversed(each)) if len(each) > 1 else [] for kind, each in interventions.cumulative.items()}
+    return _over_blocks(effects, "first replaced block b", narrow)
 
 
-def _scale(axes: Axes, number: str, lines: Sequence[Array]) -> None:
-    axes.grid(axis="y")
-    values = np.concatenate(lines)
-    values = values[np.isfinite(values)]
-    if number == "kl" and len(values) and values.min() > 0 and values.max() / values.min() > LOGARITHMIC_FROM:
-        axes.set_yscale("log")
-    elif number == "accuracy_change":
-        axes.axhline(0.0, color=ROLES["untrained"].colour, linewidth=0.9, zorder=0)
-    else:
-        axes.set_ylim(bottom=0.0)
-
-
-def _over_blocks(found: Interventions, by_kind: dict[str, list[Effect]], label: str, narrow: bool) -> Figure | None:
-    """One panel a number, one line a kind."""
-    drawn_kinds = {kind: effects for kind, effects in by_kind.items() if effects}
-    every = [e for effects in drawn_kinds.values() for e in effects]
-    panels = [n for n in PANELS if any(getattr(e, n) is not None for e in every)]
-    if not panels:
+def _over_blocks(by_kind: Mapping[str, Sequence[Effect]], label: str, narrow: bool) -> Figure | None:
+    """One panel a number, one line a kind that has effects; a kind keeps its colour in every figure."""
+    every = [e for effects in by_kind.values() for e in effects]
+    names = [name for name in PANELS if any(getattr(e, name) is not None for e in every)]
+    if not names:
         return None
-    count = len(panels)
-    figure = sheet(NARROW if narrow else WIDE, 2.7 * count + 0.7 if narrow else 3.7)
-    shape = (count, 1) if narrow else (1, count)
-    places = figure.subplots(*shape, squeeze=False).ravel()
+    figure, places = panels(len(names), narrow, tall=2.9, columns=3, above=0.8)
     blocks = np.array(sorted({e.blocks[0] for e in every}), dtype=np.float64)
-    for axes, name in zip(places, panels, strict=True):
-        lines = []
-        for place, (kind, effects) in enumerate(drawn_kinds.items()):
-            x, values, ends = _line(effects, name)
-            curve(axes, x, values, _role(kind, list(found.single).index(kind) if kind in found.single else place), ends)
-            lines.append(values)
-        _scale(axes, name, lines)
-        over_blocks(axes, blocks, label, 8 if narrow or count > 1 else 16)
+    for axes, name in zip(places, names, strict=True):
+        for place, (kind, effects) in enumerate(by_kind.items()):
+            if effects:
+                role = Role(kind, DISTINCT[place % len(DISTINCT)], marker=MARKERS[place % len(MARKERS)], width=1.8)
+                _curve(axes, effects, name, role)
+        _scale(axes, name, [getattr(e, name) for e in every])
+        over_blocks(axes, blocks, label, 8 if narrow or len(names) > 1 else 16)
         axes.set_title(PANELS[name])
     share_legend(figure, places[0], columns=2 if narrow else 5)
     return figure
 
 
-@drawn
-def one_at_a_time(found: Interventions, narrow: bool = False) -> Figure | None:
-    """Every number of every replacement, block by block."""
-    by_kind = {kind: [e for e in effects if e.kl is not None] for kind, effects in found.single.items()}
-    return _over_blocks(found, by_kind, "block", narrow)
+def _curve(axes: Axes, effects: Sequence[Effect], name: str, role: Role) -> None:
+    """One number of some effects over their first blocks, with its intervals; NaN where there is none."""
+    x = np.array([e.blocks[0] for e in effects], dtype=np.float64)
+    values = np.array([getattr(e, name) for e in effects], dtype=np.float64)
+    ends: Array = np.array([getattr(e, f"{name}_ci95") or (np.nan, np.nan) for e in effects], dtype=np.float64)
+    curve(axes, x, values, role, ends)
+
+
+def _scale(axes: Axes, name: str, numbers: Sequence[float | None]) -> None:
+    axes.grid(axis="y")
+    known = [number for number in numbers if number is not None and np.isfinite(number)]
+    if name == "kl" and known and min(known) > 0 and max(known) / min(known) > LOGARITHMIC_FROM:
+        axes.set_yscale("log")
+    elif name == "accuracy_change":
+        axes.axhline(0.0, color=ROLES["untrained"].colour, linewidth=0.9, zorder=0)
+    else:
+        axes.set_ylim(bottom=0.0)
 
 
 @drawn
-def cumulative(found: Interventions, narrow: bool = False) -> Figure | None:
-    """The same with all blocks from b up to the last."""
-    by_kind = {kind: list(reversed(effects)) for kind, effects in found.cumulative.items() if len(effects) > 1}
-    return _over_blocks(found, by_kind, "first replaced block b", narrow)
-
-
-@drawn
-def beside_similarity(found: Interventions, narrow: bool = False) -> Figure | None:
+def beside_similarity(interventions: Interventions, narrow: bool = False) -> Figure | None:
     """Similarity with the block before above, the cost of sharing beneath, over the same blocks."""
-    shared = [e for e in found.single.get("share", ()) if e.kl is not None]
-    if not shared or not found.similarity:
+    shared = [e for e in interventions.single.get("share", ()) if e.kl is not None]
+    if not shared or not interventions.similarity:
         return None
     figure = sheet(NARROW if narrow else WIDE, 5.2)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    x = np.arange(1.0, len(found.similarity["raw"]) + 1)
-    looks = {
+    x = np.arange(1.0, len(interventions.similarity["raw"]) + 1)
+    for name, role in {
         "raw": Role("raw cosine", ROLES["measured"].colour, marker="o", width=2.0),
         "other_token": ROLES["other_token"],
         "kappa": Role("κ", DISTINCT[2], marker="D", width=1.8),
-    }
-    for name, role in looks.items():
-        curve(top, x, np.array(found.similarity[name], dtype=np.float64), role)
+    }.items():
+        curve(top, x, np.array(interventions.similarity[name], dtype=np.float64), role)
     top.set(ylabel="cosine with the block before, κ", ylim=(min(-0.05, *top.get_ylim()), 1.05))
     top.grid(axis="y")
-    at, values, ends = _line(shared, "kl")
-    curve(bottom, at, values, Role("cost of sharing (95 % interval)", DISTINCT[1], marker="s", width=1.8), ends)
-    _scale(bottom, "kl", [values])
+    _curve(bottom, shared, "kl", Role("cost of sharing (95 % interval)", DISTINCT[1], marker="s", width=1.8))
+    _scale(bottom, "kl", [e.kl for e in shared])
     bottom.set_ylabel("KL when shared, nats")
     over_blocks(bottom, x, "block b, with block b − 1")
     share_legend(figure, top, bottom, columns=1 if narrow else 4)
     return figure
 
 
-FIGURES: dict[str, Callable[[Interventions, bool], Figure | None]] = {
-    "one-at-a-time": one_at_a_time,
-    "cumulative": cumulative,
-    "beside-similarity": beside_similarity,
+FIGURES: dict[str, Drawing[Interventions]] = {
+    "one-at-a-time": Drawing(
+        one_at_a_time,
+        Caption(
+            "One block at a time",
+            "Each block's map replaced while all others are the model's own: how far the output moves (KL in nats), how many "
+            "top answers stay and, where there are labels, what accuracy gains or loses; 95 % intervals over images.",
+            "A block that can be spared alone need not be one that can be spared together with others; and the model was not "
+            "trained with the replacement.",
+        ),
+    ),
+    "cumulative": Drawing(
+        cumulative,
+        Caption(
+            "From the last block down",
+            "The same numbers with the maps of all replaced blocks from block b up to the last replaced at once. With share, "
+            "all of them then use the map of the block below b.",
+            "Errors can cancel as well as add up on the way, so the curve need not be monotonic.",
+        ),
+    ),
+    "beside-similarity": Drawing(
+        beside_similarity,
+        Caption(
+            "Similarity is one thing, redundancy another",
+            "Above, how alike each block's map is to that of the block before: raw cosine, its wrong-token null, and κ, from "
+            "the same images. Beneath, what it costs to use the map of the block before.",
+            "A high cosine beside a high cost means that the small difference between the two maps matters; a low cosine "
+            "beside no cost, that the map hardly matters.",
+        ),
+    ),
 }
 
 
-def draw_all(found: Interventions, *, narrow: bool = False) -> dict[str, Figure]:
+def draw_all(interventions: Interventions, *, narrow: bool = False) -> dict[str, Figure]:
     """Every figure that these numbers fill, by name, in the order of the page; `narrow` for a phone."""
-    return draw_each(FIGURES, found, narrow)
+    return draw_figures(FIGURES, interventions, narrow=narrow)

@@ -83,7 +83,7 @@ def _verdict(interventions: Interventions, kind: str) -> Verdict:
             USED: "most of these blocks use what was replaced",
         }
         second = f"In all {count} together {_numbers(whole)}: {meaning[case]}."
-    return Verdict(case, (first, second), (*_caveats(interventions, kind), not_said), label=kind)
+    return Verdict(case, (first, second), tuple(_caveats(interventions, kind, not_said)), label=kind)
 
 
 def _numbers(effect: Effect) -> str:
@@ -97,8 +97,8 @@ def _numbers(effect: Effect) -> str:
     return "; ".join(parts)
 
 
-def _caveats(interventions: Interventions, kind: str) -> list[str]:
-    caveats = ["The model was not trained with these maps, and the intervals cover the choice of images alone."]
+def _caveats(interventions: Interventions, kind: str, not_said: str) -> list[str]:
+    caveats = [not_said]
     if is_untrained(interventions.model):
         caveats.insert(0, "The weights are random: what is kept or lost here is no evidence about a trained model.")
     raw, kappa = (mean(np.array(interventions.similarity.get(name, ()), np.float64)) for name in ("raw", "kappa"))
@@ -111,4 +111,4 @@ def _caveats(interventions: Interventions, kind: str) -> list[str]:
     if kind == "mean":
         images = int(interventions.data["images"])
         caveats.append(f"The mean maps are over the same {images} images, each of which has a share of 1/{images} in them.")
-    return caveats
+    return [*caveats, "The model was not trained with these maps, and the intervals cover the choice of images alone."]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from collapse_probe.report.html import Table, paper, plates_of, write_page
-from collapse_probe.report.sweep.figures import captions, draw_all
-from collapse_probe.report.sweep.verdict import caveats, headline, verdicts
-from collapse_probe.results.sweep import FINISHED, PUBLISHED, UNTRAINED, CellResult, Sweep, estimate, spelled
-from collapse_probe.results.text import DASH, facts, interval, number, plain
+from collapse_probe.report.sweep.figures import draw_all, drawings
+from collapse_probe.report.sweep.verdict import caveats, headline, mean, verdicts
+from collapse_probe.results.sweep import FINISHED, PUBLISHED, UNTRAINED, CellResult, Sweep, spelled
+from collapse_probe.results.text import DASH, facts, number, plain
 
 COLUMNS = {
     "similar_blocks": ("similar blocks", 1),
@@ -24,6 +25,7 @@ COLUMNS = {
     "patch_diversity_last": ("patch diversity", 3),
     "accuracy": ("accuracy", 3),
 }
+COUNTS = ("similar blocks", "the same")  # how the titles of counts begin: whole numbers in a single cell
 
 
 def write_sweep(sweep: Sweep, folder: str | Path) -> Path:
@@ -33,12 +35,11 @@ def write_sweep(sweep: Sweep, folder: str | Path) -> Path:
 
 
 def render(sweep: Sweep, figures: Mapping[str, Figure] | None = None) -> str:
-    """One self-contained HTML page; `figures` (as `draw_all` makes them) are drawn where not given."""
-    figures = draw_all(sweep) if figures is None else figures
+    """One self-contained HTML page; `figures` (wide, as `draw_all` makes them) are drawn where not given."""
     return paper(
         "sweep.html",
         name=plain(sweep.recipe.get("name")),
-        varied="; ".join(f"{key} {', '.join(map(spelled, held))}" for key, held in sweep.varied.items()) or "nothing varied",
+        varied="; ".join(f"{name} {', '.join(map(spelled, each))}" for name, each in sweep.varied.items()) or "nothing varied",
         seeds="one seed" if len(sweep.seeds) == 1 else f"{len(sweep.seeds)} seeds",
         data=plain(sweep.data.get("data")),
         done=f"{len(sweep.finished)} of {len(sweep.cells)} cells finished",
@@ -46,7 +47,7 @@ def render(sweep: Sweep, figures: Mapping[str, Figure] | None = None) -> str:
         headline=headline(sweep),
         verdicts=verdicts(sweep),
         caveats=caveats(sweep),
-        plates=plates_of(figures, draw_all(sweep, narrow=True), captions(sweep)),
+        plates=plates_of(drawings(sweep), sweep, figures),
         means=means(sweep),
         cells=by_cell(sweep),
         with_published="depth" in sweep.axes,
@@ -69,20 +70,17 @@ def trouble(sweep: Sweep) -> str:
 
 def _columns(sweep: Sweep) -> dict[str, tuple[str, int]]:
     """The columns in which any finished cell has a number."""
-    return {key: told for key, told in COLUMNS.items() if any(c.number(key) == c.number(key) for c in sweep.finished)}
+    return {key: column for key, column in COLUMNS.items() if any(math.isfinite(c.number(key)) for c in sweep.finished)}
 
 
 def means(sweep: Sweep) -> Table:
     """The mean over seeds of every number, with its interval, for each combination of values."""
     columns = _columns(sweep)
-    rows = []
-    for label, cells in sweep.groups.items():
-        row = [label or "all cells", str(len(cells))]
-        for key, (_, digits) in columns.items():
-            held = estimate(cell.number(key) for cell in cells)
-            row.append(number(held.mean, digits) + ("" if held.ci95 is None else f" ({interval(held.ci95, digits)})"))
-        rows.append(tuple(row))
-    return Table(("cell", "seeds", *(title for title, _ in columns.values())), tuple(rows), ())
+    rows = tuple(
+        (label or "all cells", str(len(cells)), *(mean(cells, key, digits) for key, (_, digits) in columns.items()))
+        for label, cells in sweep.groups.items()
+    )
+    return Table(("cell", "seeds", *(title for title, _ in columns.values())), rows, ())
 
 
 def by_cell(sweep: Sweep) -> Table:
@@ -94,10 +92,7 @@ def by_cell(sweep: Sweep) -> Table:
 
 
 def _row(cell: CellResult, columns: Mapping[str, tuple[str, int]]) -> tuple[str, ...]:
-    numbers = (number(cell.number(key), 0 if title.startswith(BLOCKS) else digits) for key, (title, digits) in columns.items())
+    numbers = (number(cell.number(key), 0 if title.startswith(COUNTS) else digits) for key, (title, digits) in columns.items())
     size = DASH if cell.parameters is None else f"{cell.parameters:,}"
     status = cell.status if cell.status == FINISHED or not cell.reason else f"{cell.status}: {cell.reason}"
     return (cell.name, *numbers, size, number(cell.train_seconds, 0), number(cell.measure_seconds, 1), status)
-
-
-BLOCKS = ("similar blocks", "the same")

@@ -66,14 +66,17 @@ def _counted(cases: Mapping[str, str]) -> str:
     return ", ".join(f"{case} in {each.count(case)} of {count} curves" for case in dict.fromkeys(each))
 
 
-def _means(cells: Sequence[CellResult]) -> str:
-    def mean(key: str, digits: int) -> str:
-        value = estimate(cell.number(key) for cell in cells)
-        return number(value.mean, digits) + ("" if value.ci95 is None else f" ({interval(value.ci95, digits)})")
+def mean(cells: Sequence[CellResult], key: str, digits: int) -> str:
+    """The mean of a number over seeds, with its interval where it has one."""
+    value = estimate(cell.number(key) for cell in cells)
+    return number(value.mean, digits) + ("" if value.ci95 is None else f" ({interval(value.ci95, digits)})")
 
+
+def _means(cells: Sequence[CellResult]) -> str:
     return (
-        f"{mean('similar_blocks', 1)} adjacent blocks count as similar by the raw cosine, "
-        f"{mean('similar_blocks_corrected', 1)} by κ; mean κ {mean('kappa_adjacent', 3)}, accuracy {mean('accuracy', 3)}."
+        f"{mean(cells, 'similar_blocks', 1)} adjacent blocks count as similar by the raw cosine, "
+        f"{mean(cells, 'similar_blocks_corrected', 1)} by κ; mean κ {mean(cells, 'kappa_adjacent', 3)}, "
+        f"accuracy {mean(cells, 'accuracy', 3)}."
     )
 
 
