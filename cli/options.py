@@ -48,13 +48,13 @@ def opened(data: str | None, flags: dict[str, Any]) -> tuple[Any, Any]:
     """The images (or None) and the subject that the flags of data, model and remedies describe; takes these out of `flags`."""
     from collapse_probe.data.images import open_data
     from collapse_probe.models.batchnorm import recalibrated
-    from collapse_probe.models.loading import resolved
+    from collapse_probe.models.loading import resolve
 
     seed, split, limit, count = flags["seed"], flags.pop("split"), flags.pop("limit"), flags.pop("recalibrate_bn")
     images = None if data is None else open_data(data, split=split, limit=limit, seed=seed)
     named = {key: flags.pop(key) for key in ("checkpoint", "partial", "pretrained", "model_kwargs", "img_size", "fixes")}
     where = flags.pop("fix_blocks")
-    subject = resolved(flags.pop("model"), blocks=None if where is None else blocks_in(where), seed=seed, **named)
+    subject = resolve(flags.pop("model"), blocks=None if where is None else blocks_in(where), seed=seed, **named)
     if count and images is None:
         raise click.UsageError("--recalibrate-bn needs images: give --data.")
     return images, recalibrated(subject, images, count, batch_size=flags["batch_size"], device=flags["device"], seed=seed)

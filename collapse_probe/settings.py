@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from collapse_probe.errors import SettingError
@@ -23,9 +22,9 @@ class Settings:
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        own: Any = type(self)
-        for setting, kind in _types(own).items():
-            value = getattr(self, setting)
+        kinds = get_type_hints(type(self), include_extras=True)
+        for setting in (field.name for field in fields(self)):
+            value, kind = getattr(self, setting), kinds[setting]
             if get_origin(kind) is Literal:
                 self._choice(setting, *get_args(kind))
             elif kind is bool:
@@ -55,13 +54,6 @@ class Settings:
         value = getattr(self, setting)
         if not any(type(value) is type(each) and value == each for each in allowed):
             raise SettingError(f"{self.name}: {setting} must be one of {allowed}, not {value!r}")
-
-
-@cache
-def _types(kind: Any) -> dict[str, Any]:
-    """The types of the settings of a class."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in fields(kind)}
 
 
 def between(value: object, low: float, high: float) -> bool:

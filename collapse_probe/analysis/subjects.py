@@ -12,7 +12,7 @@ from torch import nn
 
 from collapse_probe.errors import CheckpointError, CollapseProbeError, SettingError
 from collapse_probe.models import checkpoints
-from collapse_probe.models.loading import Subject, check_blocks, resolved, with_fixes
+from collapse_probe.models.loading import Subject, check_blocks, resolve, with_fixes
 from collapse_probe.models.model_file import is_model_file
 from collapse_probe.results.findings import Findings
 
@@ -22,7 +22,7 @@ MOST_LABEL = 40
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How models are made of addresses and checkpoints, see `resolved`.
+    """How models are made of addresses and checkpoints, see `resolve`.
 
     `model` is the architecture of all checkpoints; `fixes` go into every model after the first subject.
     """
@@ -76,7 +76,7 @@ class SubjectSpec:
             else:
                 address, own = deepvit_of(checkpoint)
                 kwargs = {**own, **kwargs}
-        return resolved(
+        return resolve(
             address,
             fixes,
             blocks,

@@ -10,10 +10,9 @@ from torch import nn
 
 from collapse_probe.errors import CollapseProbeError, ModelError, SettingError
 from collapse_probe.models.fixes.apply import apply
+from collapse_probe.models.fixes.base import Chosen, fixes_in, plain_fixes
 from collapse_probe.models.vit import ViT, ViTSettings
-from collapse_probe.registry import FIXES
 from collapse_probe.seeding import torch_seeded
-from collapse_probe.settings import parse_keywords
 
 TIMM_NAMES = {  # what timm calls the settings that both kinds of model have
     "depth": "depth",
@@ -25,22 +24,20 @@ TIMM_NAMES = {  # what timm calls the settings that both kinds of model have
     "classes": "num_classes",
     "drop_path": "drop_path_rate",
 }
-PLACES = ("timm", "ours")
 OWN_FIELDS = tuple(f.name for f in fields(ViTSettings) if f.name != "fixes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A ViT of `collapse_probe.vit` (settings), or one that timm makes (`timm:NAME`, `ours:NAME`), and its fixes.
+    """A ViT of `collapse_probe.models.vit` (settings), or one that timm makes (`timm:NAME`, `ours:NAME`), and its fixes.
 
-    `model_kwargs` go to timm's constructor. `fixes` maps names of fixes to their settings, `blocks` among
-    them, in the order in which they are put in. `embedding_std` draws the patch embedding, the positions and
-    CLS from a truncated normal of that standard deviation, without bias; None leaves them as the model has them.
+    `model_kwargs` go to timm's constructor. `embedding_std` draws the patch embedding, the positions and CLS from a truncated
+    normal of that standard deviation, without bias; None leaves them as the model has them.
     """
 
     model: str | ViTSettings
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    fixes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fixes: Chosen = field(default_factory=dict)
     embedding_std: float | None = None
 
     def build(self, seed: int) -> Any:
@@ -49,19 +46,19 @@ class Architecture:
         Raises ModelError or SettingError for an architecture that cannot be.
         """
         with torch_seeded(seed):
-            model = self._made()
+            if isinstance(self.model, ViTSettings):
+                model: Any = ViT(replace(self.model, fixes={**self.model.fixes, **self.fixes}))
+            else:
+                model = self._from_timm(self.model)
+                for fix, blocks in fixes_in(self.fixes):
+                    apply(model, fix, blocks)
             if self.embedding_std is not None:
-                _draw_embedding(model, self.embedding_std)
+                for name in ("pos_embed", "cls_token"):
+                    if getattr(model, name, None) is not None:
+                        nn.init.trunc_normal_(getattr(model, name), std=self.embedding_std)
+                nn.init.trunc_normal_(model.patch_embed.proj.weight, std=self.embedding_std)
+                nn.init.zeros_(model.patch_embed.proj.bias)
             return model
-
-    def _made(self) -> Any:
-        if isinstance(self.model, ViTSettings):
-            return ViT(replace(self.model, fixes={**self.model.fixes, **self.fixes}))
-        model = self._from_timm(self.model)
-        for name, chosen in self.fixes.items():
-            settings = {key: value for key, value in chosen.items() if key != "blocks"}
-            apply(model, name, chosen.get("blocks"), **settings)
-        return model
 
     def _from_timm(self, address: str) -> nn.Module:
         import timm
@@ -69,15 +66,15 @@ class Architecture:
         import collapse_probe.models.deepvit  # noqa: F401  (registers its family)
 
         place, _, name = address.rpartition(":")
-        if place not in ("", *PLACES) or not timm.is_model(name.partition(".")[0]):
+        if place not in ("", "timm", "ours") or not timm.is_model(name.partition(".")[0]):
             raise ModelError(f"training takes a timm model (timm:NAME), ours:NAME or a small ViT, not {address!r}")
         try:
             return timm.create_model(name, pretrained=False, **dict(self.model_kwargs))
         except CollapseProbeError:
             raise
         except Exception as error:  # a constructor may raise anything
-            asked = ", ".join(f"{key}={value!r}" for key, value in self.model_kwargs.items())
-            raise ModelError(f"cannot make {address!r} with {asked or 'its defaults'}: {error}") from error
+            settings = ", ".join(f"{key}={value!r}" for key, value in self.model_kwargs.items())
+            raise ModelError(f"cannot make {address!r} with {settings or 'its defaults'}: {error}") from error
 
     def facts(self) -> dict[str, int | None]:
         """The values of the settings that both kinds of model have, None where timm's default holds."""
@@ -100,11 +97,10 @@ class Architecture:
 
     def plain(self) -> dict[str, Any]:
         """The same as plain values, which JSON can hold and `of_plain` takes back."""
-        own = {"vit": self.model.plain()} if isinstance(self.model, ViTSettings) else {"address": self.model}
         return {
-            **own,
+            **({"vit": self.model.plain()} if isinstance(self.model, ViTSettings) else {"address": self.model}),
             "model_kwargs": dict(self.model_kwargs),
-            "fixes": _listed(self.fixes),
+            "fixes": plain_fixes(self.fixes),
             "embedding_std": self.embedding_std,
         }
 
@@ -113,34 +109,6 @@ class Architecture:
         """The architecture that `plain` wrote; SettingError for anything else."""
         try:
             model = ViTSettings(**held["vit"]) if "vit" in held else str(held["address"])
-            chosen = {name: held[name] for name in ("model_kwargs", "fixes", "embedding_std")}
-            return cls(model=model, **chosen)
+            return cls(model=model, **{name: held[name] for name in ("model_kwargs", "fixes", "embedding_std")})
         except (KeyError, TypeError) as error:
             raise SettingError(f"these values describe no architecture: {error}; it may be from a newer version") from error
-
-
-def _draw_embedding(model: Any, std: float) -> None:
-    for name in ("pos_embed", "cls_token"):
-        if getattr(model, name, None) is not None:
-            nn.init.trunc_normal_(getattr(model, name), std=std)
-    nn.init.trunc_normal_(model.patch_embed.proj.weight, std=std)
-    nn.init.zeros_(model.patch_embed.proj.bias)
-
-
-def _listed(fixes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {
-        name: {key: list(value) if key == "blocks" and value is not None else value for key, value in chosen.items()}
-        for name, chosen in fixes.items()
-    }
-
-
-def read_fix(text: str) -> tuple[str, dict[str, Any]]:
-    """A fix's name and its settings out of `NAME` or `NAME:K=V,K=V`; what is not said is the fix's default.
-
-    >>> read_fix("re-attention:norm=layer")
-    ('re-attention', {'norm': 'layer'})
-    """
-    name, _, rest = text.partition(":")
-    settings = parse_keywords(filter(None, rest.split(",")), text)
-    FIXES[name].with_settings(settings)
-    return name, settings

@@ -1,11 +1,8 @@
-"""Re-estimates the running statistics of BatchNorm over images, as DeepViT's official evaluation silently
-does.
-"""
+"""Re-estimates the running statistics of BatchNorm over images, as DeepViT's official evaluation silently does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -19,99 +16,91 @@ from collapse_probe.errors import DataError, ModelError, SettingError
 from collapse_probe.models.loading import Subject
 
 
+def _norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+
+
 def recalibrated(
     subject: Subject, images: Any, count: int, *, batch_size: int = 64, device: str = "auto", seed: int = 0
 ) -> Subject:
-    """The subject with the BatchNorm statistics of its model re-estimated in place over `count` batches of
-    the images.
+    """The subject with the BatchNorm statistics of its model re-estimated in place over `count` batches of the images.
 
-    The batches are a seeded draw from `images`, an ImageSet. The untrained twin is treated alike. With
-    `count` 0 nothing is done; the notes say what was done, also where a model has no BatchNorm2d.
-    SettingError for images that can be run through only once, or a negative count.
+    The batches are a seeded draw from `images`, an ImageSet. The untrained twin is treated alike. With `count` 0 nothing is
+    done; the notes say what was done, also where a model has no BatchNorm2d. SettingError for images that can be run through
+    only once, or a negative count.
     """
-    norms = [m for m in subject.model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    norms = _norms(subject.model)
     if count < 0:
         raise SettingError(f"the number of batches to recalibrate on must be 0 or more, not {count}")
-    if not norms or not count:
-        asked = "BatchNorm recalibration: there is no BatchNorm2d with running statistics, nothing was done"
-        stored = "BatchNorm statistics are those that were stored; nothing was recalibrated"
-        note = asked if count else stored if norms else ""
-        return replace(subject, notes=(*subject.notes, note)) if note else subject
+    if count and not norms:
+        note = "BatchNorm recalibration: there is no BatchNorm2d with running statistics, nothing was done"
+        return replace(subject, notes=(*subject.notes, note))
+    if not count:
+        note = "BatchNorm statistics are those that were stored; nothing was recalibrated"
+        return replace(subject, notes=(*subject.notes, note)) if norms else subject
     if not isinstance(images, ImageSet):
         raise SettingError("recalibration reads some images twice: give a data address or an ImageSet, not an iterable")
     few, before, place = images.subset(count * batch_size, seed), subject.fresh, choose_device(device)
 
-    def settled(model: nn.Module) -> int:
+    def run(model: nn.Module) -> int:
         stream = batches(few, subject.preprocess, batch_size=batch_size)
         return recalibrate(model.to(place), (batch.pixels for batch in stream if batch.names), count)
 
     def fresh(s: int) -> nn.Module:
         assert before is not None
         twin = before(s)
-        settled(twin)
+        run(twin)
         return twin
 
-    used = settled(subject.model)
-    where = f"over {used} batches of up to {batch_size} images"
+    where = f"over {run(subject.model)} batches of up to {batch_size} images"
     note = f"BatchNorm statistics of {len(norms)} layers re-estimated {where}"
     return replace(subject, fresh=None if before is None else fresh, notes=(*subject.notes, note))
 
 
+@torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Any], n: int = 50) -> int:
-    """Replace the running mean and variance of every BatchNorm2d by their plain average over up to `n`
-    batches.
+    """Replace the running mean and variance of every BatchNorm2d by their plain average over up to `n` batches.
 
-    `batches` yields images [B, C, height, width], or tuples that begin with them. Each batch weighs the
-    same, as with `momentum=None`. Only the BatchNorm layers are in train mode meanwhile: dropout and
-    stochastic depth are off. Afterwards every module's mode and momentum is as before; if anything fails,
-    the statistics are too. Returns the number of batches used.
+    `batches` yields images [B, C, height, width], or tuples that begin with them. Each batch weighs the same, as with
+    `momentum=None`. Only the BatchNorm layers are in train mode meanwhile: dropout and stochastic depth are off. Afterwards
+    every module's mode and momentum is as before; if anything fails, the statistics are too. Returns the count of batches used.
 
-    Source: official DeepViT (dvit_repo), which calibrates on 50 batches of training images before each
-    validation; it applies to the stem and to Re-attention alike.
+    Source: official DeepViT (dvit_repo), which calibrates on 50 batches of training images before each validation; it applies
+    to the stem and to Re-attention alike.
 
     Raises ModelError for a model without BatchNorm2d statistics, DataError where there are no images.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    norms = _norms(model)
     if not norms:
         raise ModelError(f"{type(model).__name__} has no BatchNorm2d with running statistics to recalibrate")
     if n < 1:
         raise SettingError(f"recalibration needs at least one batch, not {n}")
-    device = next(model.parameters()).device
-    used = 0
-    with _averaging(model, norms), torch.no_grad():
-        for batch in islice(batches, n):
-            model(_images(batch).to(device))
-            used += 1
-        if not used:
-            raise DataError("there are no images to recalibrate BatchNorm on")
-    return used
-
-
-def _images(batch: Any) -> Tensor:
-    images = batch[0] if isinstance(batch, Sequence) and batch else batch
-    if not isinstance(images, Tensor) or images.ndim != 4:
-        raise DataError(f"expected images [B, C, height, width] to recalibrate on, not {type(images).__name__}")
-    return images
-
-
-@contextmanager
-def _averaging(model: nn.Module, norms: list[nn.BatchNorm2d]) -> Iterator[None]:
+    device, used = next(model.parameters()).device, 0
     modes = [(module, module.training) for module in model.modules()]
-    before = [(norm, norm.momentum, {key: value.clone() for key, value in norm.named_buffers()}) for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    statistics = [{key: value.clone() for key, value in norm.named_buffers()} for norm in norms]
     try:
         model.eval()
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
-        yield
+        for batch in islice(batches, n):
+            images = batch[0] if isinstance(batch, Sequence) and batch else batch
+            if not isinstance(images, Tensor) or images.ndim != 4:
+                raise DataError(f"expected images [B, C, height, width] to recalibrate on, not {type(images).__name__}")
+            model(images.to(device))
+            used += 1
+        if not used:
+            raise DataError("there are no images to recalibrate BatchNorm on")
     except BaseException:
-        for norm, _, buffers in before:
+        for norm, buffers in zip(norms, statistics, strict=True):
             for key, value in buffers.items():
                 norm.get_buffer(key).copy_(value)
         raise
     finally:
-        for norm, momentum, _ in before:
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for module, training in modes:
             module.training = training
+    return used

@@ -8,8 +8,8 @@ import hashlib
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from collapse_probe.errors import CheckpointError
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # `.pth.tar` ends in .tar
 PLAIN = ("state_dict", "model", "model_state_dict", "module")
 AVERAGED = ("state_dict_ema", "model_ema", "ema", "teacher")
-LEARNER = ("student",)
+STUDENT = ("student",)
 WRAPPERS = ("module.", "_orig_mod.")
 
 State = Mapping[str, Tensor]
@@ -41,7 +41,6 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
-    epoch: int | None = None
     absent: tuple[str, ...] = ()
 
     @property
@@ -93,13 +92,23 @@ def load_checkpoint(
     `partial` whatever fits is loaded and the rest reported; it is still an error if nothing fits.
     """
     file = _checkpoint_file(Path(path))
-    held = read_file(file)
-    key, state = choose_weights(held, ema, file)
-    state = _clean(state, model)
-    report, fitting = _match(model, state, _sha256(file), key, _epoch(held))
-    if optional and not any(name in state for name in optional):
-        missing = tuple(name for name in report.missing if name not in optional)
-        report = replace(report, missing=missing, absent=tuple(name for name in report.missing if name in optional))
+    content, own = read_file(file), model.state_dict()
+    key, state = choose_weights(content, ema, file)
+    state = _without_wrappers(state, own)
+    missing = [name for name in own if name not in state]
+    absent = [name for name in missing if name in optional]
+    if len(absent) < len(optional):  # the file holds some of them
+        absent = []
+    other_shape = [name for name in own if name in state and own[name].shape != state[name].shape]
+    fitting = {name: state[name] for name in own if name in state and name not in other_shape}
+    report = LoadReport(
+        sha256=_sha256(file),
+        key_used=key,
+        missing=tuple(name for name in missing if name not in absent),
+        unexpected=tuple(name for name in state if name not in own),
+        mismatched=tuple(f"{name}: {list(state[name].shape)}, {list(own[name].shape)}" for name in other_shape),
+        absent=tuple(absent),
+    )
     if not fitting or not (report.complete or partial):
         means = "nothing was loaded; use the model that it was made from"
         means += " (same sizes and number of classes)" if not fitting else ", or --partial for what fits"
@@ -124,19 +133,16 @@ def _checkpoint_file(path: Path) -> Path:
 
 def read_file(file: Path) -> Mapping[str, Any]:
     """The content of a checkpoint file; raises CheckpointError where it cannot be read safely."""
-    if file.suffix.lower() == ".safetensors":
-        held: Any = _guarded(file, _read_safetensors)
-    else:
-        held = _guarded(file, _read_torch)
-    if not isinstance(held, Mapping):
-        came = type(held).__name__
-        raise CheckpointError(f"{file} holds a {came}, expected a dictionary of tensors; save model.state_dict()")
-    return held
-
-
-def _guarded(file: Path, read: Callable[[Path], Any]) -> Any:
     try:
-        return read(file)
+        if file.suffix.lower() == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(file)
+        else:
+            allow = getattr(torch.serialization, "safe_globals", None)  # since torch 2.5
+            with warnings.catch_warnings(), allow([argparse.Namespace]) if allow else contextlib.nullcontext():
+                warnings.simplefilter("ignore")  # on pickles of other protocols
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL\s+([\w.]+)", str(error))
         if culprit is None:
@@ -147,32 +153,23 @@ def _guarded(file: Path, read: Callable[[Path], Any]) -> Any:
     except Exception as error:  # damaged files fail in many ways
         why = (str(error).strip().splitlines() or [""])[0][:160]
         raise CheckpointError(f"{file} cannot be read as a checkpoint ({type(error).__name__}: {why})") from error
+    if not isinstance(content, Mapping):
+        kind = type(content).__name__
+        raise CheckpointError(f"{file} holds a {kind}, expected a dictionary of tensors; save model.state_dict()")
+    return content
 
 
-def _read_safetensors(file: Path) -> Any:
-    from safetensors.torch import load_file
-
-    return load_file(file)
-
-
-def _read_torch(file: Path) -> Any:
-    allow = getattr(torch.serialization, "safe_globals", None)  # since torch 2.5
-    with warnings.catch_warnings(), allow([argparse.Namespace]) if allow else contextlib.nullcontext():
-        warnings.simplefilter("ignore")  # on pickles of other protocols
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def choose_weights(held: Mapping[str, Any], ema: bool | None, file: Path) -> tuple[str, State]:
+def choose_weights(content: Mapping[str, Any], ema: bool | None, file: Path) -> tuple[str, State]:
     """The entry that holds the wanted weights and its name; "" for a file that is a state dict itself."""
-    orders = {None: PLAIN + AVERAGED + LEARNER, True: AVERAGED, False: PLAIN + LEARNER}
+    orders = {None: PLAIN + AVERAGED + STUDENT, True: AVERAGED, False: PLAIN + STUDENT}
     for key in orders[ema]:
-        if _is_state(held.get(key)):
-            return key, held[key]
-    if _is_state(held) and ema is not True:
-        return "", held
+        if _is_state(content.get(key)):
+            return key, content[key]
+    if _is_state(content) and ema is not True:
+        return "", content
     wanted = {None: "weights", True: "averaged (EMA) weights", False: "plain weights"}[ema]
     expected = "a state dict" if ema is None else " or ".join(orders[ema])
-    keys = _sample([str(key) for key in held]) or "nothing"
+    keys = _sample([str(key) for key in content]) or "nothing"
     raise CheckpointError(f"{file} holds no {wanted}: expected {expected}, found the entries {keys}")
 
 
@@ -180,9 +177,8 @@ def _is_state(value: object) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(leaf, Tensor) for leaf in value.values())
 
 
-def _clean(state: State, model: nn.Module) -> dict[str, Tensor]:
-    """Take wrapper prefixes off the keys, and DINO's `backbone.`, unless the model has keys that start so."""
-    own = model.state_dict()
+def _without_wrappers(state: State, own: State) -> dict[str, Tensor]:
+    """Take wrapper prefixes off the keys, and DINO's `backbone.`, unless the model has keys of its `own` that start so."""
     prefixes = [p for p in (*WRAPPERS, "backbone.") if not any(key.startswith(p) for key in own)]
     cleaned = {}
     for key, tensor in state.items():
@@ -190,27 +186,6 @@ def _clean(state: State, model: nn.Module) -> dict[str, Tensor]:
             key = key[len(prefix) :]
         cleaned[key] = tensor
     return cleaned
-
-
-def _match(model: nn.Module, state: State, sha256: str, key: str, epoch: int | None) -> tuple[LoadReport, dict[str, Tensor]]:
-    """Compare keys and shapes; give the report and the tensors that fit."""
-    own = model.state_dict()
-    both = [name for name in own if name in state]
-    wrong = [name for name in both if own[name].shape != state[name].shape]
-    report = LoadReport(
-        sha256,
-        key,
-        missing=tuple(name for name in own if name not in state),
-        unexpected=tuple(name for name in state if name not in own),
-        mismatched=tuple(f"{name}: {list(state[name].shape)}, {list(own[name].shape)}" for name in wrong),
-        epoch=epoch,
-    )
-    return report, {name: state[name] for name in both if name not in wrong}
-
-
-def _epoch(held: Mapping[str, Any]) -> int | None:
-    epoch = held.get("epoch")
-    return epoch if isinstance(epoch, int) else None
 
 
 def _sample(names: Iterable[str], count: int = 3) -> str:

@@ -56,7 +56,6 @@ FAMILY: Mapping[str, DeepViTSettings] = {
     "deepvit_l_384": DeepViTSettings(420, 32, tuple(range(20, 32)), "cnn", residual_scale=0.5, image_size=384),
     **{f"deepvit_patch16_224_mhsa_{depth}b": DeepViTSettings(depth=depth) for depth in (12, 16, 24, 32)},
 }
-HIDDEN = {384: (False, 1.0), 396: (True, 0.5), 420: (False, 0.5)}  # width: (transform_scale, residual_scale)
 
 
 class ConvStem(PatchEmbed):
@@ -69,12 +68,12 @@ class ConvStem(PatchEmbed):
         super().__init__(in_chans=in_chans, embed_dim=embed_dim, **timm)
         if self.patch_size != (16, 16) or not self.flatten:
             raise ModelError("the convolutional stem of DeepViT makes patches of 16 pixels, for one image size")
-        like = self.proj.weight
-        self.conv1 = nn.Conv2d(in_chans, 64, 7, 2, 3, bias=False, device=like.device, dtype=like.dtype)
-        self.bn1 = nn.BatchNorm2d(64, device=like.device, dtype=like.dtype)
-        self.conv2 = nn.Conv2d(64, 64, 3, 1, 1, bias=False, device=like.device, dtype=like.dtype)
-        self.bn2 = nn.BatchNorm2d(64, device=like.device, dtype=like.dtype)
-        self.proj = nn.Conv2d(64, embed_dim, 8, 8, device=like.device, dtype=like.dtype)
+        like: Any = {"device": self.proj.weight.device, "dtype": self.proj.weight.dtype}
+        self.conv1 = nn.Conv2d(in_chans, 64, 7, 2, 3, bias=False, **like)
+        self.bn1 = nn.BatchNorm2d(64, **like)
+        self.conv2 = nn.Conv2d(64, 64, 3, 1, 1, bias=False, **like)
+        self.bn2 = nn.BatchNorm2d(64, **like)
+        self.proj = nn.Conv2d(64, embed_dim, 8, 8, **like)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """One token a patch, row by row; ModelError for images of another size."""
@@ -133,23 +132,23 @@ class DeepViT(VisionTransformer):
             apply(self, ReAttention(scale=scale), deepvit.re_attention)
 
 
-def _data(settings: DeepViTSettings) -> dict[str, Any]:
-    half = (0.5, 0.5, 0.5)
-    return {
-        "url": "",
-        "num_classes": settings.classes,
-        "input_size": (3, settings.image_size, settings.image_size),
-        "fixed_input_size": True,
-        "interpolation": "bicubic",
-        "crop_pct": 1.0 if settings.image_size == 384 else 0.9,
-        "mean": half,
-        "std": half,
-        "first_conv": "patch_embed.conv1" if settings.stem == "cnn" else "patch_embed.proj",
-        "classifier": "head",
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "url": "",
+            "num_classes": settings.classes,
+            "input_size": (3, settings.image_size, settings.image_size),
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0 if settings.image_size == 384 else 0.9,
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+            "first_conv": "patch_embed.conv1" if settings.stem == "cnn" else "patch_embed.proj",
+            "classifier": "head",
+        }
+        for name, settings in FAMILY.items()
     }
-
-
-default_cfgs = generate_default_cfgs({name: _data(settings) for name, settings in FAMILY.items()})
+)
 
 
 def _entrypoint(name: str) -> Callable[..., Any]:
@@ -177,14 +176,15 @@ def settings_from(state_dict: Mapping[str, Tensor], name: str | None = None) -> 
     """
     found = _read({key.removeprefix("module."): tensor.shape for key, tensor in state_dict.items()})
     if name is None:
-        if found.width not in HIDDEN:
-            widths = ", ".join(map(str, HIDDEN))
+        official = {each.width: each for each in FAMILY.values()}
+        if found.width not in official:
+            widths = ", ".join(map(str, sorted(official)))
             raise CheckpointError(
                 f"no official DeepViT is {found.width} wide (they are {widths}), so its scales cannot be "
                 "told: give the model's name"
             )
-        transform_scale, residual_scale = HIDDEN[found.width]
-        return replace(found, transform_scale=transform_scale, residual_scale=residual_scale)
+        like = official[found.width]
+        return replace(found, transform_scale=like.transform_scale, residual_scale=like.residual_scale)
     if name.lower() not in FAMILY:
         raise ModelError(f"no DeepViT is called {name!r}; there are {', '.join(FAMILY)}")
     named = FAMILY[name.lower()]
@@ -201,13 +201,7 @@ def settings_from(state_dict: Mapping[str, Tensor], name: str | None = None) -> 
 
 
 def _read(shapes: Mapping[str, Any]) -> DeepViTSettings:
-    for key in (
-        "cls_token",
-        "pos_embed",
-        "patch_embed.proj.weight",
-        "blocks.0.attn.qkv.weight",
-        "head.weight",
-    ):
+    for key in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "head.weight"):
         if key not in shapes:
             raise CheckpointError(f"these are no weights of a DeepViT: there is no {key!r}")
     blocks = [key.split(".") for key in shapes if key.startswith("blocks.")]

@@ -1,33 +1,33 @@
-"""What a caller asks of a model source and what the source answers: the two sides of that socket."""
+"""From an address to a Subject: the model, its weights, its fixes, its preprocessing, and how to make it anew."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from collapse_probe.data.preprocessing import Preprocess
-from collapse_probe.downloads import first_line
+from collapse_probe.downloads import fetching, first_line
 from collapse_probe.errors import CollapseProbeError, ModelError, SettingError, UnknownNameError
 from collapse_probe.models.checkpoints import load_checkpoint
-from collapse_probe.models.fixes.apply import apply
+from collapse_probe.models.fixes.apply import apply, read_fix
 from collapse_probe.registry import FIXES, SOURCES
 from collapse_probe.seeding import torch_seeded
-from collapse_probe.settings import parse_keywords
 
 
 @dataclass(frozen=True)
 class Subject:
     """A model under analysis: in eval mode, with its provenance.
 
-    `source` is the key of the table of sources, `name` the name there, `weights` says which weights it holds
-    (a tag, or "random (seed 0)", or "checkpoint"). `fresh(seed)` makes the same architecture with fresh weights,
-    in eval mode; None where nobody knows how.
+    `source` is the key of the table of sources, `name` the name there, `weights` says which weights it holds (a tag, or
+    "random (seed 0)", or "checkpoint"). `fresh(seed)` makes the same architecture with fresh weights, in eval mode; None where
+    that is not possible.
     """
 
     address: str
@@ -39,15 +39,14 @@ class Subject:
     fresh: Callable[[int], nn.Module] | None = None
     checkpoint: str | None = None
     checkpoint_sha256: str | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Request:
     """What is wanted of a source: `name` is the address without its scheme.
 
-    `img_size` is the side of the input in pixels. `module` is the model itself where the caller already holds
-    it; otherwise None.
+    `img_size` is the side of the input in pixels. `module` is the model itself where the caller passed one; otherwise None.
     """
 
     address: str
@@ -62,9 +61,9 @@ class Blueprint:
     """How a source would make one model.
 
     `make(trained)` makes it with its published weights, or with fresh ones drawn from torch's CPU generator.
-    `preprocess(model)` gives its preprocessing, and notes on what had to be assumed. `trained` is the tag of
-    the published weights, None where there are none. `fixed` is set where the weights are not ours to choose
-    and says whose they are. `remakable` is False where `make` cannot give a second, fresh model.
+    `preprocess(model)` gives its preprocessing, and notes on what had to be assumed. `trained` is the tag of the published
+    weights, None where there are none. `fixed` is set where the weights cannot be chosen here, and says whose they are.
+    `remakable` is False where `make` cannot give a second, fresh model.
     """
 
     name: str
@@ -75,27 +74,29 @@ class Blueprint:
     remakable: bool = True
 
 
-class Source(Protocol):
-    """One place where models come from; an instance is entered in `SOURCES` under its address scheme."""
+class Source:
+    """One place where models come from; an instance, or any object with these methods, is entered in `SOURCES` under its
+    address scheme.
+    """
 
     def names(self, pattern: str = "*") -> list[str]:
         """Names that match a shell pattern; none where the place cannot be listed. Fetches nothing."""
-        ...
+        return []
 
     def has(self, name: str) -> bool:
         """Whether `name` is a name here; True where only trying can tell."""
-        ...
+        return True
 
     def blueprint(self, request: Request) -> Blueprint:
         """How to make the requested model. Raises UnknownNameError or ModelError."""
-        ...
+        raise NotImplementedError
 
 
 class ImageTower(nn.Module):
     """Lets a model of another library take pixels and return one tensor: [B, 3, height, width] -> [B, …].
 
-    `wrapped` is the library's own module, `answer` picks the tensor out of what it returns, `settings` are
-    further keyword arguments of its forward.
+    `wrapped` is the library's own module, `answer` picks the tensor out of what it returns, `settings` are further keyword
+    arguments of its forward.
     """
 
     def __init__(self, wrapped: nn.Module, answer: Callable[[Any], Tensor], settings: Mapping[str, Any] | None = None) -> None:
@@ -103,7 +104,7 @@ class ImageTower(nn.Module):
         self.wrapped, self.answer, self.settings = wrapped, answer, dict(settings or {})
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """The tensor that `answer` finds."""
+        """The tensor that `answer` picks."""
         return self.answer(self.wrapped(pixels, **self.settings))
 
 
@@ -112,6 +113,8 @@ BARE = ("ours", "torchvision", "timm")  # where a name without a scheme is looke
 
 def resolve(
     address: str | nn.Module,
+    fixes: Sequence[str] = (),
+    blocks: Sequence[int] | None = None,
     *,
     checkpoint: str | Path | None = None,
     pretrained: bool | None = None,
@@ -122,11 +125,13 @@ def resolve(
 ) -> Subject:
     """Make the model at `address` ready, in eval mode on the CPU, with its own preprocessing.
 
-    A bare name is looked up in `BARE`; `SCHEME:NAME` names an entry of `SOURCES`; an nn.Module is taken as it
-    is, out of its wrappers (a checkpoint then loads into that very module). `pretrained` None means published
-    weights unless a checkpoint is given. Fresh weights are drawn under `seed`, and the global generators stay
-    as they were. `model_kwargs` go to the model's constructor, `img_size` [pixels] sets its input side,
-    `partial` lets a checkpoint load in part.
+    A bare name is looked up in `BARE`; `SCHEME:NAME` names an entry of `SOURCES`; an nn.Module is taken as it is, out of its
+    wrappers (a checkpoint then loads into that very module). `pretrained` None means published weights unless a checkpoint is
+    given. Fresh weights are drawn under `seed`, and the global generators stay as they were. `model_kwargs` go to the model's
+    constructor, `img_size` [pixels] sets its input side, `partial` lets a checkpoint load in part.
+
+    `fixes` are put into `blocks`, see `with_fixes`, before the checkpoint is loaded. It may hold the fixes' own parameters,
+    trained, or be one of the model without them: they then stay as the fixes made them, and a note says so.
 
     Raises UnknownNameError, ModelError, CheckpointError, SettingError.
     """
@@ -137,7 +142,7 @@ def resolve(
     trained = pretrained if pretrained is not None else checkpoint is None
     model = _make(blueprint, request, trained, seed).eval()
     preprocess, notes = blueprint.preprocess(model)
-    subject = Subject(
+    plain = Subject(
         address=request.address,
         source=source,
         name=blueprint.name,
@@ -147,16 +152,13 @@ def resolve(
         fresh=_fresh(blueprint, request) if blueprint.remakable else None,
         notes=notes,
     )
-    return subject if checkpoint is None else loaded(subject, checkpoint, partial=partial)
-
-
-def loaded(subject: Subject, checkpoint: str | Path, *, partial: bool = False, optional: Collection[str] = ()) -> Subject:
-    """The subject with the weights of a checkpoint in its very model; see `checkpoints.load_checkpoint`.
-
-    Raises CheckpointError; the model is then as it was.
-    """
-    model = subject.model.wrapped if isinstance(subject.model, ImageTower) else subject.model
-    report = load_checkpoint(model, checkpoint, partial=partial, optional=optional)
+    keys = set(model.state_dict()) if fixes else set()
+    subject = with_fixes(plain, fixes, blocks, seed)
+    if checkpoint is None:
+        return subject
+    optional = set(model.state_dict()) - keys if fixes else set()
+    inner = model.wrapped if isinstance(model, ImageTower) else model
+    report = load_checkpoint(inner, checkpoint, partial=partial, optional=optional)
     return replace(
         subject,
         weights="checkpoint" if report.complete else f"checkpoint in part, over {subject.weights}",
@@ -166,52 +168,54 @@ def loaded(subject: Subject, checkpoint: str | Path, *, partial: bool = False, o
     )
 
 
+def fetching_weights(request: Request, hub: bool) -> AbstractContextManager[None]:
+    """Turn a failed download of weights into one line, see `downloads.fetching`."""
+    way_out = "use --no-pretrained for fresh weights, or --checkpoint FILE for your own"
+    return fetching(f"weights of {request.address!r}", ModelError, way_out, hub=hub)
+
+
 def _locate(address: str | nn.Module, kwargs: dict[str, Any], img_size: int | None) -> tuple[str, Request]:
     if isinstance(address, nn.Module):
         name = type(address).__name__
         return "module", Request(f"module:{name}", name, kwargs, img_size, module=address)
     scheme, colon, name = address.partition(":")
-    if colon:
-        source = SOURCES[scheme]
-        if not source.has(name):
-            raise UnknownNameError(_unknown(name, scheme))
-        return scheme, Request(address, name, kwargs, img_size)
-    for scheme in BARE:
-        if SOURCES[scheme].has(address):
-            return scheme, Request(address, address, kwargs, img_size)
-    raise UnknownNameError(_unknown(address, None))
+    if not colon:
+        name = address
+        scheme = next((place for place in BARE if SOURCES[place].has(name)), "")
+    if not scheme or not SOURCES[scheme].has(name):
+        raise UnknownNameError(_unknown(name, scheme or None))
+    return scheme, Request(address, name, kwargs, img_size)
 
 
 def _unknown(name: str, scheme: str | None) -> str:
     """One line with the nearest names: of the scheme that was asked for, or of all places for a bare name."""
-    said = f"no model called {name!r}" + (f" in {scheme!r}" if scheme else "")
+    text = f"no model called {name!r}" + (f" in {scheme!r}" if scheme else "")
     if scheme is None and "/" in name:
-        return f"{said}; an address there has a scheme, such as 'hf:{name}' or 'timm:NAME' or 'local-dir:PATH'"
+        return f"{text}; an address there has a scheme, such as 'hf:{name}' or 'timm:NAME' or 'local-dir:PATH'"
     places = {known: f"{place}:{known}" for place in reversed(BARE) for known in SOURCES[place].names()}
     if scheme is not None:
         if name in places:
-            return f"{said}; did you mean '{places[name]}'?"
+            return f"{text}; did you mean '{places[name]}'?"
         places = {known: f"{scheme}:{known}" for known in SOURCES[scheme].names()}
     near = difflib.get_close_matches(name, list(places), n=3, cutoff=0.5)
     if not near:
-        return f"{said}; 'collapse-probe ls models' lists the names"
-    shown = [places[known] if scheme else known for known in near]
-    return f"{said}; did you mean {' or '.join(map(repr, shown))}?"
+        return f"{text}; 'collapse-probe ls models' lists the names"
+    return f"{text}; did you mean {' or '.join(repr(places[known] if scheme else known) for known in near)}?"
 
 
 def _make(blueprint: Blueprint, request: Request, trained: bool, seed: int) -> nn.Module:
     if trained and blueprint.trained is None and blueprint.fixed is None:
         ways = "use --no-pretrained for fresh weights or --checkpoint FILE for your own"
         raise ModelError(f"there are no trained weights of {request.address!r}; {ways}")
-    asked = [f"{key}={value!r}" for key, value in request.model_kwargs.items()]
-    asked += [] if request.img_size is None else [f"img_size={request.img_size}"]
     try:
         with torch_seeded(seed):
             return blueprint.make(trained)
     except CollapseProbeError:
         raise
     except Exception as error:  # a constructor may raise anything
-        using = f" with {', '.join(asked)}" if asked else ""
+        settings = [f"{key}={value!r}" for key, value in request.model_kwargs.items()]
+        settings += [] if request.img_size is None else [f"img_size={request.img_size}"]
+        using = f" with {', '.join(settings)}" if settings else ""
         raise ModelError(f"cannot make {request.address!r}{using}: {first_line(error)}") from error
 
 
@@ -219,67 +223,52 @@ def _fresh(blueprint: Blueprint, request: Request) -> Callable[[int], nn.Module]
     def fresh(seed: int) -> nn.Module:
         """The same architecture with weights drawn under `seed`, in eval mode."""
         model = _make(blueprint, request, False, seed).eval()
-        if blueprint.fixed and _same_weights(model, _make(blueprint, request, False, seed + 1)):
-            raise ModelError(f"{request.address!r} makes the same weights whatever the seed: no untrained twin")
+        if blueprint.fixed:
+            other = _make(blueprint, request, False, seed + 1)
+            if all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)):
+                raise ModelError(f"{request.address!r} makes the same weights whatever the seed: no untrained twin")
         return model
 
     return fresh
 
 
-def _same_weights(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-
-
-Chosen = tuple[str, dict[str, Any]]
-
-
-def resolved(
-    address: str | nn.Module,
-    fixes: Sequence[str] = (),
-    blocks: Sequence[int] | None = None,
-    *,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    pretrained: bool | None = None,
-    partial: bool = False,
-    **options: Any,
-) -> Subject:
-    """The subject at `address` with `fixes` in it, then the weights of `checkpoint`: see `sources.resolve` and `with_fixes`.
-
-    The checkpoint may hold the fixes' own parameters, trained, or be one of the model without them: they then stay as the
-    fixes made them, and a note says so. Raises what those two raise.
-    """
-    if not fixes or checkpoint is None:
-        facts: dict[str, Any] = {"checkpoint": checkpoint, "pretrained": pretrained, "partial": partial, **options}
-        return with_fixes(resolve(address, seed=seed, **facts), fixes, blocks, seed)
-    subject = resolve(address, seed=seed, pretrained=bool(pretrained), **options)
-    before = set(subject.model.state_dict())
-    subject = with_fixes(subject, fixes, blocks, seed)
-    return loaded(subject, checkpoint, partial=partial, optional=set(subject.model.state_dict()) - before)
-
-
 def with_fixes(subject: Subject, fixes: Sequence[str], blocks: Sequence[int] | None = None, seed: int = 0) -> Subject:
-    """The subject with `fixes` grafted into its model in place, into `blocks` (None: all that each can act
-    on).
+    """The subject with `fixes` put into its model in place, into `blocks` (None: all that each can act on).
 
-    A fix is `NAME`, at its neutral setting where it has one (the model then still computes what it
-    computed), or `NAME:K=V,K=V` with settings of one's own beside the fix's defaults. Whatever a fix draws
-    is drawn under `seed`. Raises UnknownNameError, SettingError, ModelError.
+    A fix is `NAME`, at its neutral setting where it has one (the model then still computes what it computed), or
+    `NAME:K=V,K=V` with settings of one's own beside the fix's defaults. Whatever a fix draws is drawn under `seed`. Raises
+    UnknownNameError, SettingError, ModelError.
     """
+    check_blocks(fixes, blocks)
     if not fixes:
-        check_blocks(fixes, blocks)
         return subject
-    chosen = [_read(fix) for fix in fixes]
-    model = _grafted(subject.model, chosen, blocks, seed)
-    before = subject.fresh
-    said = _said(model, chosen)
+    chosen = []
+    for fix in fixes:
+        name, settings = read_fix(fix)
+        chosen.append((name, settings if ":" in fix else dict(FIXES[name].neutral or {})))
+
+    def put_in(model: Any, seed: int) -> Any:
+        with torch_seeded(seed):
+            for name, settings in chosen:
+                apply(model, name, blocks, **settings)
+        return model.eval()
+
+    model, before = put_in(subject.model, seed), subject.fresh
+    parts = []
+    for (name, settings), applied in zip(chosen, model.fixes[-len(chosen) :], strict=True):
+        neutral = settings == FIXES[name].neutral
+        how = "neutral" if neutral else ", ".join(f"{k}={v}" for k, v in applied.settings.items()) or "no settings"
+        everywhere = tuple(applied.blocks) == tuple(range(len(model.blocks)))
+        where = "all blocks" if everywhere else f"blocks {', '.join(map(str, applied.blocks))}"
+        parts.append(f"{name} in {where} ({how})")
+    text = " + ".join(parts)
     return replace(
         subject,
-        address=f"{subject.address} + {said}",
+        address=f"{subject.address} + {text}",
         name="+".join([subject.name, *(name for name, _ in chosen)]),
         model=model,
-        fresh=None if before is None else lambda s: _grafted(before(s), chosen, blocks, s),
-        notes=(*subject.notes, f"fixes put into the model: {said}"),
+        fresh=None if before is None else lambda seed: put_in(before(seed), seed),
+        notes=(*subject.notes, f"fixes put into the model: {text}"),
     )
 
 
@@ -287,30 +276,3 @@ def check_blocks(fixes: Sequence[str], blocks: Sequence[int] | None) -> None:
     """Raise SettingError for blocks without a fix that could go there."""
     if blocks is not None and not fixes:
         raise SettingError(f"blocks {list(blocks)} were named for a fix, but no fix; name one (--fix)")
-
-
-def _read(text: str) -> Chosen:
-    """A fix's name and its settings out of `NAME:K=V,K=V`; without settings the neutral ones."""
-    name, colon, rest = text.partition(":")
-    fix = FIXES[name]
-    if not colon:
-        return name, dict(fix.neutral or {})
-    return name, parse_keywords(rest.split(","), text)
-
-
-def _grafted(model: nn.Module, chosen: Sequence[Chosen], blocks: Sequence[int] | None, seed: int) -> nn.Module:
-    with torch_seeded(seed):
-        for name, settings in chosen:
-            apply(model, name, blocks, **settings)
-    return model.eval()
-
-
-def _said(model: Any, chosen: Sequence[Chosen]) -> str:
-    parts = []
-    for (name, settings), mounted in zip(chosen, model.fixes[-len(chosen) :], strict=True):
-        neutral = settings == FIXES[name].neutral
-        how = "neutral" if neutral else ", ".join(f"{k}={v}" for k, v in mounted.settings.items())
-        whole = tuple(mounted.blocks) == tuple(range(len(model.blocks)))
-        where = "all blocks" if whole else f"blocks {', '.join(map(str, mounted.blocks))}"
-        parts.append(f"{name} in {where} ({how or 'no settings'})")
-    return " + ".join(parts)

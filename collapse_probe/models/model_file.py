@@ -17,6 +17,7 @@ from collapse_probe.models.architecture import Architecture
 FORMAT = "collapse-probe/model/1"
 SUFFIX = ".safetensors"
 KEY = "collapse_probe"
+CONFIG = ("input_size", "mean", "std", "interpolation", "crop_pct")  # the preprocessing as timm's pretrained_cfg spells it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,35 +36,23 @@ class ModelCard:
     crop_pct: float = 1.0
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def config(self) -> dict[str, Any]:
-        """The preprocessing as timm's pretrained_cfg spells it."""
-        names = ("input_size", "mean", "std", "interpolation", "crop_pct")
-        return {name: getattr(self, name) for name in names}
-
     def preprocess(self) -> Preprocess:
         """The evaluation transform that the model was validated with."""
-        return from_timm_config(self.config())
+        return from_timm_config({name: getattr(self, name) for name in CONFIG})
 
     def plain(self) -> dict[str, Any]:
         """The same as plain values."""
-        held: dict[str, Any] = {"format": FORMAT, "architecture": self.architecture.plain(), **self.config()}
-        return {**held, "facts": dict(self.facts)}
+        config = {name: getattr(self, name) for name in CONFIG}
+        return {"format": FORMAT, "architecture": self.architecture.plain(), **config, "facts": dict(self.facts)}
 
     @classmethod
-    def of_plain(cls, held: Mapping[str, Any]) -> ModelCard:
+    def of_plain(cls, values: Mapping[str, Any]) -> ModelCard:
         """The card that `plain` wrote. Raises CheckpointError for another format."""
-        if held.get("format") != FORMAT:
-            raise CheckpointError(f"this model file has the format {held.get('format')!r}; expected {FORMAT!r}")
+        if values.get("format") != FORMAT:
+            raise CheckpointError(f"this model file has the format {values.get('format')!r}; expected {FORMAT!r}")
         try:
-            return cls(
-                architecture=Architecture.of_plain(held["architecture"]),
-                input_size=tuple(held["input_size"]),
-                mean=tuple(held["mean"]),
-                std=tuple(held["std"]),
-                interpolation=held["interpolation"],
-                crop_pct=held["crop_pct"],
-                facts=held["facts"],
-            )
+            config: Any = {name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in CONFIG}
+            return cls(architecture=Architecture.of_plain(values["architecture"]), facts=values["facts"], **config)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the header of this model file is incomplete: {error}") from error
 
@@ -91,7 +80,6 @@ def save_model(path: str | Path, model: nn.Module, card: ModelCard) -> Path:
 def _once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Each tensor under its first name, and which first name the others stand for."""
     first: dict[tuple[Any, ...], str] = {}
-    kept: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     for name, tensor in state.items():
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
@@ -99,8 +87,7 @@ def _once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
             shared[name] = first[place]
         else:
             first[place] = name
-            kept[name] = tensor
-    return kept, shared
+    return {name: tensor for name, tensor in state.items() if name not in shared}, shared
 
 
 def is_model_file(path: str | Path) -> bool:
@@ -142,14 +129,13 @@ def load_model(path: str | Path) -> tuple[Any, ModelCard]:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    held = _metadata(path)
-    if KEY not in held:
+    metadata = _metadata(path)
+    if KEY not in metadata:
         raise CheckpointError(f"{path} is no model file of collapse-probe: its header names no model; use --model for it")
     try:
-        found: dict[str, Any] = json.loads(held[KEY])
+        return json.loads(metadata[KEY])  # type: ignore[no-any-return]
     except ValueError as error:
         raise CheckpointError(f"the header of {path} is damaged: {error}") from error
-    return found
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -6,7 +6,6 @@ parameters have the names and shapes of timm's VisionTransformer, so weights can
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -15,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collapse_probe.errors import ModelError, SettingError
-from collapse_probe.models.fixes.base import AppliedFix, Sites, add_fix, apply_sites, attend
-from collapse_probe.registry import FIXES
+from collapse_probe.models.fixes.base import AppliedFix, Chosen, Sites, add_fix, apply_sites, attend, fixes_in, plain_fixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +46,7 @@ class ViTSettings:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop_path: float = 0.0
-    fixes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fixes: Chosen = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "channels", "depth", "width", "heads"):
@@ -65,11 +63,7 @@ class ViTSettings:
 
     def plain(self) -> dict[str, Any]:
         """The settings as plain values, which JSON can hold and `ViTSettings(**…)` takes back."""
-        fixes = {
-            name: {key: list(value) if key == "blocks" and value is not None else value for key, value in chosen.items()}
-            for name, chosen in self.fixes.items()
-        }
-        return {**vars(self), "fixes": fixes}
+        return {**vars(self), "fixes": plain_fixes(self.fixes)}
 
 
 class PatchEmbed(nn.Module):
@@ -188,11 +182,13 @@ class ViT(nn.Module):
         self.head = nn.Linear(s.width, s.classes) if s.classes else nn.Identity()
         self._initialise()
         if s.tied:
-            self._tie()
+            for name, parameter in self.blocks[0].named_parameters():
+                owner, _, leaf = name.rpartition(".")
+                for block in self.blocks[1:]:
+                    setattr(block.get_submodule(owner), leaf, parameter)
         registers = {"registers": {"count": s.registers}} if s.registers else {}
-        for name, chosen in {**registers, **s.fixes}.items():
-            own = {key: value for key, value in chosen.items() if key != "blocks"}
-            add_fix(self, FIXES[name].with_settings(own), chosen.get("blocks"))
+        for fix, blocks in fixes_in({**registers, **s.fixes}):
+            add_fix(self, fix, blocks)
 
     def _initialise(self) -> None:
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -204,12 +200,6 @@ class ViT(nn.Module):
                     nn.init.xavier_uniform_(module.weight)
                 else:
                     nn.init.trunc_normal_(module.weight, std=self.settings.init_std)
-
-    def _tie(self) -> None:
-        for block in list(self.blocks)[1:]:
-            for name, parameter in self.blocks[0].named_parameters():
-                owner, _, leaf = name.rpartition(".")
-                setattr(block.get_submodule(owner), leaf, parameter)
 
     def forward_features(self, images_BCHW: Tensor) -> Tensor:
         """The tokens after the final norm, [B, C, height, width] -> [B, N, D]; CLS is the first."""

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from collapse_probe.errors import SettingError
-from collapse_probe.models.architecture import OWN_FIELDS, TIMM_NAMES, Architecture, read_fix
+from collapse_probe.models.architecture import OWN_FIELDS, TIMM_NAMES, Architecture
+from collapse_probe.models.fixes.apply import read_fix
 from collapse_probe.models.vit import ViTSettings
 from collapse_probe.registry import PENALTIES
 from collapse_probe.settings import between

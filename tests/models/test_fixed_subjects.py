@@ -12,7 +12,7 @@ from collapse_probe.analysis.measurement import RunSettings
 from collapse_probe.data.images import open_data
 from collapse_probe.errors import CheckpointError, ModelError, SettingError, UnknownNameError
 from collapse_probe.models.batchnorm import recalibrated
-from collapse_probe.models.loading import resolve, resolved, with_fixes
+from collapse_probe.models.loading import resolve, with_fixes
 
 ADDRESS = "timm:vit_tiny_patch16_224"
 
@@ -153,7 +153,7 @@ WHERE = {"pretrained": False, "img_size": 32, "model_kwargs": {"depth": 3, "num_
 def test_a_checkpoint_that_holds_a_fix_loads_after_the_fix_is_in(images, tmp_path):
     made = trained()
     torch.save(made.state_dict(), tmp_path / "reattention.pth")
-    found = resolved(ADDRESS, ["re-attention:norm=batch"], [2], checkpoint=tmp_path / "reattention.pth", **WHERE)
+    found = resolve(ADDRESS, ["re-attention:norm=batch"], [2], checkpoint=tmp_path / "reattention.pth", **WHERE)
     assert torch.equal(found.model(images), made(images))
     assert (found.weights, found.name) == ("checkpoint", "vit_tiny_patch16_224+re-attention")
     assert found.checkpoint_sha256 is not None
@@ -162,7 +162,7 @@ def test_a_checkpoint_that_holds_a_fix_loads_after_the_fix_is_in(images, tmp_pat
 def test_a_checkpoint_without_the_fix_loads_too_and_the_notes_say_so(images, tmp_path):
     plain = subject().model
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
-    found = resolved(ADDRESS, ["re-attention"], checkpoint=tmp_path / "plain.pth", **WHERE)
+    found = resolve(ADDRESS, ["re-attention"], checkpoint=tmp_path / "plain.pth", **WHERE)
     torch.testing.assert_close(found.model(images), plain(images))
     assert found.weights == "checkpoint"
     assert any("holds no weights of what was put into the model" in note for note in found.notes)
@@ -172,6 +172,6 @@ def test_a_checkpoint_with_half_of_a_fix_is_refused(tmp_path):
     state = trained().state_dict()
     torch.save({k: v for k, v in state.items() if not k.endswith("reatten_matrix.bias")}, tmp_path / "half.pth")
     with pytest.raises(CheckpointError, match="1 missing in the file"):
-        resolved(ADDRESS, ["re-attention:norm=batch"], [2], checkpoint=tmp_path / "half.pth", **WHERE)
+        resolve(ADDRESS, ["re-attention:norm=batch"], [2], checkpoint=tmp_path / "half.pth", **WHERE)
     with pytest.raises(CheckpointError, match="unknown to the model"):
-        resolved(ADDRESS, checkpoint=tmp_path / "half.pth", **WHERE)
+        resolve(ADDRESS, checkpoint=tmp_path / "half.pth", **WHERE)

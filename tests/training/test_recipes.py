@@ -7,7 +7,8 @@ import json
 import pytest
 
 from collapse_probe.errors import ModelError, SettingError, UnknownNameError
-from collapse_probe.models.architecture import Architecture, read_fix
+from collapse_probe.models.architecture import Architecture
+from collapse_probe.models.fixes.apply import read_fix
 from collapse_probe.models.vit import ViTSettings
 from collapse_probe.registry import RECIPES
 from collapse_probe.training.recipe import Augmentation, Recipe

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from collapse_probe.errors import ModelError
 from collapse_probe.models.fixes.base import Fix, Sites, add_fix, apply_sites, attend
 from collapse_probe.registry import FIXES
+from collapse_probe.settings import parse_keywords
 
 
 class AttentionWithSockets(Attention):
@@ -100,3 +101,15 @@ def apply(model: Any, fix: str | Fix, blocks: Sequence[int] | None = None, **set
     open_sockets(model)
     add_fix(model, fix, blocks)
     return model
+
+
+def read_fix(text: str) -> tuple[str, dict[str, Any]]:
+    """A fix's name and its settings out of `NAME` or `NAME:K=V,K=V`; what is not said is the fix's default.
+
+    >>> read_fix("re-attention:norm=layer")
+    ('re-attention', {'norm': 'layer'})
+    """
+    name, _, rest = text.partition(":")
+    settings = parse_keywords(filter(None, rest.split(",")), text)
+    FIXES[name].with_settings(settings)
+    return name, settings

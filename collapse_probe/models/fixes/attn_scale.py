@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.models.fixes.base import Fix, FixSite, Part
+from collapse_probe.models.fixes.base import Fix, FixSite, Parts
 from collapse_probe.registry import FIXES
 
 
@@ -39,7 +38,7 @@ class AttnScale(Fix):
     neutral = {"init": 0.0}
     official_keys = ("attn.lamb",)
 
-    def parts(self, site: FixSite) -> Mapping[str, Part]:
+    def parts(self, site: FixSite) -> Parts:
         """`lamb`, [H]."""
         return {"lamb": nn.Parameter(torch.full((site.heads,), float(self.init)))}
 

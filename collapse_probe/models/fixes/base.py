@@ -12,7 +12,7 @@ Several fixes in one place act in the order in which they were added.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collapse_probe.errors import ModelError, SettingError
+from collapse_probe.registry import FIXES
 from collapse_probe.settings import Settings
 
-Part = nn.Module | nn.Parameter
+Parts = Mapping[str, nn.Module | nn.Parameter]
+"""What a fix adds to a module, by name."""
 
 
 @dataclass(eq=False, repr=False)  # a printed site would print the model
@@ -80,7 +82,7 @@ class Fix(Settings):
             raise SettingError(f"{self.name} acts on the whole model: it cannot be put into single blocks")
         return tuple(range(depth)) if blocks is None else blocks
 
-    def parts(self, site: FixSite) -> Mapping[str, Part]:
+    def parts(self, site: FixSite) -> Parts:
         """The parameters and modules that the fix adds to `site.home`, by name."""
         return {}
 
@@ -140,6 +142,25 @@ class AppliedFix:
     name: str
     settings: Mapping[str, Any]
     blocks: tuple[int, ...]
+
+
+Chosen = Mapping[str, Mapping[str, Any]]
+"""Names of fixes and their settings, `blocks` among them (default: all that the fix can act on), in the order of adding."""
+
+
+def fixes_in(chosen: Chosen) -> Iterator[tuple[Fix, Sequence[int] | None]]:
+    """Each fix with its settings, and its blocks. Raises UnknownNameError and SettingError."""
+    for name, settings in chosen.items():
+        own = {key: value for key, value in settings.items() if key != "blocks"}
+        yield FIXES[name].with_settings(own), settings.get("blocks")
+
+
+def plain_fixes(chosen: Chosen) -> dict[str, dict[str, Any]]:
+    """The same as plain values, which JSON can hold."""
+    return {
+        name: {key: list(value) if key == "blocks" and value is not None else value for key, value in settings.items()}
+        for name, settings in chosen.items()
+    }
 
 
 def apply_sites(sites: Sites, socket: str, x: Tensor, *others: Any) -> Tensor:

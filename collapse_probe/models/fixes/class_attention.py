@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from collapse_probe.errors import ModelError
-from collapse_probe.models.fixes.base import Fix, FixSite, Part
+from collapse_probe.models.fixes.base import Fix, FixSite, Parts
 from collapse_probe.registry import FIXES
 
 
@@ -87,7 +86,7 @@ class ClassAttentionStage(Fix):
     )
     home = "model"
 
-    def parts(self, site: FixSite) -> Mapping[str, Part]:
+    def parts(self, site: FixSite) -> Parts:
         """`blocks_token_only`; ModelError where the head reads something else than CLS."""
         model = site.home
         if getattr(model, "cls_token", None) is None or site.prefix < 1:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.models.fixes.base import Fix, FixSite, Part
+from collapse_probe.models.fixes.base import Fix, FixSite, Parts
 from collapse_probe.registry import FIXES
 
 
@@ -45,7 +44,7 @@ class FeatScale(Fix):
     official_keys = ("lamb1", "lamb2")
     home = "block"
 
-    def parts(self, site: FixSite) -> Mapping[str, Part]:
+    def parts(self, site: FixSite) -> Parts:
         """`lamb1` and `lamb2`, [D]."""
         return {name: nn.Parameter(torch.full((site.width,), float(self.init))) for name in ("lamb1", "lamb2")}
 

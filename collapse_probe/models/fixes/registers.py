@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.models.fixes.base import Fix, FixSite, Part
+from collapse_probe.models.fixes.base import Fix, FixSite, Parts
 from collapse_probe.registry import FIXES
 
 
@@ -31,7 +30,7 @@ class Registers(Fix):
     source = "Registers, arXiv 2309.16588"
     home = "model"
 
-    def parts(self, site: FixSite) -> Mapping[str, Part]:
+    def parts(self, site: FixSite) -> Parts:
         """`registers`, [1, count, D]."""
         tokens = torch.empty(1, self.count, site.width)
         return {"registers": nn.Parameter(nn.init.trunc_normal_(tokens, std=0.02))}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.models.fixes.base import Fix, FixSite, Part
+from collapse_probe.models.fixes.base import Fix, FixSite, Parts
 from collapse_probe.registry import FIXES
 
 
@@ -54,7 +53,7 @@ class TalkingHeads(Fix):
         "attn.proj_w.bias",
     )
 
-    def parts(self, site: FixSite) -> Mapping[str, Part]:
+    def parts(self, site: FixSite) -> Parts:
         """`proj_l` and `proj_w`, as `where` asks."""
         names = {"both": ("proj_l", "proj_w"), "logits": ("proj_l",), "map": ("proj_w",)}[self.where]
         return {name: _mixing(site.heads, self.init) for name in names}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.models.fixes.base import Fix, FixSite, Part
+from collapse_probe.models.fixes.base import Fix, FixSite, Parts
 from collapse_probe.registry import FIXES
 
 
@@ -34,7 +33,7 @@ class Temperature(Fix):
     source = "compared in DeepViT, arXiv 2103.11886"
     neutral = {"tau": 1.0}
 
-    def parts(self, site: FixSite) -> Mapping[str, Part]:
+    def parts(self, site: FixSite) -> Parts:
         """`log_temperature`, [H], where it is learnable."""
         start = math.log(self.tau)
         return {"log_temperature": nn.Parameter(torch.full((site.heads,), start))} if self.learnable else {}

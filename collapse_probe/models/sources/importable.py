@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,73 +14,61 @@ from torch import nn
 from collapse_probe.data.preprocessing import of_module
 from collapse_probe.downloads import first_line
 from collapse_probe.errors import ModelError, UnknownNameError
-from collapse_probe.models.loading import Blueprint, Request
-from collapse_probe.registry import SOURCES, import_also_from_here
+from collapse_probe.models.loading import Blueprint, Request, Source
+from collapse_probe.registry import SOURCES
 
 
-class ImportSource:
+class ImportSource(Source):
     """Calls a class or function that returns an nn.Module.
 
-    `model_kwargs` are its arguments; `img_size` is passed on where it has a parameter of that name or
-    `image_size`, `pretrained` where it has one of that name. Modules are also found in the current folder.
+    `model_kwargs` are its arguments; `img_size` is passed on where it has a parameter of that name or `image_size`,
+    `pretrained` where it has one of that name. Modules are also found in the current folder.
     """
 
-    def names(self, pattern: str = "*") -> list[str]:
-        """Nothing: what can be imported cannot be listed."""
-        return []
-
-    def has(self, name: str) -> bool:
-        """True: only the import can tell."""
-        return True
-
     def blueprint(self, request: Request) -> Blueprint:
-        """Imports the callable now, so that a wrong path is told before anything else."""
+        """Imports the callable now, so that a wrong path is reported before anything else."""
         maker = _find(request.name)
         settings = dict(request.model_kwargs)
-        taken = _parameters(maker)
-        if request.img_size is not None:
-            key = next((key for key in ("img_size", "image_size") if key in taken), None)
-            settings.update({key: request.img_size} if key else {})
+        try:
+            parameters = frozenset(inspect.signature(maker).parameters)
+        except (TypeError, ValueError):
+            parameters = frozenset()
+        size_name = next((name for name in ("img_size", "image_size") if name in parameters), None)
+        if request.img_size is not None and size_name is not None:
+            settings[size_name] = request.img_size
 
         def make(trained: bool) -> nn.Module:
-            choice = {"pretrained": trained} if "pretrained" in taken and "pretrained" not in settings else {}
-            model = maker(**settings, **choice)
+            choice = {"pretrained": trained} if "pretrained" in parameters else {}
+            model = maker(**{**choice, **settings})
             if not isinstance(model, nn.Module):
                 raise ModelError(f"{request.name} must return a torch nn.Module, not {type(model).__name__}")
             return model
 
-        return Blueprint(
-            request.name,
-            make,
-            lambda model: of_module(model, request.img_size),
-            fixed=f"as {request.name} made them",
-        )
+        fixed = f"as {request.name} made them"
+        return Blueprint(request.name, make, lambda model: of_module(model, request.img_size), fixed=fixed)
 
 
 def _find(path: str) -> Callable[..., Any]:
     module_name, colon, attribute = path.partition(":")
     if not (module_name and colon and attribute):
         raise ModelError(f"an import address reads import:package.module:callable, not 'import:{path}'")
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
     try:
-        module = import_also_from_here(module_name)
+        module = importlib.import_module(module_name)
     except Exception as error:  # the user's module may raise anything
         raise ModelError(f"cannot import {module_name!r}: {first_line(error)}") from error
-    if not callable(found := getattr(module, attribute, None)):
-        raise UnknownNameError(f"{module_name} has no callable {attribute!r}{_near(module)}")
-    maker: Callable[..., Any] = found
-    return maker
-
-
-def _near(module: Any) -> str:
-    models = [name for name, thing in vars(module).items() if isinstance(thing, type) and issubclass(thing, nn.Module)]
-    return f"; its modules are {', '.join(models[:5])}" if models else ""
-
-
-def _parameters(maker: Callable[..., Any]) -> frozenset[str]:
-    try:
-        return frozenset(inspect.signature(maker).parameters)
-    except (TypeError, ValueError):
-        return frozenset()
+    finally:
+        if added:
+            sys.path.remove(here)
+    maker = getattr(module, attribute, None)
+    if not callable(maker):
+        models = [name for name, entry in vars(module).items() if isinstance(entry, type) and issubclass(entry, nn.Module)]
+        hint = f"; its modules are {', '.join(models[:5])}" if models else ""
+        raise UnknownNameError(f"{module_name} has no callable {attribute!r}{hint}")
+    return maker  # type: ignore[no-any-return]
 
 
 SOURCES.add("import", ImportSource())

@@ -9,16 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from collapse_probe.data.preprocessing import Preprocess, from_callable
-from collapse_probe.downloads import fetching
 from collapse_probe.errors import ModelError
-from collapse_probe.models.loading import Blueprint, ImageTower, Request
+from collapse_probe.models.loading import Blueprint, ImageTower, Request, Source, fetching_weights
 from collapse_probe.registry import SOURCES
 
-WAY_OUT = "use --no-pretrained for fresh weights, or --checkpoint FILE for your own"
 FACTS = ("mode", "interpolation", "resize_mode", "mean", "std")
 
 
-class OpenClipSource:
+class OpenClipSource(Source):
     """OpenCLIP's registry; a tag names the published weights."""
 
     def names(self, pattern: str = "*") -> list[str]:
@@ -41,8 +39,11 @@ class OpenClipSource:
 
         def make(trained: bool) -> nn.Module:
             if trained and not tag:
-                raise ModelError(f"{request.address!r} needs a tag: {_tags(library, base)}; or --no-pretrained")
-            with fetching(f"weights of {request.address!r}", ModelError, WAY_OUT, hub=trained):
+                tags = library.list_pretrained_tags_by_model(base)
+                more = f" or {len(tags) - 3} more" if len(tags) > 3 else ""
+                listed = ", ".join(f"open_clip:{base}/{known}" for known in tags[:3]) + more
+                raise ModelError(f"{request.address!r} needs a tag: {listed}; or --no-pretrained")
+            with fetching_weights(request, hub=trained):
                 model = library.create_model(
                     base,
                     pretrained=tag if trained else None,
@@ -68,23 +69,13 @@ def _library() -> Any:
         raise ModelError(f"open_clip models need OpenCLIP ({error}); pip install open_clip_torch") from error
 
 
-def _tags(library: Any, base: str) -> str:
-    tags = library.list_pretrained_tags_by_model(base)
-    more = f" or {len(tags) - 3} more" if len(tags) > 3 else ""
-    return ", ".join(f"open_clip:{base}/{tag}" for tag in tags[:3]) + more
-
-
 def _preprocess(model: nn.Module) -> tuple[Preprocess, tuple[str, ...]]:
     transforms = importlib.import_module("open_clip.transform")
     assert isinstance(model, ImageTower)
     config: Any = model.wrapped.preprocess_cfg
-    facts = {key: _plain(config[key]) for key in FACTS if key in config}
+    facts = {key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in FACTS if key in config}
     transform = transforms.image_transform_v2(transforms.PreprocessCfg(**config), is_train=False)
     return from_callable(transform, facts), ()
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 SOURCES.add("open_clip", OpenClipSource())

@@ -9,14 +9,13 @@ import importlib
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import nn
 
-from collapse_probe.data.preprocessing import Preprocess
 from collapse_probe.errors import ModelError
-from collapse_probe.models.loading import Blueprint, Request
-from collapse_probe.models.model_file import ModelCard, is_model_file, load_model, read_card
+from collapse_probe.models.loading import Blueprint, Request, Source
+from collapse_probe.models.model_file import is_model_file, load_model, read_card
 from collapse_probe.registry import SOURCES
 
 FOLDER = Path(__file__).parent.parent / "bundled"
@@ -26,6 +25,7 @@ MODELS = {
     "digits-mhsa": "an ordinary ViT of 24 blocks, plain attention",
     "digits-re-attention": "the ordinary ViT of 24 blocks with Re-attention",
 }
+FAMILIES = ("deepvit",)  # modules of this package that register models with timm when imported
 
 
 def bundled_models() -> list[str]:
@@ -38,10 +38,7 @@ def file_of(name: str) -> Path:
     return FOLDER / f"{name}.safetensors"
 
 
-FAMILIES = ("deepvit",)  # modules of this package that register models with timm when imported
-
-
-class OurSource:
+class OurSource(Source):
     """The names that `FAMILIES` brought into timm's registry, which timm makes; and model files of this project."""
 
     def names(self, pattern: str = "*") -> list[str]:
@@ -71,44 +68,23 @@ class OurSource:
 def _of_file(request: Request) -> Blueprint:
     card = read_card(request.name)
     if request.model_kwargs or request.img_size not in (None, card.input_size[1]):
-        asked = ", ".join([*request.model_kwargs, *(["img_size"] if request.img_size else [])])
-        raise ModelError(f"{request.name} says how its model is built; {asked} cannot be changed")
+        changes = ", ".join([*request.model_kwargs, *(["img_size"] if request.img_size else [])])
+        raise ModelError(f"{request.name} says how its model is built; {changes} cannot be changed")
+    recipe, step = card.facts.get("recipe") or {}, card.facts.get("step")
+    label = str(recipe.get("name") or "model") + (f", step {step}" if step is not None else "")
+    accuracy, recalibrated = card.facts.get("accuracy"), card.facts.get("recalibrated_batches")
+    notes = []
+    if accuracy is not None:
+        notes.append(f"{accuracy:.2%} of the held-out images of {card.facts.get('data')} right at the end of its training")
+    if recalibrated:
+        notes.append(f"BatchNorm statistics re-estimated over {recalibrated} training batches when it was saved")
 
     def make(trained: bool) -> nn.Module:
-        if not trained:
-            fresh: nn.Module = card.architecture.build(_drawn_seed())
-            return fresh
-        model: nn.Module = load_model(request.name)[0]
-        return model
+        if trained:
+            return load_model(request.name)[0]  # type: ignore[no-any-return]
+        return card.architecture.build(int(torch.randint(2**31, ())))  # type: ignore[no-any-return]
 
-    def preprocess(model: nn.Module) -> tuple[Preprocess, tuple[str, ...]]:
-        return card.preprocess(), _notes(card.facts)
-
-    return Blueprint(name=_label(card), make=make, preprocess=preprocess, trained=f"trained: {_label(card)}")
-
-
-def _drawn_seed() -> int:
-    """A seed out of torch's CPU generator, from which fresh weights are to be drawn."""
-    import torch
-
-    return int(torch.randint(2**31, ()))
-
-
-def _label(card: ModelCard) -> str:
-    recipe = card.facts.get("recipe") or {}
-    step = card.facts.get("step")
-    return str(recipe.get("name") or "model") + (f", step {step}" if step is not None else "")
-
-
-def _notes(facts: Any) -> tuple[str, ...]:
-    told = []
-    if facts.get("accuracy") is not None:
-        told.append(f"{facts['accuracy']:.2%} of the held-out images of {facts.get('data')} right at the end of its training")
-    if facts.get("recalibrated_batches"):
-        told.append(
-            f"BatchNorm statistics re-estimated over {facts['recalibrated_batches']} training batches when it was saved"
-        )
-    return tuple(told)
+    return Blueprint(label, make, lambda model: (card.preprocess(), tuple(notes)), trained=f"trained: {label}")
 
 
 SOURCES.add("ours", OurSource())

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from collapse_probe.data.preprocessing import Preprocess, from_timm_config, size_of
-from collapse_probe.downloads import fetching
 from collapse_probe.errors import ModelError
-from collapse_probe.models.loading import Blueprint, Request
+from collapse_probe.models.loading import Blueprint, Request, Source, fetching_weights
 from collapse_probe.registry import SOURCES
 
-WAY_OUT = "use --no-pretrained for fresh weights, or --checkpoint FILE for your own"
 
-
-class TimmSource:
+class TimmSource(Source):
     """timm's registry for the scheme `timm`; for its own two schemes, whatever lies at that place."""
 
     def __init__(self, scheme: str = "") -> None:
@@ -49,8 +45,13 @@ class TimmSource:
         if request.img_size is not None:
             settings["img_size"] = request.img_size
 
+        if self.scheme == "local-dir" and not Path(request.name).is_dir():
+            raise ModelError(f"no folder {request.name}; 'local-dir:' takes one with a config.json")
+
         def make(trained: bool) -> nn.Module:
-            with self._fetching(request, trained):
+            # "hf-hub" needs the hub even for fresh weights: the configuration lies there
+            hub = fetching_weights(request, hub=trained or self.scheme == "hf-hub")
+            with contextlib.nullcontext() if self.scheme == "local-dir" else hub:
                 model: nn.Module = timm.create_model(place, pretrained=trained, **settings)
             _check_patches(model, request.img_size)
             return model
@@ -60,15 +61,6 @@ class TimmSource:
             return from_timm_config(model.pretrained_cfg, size), ()  # type: ignore[arg-type]
 
         return Blueprint(request.name, make, preprocess, trained=self._tag(request.name))
-
-    def _fetching(self, request: Request, trained: bool) -> AbstractContextManager[None]:
-        if self.scheme == "local-dir":
-            if not Path(request.name).is_dir():
-                raise ModelError(f"no folder {request.name}; 'local-dir:' takes one with a config.json")
-            return contextlib.nullcontext()
-        # "hf-hub" needs the hub even for fresh weights: the configuration lies there
-        hub = trained or self.scheme == "hf-hub"
-        return fetching(f"weights of {request.address!r}", ModelError, WAY_OUT, hub=hub)
 
     def _tag(self, name: str) -> str | None:
         """The weights' tag; the default one where the name has none; None where nothing was published."""

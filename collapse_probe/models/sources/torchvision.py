@@ -9,15 +9,12 @@ import torch
 from torch import nn
 
 from collapse_probe.data.preprocessing import Preprocess
-from collapse_probe.downloads import check_url, fetching
-from collapse_probe.errors import ModelError
-from collapse_probe.models.loading import Blueprint, Request
+from collapse_probe.downloads import check_url
+from collapse_probe.models.loading import Blueprint, Request, Source, fetching_weights
 from collapse_probe.registry import SOURCES
 
-WAY_OUT = "use --no-pretrained for fresh weights, or --checkpoint FILE for your own"
 
-
-class TorchvisionSource:
+class TorchvisionSource(Source):
     """torchvision's image classifiers."""
 
     def names(self, pattern: str = "*") -> list[str]:
@@ -36,6 +33,7 @@ class TorchvisionSource:
     def blueprint(self, request: Request) -> Blueprint:
         """torchvision's constructor; preprocessing is that of the weights, also where they are not loaded."""
         from torchvision import models
+        from torchvision.models.vision_transformer import interpolate_embeddings
 
         base, _, tag = request.name.partition(".")
         weights = models.get_model_weights(base)[tag or "DEFAULT"]
@@ -46,31 +44,19 @@ class TorchvisionSource:
             settings["image_size"] = size
 
         def make(trained: bool) -> nn.Module:
+            resized = size != native and base.startswith("vit_")
             if not trained:
-                model: nn.Module = models.get_model(base, weights=None, **settings)
-                return model
-            with fetching(f"weights of {request.address!r}", ModelError, WAY_OUT, hub=False):
-                check_url(weights.url, _cached(weights.url))
-                if size != native and base.startswith("vit_"):
-                    return _interpolated(models.get_model(base, weights=None, **settings), weights)
-                model = models.get_model(base, weights=weights, **settings)
-                return model
+                return models.get_model(base, weights=None, **settings)  # type: ignore[no-any-return]
+            with fetching_weights(request, hub=False):
+                check_url(weights.url, Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2])
+                model: Any = models.get_model(base, weights=None if resized else weights, **settings)
+                if resized:  # position embeddings are interpolated bicubically
+                    state = weights.get_state_dict(progress=False, check_hash=True)
+                    state = interpolate_embeddings(model.image_size, model.patch_size, state)
+                    model.load_state_dict(state)
+                return model  # type: ignore[no-any-return]
 
         return Blueprint(request.name, make, lambda _: (_preprocess(weights, size), ()), weights.name)
-
-
-def _cached(url: str) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-
-
-def _interpolated(model: Any, weights: Any) -> nn.Module:
-    """Load weights made for another input size, their position embeddings resized bicubically."""
-    from torchvision.models.vision_transformer import interpolate_embeddings
-
-    state = weights.get_state_dict(progress=False, check_hash=True)
-    model.load_state_dict(interpolate_embeddings(model.image_size, model.patch_size, state))
-    module: nn.Module = model
-    return module
 
 
 def _preprocess(weights: Any, size: int) -> Preprocess:

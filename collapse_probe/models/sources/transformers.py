@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from collapse_probe.data.preprocessing import Preprocess, from_callable, from_timm_config
 from collapse_probe.downloads import fetching, first_line
 from collapse_probe.errors import CollapseProbeError, ModelError
-from collapse_probe.models.loading import Blueprint, ImageTower, Request
+from collapse_probe.models.loading import Blueprint, ImageTower, Request, Source
 from collapse_probe.registry import SOURCES
 
 WAY_OUT = "--no-pretrained and --checkpoint FILE need its configuration too: fetch it once, or name a local folder"
@@ -23,12 +24,8 @@ RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow
 T = TypeVar("T")
 
 
-class TransformersSource:
+class TransformersSource(Source):
     """Image classifiers as they are, other vision models bare, and the vision tower of two-tower models."""
-
-    def names(self, pattern: str = "*") -> list[str]:
-        """Nothing: the hub is not listed."""
-        return []
 
     def has(self, name: str) -> bool:
         """True for any name: only the hub can tell."""
@@ -43,7 +40,14 @@ class TransformersSource:
         def make(trained: bool) -> nn.Module:
             auto = "ForImageClassification" in " ".join(config.architectures or ())
             kind = "AutoModelForImageClassification" if auto else "AutoModel"
-            model = _fetched(request, lambda library: _made(getattr(library, kind), name, config, trained))
+            model: Any = _fetched(
+                request,
+                lambda library: (
+                    getattr(library, kind).from_pretrained(name, config=config)
+                    if trained
+                    else getattr(library, kind).from_config(config)
+                ),
+            )
             tower = getattr(model, "vision_model", model)
             return ImageTower(tower.float(), answer, _settings(tower, request.img_size, native))
 
@@ -80,10 +84,6 @@ def _fetched(request: Request, load: Callable[[Any], T]) -> T:
         raise ModelError(f"transformers cannot make {request.address!r}: {first_line(error)}") from error
 
 
-def _made(auto: Any, name: str, config: Any, trained: bool) -> Any:
-    return auto.from_pretrained(name, config=config) if trained else auto.from_config(config)
-
-
 def _settings(tower: nn.Module, img_size: int | None, native: object) -> dict[str, Any]:
     if img_size is None or img_size == native:
         return {}
@@ -92,15 +92,9 @@ def _settings(tower: nn.Module, img_size: int | None, native: object) -> dict[st
     return {"interpolate_pos_encoding": True}
 
 
-class _Processor:
-    """A transformers image processor as a transform of one picture."""
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def __call__(self, picture: Image) -> Tensor:
-        pixels: Tensor = self.processor(images=picture, return_tensors="pt")["pixel_values"][0]
-        return pixels
+def _processed(processor: Any, picture: Image) -> Tensor:
+    pixels: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    return pixels
 
 
 def _preprocess(request: Request, name: str, native: object) -> tuple[Preprocess, tuple[str, ...]]:
@@ -115,7 +109,7 @@ def _preprocess(request: Request, name: str, native: object) -> tuple[Preprocess
     facts = {ours: _plain(held[theirs]) for theirs, ours in FACTS.items() if held.get(theirs) is not None}
     facts["interpolation"] = RESAMPLING.get(held.get("resample", 3), "bicubic")
     if request.img_size is None:
-        return from_callable(_Processor(processor), facts), ()
+        return from_callable(partial(_processed, processor), facts), ()
     config = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 1.0}
     config.update({key: facts[key] for key in ("mean", "std", "interpolation") if key in facts})
     return from_timm_config(config, size), (f"the processor's own size was replaced by {size} pixels",)
