@@ -17,8 +17,7 @@ import collapse_probe as cp
 from collapse_probe.analysis.compare import compare
 from collapse_probe.capture.weight_matrices import NAMES
 from collapse_probe.data.images import open_data
-from collapse_probe.report.comparison import page as contrast_tables
-from collapse_probe.report.comparison.page import render
+from collapse_probe.report.comparison.page import paired, render
 from collapse_probe.report.comparison.verdict import verdicts, weights_sentence
 from collapse_probe.results.comparison import Comparison
 
@@ -111,7 +110,7 @@ def test_a_matrix_that_neither_model_has_is_no_difference(both):
 
 
 def test_the_page_says_nothing_of_images(compared):
-    tables = {named.title: named.table for named in contrast_tables.paired(compared.pairs[0])}
+    tables = {table.title: table for table in paired(compared.pairs[0])}
     assert tables["weight-rank/fc1"].header == ("block", "first", "second", "difference")
     assert {len(row) for table in tables.values() for row in table.rows} == {4}
     assert [row[0] for row in tables["weight-rank/fc1"].rows] == ["0", "1", "2", "3", "mean"]
@@ -126,7 +125,7 @@ def test_the_page_says_nothing_of_images(compared):
 def test_beside_images_the_page_says_how_both_were_compared():
     digits, metrics = open_data("bundled:digits", limit=4), ("attention-similarity", "weight-rank")
     found = compare({"a": small_vit(), "b": small_vit(1)}, digits, metrics=metrics, null_images=0, batch_size=4)
-    tables = {named.title: named.table for named in contrast_tables.paired(found.pairs[0])}
+    tables = {table.title: table for table in paired(found.pairs[0])}
     assert len(tables["attention-similarity"].header) == 11
     assert len(tables["weight-rank/q"].header) == 4
     text = render(found)

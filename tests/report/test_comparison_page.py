@@ -13,11 +13,9 @@ from collapse_probe.analysis.compare import compare
 from collapse_probe.analysis.pairing import pair_up
 from collapse_probe.data.images import open_data
 from collapse_probe.models.loading import resolve, with_fixes
-from collapse_probe.report.comparison import figures as contrast_heatmaps
-from collapse_probe.report.comparison import page as contrast_tables
 from collapse_probe.report.comparison.curves import colours
-from collapse_probe.report.comparison.figures import FIGURES, draw_all
-from collapse_probe.report.comparison.page import render, write_comparison
+from collapse_probe.report.comparison.figures import FIGURES, difference_scale, draw_all
+from collapse_probe.report.comparison.page import paired, render, subjects, write_comparison
 from collapse_probe.report.style import evenly_spaced, svg
 from collapse_probe.results.comparison import Comparison
 
@@ -79,7 +77,7 @@ def test_all_subjects_share_one_scale(mixed):
 
 @pytest.mark.parametrize(("reach", "limit"), [(0.0, 0.02), (0.019, 0.02), (0.021, 0.05), (0.7, 1.0), (1.9, 2.0)])
 def test_the_scale_of_differences_is_one_of_a_few(reach, limit):
-    scale = contrast_heatmaps.difference_scale([np.array([[0.0, -reach], [np.nan, reach / 2]])])
+    scale = difference_scale([np.array([[0.0, -reach], [np.nan, reach / 2]])])
     assert (scale.low, scale.high) == (-limit, limit)
 
 
@@ -129,7 +127,7 @@ def test_the_page_of_a_training(course):
 
 
 def test_the_table_of_subjects_stands_upright_for_few_and_leaves_out_what_nobody_has(mixed, course):
-    few, many = contrast_tables.subjects(mixed), contrast_tables.subjects(course)
+    few, many = subjects(mixed), subjects(course)
     assert few.header == ("subject", "<plain> & simple", "re-attention")
     assert [row[0] for row in few.rows][:3] == ["weights", "blocks", "parameters"]
     assert "accuracy" not in [row[0] for row in few.rows]
@@ -140,7 +138,7 @@ def test_the_table_of_subjects_stands_upright_for_few_and_leaves_out_what_nobody
 
 
 def test_the_table_of_a_pair_holds_every_number(mixed):
-    tables = {t.title: t.table for t in contrast_tables.paired(mixed.pairs[0])}
+    tables = {table.title: table for table in paired(mixed.pairs[0])}
     kappa = tables["attention-similarity/kappa"]
     assert [row[0] for row in kappa.rows] == ["1", "2", "mean"]
     assert all(len(row) == len(kappa.header) for row in kappa.rows)
