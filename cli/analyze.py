@@ -23,16 +23,11 @@ from collapse_probe.cli import options
 @click.option("--json", "as_json", is_flag=True, help="Print findings.json on stdout; a folder is written only with -o.")
 @options.plugin
 @options.talking
-def command(output: str | None, as_json: bool, quiet: bool, verbose: int, **flags: Any) -> None:
+@options.across_processes
+def command(
+    data: str | None, output: str | None, as_json: bool, quiet: bool, verbose: int, fail_on: tuple[str, ...], **flags: Any
+) -> None:
     """Measure the collapse of one model over a data set: one pass, all metrics, findings and report."""
-    from collapse_probe.distributed import joined
-
-    with joined():
-        run(output=output, as_json=as_json, quiet=quiet, **flags)
-
-
-def run(*, data: str | None, output: str | None, as_json: bool, quiet: bool, **flags: Any) -> None:
-    """Analyse, write the folder, print the answer."""
     from collapse_probe.cli.console import Talk, answer
     from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
     from collapse_probe.cli.output import deliver, output_folder
@@ -42,9 +37,9 @@ def run(*, data: str | None, output: str | None, as_json: bool, quiet: bool, **f
     from collapse_probe.metrics.presets import with_presets
     from collapse_probe.report.findings.page import write_report
 
-    talk, rules = Talk(quiet), thresholds(flags.pop("fail_on"))
+    talk, rules = Talk(quiet), thresholds(fail_on)
     flags["metrics"] = metric_names(flags.pop("levels"), with_presets(flags["metrics"], flags["presets"]), data)
-    images, subject = options.opened(data, flags)
+    images, subject = options.open_subject(data, flags)
     folder = output_folder(output, as_json, Path("findings") / subject.name.replace("/", "-"))
     talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
     talk.say("preprocessing " + ", ".join(f"{k} {v}" for k, v in subject.preprocess.description.items()))

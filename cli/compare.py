@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +24,14 @@ from collapse_probe.cli import options
 @click.option("--json", "as_json", is_flag=True, help="Print comparison.json on stdout; a folder is written only with -o.")
 @options.plugin
 @options.talking
-def command(output: str | None, as_json: bool, quiet: bool, verbose: int, **flags: Any) -> None:
+@options.across_processes
+def command(output: str | None, as_json: bool, quiet: bool, verbose: int, fail_on: tuple[str, ...], **flags: Any) -> None:
     """Set two or more subjects side by side on the same images; each is compared with the first.
 
     A SUBJECT is a model address, a checkpoint file (with --model for its architecture), a findings folder,
     or a folder of checkpoints: alone, its checkpoints in natural order are shown over the training. A
     --fix goes into every model after the first; one model alone is compared with itself with the fix.
     """
-    from collapse_probe.distributed import joined
-
-    with joined():
-        run(output=output, as_json=as_json, quiet=quiet, **flags)
-
-
-def run(
-    *,
-    subjects: Sequence[str],
-    output: str | None,
-    as_json: bool,
-    quiet: bool,
-    fail_on: Sequence[str],
-    fix_blocks: str | None,
-    **flags: Any,
-) -> None:
-    """Compare, write the folder, print the answer."""
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
     from collapse_probe.cli.output import answer_lines, deliver, output_folder, summary_lines
@@ -61,9 +44,7 @@ def run(
     talk, rules = Talk(quiet), thresholds(fail_on)
     folder = output_folder(output, as_json, Path("comparison"))
     comparison = compare(
-        list(subjects),
         **flags,
-        fix_blocks=None if fix_blocks is None else options.blocks_in(fix_blocks),
         watch=lambda label, total: talk.bar(total),
         report=talk.say,
         command=options.command_line(),

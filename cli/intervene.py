@@ -33,7 +33,9 @@ def known_kinds(ctx: click.Context, parameter: click.Parameter, values: tuple[st
     "uniform (the same weight for every key), identity (every token itself), or skip: the whole attention branch is left out. "
     "May be given several times.",
 )
-@click.option("--blocks", metavar="BLOCKS", help="Which blocks: 6-23, or 0,2,5-7.  [default: all]")
+@click.option(
+    "--blocks", callback=options.block_numbers, metavar="BLOCKS", help="Which blocks: 6-23, or 0,2,5-7.  [default: all]"
+)
 @options.running
 @options.remedies
 @options.failing
@@ -41,16 +43,11 @@ def known_kinds(ctx: click.Context, parameter: click.Parameter, values: tuple[st
 @click.option("--json", "as_json", is_flag=True, help="Print interventions.json on stdout; a folder is written only with -o.")
 @options.plugin
 @options.talking
-def command(output: str | None, as_json: bool, quiet: bool, verbose: int, **flags: Any) -> None:
+@options.across_processes
+def command(
+    data: str, output: str | None, as_json: bool, quiet: bool, verbose: int, fail_on: tuple[str, ...], **flags: Any
+) -> None:
     """Replace the attention maps of blocks, one at a time and from the last block down: the change in logits and accuracy."""
-    from collapse_probe.distributed import joined
-
-    with joined():
-        run(output=output, as_json=as_json, quiet=quiet, **flags)
-
-
-def run(*, data: str, blocks: str | None, output: str | None, as_json: bool, quiet: bool, **flags: Any) -> None:
-    """Intervene, write the folder, print the answer."""
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
     from collapse_probe.cli.output import answer_lines, deliver, output_folder, summary_lines
@@ -60,9 +57,8 @@ def run(*, data: str, blocks: str | None, output: str | None, as_json: bool, qui
     from collapse_probe.report.intervention.page import write_interventions
     from collapse_probe.report.intervention.verdict import verdicts
 
-    talk, rules = Talk(quiet), thresholds(flags.pop("fail_on"))
-    flags["blocks"] = None if blocks is None else options.blocks_in(blocks)
-    images, subject = options.opened(data, flags)
+    talk, rules = Talk(quiet), thresholds(fail_on)
+    images, subject = options.open_subject(data, flags)
     folder = output_folder(output, as_json, Path("interventions") / subject.name.replace("/", "-"))
     talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
     talk.say(f"data {images.address}, {len(images)} images")

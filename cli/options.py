@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import yaml
 
 from collapse_probe.errors import SettingError
 from collapse_probe.settings import parse_keywords
+
+Decorator = Callable[[Any], Any]
 
 
 def blocks_in(text: str) -> list[int]:
@@ -33,9 +36,6 @@ def blocks_in(text: str) -> list[int]:
     return sorted(found)
 
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
 def keywords(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
     """`k=v` words, several in one value or one each, as a dictionary; values are Python literals or else text."""
     try:
@@ -44,20 +44,37 @@ def keywords(ctx: click.Context, parameter: click.Parameter, values: tuple[str, 
         raise click.BadParameter(str(error), ctx, parameter) from error
 
 
-def opened(data: str | None, flags: dict[str, Any]) -> tuple[Any, Any]:
+def block_numbers(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
+    """The blocks that a flag names, None where it was not given."""
+    return None if text is None else blocks_in(text)
+
+
+def open_subject(data: str | None, flags: dict[str, Any]) -> tuple[Any, Any]:
     """The images (or None) and the subject that the flags of data, model and remedies describe; takes these out of `flags`."""
     from collapse_probe.data.images import open_data
     from collapse_probe.models.batchnorm import recalibrated
     from collapse_probe.models.loading import resolve
 
-    seed, split, limit, count = flags["seed"], flags.pop("split"), flags.pop("limit"), flags.pop("recalibrate_bn")
+    seed, split, limit, batches = flags["seed"], flags.pop("split"), flags.pop("limit"), flags.pop("recalibrate_bn")
     images = None if data is None else open_data(data, split=split, limit=limit, seed=seed)
     named = {key: flags.pop(key) for key in ("checkpoint", "partial", "pretrained", "model_kwargs", "img_size", "fixes")}
-    where = flags.pop("fix_blocks")
-    subject = resolve(flags.pop("model"), blocks=None if where is None else blocks_in(where), seed=seed, **named)
-    if count and images is None:
+    subject = resolve(flags.pop("model"), blocks=flags.pop("fix_blocks"), seed=seed, **named)
+    if batches and images is None:
         raise click.UsageError("--recalibrate-bn needs images: give --data.")
-    return images, recalibrated(subject, images, count, batch_size=flags["batch_size"], device=flags["device"], seed=seed)
+    return images, recalibrated(subject, images, batches, batch_size=flags["batch_size"], device=flags["device"], seed=seed)
+
+
+def across_processes(function: Callable[..., None]) -> Callable[..., None]:
+    """A command that joins the process group that torchrun announces."""
+
+    @functools.wraps(function)
+    def command(*args: Any, **flags: Any) -> None:
+        from collapse_probe.distributed import joined
+
+        with joined():
+            function(*args, **flags)
+
+    return command
 
 
 def command_line() -> str:
@@ -98,13 +115,19 @@ def load_plugins(ctx: click.Context, parameter: click.Parameter, addresses: tupl
             load_plugin(address)
 
 
-def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
-    def add(function: F) -> F:
+def _all(*options: Decorator) -> Decorator:
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
             function = option(function)
         return function
 
     return add
+
+
+def count(*names: str, least: int, default: int | None = None, says: str | None = None) -> Decorator:
+    """A flag that takes a whole number from `least` up."""
+    kind = click.IntRange(min=least)
+    return click.option(*names, type=kind, default=default, show_default=default is not None, metavar="N", help=says)
 
 
 architecture = _all(
@@ -114,30 +137,23 @@ architecture = _all(
         default=None,
         help="Published or fresh weights.  [default: published, unless a checkpoint is given]",
     ),
-    click.option(
-        "--model-kwargs", multiple=True, callback=keywords, metavar="K=V", help="Arguments of the model's constructor."
-    ),
-    click.option("--img-size", type=click.IntRange(min=1), metavar="N", help="Side of the input in pixels."),
+    click.option("--model-kwargs", multiple=True, callback=keywords, metavar="K=V", help="Arguments of the constructor."),
+    count("--img-size", least=1, says="Side of the input in pixels."),
 )
+MODEL_HELP = "vit_b_32, timm:NAME, torchvision:NAME, hf-hub:ORG/NAME, local-dir:PATH, import:module:callable, …"
 model = _all(
-    click.option(
-        "-m",
-        "--model",
-        required=True,
-        metavar="ADDRESS",
-        help="vit_b_32, timm:NAME, torchvision:NAME, hf-hub:ORG/NAME, local-dir:PATH, import:module:callable, …",
-    ),
+    click.option("-m", "--model", required=True, metavar="ADDRESS", help=MODEL_HELP),
     click.option("--checkpoint", metavar="FILE", help="Weights to load: .safetensors, .pth, .pth.tar."),
     architecture,
 )
-_DATA_HELP = "A folder of images, a .tar, hfds/ORG/NAME, wds/…, torch/NAME, bundled:photos, …"
+DATA_HELP = "A folder of images, a .tar, hfds/ORG/NAME, wds/…, torch/NAME, bundled:photos, …"
 part_of_data = _all(
     click.option("--split", metavar="NAME", help="A subfolder, or a split of the data set."),
-    click.option("--limit", type=click.IntRange(min=1), metavar="N", help="A seeded subset.  [default: everything]"),
+    count("--limit", least=1, says="A seeded subset.  [default: everything]"),
 )
-data = _all(click.option("--data", required=True, metavar="ADDRESS", help=_DATA_HELP), part_of_data)
+data = _all(click.option("--data", required=True, metavar="ADDRESS", help=DATA_HELP), part_of_data)
 data_if_needed = _all(
-    click.option("--data", metavar="ADDRESS", help=f"{_DATA_HELP}  [needed unless all metrics are of the weights]"),
+    click.option("--data", metavar="ADDRESS", help=f"{DATA_HELP}  [needed unless all metrics are of the weights]"),
     part_of_data,
 )
 level = click.option(
@@ -155,16 +171,8 @@ preset = click.option(
     help="The metrics of one paper, every choice fixed, beside those of --metric; see `ls presets`.",
 )
 running = _all(
-    click.option("-b", "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, metavar="N"),
-    click.option(
-        "-j",
-        "--workers",
-        type=click.IntRange(min=0),
-        default=0,
-        show_default=True,
-        metavar="N",
-        help="Processes that read images.",
-    ),
+    count("-b", "--batch-size", least=1, default=64),
+    count("-j", "--workers", least=0, default=0, says="Processes that read images."),
     click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:N or mps."),
     click.option("--amp", is_flag=True, help="Run the model in automatic mixed precision; maps and cosines stay in float32."),
     click.option("--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True),
@@ -172,23 +180,14 @@ running = _all(
 )
 measuring = _all(
     click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Only these metrics; see `ls metrics`."),
-    click.option(
-        "--null-images",
-        type=click.IntRange(min=0),
-        default=64,
-        show_default=True,
-        metavar="N",
-        help="Images for the untrained twin; 0 leaves it out.",
-    ),
+    count("--null-images", least=0, default=64, says="Images for the untrained twin; 0 leaves it out."),
 )
 surer = _all(
-    click.option(
+    count(
         "--null-seeds",
-        type=click.IntRange(min=1),
+        least=1,
         default=1,
-        show_default=True,
-        metavar="N",
-        help="Untrained twins of so many seeds: their mean is the null, their spread is stored.",
+        says="Untrained twins of so many seeds: their mean is the null, their spread is stored.",
     ),
     click.option(
         "--until-ci",
@@ -206,14 +205,17 @@ remedies = _all(
         metavar="NAME[:K=V,…]",
         help="Put a fix into the model: at its neutral setting where it has one, or with these settings; see `ls fixes`.",
     ),
-    click.option("--fix-blocks", metavar="BLOCKS", help="Where: 6-11, or 0,2,5-7.  [default: wherever the fix can act]"),
     click.option(
+        "--fix-blocks",
+        callback=block_numbers,
+        metavar="BLOCKS",
+        help="Where: 6-11, or 0,2,5-7.  [default: wherever the fix can act]",
+    ),
+    count(
         "--recalibrate-bn",
-        type=click.IntRange(min=0),
+        least=0,
         default=0,
-        show_default=True,
-        metavar="N",
-        help="Re-estimate BatchNorm statistics over N batches of the images first.",
+        says="Re-estimate BatchNorm statistics over N batches of the images first.",
     ),
 )
 failing = click.option(
