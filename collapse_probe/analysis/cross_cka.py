@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from collapse_probe.capture.capture import discover_plan, record
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import micro_batch
-from collapse_probe.data.images import Batch, ImageSet, batches, from_loader, seeded_order
-from collapse_probe.data.preprocessing import Preprocess
+from collapse_probe.data.images import Batch, ImageSet, batches_of, from_loader, seeded_order
 from collapse_probe.devices import autocast, choose_device
-from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import DataError, SettingError
 from collapse_probe.metrics.minibatch_cka import STRIDE, MinibatchHSIC, minibatch_for
 from collapse_probe.models.loading import Subject
@@ -62,47 +60,32 @@ def cross_cka(
         images = images.subset(limit, seed)
     models = [subject.model.to(place) for subject in subjects]
     plans = [discover_plan(model, subject.preprocess.size, seed=seed) for model, subject in zip(models, subjects, strict=True)]
-    fold = MinibatchHSIC(sum(len(plan.taps) for plan in plans), minibatch_for(sum(map(_length, plans)))).to(place)
-    streams = _streams(images, (first.preprocess, second.preprocess), batch_size, workers, seed)
+    length = sum(patches * width for plan in plans for patches, width in filter(None, plan.patch_shapes))
+    hsic = MinibatchHSIC(sum(len(plan.taps) for plan in plans), minibatch_for(length)).to(place)
+    if isinstance(images, ImageSet):
+        order = seeded_order(images, seed)
+        streams = [batches_of(images, subject.preprocess, batch_size, workers, order) for subject in subjects]
+    else:
+        streams = [*tee(from_loader(images))]
     step = min(micro_batch(plan, place) for plan in plans)
     with torch.no_grad():
         for one, other in zip(*streams, strict=True):
             for pixels in _pairs(one, other, step):
-                heard = [_patches(m, p, x.to(place), amp) for m, p, x in zip(models, plans, pixels, strict=True)]
-                fold.absorb([view for views in heard for view in views])
-    fold.all_reduce()
-    return _reading(fold, len(plans[0].taps))
-
-
-def _reading(fold: MinibatchHSIC, depths: int) -> MetricResult:
-    values, stderr, ci95, minibatches = fold.cka()
+                patches = [_patches(m, p, x.to(place), amp) for m, p, x in zip(models, plans, pixels, strict=True)]
+                hsic.absorb([*patches[0], *patches[1]])
+    hsic.all_reduce()
+    values, stderr, ci95, minibatches = hsic.cka()
     if not minibatches:
         raise DataError("unbiased CKA between two models needs four images or more that both can read")
-    across = slice(0, depths), slice(depths, None)
+    across = slice(0, len(plans[0].taps)), slice(len(plans[0].taps), None)
     return MetricResult(
         dims=DIMS,
         definition=DEFINITION,
         values=values[across],
         stderr=stderr[across],
         ci95=ci95[across],
-        details={"prefix": False, "minibatch": fold.size, "minibatches": minibatches},
+        details={"prefix": False, "minibatch": hsic.size, "minibatches": minibatches},
     )
-
-
-def _length(plan: Plan) -> int:
-    return sum(patches * width for patches, width in filter(None, plan.patch_shapes))
-
-
-def _streams(
-    images: ImageSet | Iterable[Any], prepared: tuple[Preprocess, Preprocess], batch_size: int, workers: int, seed: int
-) -> tuple[Iterator[Batch], Iterator[Batch]]:
-    if not isinstance(images, ImageSet):
-        one, other = tee(from_loader(images))
-        return one, other
-    rank, world = rank_and_world()
-    facts: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "order": seeded_order(images, seed)}
-    each = [batches(images, p, rank=rank, world=world, **facts) for p in prepared]
-    return each[0], each[1]
 
 
 def _pairs(one: Batch, other: Batch, step: int) -> Iterator[tuple[Tensor, Tensor]]:

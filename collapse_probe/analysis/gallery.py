@@ -20,6 +20,8 @@ from collapse_probe.metrics.functional.rollout import fused, rollouts
 from collapse_probe.results.findings import Gallery
 from collapse_probe.statistics.breakdowns import pictured
 
+Pixels = NDArray[np.uint8]
+LONGEST = 144  # pixels of a thumbnail's longer side
 Glimpse = tuple[Tensor, Tensor, Tensor]
 """A picture as the model saw it, [3, height, width], its overlays, [L, rows, columns], and its rollouts, as these or empty."""
 
@@ -37,13 +39,11 @@ def overlay(trace: Trace, image: int) -> Tensor:
     plan, maps = trace.plan, []
     for index in plan.map_layers:
         layer = plan.layers[index]
-        grid = plan.grid
-        kept = [t for t in range(layer.keys) if t not in plan.prefix]
-        if grid is None or layer.reason or len(kept) != grid[0] * grid[1]:
-            continue
-        mean_NN = trace.map_of(index, image).mean(0)
-        received = mean_NN[plan.prefix[0]] if plan.prefix else mean_NN.mean(0)
-        maps.append(received[kept].reshape(grid).cpu())
+        patches = [token for token in range(layer.keys) if token not in plan.prefix]
+        if plan.grid is not None and not layer.reason and len(patches) == plan.grid[0] * plan.grid[1]:
+            mean_NN = trace.map_of(index, image).mean(0)
+            received = mean_NN[plan.prefix[0]] if plan.prefix else mean_NN.mean(0)
+            maps.append(received[patches].reshape(plan.grid).cpu())
     return torch.stack(maps) if maps else torch.empty(0)
 
 
@@ -56,13 +56,13 @@ def rollout_overlay(trace: Trace, image: int, fusion: str = "mean") -> Tensor:
     """
     plan = trace.plan
     layers = [plan.layers[index] for index in plan.map_layers]
-    whole = plan.grid is not None and all(not layer.reason and layer.queries == layer.keys == plan.tokens for layer in layers)
-    if not layers or not whole or plan.grid is None:
+    square = all(not layer.reason and layer.queries == layer.keys == plan.tokens for layer in layers)
+    if not layers or not square or plan.grid is None:
         return torch.empty(0)
-    kept = [t for t in range(plan.tokens) if t not in plan.prefix]
-    followed = rollouts(torch.stack([fused(trace.map_of(index, image), fusion) for index in plan.map_layers]))
-    gathered = followed[:, plan.prefix[0]] if plan.prefix else followed.mean(1)
-    return gathered[:, kept].reshape(-1, *plan.grid).cpu()
+    patches = [token for token in range(plan.tokens) if token not in plan.prefix]
+    rollouts_LNN = rollouts(torch.stack([fused(trace.map_of(index, image), fusion) for index in plan.map_layers]))
+    gathered = rollouts_LNN[:, plan.prefix[0]] if plan.prefix else rollouts_LNN.mean(1)
+    return gathered[:, patches].reshape(-1, *plan.grid).cpu()
 
 
 def glimpse(trace: Trace, image: int, pixels_CHW: Tensor, rolled: bool) -> Glimpse:
@@ -74,22 +74,20 @@ def gallery_of(
     glimpses: Mapping[str, Glimpse], names: Sequence[str], plan: Plan, preprocess: Mapping[str, Any]
 ) -> Gallery | None:
     """The glimpses in the order of `names`; None where no block has a map over a grid of patches."""
-    shown = {name: seen for name, seen in glimpses.items() if seen[1].numel()}
-    if not shown:
+    names = [name for name in names if name in glimpses and glimpses[name][1].numel()]
+    if not names:
         return None
-    chosen = tuple(name for name in names if name in shown)
-    query = "the class token" if plan.prefix else "all patches"
-    rolled = all(shown[name][2].numel() for name in chosen)
+    pictures, maps, rolled = zip(*(glimpses[name] for name in names), strict=True)
     return Gallery(
-        names=chosen,
-        pictures=np.stack([as_seen(shown[name][0], preprocess) for name in chosen]),
-        maps=np.stack([shown[name][1].double().numpy() for name in chosen]),
-        query=query,
-        rollouts=np.stack([shown[name][2].double().numpy() for name in chosen]) if rolled else None,
+        names=tuple(names),
+        pictures=np.stack([as_seen(pixels, preprocess) for pixels in pictures]),
+        maps=np.stack([each.double().numpy() for each in maps]),
+        query="the class token" if plan.prefix else "all patches",
+        rollouts=np.stack([each.double().numpy() for each in rolled]) if all(each.numel() for each in rolled) else None,
     )
 
 
-def as_seen(pixels_CHW: Tensor, facts: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def as_seen(pixels_CHW: Tensor, facts: Mapping[str, Any]) -> Pixels:
     """The model's input [3, height, width] as a picture again, uint8 [height, width, 3]; `facts` describe the preprocessing."""
     mean, std = facts.get("mean"), facts.get("std")
     if mean is not None and std is not None:
@@ -97,12 +95,7 @@ def as_seen(pixels_CHW: Tensor, facts: Mapping[str, Any]) -> np.ndarray[Any, np.
     else:
         low, high = pixels_CHW.min(), pixels_CHW.max()
         pixels_CHW = (pixels_CHW - low) / (high - low).clamp_min(1e-6)
-    shown: np.ndarray[Any, np.dtype[np.uint8]] = (pixels_CHW.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    return shown
-
-
-Pixels = NDArray[np.uint8]
-LONGEST = 144  # pixels of a thumbnail's longer side
+    return np.asarray((pixels_CHW.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def thumbnails(extremes: Mapping[str, Any], images: object, preprocess: Preprocess) -> dict[str, Pixels]:
@@ -115,18 +108,14 @@ def thumbnails(extremes: Mapping[str, Any], images: object, preprocess: Preproce
     if chosen is None or not isinstance(images, ImageSet) or rank_and_world()[0] > 0:
         return {}
     places = {name: place for place, name in enumerate(images.names)}
-    found = {}
+    small = {}
     for name in (str(image["name"]) for end in ("highest", "lowest") for image in chosen[1][end]):
         try:
             picture = images[places[name]]
         except Exception:  # gone since the run read it; Pillow has no common base for its errors
             continue
-        found[name] = _small(as_seen(preprocess.transform(picture).float(), preprocess.description))
-    return found
-
-
-def _small(picture: Pixels) -> Pixels:
-    height, width = picture.shape[:2]
-    scale = min(1.0, LONGEST / max(height, width))
-    size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS), dtype=np.uint8)
+        seen = as_seen(preprocess.transform(picture).float(), preprocess.description)
+        scale = min(1.0, LONGEST / max(seen.shape[:2]))
+        height, width = (max(round(side * scale), 1) for side in seen.shape[:2])
+        small[name] = np.asarray(Image.fromarray(seen).resize((width, height), Image.Resampling.LANCZOS), dtype=np.uint8)
+    return small

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,62 +19,62 @@ from collapse_probe.statistics.paired import controlled
 from collapse_probe.statistics.permutation import ASSUMPTION, LEVEL, NULL, SignFlips, sign_flips
 
 
-def pair_tests(table: Mapping[str, NDArray[Any]], readings: Mapping[str, MetricResult], seed: int = 0) -> dict[str, Any]:
+def pair_tests(table: Mapping[str, NDArray[Any]], results: Mapping[str, MetricResult], seed: int = 0) -> dict[str, Any]:
     """The tests of every block × block similarity whose single images were kept with their null, as plain data by metric.
 
     Adjacent pairs by `sign_flips`; all pairs by the paired t test of the run's sums. `q` is p with the false discovery rate
     controlled (Benjamini–Hochberg) over the pairs of the metric.
     """
-    names = [name for name in table if name + NULL in table and len(table[name])]
-    if not names:
+    differences = {
+        name: np.asarray(values - table[name + NULL], dtype=np.float64)
+        for name, values in table.items()
+        if name + NULL in table and len(values)
+    }
+    if not differences:
         return {}
-    each = [np.asarray(table[name] - table[name + NULL], dtype=np.float64) for name in names]
-    places = np.cumsum([0, *(part.shape[1] for part in each)])
-    found = sign_flips(np.concatenate(each, axis=1), seed=seed)
-    tests = {}
-    for name, part, first, last in zip(names, each, places, places[1:], strict=False):
-        one = SignFlips(found.p[first:last], found.smallest[first:last], found.permutations, found.exact)
-        reading = readings.get(name)
-        tests[name] = _plain(part, one) | ({} if reading is None else {"all_pairs": _all_pairs(reading)})
+    flips, tests, first = sign_flips(np.concatenate([*differences.values()], axis=1), seed=seed), {}, 0
+    for name, each in differences.items():
+        part = slice(first, first + each.shape[1])
+        first = part.stop
+        tests[name] = _adjacent_pairs(each, replace(flips, p=flips.p[part], smallest=flips.smallest[part]))
+        if name in results:
+            tests[name]["all_pairs"] = _all_pairs(results[name])
     return tests
 
 
-def _plain(differences: Array, found: SignFlips) -> dict[str, Any]:
+def _adjacent_pairs(differences: Array, flips: SignFlips) -> dict[str, Any]:
     """One metric's test of adjacent pairs, with what its images could have shown at most."""
-    pairs, images = differences.shape[1], int(np.isfinite(differences).any(1).sum())
-    smallest = float(np.nanmin(found.smallest, initial=1.0))
-    q = controlled(found.p)
-    enough = smallest <= LEVEL
-    significant = int((q <= LEVEL).sum())
-    tested = int(np.isfinite(found.p).sum())
-    said = f"{significant} of {tested} neighbouring pairs are more alike than with the wrong tokens (FDR {LEVEL:g})."
-    if not enough:
-        said = f"Too few images to tell: with {images} the smallest p-value is {smallest:.2g}, above {LEVEL:g}."
+    images, q = int(np.isfinite(differences).any(1).sum()), controlled(flips.p)
+    smallest = float(np.nanmin(flips.smallest, initial=1.0))
+    significant, tested = int((q <= LEVEL).sum()), int(np.isfinite(flips.p).sum())
+    sentence = f"{significant} of {tested} neighbouring pairs are more alike than with the wrong tokens (FDR {LEVEL:g})."
+    if smallest > LEVEL:
+        sentence = f"Too few images to tell: with {images} the smallest p-value is {smallest:.2g}, above {LEVEL:g}."
     return {
         "null": "other_token",
         "alternative": "real > other_token",
-        "test": "sign-flip permutation over images, one-sided" + (", exact" if found.exact else ", Monte Carlo"),
-        "permutations": found.permutations,
-        "exact": found.exact,
+        "test": "sign-flip permutation over images, one-sided" + (", exact" if flips.exact else ", Monte Carlo"),
+        "permutations": flips.permutations,
+        "exact": flips.exact,
         "images": images,
-        "pairs": [[block, block - 1] for block in range(1, pairs + 1)],
-        "p": found.p,
+        "pairs": [[block, block - 1] for block in range(1, differences.shape[1] + 1)],
+        "p": flips.p,
         "q": q,
         "level": LEVEL,
         "significant": significant,
         "tested": tested,
         "smallest_p": smallest,
-        "enough_images": enough,
+        "enough_images": smallest <= LEVEL,
         "assumption": ASSUMPTION,
-        "sentence": said,
+        "sentence": sentence,
     }
 
 
-def _all_pairs(reading: MetricResult) -> dict[str, Any] | None:
+def _all_pairs(result: MetricResult) -> dict[str, Any] | None:
     """p and q [blocks, blocks] of the paired t test of every pair of different blocks; None where the sums were not kept."""
-    if reading.nulls is None or "beyond_p" not in reading.nulls.spread:
+    if result.nulls is None or "beyond_p" not in result.nulls.spread:
         return None
-    p = np.array(reading.nulls.spread["beyond_p"], dtype=np.float64)
+    p = np.array(result.nulls.spread["beyond_p"], dtype=np.float64)
     np.fill_diagonal(p, np.nan)
     q, (rows, columns) = np.full(p.shape, np.nan), np.tril_indices(len(p), -1)
     q[rows, columns] = q[columns, rows] = controlled(p[rows, columns])
