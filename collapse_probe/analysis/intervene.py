@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor, nn
 
 from collapse_probe.analysis.analyze import measure, restored
@@ -329,7 +329,7 @@ def effects_of(
 def _wilson(successes: int, trials: int) -> Ends:
     if trials < 2:
         return None
-    ends = stats.binomtest(successes, trials).proportion_ci(method="wilson")
+    ends = scipy.stats.binomtest(successes, trials).proportion_ci(method="wilson")
     return float(ends.low), float(ends.high)
 
 

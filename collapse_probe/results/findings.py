@@ -7,15 +7,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from collapse_probe.errors import UnknownNameError
 from collapse_probe.files import new_folder, read_document
 from collapse_probe.statistics.intervals import Array
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -317,6 +319,8 @@ class Findings:
         For a block × block metric the row of block b holds its value with the block before (b − 1); a metric of the weights is
         called NAME/MATRIX. Errors are NaN where none was taken (a model is no sample of weights). See `block_rows`.
         """
+        import pandas as pd
+
         rows = [row for name, reading in self.metrics.items() for row in block_rows(name, reading)]
         frame = pd.DataFrame(rows, columns=CSV_COLUMNS)
         return frame.astype({"block": "Int64", "head": "Int64"})

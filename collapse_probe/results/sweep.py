@@ -7,15 +7,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from collapse_probe.errors import OutputError
 from collapse_probe.files import read_document, write_document, write_whole
 from collapse_probe.results.findings import plain
 from collapse_probe.statistics.intervals import interval
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def spelled(value: Any) -> str:
@@ -207,6 +209,8 @@ class Sweep:
     @property
     def table(self) -> pd.DataFrame:
         """One row a cell: varied values, seed, status, accuracy, seconds, then the summaries (`untrained.NAME`: the twin)."""
+        import pandas as pd
+
         rows = []
         for cell in self.cells:
             row: dict[str, Any] = {"cell": cell.name, **{name: spelled(value) for name, value in cell.values.items()}}

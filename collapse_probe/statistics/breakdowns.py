@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from collapse_probe.statistics.estimates import HEADLINES, SIMILARITY, Estimate, PerImageValues
 from collapse_probe.statistics.intervals import Array, count_bounds, mean_parts, parts_stderr
@@ -71,7 +71,7 @@ def _against_the_rest(whole: Estimate, members: Sequence[Any]) -> Array:
         )
         testable = (n >= FEWEST) & (rest_n >= FEWEST) & (spread + rest_spread > 0)
         p = np.full(len(n), np.nan)
-        p[testable] = stats.ttest_ind_from_stats(
+        p[testable] = scipy.stats.ttest_ind_from_stats(
             *(side[testable] for side in (total / n, spread, n, rest_total / rest_n, rest_spread, rest_n)), equal_var=False
         ).pvalue
     return p

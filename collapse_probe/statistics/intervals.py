@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 Array = NDArray[np.float64]
 Parts = tuple[Array, Array, NDArray[np.bool_]]
@@ -20,7 +20,7 @@ RESAMPLED_AT_ONCE = 200_000
 def interval(mean: Array, stderr: Array, n: Array | float) -> Array:
     """The 95 % t interval of means over n images, [..., 2] (low, high); NaN where n < 2."""
     degrees = np.maximum(np.asarray(n, dtype=np.float64) - 1, 1)
-    reach = stats.t.ppf(0.975, degrees) * stderr
+    reach = scipy.stats.t.ppf(0.975, degrees) * stderr
     return np.stack([mean - reach, mean + reach], axis=-1)
 
 
@@ -57,7 +57,7 @@ def bootstrap(
     `statistic(chosen)` takes indices of images, [..., images], drawn with replacement, and gives a value for each draw, [...]:
     whatever it reads of one image stays together.
     """
-    result = stats.bootstrap(
+    result = scipy.stats.bootstrap(
         (np.arange(images),),
         lambda chosen, axis: statistic(chosen.astype(np.int64)),
         n_resamples=resamples,
@@ -78,7 +78,7 @@ def beyond(difference: Array, stderr: Array, n: Array | float) -> Array:
     degrees = np.maximum(np.asarray(n, dtype=np.float64) - 1, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(stderr > 0, difference / stderr, np.where(difference == 0, 0.0, np.copysign(np.inf, difference)))
-    found: Array = np.where(np.isfinite(stderr) & np.isfinite(difference), stats.t.sf(t, degrees), np.nan)
+    found: Array = np.where(np.isfinite(stderr) & np.isfinite(difference), scipy.stats.t.sf(t, degrees), np.nan)
     return found
 
 
@@ -129,7 +129,7 @@ def count_bounds(means: Array, stderr: Array, n: Array, above: float) -> Array:
     known = np.isfinite(means)
     if not known.any() or not np.isfinite(stderr[known]).all():
         return np.full(2, np.nan)
-    reach = stats.t.ppf(1 - 0.05 / known.sum(), np.maximum(np.asarray(n, dtype=np.float64) - 1, 1)) * stderr
+    reach = scipy.stats.t.ppf(1 - 0.05 / known.sum(), np.maximum(np.asarray(n, dtype=np.float64) - 1, 1)) * stderr
     with np.errstate(invalid="ignore"):
         return np.array([(means - reach > above).sum(), (means + reach > above).sum()], dtype=np.float64)
 
@@ -191,7 +191,7 @@ def _only(side: Parts, places: NDArray[np.bool_]) -> Parts:
 def _one_sided(parts: Array, defined: NDArray[np.bool_], bounds: int) -> Array:
     """How far one-sided t bounds at 5 % over their number reach, [places]; NaN with fewer than two images."""
     n = defined.sum(0)
-    reach: Array = stats.t.ppf(1 - 0.05 / bounds, np.maximum(n - 1, 1)) * parts_stderr(parts, n)
+    reach: Array = scipy.stats.t.ppf(1 - 0.05 / bounds, np.maximum(n - 1, 1)) * parts_stderr(parts, n)
     return reach
 
 

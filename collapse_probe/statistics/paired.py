@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from collapse_probe.statistics.intervals import Array, kappa
 
@@ -150,7 +150,7 @@ def controlled(p: Array) -> Array:
     found = np.full(p.shape, np.nan)
     defined = np.isfinite(p)
     if defined.any():
-        found[defined] = stats.false_discovery_control(p[defined], method="bh")
+        found[defined] = scipy.stats.false_discovery_control(p[defined], method="bh")
     return found
 
 
@@ -163,11 +163,11 @@ def _signed_ranks(differences: Array) -> tuple[float, float]:
     moved = differences[differences != 0]
     if not len(moved):
         return 1.0, 0.0
-    ranks = stats.rankdata(np.abs(moved))
+    ranks = scipy.stats.rankdata(np.abs(moved))
     effect = float((ranks * np.sign(moved)).sum() / ranks.sum())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on ties and zeros in few images, where scipy takes the normal approximation
-        p = float(stats.wilcoxon(moved, method="auto").pvalue)
+        p = float(scipy.stats.wilcoxon(moved, method="auto").pvalue)
     return p, effect
 
 
@@ -210,7 +210,7 @@ def _bootstrap(sides: Sides, method: Method, seed: int, resamples: int) -> tuple
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy warns where BCa is undefined; the kind of interval says so
-        result: Any = stats.bootstrap(
+        result: Any = scipy.stats.bootstrap(
             (np.arange(count),),
             statistic,
             n_resamples=resamples,
