@@ -48,14 +48,14 @@ class Threshold:
 
 def thresholds(texts: Sequence[str]) -> list[Threshold]:
     """The thresholds of `--fail-on`, read before any work is done; wrong usage for anything but NAME OP NUMBER."""
-    found = []
+    rules = []
     for text in texts:
         match = SYNTAX.fullmatch(text)
         if match is None:
             message = f"expected NAME OP NUMBER, OP one of {' '.join(OPERATORS)}, as in 'similar_blocks > 4'; came {text!r}"
             raise click.BadParameter(message, param_hint="'--fail-on'")
-        found.append(Threshold(text.strip(), match[1], match[2], float(match[3])))
-    return found
+        rules.append(Threshold(text.strip(), match[1], match[2], float(match[3])))
+    return rules
 
 
 def stop_if_tripped(rules: Sequence[Threshold], numbers: Mapping[str, Numbers]) -> None:

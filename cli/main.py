@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         code = group.main(args=words, prog_name="collapse-probe", standalone_mode=False, obj=tuple(words))
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
-        kept = str(error.__cause__ or error)  # click raises Abort from KeyboardInterrupt
-        click.echo(f"interrupted; {kept or 'no output was written'}", err=True)
+        text = str(error.__cause__ or error)  # click raises Abort from KeyboardInterrupt
+        click.echo(f"interrupted; {text or 'no output was written'}", err=True)
         code = INTERRUPTED
     except click.ClickException as error:
         error.show()

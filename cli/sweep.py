@@ -80,7 +80,7 @@ def run(
         return
     folder = Path(output or Path("sweeps") / named.name)
     try:
-        found = sweep(
+        result = sweep(
             named,
             vary,
             folder,
@@ -94,11 +94,11 @@ def run(
     except KeyboardInterrupt:
         click.echo(f"interrupted; the same command with -o {folder} goes on", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
-    page = write_sweep(found, folder)
-    click.echo(json.dumps(found.to_json(), allow_nan=False) if as_json else f"{told(found)}\n\nreport: {page}")
-    if found.failed:
-        first = found.failed[0]
-        line = f"error: {len(found.failed)} of {len(found.cells)} cells failed, the first: {first.name} ({first.reason})"
+    page = write_sweep(result, folder)
+    click.echo(json.dumps(result.to_json(), allow_nan=False) if as_json else f"{answer_text(result)}\n\nreport: {page}")
+    if result.failed:
+        first = result.failed[0]
+        line = f"error: {len(result.failed)} of {len(result.cells)} cells failed, the first: {first.name} ({first.reason})"
         click.echo(f"{line}; the same command tries them again", err=True)
         raise click.exceptions.Exit(FAILED)
 
@@ -117,14 +117,14 @@ def varied(words: Sequence[str], seeds: int) -> dict[str, list[Any]]:
     return vary
 
 
-def told(found: Any) -> str:
+def answer_text(result: Any) -> str:
     """The answers and the caveats as text."""
     from collapse_probe.report.sweep.verdict import caveats, headline, verdicts
 
-    lines: list[str] = [headline(found), ""]
-    for verdict in verdicts(found):
+    lines: list[str] = [headline(result), ""]
+    for verdict in verdicts(result):
         lines += [*([f"{verdict.label}:"] if verdict.label else []), *verdict.sentences, ""]
-    return "\n".join([*lines, *(f"Note: {caveat}" for caveat in caveats(found))])
+    return "\n".join([*lines, *(f"Note: {caveat}" for caveat in caveats(result))])
 
 
 def forecasts(recipe: Any, vary: dict[str, list[Any]], seeds: int, changes: dict[str, Any], device: str) -> str:
@@ -132,10 +132,10 @@ def forecasts(recipe: Any, vary: dict[str, list[Any]], seeds: int, changes: dict
     from collapse_probe.training.forecast import forecast
     from collapse_probe.training.sweep import grid_of
 
-    made, notes = grid_of(recipe, vary, seeds, changes)
+    grid, notes = grid_of(recipe, vary, seeds, changes)
     costs: dict[str, Any] = {}
     lines, total = [], 0.0
-    for cell in made:
+    for cell in grid:
         key = json.dumps({**cell.recipe.to_json(), "seed": 0}, sort_keys=True)
         if key not in costs:
             costs[key] = forecast(cell.recipe, device=device)
@@ -145,5 +145,5 @@ def forecasts(recipe: Any, vary: dict[str, list[Any]], seeds: int, changes: dict
         expected = "time not known" if cost.seconds is None else duration(cost.seconds)
         lines.append(f"{cell.name:<44}  {cost.parameters:>12,} parameters  {steps}  {expected}")
     known = all(cost.seconds is not None for cost in costs.values())
-    lines.append(f"{len(made)} cells, {duration(total) if known else 'time not known'} of training one after the other")
+    lines.append(f"{len(grid)} cells, {duration(total) if known else 'time not known'} of training one after the other")
     return "\n".join([*lines, *(f"Note: {note}" for note in notes)])

@@ -32,7 +32,11 @@ def fetching(what: str, raises: type[CollapseProbeError], way_out: str, *, hub: 
         except Exception as error:
             if not _from_network(error):
                 raise
-            why = _why(error) if answers else "no network: the model hub does not answer"
+            why = first_line(error)
+            if not answers:
+                why = "no network: the model hub does not answer"
+            elif isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
+                why = f"no network: {error.reason}"
             raise raises(f"cannot fetch {what} ({why}); {way_out}") from error
 
 
@@ -41,12 +45,6 @@ def _from_network(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error is not None
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
-        return f"no network: {error.reason}"
-    return first_line(error)
 
 
 @contextlib.contextmanager
@@ -74,6 +72,6 @@ def _hub_answers(endpoint: str) -> bool:
 
 
 def check_url(url: str, cached: Path) -> None:
-    """Raise OSError within seconds if `url` does not answer and `cached` is not there to stand in for it."""
+    """Raise OSError within seconds if `url` does not answer and there is no `cached` file."""
     if not cached.exists():
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE).close()

@@ -1,4 +1,4 @@
-"""What collapse-probe raises on purpose: each message says what was expected, what came and what to do."""
+"""The errors of collapse-probe: each message says what was expected, what came and what to do."""
 
 
 class CollapseProbeError(Exception):
@@ -25,11 +25,11 @@ class DataError(CollapseProbeError):
 
 
 class CaptureError(CollapseProbeError):
-    """Attention that could not be heard, or was heard wrongly."""
+    """Attention that could not be captured, or was captured wrongly."""
 
 
 class NoAttentionFoundError(CaptureError):
-    """The forward pass held no softmax attention that could be heard."""
+    """The forward pass has no softmax attention that can be captured."""
 
 
 class SettingError(CollapseProbeError, ValueError):

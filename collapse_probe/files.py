@@ -19,7 +19,7 @@ PARTIAL = ".partial"
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let `write` fill a file that then takes its place at `path` in one move, on disk before it is seen.
 
-    Killed at any moment, `path` holds what it held or all of the new content. Raises OutputError.
+    Killed at any moment, `path` has the old content or all of the new. Raises OutputError.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:

@@ -12,13 +12,13 @@ PACKAGES = ("collapse-probe", "torch", "timm", "torchvision", "transformers", "n
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that a run may depend on."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def names_sha256(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Batches of labelled images: the same at the same step, whatever the number of processes and restarts."""
+"""Batches of labelled images: the same at the same step, for any number of processes and restarts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def augmented(images_BCHW: Tensor, augmentation: Augmentation, seed: int, share:
     these are the places `share`.
 
     The edge is repeated into what a shift uncovers. Every draw is made for the whole batch, so that an image
-    is changed alike whatever process has it.
+    is changed alike in any process.
     """
     a, x = augmentation, images_BCHW
     generator = torch.Generator().manual_seed(seed)

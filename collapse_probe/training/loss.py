@@ -94,11 +94,11 @@ class TrainingLoss(nn.Module):
         super().__init__()
         self.model, self.amp = model, amp
         self.terms = (CROSS_ENTROPY, *penalties)
-        made = {name: PENALTIES[name].with_settings(settings) for name, (_, settings) in penalties.items()}
-        own = 0.0 if any(each.replaces_criterion for each in made.values()) else 1.0
+        terms = {name: PENALTIES[name].with_settings(settings) for name, (_, settings) in penalties.items()}
+        own = 0.0 if any(penalty.replaces_criterion for penalty in terms.values()) else 1.0
         weights = torch.tensor([own, *(weight for weight, _ in penalties.values())])
         self.register_buffer("weights", weights, persistent=False)
-        self.penalties = ModelPenalties(model, made) if made else None
+        self.penalties = ModelPenalties(model, terms) if terms else None
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizers leave without weight decay, as the model says."""
@@ -120,7 +120,7 @@ def cross_entropy(logits: Any, targets_BK: Tensor) -> Tensor:
     """Mean cross entropy in nats, in float32: [B, K] twice -> []. Raises ModelError for logits of another shape."""
     if not isinstance(logits, Tensor) or logits.shape != targets_BK.shape:
         came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ModelError(f"in training the model must answer with logits {list(targets_BK.shape)}, came {came}")
+        raise ModelError(f"in training the model must return logits {list(targets_BK.shape)}, came {came}")
     return F.cross_entropy(logits.float(), targets_BK)
 
 

@@ -1,10 +1,10 @@
-"""Watches a training from inside: at chosen steps measures the model on a few fixed images, and changes nothing."""
+"""A monitor of a training: at certain steps it measures the model on a few fixed images, and changes nothing."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from collapse_probe.data.preprocessing import Preprocess, from_callable
 from collapse_probe.distributed import alone
 from collapse_probe.errors import DataError, ModelError, SettingError
 from collapse_probe.files import check_writable
-from collapse_probe.models.loading import Subject, resolve
+from collapse_probe.models.loading import resolve
 from collapse_probe.results.findings import Findings
 from collapse_probe.seeding import random_kept
 
@@ -39,7 +39,7 @@ class GivenPixels:
         return iter(torch.split(self.pixels, PARTS))
 
     def preprocess(self) -> Preprocess:
-        """What stands for the preprocessing of images that need none."""
+        """The preprocessing of images that need none."""
 
         def refuse(picture: Image) -> Tensor:
             raise DataError("these images came as a tensor; there is no preprocessing for pictures")
@@ -48,7 +48,7 @@ class GivenPixels:
         return Preprocess(refuse, size, {"size": list(size), "given": "pixels, made ready by the caller"})
 
     def facts(self) -> dict[str, Any]:
-        """What findings say about their origin; the names are mere numbers, so the content is told by its SHA-256."""
+        """What findings record of their origin; the names are numbers, so the content is identified by its SHA-256."""
         content = hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()
         return {"address": f"a tensor {list(self.pixels.shape)}", "content_sha256": content}
 
@@ -113,55 +113,47 @@ class Monitor:
         return findings
 
     def measure(self, model: nn.Module, step: int) -> Findings:
-        """The findings of `model` now, whatever `step` is; nothing is written or logged."""
+        """The findings of `model` now, at any `step`; nothing is written or logged."""
         device = _device(model)
         settings = RunSettings(device=str(device), seed=self.seed, metrics=self.metrics, null_images=0)
         with undisturbed(model, device), alone():
-            subject = self._subject(model, step)
+            subject = replace(resolve(model), weights=f"in training, at step {step}")
+            if self.preprocess is not None:
+                subject = replace(subject, preprocess=self.preprocess, notes=())
             findings = measure(subject, self.images, settings)
         if isinstance(self.images, GivenPixels):
             findings = replace(findings, data={**findings.data, **self.images.facts()})
         return findings.with_run(step=step)
 
-    def _subject(self, model: nn.Module, step: int) -> Subject:
-        subject = replace(resolve(model), weights=f"in training, at step {step}")
-        return subject if self.preprocess is None else replace(subject, preprocess=self.preprocess, notes=())
-
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Whatever is run inside leaves modes, buffers and random states as they were, and is touched by no autocast around it."""
+    """After the `with` modes, buffers and random states are as before; inside, autocast is off."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    with ExitStack() as stack:
-        stack.enter_context(random_kept(device))
-        stack.callback(_put_back, buffers)
-        stack.enter_context(restored(model))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        yield
-
-
-def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    for buffer, before in buffers:
-        if not torch.equal(buffer, before):  # a needless write would break a backward pass that still reads the buffer
-            buffer.copy_(before)
+    autocast = torch.autocast(device.type, enabled=False)
+    with random_kept(device), torch.inference_mode(False), torch.no_grad(), autocast:
+        try:
+            with restored(model):
+                yield
+        finally:
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):  # a needless write would break a backward pass that still reads it
+                    buffer.copy_(before)
 
 
 def _device(model: nn.Module) -> torch.device:
     parameters = list(model.parameters())
-    found = {p.device for p in parameters}
-    if len(found) != 1:
-        came = ", ".join(sorted(map(str, found))) or "none"
+    devices = {p.device for p in parameters}
+    if len(devices) != 1:
+        came = ", ".join(sorted(map(str, devices))) or "none"
         raise ModelError(f"a monitor takes a model whose parameters are on one device; they are on {came}")
-    if any(type(p).__name__ == "DTensor" or hasattr(p, "_sharded_size") for p in parameters) or any(
-        type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()
-    ):
+    sharded = any(type(p).__name__ == "DTensor" or hasattr(p, "_sharded_size") for p in parameters)
+    if sharded or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise ModelError(
             "the parameters are sharded over processes (FSDP), so that one process alone cannot run the model; "
             "measure its gathered checkpoints with compare"
         )
-    return found.pop()
+    return devices.pop()
 
 
 def _images(data: str | Path | ImageSet | Tensor, limit: int | None, seed: int) -> ImageSet | GivenPixels:

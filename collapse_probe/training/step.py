@@ -130,11 +130,11 @@ def _optimizer(loss: TrainingLoss, recipe: Recipe) -> torch.optim.Optimizer:
     betas = {} if recipe.betas is None else {"betas": recipe.betas}
     rates = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
     try:
-        made: torch.optim.Optimizer = make.create_optimizer_v2(loss, opt=recipe.optimizer, **rates, **betas)
+        optimizer: torch.optim.Optimizer = make.create_optimizer_v2(loss, opt=recipe.optimizer, **rates, **betas)
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        given = f"lr {recipe.lr}, weight_decay {recipe.weight_decay}, betas {recipe.betas}"
-        raise SettingError(f"timm makes no optimizer {recipe.optimizer!r} with {given}: {error}") from error
-    return made
+        values = f"lr {recipe.lr}, weight_decay {recipe.weight_decay}, betas {recipe.betas}"
+        raise SettingError(f"timm makes no optimizer {recipe.optimizer!r} with {values}: {error}") from error
+    return optimizer
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, length: tuple[int, int, int]) -> Any:

@@ -247,7 +247,7 @@ def test_an_image_set_and_a_transform_of_ones_own(photos):
         ({"data": pixels(), "every": 0}, SettingError, "from 1 on"),
         ({"data": pixels()[0], "every": 1}, DataError, "float images"),
         ({"data": pixels().long(), "every": 1}, DataError, "int64"),
-        ({"data": pixels(), "every": 1, "limit": 0}, SettingError, "limit"),
+        ({"data": pixels(), "every": 1, "limit": 0}, SettingError, "at least 1"),
         ({"data": pixels(), "every": 1, "preprocess": len}, SettingError, "leave preprocess out"),
         ({"data": "nowhere/at/all", "every": 1}, DataError, "nowhere"),
     ],

@@ -11,7 +11,7 @@ from collapse_probe.training.monitor import Monitor
 
 
 class MonitoredScheduler:
-    """A timm scheduler that also tells a monitor of every update.
+    """A timm scheduler that also calls a monitor at every update.
 
     One line in the script, before its loop: `lr_scheduler = MonitoredScheduler(lr_scheduler, model, monitor)`. The script
     calls `lr_scheduler.step_update(num_updates=…)` after each optimizer step, and that number is the monitor's step. Everything

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from collapse_probe.capture.gradients import GradientTrace, Requests, ViTParts
@@ -51,8 +50,7 @@ class AttentionContrastive(Penalty):
     def loss(self, trace: GradientTrace, inputs: Inputs) -> Tensor:
         """The mean over images and heads."""
         first, last = (trace.maps(i, self.point).flatten(2) for i in self._pair(trace.parts))
-        found: Tensor = torch.mean(contrast(first, last))
-        return found
+        return contrast(first, last).mean()
 
 
 PENALTIES.add(AttentionContrastive.name, AttentionContrastive)

@@ -50,12 +50,12 @@ class AttentionCosine(Penalty):
         """The mean over images and blocks (or pairs of blocks); 0 where there is no pair."""
         maps = [trace.maps(i, self.point).flatten(2) for i in self._blocks_of(trace.parts)]
         if self.pairs == "across":
-            found = [mean_cosine(a, b, absolute=True) for a, b in pairwise(maps)]
+            values = [mean_cosine(a, b, absolute=True) for a, b in pairwise(maps)]
         elif self.form == "repository":
-            found = [mean_cosine(a) for a in maps]
+            values = [mean_cosine(a) for a in maps]
         else:
-            found = [patch_cosine(anchored(a)) for a in maps]
-        return torch.stack([defined_mean(each) for each in found]).mean() if found else maps[0].sum() * 0
+            values = [patch_cosine(anchored(a)) for a in maps]
+        return torch.stack([defined_mean(each) for each in values]).mean() if values else maps[0].sum() * 0
 
 
 PENALTIES.add(AttentionCosine.name, AttentionCosine)
