@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from collapse_probe.report.style import MUTED, NARROW, WIDE, drawn, printable
+from collapse_probe.report.style import NARROW, WIDE, colour_bar, drawn, printable
 from collapse_probe.results.findings import Findings, Gallery
 from collapse_probe.statistics.intervals import Array
 
@@ -87,6 +86,10 @@ def _blend(base: Array, positions: Array) -> Array:
     return np.asarray(base * (1 - cover) + colour * cover)
 
 
+SHADES = ListedColormap(_blend(np.full((256, 3), 0.75), np.linspace(-1.0, 1.0, 256)))
+"""How positions look over a picture that is evenly grey."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the tiles of one picture stand, in inches.
@@ -155,7 +158,7 @@ def _laid_over(gallery: Gallery, maps: Array, narrow: bool, unit: str) -> Figure
     axes.set_axis_off()
     for at, positions in enumerate(spread.place(maps)):
         _strip(axes, layout, at * layout.height, gallery.names[at], gallery.pictures[at], positions)
-    _bar(figure, spread, layout.width, height, unit)
+    colour_bar(figure, Normalize(-1, 1), SHADES, unit, spread.ticks)
     return figure
 
 
@@ -187,14 +190,3 @@ def _paste(canvas: Pixels, tile: Pixels, left: float, top: float, wide: float, t
     fitted = _resized(tile, tall, wide)
     y, x = _pixels(top), _pixels(left)
     canvas[y : y + fitted.shape[0], x : x + fitted.shape[1]] = fitted
-
-
-def _bar(figure: Figure, spread: Spread, width: float, height: float, unit: str) -> None:
-    span = min(4.2, width - 0.5)
-    bar = figure.add_axes(((width - span) / 2 / width, 0.42 / height, span / width, 0.11 / height))
-    along = np.linspace(-1.0, 1.0, 256)
-    shades = ListedColormap(_blend(np.full((256, 3), 0.75), along))
-    figure.colorbar(ScalarMappable(Normalize(-1, 1), shades), cax=bar, orientation="horizontal")
-    bar.set_xticks(list(spread.ticks), list(spread.ticks.values()))
-    bar.tick_params(length=2, labelsize=7.5)
-    bar.set_xlabel(unit, fontsize=8, color=MUTED, labelpad=2)

@@ -80,7 +80,7 @@ def heat(axes: Axes, panel: Panel, side: float, *, square: bool = True) -> None:
     undefined = ~np.isfinite(panel.values)
     shown = np.where(undefined, 0.0, panel.values)
     size = _number_size(panel, side) if square else 0.0
-    axes.patch.set(facecolor=PAPER, edgecolor=HATCH, hatch="//////", linewidth=0)
+    hatch(axes)
     seaborn.heatmap(
         shown,
         mask=undefined,
@@ -105,6 +105,11 @@ def heat(axes: Axes, panel: Panel, side: float, *, square: bool = True) -> None:
     bar.outline.set_visible(False)
     bar.set_ticks([panel.scale.low, (panel.scale.low + panel.scale.high) / 2, panel.scale.high])
     bar.ax.tick_params(length=2, labelsize=7.5)
+
+
+def hatch(axes: Axes) -> None:
+    """Hatch the ground of a matrix, which shows where cells are undefined."""
+    axes.patch.set(facecolor=PAPER, edgecolor=HATCH, hatch="//////", linewidth=0)
 
 
 def _dots(axes: Axes, marked: NDArray[np.bool_], side: float, *, numbered: bool) -> None:

@@ -41,11 +41,10 @@ class Draw(Protocol[Results]):
 
 @dataclass(frozen=True)
 class Drawing(Generic[Results]):
-    """One figure of a page: how it is drawn, its caption, and the section that it stands in (empty: the first)."""
+    """One figure of a page: how it is drawn, and its caption."""
 
     draw: Draw[Results]
     caption: Caption
-    section: str = ""
 
 
 @dataclass(frozen=True)

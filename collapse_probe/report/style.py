@@ -178,6 +178,12 @@ def colour_bar(
     axes.set_xlabel(label, fontsize=8, color=MUTED, labelpad=2)
 
 
+def dots_of_heads(axes: Axes, x: Array, values: Array) -> None:
+    """Every head of every block as a pale dot; `values` [blocks, heads]."""
+    look = {"color": ROLES["measured"].colour, "alpha": 0.3, "markersize": 6, "markeredgewidth": 0, "zorder": 1}
+    axes.plot(np.repeat(x, values.shape[1]), values.ravel(), ".", label="one head", **look)  # type: ignore[arg-type]
+
+
 def over_blocks(axes: Axes, x: Array, label: str, most: int = 16) -> None:
     """At most `most` whole numbers along the x axis, half a step of room at both ends."""
     first, last = int(x[0]), int(x[-1])

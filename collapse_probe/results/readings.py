@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,12 +76,12 @@ def nulls_of(result: MetricResult) -> dict[str, Array]:
     return {role: values for role in NULLS if (values := null_of(result, role)) is not None}
 
 
-def adjacent(matrix: Array | None) -> Array:
-    """The entries (b, b − 1) of a block × block array: [L, L, …] -> [L − 1, …]; empty for None."""
+def adjacent(matrix: Array | Sequence[Any] | None) -> Array:
+    """The entries (b, b − 1) of a block × block array, also of one as JSON holds it: [L, L, …] -> [L − 1, …]; empty for None."""
     if matrix is None:
         return np.empty(0)
-    later = np.arange(1, len(matrix))
-    return np.asarray(matrix[later, later - 1])
+    whole, later = np.asarray(matrix, dtype=np.float64), np.arange(1, len(matrix))
+    return np.asarray(whole[later, later - 1])
 
 
 def mean(values: Array | None) -> float | None:

@@ -26,6 +26,11 @@ def number(value: Any, digits: int = 3) -> str:
     return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
 
 
+def sentence_case(text: str) -> str:
+    """The text with a capital first letter."""
+    return f"{text[:1].upper()}{text[1:]}"
+
+
 def interval(ends: Sequence[float] | Array | None, digits: int = 3) -> str:
     """The two ends of an interval, or a dash."""
     if ends is None or not np.isfinite(np.asarray(ends, dtype=np.float64)).all():

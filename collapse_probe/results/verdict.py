@@ -12,7 +12,7 @@ from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.outcomes import Outcome, Pairs, kinds_of, pairs_of, share_of_kinds, verdict_table
 from collapse_probe.results.readings import adjacent, mean, null_of, result_of, weights_only
 from collapse_probe.results.rules import BY_NAME
-from collapse_probe.results.text import interval, number, spans
+from collapse_probe.results.text import interval, number, sentence_case, spans
 
 Sentence = tuple[str, str]
 """A sentence, and the name of the rule behind it."""
@@ -274,14 +274,10 @@ def _caveats(outcomes: Mapping[str, Outcome], maps: bool) -> list[Sentence]:
             number_of = f"{rule.quantity}: {number(outcome.value)}"
             caveats.append((f"It is undecided whether {rule.says} ({number_of}): {outcome.reason}.", name))
         elif name == "untrained" and outcome.answer == "yes":
-            caveats.insert(0, (_as_sentence(rule.says), name))
+            caveats.insert(0, (f"{sentence_case(rule.says)}.", name))
         elif name == "mixed-maps" and outcome.answer == "yes" and maps:
-            caveats.append((_as_sentence(rule.says), name))
+            caveats.append((f"{sentence_case(rule.says)}.", name))
     return [*caveats, *([(BY_NAME["shared"].does_not_say, "shared")] if maps else [])]
-
-
-def _as_sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
 
 
 def _blocks(numbers: list[int]) -> str:

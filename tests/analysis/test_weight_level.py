@@ -17,8 +17,7 @@ from collapse_probe.errors import DataError
 from collapse_probe.metrics.metric import of_level
 from collapse_probe.models.vit import ViT, ViTSettings
 from collapse_probe.registry import METRICS
-from collapse_probe.report.findings.curves import weights
-from collapse_probe.report.findings.metric_figures import family_figure
+from collapse_probe.report.findings.metric_figures import family_figure, weights
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.verdict import judge
 

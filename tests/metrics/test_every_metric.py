@@ -10,20 +10,18 @@ from factories import make_gallery, nulls_of, similarity, synthetic, with_interv
 
 from collapse_probe.metrics.metric import Metric, Variant
 from collapse_probe.registry import METRICS
-from collapse_probe.report.findings.captions import CAPTIONS
-from collapse_probe.report.findings.figures import FIGURES, attention_variants, draw_all
-from collapse_probe.report.findings.metric_figures import (
-    ceiling,
-    family_figure,
+from collapse_probe.report.findings.figures import (
+    FIGURES,
+    attention_variants,
+    caption_of,
+    draw_all,
     family_figures,
-    lines,
-    outlier_places,
-    own_figure,
-    places_of,
     undrawn,
-    without_outliers,
 )
-from collapse_probe.report.findings.page import caption_of, render, sections
+from collapse_probe.report.findings.figures import shown as shown_by_its_own
+from collapse_probe.report.findings.metric_figures import ceiling, family_figure, lines
+from collapse_probe.report.findings.outliers import outlier_places, places_of
+from collapse_probe.report.findings.page import render, sections
 from collapse_probe.report.findings.tables import sensitivity_tables
 from collapse_probe.results.findings import Description, Findings, Gallery, MetricResult, Nulls
 
@@ -61,14 +59,14 @@ def findings_with(*names: str) -> Findings:
 
 def shown(findings: Findings) -> set[str]:
     """The readings that a family's figure or one of their own shows."""
-    own = {name for name in findings.metrics if own_figure(findings, name)}
+    own = {name for name in findings.metrics if shown_by_its_own(name)}
     return own | {name for names in family_figures(findings).values() for name in names}
 
 
 def test_every_reading_of_every_metric_is_in_a_figure_and_in_a_section():
     findings = findings_with(*NAMES)
     assert shown(findings) == set(NAMES)
-    keys = {*family_figures(findings), *CAPTIONS}
+    keys = {*family_figures(findings), *FIGURES}
     arranged = [key for part in sections(findings, keys) for key in (*part.figures, *part.aside)]
     assert sorted(arranged) == sorted(keys)
 
@@ -183,10 +181,10 @@ def rolled(**facts) -> Findings:
 
 
 def test_rollouts_are_drawn_where_they_were_measured_and_survive_the_folder(tmp_path):
-    assert FIGURES["rollout-gallery"](rolled(), False) is None
+    assert FIGURES["rollout-gallery"].draw(rolled(), False) is None
     rollouts = make_gallery(BLOCKS).maps[:, ::-1]
     findings = rolled(rollouts=rollouts)
-    assert FIGURES["rollout-gallery"](findings, False) is not None
+    assert FIGURES["rollout-gallery"].draw(findings, False) is not None
     again = Findings.load(findings.save(tmp_path / "out"))
     np.testing.assert_allclose(again.gallery.rollouts, rollouts, rtol=1e-6)
     assert Findings.load(rolled().save(tmp_path / "without")).gallery.rollouts is None
@@ -252,7 +250,7 @@ def test_outliers_are_drawn_where_they_sit_and_their_absence_is_said():
     assert [places.rule for places in places_of(findings)] == ["norm above the image's median + 6 · MAD", "norm above 150"]
     figure = outlier_places(findings)
     assert len([axes for axes in figure.axes if axes.get_title(loc="left").startswith("depth")]) == BLOCKS + 1
-    assert without_outliers(findings) == ["norm above 150"]
+    assert [places.rule for places in places_of(findings) if not places.any] == ["norm above 150"]
     assert "No token of any image stands out by the rule “norm above 150”." in render(findings)
     assert outlier_places(replace(findings_with(), metrics={"token-norm": outliers(0.0)})) is None
 

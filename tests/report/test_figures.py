@@ -15,20 +15,19 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.figure import Figure
 
-from collapse_probe.report.findings.captions import CAPTIONS
 from collapse_probe.report.findings.curves import adjacent_blocks, entropy, per_block, similar_blocks
 from collapse_probe.report.findings.figures import (
+    FIGURES,
     attention_similarity,
     attention_variants,
+    caption_of,
     draw_all,
     feature_similarity,
     probs_and_weights,
-    save_all,
 )
-from collapse_probe.report.findings.page import caption_of
 from collapse_probe.report.gallery import Layout, attention_gallery, overlay, spread_of, times_uniform
 from collapse_probe.report.heatmaps import SIGNED, UNSIGNED, scale_of, short
-from collapse_probe.report.style import ROLES, png, printable, svg, whole_ticks
+from collapse_probe.report.style import ROLES, png, printable, save, svg, whole_ticks
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import adjacent
 
@@ -211,15 +210,15 @@ def test_without_a_test_of_all_pairs_the_figure_stays_as_it_was() -> None:
 
 def test_the_caption_says_what_a_dot_means_only_where_pairs_were_tested() -> None:
     plain = caption_of("attention-similarity", {}, synthetic(12))
-    assert plain == CAPTIONS["attention-similarity"]
+    assert plain == FIGURES["attention-similarity"].caption
     findings = with_tests(synthetic(12), pairs_of(12))
     found = caption_of("attention-similarity", {}, findings)
     whole = findings.sureness["tests"]["attention-similarity"]["all_pairs"]
     assert found.seen.startswith(plain.seen)
     assert "(q ≤ 0.05: paired t, " in found.seen
     assert found.seen.endswith(f"here {whole['significant']} of 66.")
-    assert found.limits.endswith("No dot is no proof of κ = 0: more images find more pairs.")
-    assert caption_of("feature-similarity", {}, findings) == CAPTIONS["feature-similarity"]
+    assert found.limits.endswith("No dot does not show that κ is 0: more images find more pairs.")
+    assert caption_of("feature-similarity", {}, findings) == FIGURES["feature-similarity"].caption
     bare = with_tests(synthetic(12, nulls=False), pairs_of(12))
     assert caption_of("attention-similarity", {}, bare) == plain
 
@@ -393,7 +392,7 @@ def test_a_metric_that_does_not_apply_is_not_drawn() -> None:
 
 def test_saved_files_are_the_same_byte_for_byte(tmp_path) -> None:
     findings = synthetic(2)
-    save_all(findings, tmp_path)
+    save(draw_all(findings), tmp_path)
     inside = tmp_path / "figures"
     assert {path.name for path in inside.iterdir()} == {f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")}
     for name, figure in draw_all(findings).items():

@@ -16,7 +16,6 @@ from collapse_probe.metrics.presets import records
 from collapse_probe.registry import PRESETS
 from collapse_probe.report import style as style_module
 from collapse_probe.report.findings import page as page_module
-from collapse_probe.report.findings.captions import CAPTIONS
 from collapse_probe.report.findings.figures import FIGURES, draw_all
 from collapse_probe.report.findings.page import render, write_report
 from collapse_probe.report.findings.provenance import definitions, not_measured, skipped
@@ -194,7 +193,6 @@ def test_figures_have_a_version_for_phones_a_size_and_a_caption() -> None:
     assert all(int(image["width"] or 0) <= 960 and image["alt"] for image in images)
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in found.tags
     assert found.text.count("What it does not say.") == len(images)
-    assert set(CAPTIONS) == set(FIGURES)
 
 
 def test_tables_scroll_in_their_own_box() -> None:
@@ -297,7 +295,7 @@ def test_a_page_of_the_weights_alone_speaks_of_no_images() -> None:
 
 
 def test_thresholds_on_the_page_are_those_of_the_rules() -> None:
-    assert f"κ passes {KAPPA_ABOVE:g}." in CAPTIONS["similar-blocks"].seen
+    assert f"κ passes {KAPPA_ABOVE:g}." in FIGURES["similar-blocks"].caption.seen
     card = next(card for card in key_numbers(synthetic(5)) if card.label.startswith("similar blocks"))
     assert card.detail == f"of 4 pairs: raw above {RAW_ABOVE:g}, κ above {KAPPA_ABOVE:g}"
 

@@ -1,37 +1,34 @@
-"""Findings → matplotlib figures: pure functions, each returning None where it has nothing to draw."""
+"""The figures of the page: how each is drawn, its caption, and the section that it stands in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from collapse_probe.report.findings.curves import adjacent_blocks, convergence, entropy, per_block, similar_blocks, weights
-from collapse_probe.report.findings.metric_figures import family_figure, family_figures, outlier_places, pair
+from collapse_probe.report.findings.curves import adjacent_blocks, convergence, entropy, per_block, similar_blocks
+from collapse_probe.report.findings.metric_figures import family_figure, kind, pair, weights
+from collapse_probe.report.findings.outliers import outlier_places
 from collapse_probe.report.gallery import attention_gallery, rollout_gallery
 from collapse_probe.report.heatmaps import SIGNED, Panel, grid, scale_of
-from collapse_probe.report.style import drawn, save
+from collapse_probe.report.html import Caption, Drawing, draw_figures
+from collapse_probe.report.style import drawn
 from collapse_probe.results.findings import Findings
-from collapse_probe.results.readings import result_of
+from collapse_probe.results.readings import null_of, result_of
+from collapse_probe.results.rules import KAPPA_ABOVE
 from collapse_probe.statistics.permutation import LEVEL, SHOWN, beyond_null, pairs_tested
 
-VARIANTS = {
-    "row": "by rows: where one query looks",
-    "centred": "centred: each vector's mean taken off",
-    "patches": "without prefix tokens",
-    "probs": "of the softmax (probs)",
-}
 MARK = f"dot (below the diagonal): more alike than with the wrong tokens, q ≤ {LEVEL:g}"
 
 
 def _similarity(findings: Findings, name: str, narrow: bool) -> Figure | None:
-    reading = result_of(findings, name)
-    if reading is None:
+    result = result_of(findings, name)
+    if result is None:
         return None
-    panels = pair(reading, "raw cosine", "null-corrected κ (0: as alike as the null)")
+    panels = pair(result, "raw cosine", "null-corrected κ (0: as alike as the null)")
     tested = pairs_tested(findings.sureness.get("tests") or {}, name)
     if panels[1] is not None and tested is not None and name == SHOWN:
         panels[1] = replace(panels[1], marked=np.tril(beyond_null(tested), -1), mark=MARK)
@@ -55,11 +52,10 @@ def attention_variants(findings: Findings, narrow: bool = False) -> Figure | Non
     """The other readings of attention similarity (rows, centred, …), one row each: raw, null-corrected."""
     panels: list[Panel | None] = []
     beside = "probs" if result_of(findings, "attention-similarity") is not None else ""
-    for name, reading in findings.metrics.items():
+    for name, result in findings.metrics.items():
         family, _, variant = name.partition("@")
-        if family == "attention-similarity" and variant not in ("", beside) and reading.values is not None:
-            words = "; ".join(VARIANTS.get(suffix, suffix) for suffix in variant.split("@"))
-            panels += pair(reading, words, f"κ, {variant.replace('@', ', ')}")
+        if family == "attention-similarity" and variant not in ("", beside) and result.values is not None:
+            panels += pair(result, result.description.panel or variant, f"κ, {variant.replace('@', ', ')}")
     return grid(panels, 2, narrow=narrow) if panels else None
 
 
@@ -67,57 +63,262 @@ def attention_variants(findings: Findings, narrow: bool = False) -> Figure | Non
 def probs_and_weights(findings: Findings, narrow: bool = False) -> Figure | None:
     """What softmax gives beside what multiplies V, on one scale; drawn only where the two differ."""
     weights, probs = result_of(findings, "attention-similarity"), result_of(findings, "attention-similarity@probs")
-    if weights is None or probs is None or weights.values is None or probs.values is None:
+    if weights is None or probs is None:
         return None
-    scale = scale_of(weights.values, probs.values)
-    panels = [
-        Panel(probs.values, "probs: what softmax gives", scale),
-        Panel(weights.values, "weights: what multiplies V", scale),
-    ]
-    return grid(panels, 2, narrow=narrow)
+    scale = scale_of(weights.array, probs.array)
+    titles = {"probs: what softmax gives": probs, "weights: what multiplies V": weights}
+    return grid([Panel(result.array, title, scale) for title, result in titles.items()], 2, narrow=narrow)
 
 
 @drawn
 def weights_depth(findings: Findings, narrow: bool = False) -> Figure | None:
     """The same weight matrix in every two blocks: entry by entry, and by the directions that it uses."""
     titles = {"depth": "entry by entry", "directions": "by the directions that are used"}
-    found = {title: result_of(findings, f"weight-similarity@{suffix}") for suffix, title in titles.items()}
-    panels = [Panel(r.values, title, SIGNED) for title, r in found.items() if r is not None and r.values is not None]
+    results = {title: result_of(findings, f"weight-similarity@{suffix}") for suffix, title in titles.items()}
+    panels = [Panel(result.array, title, SIGNED) for title, result in results.items() if result is not None]
     return grid(panels, len(panels), narrow=narrow) if panels else None
 
 
-FIGURES: dict[str, Callable[[Findings, bool], Figure | None]] = {
-    "attention-similarity": attention_similarity,
-    "attention-adjacent": adjacent_blocks,
-    "similar-blocks": similar_blocks,
-    "attention-gallery": attention_gallery,
-    "rollout-gallery": rollout_gallery,
-    "attention-variants": attention_variants,
-    "probs-and-weights": probs_and_weights,
-    "attention-entropy": entropy,
-    "per-block": per_block,
-    "feature-similarity": feature_similarity,
-    "convergence": convergence,
-    "token-norm-places": outlier_places,
-    "weights": weights,
-    "weights-depth": weights_depth,
+@dataclass(frozen=True)
+class Entry(Drawing[Findings]):
+    """One figure of the page: the section in which it stands, in it right after the figure `after` where that is there.
+
+    `shows` names the metrics, with wildcards, that need no other figure.
+    """
+
+    section: str = "pictures"
+    after: str = ""
+    shows: tuple[str, ...] = ()
+
+
+FIGURES: dict[str, Entry] = {
+    "attention-similarity": Entry(
+        attention_similarity,
+        Caption(
+            "How alike the attention maps of two blocks are",
+            "Raw: the mean cosine between the attention vectors of the same head and token in two blocks. Null-corrected: κ, "
+            "how much of the agreement that is possible beyond the other-token null is reached: 1 is the same map, 0 as "
+            "alike as the maps of unrelated tokens. The scales are the same on every page.",
+            "A dark raw panel alone is no collapse. Near-uniform maps, and maps in which every query looks at the same keys, "
+            "have a raw cosine near 1 whatever they attend to; only κ and the other readings below tell these apart.",
+        ),
+        shows=("attention-similarity",),
+    ),
+    "attention-adjacent": Entry(
+        adjacent_blocks,
+        Caption(
+            "Each block compared with the one before",
+            "Above: the measured similarity with its 95 % interval over images, and what it would be for another token, "
+            "another image, another head, and the same architecture with fresh weights. Dotted: the thresholds at which "
+            "blocks count as similar. Beneath: κ of the same blocks.",
+            "The interval covers the choice of images, not the training run: another seed may differ by more. A line at its "
+            "null is explained without the two blocks agreeing on anything.",
+        ),
+    ),
+    "similar-blocks": Entry(
+        similar_blocks,
+        Caption(
+            "How many blocks count as similar",
+            "Adjacent pairs whose mean similarity passes each threshold, with 95 % intervals over images; in the last row, "
+            f"pairs whose κ passes {KAPPA_ABOVE:g}.",
+            "A count depends on its threshold, and a network with random weights can pass all of them; the raw rows are "
+            "meant for comparison with published counts.",
+        ),
+        shows=("similar-blocks",),
+    ),
+    "attention-gallery": Entry(
+        attention_gallery,
+        Caption(
+            "Where each block looks",
+            "First the picture as the model sees it, then the map of every block laid over it, numbered from 0. Blue patches "
+            "get less attention than in a uniform map, orange and red ones more; grey ones about as much.",
+            "A map is a mean over heads and queries and can look flat although single heads are sharp. What is attended to "
+            "need not be what decides the output.",
+        ),
+    ),
+    "rollout-gallery": Entry(
+        rollout_gallery,
+        Caption(
+            "Attention rollout over the picture",
+            "What has come from each patch up to every block when the maps of all blocks so far are multiplied, skip "
+            "connections counted as identity and heads averaged (Abnar & Zuidema). Scale and order as in the gallery of "
+            "single blocks.",
+            "Rollout ignores values and MLPs, and evens out with depth in every network. It does not show what the decision "
+            "rests on.",
+        ),
+        "attention",
+        after="attention-rollout",
+    ),
+    "attention-variants": Entry(
+        attention_variants,
+        Caption(
+            "The same comparison, read in other ways",
+            "Rows compare where one query looks; the default compares columns, how one key is looked at by all queries. "
+            "Centred takes the mean off each vector first, which removes what uniform attention contributes.",
+            "No reading is the true one. High by columns and low by rows, for instance, is what query-independent maps give.",
+        ),
+        shows=("attention-similarity@*",),
+    ),
+    "probs-and-weights": Entry(
+        probs_and_weights,
+        Caption(
+            "What softmax gives, and what multiplies the values",
+            "This model changes its map between the softmax (probs) and the values (weights); both are on one scale.",
+            "A lower similarity of the weights can come from the mixing itself, also with random weights; it does not show "
+            "that the softmax has become more diverse.",
+        ),
+    ),
+    "attention-entropy": Entry(
+        entropy,
+        Caption(
+            "How spread out each head attends",
+            "Entropy of the attention of every head as a share of log N, where N is the number of keys: 1 is uniform, 0 is a "
+            "single key. Beneath, the mean over heads with its interval, the single heads, and the untrained twin.",
+            "High entropy is not collapse by itself, yet it makes raw similarities high; low entropy says how sharp a head "
+            "is, not whether it looks at the right place.",
+        ),
+        shows=("attention-entropy",),
+    ),
+    "per-block": Entry(
+        per_block,
+        Caption(
+            "Heads, images and patches",
+            "How alike the heads of one block are, how alike a block's maps are for different images (near 1: attention "
+            "ignores the picture), and how different the patches of one image remain through depth.",
+            "Patches can grow alike while attention stays diverse, and the other way round.",
+        ),
+        shows=("head-similarity", "image-similarity", "patch-diversity"),
+    ),
+    "feature-similarity": Entry(
+        feature_similarity,
+        Caption(
+            "How alike the patch embeddings at two depths are",
+            "Cosine of the embeddings of the same patch at two depths, raw and null-corrected; depth 0 is what enters the "
+            "first block.",
+            "The residual stream carries each embedding on, so neighbouring depths are close to 1 in nearly every deep "
+            "network.",
+        ),
+        shows=("feature-similarity",),
+    ),
+    "convergence": Entry(
+        convergence,
+        Caption(
+            "How the headline numbers settle as images come in",
+            "Value and 95 % interval over the first images of a seeded shuffle. Dotted: the value over all images, in the "
+            "band of its tolerance. Each number has a scale of its own.",
+            "A curve that has settled has settled for images like these. The points share images, so that the curve is "
+            "smoother than as many independent samples would be.",
+        ),
+        "sure",
+    ),
+    "token-norm-places": Entry(
+        outlier_places,
+        Caption(
+            "Where the tokens of unusual length sit",
+            "For each depth the share of images in which the patch at that place is an outlier by its norm, and above each "
+            "map the share of all patch tokens that are. One scale for all maps.",
+            "A token is compared with the others of its image and depth: a heavy tail of ordinary lengths gives outliers "
+            "too, with random weights as well.",
+        ),
+        "tokens",
+        after="token-norm",
+    ),
+    "weights": Entry(
+        weights,
+        Caption(
+            "How redundant the weights of each block are",
+            "For the query, key, value and projection matrices and the two layers of the MLP: mean |cosine| between the "
+            "rows, effective rank as a share of the full one, the spread of the eigenvalues of W Wᵀ, and how crowded the "
+            "rows are on the sphere. Dashed: the same matrices before training.",
+            "Weights are one sample of themselves, so there is no interval. A random matrix already has a rank below the "
+            "full one and rows that are not quite orthogonal: only the distance from the dashed line is learned. One "
+            "outlying entry is enough to raise the gap. Redundant weights do not say that attention or tokens are alike.",
+        ),
+        "weights",
+        shows=("weight-similarity", "weight-rank", "weight-orthogonality", "hyperspherical-energy"),
+    ),
+    "weights-depth": Entry(
+        weights_depth,
+        Caption(
+            "How alike the same weight matrix is in two blocks",
+            "Mean over q, k, v, proj, fc1 and fc2 of the cosine between two blocks: of all entries, or of how strongly each "
+            "direction of the token stream is read or written.",
+            "Blocks whose neurons are the same but stand in another order look unrelated entry by entry.",
+        ),
+        "weights",
+        shows=("weight-similarity@depth", "weight-similarity@directions"),
+    ),
 }
+TESTED_PAIRS = Caption(
+    "",
+    "Below the diagonal a dot marks the pairs that are more alike than with the wrong tokens (q ≤ {level:g}: {test}, false "
+    "discoveries controlled over all pairs of blocks), here {significant} of {tested}.",
+    "A dot says that a pair agrees on more than chance would give, however little: how much, κ says. No dot does not show "
+    "that κ is 0: more images find more pairs.",
+)
+"""What the dots on the κ panel add to the caption of a similarity whose pairs of blocks were tested."""
+OTHER_SETTINGS = Caption(
+    "Other readings",
+    "The metric with other settings, named above each panel.",
+    "No reading is the true one: where they disagree, the number depends on a choice that papers leave open.",
+)
+
+
+def shown(name: str) -> bool:
+    """Whether a figure made for this very metric shows it."""
+    return any(fnmatchcase(name, pattern) for entry in FIGURES.values() for pattern in entry.shows)
+
+
+def family_figures(findings: Findings) -> dict[str, list[str]]:
+    """The metrics in each figure that one metric with its variants shares: the plain one NAME, its variants NAME-variants."""
+    families: dict[str, list[str]] = {}
+    for name, result in findings.metrics.items():
+        if result.values is None or not kind(result) or shown(name):
+            continue
+        base = name.partition("@")[0]
+        key = f"{base}-variants" if base != name and (shown(base) or result_of(findings, base) is not None) else base
+        if key in families and kind(findings.metrics[families[key][0]]) != kind(result):
+            key = f"{key}-{kind(result)}"
+        families.setdefault(key, []).append(name)
+    return families
+
+
+def undrawn(findings: Findings) -> list[tuple[str, str]]:
+    """Metrics that no figure can show, and why."""
+    odd = [(name, " × ".join(r.dims)) for name, r in findings.metrics.items() if r.values is not None and not kind(r)]
+    return [(name, f"no figure shows the axes {axes}; its numbers are in findings.json") for name, axes in odd]
 
 
 def draw_all(findings: Findings, *, narrow: bool = False, names: Collection[str] | None = None) -> dict[str, Figure]:
     """Every figure (of `names`) that these findings fill; `narrow` for a phone.
 
-    First those of FIGURES, then one for each family of readings that these leave out (`family_figures`).
+    First those of FIGURES, then those of the metrics that these leave out (`family_figures`).
     """
     families = family_figures(findings)
     wanted = {*FIGURES, *families} if names is None else set(names)
-    made = {name: draw(findings, narrow) for name, draw in FIGURES.items() if name in wanted}
-    made |= {key: family_figure(findings, shown, narrow) for key, shown in families.items() if key in wanted}
-    return {name: figure for name, figure in made.items() if figure is not None}
-
-
-def save_all(findings: Findings, folder: str | Path) -> dict[str, Figure]:
-    """Write figures/NAME.png and figures/NAME.svg into `folder`, and return the figures."""
-    figures = draw_all(findings)
-    save(figures, folder)
+    figures = draw_figures(FIGURES, findings, narrow=narrow, names=wanted)
+    for key, metrics in families.items():
+        if key in wanted and (figure := family_figure(findings, metrics, narrow)) is not None:
+            figures[key] = figure
     return figures
+
+
+def caption_of(key: str, families: Mapping[str, list[str]], findings: Findings) -> Caption:
+    """The words under a figure: its own, with those about the dots where it has some, or those of its metric."""
+    if key not in families:
+        return _with_tests(FIGURES[key].caption, key, findings)
+    result = findings.metrics[families[key][0]]
+    stated = result.description
+    title = stated.title or families[key][0]
+    if "-variants" in key:
+        return replace(OTHER_SETTINGS, title=f"{OTHER_SETTINGS.title}: {title[0].lower()}{title[1:]}")
+    return Caption(title, stated.seen or result.definition, stated.limits)
+
+
+def _with_tests(caption: Caption, key: str, findings: Findings) -> Caption:
+    """`caption` with what the dots on the κ panel say, where all pairs of blocks were tested."""
+    result, whole = result_of(findings, key), pairs_tested(findings.sureness.get("tests") or {}, key)
+    if key != SHOWN or whole is None or result is None or null_of(result, "kappa") is None:
+        return caption
+    seen = TESTED_PAIRS.seen.format(level=LEVEL, **{name: whole[name] for name in ("test", "significant", "tested")})
+    return replace(caption, seen=f"{caption.seen} {seen}", limits=f"{caption.limits} {TESTED_PAIRS.limits}")
