@@ -77,7 +77,7 @@ def nulls_of(result: MetricResult) -> dict[str, Array]:
 
 
 def adjacent(matrix: Array | Sequence[Any] | None) -> Array:
-    """The entries (b, b − 1) of a block × block array, also of one as JSON holds it: [L, L, …] -> [L − 1, …]; empty for None."""
+    """The entries (b, b − 1) of a block × block array (or lists): [L, L, …] -> [L − 1, …]; empty for None."""
     if matrix is None:
         return np.empty(0)
     whole, later = np.asarray(matrix, dtype=np.float64), np.arange(1, len(matrix))

@@ -187,7 +187,7 @@ def matrix_lines(results: Mapping[str, MetricResult], narrow: bool) -> Figure:
     """
     figure, places = panels(len(results), narrow, tall=2.6 if narrow else 2.9, above=0.9)
     for axes, (name, result) in zip(places, results.items(), strict=True):
-        full = np.asarray(result.details["full_rank"], dtype=np.float64) if name == "weight-rank" else 1.0
+        full = np.asarray(result.details.get("full_rank", 1.0) if name == "weight-rank" else 1.0, dtype=np.float64)
         twin = null_of(result, "untrained")
         values, fresh = result.array / full, None if twin is None else twin / full
         x = np.arange(len(values), dtype=np.float64)
