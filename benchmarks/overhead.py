@@ -26,7 +26,7 @@ import numpy as np
 import timm
 import torch
 
-from collapse_probe.analysis.loop import PassResult, absorb, folds_for, result_of
+from collapse_probe.analysis.loop import PassResult, absorb, accumulators_for, result_of
 from collapse_probe.analysis.measurement import DEFAULT_METRICS, make_metrics, need_images
 from collapse_probe.capture.capture import discover_plan, record
 from collapse_probe.capture.plan import Plan
@@ -67,7 +67,7 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
 
     @cache
     def run_of(variant: str) -> PassResult:
-        return PassResult(folds=folds_for(sets[variant], device))  # made when needed: the states of other variants take memory
+        return PassResult(accumulators_for(sets[variant], device))  # made when needed: the states of other variants take memory
 
     def plain(images: torch.Tensor) -> None:
         with torch.no_grad(), autocast(device, amp):
@@ -88,13 +88,11 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
                     model(part)
                 names = [f"{len(run.names) + i}" for i in range(len(part))]
                 absorb(run, ears.take(), names, part, TILE_BYTES[device.type], frozenset())
-                run.names += names
 
     def finish(variant: str) -> None:
         run = run_of(variant)
-        run.records = {key: {n: [np.concatenate(v)] for n, v in found.items()} for key, found in run.records.items()}
-        for fold in run.folds.values():
-            fold.flush()
+        for accumulator in run.accumulators.values():
+            accumulator.flush()
         for metric in sets[variant].values():
             result_of(metric, run)
 

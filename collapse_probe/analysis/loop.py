@@ -1,10 +1,10 @@
-"""One pass: every image once through a listened-to model, and into the sums that the metrics asked for."""
+"""One pass: every image once through a recorded model, and into the sums that the metrics asked for."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,12 +47,12 @@ class Stopper:
                 f"an interval to stop at is one of a headline mean, and no metric that gives one is measured: ask for one of "
                 f"{', '.join(WATCHED)}, or leave until_ci out"
             )
-        self.half_width, self.heads = half_width, heads
-        self.kept = PerImageValues((), {}, heads)
-        self.stopped = False
+        self.half_width, self.heads, self.stopped = half_width, heads, False
+        self.values = PerImageValues((), {}, heads)
+        self.half_widths: dict[str, float] = {}
 
     def enough(self, table: Mapping[str, NDArray[Any]]) -> bool:
-        """Take what was kept of the newest images (keys of images.npz); whether to stop."""
+        """Take the values of the newest images (keys of images.npz); whether to stop."""
         self._take(per_image_values(table, self.heads))
         return self.stopped
 
@@ -61,50 +61,47 @@ class Stopper:
         while not self.stopped and self._take(None):
             pass
 
-    def widths(self) -> dict[str, float]:
-        """Half the length of the interval of every headline mean that is defined so far."""
-        return {name: estimate.half_width for name, estimate in self.kept.estimates().items()}
-
-    def _take(self, mine: PerImageValues | None) -> bool:
-        """Add everybody's newest images; whether anybody had any left."""
-        parts = [part for part in gathered(mine) if part is not None]
-        held = [part for part in (self.kept, *parts) if len(part)]
-        if held:
-            values = {key: np.concatenate([part.values[key] for part in held]) for key in held[0].values}
-            self.kept = PerImageValues(tuple(name for part in held for name in part.names), values, self.heads)
-        widths = self.widths()
-        self.stopped = len(self.kept) >= FEWEST and bool(widths) and all(w <= self.half_width for w in widths.values())
+    def _take(self, newest: PerImageValues | None) -> bool:
+        """Add the newest images of all processes; whether any process had any left."""
+        parts = [part for part in gathered(newest) if part is not None]
+        filled = [part for part in (self.values, *parts) if len(part)]
+        if filled:
+            values = {key: np.concatenate([part.values[key] for part in filled]) for key in filled[0].values}
+            self.values = PerImageValues(tuple(name for part in filled for name in part.names), values, self.heads)
+        self.half_widths = {name: estimate.half_width for name, estimate in self.values.estimates().items()}
+        narrow = bool(self.half_widths) and all(width <= self.half_width for width in self.half_widths.values())
+        self.stopped = len(self.values) >= FEWEST and narrow
         return bool(parts)
 
     def facts(self, total: int | None) -> dict[str, Any]:
         """What the findings say of it: after how many of `total` images it stopped, and how wide the intervals then were."""
-        used = len(self.kept)
+        used = len(self.values)
         taken = f"{used} images in the order given" if total is None else f"{used} of {total} images drawn at random"
-        wide = f"every headline mean's 95 % interval is within ± {self.half_width:g}"
-        reached = self.stopped
-        said = f"stopped after {taken}, because {wide}; {CAUTION}"
-        if not reached:
-            said = f"all {used} images were used, and not {wide}"
+        narrow = f"every headline mean's 95 % interval is within ± {self.half_width:g}"
+        sentence = f"stopped after {taken}, because {narrow}; {CAUTION}"
         return {
             "until_ci": self.half_width,
-            "reached": reached,
+            "reached": self.stopped,
             "images": used,
             "of": total,
-            "half_widths": self.widths(),
-            "sentence": said,
+            "half_widths": self.half_widths,
+            "sentence": sentence if self.stopped else f"all {used} images were used, and not {narrow}",
         }
 
 
 Progress = Callable[[int, int], None]
 Outputs = Callable[[Sequence[str], Any], None]
-"""Takes the names of some images and what the model answered for them."""
+"""Takes the names of some images and what the model returned for them."""
 
 
 @dataclass
 class PassResult:
-    """What one pass over the images gathered."""
+    """What one pass over the images gathered: sums by key, and of each image its name and values, in the order of the data.
 
-    folds: dict[Hashable, Accumulator]
+    `records` holds the per-image values of every accumulator, in chunks, by key and name.
+    """
+
+    accumulators: dict[Hashable, Accumulator] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -112,6 +109,18 @@ class PassResult:
     pictures: dict[str, Glimpse] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def extend(self, other: PassResult) -> None:
+        """Add the images of another part of the same pass, whose sums are in the accumulators already."""
+        self.names += other.names
+        self.indices += other.indices
+        self.skipped += other.skipped
+        self.pictures |= other.pictures
+        self.labels |= other.labels
+        self.seconds = max(self.seconds, other.seconds)
+        for key, parts in other.records.items():
+            for name, chunks in parts.items():
+                self.records.setdefault(key, {}).setdefault(name, []).extend(chunks)
 
 
 @dataclass(frozen=True)
@@ -136,31 +145,25 @@ def one_pass(
     options: PassOptions,
 ) -> PassResult:
     """Every image once through the model and into the accumulators; then the sums of all processes together."""
-    run = PassResult(folds=folds_for(metrics, device))
-    start, done, skipped = time.perf_counter(), 0, 0
-    dtype = next(model.parameters()).dtype
+    run = PassResult(accumulators_for(metrics, device))
+    start, dtype = time.perf_counter(), next(model.parameters()).dtype
     with torch.no_grad():
         for batch in batches:
-            latest = PassResult(folds=run.folds)
+            newest = PassResult(run.accumulators, indices=[*batch.indices], skipped=[*batch.skipped])
+            if batch.labels is not None:
+                newest.labels = dict(zip(batch.names, batch.labels.tolist(), strict=True))
             step = micro_batch(plan, device, len(batch.names))
             for first in range(0, len(batch.names), step):
-                part = slice(first, first + step)
-                images = batch.pixels[part].to(device, dtype, non_blocking=True)
-                with record(model, plan) as ears, autocast(device, amp):
-                    answer = model(images)
+                names, pixels = batch.names[first : first + step], batch.pixels[first : first + step]
+                with record(model, plan) as recordings, autocast(device, amp):
+                    output = model(pixels.to(device, dtype, non_blocking=True))
                 if options.outputs is not None:
-                    options.outputs(batch.names[part], answer)
-                absorb(latest, ears.take(), batch.names[part], batch.pixels[part], TILE_BYTES[device.type], options.gallery)
-            latest.names = list(batch.names)
-            _append(run, latest)
-            run.indices += list(batch.indices)
-            run.skipped += batch.skipped
-            if batch.labels is not None:
-                run.labels |= dict(zip(batch.names, batch.labels.tolist(), strict=True))
-            done, skipped = done + len(batch.names), skipped + len(batch.skipped)
+                    options.outputs(names, output)
+                absorb(newest, recordings.take(), names, pixels, TILE_BYTES[device.type], options.gallery)
+            run.extend(newest)
             if options.progress is not None:
-                options.progress(done, skipped)
-            if options.stopper is not None and options.stopper.enough(image_table(metrics, latest)):
+                options.progress(len(run.names), len(run.skipped))
+            if options.stopper is not None and options.stopper.enough(image_table(metrics, newest)):
                 break
         if options.stopper is not None:
             options.stopper.drain()
@@ -168,83 +171,59 @@ def one_pass(
     return _joined(run)
 
 
-def folds_for(metrics: Mapping[str, Metric], device: torch.device) -> dict[Hashable, Accumulator]:
-    """The folds that the metrics need, each once."""
-    folds: dict[Hashable, Accumulator] = {}
-    for metric in metrics.values():
-        if not metric.inapplicable():
-            for key, build in metric.needs().values():
-                if key not in folds:
-                    folds[key] = build().to(device if device.type != "mps" else "cpu")
-    return folds
+def accumulators_for(metrics: Mapping[str, Metric], device: torch.device) -> dict[Hashable, Accumulator]:
+    """The accumulators that the metrics need, each once, by key."""
+    needs = [need for metric in metrics.values() if not metric.inapplicable() for need in metric.needs().values()]
+    place = device if device.type != "mps" else "cpu"
+    return {key: build().to(place) for key, build in dict(needs).items()}
 
 
-def absorb(run: PassResult, trace: Trace, names: Sequence[str], pixels: Tensor, budget: int, wanted: frozenset[str]) -> None:
-    """One batch's trace into all folds and records; overlays of the images that are wanted."""
-    for fold in run.folds.values():
-        fold.start_batch(trace, names)
+def absorb(run: PassResult, trace: Trace, names: Sequence[str], pixels: Tensor, budget: int, gallery: frozenset[str]) -> None:
+    """Add one trace to all accumulators, records and names; and the pictures of the images in `gallery`."""
+    for accumulator in run.accumulators.values():
+        accumulator.start_batch(trace, names)
     for tile in trace.tiles(budget):
-        for fold in run.folds.values():
-            fold.add_tile(tile)
-    for key, fold in run.folds.items():
-        for name, values in fold.end_batch(trace).items():
-            store = run.records.setdefault(key, {}).setdefault(name, [])
-            store.append(values.detach().cpu().to(torch.float64).numpy())
-    rolled = any(isinstance(key, tuple) and key[0] == "rollout" for key in run.folds)
-    for i, name in enumerate(names):
-        if name in wanted:
-            run.pictures[name] = glimpse(trace, i, pixels[i], rolled)
-
-
-def _append(run: PassResult, latest: PassResult) -> None:
-    """Add the names, records and pictures of a batch to the run's."""
-    run.names += latest.names
-    run.pictures |= latest.pictures
-    for key, found in latest.records.items():
-        for name, chunks in found.items():
-            run.records.setdefault(key, {}).setdefault(name, []).extend(chunks)
+        for accumulator in run.accumulators.values():
+            accumulator.add_tile(tile)
+    for key, accumulator in run.accumulators.items():
+        for name, values in accumulator.end_batch(trace).items():
+            chunks = run.records.setdefault(key, {}).setdefault(name, [])
+            chunks.append(values.detach().cpu().to(torch.float64).numpy())
+    rolled = any(isinstance(key, tuple) and key[0] == "rollout" for key in run.accumulators)
+    run.pictures |= {name: glimpse(trace, i, pixels[i], rolled) for i, name in enumerate(names) if name in gallery}
+    run.names += names
 
 
 def _joined(run: PassResult) -> PassResult:
-    """All processes' sums added and their images brought into the order of the data set."""
-    for fold in run.folds.values():
-        fold.all_reduce()
-    mine = (run.names, run.indices, run.skipped, run.records, run.pictures, run.seconds, run.labels)
-    parts = gathered(mine)
-    order = np.argsort([i for part in parts for i in part[1]], kind="stable")
-    names = [name for part in parts for name in part[0]]
-    records: dict[Hashable, dict[str, list[Array]]] = {}
-    for key in {key: None for part in parts for key in part[3]}:
-        for name in {name: None for part in parts for name in part[3].get(key, {})}:
-            chunks = [chunk for part in parts for chunk in part[3].get(key, {}).get(name, [])]
-            records.setdefault(key, {})[name] = [np.concatenate(chunks)[order]]
-    return PassResult(
-        folds=run.folds,
-        names=[names[i] for i in order],
-        skipped=sorted(s for part in parts for s in part[2]),
-        records=records,
-        pictures={name: shown for part in parts for name, shown in part[4].items()},
-        labels={name: label for part in parts for name, label in part[6].items()},
-        seconds=max(part[5] for part in parts),
-    )
+    """The sums of all processes, and the images of all in the order of the data set."""
+    for accumulator in run.accumulators.values():
+        accumulator.all_reduce()
+    whole = PassResult(run.accumulators)
+    for part in gathered(replace(run, accumulators={})):
+        whole.extend(part)
+    order = np.argsort(whole.indices, kind="stable")
+    whole.names = [whole.names[i] for i in order]
+    whole.skipped.sort()
+    whole.records = {
+        key: {name: [np.concatenate(chunks)[order]] for name, chunks in parts.items()} for key, parts in whole.records.items()
+    }
+    return whole
 
 
 def result_of(metric: Metric, run: PassResult) -> MetricResult:
-    """The metric's numbers off the run's sums, or why it has none."""
+    """The metric's numbers from the sums of a pass, or why it has none."""
     reason = metric.inapplicable()
     if reason:
         return metric.refused(reason)
-    return metric.read({n: run.folds[key] for n, (key, _) in metric.needs().items()}, records_of(metric, run))
+    return metric.read({name: run.accumulators[key] for name, (key, _) in metric.needs().items()}, records_of(metric, run))
 
 
 def records_of(metric: Metric, run: PassResult) -> dict[str, dict[str, Array]]:
-    """The per-image values of the folds that a metric needs."""
-    keys = {name: key for name, (key, _) in metric.needs().items()}
-    return {name: {k: _whole(v) for k, v in run.records.get(key, {}).items()} for name, key in keys.items()}
-
-
-def _whole(chunks: list[Array]) -> Array:
-    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+    """The per-image values of the accumulators that a metric needs."""
+    return {
+        name: {p: c[0] if len(c) == 1 else np.concatenate(c) for p, c in run.records.get(key, {}).items()}
+        for name, (key, _) in metric.needs().items()
+    }
 
 
 def image_table(metrics: Mapping[str, Metric], run: PassResult) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def measure_model(
     An ImageSet is read in a random order that follows from the seed where the run may stop early or a metric asks for it.
     Raises DataError where no image can be read.
     """
-    device, start, run = choose_device(settings.device), time.perf_counter(), PassResult(folds={})
+    device, start, run = choose_device(settings.device), time.perf_counter(), PassResult()
     model, notes = subject.model.to(device), tuple[str, ...]()
     if need_images(metrics):
         assert images is not None

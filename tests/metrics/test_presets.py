@@ -10,7 +10,7 @@ import torch
 from factories import photographs, plan_for, readings, small_vit, trace_of
 
 import collapse_probe as cp
-from collapse_probe.analysis.loop import folds_for
+from collapse_probe.analysis.loop import accumulators_for
 from collapse_probe.errors import SettingError, UnknownNameError
 from collapse_probe.metrics.attention.whole_map_similarity import head_cosine
 from collapse_probe.metrics.metric import make
@@ -97,7 +97,7 @@ def test_two_presets_run_in_one_pass_and_nothing_else_runs(both, pictures):
 def test_presets_that_need_the_same_sums_share_them():
     plan = plan_for(3, 2, 5, prefix=(0,))
     folds = [
-        len(folds_for({name: make(name, plan) for name in with_presets((), chosen)}, torch.device("cpu")))
+        len(accumulators_for({name: make(name, plan) for name in with_presets((), chosen)}, torch.device("cpu")))
         for chosen in (("diverse-vit",), ("patch-diversification",), ("diverse-vit", "patch-diversification"))
     ]
     assert folds[2] < folds[0] + folds[1]
