@@ -32,7 +32,7 @@ from collapse_probe.report.style import (
     share_legend,
     sheet,
 )
-from collapse_probe.results.comparison import ACCURACY, KAPPA, PROBS, Comparison, Difference
+from collapse_probe.results.comparison import ACCURACY, KAPPA, PROBS, Comparison
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import (
     adjacent,
@@ -54,6 +54,13 @@ NULL_NAMES = {"other_token": "its other-token null", "untrained": "its untrained
 CORRECTED = Role(f"corrected: κ > {KAPPA_ABOVE:g}", "#d55e00", marker="s", width=2.0)
 AT_SOFTMAX = Role("at the softmax (probs)", "#01855f", (0, (4, 1.5)), marker="^")
 COUNTS = "similar-blocks"
+DEPTH = "depth (0: before block 0)"
+OVER_BLOCKS = {  # title, unit, what it runs along
+    "head-similarity": ("between heads of one block", "cosine", "block"),
+    "image-similarity": ("between images", "cosine", "block"),
+    "attention-entropy": ("attention entropy", "share of log N", "block"),
+    "patch-diversity": ("patch diversity", "1 − mean |cosine|", DEPTH),
+}
 DIFFERENCES = {
     RAW: "raw similarity with the block before",
     RAW + KAPPA: "κ of that similarity",
@@ -96,52 +103,53 @@ Lines = Mapping[str, Line]
 """One curve by subject."""
 
 
+def values_of(findings: Findings, name: str, null: str | None = None) -> Array | None:
+    """The values of a metric, or of one of its nulls (or its kappa), where findings hold them."""
+    result = result_of(findings, name)
+    return None if result is None else result.array if null is None else null_of(result, null)
+
+
 def _lines(comparison: Comparison, of: Callable[[Findings], Line | None]) -> Lines:
     lines = {label: of(comparison.subjects[label]) for label in roles(comparison)}
     return {label: line for label, line in lines.items() if line is not None}
 
 
-def _raw(findings: Findings) -> Line | None:
-    result = result_of(findings, RAW)
-    if result is None or len(result.array) < 2:
-        return None
-    nulls = {role: adjacent(null) for role in NULL_LINES if (null := null_of(result, role)) is not None}
-    ci95 = None if result.ci95 is None else adjacent(result.ci95)
-    return Line(np.arange(1.0, len(result.array)), adjacent(result.array), ci95, nulls)
-
-
-def _kappa(findings: Findings) -> Line | None:
-    result = result_of(findings, RAW)
-    values = None if result is None else null_of(result, "kappa")
-    if result is None or values is None or len(values) < 2:
-        return None
-    ci95 = null_ci95(result, "kappa")
-    return Line(np.arange(1.0, len(values)), adjacent(values), None if ci95 is None else adjacent(ci95))
-
-
-def _over_places(name: str) -> Callable[[Findings], Line | None]:
-    """Reads a metric over blocks or depths, beside its untrained twin."""
+def _neighbours(null: str | None = None) -> Callable[[Findings], Line | None]:
+    """Reads the similarity of each block with the one before with its nulls, or the kappa of that."""
 
     def line(findings: Findings) -> Line | None:
-        result = result_of(findings, name)
-        return None if result is None else _beside_twin(result.array, result.ci95, null_of(result, "untrained"))
+        result, values = result_of(findings, RAW), values_of(findings, RAW, null)
+        if result is None or values is None or len(values) < 2:
+            return None
+        ci95 = result.ci95 if null is None else null_ci95(result, null)
+        nulls = {role: null_of(result, role) for role in NULL_LINES if null is None}
+        beside = {role: adjacent(each) for role, each in nulls.items() if each is not None}
+        return Line(np.arange(1.0, len(values)), adjacent(values), None if ci95 is None else adjacent(ci95), beside)
 
     return line
 
 
-def _entropy(findings: Findings) -> Line | None:
-    share = entropy_share(findings)
-    return None if share is None else _beside_twin(share.mean, share.ci95, share.untrained)
+def _over_places(name: str) -> Callable[[Findings], Line | None]:
+    """Reads a metric over blocks or depths beside its untrained twin; attention entropy in shares of log N."""
 
+    def line(findings: Findings) -> Line | None:
+        result = result_of(findings, name)
+        if result is None:
+            return None
+        values, ci95, untrained = result.array, result.ci95, null_of(result, "untrained")
+        if name == "attention-entropy":
+            if (share := entropy_share(findings)) is None:
+                return None
+            values, ci95, untrained = share.mean, share.ci95, share.untrained
+        return Line(np.arange(float(len(values))), values, ci95, {} if untrained is None else {"untrained": untrained})
 
-def _beside_twin(values: Array, ci95: Array | None, untrained: Array | None) -> Line:
-    return Line(np.arange(float(len(values))), values, ci95, {} if untrained is None else {"untrained": untrained})
+    return line
 
 
 @drawn
 def adjacent_blocks(comparison: Comparison, narrow: bool = False) -> Figure | None:
     """Similarity of each block with the one before, all subjects in one plot with their nulls; kappa beneath."""
-    raw, kappa = _lines(comparison, _raw), _lines(comparison, _kappa)
+    raw, kappa = _lines(comparison, _neighbours()), _lines(comparison, _neighbours("kappa"))
     if not raw:
         return None
     rows = 2 if kappa else 1
@@ -162,18 +170,12 @@ def adjacent_blocks(comparison: Comparison, narrow: bool = False) -> Figure | No
 @drawn
 def per_block(comparison: Comparison, narrow: bool = False) -> Figure | None:
     """Heads, images, entropy and patch diversity over the blocks, all subjects, each with its untrained twin."""
-    kinds = {
-        "between heads of one block": ("cosine", "block", _over_places("head-similarity")),
-        "between images": ("cosine", "block", _over_places("image-similarity")),
-        "attention entropy": ("share of log N", "block", _entropy),
-        "patch diversity": ("1 − mean |cosine|", "depth (0: before block 0)", _over_places("patch-diversity")),
-    }
-    each = {title: lines for title, (_, _, of) in kinds.items() if (lines := _lines(comparison, of))}
+    each = {name: lines for name in OVER_BLOCKS if (lines := _lines(comparison, _over_places(name)))}
     if not each:
         return None
     figure, places = panels(len(each), narrow, tall=2.9)
-    for axes, (title, lines) in zip(places, each.items(), strict=True):
-        unit, along, _ = kinds[title]
+    for axes, (name, lines) in zip(places, each.items(), strict=True):
+        title, unit, along = OVER_BLOCKS[name]
         _overlay(axes, lines, comparison)
         over_blocks(axes, _widest(lines), along, 12)
         axes.set(title=title, ylabel=unit, ylim=(_floor(lines), 1.03))
@@ -222,34 +224,19 @@ def paired_differences(comparison: Comparison, narrow: bool = False) -> Figure |
         axes.set_title(DIFFERENCES[name])
         here = [pair for pair in pairs if name in pair.differences]
         for at, pair in enumerate(here):
-            aside = (at - (len(here) - 1) / 2) * min(0.12, 0.6 / len(here))
-            label = f"{printable(pair.second, room)} − {printable(pair.first, room)}"
-            _difference(axes, pair.differences[name], aside, looks[pair.second], label)
+            paired, role = pair.differences[name].paired, looks[pair.second]
+            aside = (at - (len(here) - 1) / 2) * min(0.12, 0.6 / len(here))  # so that no pair hides another
+            x = np.array(pair.differences[name].places, dtype=np.float64) + aside
+            axes.vlines(x, paired.ci95[:, 0], paired.ci95[:, 1], color=role.colour, linewidth=1.6, alpha=0.6)
+            axes.plot(x, paired.difference, role.marker, color=role.colour, markersize=5.0, markerfacecolor="white")
+            sure, label = paired.q <= FALSE_DISCOVERY_RATE, f"{printable(pair.second, room)} − {printable(pair.first, room)}"
+            axes.plot(x[sure], paired.difference[sure], role.marker, color=role.colour, markersize=5.0, label=label)
         first = here[0].differences[name]
-        along = "depth (0: before block 0)" if first.axis == "depth" else "block"
-        along = "block b, with block b − 1" if first.places[0] == 1 else along
+        along = DEPTH if first.axis == "depth" else "block b, with block b − 1" if first.places[0] == 1 else "block"
         over_blocks(axes, np.array(first.places, dtype=np.float64), along, 12)
     places[0].plot([], [], " ", label=f"filled: q ≤ {FALSE_DISCOVERY_RATE:g}")
     share_legend(figure, columns=1 if narrow else 3)
     return figure
-
-
-def _difference(axes: Axes, difference: Difference, aside: float, role: Role, label: str) -> None:
-    """The marks of one pair, `aside` blocks to the right, so that none hides another."""
-    paired, x = difference.paired, np.array(difference.places, dtype=np.float64) + aside
-    axes.vlines(x, paired.ci95[:, 0], paired.ci95[:, 1], color=role.colour, linewidth=1.6, alpha=0.6)
-    sure = paired.q <= FALSE_DISCOVERY_RATE
-    for which, face, name in ((sure, role.colour, label), (~sure, "white", None)):
-        axes.plot(
-            x[which],
-            paired.difference[which],
-            linestyle="",
-            marker=role.marker,
-            color=role.colour,
-            markersize=5.0,
-            markerfacecolor=face,
-            label=name,
-        )
 
 
 @dataclass(frozen=True)
@@ -364,9 +351,8 @@ def course(comparison: Comparison, narrow: bool = False) -> Figure | None:
 
 def _course_panels(subjects: Sequence[Findings]) -> list[CoursePanel]:
     def similarity(name: str, null: str | None = None) -> Array:
-        results = [result_of(findings, name) for findings in subjects]
-        maps = [None if r is None else r.array if null is None else null_of(r, null) for r in results]
-        return np.array([None if each is None else mean(adjacent(each)) for each in maps], dtype=np.float64)
+        each = [values_of(findings, name, null) for findings in subjects]
+        return np.array([None if values is None else mean(adjacent(values)) for values in each], dtype=np.float64)
 
     def count(row: str) -> tuple[Array, Array]:
         each = [counts(findings).get(row, Count(np.nan)) for findings in subjects]

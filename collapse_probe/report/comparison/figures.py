@@ -7,14 +7,20 @@ from collections.abc import Collection
 import numpy as np
 from matplotlib.figure import Figure
 
-from collapse_probe.report.comparison.curves import adjacent_blocks, course, paired_differences, per_block, similar_blocks
+from collapse_probe.report.comparison.curves import (
+    adjacent_blocks,
+    course,
+    paired_differences,
+    per_block,
+    similar_blocks,
+    values_of,
+)
 from collapse_probe.report.comparison.gallery import attention_gallery
 from collapse_probe.report.comparison.verdict import RAW
 from collapse_probe.report.heatmaps import SIGNED, Panel, Scale, grid, scale_of
 from collapse_probe.report.html import Caption, Drawing, draw_figures
 from collapse_probe.report.style import drawn, evenly_spaced, printable
 from collapse_probe.results.comparison import PROBS, Comparison
-from collapse_probe.results.readings import null_of, result_of
 from collapse_probe.statistics.intervals import Array
 
 MOST_IN_A_ROW = 4  # subjects
@@ -23,13 +29,9 @@ LIMITS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # where the scale of differences
 
 def _matrices(comparison: Comparison, name: str, null: str | None = None) -> dict[str, Array]:
     """A metric's matrix (or one of its nulls, or its kappa) by subject, for those that have it and find room in a row."""
-    matrices = {}
-    for label in evenly_spaced(list(comparison.subjects), MOST_IN_A_ROW):
-        result = result_of(comparison.subjects[label], name)
-        values = None if result is None else result.array if null is None else null_of(result, null)
-        if values is not None:
-            matrices[label] = values
-    return matrices
+    labels = evenly_spaced(list(comparison.subjects), MOST_IN_A_ROW)
+    each = {label: values_of(comparison.subjects[label], name, null) for label in labels}
+    return {label: values for label, values in each.items() if values is not None}
 
 
 @drawn
