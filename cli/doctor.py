@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from typing import Any
 
 import click
@@ -18,7 +19,7 @@ from collapse_probe.cli import options
 @options.plugin
 @options.talking
 def command(model: str, device: str, seed: int, as_json: bool, quiet: bool, verbose: int, **named: Any) -> None:
-    """Run two noise images through a model and say how each block's attention is heard, and how exactly."""
+    """Run two noise images through a model and say how each block's attention is captured, and how exactly."""
     from collapse_probe.capture.capture import discover_plan
     from collapse_probe.devices import choose_device
     from collapse_probe.models.loading import resolve
@@ -48,13 +49,8 @@ def diagnosis(subject: Any, plan: Any) -> dict[str, Any]:
         "self_check": {key: None if math.isnan(value) else value for key, value in vars(plan.check).items()},
         "layers": [
             {
-                "owner": layer.owner,
-                "block": layer.block,
+                **{name: value for name, value in vars(layer).items() if name != "call"},
                 "operation": layer.operation.removeprefix("aten::"),
-                "heads": layer.heads,
-                "queries": layer.queries,
-                "keys": layer.keys,
-                "mixed": layer.mixed,
                 "compared": not layer.reason and layer.block is not None,
                 "reason": layer.reason or ("outside the blocks" if layer.block is None else ""),
             }
@@ -70,17 +66,14 @@ def show(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = table()
+    say = partial(console.print, markup=False)
     grid = "no grid" if facts["grid"] is None else f"{facts['grid'][0]} × {facts['grid'][1]} patches"
-    prefix = facts["prefix_tokens"]
-    console.print(f"{facts['model']} ({facts['class']}), weights {facts['weights']}", markup=False)
-    console.print(
-        f"{facts['blocks']} blocks, {facts['tokens']} tokens ({grid}, {len(prefix)} prefix tokens {prefix}), "
-        f"width {facts['width']}",
-        markup=False,
-    )
-    shown = Table("block", "attention", "heard as", "heads", "map", "weights", "compared", box=None, pad_edge=False)
+    prefix = f"{len(facts['prefix_tokens'])} prefix tokens {facts['prefix_tokens']}"
+    say(f"{facts['model']} ({facts['class']}), weights {facts['weights']}")
+    say(f"{facts['blocks']} blocks, {facts['tokens']} tokens ({grid}, {prefix}), width {facts['width']}")
+    layers = Table("block", "attention", "captured as", "heads", "map", "weights", "compared", box=None, pad_edge=False)
     for layer in facts["layers"]:
-        shown.add_row(
+        layers.add_row(
             "–" if layer["block"] is None else str(layer["block"]),
             layer["owner"],
             layer["operation"],
@@ -89,19 +82,15 @@ def show(facts: dict[str, Any]) -> None:
             "another map" if layer["mixed"] else "the softmax",
             "yes" if layer["compared"] else f"no: {layer['reason']}",
         )
-    console.print(shown)
+    console.print(layers)
     check = {key: "not given by the kernels" if value is None else f"{value:.1e}" for key, value in facts["self_check"].items()}
-    console.print(
-        f"outputs are equal bit for bit with and without listening; rows sum to one within {check['row_sum']}", markup=False
-    )
-    console.print(f"A·V against the kernels' output: {check['output']}; logsumexp: {check['logsumexp']}", markup=False)
-    console.print(f"{facts['bytes_per_image'] / 2**20:.1f} MiB are held per image while a batch is analysed", markup=False)
+    say(f"outputs are equal bit for bit with and without the recording; rows sum to one within {check['row_sum']}")
+    say(f"A·V against the kernels' output: {check['output']}; logsumexp: {check['logsumexp']}")
+    say(f"{facts['bytes_per_image'] / 2**20:.1f} MiB are held per image while a batch is analysed")
     for note in facts["notes"]:
-        console.print(f"note: {note}", markup=False)
+        say(f"note: {note}")
     able = sum(layer["compared"] for layer in facts["layers"])
-    console.print(
-        f"this model can be probed: {able} of {len(facts['layers'])} attention layers can be compared"
-        if able
-        else "no attention layer of this model can be compared token by token; token metrics still apply",
-        markup=False,
-    )
+    if able:
+        say(f"this model can be probed: {able} of {len(facts['layers'])} attention layers can be compared")
+    else:
+        say("no attention layer of this model can be compared token by token; token metrics still apply")

@@ -1,1 +1,1 @@
-"""How attention is heard: recorded, traced, replaced, with gradients; and the weights behind it."""
+"""How attention is captured: recorded, traced, replaced, with gradients; and the weights behind it."""

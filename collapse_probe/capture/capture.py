@@ -62,9 +62,8 @@ class Recording:
 def record(model: nn.Module, plan: Plan | None = None) -> Iterator[Recording]:
     """Record the tokens and attention of every block of `model` in each forward pass inside the `with`.
 
-    Without a `plan` (from `discover_plan`) the first forward pass makes one; give it two different images or more, so
-    that prefix tokens can be told from patches. Raises NoAttentionFoundError or CaptureError where attention
-    cannot be captured.
+    Without a `plan` (from `discover_plan`) the first forward pass makes one; give it two different images or more, so that
+    prefix tokens can be told from patches. Raises NoAttentionFoundError or CaptureError where attention cannot be captured.
     """
     recording = Recording(unwrap(model), plan)
     with recording.recorder.attached():

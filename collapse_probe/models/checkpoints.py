@@ -76,20 +76,19 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load the weights at `path` into `model`; the model is untouched unless this returns.
 
-    `path` is a file with one of `SUFFIXES`, or a folder that holds exactly one. Nothing in the file is
-    executed: torch reads it with `weights_only`, and of all Python classes only `argparse.Namespace` (the
-    settings in timm's training files) is allowed. Wrapper prefixes (`module.`, `_orig_mod.`) are taken off.
+    `path` is a file with one of `SUFFIXES`, or a folder that holds exactly one. Nothing in the file is executed: torch reads it
+    with `weights_only`, and of all Python classes only `argparse.Namespace` (the settings in timm's training files) is allowed.
+    Wrapper prefixes (`module.`, `_orig_mod.`) are taken off.
 
-    `ema` chooses between plain and averaged weights where a file holds both. None, the default, takes the
-    plain ones as timm's validate.py does, and averaged ones where there are no others; of a student and its
-    teacher it takes the teacher, as the authors of that method do. True and False insist. The report says
-    what was used.
+    `ema` chooses between plain and averaged weights where a file holds both. None, the default, takes the plain ones as timm's
+    validate.py does, and averaged ones where there are no others; of a student and its teacher it takes the teacher, as the
+    authors of that method do. True and False insist. The report says what was used.
 
-    The file may leave out all keys in `optional` together: those of a fix that was put into the model after the
-    weights were trained.
+    The file may leave out all keys in `optional` together: those of a fix that was put into the model after the weights were
+    trained.
 
-    Raises CheckpointError if the file cannot be read safely, holds no weights, or does not fit. With
-    `partial` whatever fits is loaded and the rest reported; it is still an error if nothing fits.
+    Raises CheckpointError if the file cannot be read safely, holds no weights, or does not fit. With `partial` whatever fits is
+    loaded and the rest reported; it is still an error if nothing fits.
     """
     file = _checkpoint_file(Path(path))
     content, own = read_file(file), model.state_dict()

@@ -1,11 +1,9 @@
-"""The official DeepViT family, on timm's layers and the re-attention fix; importing this registers it with
-timm.
+"""The official DeepViT family, on timm's layers and the re-attention fix; importing this registers it with timm.
 
-Numerically the models of zhoudaquan/dvit_repo, arXiv 2103.11886, with their parameter names, so that
-official checkpoints load with no key missing and none left over. What those checkpoints do not say follows
-from the model's name (`FAMILY`): whether mixed maps are scaled by head_dim^-0.5 (`transform_scale`, S
-alone), and by how much the residual stream is shrunk before each LayerNorm and its branches enlarged after
-(`residual_scale`, 0.5 in S and L).
+Numerically the models of zhoudaquan/dvit_repo, arXiv 2103.11886, with their parameter names, so that official checkpoints load
+with no key missing and none left over. What those checkpoints do not say follows from the model's name (`FAMILY`): whether
+mixed maps are scaled by head_dim^-0.5 (`transform_scale`, S alone), and by how much the residual stream is shrunk before each
+LayerNorm and its branches enlarged after (`residual_scale`, 0.5 in S and L).
 """
 
 from __future__ import annotations
@@ -29,8 +27,7 @@ from collapse_probe.models.fixes.re_attention import ReAttention
 
 @dataclass(frozen=True)
 class DeepViTSettings:
-    """What makes a member of the family; `re_attention` holds the blocks whose maps are mixed, others are
-    plain MHSA.
+    """What makes a member of the family; `re_attention` holds the blocks whose maps are mixed, others are plain MHSA.
 
     All have patches of 16 pixels and an MLP ratio of 3.
     """
@@ -107,8 +104,7 @@ class ScaledBlock(Block):
 class DeepViT(VisionTransformer):
     """timm's VisionTransformer with the residual scale, stem and re-attending blocks of `deepvit`.
 
-    `timm` are further arguments of VisionTransformer (num_classes, drop_path_rate, …), which win over
-    `deepvit`'s.
+    `timm` are further arguments of VisionTransformer (num_classes, drop_path_rate, …), which win over `deepvit`'s.
     """
 
     def __init__(self, deepvit: DeepViTSettings, **timm: Any) -> None:
@@ -166,13 +162,12 @@ for _name in FAMILY:  # registering is this module's table entry
 
 
 def settings_from(state_dict: Mapping[str, Tensor], name: str | None = None) -> DeepViTSettings:
-    """The settings of the DeepViT whose weights these are, read from keys and shapes; `module.` prefixes are
-    allowed.
+    """The settings of the DeepViT whose weights these are, read from keys and shapes; `module.` prefixes are allowed.
 
-    `transform_scale` and `residual_scale` leave no trace in the weights. They follow from `name` where it is
-    given (as timm or the official code spell it), else from the width, which tells the official models
-    apart. Raises CheckpointError for weights of another architecture, of a width that no official model has,
-    or where they contradict the name; ModelError for an unknown name.
+    `transform_scale` and `residual_scale` leave no trace in the weights. They follow from `name` where it is given (as timm or
+    the official code spell it), else from the width, which tells the official models apart. Raises CheckpointError for weights
+    of another architecture, of a width that no official model has, or where they contradict the name; ModelError for an unknown
+    name.
     """
     found = _read({key.removeprefix("module."): tensor.shape for key, tensor in state_dict.items()})
     if name is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from collapse_probe.errors import ModelError, SettingError
@@ -108,20 +108,6 @@ class Attention(nn.Module):
         return out_BND
 
 
-class Mlp(nn.Module):
-    """Two layers with GELU between, each token by itself: [B, N, D] -> [B, N, D]."""
-
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """The tokens, transformed."""
-        out_BND: Tensor = self.drop(self.fc2(self.drop(F.gelu(self.fc1(x_BND)))))
-        return out_BND
-
-
 class DropPath(nn.Module):
     """Stochastic depth: in train mode a branch is left out for a whole image, with probability `rate`."""
 
@@ -147,7 +133,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, settings.heads, drop, settings.attention_dropout)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, int(width * settings.mlp_ratio), drop)
+        self.mlp = Mlp(width, int(width * settings.mlp_ratio), drop=drop)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BND: Tensor) -> Tensor:
@@ -160,11 +146,10 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """A plain ViT: [B, C, height, width] -> logits [B, classes]; `ViT(depth=4, …)` or
-    `ViT(ViTSettings(depth=4, …))`.
+    """A plain ViT: [B, C, height, width] -> logits [B, classes]; `ViT(depth=4, …)` or `ViT(ViTSettings(depth=4, …))`.
 
-    `fixes` records what was put in, `num_prefix_tokens` counts the tokens before the patches inside the
-    blocks. Raises SettingError for settings that cannot be, UnknownNameError for a fix that does not exist.
+    `fixes` records what was put in, `num_prefix_tokens` counts the tokens before the patches inside the blocks. Raises
+    SettingError for settings that cannot be, UnknownNameError for a fix that does not exist.
     """
 
     def __init__(self, settings: ViTSettings | None = None, **changes: Any) -> None:

@@ -39,7 +39,7 @@ def test_a_number_lies_between_two_and_is_no_truth_value():
         (FIXES["feat-scale"], {"multiplicity": True}, "feat-scale: multiplicity must be one of (1, 2), not True"),
         (PENALTIES["patch-cosine"], {"form": "x"}, "patch-cosine: form must be one of ('paper', 'repository'), not 'x'"),
         (FIXES["drop-attention"], {"p": 1}, "drop-attention: p must be a number in [0, 1), not 1"),
-        (PENALTIES["gram-determinant"], {"epsilon": 0}, "gram-determinant: epsilon must be a number above 0, not 0"),
+        (PENALTIES["gram-determinant"], {"epsilon": 0}, "gram-determinant: epsilon must be a number in (0, inf), not 0"),
     ],
 )
 def test_fixes_and_penalties_say_what_a_setting_must_be(kind, settings, said):

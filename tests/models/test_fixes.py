@@ -223,11 +223,33 @@ def test_the_capture_records_it_rightly(name: str, images: Tensor) -> None:
     assert plan.prefix == tuple(range(model.num_prefix_tokens))
 
 
-@pytest.mark.parametrize("name", [name for name in FIXES if FIXES[name].official_keys])
+def keys_of(modules: str, leaves: str) -> list[str]:
+    return [f"{module}.{leaf}" for module in modules.split() for leaf in leaves.split()]
+
+
+BATCH_NORM = "weight bias running_mean running_var num_batches_tracked"
+CLASS_LAYERS = "norm1 attn.q attn.k attn.v attn.proj norm2 mlp.fc1 mlp.fc2"
+OFFICIAL_KEYS = {  # names of the parameters in the official checkpoints, relative to the block (or the model)
+    "attn-scale": ["attn.lamb"],
+    "class-attention": [
+        f"blocks_token_only.{{i}}.{key}" for key in [*keys_of(CLASS_LAYERS, "weight bias"), "gamma_1", "gamma_2"]
+    ],
+    "feat-scale": ["lamb1", "lamb2"],
+    "layer-scale": ["gamma_1", "gamma_2"],
+    "re-attention": [*keys_of("attn.reatten_matrix", "weight bias"), *keys_of("attn.var_norm", BATCH_NORM)],
+    "refiner": [
+        *keys_of("attn.DLA.conv_exp attn.DLA.depth_sep_conv attn.DLA.conv_pro", "weight"),
+        *keys_of("attn.DLA.bn1 attn.DLA.bn2 attn.DLA.bn3 attn.adapt_bn", BATCH_NORM),
+    ],
+    "talking-heads": keys_of("attn.proj_l attn.proj_w", "weight bias"),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL_KEYS)
 def test_parameters_have_their_official_names(name: str) -> None:
     model = ViT(**SMALL, fixes={name: {}})
     new = set(model.state_dict()) - set(plain().state_dict())
-    official = FIXES[name].official_keys
+    official = OFFICIAL_KEYS[name]
     where = "" if FIXES[name].home == "model" else "blocks.{block}."
     wanted = {(where + key).format(block=b, i=i) for key in official for b in range(3) for i in range(2)}
     assert new == wanted

@@ -36,7 +36,6 @@ class AttnScale(Fix):
     summary = "a learnable gain per head on the non-uniform part of the map (Anti-Oversmoothing)"
     source = "Anti-Oversmoothing, arXiv 2203.05962"
     neutral = {"init": 0.0}
-    official_keys = ("attn.lamb",)
 
     def parts(self, site: FixSite) -> Parts:
         """`lamb`, [H]."""

@@ -61,13 +61,12 @@ class Fix(Settings):
     """One remedy: its settings are the fields, its sockets the methods it overrides.
 
     `neutral` holds the settings under which the model computes what it computed without the fix; None where no such setting
-    exists. `official_keys` are the names of its parameters in the official checkpoints, relative to the block (or the model).
+    exists.
     """
 
     summary: ClassVar[str]
     source: ClassVar[str]
     neutral: ClassVar[Mapping[str, Any] | None] = None
-    official_keys: ClassVar[tuple[str, ...]] = ()
     home: ClassVar[Literal["attention", "block", "model", "modules"]] = "attention"
 
     @classmethod

@@ -35,9 +35,7 @@ class ClassAttention(nn.Module):
 
 
 class ClassBlock(nn.Module):
-    """Class attention and an MLP for CLS alone, each behind a LayerNorm and scaled by γ: [B, 1, D] -> [B, 1,
-    D].
-    """
+    """Class attention and an MLP for CLS alone, each behind a LayerNorm and scaled by γ: [B, 1, D] -> [B, 1, D]."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, init: float) -> None:
         super().__init__()
@@ -58,14 +56,12 @@ class ClassBlock(nn.Module):
 
 @dataclass(frozen=True)
 class ClassAttentionStage(Fix):
-    """The blocks see no CLS; after them CLS reads the tokens in `depth` blocks of its own, in which only it
-    moves.
+    """The blocks see no CLS; after them CLS reads the tokens in `depth` blocks of its own, in which only it moves.
 
-    Source: CaiT, arXiv 2103.17239, official code and key names (`blocks_token_only`): 2 such blocks with
-    LayerScale. A model that gives CLS a position embedding keeps it. The model's head must read CLS alone.
+    Source: CaiT, arXiv 2103.17239, official code and key names (`blocks_token_only`): 2 such blocks with LayerScale. A model
+    that gives CLS a position embedding keeps it. The model's head must read CLS alone.
 
-    Settings: `depth`; `mlp_ratio`; `init` of γ (official 1e-5 or 1e-6). No neutral setting: CLS takes no
-    part in the blocks.
+    Settings: `depth`; `mlp_ratio`; `init` of γ (official 1e-5 or 1e-6). No neutral setting: CLS takes no part in the blocks.
     """
 
     depth: Annotated[int, "[1, inf)"] = 2
@@ -75,15 +71,6 @@ class ClassAttentionStage(Fix):
     name = "class-attention"
     summary = "CLS leaves the blocks and reads the patches in a last stage (CaiT)"
     source = "CaiT, arXiv 2103.17239"
-    official_keys = (
-        *(
-            f"blocks_token_only.{{i}}.{layer}.{leaf}"
-            for layer in ("norm1", "attn.q", "attn.k", "attn.v", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-            for leaf in ("weight", "bias")
-        ),
-        "blocks_token_only.{i}.gamma_1",
-        "blocks_token_only.{i}.gamma_2",
-    )
     home = "model"
 
     def parts(self, site: FixSite) -> Parts:

@@ -14,11 +14,10 @@ from collapse_probe.registry import FIXES
 
 
 def similarity_weights(x_BND: Tensor, tau: float, dual: bool) -> Tensor:
-    """softmax over rows of the cosines divided by τ, [B, N, D] -> [B, N, N]; `dual` adds the softmax over
-    columns.
+    """softmax over rows of the cosines divided by τ, [B, N, D] -> [B, N, N]; `dual` adds the softmax over columns.
 
-    Cosines are bounded by 1, so exp((cos − 1)/τ) needs no row maximum; the softmax is spelt out because it
-    is no attention, and should not be heard as one.
+    Cosines are bounded by 1, so exp((cos − 1)/τ) needs no row maximum; the softmax is spelt out because it is no attention, and
+    should not be recorded as one.
     """
     unit_BND = F.normalize(x_BND, dim=-1)
     mass_BNN = torch.exp((unit_BND @ unit_BND.transpose(-2, -1) - 1) / tau)
@@ -41,12 +40,11 @@ class ContraLayerNorm(nn.LayerNorm):
 
 @dataclass(frozen=True)
 class ContraNorm(Fix):
-    """LayerNorm(x − s·S x), S = softmax(x̂ x̂ᵀ/τ) over rows, x̂ the unit tokens, all tokens and the diagonal
-    included.
+    """LayerNorm(x − s·S x), S = softmax(x̂ x̂ᵀ/τ) over rows, x̂ the unit tokens, all tokens and the diagonal included.
 
-    Source: ContraNorm, arXiv 2303.06562, official code for ViT: every LayerNorm is replaced (here: those of
-    the chosen blocks, or all of the model), default s = 0.1. `identity` takes (1 + s) x instead of x; `dual`
-    adds the column softmax to S. No parameters and no new state_dict keys.
+    Source: ContraNorm, arXiv 2303.06562, official code for ViT: every LayerNorm is replaced (here: those of the chosen blocks,
+    or all of the model), default s = 0.1. `identity` takes (1 + s) x instead of x; `dual` adds the column softmax to S. No
+    parameters and no new state_dict keys.
 
     Settings: `scale` s, `tau`, `identity`, `dual`. Neutral: s = 0, which is the LayerNorm that was there.
     """

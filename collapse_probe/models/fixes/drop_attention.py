@@ -13,8 +13,7 @@ from collapse_probe.registry import FIXES
 
 
 def drop_and_renormalise(probs_BHNN: Tensor, kept: Tensor) -> Tensor:
-    """Zero where `kept` is False, then divide each row by its sum; a row that lost everything stays as it
-    was.
+    """Zero where `kept` is False, then divide each row by its sum; a row that lost everything stays as it was.
 
     >>> drop_and_renormalise(torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[True, True, False]])).tolist()
     [[0.6666666865348816, 0.3333333432674408, 0.0]]
@@ -29,12 +28,11 @@ def drop_and_renormalise(probs_BHNN: Tensor, kept: Tensor) -> Tensor:
 class DropAttention(Fix):
     """In train mode each key (or each entry) of a map is dropped with probability p; rows again sum to one.
 
-    Source: the idea of DropAttention, arXiv 1907.11065, which DeepViT, arXiv 2103.11886, compares with
-    Re-attention; the exact form, dropping after the softmax and dividing by what is left, is ours. Unlike
-    attention dropout, which rescales by 1/(1 − p), it leaves every row a distribution.
+    Source: the idea of DropAttention, arXiv 1907.11065, which DeepViT, arXiv 2103.11886, compares with Re-attention; the exact
+    form, dropping after the softmax and dividing by what is left, is ours. Unlike attention dropout, which rescales by 1/(1 −
+    p), it leaves every row a distribution.
 
-    Settings: `p`; `unit` "key" (a column, for all queries of one head) or "entry". Neutral: p = 0, and eval
-    mode.
+    Settings: `p`; `unit` "key" (a column, for all queries of one head) or "entry". Neutral: p = 0, and eval mode.
     """
 
     p: Annotated[float, "[0, 1)"] = 0.1

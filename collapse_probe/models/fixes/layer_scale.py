@@ -26,7 +26,6 @@ class LayerScale(Fix):
     summary = "a learnable gain per channel on both branches of a block (CaiT)"
     source = "CaiT, arXiv 2103.17239"
     neutral = {"init": 1.0}
-    official_keys = ("gamma_1", "gamma_2")
     home = "block"
 
     def parts(self, site: FixSite) -> Parts:

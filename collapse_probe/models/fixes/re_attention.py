@@ -28,17 +28,15 @@ class Permute(nn.Module):
 class ReAttention(Fix):
     """weights_h = scale · Norm(Σ_g Θ_hg · A_g + bias_h), after softmax and attention dropout.
 
-    Source: DeepViT, arXiv 2103.11886 (its Re-attention equation) and its official code: 1×1 convolution with
-    bias (`reatten_matrix`, whose weight is the transpose of the paper's Θ), BatchNorm2d over the heads
-    (`var_norm`), then `scale`. In train mode every row sums to N·β of its head, 0 at the start, and entries
-    may be negative: the result is no distribution. `norm="layer"` is the vit-pytorch variant:
-    `reattn_weights` without bias, whose LayerNorm runs over the heads at each (query, key). It cannot hold
-    official weights.
+    Source: DeepViT, arXiv 2103.11886 (its Re-attention equation) and its official code: 1×1 convolution with bias
+    (`reatten_matrix`, whose weight is the transpose of the paper's Θ), BatchNorm2d over the heads (`var_norm`), then `scale`.
+    In train mode every row sums to N·β of its head, 0 at the start, and entries may be negative: the result is no distribution.
+    `norm="layer"` is the vit-pytorch variant: `reattn_weights` without bias, whose LayerNorm runs over the heads at each
+    (query, key). It cannot hold official weights.
 
-    Settings: `norm` "batch", "layer" or "none"; `init` of Θ "random" (official: PyTorch's default
-    convolution; "layer": standard normal) or "identity"; `scale` a number (official: 1, deepvit_S
-    head_dim^-0.5). Neutral: the identity without a norm. No norm leaves maps as they are, so with one there
-    is no neutral setting.
+    Settings: `norm` "batch", "layer" or "none"; `init` of Θ "random" (official: PyTorch's default convolution; "layer":
+    standard normal) or "identity"; `scale` a number (official: 1, deepvit_S head_dim^-0.5). Neutral: the identity without a
+    norm. No norm leaves maps as they are, so with one there is no neutral setting.
     """
 
     norm: Literal["batch", "layer", "none"] = "batch"
@@ -49,20 +47,9 @@ class ReAttention(Fix):
     summary = "mixes the heads of the map with a learnable matrix, then normalises (DeepViT)"
     source = "DeepViT, arXiv 2103.11886"
     neutral = {"norm": "none", "init": "identity"}
-    official_keys = (
-        "attn.reatten_matrix.weight",
-        "attn.reatten_matrix.bias",
-        "attn.var_norm.weight",
-        "attn.var_norm.bias",
-        "attn.var_norm.running_mean",
-        "attn.var_norm.running_var",
-        "attn.var_norm.num_batches_tracked",
-    )
 
     def parts(self, site: FixSite) -> Parts:
-        """`reatten_matrix` and `var_norm`, or `reattn_weights` and `reattn_norm` for the LayerNorm
-        variant.
-        """
+        """`reatten_matrix` and `var_norm`, or `reattn_weights` and `reattn_norm` for the LayerNorm variant."""
         heads = site.heads
         if self.norm == "layer":
             theta = torch.eye(heads) if self.init == "identity" else torch.randn(heads, heads)

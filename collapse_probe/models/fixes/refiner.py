@@ -13,11 +13,10 @@ from collapse_probe.registry import FIXES
 
 
 class DistributedLocalAttention(nn.Module):
-    """Expand the heads, convolve each over the N×N map, come back, add the input: [B, H, N, N] -> [B, H, N,
-    N].
+    """Expand the heads, convolve each over the N×N map, come back, add the input: [B, H, N, N] -> [B, H, N, N].
 
-    1×1 convolution H → expansion·H, BatchNorm, ReLU6; depthwise 3×3 with zero padding, BatchNorm, ReLU6; 1×1
-    back to H, BatchNorm; plus the input. No convolution has a bias.
+    1×1 convolution H → expansion·H, BatchNorm, ReLU6; depthwise 3×3 with zero padding, BatchNorm, ReLU6; 1×1 back to H,
+    BatchNorm; plus the input. No convolution has a bias.
     """
 
     def __init__(self, heads: int, expansion: int, kernel: int) -> None:
@@ -40,15 +39,13 @@ class DistributedLocalAttention(nn.Module):
 
 @dataclass(frozen=True)
 class Refiner(Fix):
-    """weights = adapt_bn(A + refinement(A)), after softmax and attention dropout; signed, like
-    Re-attention's.
+    """weights = adapt_bn(A + refinement(A)), after softmax and attention dropout; signed, like Re-attention's.
 
-    Source: Refiner, arXiv 2106.03714, official code (zhoudaquan/Refiner_ViT), under its names `DLA` and
-    `adapt_bn`. That code can also add the previous block's map, which is not done here.
+    Source: Refiner, arXiv 2106.03714, official code (zhoudaquan/Refiner_ViT), under its names `DLA` and `adapt_bn`. That code
+    can also add the previous block's map, which is not done here.
 
-    Settings: `expansion` of the heads; `kernel` size, odd; `adapt` keeps the last BatchNorm; `quiet` starts
-    the refinement at 0 (the gain of `bn3`). Neutral: quiet, without the last BatchNorm, which no setting
-    makes harmless.
+    Settings: `expansion` of the heads; `kernel` size, odd; `adapt` keeps the last BatchNorm; `quiet` starts the refinement at 0
+    (the gain of `bn3`). Neutral: quiet, without the last BatchNorm, which no setting makes harmless.
     """
 
     expansion: Annotated[int, "[1, inf)"] = 3
@@ -60,16 +57,6 @@ class Refiner(Fix):
     summary = "refines the map by convolutions over expanded heads and positions"
     source = "Refiner, arXiv 2106.03714"
     neutral = {"adapt": False, "quiet": True}
-    official_keys = (
-        "attn.DLA.conv_exp.weight",
-        "attn.DLA.depth_sep_conv.weight",
-        "attn.DLA.conv_pro.weight",
-        *(
-            f"attn.{norm}.{leaf}"
-            for norm in ("DLA.bn1", "DLA.bn2", "DLA.bn3", "adapt_bn")
-            for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-        ),
-    )
 
     def parts(self, site: FixSite) -> Parts:
         """`DLA` and, where `adapt` says so, `adapt_bn`."""

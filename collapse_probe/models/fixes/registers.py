@@ -14,11 +14,10 @@ from collapse_probe.registry import FIXES
 
 @dataclass(frozen=True)
 class Registers(Fix):
-    """`count` learnable tokens between the other prefix tokens and the patches, without position; no head
-    reads them.
+    """`count` learnable tokens between the other prefix tokens and the patches, without position; no head reads them.
 
-    Source: Registers, arXiv 2309.16588. They count as prefix tokens of the model from then on. That they
-    have no position embedding, and start from a truncated normal of 0.02, is our choice.
+    Source: Registers, arXiv 2309.16588. They count as prefix tokens of the model from then on. That they have no position
+    embedding, and start from a truncated normal of 0.02, is our choice.
 
     Setting: `count`. No neutral setting: any further key takes attention from the others.
     """

@@ -14,15 +14,14 @@ from collapse_probe.registry import FIXES
 
 @dataclass(frozen=True)
 class SharedAttention(Fix):
-    """The chosen blocks above block `source_block` attend as it does: softmax of its logits, on their own
-    values.
+    """The chosen blocks above block `source_block` attend as it does: softmax of its logits, on their own values.
 
-    If maps have collapsed onto each other, this should cost little: it is the test of that claim on one's own
-    model. Source: `share_atten` of the Refiner's official code (arXiv 2106.03714), which takes the previous
-    block's map; here any block's. Fixes added later act on the shared map in each block by itself.
+    If maps have collapsed onto each other, this should cost little: it is the test of that claim on one's own model. Source:
+    `share_atten` of the Refiner's official code (arXiv 2106.03714), which takes the previous block's map; here any block's.
+    Fixes added later act on the shared map in each block by itself.
 
-    Setting: `source_block`. Blocks default to all above it. No neutral setting, no parameters; the queries
-    and keys of the borrowing blocks get no gradient.
+    Setting: `source_block`. Blocks default to all above it. No neutral setting, no parameters; the queries and keys of the
+    borrowing blocks get no gradient.
     """
 
     source_block: Annotated[int, "[0, inf)"] = 0

@@ -30,11 +30,10 @@ def _mixing(heads: int, init: str) -> nn.Linear:
 
 @dataclass(frozen=True)
 class TalkingHeads(Fix):
-    """`proj_l` mixes the scaled logits of the heads, `proj_w` the maps after the softmax, before attention
-    dropout.
+    """`proj_l` mixes the scaled logits of the heads, `proj_w` the maps after the softmax, before attention dropout.
 
-    Source: CaiT, arXiv 2103.17239, official code: both are Linear(H, H) with bias, drawn like every Linear
-    there (truncated normal, 0.02): that is `init="random"`. After `proj_w` the rows no longer sum to one.
+    Source: CaiT, arXiv 2103.17239, official code: both are Linear(H, H) with bias, drawn like every Linear there (truncated
+    normal, 0.02): that is `init="random"`. After `proj_w` the rows no longer sum to one.
 
     Settings: `where` "both", "logits" or "map"; `init` "identity" or "random". Neutral: the identity.
     """
@@ -46,12 +45,6 @@ class TalkingHeads(Fix):
     summary = "mixes the heads linearly before and after the softmax (CaiT)"
     source = "CaiT, arXiv 2103.17239"
     neutral = {"init": "identity"}
-    official_keys = (
-        "attn.proj_l.weight",
-        "attn.proj_l.bias",
-        "attn.proj_w.weight",
-        "attn.proj_w.bias",
-    )
 
     def parts(self, site: FixSite) -> Parts:
         """`proj_l` and `proj_w`, as `where` asks."""

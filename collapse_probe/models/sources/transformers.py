@@ -33,7 +33,10 @@ class TransformersSource(Source):
 
     def blueprint(self, request: Request) -> Blueprint:
         """Fetches the configuration now; `model_kwargs` override its entries."""
-        name = _place(request.name)
+        folder = Path(request.name).expanduser()
+        if request.name.startswith(("/", ".", "~")) and not folder.is_dir():
+            raise ModelError(f"there is no folder {folder}; 'hf:' takes ORG/NAME or a folder with a config.json")
+        name = str(folder) if folder.is_dir() else request.name
         config = _fetched(request, lambda auto: auto.AutoConfig.from_pretrained(name, **request.model_kwargs))
         native = getattr(getattr(config, "vision_config", config), "image_size", None)
 
@@ -49,7 +52,10 @@ class TransformersSource(Source):
                 ),
             )
             tower = getattr(model, "vision_model", model)
-            return ImageTower(tower.float(), answer, _settings(tower, request.img_size, native))
+            resized = request.img_size not in (None, native)
+            if resized and "interpolate_pos_encoding" not in inspect.signature(tower.forward).parameters:
+                raise ModelError(f"{type(tower).__name__} takes images of {native} pixels only, not {request.img_size}")
+            return ImageTower(tower.float(), answer, {"interpolate_pos_encoding": True} if resized else None)
 
         return Blueprint(request.name, make, lambda _: _preprocess(request, name, native), trained=name)
 
@@ -60,13 +66,6 @@ def answer(output: Any) -> Tensor:
         if isinstance(tensor := getattr(output, key, None), Tensor):
             return tensor
     raise ModelError(f"the model answers with a {type(output).__name__} without logits or hidden state")
-
-
-def _place(name: str) -> str:
-    folder = Path(name).expanduser()
-    if name.startswith(("/", ".", "~")) and not folder.is_dir():
-        raise ModelError(f"there is no folder {folder}; 'hf:' takes ORG/NAME or a folder with a config.json")
-    return str(folder) if folder.is_dir() else name
 
 
 def _fetched(request: Request, load: Callable[[Any], T]) -> T:
@@ -84,14 +83,6 @@ def _fetched(request: Request, load: Callable[[Any], T]) -> T:
         raise ModelError(f"transformers cannot make {request.address!r}: {first_line(error)}") from error
 
 
-def _settings(tower: nn.Module, img_size: int | None, native: object) -> dict[str, Any]:
-    if img_size is None or img_size == native:
-        return {}
-    if "interpolate_pos_encoding" not in inspect.signature(tower.forward).parameters:
-        raise ModelError(f"{type(tower).__name__} takes images of {native} pixels only, not {img_size}")
-    return {"interpolate_pos_encoding": True}
-
-
 def _processed(processor: Any, picture: Image) -> Tensor:
     pixels: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]
     return pixels
@@ -105,18 +96,16 @@ def _preprocess(request: Request, name: str, native: object) -> tuple[Preprocess
         config: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
         note = f"preprocessing assumed: mean and std 0.5 at {size} pixels (no image processor was found)"
         return from_timm_config(config, size), (note,)
-    held = processor.to_dict()
-    facts = {ours: _plain(held[theirs]) for theirs, ours in FACTS.items() if held.get(theirs) is not None}
-    facts["interpolation"] = RESAMPLING.get(held.get("resample", 3), "bicubic")
+    values = processor.to_dict()
+    facts: dict[str, Any] = {ours: values[theirs] for theirs, ours in FACTS.items() if values.get(theirs) is not None}
+    for key, value in facts.items():  # as plain values
+        facts[key] = dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value
+    facts["interpolation"] = RESAMPLING.get(values.get("resample", 3), "bicubic")
     if request.img_size is None:
         return from_callable(partial(_processed, processor), facts), ()
     config = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 1.0}
     config.update({key: facts[key] for key in ("mean", "std", "interpolation") if key in facts})
     return from_timm_config(config, size), (f"the processor's own size was replaced by {size} pixels",)
-
-
-def _plain(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value
 
 
 SOURCES.add("hf", TransformersSource())
