@@ -63,8 +63,8 @@ def command(
     talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
     talk.say(f"data {images.address}, {len(images)} images")
     with talk.bar(len(images)) as progress:
-        found = intervene(subject, images, **flags, command=options.command_line(), progress=progress, report=talk.say)
+        interventions = intervene(subject, images, **flags, command=options.command_line(), progress=progress, report=talk.say)
     if rank_and_world()[0] == 0:
-        lines = [*answer_lines(verdicts(found)), *summary_lines({"": found.summary})]
-        deliver(found, folder, write_interventions, "\n".join(lines), as_json)
-        stop_if_tripped(rules, {"": found.summary})
+        lines = [*answer_lines(verdicts(interventions)), *summary_lines({"": interventions.summary})]
+        deliver(interventions, folder, write_interventions, "\n".join(lines), as_json)
+        stop_if_tripped(rules, {"": interventions.summary})

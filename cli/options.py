@@ -24,16 +24,16 @@ def blocks_in(text: str) -> list[int]:
     >>> blocks_in("0,6-8")
     [0, 6, 7, 8]
     """
-    found: list[int] = []
+    numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         ends = (first, last) if dash else (first, first)
         if not all(end.strip().isascii() and end.strip().isdigit() for end in ends):
             raise SettingError(f"{text!r} names no blocks; expected for example 6-11 or 0,2,5-7")
-        found += range(int(ends[0]), int(ends[1]) + 1)
-    if not found or len(set(found)) != len(found):
+        numbers += range(int(ends[0]), int(ends[1]) + 1)
+    if not numbers or len(set(numbers)) != len(numbers):
         raise SettingError(f"{text!r} must name blocks from low to high, each once; for example 6-11 or 0,2,5-7")
-    return sorted(found)
+    return sorted(numbers)
 
 
 def keywords(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def cross_cka(
     iterable's pixels go to both models as they are, in its order); an ImageSet is read in a random order that follows from the
     seed, and `limit` is a seeded subset of it. `amp` is a dtype of autocast.
     Raises DataError for fewer than four images, SettingError for a limit of an iterable, CaptureError where a model cannot be
-    heard.
+    captured.
     """
     place, subjects = choose_device(device), (first, second)
     if limit is not None:
@@ -100,7 +100,7 @@ def _pairs(one: Batch, other: Batch, step: int) -> Iterator[tuple[Tensor, Tensor
 def _patches(model: nn.Module, plan: Plan, pixels: Tensor, amp: str | None) -> list[Tensor | None]:
     """The patch tokens of one model at each depth."""
     dtype = next(model.parameters()).dtype
-    with record(model, plan) as ears, autocast(pixels.device, amp):
+    with record(model, plan) as recordings, autocast(pixels.device, amp):
         model(pixels.to(dtype))
-    trace = ears.take()
+    trace = recordings.take()
     return [trace.patches(depth) for depth in range(len(trace.tokens))]

@@ -104,12 +104,12 @@ def thumbnails(extremes: Mapping[str, Any], images: object, preprocess: Preproce
     They are read once more by name. Empty where they cannot be (a caller's own loader can be run through once), and in every
     process but the first, which alone writes the findings.
     """
-    chosen = pictured(extremes)
-    if chosen is None or not isinstance(images, ImageSet) or rank_and_world()[0] > 0:
+    ends = pictured(extremes)
+    if ends is None or not isinstance(images, ImageSet) or rank_and_world()[0] > 0:
         return {}
     places = {name: place for place, name in enumerate(images.names)}
     small = {}
-    for name in (str(image["name"]) for end in ("highest", "lowest") for image in chosen[1][end]):
+    for name in (str(image["name"]) for end in ("highest", "lowest") for image in ends[1][end]):
         try:
             picture = images[places[name]]
         except Exception:  # gone since the run read it; Pillow has no common base for its errors

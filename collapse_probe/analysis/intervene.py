@@ -206,7 +206,7 @@ def condition_grid(runner: ReplacementRunner, kinds: Sequence[str], blocks: Sequ
         why = "; ".join(f"{kind} in block {block}: {reason}" for (kind, block), reason in refused.items())
         raise SettingError(f"nothing can be replaced: {why}")
     able = {kind: [block for block in chosen if (kind, block) not in refused] for kind in kinds}
-    conditions = [(kind, held) for kind, some in able.items() for held in [*((b,) for b in some), *_from_the_last(some)]]
+    conditions = [(kind, some) for kind, each in able.items() for some in [*((b,) for b in each), *_from_the_last(each)]]
     return ConditionGrid(chosen, able, refused, list(dict.fromkeys(conditions)))
 
 
@@ -341,8 +341,8 @@ def _interventions(
     findings: Findings, grid: ConditionGrid, outputs: ConditionOutputs, images: Images, seed: int
 ) -> Interventions:
     labels, reason = labels_for(outputs.names, images, outputs.classes, outputs.labels)
-    found = effects_of(grid.conditions, outputs.kl, outputs.plain, outputs.top1, labels, seed)
-    effects = dict(zip(grid.conditions, found, strict=True))
+    measured = effects_of(grid.conditions, outputs.kl, outputs.plain, outputs.top1, labels, seed)
+    effects = dict(zip(grid.conditions, measured, strict=True))
     effects |= {(kind, (block,)): Effect(kind, (block,), not_applicable=why) for (kind, block), why in grid.refused.items()}
     table = {"names": np.array(outputs.names, dtype=np.str_), "plain": outputs.plain, "kl": outputs.kl, "top1": outputs.top1}
     return Interventions(

@@ -36,14 +36,7 @@ DEFAULT_METRICS = (
     "feature-similarity",
     "patch-diversity",
 )
-PROBS_METRICS = (
-    "attention-similarity@probs",
-    "attention-similarity@row@probs",
-    "attention-similarity@centred@probs",
-    "similar-blocks@probs",
-    "head-similarity@probs",
-    "image-similarity@probs",
-)
+PROBS_METRICS = tuple(f"{name}@probs" for name in DEFAULT_METRICS[:6])
 NULL_IMAGES = 64
 GALLERY_IMAGES = 4
 

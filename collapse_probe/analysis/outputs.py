@@ -77,14 +77,14 @@ def logits_in(output: Any, images: int) -> Tensor | str:
 
 
 def labels_for(
-    names: Sequence[str], images: object, classes: int, given: Mapping[str, int] | None = None
+    names: Sequence[str], images: object, classes: int, loader_labels: Mapping[str, int] | None = None
 ) -> tuple[NDArray[np.int64] | None, str]:
     """The label of every image [images], or None and why accuracy cannot be told.
 
     The labels of an ImageSet are positions among its own classes, so these must be as many as the `classes` of the output.
-    Those that a caller's own batches brought along are `given`, and must be among the output's classes.
+    `loader_labels` came with a caller's own batches, and must be among the output's classes.
     """
-    labels = given or {}
+    labels = loader_labels or {}
     if isinstance(images, ImageSet) and images.labels is not None:
         count = len(images.class_names) or max(images.labels) + 1
         if count != classes:
@@ -92,10 +92,10 @@ def labels_for(
         labels = dict(zip(images.names, images.labels, strict=True))
     if not labels or any(name not in labels for name in names):
         return None, "the data have no labels"
-    found = np.array([labels[name] for name in names], dtype=np.int64)
-    if found.max() >= classes or found.min() < 0:
-        return None, f"the labels run to {found.max()}, the output has {classes} classes"
-    return found, ""
+    numbers = np.array([labels[name] for name in names], dtype=np.int64)
+    if numbers.max() >= classes or numbers.min() < 0:
+        return None, f"the labels run to {numbers.max()}, the output has {classes} classes"
+    return numbers, ""
 
 
 def kl_divergence(first: Tensor, second: Tensor) -> NDArray[np.float64]:

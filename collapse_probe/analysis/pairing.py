@@ -97,9 +97,9 @@ def with_probs(findings: Findings) -> Findings:
     if findings.model.get("mixes_maps", True):
         return findings
     metrics, images = dict(findings.metrics), dict(findings.images)
-    for name, reading in findings.metrics.items():
-        if reading.point == "weights":
-            metrics.setdefault(name + PROBS, reading)
+    for name, result in findings.metrics.items():
+        if result.point == "weights":
+            metrics.setdefault(name + PROBS, result)
             same = {key: values for key, values in images.items() if key in (name, name + NULL)}
             images |= {key.replace(name, name + PROBS): values for key, values in same.items()}
     return replace(findings, metrics=metrics, images=images)
@@ -186,9 +186,9 @@ def _counts_of_metric(name: str, source: str, first: Findings, second: Findings)
     for at, threshold in enumerate(one.settings["thresholds"]):
         ends = _ends([mean_parts(values) for values in real], threshold)
         yield CountDifference(name, float(threshold), float(one.values[at]), float(other.values[at]), ends)
-    counts = [reading.details.get("corrected", {}).get("value") for reading in (one, other)]
+    counts = [result.details.get("corrected", {}).get("value") for result in (one, other)]
     if None not in counts:
-        sides = [kappa_parts(*held) for held in zip(real, null, strict=True)] if len(real) == len(null) == 2 else []
+        sides = [kappa_parts(*side) for side in zip(real, null, strict=True)] if len(real) == len(null) == 2 else []
         ends = _ends(sides, KAPPA_ABOVE)
         yield CountDifference(name + KAPPA, KAPPA_ABOVE, float(counts[0]), float(counts[1]), ends)
 

@@ -160,14 +160,14 @@ def deepvit_of(path: Path) -> tuple[str, dict[str, Any]]:
 
     try:
         _, state = checkpoints.choose_weights(checkpoints.read_file(path), None, path)
-        found = settings_from(state)
+        own = settings_from(state)
     except CollapseProbeError as error:
         hint = "name the architecture with --model"
         raise CheckpointError(f"{path} does not say which model it belongs to ({error}); {hint}") from error
     for name, settings in FAMILY.items():
-        if settings == replace(found, classes=settings.classes):
-            return f"ours:{name}", {} if found.classes == settings.classes else {"num_classes": found.classes}
-    raise CheckpointError(f"{path} holds a DeepViT of no official size ({found}); name the architecture with --model")
+        if settings == replace(own, classes=settings.classes):
+            return f"ours:{name}", {} if own.classes == settings.classes else {"num_classes": own.classes}
+    raise CheckpointError(f"{path} holds a DeepViT of no official size ({own}); name the architecture with --model")
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
@@ -194,12 +194,12 @@ def unique(labels: Sequence[str]) -> list[str]:
     >>> unique(["vit", "vit", "deit"])
     ['vit', 'vit (2)', 'deit']
     """
-    found: list[str] = []
+    labelled: list[str] = []
     for label in labels:
         short = label if len(label) <= MOST_LABEL else f"{label[: MOST_LABEL // 2 - 1]}…{label[-MOST_LABEL // 2 :]}"
         number, each = 1, short
-        while each in found:
+        while each in labelled:
             number += 1
             each = f"{short} ({number})"
-        found.append(each)
-    return found
+        labelled.append(each)
+    return labelled

@@ -30,27 +30,27 @@ class ImageSet(Dataset[Image]):
     a damaged picture raises what Pillow raises; `batches` skips it and says so.
     """
 
-    def __init__(self, address: str, pictures: Pictures, chosen: Sequence[int] | None = None) -> None:
+    def __init__(self, address: str, pictures: Pictures, places: Sequence[int] | None = None) -> None:
         self.address = address
         self._pictures = pictures
-        self._chosen = range(len(pictures.names)) if chosen is None else chosen
+        self._places = range(len(pictures.names)) if places is None else places
 
     def __len__(self) -> int:
-        return len(self._chosen)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> Image:
-        return self._pictures.read(self._chosen[index])
+        return self._pictures.read(self._places[index])
 
     @functools.cached_property
     def names(self) -> list[str]:
         """One name per picture, in order."""
-        return [self._pictures.names[i] for i in self._chosen]
+        return [self._pictures.names[i] for i in self._places]
 
     @functools.cached_property
     def labels(self) -> list[int] | None:
         """One class number per picture, in order, or None."""
-        held = self._pictures.labels
-        return None if held is None else [held[i] for i in self._chosen]
+        labels = self._pictures.labels
+        return None if labels is None else [labels[i] for i in self._places]
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ class ImageSet(Dataset[Image]):
 
     def only(self, places: Sequence[int]) -> ImageSet:
         """The pictures at these places, in this order, as a set of their own."""
-        return ImageSet(self.address, self._pictures, [self._chosen[i] for i in places])
+        return ImageSet(self.address, self._pictures, [self._places[i] for i in places])
 
     def subset(self, count: int, seed: int = 0) -> ImageSet:
         """`count` pictures drawn without replacement under `seed`, in the set's order; at most all.
@@ -269,5 +269,5 @@ def _whole_numbers(labels: Any, count: int) -> Tensor | None:
         return None
     if not isinstance(labels, (Tensor, np.ndarray, list, tuple)):
         return None
-    found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-    return torch.from_numpy(found.astype(np.int64)) if found.shape == (count,) and found.dtype.kind in "iu" else None
+    numbers = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    return torch.from_numpy(numbers.astype(np.int64)) if numbers.shape == (count,) and numbers.dtype.kind in "iu" else None

@@ -89,8 +89,8 @@ def in_folder(root: Path, split: str | None = None) -> Pictures:
     ]
     if not paths:
         raise DataError(f"the folder {root} holds no image ({', '.join(sorted(extensions))})")
-    found = tuple(sorted(paths))
-    return Pictures(found, partial(_read_file, root, found), *_classes(found))
+    paths = sorted(paths)
+    return Pictures(tuple(paths), partial(_read_file, root, tuple(paths)), *_classes(paths))
 
 
 def _read_tar(file: Path, places: Sequence[tuple[int, int]], index: int) -> Image.Image:
