@@ -36,13 +36,8 @@ class Talk:
         if self.silent or not sys.stderr.isatty():
             yield self._lines(total)
             return
-        columns = (
-            TextColumn("images"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-        )
+        speed_column = TextColumn("{task.fields[speed]}")
+        columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), speed_column, TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task, start = progress.add_task("images", total=total, speed=""), time.perf_counter()
 
@@ -67,7 +62,7 @@ class Talk:
         return move
 
 
-def table(console_file: object = None) -> Console:
+def table() -> Console:
     """A console for tables on stdout: as wide as the terminal, or wide enough where there is none."""
     return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
 
@@ -78,11 +73,8 @@ def answer(findings: Findings) -> str:
     lines = [*verdict.sentences, *(f"Note: {caveat}" for caveat in verdict.caveats), ""]
     width = max(len(name) for name in findings.summary)
     for name, value in findings.summary.items():
-        shown = "undefined" if value is None else f"{value:.6g}"
-        lines.append(f"  {name:<{width}}  {shown}")
-    skipped = findings.data.get("skipped") or []
-    if skipped:
-        lines.append(
-            f"\n{len(skipped)} unreadable images were skipped, the first: {skipped[0]['name']} ({skipped[0]['reason']})"
-        )
+        lines.append(f"  {name:<{width}}  {'undefined' if value is None else f'{value:.6g}'}")
+    if skipped := findings.data.get("skipped"):
+        first = f"{skipped[0]['name']} ({skipped[0]['reason']})"
+        lines.append(f"\n{len(skipped)} unreadable images were skipped, the first: {first}")
     return "\n".join(lines)

@@ -17,40 +17,29 @@ def command(folder: str, quiet: bool, verbose: int) -> None:
 
     place = Path(folder)
     with new_folder(place) as inside:
-        if (place / "comparison.json").exists():
-            _comparison(place, inside)
-        elif (place / "interventions.json").exists():
-            _interventions(place, inside)
-        elif (place / "sweep.json").exists():
-            _sweep(place, inside)
-        else:
-            _findings(place, inside)
+        _write(place, inside)
     click.echo(f"report: {place / 'report.html'}")
 
 
-def _findings(folder: Path, inside: Path) -> None:
-    from collapse_probe.report.findings.page import write_report
-    from collapse_probe.results.findings import Findings
+def _write(folder: Path, inside: Path) -> None:
+    """Draw what `folder` holds into `inside`."""
+    if (folder / "comparison.json").exists():
+        from collapse_probe.report.comparison.page import write_comparison
+        from collapse_probe.results.comparison import Comparison
 
-    write_report(Findings.load(folder), inside)
+        write_comparison(Comparison.load(folder), inside)
+    elif (folder / "interventions.json").exists():
+        from collapse_probe.report.intervention.page import write_interventions
+        from collapse_probe.results.intervention import Interventions
 
+        write_interventions(Interventions.load(folder), inside)
+    elif (folder / "sweep.json").exists():
+        from collapse_probe.report.sweep.page import write_sweep
+        from collapse_probe.results.sweep import Sweep
 
-def _comparison(folder: Path, inside: Path) -> None:
-    from collapse_probe.report.comparison.page import write_comparison
-    from collapse_probe.results.comparison import Comparison
+        write_sweep(Sweep.load(folder), inside)
+    else:
+        from collapse_probe.report.findings.page import write_report
+        from collapse_probe.results.findings import Findings
 
-    write_comparison(Comparison.load(folder), inside)
-
-
-def _interventions(folder: Path, inside: Path) -> None:
-    from collapse_probe.report.intervention.page import write_interventions
-    from collapse_probe.results.intervention import Interventions
-
-    write_interventions(Interventions.load(folder), inside)
-
-
-def _sweep(folder: Path, inside: Path) -> None:
-    from collapse_probe.report.sweep.page import write_sweep
-    from collapse_probe.results.sweep import Sweep
-
-    write_sweep(Sweep.load(folder), inside)
+        write_report(Findings.load(folder), inside)

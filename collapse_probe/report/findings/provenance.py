@@ -18,16 +18,7 @@ COLLAPSED = {"high": "high values are the collapsed end", "low": "low values are
 POINTS = {"probs": "probs, the softmax", "weights": "weights, what multiplies V"}
 UNITS = {"seconds": "{:,.1f} s", "images_per_second": "{:,.1f}", "self_check": "{:.2g}"}
 FIRST = {
-    "model": (
-        "address",
-        "source",
-        "name",
-        "weights",
-        "checkpoint",
-        "checkpoint_sha256",
-        "class",
-        "preprocess",
-    ),
+    "model": ("address", "source", "name", "weights", "checkpoint", "checkpoint_sha256", "class", "preprocess"),
     "data": ("address", "images", "bundled", "names_sha256"),
     "run": ("command", "device", "dtype", "versions", "self_check"),
 }
@@ -51,17 +42,17 @@ class Entry:
 
 def definitions(findings: Findings) -> list[Entry]:
     """What each metric is, how it was set, and on how many images its nulls were taken."""
-    return [Entry(name, reading.definition, tuple(_metric(reading))) for name, reading in findings.metrics.items()]
+    return [Entry(name, result.definition, tuple(_metric(result))) for name, result in findings.metrics.items()]
 
 
-def _metric(reading: MetricResult) -> list[tuple[str, str]]:
-    if reading.not_applicable is not None:
-        return [("not applicable", reading.not_applicable)]
-    facts = [("axes", " × ".join(reading.dims))]
-    facts += [("collapse", COLLAPSED[reading.collapsed])] if reading.collapsed in COLLAPSED else []
-    facts += [("taken at", POINTS.get(reading.point, reading.point))] if reading.point else []
-    facts += [(str(key).replace("_", " "), _setting(value)) for key, value in {**reading.settings, **reading.details}.items()]
-    return facts + ([] if reading.nulls is None else _nulls(reading.nulls))
+def _metric(result: MetricResult) -> list[tuple[str, str]]:
+    if result.not_applicable is not None:
+        return [("not applicable", result.not_applicable)]
+    facts = [("axes", " × ".join(result.dims))]
+    facts += [("collapse", COLLAPSED[result.collapsed])] if result.collapsed in COLLAPSED else []
+    facts += [("taken at", POINTS.get(result.point, result.point))] if result.point else []
+    facts += [(str(key).replace("_", " "), _setting(value)) for key, value in {**result.settings, **result.details}.items()]
+    return facts + ([] if result.nulls is None else _nulls(result.nulls))
 
 
 def _setting(value: Any) -> str:
@@ -75,23 +66,18 @@ def _setting(value: Any) -> str:
 def _nulls(nulls: Nulls) -> list[tuple[str, str]]:
     facts = []
     for role, values in nulls.values.items():
-        count = nulls.images.get(role)
-        there = f"on {count:,} images" if count else "taken"
-        missing = nulls.reasons.get(role, "not taken in this run")
+        name, count = f"null: {NULL_LABELS.get(role, role)}", nulls.images.get(role)
         if values is None:
-            facts.append((f"null: {NULL_LABELS.get(role, role)}", missing))
+            facts.append((name, nulls.reasons.get(role, "not taken in this run")))
         elif role != "kappa":  # made of the others, on their images
-            facts.append((f"null: {NULL_LABELS.get(role, role)}", there))
+            facts.append((name, f"on {count:,} images" if count else "taken"))
     return facts
 
 
 def not_measured(findings: Findings) -> list[tuple[str, str]]:
     """Each metric without values, and why."""
-    return [
-        (name, reading.not_applicable or "no values were stored")
-        for name, reading in findings.metrics.items()
-        if reading.values is None
-    ]
+    refused = {name: result.not_applicable for name, result in findings.metrics.items() if result.values is None}
+    return [(name, reason or "no values were stored") for name, reason in refused.items()]
 
 
 def provenance(findings: Findings) -> list[Entry]:
@@ -99,23 +85,18 @@ def provenance(findings: Findings) -> list[Entry]:
 
     Without images there is no data to speak of, and nothing in the run that counts images.
     """
-    model = Entry("Model", "", tuple(_facts("model", findings.model)))
+    model = Entry("Model", "", _facts("model", findings.model))
     if weights_only(findings):
         run = {key: value for key, value in findings.run.items() if key not in OF_IMAGES}
         return [model, Entry("Run", "", (("images", "none: the metrics are of the weights alone"), *_facts("run", run)))]
-    count = len(findings.data.get("skipped") or ())
+    skipped_images = ("skipped images", f"{len(findings.data.get('skipped') or ()):,}")
     data = {key: value for key, value in findings.data.items() if key != "skipped"}
-    return [
-        model,
-        Entry("Data", "", (*_facts("data", data), ("skipped images", f"{count:,}"))),
-        Entry("Run", "", tuple(_facts("run", findings.run))),
-    ]
+    return [model, Entry("Data", "", (*_facts("data", data), skipped_images)), Entry("Run", "", _facts("run", findings.run))]
 
 
-def _facts(section: str, stored: Mapping[str, Any]) -> list[tuple[str, str]]:
-    first = [key for key in FIRST[section] if key in stored]
-    keys = first + [key for key in stored if key not in first]
-    return [(LABELS.get(key, key.replace("_", " ")), _fact(key, stored[key])) for key in keys]
+def _facts(section: str, stored: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    keys = dict.fromkeys([*(key for key in FIRST[section] if key in stored), *stored])
+    return tuple((LABELS.get(key, key.replace("_", " ")), _fact(key, stored[key])) for key in keys)
 
 
 def _fact(key: str, value: Any) -> str:
