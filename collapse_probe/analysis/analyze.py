@@ -26,7 +26,7 @@ from collapse_probe.analysis.measurement import (
     need_images,
     with_untrained,
 )
-from collapse_probe.analysis.summary import headline_bounds, summarise, summarise_weights, sureness
+from collapse_probe.analysis.summary import summarise, sureness
 from collapse_probe.capture.capture import discover_plan
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import budget_line, tile_bytes
@@ -155,17 +155,14 @@ def measure(
     notes = [*subject.notes, *plan.notes, *measured.notes, *notes, *twin_notes, *([stopping["sentence"]] if stopping else [])]
     seen, table = measured.images, image_table(metrics, measured.images)
     values = per_image_values(table, heads)
-    sure = sureness(
-        values, table, results, seen.labels, images.class_names if isinstance(images, ImageSet) else (), settings.seed
-    )
-    of_weights = {name: result for name, result in results.items() if name not in need_images(metrics)}
-    summary = summarise(results, len(seen.names)) | summarise_weights(of_weights)
+    class_names = images.class_names if isinstance(images, ImageSet) else ()
+    sure = sureness(values, table, results, seen.labels, class_names, settings.seed)
     findings = Findings(
         model=model_facts(subject, plan),
         data=data_facts(images, seen.names, seen.skipped),
         run={**run_facts(subject.model, plan, settings, measured), "until_ci": stopping, "notes": notes},
         metrics=results,
-        summary=summary | headline_bounds(values),
+        summary=summarise(results, values),
         images=table,
         gallery=gallery_of(seen.pictures, seen.names, plan, subject.preprocess.description),
         presets=records(settings.presets),

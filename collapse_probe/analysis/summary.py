@@ -88,9 +88,9 @@ def _all_pairs(result: MetricResult) -> dict[str, Any] | None:
     }
 
 
-def summarise(results: Mapping[str, MetricResult], images: int) -> Summary:
-    """Flat names and numbers of the attention and token metrics; None where one was not measured or is undefined."""
-    summary: Summary = {"images": images}
+def summarise(results: Mapping[str, MetricResult], values: PerImageValues) -> Summary:
+    """Flat names and numbers of all metrics; None where one was not measured or is undefined."""
+    summary: Summary = {"images": len(values)}
     for variant in ("", "@row", "@centred", "@probs"):
         if result := results.get(f"attention-similarity{variant}"):
             nulls, key = {} if result.nulls is None else result.nulls.values, variant.replace("@", "_")
@@ -112,7 +112,8 @@ def summarise(results: Mapping[str, MetricResult], images: int) -> Summary:
             summary[key] = mean(adjacent(result.values) if key.endswith("adjacent") else result.values)
     if result := results.get("patch-diversity"):
         summary["patch_diversity_last"] = None if result.values is None else mean(result.values[-1:])
-    return summary
+    of_weights = {name: result for name, result in results.items() if result.description.level == "weights"}
+    return summary | summarise_weights(of_weights) | headline_bounds(values)
 
 
 def _counts(result: MetricResult, key: str) -> Summary:
