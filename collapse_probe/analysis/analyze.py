@@ -173,7 +173,7 @@ def measure(
 
 
 def _images_needed(images: Images | None, metrics: Mapping[str, Metric]) -> tuple[Images | None, list[str]]:
-    """The images, or None where no metric needs any, and a note on images that are not used; DataError where they are missing."""
+    """The images, None where no metric needs any, and a note where they are not used; DataError where they are missing."""
     names = need_images(metrics)
     if names and images is None:
         raise DataError(f"{names[0]} needs images: give data, or ask for metrics of the weights alone")
