@@ -17,7 +17,7 @@ from collapse_probe.report.intervention.page import write_interventions
 from collapse_probe.report.style import DISTINCT, MARKERS, NARROW, WIDE, Role, curve, drawn, over_blocks, sheet
 from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.intervention import Effect, Interventions
-from collapse_probe.results.rules import BY_NAME, CONTROL_COLLAPSED, CONTROL_MIXED, SHARES_ATTENTION
+from collapse_probe.results.rules import BY_NAME, CONTROL_COLLAPSED, CONTROL_MIXED, RAW_ABOVE, SHARES_ATTENTION
 from collapse_probe.results.text import number
 
 PAIRS = {
@@ -30,7 +30,7 @@ COLUMNS = {
     "raw cosine": "attention_similarity_adjacent",
     "wrong token": "other_token_adjacent",
     "κ": "kappa_adjacent",
-    "similar at 0.9": "similar_blocks",
+    f"similar at {RAW_ABOVE:g}": "similar_blocks",
     "beyond the null": "similar_blocks_corrected",
     "raw, softmax": "attention_similarity_probs_adjacent",
     "κ, softmax": "kappa_probs_adjacent",
@@ -101,35 +101,29 @@ def _mixed(summary: Mapping[str, Any]) -> list[str]:
 
 def _ordinary(plain: Mapping[str, Any], mixed: Mapping[str, Any]) -> list[str]:
     raw, null, kappa = (plain[f"{name}_adjacent"] for name in ("attention_similarity", "other_token", "kappa"))
-    text = (
-        f"With 24 blocks of their own and the same training, the raw cosine is {number(raw)}: {plain['similar_blocks']} of 23 "
-        f"pairs are similar at 0.9, {plain['similar_blocks_corrected']} beyond their null. "
-    )
     share = plain.get("attention_entropy_share")
     if kappa >= SHARES_ATTENTION:
-        text += f"Other tokens explain {number(null)} of it; κ is {number(kappa)}, so the blocks do share attention."
+        meaning = "the blocks do share attention"
     elif share is not None and BY_NAME["near-uniform"].holds(share):
-        text += (
-            f"Other tokens explain {number(null)} of it (κ {number(kappa)}): attention is near-uniform "
-            f"({number(100 * share, 1)} % of the largest entropy), and near-uniform maps are alike whatever was learned."
-        )
+        percent = f"{number(100 * share, 1)} % of the largest entropy"
+        meaning = f"attention is near-uniform ({percent}), and near-uniform maps are alike whatever was learned"
     else:
-        text += f"Other tokens explain {number(null)} of it (κ {number(kappa)}): attention is alike for all tokens."
-    twin = (
-        f"Its twin with Re-attention has a raw cosine of {number(mixed['attention_similarity_adjacent'])} in weights and "
-        f"{number(mixed['attention_similarity_probs_adjacent'])} in probs."
-    )
-    return [text, twin]
+        meaning = "attention is alike for all tokens"
+    weights, probs = (number(mixed[f"attention_similarity{point}_adjacent"]) for point in ("", "_probs"))
+    return [
+        f"With 24 blocks of their own and the same training, the raw cosine is {number(raw)}: {plain['similar_blocks']} of 23 "
+        f"pairs are similar at {RAW_ABOVE:g}, {plain['similar_blocks_corrected']} beyond their null. Other tokens explain "
+        f"{number(null)} of it (κ {number(kappa)}): {meaning}.",
+        f"Its twin with Re-attention has a raw cosine of {weights} in weights and {probs} in probs.",
+    ]
 
 
 def _worth(sharing: Mapping[str, Mapping[str, Interventions]]) -> list[str]:
     parts = []
-    for pair, models in sharing.items():
-        for label, interventions in models.items():
-            effect = upper(interventions)
-            if effect.accuracy is not None and effect.accuracy_change is not None:
-                points = number(100 * effect.accuracy_change, 1)
-                parts.append(f"{label} ({pair}) {number(100 * effect.accuracy, 1)} %, a change of {points} points")
+    for model, effect in {f"{label} ({pair})": upper(i) for pair, each in sharing.items() for label, i in each.items()}.items():
+        if effect.accuracy is not None and effect.accuracy_change is not None:
+            points = f"a change of {number(100 * effect.accuracy_change, 1)} points"
+            parts.append(f"{model} {number(100 * effect.accuracy, 1)} %, {points}")
     return [
         f"Accuracy when the upper 18 of 24 blocks all use the map of the block below them: {'; '.join(parts)}.",
         "This tests the function: a raw cosine near one does not say what sharing costs, and sharing can cost little where the "

@@ -67,12 +67,8 @@ class CellResult:
 
     def number(self, key: str) -> float:
         """`accuracy`, a name of the summary, or `untrained.NAME`; NaN where the cell has none."""
-        if key in ("accuracy", "loss"):
-            value = getattr(self, key)
-        elif key.startswith(UNTRAINED):
-            value = self.untrained.get(key.removeprefix(UNTRAINED))
-        else:
-            value = self.numbers.get(key)
+        numbers = {**self.numbers, "accuracy": self.accuracy, "loss": self.loss}
+        value = self.untrained.get(key.removeprefix(UNTRAINED)) if key.startswith(UNTRAINED) else numbers.get(key)
         return math.nan if value is None else float(value)
 
     def to_json(self) -> dict[str, Any]:

@@ -312,16 +312,12 @@ class CoursePanel:
     scale: Literal["count", "cosine", "number"]
     curves: Sequence[tuple[Role, Array, Array | None]]
 
-    @property
-    def filled(self) -> bool:
-        """Whether there is anything to draw."""
-        return bool(np.isfinite(self.curves[0][1]).any())
-
 
 @drawn
 def course(comparison: Comparison, narrow: bool = False) -> Figure | None:
     """The numbers over the checkpoints of one training; only for those."""
-    filled = [panel for panel in _course_panels(list(comparison.subjects.values())) if panel.filled]
+    each = _course_panels(list(comparison.subjects.values()))
+    filled = [panel for panel in each if np.isfinite(panel.curves[0][1]).any()]
     if not comparison.trajectory or not filled:
         return None
     figure, places = panels(len(filled), narrow, tall=2.9, above=0.9, share_x=True)

@@ -83,10 +83,12 @@ def _case(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:
     if untestable(difference).any():
         return "too-few", _too_few(pair, difference, noun)
     ends = difference.paired.ci95[np.isfinite(difference.paired.ci95)]
-    reach = f"the intervals stay within ±{number(np.abs(ends).max())}" if len(ends) else "one image is too few for intervals"
+    reach = "one image is too few for intervals"
+    if len(ends):
+        reach = f"the intervals of all blocks stay within ±{number(np.abs(ends).max())}"
     count = int((difference.paired.q <= FALSE_DISCOVERY_RATE).sum())
     if not count:
-        return "none", f"These {pair.images} images show no difference in {noun} between {who}; in all blocks {reach}."
+        return "none", f"These {pair.images} images show no difference in {noun} between {who}; {reach}."
     return "small", (
         f"{who} differ little: no pair of blocks by {NOTABLE:g} or more in {noun} ({count} of {difference.paired.places} "
         f"differ at all at a false discovery rate of {FALSE_DISCOVERY_RATE:g}; {reach})."
