@@ -111,7 +111,10 @@ def intervene(
         )
         say("measuring the similarity of the maps")
         findings = measure(subject, images, settings, report=say)
-        runner = prepare_runner(subject, settings, skips="skip" in kinds)
+        size = subject.preprocess.size
+        plan = discover_plan(subject.model, size, seed=seed)
+        branches = branches_of(subject.model, plan, size, seed) if "skip" in kinds else {}
+        runner = ReplacementRunner(subject, plan, choose_device(device), settings, branches)
         grid = condition_grid(runner, kinds, blocks)
         if grid.able.get("mean"):
             say("gathering each block's mean map")
@@ -184,14 +187,6 @@ class ConditionOutputs:
     plain: Classes
     top1: Classes
     kl: Array
-
-
-def prepare_runner(subject: Subject, settings: RunSettings, *, skips: bool) -> ReplacementRunner:
-    """The model with its plan, and where a branch is to be left out (`skips`) with the branches around its attention."""
-    size, seed = subject.preprocess.size, settings.seed
-    plan = discover_plan(subject.model, size, seed=seed)
-    branches = branches_of(subject.model, plan, size, seed) if skips else {}
-    return ReplacementRunner(subject, plan, choose_device(settings.device), settings, branches)
 
 
 def condition_grid(runner: ReplacementRunner, kinds: Sequence[str], blocks: Sequence[int] | None) -> ConditionGrid:

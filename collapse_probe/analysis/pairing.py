@@ -113,24 +113,25 @@ def _why_not(name: str, both: Both, labels: Labels) -> str:
             return f"not measured in {label}"
         if result.values is None:
             return f"not applicable in {label}: {result.not_applicable}"
-    one, other = (findings.metrics[name] for findings in both)
-    if one.description.level == "weights":
-        shapes, sizes = [_shape_of_weights(result) for result in (one, other)], [_dims(result) for result in (one, other)]
-    elif name not in both[0].images and name not in both[1].images:
+    one = both[0].metrics[name]
+    if one.description.level != "weights" and not any(name in findings.images for findings in both):
         return "" if one.dims == ("threshold",) else "it has no value of a single image, so nothing to pair"
-    else:
-        shapes = [(f.metrics[name].dims, f.images[name].shape[1:] if name in f.images else None) for f in both]
-        sizes = [_places(findings, name) for findings in both]
-    if shapes[0] == shapes[1]:
-        return ""
-    return "other shapes: " + ", ".join(f"{label} has {size}" for label, size in zip(labels, sizes, strict=True))
+    (shape, size), (other_shape, other_size) = (_shape(findings, name) for findings in both)
+    return "" if shape == other_shape else f"other shapes: {labels[0]} has {size}, {labels[1]} has {other_size}"
 
 
-def _places(findings: Findings, name: str) -> str:
+def _shape(findings: Findings, name: str) -> tuple[tuple[object, ...], str]:
+    """What must be equal for a metric to be paired, and its size in words."""
     result = findings.metrics[name]
+    assert result.values is not None
+    if result.description.level == "weights":
+        matrices = tuple(result.details.get("matrices", ())) if "matrix" in result.dims else ()
+        words = " × ".join(f"{size} {dim}" for size, dim in zip(result.values.shape, result.dims, strict=True))
+        return (result.dims, result.values.shape, matrices), words
     if name not in findings.images:
-        return "no per-image values"
-    return f"{findings.images[name].shape[1]} {'pairs' if _first_place(result) else result.dims[0] + 's'}"
+        return (result.dims, None), "no per-image values"
+    shape = findings.images[name].shape[1:]
+    return (result.dims, shape), f"{shape[0]} {'pairs' if _first_place(result) else result.dims[0] + 's'}"
 
 
 def _first_place(result: MetricResult) -> int:
@@ -223,17 +224,6 @@ def _over_weights(one: MetricResult, other: MetricResult) -> Iterator[tuple[str,
     for at, matrix in enumerate(one.details.get("matrices", range(first.shape[1]))):
         if np.isfinite(first[:, at]).any() or np.isfinite(second[:, at]).any():
             yield f"/{matrix}", _weight_difference(first[:, at], second[:, at], 0)
-
-
-def _shape_of_weights(result: MetricResult) -> tuple[object, ...]:
-    matrices = tuple(result.details.get("matrices", ())) if "matrix" in result.dims else ()
-    assert result.values is not None
-    return result.dims, result.values.shape, matrices
-
-
-def _dims(result: MetricResult) -> str:
-    assert result.values is not None
-    return " × ".join(f"{size} {dim}" for size, dim in zip(result.values.shape, result.dims, strict=True))
 
 
 def _weight_difference(first: Array, second: Array, start: int) -> Difference:
