@@ -7,14 +7,16 @@ parameters have the names and shapes of timm's VisionTransformer, so weights can
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.layers.mlp import Mlp
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from collapse_probe.errors import ModelError, SettingError
-from collapse_probe.models.fixes.base import AppliedFix, Chosen, Sites, add_fix, apply_sites, attend, fixes_in, plain_fixes
+from collapse_probe.models.fixes.apply import open_block
+from collapse_probe.models.fixes.base import AppliedFix, Chosen, Sites, add_fix, apply_sites, fixes_in, plain_fixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,29 +87,6 @@ class PatchEmbed(nn.Module):
         return tokens_BDHW.flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with sockets: [B, N, D] -> [B, N, D]."""
-
-    def __init__(self, width: int, heads: int, dropout: float, attention_dropout: float) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim = heads, width // heads
-        self.scale = self.head_dim**-0.5
-        self.fused_attn = True
-        self.sites: Sites = []
-        self.qkv = nn.Linear(width, 3 * width)
-        self.attn_drop = nn.Dropout(attention_dropout)
-        self.proj = nn.Linear(width, width)
-        self.proj_drop = nn.Dropout(dropout)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """What the tokens read from each other."""
-        q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        dropout = self.attn_drop.p if self.training else 0.0
-        out_BHNK = attend(self.sites, q, k, v, scale=self.scale, dropout=dropout, fused=self.fused_attn)
-        out_BND: Tensor = self.proj_drop(self.proj(out_BHNK.transpose(1, 2).flatten(2)))
-        return out_BND
-
-
 class DropPath(nn.Module):
     """Stochastic depth: in train mode a branch is left out for a whole image, with probability `rate`."""
 
@@ -123,26 +102,22 @@ class DropPath(nn.Module):
         return x_BND * kept_B11 / (1 - self.rate)
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block with sockets on its branches: [B, N, D] -> [B, N, D]."""
-
-    def __init__(self, settings: ViTSettings, drop_path: float) -> None:
-        super().__init__()
-        width, drop = settings.width, settings.dropout
-        self.sites: Sites = []
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, settings.heads, drop, settings.attention_dropout)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, int(width * settings.mlp_ratio), drop=drop)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """The residual stream after both branches."""
-        attended = apply_sites(self.sites, "branch", self.attn(self.norm1(x_BND)), "attention")
-        x_BND = x_BND + self.drop_path(attended)
-        changed = apply_sites(self.sites, "branch", self.mlp(self.norm2(x_BND)), "mlp")
-        out_BND: Tensor = x_BND + self.drop_path(changed)
-        return out_BND
+def block_with_sockets(settings: ViTSettings, drop_path: float) -> Any:
+    """A pre-norm transformer block of timm with sockets: [B, N, D] -> [B, N, D]."""
+    norm: Any = partial(nn.LayerNorm, eps=1e-6)
+    block: Any = Block(
+        settings.width,
+        settings.heads,
+        settings.mlp_ratio,
+        qkv_bias=True,
+        proj_drop=settings.dropout,
+        attn_drop=settings.attention_dropout,
+        norm_layer=norm,
+    )
+    block.attn.fused_attn = True
+    block.drop_path1 = block.drop_path2 = DropPath(drop_path)
+    open_block(block)
+    return block
 
 
 class ViT(nn.Module):
@@ -162,7 +137,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, s.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, s.width))
         rates = [s.drop_path * i / max(1, s.depth - 1) for i in range(s.depth)]
-        self.blocks = nn.Sequential(*(Block(s, rate) for rate in rates))
+        self.blocks = nn.Sequential(*(block_with_sockets(s, rate) for rate in rates))
         self.norm = nn.LayerNorm(s.width, eps=1e-6)
         self.head = nn.Linear(s.width, s.classes) if s.classes else nn.Identity()
         self._initialise()

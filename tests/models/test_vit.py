@@ -105,7 +105,7 @@ def test_drop_path_keeps_the_mean_and_drops_whole_images() -> None:
     dropped = DropPath(0.25)(torch.ones(4000, 2, 3))
     assert dropped.mean().item() == pytest.approx(1, abs=0.05)
     assert ((dropped == 0).all((1, 2)) | (dropped == 1 / 0.75).all((1, 2))).all()
-    rates = [block.drop_path.rate for block in ViT(**SMALL, drop_path=0.3).blocks]
+    rates = [block.drop_path1.rate for block in ViT(**SMALL, drop_path=0.3).blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
 
 

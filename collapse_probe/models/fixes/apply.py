@@ -58,6 +58,14 @@ def _leave(sites: Sites, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[T
     return (apply_sites(sites, "leave", args[0]), *args[1:])
 
 
+def open_block(block: Any) -> None:
+    """Give a block of timm its sockets, in place."""
+    block.attn.__class__ = AttentionWithSockets
+    block.attn.sites, block.sites = [], []
+    block.attn.register_forward_hook(partial(_branch, block.sites, "attention"))
+    block.mlp.register_forward_hook(partial(_branch, block.sites, "mlp"))
+
+
 def open_sockets(model: Any) -> None:
     """Give a timm VisionTransformer (plain, distilled, with registers) its sockets, in place; what it computes stays.
 
@@ -77,10 +85,7 @@ def open_sockets(model: Any) -> None:
     if missing or not all(hasattr(block, "mlp") for block in blocks):
         raise ModelError(f"{kind} is not built like timm's VisionTransformer (no {', '.join(missing) or 'mlp'})")
     for block in model.blocks:
-        block.attn.__class__ = AttentionWithSockets
-        block.attn.sites, block.sites = [], []
-        block.attn.register_forward_hook(partial(_branch, block.sites, "attention"))
-        block.mlp.register_forward_hook(partial(_branch, block.sites, "mlp"))
+        open_block(block)
     model.sites, model.fixes = [], ()
     model.norm_pre.register_forward_hook(partial(_enter, model.sites))
     model.norm.register_forward_pre_hook(partial(_leave, model.sites))
