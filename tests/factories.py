@@ -68,7 +68,7 @@ def readings(traces, names, budget=2**24, image_names=None):
     metrics = {name: make(name, traces[0].plan) for name in names}
     folds: dict[object, Accumulator] = {}
     for metric in metrics.values():
-        for key, build in metric.needs().values():
+        for key, build in metric.accumulators():
             folds.setdefault(key, None)
             folds[key] = folds[key] or build()
     records: dict[object, dict[str, list[np.ndarray]]] = {key: {} for key in folds}
@@ -87,9 +87,8 @@ def readings(traces, names, budget=2**24, image_names=None):
                 records[key].setdefault(name, []).append(values.double().numpy())
     joined = {key: {name: np.concatenate(parts) for name, parts in found.items()} for key, found in records.items()}
     return {
-        name: metric.read(
-            {part: folds[key] for part, (key, _) in metric.needs().items()},
-            {part: joined[key] for part, (key, _) in metric.needs().items()},
+        name: metric.compute(
+            [folds[key] for key, _ in metric.accumulators()], [joined[key] for key, _ in metric.accumulators()]
         )
         for name, metric in metrics.items()
     }

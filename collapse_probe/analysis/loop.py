@@ -173,7 +173,7 @@ def one_pass(
 
 def accumulators_for(metrics: Mapping[str, Metric], device: torch.device) -> dict[Hashable, Accumulator]:
     """The accumulators that the metrics need, each once, by key."""
-    needs = [need for metric in metrics.values() if not metric.inapplicable() for need in metric.needs().values()]
+    needs = [need for metric in metrics.values() if not metric.inapplicable() for need in metric.accumulators()]
     place = device if device.type != "mps" else "cpu"
     return {key: build().to(place) for key, build in dict(needs).items()}
 
@@ -214,26 +214,24 @@ def result_of(metric: Metric, run: PassResult) -> MetricResult:
     """The metric's numbers from the sums of a pass, or why it has none."""
     reason = metric.inapplicable()
     if reason:
-        return metric.refused(reason)
-    return metric.read({name: run.accumulators[key] for name, (key, _) in metric.needs().items()}, records_of(metric, run))
+        return metric.not_applicable(reason)
+    return metric.compute([run.accumulators[key] for key, _ in metric.accumulators()], records_of(metric, run))
 
 
-def records_of(metric: Metric, run: PassResult) -> dict[str, dict[str, Array]]:
+def records_of(metric: Metric, run: PassResult) -> list[dict[str, Array]]:
     """The per-image values of the accumulators that a metric needs."""
-    return {
-        name: {p: c[0] if len(c) == 1 else np.concatenate(c) for p, c in run.records.get(key, {}).items()}
-        for name, (key, _) in metric.needs().items()
-    }
+    records = [run.records.get(key, {}) for key, _ in metric.accumulators()]
+    return [{name: parts[0] if len(parts) == 1 else np.concatenate(parts) for name, parts in r.items()} for r in records]
 
 
 def image_table(metrics: Mapping[str, Metric], run: PassResult) -> dict[str, Any]:
     """What images.npz holds: the names, the per-image values of every metric that has some, and the null that is theirs."""
     table: dict[str, Any] = {"names": np.array(run.names, dtype=np.str_)}
     for name, metric in metrics.items():
-        records = {} if metric.inapplicable() or not run.names else records_of(metric, run)
-        values = metric.per_image(records) if records else None
+        records = [] if metric.inapplicable() or not run.names else records_of(metric, run)
+        values = metric.per_image(records)
         if values is not None:
             table[name] = values
-            nulls = [r["other_token"] for r in records.values() if "other_token" in r and values is r.get("real")]
+            nulls = [r["other_token"] for r in records if "other_token" in r and values is r.get("real")]
             table |= {f"{name}/other_token": null for null in nulls}
     return table

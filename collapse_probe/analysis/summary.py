@@ -72,9 +72,9 @@ def _adjacent_pairs(differences: Array, flips: SignFlips) -> dict[str, Any]:
 
 def _all_pairs(result: MetricResult) -> dict[str, Any] | None:
     """p and q [blocks, blocks] of the paired t test of every pair of different blocks; None where the sums were not kept."""
-    if result.nulls is None or "beyond_p" not in result.nulls.spread:
+    if result.nulls is None or result.nulls.beyond_p is None:
         return None
-    p = np.array(result.nulls.spread["beyond_p"], dtype=np.float64)
+    p = result.nulls.beyond_p.copy()
     np.fill_diagonal(p, np.nan)
     q, (rows, columns) = np.full(p.shape, np.nan), np.tril_indices(len(p), -1)
     q[rows, columns] = q[columns, rows] = controlled(p[rows, columns])

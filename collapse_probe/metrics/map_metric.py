@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 from collapse_probe.capture.plan import Layer, Plan
 from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.metrics.accumulators import Means
-from collapse_probe.metrics.metric import Metric, Variant, mean_over_images, no_token_maps
+from collapse_probe.metrics.metric import Metric, Record, Variant, mean_over_images
+from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.intervals import Array
 
 BY_ROWS = Variant({"axis": "row"}, "by rows: where one query looks")
 CENTRED = Variant({"centred": True}, "centred: each vector's mean taken off")
@@ -21,27 +24,25 @@ RowValues = Callable[[Trace, MapTile], Tensor]
 """Takes a tile with whole rows; gives a value for each of its queries, [b, h, L, R], NaN where it is undefined."""
 
 
-def block_by_head(plan: Plan) -> tuple[int, int]:
-    """The shape of a block × head reading; a block with fewer heads than others leaves its last places undefined."""
-    return len(plan.map_layers), max((heads for heads, _, _ in plan.groups()), default=1)
-
-
 class HeadMeans(Means):
-    """Means over images of quantities that every head of every block has, and of their means over the block's heads."""
+    """Means over images of quantities that every head of every block has, and of their means over the block's heads.
+
+    `shape` is blocks × heads; a block with fewer heads than others leaves its last places undefined.
+    """
 
     def __init__(self, plan: Plan, *names: str) -> None:
         super().__init__()
-        self.shape = block_by_head(plan)
+        self.shape = len(plan.map_layers), max((heads for heads, _, _ in plan.groups()), default=1)
         for name in names or ("value",):
             self.add_means(**{name: self.shape, f"{name}_over_heads": self.shape[:1]})
 
     def add_heads(self, **values: Tensor) -> dict[str, Tensor]:
-        """Add quantities [B, blocks, heads] of a batch; their means over heads [B, blocks] are what is kept of each image."""
-        found = {name: quantity.nanmean(-1) for name, quantity in values.items()}
+        """Add quantities [B, blocks, heads] of a batch; returns their means over heads [B, blocks]."""
+        over_heads = {name: quantity.nanmean(-1) for name, quantity in values.items()}
         for name, quantity in values.items():
             self.add_images(name, quantity)
-            self.add_images(f"{name}_over_heads", found[name])
-        return found
+            self.add_images(f"{name}_over_heads", over_heads[name])
+        return over_heads
 
 
 class RowMeans(HeadMeans):
@@ -52,13 +53,11 @@ class RowMeans(HeadMeans):
         self.values = values
 
     def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
-        """Make room for a batch."""
         self._trace = trace
         self._total = torch.zeros(trace.images, *self.shape, dtype=torch.float64)
         self._rows = torch.zeros_like(self._total)
 
     def add_tile(self, tile: MapTile) -> None:
-        """Add the queries of a tile."""
         if tile.whole_rows:
             values_bhLR = self.values(self._trace, tile)
             defined = torch.isfinite(values_bhLR)
@@ -67,27 +66,46 @@ class RowMeans(HeadMeans):
                 target[tile.images, place, tile.heads] += part.sum(-1).transpose(1, 2).cpu()
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
-        """Close the batch."""
         del self._trace
         return self.add_heads(value=torch.where(self._rows > 0, self._total / self._rows, torch.nan))
 
 
-def by_head(fold: Means, name: str = "value") -> Mapping[str, Any]:
-    """values, stderr, ci95 and head_mean of a quantity of a `HeadMeans`, as a Reading takes them."""
-    means = mean_over_images(fold, f"{name}_over_heads")
-    return {**mean_over_images(fold, name), "head_mean": (means["values"], means["stderr"], means["ci95"])}
-
-
 class MapMetric(Metric):
-    """A metric that compares maps token by token, at `weights` (what multiplies V) or at `@probs`; see `Metric`."""
+    """A metric that compares maps token by token, at the setting `point`: `weights` (what multiplies V) or `probs`."""
 
     level = "attention"
     defaults = {"point": "weights"}
     variants = {"probs": OF_PROBS}
 
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers with maps, in their order."""
+        return [self.plan.layers[i] for i in self.plan.map_layers]
+
     def inapplicable(self) -> str:
         """Windowed, pooled and channel attention has no map over the image's tokens."""
-        return no_token_maps(self.plan)
+        if self.plan.token_layers:
+            return ""
+        reasons = dict.fromkeys(layer.reason for layer in self.layers)
+        return "no block has attention between all of an image's tokens: " + "; ".join(reasons)
+
+    def result(self, values: Array | None, **facts: Any) -> MetricResult:
+        """A result with the point at which the maps were taken."""
+        return super().result(values, point=None if values is None else self.settings["point"], **facts)
+
+
+class HeadMetric(MapMetric):
+    """A metric with one value for each block and head, from `HeadMeans`; the mean over heads stands beside them."""
+
+    dims = ("block", "head")
+
+    def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
+        """Values by block and head, and their mean over heads."""
+        (means,) = accumulators
+        over_heads = mean_over_images(means, f"{self.quantity}_over_heads")
+        facts = mean_over_images(means, self.quantity)
+        head_mean = tuple(over_heads.values())
+        return self.result(**facts, head_mean=head_mean, details=self.details(means), nulls=untrained_only())
 
 
 def patch_places(plan: Plan, tokens: int) -> list[int] | None:

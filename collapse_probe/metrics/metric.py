@@ -1,15 +1,16 @@
-"""What a metric is: which sums it needs from every batch, and how it reads its numbers off them."""
+"""What a metric is: which sums it needs from every batch, how it computes its numbers, and what a page says of it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from collapse_probe.capture.plan import Plan
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.accumulators import Accumulator, Means
+from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import Description, MetricResult
 from collapse_probe.statistics.intervals import Array, interval
@@ -20,6 +21,9 @@ DOTS = f"One dot for each head; the line is the mean over heads with its 95 % in
 CURVE = f"The line is the mean over images with its 95 % interval. {BESIDE_TWIN}"
 MATRICES = "No interval is drawn in a matrix; they are in findings.json."
 Need = tuple[Hashable, Callable[[], Accumulator]]
+"""The key that equal accumulators have in common, and how to make one."""
+Record = Mapping[str, Array]
+"""What a run kept of its images for one accumulator: values [images, …] by name."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,12 @@ class Variant:
 class Metric(ABC):
     """One metric with its settings, for one model's plan.
 
-    A child states its nature in class attributes, says which accumulators it needs (equal keys are shared between the metrics
-    of a run) and computes a `MetricResult` from them. `variants` says by suffix, such as `row`, what changes; `title` to
-    `reference` are what `Description` holds. `level` is "attention", "tokens" or "weights", as the three bases set it.
-    A metric whose number depends on which images come near one another (minibatches) sets `any_order` to False: a run then
-    reads the images in a random order.
+    A child states its nature in class attributes: `variants` by suffix (`@row`), `choices` the words that a setting may be,
+    `title` to `reference` what `Description` holds, `level` attention, tokens or weights (as the three bases set it). It says
+    which accumulators it needs (equal keys are shared between the metrics of a run). Where it needs one and is a mean over
+    images, that is all: `quantity`, or the setting `quantity_from`, names which of the accumulator's means it is. Others
+    override `compute`. A metric whose number depends on which images come near one another (minibatches) sets `any_order` to
+    False: a run then reads the images in a random order.
     """
 
     name: ClassVar[str]
@@ -54,14 +59,22 @@ class Metric(ABC):
     top: ClassVar[float | None] = None
     logarithmic: ClassVar[bool] = False
     reference: ClassVar[tuple[str, str] | None] = None
-    variants: ClassVar[Mapping[str, Variant]] = {}
     defaults: ClassVar[Mapping[str, Any]] = {}
+    variants: ClassVar[Mapping[str, Variant]] = {}
+    choices: ClassVar[Mapping[str, Collection[str]]] = {}
     any_order: ClassVar[bool] = True
+    quantity_from: ClassVar[str] = ""
+    quantity: str = "value"
 
     def __init__(self, plan: Plan, **settings: Any) -> None:
         self.plan = plan
         self.suffixes: tuple[str, ...] = ()
         self.settings: dict[str, Any] = {**self.defaults, **settings}
+        for setting, words in self.choices.items():
+            if self.settings[setting] not in words:
+                raise SettingError(f"{setting} must be one of {', '.join(words)}, not {self.settings[setting]!r}")
+        if self.quantity_from:
+            self.quantity = str(self.settings[self.quantity_from])
 
     @classmethod
     def describe(cls, *suffixes: str) -> Description:
@@ -92,35 +105,38 @@ class Metric(ABC):
         """The exact definition under the current settings, with its source."""
 
     @abstractmethod
-    def needs(self) -> dict[str, Need]:
-        """The folds that the metric reads: a key that tells equal folds, and how to make one."""
+    def accumulators(self) -> Sequence[Need]:
+        """The accumulators whose sums the metric needs."""
 
-    @abstractmethod
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
-        """The numbers, after the last batch; `records` holds the per-image values of each fold."""
+    def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
+        """The numbers, after the last batch, from the accumulators and what was kept of the single images for each."""
+        (means,) = accumulators
+        facts = mean_over_images(means, self.quantity)
+        return self.result(**facts, details=self.details(means), nulls=untrained_only())
 
-    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
+    def details(self, accumulator: Any) -> dict[str, Any]:
+        """What comes out besides the values."""
+        return {}
+
+    def per_image(self, records: Sequence[Record]) -> Array | None:
         """Per-image values [images, …] for images.npz; None where the metric is no mean over images."""
-        return None
+        return records[0].get(self.quantity) if records else None
 
-    def reading(self, values: Array | None, **facts: Any) -> MetricResult:
+    def result(self, values: Array | None, **facts: Any) -> MetricResult:
         """A result with this metric's own facts filled in."""
-        common: dict[str, Any] = {
-            "settings": self.settings,
-            "collapsed": self.collapsed,
-            "description": self.describe(*self.suffixes),
-        }
-        return MetricResult(dims=self.dims, definition=self.definition, values=values, **{**common, **facts})
+        own: dict[str, Any] = {"settings": self.settings, "collapsed": self.collapsed}
+        own["description"] = self.describe(*self.suffixes)
+        return MetricResult(dims=self.dims, definition=self.definition, values=values, **{**own, **facts})
 
-    def refused(self, reason: str) -> MetricResult:
-        """The Reading of a metric that does not apply."""
-        return self.reading(None, not_applicable=reason)
+    def not_applicable(self, reason: str) -> MetricResult:
+        """The result of a metric that does not apply."""
+        return self.result(None, not_applicable=reason)
 
 
 def of_level(*levels: str) -> tuple[str, ...]:
     """The plain metrics of some levels ("all" for every one), in the order of the table."""
-    wanted = [level for level in (*LEVELS, "other") if level in levels or "all" in levels]
-    return tuple(name for level in wanted for name, kind in METRICS.items() if kind.level == level)
+    asked = [level for level in (*LEVELS, "other") if level in levels or "all" in levels]
+    return tuple(name for level in asked for name, kind in METRICS.items() if kind.level == level)
 
 
 def make(name: str, plan: Plan) -> Metric:
@@ -138,15 +154,7 @@ def make(name: str, plan: Plan) -> Metric:
     return metric
 
 
-def mean_over_images(fold: Means, name: str = "value") -> dict[str, Array]:
-    """values, stderr and ci95 of a quantity, as a Reading takes them."""
-    mean, stderr, n = fold.mean(name)
+def mean_over_images(means: Means, quantity: str = "value") -> dict[str, Array]:
+    """values, stderr and ci95 of a quantity, as a MetricResult takes them."""
+    mean, stderr, n = means.mean(quantity)
     return {"values": mean, "stderr": stderr, "ci95": interval(mean, stderr, n)}
-
-
-def no_token_maps(plan: Plan) -> str:
-    """Why attention maps cannot be compared token by token; empty where those of some blocks can."""
-    if plan.token_layers:
-        return ""
-    reasons = dict.fromkeys(plan.layers[i].reason for i in plan.map_layers)
-    return "no block has attention between all of an image's tokens: " + "; ".join(reasons)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -20,46 +21,51 @@ SAMPLED = ("other_token", "other_image", "other_head")
 """The nulls that are means over images or pairs of images."""
 
 
-def between_blocks(fold: PairwiseCosine, heads: bool) -> Nulls:
-    """The nulls of a block × block similarity; `heads` says whether its vectors have heads to confuse.
+def between_blocks(cosines: PairwiseCosine, no_heads: str = "") -> dict[str, Any]:
+    """values, stderr, ci95, details and nulls of a block × block similarity, as a MetricResult takes them.
 
-    `spread` holds `other_token_ci95` and, where there are heads, `other_head_ci95` [blocks, blocks, 2], and `beyond_p`
-    [blocks, blocks], the one-sided p of a paired t test over images that the pair is more alike than with the wrong tokens.
+    `no_heads` says why its vectors have no heads to confuse; empty where they have. `beyond_p` of the nulls is that of a paired
+    t test over images that the pair is more alike than with the wrong tokens.
     """
-    real, real_error, n = fold.mean("real")
-    token, token_error, _ = fold.mean("other_token")
-    head, head_error, with_head = fold.mean("other_head")
+    real, real_error, n = cosines.mean("real")
+    token, token_error, _ = cosines.mean("other_token")
+    head, head_error, with_head = cosines.mean("other_head")
     corrected = kappa(real, token)
     with np.errstate(divide="ignore", invalid="ignore"):
-        covariance = (fold.cross_moment() - real * token) / (n - 1)
+        covariance = (cosines.cross_moment() - real * token) / (n - 1)
     error = kappa_stderr((real, real_error), (token, token_error), covariance)
     values: dict[str, Array | None] = {
         "untrained": None,
         "other_token": token,
-        "other_image": fold.across_images()["real"],
-        "other_head": head if heads else None,
+        "other_image": cosines.across_images()["real"],
+        "other_head": None if no_heads else head,
         "kappa": corrected,
     }
-    reasons = {} if heads else {"other_head": "patch embeddings have no heads"}
     intervals = {"other_token": interval(token, token_error, n)}
-    if heads:
+    if not no_heads:
         intervals["other_head"] = interval(head, head_error, with_head)
-    found = finished(values, reasons, int(n.max(initial=0)), interval(corrected, error, n), intervals)
+    reasons = {"other_head": no_heads} if no_heads else {}
+    nulls = with_reasons(values, reasons, int(n.max(initial=0)), intervals, interval(corrected, error, n))
     spread = np.sqrt(np.maximum(real_error**2 + token_error**2 - 2 * covariance, 0.0))
-    return replace(found, spread={**found.spread, "beyond_p": beyond(real - token, spread, n)})
+    return {
+        "values": real,
+        "stderr": real_error,
+        "ci95": interval(real, real_error, n),
+        "details": {"tokens_for_other_image": [len(sample) for sample in cosines.samples]},
+        "nulls": replace(nulls, beyond_p=beyond(real - token, spread, n)),
+    }
 
 
-def finished(
+def with_reasons(
     values: Mapping[str, Array | None],
     reasons: Mapping[str, str],
     images: int,
-    kappa_ci95: Array | None,
     intervals: Mapping[str, Array] | None = None,
+    kappa_ci95: Array | None = None,
 ) -> Nulls:
-    """Nulls with a reason for whatever is undefined everywhere, and the number of images behind each.
+    """Nulls taken on so many images, with a reason for whatever is undefined everywhere and for every missing interval.
 
-    `intervals` holds the 95 % intervals [..., 2] of nulls by name, kept in `spread` as NAME_ci95; a null without one has a
-    reason of that name.
+    `intervals` holds the 95 % intervals [..., 2] of nulls by name.
     """
     values, reasons = dict(values), dict(reasons)
     for name, value in values.items():
@@ -71,13 +77,12 @@ def finished(
     if kappa_ci95 is None and values.get("kappa") is not None:
         reasons["kappa_ci95"] = NO_KAPPA_INTERVAL
     reasons.setdefault("untrained", NO_TWIN)
-    sure = {name: bounds for name, bounds in (intervals or {}).items() if values.get(name) is not None}
+    ci95 = {name: bounds for name, bounds in (intervals or {}).items() if values.get(name) is not None}
     for name in SAMPLED:
-        if values.get(name) is not None and name not in sure:
+        if values.get(name) is not None and name not in ci95:
             reasons[f"{name}_ci95"] = NO_PAIR_INTERVAL if name == "other_image" else NO_NULL_INTERVAL
-    taken = {name: images for name, value in values.items() if value is not None}
-    spread = {f"{name}_ci95": bounds for name, bounds in sure.items()}
-    return Nulls(values=values, images=taken, reasons=reasons, kappa_ci95=kappa_ci95, spread=spread)
+    counts = {name: images for name, value in values.items() if value is not None}
+    return Nulls(values=values, images=counts, reasons=reasons, kappa_ci95=kappa_ci95, ci95=ci95)
 
 
 def untrained_only() -> Nulls:
@@ -86,32 +91,34 @@ def untrained_only() -> Nulls:
 
 
 def with_twins(result: MetricResult, twins: Mapping[int, MetricResult], images: int, reason: str = "") -> MetricResult:
-    """The result with the mean over its untrained twins by seed, or with the `reason` why there are none.
+    """The result with the mean over its untrained twins by seed, or with the reason why there are none.
 
-    `spread["untrained_ci95"]` [..., 2] is the twin's own interval over its images, where it has one. With several twins
-    `spread["untrained_seeds"]` holds the `seeds`, the standard deviation `sd` (n − 1) and the range `low`, `high` over them,
-    with the metric's dims. Seeds are few: look at the range before the deviation. The twins saw the same images, so that the
-    interval of their mean over images is taken as the mean of theirs, which is never too narrow; it says nothing of seeds.
+    `ci95["untrained"]` of the nulls is the twins' interval over their images. They saw the same images, so that the mean of
+    their intervals is taken, which is never too narrow; it says nothing of seeds. With several twins `untrained_seeds` holds
+    the `seeds`, the standard deviation `sd` (n − 1) and the range `low`, `high` over them, with the metric's dims. Seeds are
+    few: look at the range before the deviation.
     """
     if result.nulls is None:
         return result
-    nulls, measured = result.nulls, [twin for twin in twins.values() if twin.values is not None]
+    nulls = result.nulls
+    measured = [twin for twin in twins.values() if twin.values is not None]
     if not measured:
-        reasons = {**nulls.reasons, "untrained": reason or NO_TWIN}
-        return replace(result, nulls=replace(nulls, values={**nulls.values, "untrained": None}, reasons=reasons))
-    values = np.stack([twin.values for twin in measured if twin.values is not None])
+        values, reasons = {**nulls.values, "untrained": None}, {**nulls.reasons, "untrained": reason or NO_TWIN}
+        return replace(result, nulls=replace(nulls, values=values, reasons=reasons))
+    by_seed = np.stack([twin.values for twin in measured if twin.values is not None])
     bounds = [twin.ci95 for twin in measured if twin.ci95 is not None]
-    spread = dict(nulls.spread)
+    ci95 = dict(nulls.ci95)
     if len(bounds) == len(measured):
-        spread["untrained_ci95"] = np.mean(bounds, axis=0)
+        ci95["untrained"] = np.mean(bounds, axis=0)
+    seeds = None
     if len(measured) > 1:
-        extent = {"sd": values.std(0, ddof=1), "low": values.min(0), "high": values.max(0)}
-        spread["untrained_seeds"] = {"seeds": list(twins), **extent}
+        seeds = {"seeds": list(twins), "sd": by_seed.std(0, ddof=1), "low": by_seed.min(0), "high": by_seed.max(0)}
     nulls = replace(
         nulls,
-        values={**nulls.values, "untrained": values.mean(0)},
-        reasons={name: text for name, text in nulls.reasons.items() if name != "untrained"},
+        values={**nulls.values, "untrained": by_seed.mean(0)},
         images={**nulls.images, "untrained": images},
-        spread=spread,
+        reasons={name: text for name, text in nulls.reasons.items() if name != "untrained"},
+        ci95=ci95,
+        untrained_seeds=seeds,
     )
     return replace(result, nulls=nulls)

@@ -1,20 +1,17 @@
-"""Curves over depth: what a metric is that reads a few numbers off the tokens of one image at one depth."""
+"""What a metric of the tokens on the residual stream is: curves and matrices over depth."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import Means
-from collapse_probe.metrics.metric import Metric, Need, Variant, mean_over_images
-from collapse_probe.metrics.nulls import untrained_only
-from collapse_probe.results.findings import MetricResult
-from collapse_probe.statistics.intervals import Array
+from collapse_probe.metrics.metric import Metric, Need, Variant
 
 WITH_PREFIX = Variant({"prefix": True}, "with prefix tokens")
 WIDE_BYTES = 32 * 2**20
@@ -47,19 +44,19 @@ class DepthMeans(Means):
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Add one batch; per image [B, depths] by name."""
-        found = {name: torch.full((trace.images, self.depths), torch.nan, dtype=torch.float64) for name in self.names}
+        by_depth = {name: torch.full((trace.images, self.depths), torch.nan, dtype=torch.float64) for name in self.names}
         for depth in range(self.depths):
             tokens_BND = sequence(trace, depth, self.prefix)
             if tokens_BND is not None:
                 for name, values in in_parts(self.numbers, tokens_BND).items():
-                    found[name][:, depth] = values
-        for name, values in found.items():
+                    by_depth[name][:, depth] = values
+        for name, values in by_depth.items():
             self.add_images(name, values)
-        return found
+        return by_depth
 
 
 class TokenMetric(Metric):
-    """A metric of the tokens on the residual stream."""
+    """A metric of the tokens on the residual stream; see `Metric`."""
 
     level = "tokens"
 
@@ -69,39 +66,24 @@ class TokenMetric(Metric):
 
 
 class DepthMetric(TokenMetric):
-    """A metric with one value per image and depth. Variants that read another of the same `names` share one fold."""
+    """A metric with one value per image and depth.
+
+    `quantities` names all numbers that `numbers` gives at once: variants that differ in `quantity_from` alone share them.
+    """
 
     dims = ("depth",)
-    names: ClassVar[tuple[str, ...]]
-
-    @property
-    @abstractmethod
-    def wanted(self) -> str:
-        """Which of `names` the current settings read."""
+    quantities: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def numbers(self, tokens_BND: Tensor) -> dict[str, Tensor]:
         """The named numbers [B] of tokens [B, N, D] in float64."""
-
-    @property
-    def same(self) -> tuple[Any, ...]:
-        """The settings that change the numbers: metrics with equal ones share a fold."""
-        return (self.settings["prefix"],)
 
     def which_tokens(self) -> str:
         """The tokens and the place of the definition, in words."""
         which = "all tokens (prefix tokens included)" if self.settings["prefix"] else "the patch tokens (prefix tokens out)"
         return f"{which} of one image on the residual stream, before any final norm, averaged over images"
 
-    def needs(self) -> dict[str, Need]:
-        """Means over images by depth."""
+    def accumulators(self) -> list[Need]:
         depths, prefix = len(self.plan.taps), bool(self.settings["prefix"])
-        return {"depths": ((self.name, *self.same), lambda: DepthMeans(depths, self.names, self.numbers, prefix))}
-
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
-        """The curve over depth."""
-        return self.reading(**mean_over_images(folds["depths"], self.wanted), nulls=untrained_only())
-
-    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
-        """[images, depths]."""
-        return records["depths"][self.wanted]
+        shared = tuple((setting, value) for setting, value in self.settings.items() if setting != self.quantity_from)
+        return [((self.name, shared), lambda: DepthMeans(depths, self.quantities, self.numbers, prefix))]

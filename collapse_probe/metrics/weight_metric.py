@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,43 +12,42 @@ from torch import Tensor
 
 from collapse_probe.capture.weight_matrices import BY_HEAD, NAMES, Matrices, Matrix
 from collapse_probe.metrics.functional.spectra import singular_values
-from collapse_probe.metrics.metric import Metric, Need
+from collapse_probe.metrics.metric import Metric, Need, Record
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import Array
 
 NO_INTERVAL = "none: a model has one set of weights, which is no sample of anything"
-
-
 ONE_HEAD = "rows of one head (q, k, v)"
 
 
 class WeightMetric(Metric):
-    """A metric that reads weight matrices, [block, matrix] with the matrices `matrices.NAMES`; see `Metric`.
+    """A metric of the weight matrices, [block, matrix] with the matrices `weight_matrices.NAMES`; see `Metric`.
 
-    `matrices` is filled in before the numbers are read; the folds of a pass over images are not used.
+    `matrices` is filled in before the numbers are computed; no accumulator is needed.
     """
 
-    dims = ("block", "matrix")
     level = "weights"
+    dims = ("block", "matrix")
     matrices: Matrices | None = None
 
     def inapplicable(self) -> str:
         """Some block must have been found."""
         return "" if self.plan.blocks else "no block was found whose weights could be read"
 
-    def needs(self) -> dict[str, Need]:
-        """Nothing from the images."""
-        return {}
+    def accumulators(self) -> list[Need]:
+        return []
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
+    def compute(self, accumulators: Sequence[Any] = (), records: Sequence[Record] = ()) -> MetricResult:
         """The numbers, from `matrices` alone."""
         if self.matrices is None:
-            return self.refused("the weights were not read: this metric needs the model itself, not only what it computed")
+            return self.not_applicable(
+                "the weights were not read: this metric needs the model itself, not only what it computed"
+            )
         values, facts = self.values(self.matrices)
         if not np.isfinite(values).any():
             zero = ["those that were found are undefined under this definition"] if any(self.matrices.found) else []
-            return self.refused(f"no matrix could be measured ({'; '.join([*zero, *self.matrices.reasons()])})")
+            return self.not_applicable(f"no matrix could be measured ({'; '.join([*zero, *self.matrices.reasons()])})")
         details = {
             "matrices": list(NAMES),
             "told_apart": self.matrices.hows(),
@@ -57,7 +56,7 @@ class WeightMetric(Metric):
             **facts.pop("details", {}),
         }
         dims = facts.pop("dims", self.dims)
-        return replace(self.reading(values, details=details, nulls=untrained_only(), **facts), dims=dims)
+        return replace(self.result(values, details=details, nulls=untrained_only(), **facts), dims=dims)
 
     @abstractmethod
     def values(self, matrices: Matrices) -> tuple[Array, dict[str, Any]]:

@@ -24,15 +24,19 @@ if TYPE_CHECKING:
 class Nulls:
     """What a metric would read with nothing to find.
 
-    `values` maps untrained, other_token, other_image, other_head and kappa to arrays with the metric's dims, or to
-    None where `reasons` says why; `images` says on how many images each was taken; `kappa_ci95` [..., 2]; `spread`: see nulls.
+    `values` maps untrained, other_token, other_image, other_head and kappa to arrays with the metric's dims, or to None where
+    `reasons` says why; `images` says on how many images each was taken. `ci95` holds intervals [..., 2] of nulls by name,
+    `kappa_ci95` that of kappa; `beyond_p` the one-sided p of every pair being more alike than its null; `untrained_seeds` the
+    `seeds` of several untrained twins and how these spread (`sd`, `low`, `high`).
     """
 
     values: Mapping[str, Array | None]
     images: Mapping[str, int]
     reasons: Mapping[str, str] = field(default_factory=dict)
     kappa_ci95: Array | None = None
-    spread: Mapping[str, Any] = field(default_factory=dict)
+    ci95: Mapping[str, Array] = field(default_factory=dict)
+    beyond_p: Array | None = None
+    untrained_seeds: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,12 +107,14 @@ class Gallery:
 
 SCHEMA = "collapse-probe/findings/1"
 CSV_COLUMNS = ["metric", "block", "head", "value", "stderr", "ci_low", "ci_high"]
-Whole = tuple[Array, Array, Array]
-
-
-def _read_content(folder: Path) -> dict[str, Any]:
-    """The content of findings.json in `folder`; OutputError where there is none or it has another schema."""
-    return read_document(folder, "findings.json", schema=SCHEMA, refusal="is not a findings folder", command="analyze")
+STORED = (
+    *("dims", "values", "stderr", "ci95", "collapsed", "point", "settings", "details", "description", "definition", "nulls"),
+    "not_applicable",
+)
+PARTS = ("model", "data", "run", "metrics", "summary", "presets", "sureness", "verdict", "answer")
+SPREAD, CI95 = ("beyond_p", "untrained_seeds"), "_ci95"
+NO_NULLS = ("kappa_ci95", "images", "reasons", "spread")
+"""What stands beside the nulls themselves in their entry."""
 
 
 def plain(value: Any) -> Any:
@@ -126,37 +132,49 @@ def plain(value: Any) -> Any:
     return value
 
 
-def reading_to_json(reading: MetricResult) -> dict[str, Any]:
+def result_to_json(result: MetricResult) -> dict[str, Any]:
     """One entry of `metrics` in findings.json."""
-    entry: dict[str, Any] = {
-        "dims": list(reading.dims),
-        "values": plain(reading.values),
-        "stderr": plain(reading.stderr),
-        "ci95": plain(reading.ci95),
-        "collapsed": reading.collapsed,
-        "point": reading.point,
-        "settings": plain(reading.settings),
-        "details": plain(reading.details),
-        "description": plain(asdict(reading.description)),
-        "definition": reading.definition,
-        "nulls": None,
-        "not_applicable": reading.not_applicable,
-    }
-    if reading.nulls is not None:
-        entry["nulls"] = {
-            **{key: plain(value) for key, value in reading.nulls.values.items()},
-            "kappa_ci95": plain(reading.nulls.kappa_ci95),
-            "images": dict(reading.nulls.images),
-            "reasons": dict(reading.nulls.reasons),
-            "spread": plain(reading.nulls.spread),
+    parts = {name: getattr(result, name) for name in STORED}
+    nulls = result.nulls
+    if nulls is not None:
+        parts["nulls"] = {
+            **nulls.values,
+            "kappa_ci95": nulls.kappa_ci95,
+            "images": nulls.images,
+            "reasons": nulls.reasons,
+            "spread": {
+                **{f"{name}{CI95}": bounds for name, bounds in nulls.ci95.items()},
+                **{name: getattr(nulls, name) for name in SPREAD if getattr(nulls, name) is not None},
+            },
         }
-    if reading.head_mean is not None:
-        entry["head_mean"] = dict(zip(("values", "stderr", "ci95"), map(plain, reading.head_mean), strict=True))
+    if result.head_mean is not None:
+        parts["head_mean"] = dict(zip(("values", "stderr", "ci95"), result.head_mean, strict=True))
+    entry: dict[str, Any] = plain({**parts, "description": asdict(result.description)})
     return entry
 
 
-def _array(value: Any) -> Array | None:
-    return None if value is None else np.array(value, dtype=np.float64)
+def result_from_json(name: str, entry: Mapping[str, Any]) -> MetricResult:
+    """The result called `name` behind its entry of `metrics` in findings.json."""
+    parts: dict[str, Any] = {key: entry.get(key) for key in STORED} | {
+        key: _array(entry[key]) for key in ("values", "stderr", "ci95")
+    }
+    parts |= {"dims": tuple(entry["dims"]), "details": entry.get("details", entry["settings"])}
+    stored, mean = entry["nulls"], entry.get("head_mean")
+    if stored is not None:
+        spread = dict(stored.get("spread", {}))
+        parts["nulls"] = Nulls(
+            values={key: _array(value) for key, value in stored.items() if key not in NO_NULLS},
+            images=stored["images"],
+            reasons=stored["reasons"],
+            kappa_ci95=_array(stored["kappa_ci95"]),
+            beyond_p=_array(spread.pop("beyond_p", None)),
+            untrained_seeds=spread.pop("untrained_seeds", None),
+            ci95={key.removesuffix(CI95): np.array(bounds, dtype=np.float64) for key, bounds in spread.items()},
+        )
+    if mean is not None:
+        parts["head_mean"] = tuple(_array(part) for part in mean.values())
+    parts["description"] = _description(name, entry)
+    return MetricResult(**parts)
 
 
 def _description(name: str, entry: Mapping[str, Any]) -> Description:
@@ -166,82 +184,51 @@ def _description(name: str, entry: Mapping[str, Any]) -> Description:
         of_weights = "matrix" in entry["dims"] or "matrices" in entry["settings"]
         base, *suffixes = name.split("@")
         return Description(base, level="weights" if of_weights else "other", panel="; ".join(suffixes) or base)
-    return Description(**{**stored, "reference": None if stored["reference"] is None else tuple(stored["reference"])})
+    return Description(**{**stored, "reference": stored["reference"] and tuple(stored["reference"])})
 
 
-def reading_from_json(name: str, entry: Mapping[str, Any]) -> MetricResult:
-    """The Reading behind one entry of `metrics` in findings.json."""
-    stored, nulls = entry["nulls"], None
-    if stored is not None:
-        extra = ("kappa_ci95", "images", "reasons", "spread")
-        nulls = Nulls(
-            values={key: _array(value) for key, value in stored.items() if key not in extra},
-            images=stored["images"],
-            reasons=stored["reasons"],
-            kappa_ci95=_array(stored["kappa_ci95"]),
-            spread=stored.get("spread", {}),
-        )
-    mean = entry.get("head_mean")
-    return MetricResult(
-        dims=tuple(entry["dims"]),
-        definition=entry["definition"],
-        values=_array(entry["values"]),
-        stderr=_array(entry["stderr"]),
-        ci95=_array(entry["ci95"]),
-        collapsed=entry["collapsed"],
-        point=entry["point"],
-        settings=entry["settings"],
-        details=entry.get("details", entry["settings"]),
-        description=_description(name, entry),
-        nulls=nulls,
-        head_mean=None if mean is None else tuple(np.array(mean[k], dtype=np.float64) for k in mean),  # type: ignore[arg-type]
-        not_applicable=entry["not_applicable"],
-    )
+def _array(value: Any) -> Array | None:
+    return None if value is None else np.array(value, dtype=np.float64)
 
 
 def arrays_of(metrics: Mapping[str, MetricResult]) -> dict[str, Array]:
     """The content of matrices.npz: the values of every metric as NAME, its nulls as NAME/NULL."""
-    found: dict[str, Array] = {}
-    for name, reading in metrics.items():
-        if reading.values is None:
-            continue
-        found[name] = reading.values
-        if reading.nulls is not None:
-            found |= {f"{name}/{key}": v for key, v in reading.nulls.values.items() if v is not None}
-    return found
+    arrays: dict[str, Array] = {}
+    for name, result in metrics.items():
+        if result.values is not None:
+            nulls = {} if result.nulls is None else result.nulls.values
+            arrays |= {name: result.values, **{f"{name}/{key}": values for key, values in nulls.items() if values is not None}}
+    return arrays
 
 
-def block_rows(name: str, reading: MetricResult) -> list[list[Any]]:
+def block_rows(name: str, result: MetricResult) -> list[list[Any]]:
     """The rows of blocks.csv for one metric, as CSV_COLUMNS; NaN where it has no standard error or interval.
 
     Blocks × blocks and depths × depths give each with the one before, blocks × matrices a metric NAME/MATRIX for each matrix.
     None for other axes (thresholds, the depths of two models): these numbers belong to no single block.
     """
-    if reading.values is None:
+    if result.values is None:
         return []
-    whole, dims = _whole(reading.values, reading.stderr, reading.ci95), reading.dims
-    blocks = range(len(reading.values))
+    blank = np.full((*result.values.shape, 2), np.nan)
+    stderr = blank[..., 0] if result.stderr is None else result.stderr
+    parts, dims = (result.values, stderr, blank if result.ci95 is None else result.ci95), result.dims
+    blocks = range(len(result.values))
     if len(dims) == 2 and dims[0] == dims[1]:
-        return [[name, b, None, *_cell(whole, (b, b - 1))] for b in blocks[1:]]
+        return [[name, b, None, *_cell(parts, b, b - 1)] for b in blocks[1:]]
     if dims == ("block", "matrix"):
-        matrices = reading.details.get("matrices", range(reading.values.shape[1]))
-        return [[f"{name}/{matrix}", b, None, *_cell(whole, (b, m))] for m, matrix in enumerate(matrices) for b in blocks]
+        matrices = result.details.get("matrices", range(result.values.shape[1]))
+        return [[f"{name}/{matrix}", b, None, *_cell(parts, b, m)] for m, matrix in enumerate(matrices) for b in blocks]
     if dims == ("block", "head"):
-        rows = [[name, b, h, *_cell(whole, (b, h))] for b, h in np.ndindex(reading.values.shape)]
-        mean = reading.head_mean
-        return rows if mean is None else rows + [[name, b, None, *_cell(mean, (b,))] for b in blocks]
+        rows = [[name, b, h, *_cell(parts, b, h)] for b, h in np.ndindex(result.values.shape)]
+        mean = result.head_mean
+        return rows if mean is None else rows + [[name, b, None, *_cell(mean, b)] for b in blocks]
     if dims in (("block",), ("depth",)):
-        return [[name, b, None, *_cell(whole, (b,))] for b in blocks]
+        return [[name, b, None, *_cell(parts, b)] for b in blocks]
     return []
 
 
-def _whole(values: Array, stderr: Array | None, ci95: Array | None) -> Whole:
-    blank = np.full((*values.shape, 2), np.nan)
-    return values, blank[..., 0] if stderr is None else stderr, blank if ci95 is None else ci95
-
-
-def _cell(whole: Whole, at: tuple[int, ...]) -> list[float]:
-    values, stderr, ci95 = whole
+def _cell(parts: tuple[Array, Array, Array], *at: int) -> list[float]:
+    values, stderr, ci95 = parts
     return [float(values[at]), float(stderr[at]), float(ci95[at][0]), float(ci95[at][1])]
 
 
@@ -287,9 +274,6 @@ def load_thumbnails(path: Path) -> dict[str, NDArray[np.uint8]]:
     return dict(zip(map(str, stored.get("thumbnail_names", ())), stored.get("thumbnails", ()), strict=True))
 
 
-__all__ = ["CSV_COLUMNS", "SCHEMA", "Array", "Description", "Findings", "Gallery", "MetricResult", "Nulls"]
-
-
 @dataclass(frozen=True)
 class Findings:
     """What one run found. `images` maps "names" and each metric's name to per-image arrays, first axis images.
@@ -321,9 +305,8 @@ class Findings:
         """
         import pandas as pd
 
-        rows = [row for name, reading in self.metrics.items() for row in block_rows(name, reading)]
-        frame = pd.DataFrame(rows, columns=CSV_COLUMNS)
-        return frame.astype({"block": "Int64", "head": "Int64"})
+        rows = [row for name, result in self.metrics.items() for row in block_rows(name, result)]
+        return pd.DataFrame(rows, columns=CSV_COLUMNS).astype({"block": "Int64", "head": "Int64"})
 
     def matrix(self, name: str) -> Array:
         """The values of metric `name`, float64, with its dims; raises where it has none."""
@@ -336,15 +319,8 @@ class Findings:
 
     def to_json(self) -> dict[str, Any]:
         """The content of findings.json: JSON types alone, undefined numbers as None."""
-        return {
-            "schema": SCHEMA,
-            "model": plain(self.model),
-            "data": plain(self.data),
-            "run": plain(self.run),
-            "metrics": {name: reading_to_json(reading) for name, reading in self.metrics.items()},
-            "summary": plain(self.summary),
-            **{part: plain(getattr(self, part)) for part in ("presets", "sureness", "verdict", "answer")},
-        }
+        metrics = {name: result_to_json(result) for name, result in self.metrics.items()}
+        return {"schema": SCHEMA, **{part: metrics if part == "metrics" else plain(getattr(self, part)) for part in PARTS}}
 
     def save(self, folder: str | Path) -> Path:
         """Write findings.json, blocks.csv, matrices.npz, images.npz (and gallery.npz); all of it or nothing."""
@@ -365,20 +341,14 @@ class Findings:
     def load(cls, folder: str | Path) -> Findings:
         """Read a findings folder back; raises OutputError where it is none or of another schema."""
         folder = Path(folder)
-        content = _read_content(folder)
+        content = read_document(folder, "findings.json", schema=SCHEMA, refusal="is not a findings folder", command="analyze")
+        parts = {part: content[part] for part in PARTS if part in content}
+        parts["metrics"] = {name: result_from_json(name, entry) for name, entry in content["metrics"].items()}
         return cls(
-            model=content["model"],
-            data=content["data"],
-            run=content["run"],
-            metrics={name: reading_from_json(name, entry) for name, entry in content["metrics"].items()},
-            summary=content["summary"],
+            **parts,
             images=load_arrays(folder / "images.npz"),
             gallery=load_gallery(folder / "gallery.npz"),
             thumbnails=load_thumbnails(folder / "gallery.npz"),
-            presets=content.get("presets", {}),
-            sureness=content.get("sureness", {}),
-            verdict=content.get("verdict", ()),
-            answer=content.get("answer", {}),
         )
 
     def with_run(self, **facts: Any) -> Findings:

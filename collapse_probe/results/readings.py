@@ -67,7 +67,7 @@ def null_ci95(result: MetricResult, role: str) -> Array | None:
         return None
     if role == "kappa":
         return result.nulls.kappa_ci95
-    stored = result.nulls.spread.get(f"{role}_ci95")
+    stored = result.nulls.ci95.get(role)
     return None if stored is None else np.array(stored, dtype=np.float64)
 
 
@@ -164,7 +164,7 @@ def entropy_share(findings: Findings) -> Entropy | None:
 
 def against_seeds(result: MetricResult) -> str:
     """Whether a block × block similarity is beyond what untrained twins of several seeds span; empty with one seed."""
-    spread = {} if result.nulls is None else result.nulls.spread.get("untrained_seeds", {})
+    spread = {} if result.nulls is None else result.nulls.untrained_seeds
     if not spread or result.values is None:
         return ""
     real, low, high = (mean(adjacent(part)) for part in (result.values, spread["low"], spread["high"]))

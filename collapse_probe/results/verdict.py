@@ -256,7 +256,7 @@ def _mean_of_weights(result: MetricResult) -> str:
     scale = 1.0 if full is None else np.asarray(full, dtype=np.float64)
     parts = [part for part in (result.values, null_of(result, "untrained")) if part is not None]
     own, *fresh = (number(mean(adjacent(part) if len(set(result.dims)) == 1 else part / scale)) for part in parts)
-    seeds = {} if result.nulls is None else result.nulls.spread.get("untrained_seeds", {})
+    seeds = {} if result.nulls is None else result.nulls.untrained_seeds or {}
     twin = f"mean of {len(seeds['seeds'])} untrained twins" if seeds else "untrained twin"
     return f"{own} ({twin} {fresh[0]})" if fresh else own
 

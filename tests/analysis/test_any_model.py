@@ -8,7 +8,7 @@ import torch
 from factories import readings, trace_of
 from scipy import stats
 
-from collapse_probe.metrics.attention.similarity_ratio import count_interval
+from collapse_probe.metrics.attention.similarity_ratio import Choice, sensitivity
 from collapse_probe.metrics.minibatch_cka import MinibatchHSIC
 from collapse_probe.statistics.breakdowns import classes_of
 from collapse_probe.statistics.estimates import PerImageValues, kappa_of, mean_of
@@ -121,7 +121,9 @@ RATIOS = np.array([0.9] * 3 + [0.905] * 4 + [0.6, 0.99])
 def test_the_interval_of_the_count_of_similarity_ratios_contains_the_truth():
     def contains(generator):
         ratios = generator.binomial(200, RATIOS, size=(40, len(RATIOS))) / 200
-        return within(count_interval(ratios.T), (RATIOS > 0.9).sum())
+        spread = ratios.std(0, ddof=1) / np.sqrt(len(ratios))
+        (row,) = sensitivity((ratios.mean(0)[None], spread[None], np.full((1, len(RATIOS)), len(ratios))), [Choice()])
+        return within(row["ci95"], (RATIOS > 0.9).sum())
 
     assert share(contains) >= LEAST
 

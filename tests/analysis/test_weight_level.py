@@ -75,7 +75,7 @@ def test_the_twins_of_several_seeds_are_averaged_and_their_spread_is_kept():
     for metric in given["metrics"]:
         each = np.stack([other.matrix(metric) for other in alone])
         nulls = found.metrics[metric].nulls
-        spread = nulls.spread["untrained_seeds"]
+        spread = nulls.untrained_seeds
         assert nulls.values["untrained"] == pytest.approx(each.mean(0), rel=1e-6)
         assert spread["seeds"] == [1, 2, 3]
         assert spread["sd"] == pytest.approx(each.std(0, ddof=1), rel=1e-4, abs=1e-9)
@@ -84,7 +84,7 @@ def test_the_twins_of_several_seeds_are_averaged_and_their_spread_is_kept():
     assert "untrained twins of the weights: fresh weights with seeds [1, 2, 3]" in found.run["notes"]
     assert "mean of 3 untrained twins" in judge(found).sentences[1]
     one = cp.analyze(name, **given)
-    assert "untrained_seeds" not in one.metrics["weight-rank"].nulls.spread
+    assert one.metrics["weight-rank"].nulls.untrained_seeds is None
     assert one.metrics["weight-rank"].nulls.values["untrained"] == pytest.approx(alone[0].matrix("weight-rank"))
     none = cp.analyze(name, null_seeds=3, null_images=0, **given)
     assert "no null images were asked for" in none.metrics["weight-rank"].nulls.reasons["untrained"]

@@ -26,9 +26,9 @@ class LargestToken(DepthMetric):
     name = "largest-token"
     summary = "the largest absolute entry of the patch tokens"
     collapsed = None
-    names = ("largest",)
+    quantities = ("largest",)
+    quantity = "largest"
     defaults = {"prefix": False}
-    wanted = "largest"
 
     @property
     def definition(self):

@@ -20,7 +20,7 @@ TOKENS = np.random.default_rng(2).normal(size=(IMAGES, L + 1, N, D)) + 0.3
 def accumulated(name, first, last, into=None):
     """The accumulators of a metric after the images first … last, in batches of two."""
     metric = make(name, trace_of(MAPS[:1], TOKENS[:1]).plan)
-    found = [build() for _, build in metric.needs().values()] if into is None else into
+    found = [build() for _, build in metric.accumulators()] if into is None else into
     for start in range(first, last, 2):
         trace = trace_of(MAPS[start : start + 2], TOKENS[start : start + 2])
         for accumulator in found:

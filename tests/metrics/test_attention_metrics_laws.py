@@ -88,7 +88,7 @@ def test_what_is_kept_does_not_grow_with_the_images(name):
     held = []
     for count in (2, 20):
         trace = on_grid(random_maps((count, 2, 2, 5, 5)), (2, 2))
-        folds = [build() for _, build in make(name, trace.plan).needs().values()]
+        folds = [build() for _, build in make(name, trace.plan).accumulators()]
         for fold in folds:
             for _ in range(2):
                 fold.start_batch(trace, [f"image {i}" for i in range(count)])

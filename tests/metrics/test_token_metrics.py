@@ -302,7 +302,7 @@ def test_equal_tokens_read_at_the_sick_end(name):
 def test_the_state_does_not_grow_with_the_images(name):
     def held(images):
         metric = make(name, trace_with(tokens_of(images=1)).plan)
-        folds = [build() for _, build in metric.needs().values()]
+        folds = [build() for _, build in metric.accumulators()]
         for fold in folds:
             fold.end_batch(trace_with(tokens_of(images=images)))
         return sum(v.numel() for fold in folds for v in fold.states.values()), [

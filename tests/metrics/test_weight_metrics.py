@@ -41,7 +41,7 @@ def blocks(count=3, seed=0):
 def read(name, *held):
     metric = make(name, plan_for(len(held), 4, 9))
     metric.matrices = matrices_of(*held)
-    return metric.read({}, {})
+    return metric.compute()
 
 
 def one(name, matrix):
@@ -279,7 +279,7 @@ def test_without_a_single_matrix_the_metric_does_not_apply(name):
     reading = read(name, {}, {})
     assert reading.values is None
     assert "not made here" in reading.not_applicable
-    assert "need" in make(name, plan_for(2, 4, 9)).read({}, {}).not_applicable
+    assert "need" in make(name, plan_for(2, 4, 9)).compute().not_applicable
 
 
 @pytest.mark.parametrize("name", EVERY)

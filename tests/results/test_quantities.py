@@ -22,9 +22,9 @@ def around(values, reach):
     return np.stack([values - reach, values + reach], axis=-1)
 
 
-def reading(values, reach, nulls, spread=None, dims=("depth",)):
+def reading(values, reach, nulls, ci95=None, dims=("depth",)):
     values = np.asarray(values, dtype=np.float64)
-    held = Nulls({name: np.asarray(v, dtype=np.float64) for name, v in nulls.items()}, {}, spread=spread or {})
+    held = Nulls({name: np.asarray(v, dtype=np.float64) for name, v in nulls.items()}, {}, ci95=ci95 or {})
     return MetricResult(dims, "", values, stderr=values * 0, ci95=around(values, reach), nulls=held)
 
 
@@ -34,19 +34,19 @@ def square(value):
 
 def rows(row=0.9, head=0.4, row_reach=0.05, head_reach=None):
     """Query-independent maps whose rows agree at `row`, those of different heads at `head`."""
-    spread = {} if head_reach is None else {"other_head_ci95": around(square(head), head_reach).tolist()}
+    ci95 = {} if head_reach is None else {"other_head": around(square(head), head_reach)}
     pair = ("block", "block")
     return findings(
         {
             COLUMN: reading(square(0.99), 0, {"other_token": square(0.99)}, dims=pair),
-            ROW: reading(square(row), row_reach, {"other_head": square(head)}, spread, pair),
+            ROW: reading(square(row), row_reach, {"other_head": square(head)}, ci95, pair),
         }
     )
 
 
 def last(value, reach, fresh, fresh_reach=None, metric="patch-diversity"):
-    spread = {} if fresh_reach is None else {"untrained_ci95": around([7.0, fresh], fresh_reach)}
-    return findings({metric: reading([7.0, value], reach, {"untrained": [7.0, fresh]}, spread)})
+    ci95 = {} if fresh_reach is None else {"untrained": around([7.0, fresh], fresh_reach)}
+    return findings({metric: reading([7.0, value], reach, {"untrained": [7.0, fresh]}, ci95)})
 
 
 def test_the_wrong_head_null_has_its_interval():
@@ -60,8 +60,8 @@ def test_the_wrong_head_null_has_its_interval():
 
 def test_the_wrong_token_null_has_its_interval_without_the_single_images():
     pair = ("block", "block")
-    spread = {"other_token_ci95": around(square(0.985), 0.01)}
-    given = findings({COLUMN: reading(square(0.99), 0, {"other_token": square(0.985)}, spread, pair)})
+    ci95 = {"other_token": around(square(0.985), 0.01)}
+    given = findings({COLUMN: reading(square(0.99), 0, {"other_token": square(0.985)}, ci95, pair)})
     assert READERS["query-independent"](given, COLUMN).ci95[:, 0] == pytest.approx([0.975] * 2)
     assert outcome(BY_NAME["query-independent"], given).answer == "undecided"
 

@@ -260,7 +260,7 @@ def test_findings_keep_it_and_older_folders_load(found, tmp_path):
     (folder / "findings.json").write_text(json.dumps(content))
     old = cp.Findings.load(folder)
     assert old.sureness == {}
-    assert old.metrics["attention-similarity"].nulls.spread == {}
+    assert old.metrics["attention-similarity"].nulls.ci95 == {}
 
 
 def every_name(*levels):
@@ -299,7 +299,7 @@ def test_every_null_has_an_interval_or_a_reason(everything, name):
         return
     nulls = reading.nulls
     for null, values in nulls.values.items():
-        bounds = nulls.kappa_ci95 if null == "kappa" else nulls.spread.get(f"{null}_ci95")
+        bounds = nulls.kappa_ci95 if null == "kappa" else nulls.ci95.get(null)
         if values is None:
             assert nulls.reasons[null]
         elif bounds is None:
@@ -330,17 +330,17 @@ def test_the_interval_of_a_null_is_that_of_its_images(null):
     reach = stats.t.ppf(0.975, 5) * stats.sem(values, axis=0)
     assert nulls.values[null] == pytest.approx(values.mean(0), abs=1e-6)
     expected = np.stack([values.mean(0) - reach, values.mean(0) + reach], -1)
-    assert nulls.spread[f"{null}_ci95"] == pytest.approx(expected, abs=1e-6)
+    assert nulls.ci95[null] == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_twins_own_interval_is_kept_with_its_values(everything):
     settings = {"limit": 40, "metrics": ("patch-diversity",), "gallery_images": 0, **TINY}
     nulls = cp.analyze(NAME, "bundled:digits", null_images=32, **settings).metrics["patch-diversity"].nulls
-    assert np.mean(nulls.spread["untrained_ci95"], axis=-1) == pytest.approx(nulls.values["untrained"])
-    assert (np.diff(nulls.spread["untrained_ci95"], axis=-1) > 0).all()
+    assert np.mean(nulls.ci95["untrained"], axis=-1) == pytest.approx(nulls.values["untrained"])
+    assert (np.diff(nulls.ci95["untrained"], axis=-1) > 0).all()
     alone = cp.analyze(NAME, "bundled:digits", null_images=0, **settings).metrics["patch-diversity"].nulls
-    assert "untrained_ci95" not in alone.spread
-    assert "untrained_ci95" not in everything.metrics["weight-rank"].nulls.spread
+    assert "untrained" not in alone.ci95
+    assert "untrained" not in everything.metrics["weight-rank"].nulls.ci95
 
 
 def test_several_twins_give_their_mean_and_their_spread():
@@ -354,12 +354,12 @@ def test_several_twins_give_their_mean_and_their_spread():
     three = cp.analyze(NAME, "bundled:digits", null_seeds=3, **settings)
     alone = cp.analyze(NAME, "bundled:digits", **settings)
     for name in settings["metrics"]:
-        spread = three.metrics[name].nulls.spread["untrained_seeds"]
+        spread = three.metrics[name].nulls.untrained_seeds
         assert spread["seeds"] == [1, 2, 3]
         mean = three.metrics[name].nulls.values["untrained"]
         assert (spread["low"] <= mean + 1e-12).all()
         assert (mean <= spread["high"] + 1e-12).all()
-        assert "untrained_seeds" not in alone.metrics[name].nulls.spread
+        assert alone.metrics[name].nulls.untrained_seeds is None
         one = alone.metrics[name].nulls.values["untrained"]
         assert (spread["low"] <= one + 1e-12).all()
         assert (one <= spread["high"] + 1e-12).all()
@@ -372,10 +372,10 @@ def test_the_spread_over_twins_is_that_of_their_values():
     twins = {seed: MetricResult(("block",), "", values=np.array([seed, 2.0 * seed])) for seed in (1, 2, 6)}
     nulls = with_twins(reading, twins, 5).nulls
     assert nulls.values["untrained"].tolist() == [3.0, 6.0]
-    assert "untrained_ci95" not in nulls.spread
+    assert "untrained" not in nulls.ci95
     sure = {s: replace(t, ci95=np.stack([t.values - s, t.values + s], -1)) for s, t in twins.items()}
-    assert with_twins(reading, sure, 5).nulls.spread["untrained_ci95"].tolist() == [[0.0, 6.0], [3.0, 9.0]]
-    assert nulls.spread["untrained_seeds"]["sd"] == pytest.approx(np.std([[1, 2], [2, 4], [6, 12]], axis=0, ddof=1))
+    assert with_twins(reading, sure, 5).nulls.ci95["untrained"].tolist() == [[0.0, 6.0], [3.0, 9.0]]
+    assert nulls.untrained_seeds["sd"] == pytest.approx(np.std([[1, 2], [2, 4], [6, 12]], axis=0, ddof=1))
     assert nulls.images["untrained"] == 5
 
 

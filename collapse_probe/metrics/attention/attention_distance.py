@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,15 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import MapTile, Trace
-from collapse_probe.errors import SettingError
-from collapse_probe.metrics.map_metric import MapMetric, RowMeans, by_head, over_patches, patch_distances, patch_size
-from collapse_probe.metrics.metric import DOTS, Need, Variant, no_token_maps
-from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.metrics.map_metric import (
+    HeadMetric,
+    RowMeans,
+    over_patches,
+    patch_distances,
+    patch_size,
+)
+from collapse_probe.metrics.metric import DOTS, Need, Variant
 from collapse_probe.registry import METRICS
-from collapse_probe.results.findings import MetricResult
-from collapse_probe.statistics.intervals import Array
 
 PREFIX = {
     "renormalise": "the patches' part of each row divided by its sum",
@@ -49,8 +49,9 @@ def uniform_distance(distances: Tensor, tokens: int, renormalise: bool = True) -
     return float(distances.mean()) * (1.0 if renormalise else len(distances) / max(tokens, 1))
 
 
-def distances_of_rows(plan: Plan, prefix: str, trace: Trace, tile: MapTile) -> Tensor:
+def distances_of_rows(prefix: str, trace: Trace, tile: MapTile) -> Tensor:
     """Attended distance of the queries of a tile, [b, h, L, R]; NaN for prefix tokens and for tokens that are no grid."""
+    plan = trace.plan
     patches = over_patches(plan, plan.layers[plan.map_layers[tile.positions[0]]])
     size = patch_size(plan)
     found = torch.full(tile.probs.shape[:-1], torch.nan, device=tile.probs.device)
@@ -78,12 +79,11 @@ def patches_anew(trace: Trace, tile: MapTile, patches: list[int]) -> Tensor:
     return torch.stack(found, dim=2)
 
 
-class AttentionDistance(MapMetric):
+class AttentionDistance(HeadMetric):
     """Mean distance in pixels between a patch and the patches that it attends to (ViT Fig. 7)."""
 
     name = "attention-distance"
     summary = "how far each head looks: mean attended distance, in pixels of the input"
-    dims = ("block", "head")
     title = "How far each head looks"
     seen = (
         f"Mean distance between a patch and the patches that it attends to, in pixels of the model's input. {DOTS} Dotted: "
@@ -97,20 +97,16 @@ class AttentionDistance(MapMetric):
     unit = "pixels"
     reference = ("uniform", "uniform attention")
     defaults = {"prefix": "renormalise", "point": "probs"}
+    choices = {"prefix": PREFIX}
     variants = {
         "drop": Variant({"prefix": "drop"}, "attention to prefix tokens counts as 0 pixels"),
         "resoftmax": Variant({"prefix": "resoftmax"}, "softmax taken anew over the patches"),
     }
 
-    def __init__(self, plan: Plan, **settings: Any) -> None:
-        super().__init__(plan, **settings)
-        if self.settings["prefix"] not in PREFIX:
-            raise SettingError(f"prefix must be one of {', '.join(PREFIX)}, not {self.settings['prefix']!r}")
-
     def inapplicable(self) -> str:
         """Distances need maps over tokens, patches on a grid, and the input's size in pixels."""
-        if no_token_maps(self.plan):
-            return no_token_maps(self.plan)
+        if missing := super().inapplicable():
+            return missing
         if self.plan.grid is None:
             return "the patches form no rectangle, so that nobody can say how far apart they are"
         if self.plan.image_size is None:
@@ -120,7 +116,6 @@ class AttentionDistance(MapMetric):
 
     @property
     def definition(self) -> str:
-        """The definition in words."""
         return (
             "Mean over images and patch queries i of Σ_j p_ij d_ij, d_ij the distance between the centres of patches i and j "
             "in pixels of the model's input (the input's sides over the grid's), on the softmax (probs). Prefix tokens are "
@@ -128,35 +123,24 @@ class AttentionDistance(MapMetric):
             "renormalise. details.uniform is the value of uniform attention. (Dosovitskiy et al., arXiv 2010.11929, Fig. 7.)"
         )
 
-    def needs(self) -> dict[str, Need]:
-        """Distances by block and head."""
+    def accumulators(self) -> list[Need]:
         prefix = self.settings["prefix"]
-        values = partial(distances_of_rows, self.plan, prefix)
-        return {"distance": (("attention-distance", prefix), lambda: RowMeans(self.plan, values))}
+        values = partial(distances_of_rows, prefix)
+        return [(("attention-distance", prefix), lambda: RowMeans(self.plan, values))]
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
-        """Distances in pixels, with what uniform attention would give."""
-        size = patch_size(self.plan)
+    def details(self, accumulator: RowMeans) -> dict[str, Any]:
+        """The grid and its patches in pixels, and the distance that uniform attention would give in each block."""
+        size, grid = patch_size(self.plan), self.plan.grid
         assert size is not None
-        assert self.plan.grid is not None
-        details: dict[str, Any] = {"unit": "pixels", "grid": list(self.plan.grid), "patch_size": list(size)}
-        details |= {"uniform": self._uniform(patch_distances(self.plan.grid, size))}
-        return self.reading(**by_head(folds["distance"]), point="probs", details=details, nulls=untrained_only())
-
-    def _uniform(self, distances: Tensor) -> Array:
-        layers = [self.plan.layers[i] for i in self.plan.map_layers]
-        renormalise = self.settings["prefix"] != "drop"
-        found = [
-            float("nan")
+        assert grid is not None
+        distances, renormalise = patch_distances(grid, size), self.settings["prefix"] != "drop"
+        uniform = [
+            np.nan
             if layer.reason or over_patches(self.plan, layer) is None
             else uniform_distance(distances, layer.keys, renormalise)
-            for layer in layers
+            for layer in self.layers
         ]
-        return np.array(found)
-
-    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
-        """Mean over heads, [images, blocks]."""
-        return records["distance"]["value"]
+        return {"grid": list(grid), "patch_size": list(size), "uniform": np.array(uniform)}
 
 
 METRICS.add(AttentionDistance.name, AttentionDistance)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,16 +10,14 @@ from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace
-from collapse_probe.errors import SettingError
 from collapse_probe.metrics.functional.geometry import unit
 from collapse_probe.metrics.functional.rollout import FUSIONS, fused, rollouts
 from collapse_probe.metrics.map_metric import WITHOUT_PREFIX, MapMetric
-from collapse_probe.metrics.metric import MATRICES, Need, Variant, mean_over_images, no_token_maps
+from collapse_probe.metrics.metric import MATRICES, Need, Record, Variant
 from collapse_probe.metrics.nulls import between_blocks
 from collapse_probe.metrics.pairwise_cosine import PairwiseCosine, Part, VectorGroup
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
-from collapse_probe.statistics.intervals import Array
 
 
 def rollouts_of(trace: Trace, image: int, fusion: str) -> Tensor:
@@ -29,22 +26,21 @@ def rollouts_of(trace: Trace, image: int, fusion: str) -> Tensor:
     return rollouts(maps if maps.device.type == "mps" else maps.double())
 
 
-class RolloutAgreement(PairwiseCosine):
-    """Agreement of the rows or columns of the rollouts after two blocks; image by image, with whole maps."""
+class RolloutCosine(PairwiseCosine):
+    """Cosines of the rows or columns of the rollouts after two blocks; image by image, with whole maps."""
 
     def __init__(self, plan: Plan, axis: str, fusion: str, without: tuple[int, ...]) -> None:
         tokens = plan.layers[plan.map_layers[0]].keys
         self.axis, self.fusion = axis, fusion
-        self.kept = [t for t in range(tokens) if t not in without]
+        self.tokens = [t for t in range(tokens) if t not in without]
         blocks = len(plan.map_layers)
-        super().__init__(blocks, [VectorGroup(1, len(self.kept), self.kept, list(range(blocks)))], axis)
+        super().__init__(blocks, [VectorGroup(1, len(self.tokens), self.tokens, list(range(blocks)))], axis)
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
-        """Take the whole batch, one image at a time."""
         for image in range(trace.images):
-            found = rollouts_of(trace, image, self.fusion)[:, self.kept][:, :, self.kept]
+            maps = rollouts_of(trace, image, self.fusion)[:, self.tokens][:, :, self.tokens]
             part = Part(slice(image, image + 1), self.groups[0].positions, slice(0, 1), last_heads=True, last_tokens=True)
-            self.absorb(part, self.kept, unit(found[None, None], dim=-1 if self.axis == "row" else -2))
+            self.absorb(part, self.tokens, unit(maps[None, None], dim=-1 if self.axis == "row" else -2))
         return super().end_batch(trace)
 
 
@@ -66,6 +62,8 @@ class AttentionRollout(MapMetric):
     panel = "mean over heads, by rows"
     unit = "cosine"
     defaults = {"axis": "row", "heads": "mean", "prefix": True, "point": "probs"}
+    choices = {"heads": FUSIONS}
+    quantity = "real"
     variants = {
         "column": Variant({"axis": "column"}, "by columns"),
         "max": Variant({"heads": "max"}, "largest over heads"),
@@ -73,19 +71,13 @@ class AttentionRollout(MapMetric):
         "patches": WITHOUT_PREFIX,
     }
 
-    def __init__(self, plan: Plan, **settings: Any) -> None:
-        super().__init__(plan, **settings)
-        if self.settings["heads"] not in FUSIONS:
-            raise SettingError(f"heads must be one of {', '.join(FUSIONS)}, not {self.settings['heads']!r}")
-
     def inapplicable(self) -> str:
         """A rollout multiplies the maps of all blocks, which must be square and between the same tokens."""
-        if no_token_maps(self.plan):
-            return no_token_maps(self.plan)
-        layers = [self.plan.layers[i] for i in self.plan.map_layers]
-        if any(layer.reason for layer in layers):
-            return "a rollout needs the maps of all blocks: " + next(layer.reason for layer in layers if layer.reason)
-        sizes = {(layer.queries, layer.keys) for layer in layers}
+        if missing := super().inapplicable():
+            return missing
+        if reasons := [layer.reason for layer in self.layers if layer.reason]:
+            return "a rollout needs the maps of all blocks: " + reasons[0]
+        sizes = {(layer.queries, layer.keys) for layer in self.layers}
         if len(sizes) > 1 or any(queries != keys for queries, keys in sizes):
             shown = ", ".join(f"{queries} × {keys}" for queries, keys in sorted(sizes))
             return f"a rollout multiplies the maps of all blocks, which must be between the same tokens, not {shown}"
@@ -93,7 +85,6 @@ class AttentionRollout(MapMetric):
 
     @property
     def definition(self) -> str:
-        """The definition in words."""
         tokens = "all tokens" if self.settings["prefix"] else "patch tokens (prefix tokens dropped from the finished rollouts)"
         which = "what token t holds of each input token" if self.settings["axis"] == "row" else "where input token t has gone"
         return (
@@ -105,22 +96,12 @@ class AttentionRollout(MapMetric):
             "(48 L N² bytes)."
         )
 
-    def needs(self) -> dict[str, Need]:
-        """The agreement of all blocks' rollouts."""
+    def accumulators(self) -> list[Need]:
         key = (self.settings["axis"], self.settings["heads"], () if self.settings["prefix"] else self.plan.prefix)
-        return {"agreement": (("rollout", *key), lambda: RolloutAgreement(self.plan, *key))}
+        return [(("rollout", *key), lambda: RolloutCosine(self.plan, *key))]
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
-        """The matrix with its intervals and nulls."""
-        fold = folds["agreement"]
-        nulls = between_blocks(fold, heads=False)
-        nulls = replace(nulls, reasons={**nulls.reasons, "other_head": "a rollout has fused its heads"})
-        details = {"tokens_for_other_image": [len(sample) for sample in fold.samples]}
-        return self.reading(**mean_over_images(fold, "real"), point="probs", nulls=nulls, details=details)
-
-    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
-        """The similarity of each block's rollout with that of the block before, [images, blocks − 1]."""
-        return records["agreement"]["real"]
+    def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
+        return self.result(**between_blocks(accumulators[0], no_heads="a rollout has fused its heads"))
 
 
 METRICS.add(AttentionRollout.name, AttentionRollout)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from collapse_probe.metrics.map_metric import BY_ROWS, CENTRED, OF_PROBS, WITHOUT_PREFIX, MapMetric
-from collapse_probe.metrics.metric import Need, mean_over_images, no_token_maps
+from collapse_probe.metrics.metric import Need, Record
 from collapse_probe.metrics.nulls import between_blocks
 from collapse_probe.metrics.pairwise_cosine import MapPairwiseCosine
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
-from collapse_probe.statistics.intervals import Array
 
 
 class AttentionSimilarity(MapMetric):
@@ -30,15 +29,11 @@ class AttentionSimilarity(MapMetric):
     panel = "raw cosine"
     unit = "cosine"
     defaults = {"axis": "column", "centred": False, "prefix": True, "point": "weights"}
+    quantity = "real"
     variants = {"row": BY_ROWS, "centred": CENTRED, "probs": OF_PROBS, "patches": WITHOUT_PREFIX}
-
-    def inapplicable(self) -> str:
-        """Windowed, pooled and channel attention has no map over the image's tokens."""
-        return no_token_maps(self.plan)
 
     @property
     def definition(self) -> str:
-        """The definition in words."""
         which = "columns A[h, :, t] (what key t gives to every query; DeepViT Eq. 2)"
         if self.settings["axis"] == "row":
             which = "rows A[h, t, :] (what query t attends to)"
@@ -49,23 +44,13 @@ class AttentionSimilarity(MapMetric):
             f"{self.settings['point']}: per image, head and token first, then averaged. Heads are matched by index."
         )
 
-    def needs(self) -> dict[str, Need]:
-        """The agreement of all blocks' vectors."""
+    def accumulators(self) -> list[Need]:
         without = () if self.settings["prefix"] else self.plan.prefix
         key = (self.settings["point"], self.settings["axis"], self.settings["centred"], without)
-        return {"agreement": (("maps", *key), lambda: MapPairwiseCosine(self.plan, *key))}
+        return [(("maps", *key), lambda: MapPairwiseCosine(self.plan, *key))]
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
-        """The matrix with its intervals and nulls."""
-        fold = folds["agreement"]
-        facts = mean_over_images(fold, "real")
-        details = {"tokens_for_other_image": [len(sample) for sample in fold.samples]}
-        nulls = between_blocks(fold, heads=True)
-        return self.reading(**facts, point=self.settings["point"], nulls=nulls, details=details)
-
-    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
-        """The similarity of each block with the block before, [images, blocks − 1]."""
-        return records["agreement"]["real"]
+    def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
+        return self.result(**between_blocks(accumulators[0]))
 
 
 METRICS.add(AttentionSimilarity.name, AttentionSimilarity)

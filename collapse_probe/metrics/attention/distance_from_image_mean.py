@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from torch import Tensor
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.metrics.accumulators import GROUPS, Accumulator, group_of
-from collapse_probe.metrics.map_metric import MapMetric, block_by_head
-from collapse_probe.metrics.metric import DOTS, Need
+from collapse_probe.metrics.map_metric import MapMetric
+from collapse_probe.metrics.metric import DOTS, Need, Record
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.metrics.pairwise_cosine import SAMPLED_TOKENS, STATE_BUDGET, seeded_sample
 from collapse_probe.registry import METRICS
@@ -42,61 +42,59 @@ class ImageMean(Accumulator):
 
     def __init__(self, plan: Plan, point: str) -> None:
         super().__init__()
-        self.point, self.groups, self.shape = point, plan.groups(), block_by_head(plan)
+        self.point, self.groups = point, plan.groups()
+        self.shape = len(plan.map_layers), max((heads for heads, _, _ in self.groups), default=1)
         self.add_state("squares", *self.shape)
         self.add_state("images", 1)
         self.add_state("group_squares", GROUPS, *self.shape)
         self.add_state("group_images", GROUPS)
-        self.samples, self.few = [], []
+        self.samples, self.jackknifed = [], []  # queries by group of layers
         for g, ((heads, queries, keys), positions) in enumerate(self.groups.items()):
             row = heads * len(positions) * keys * 8
             self.samples.append(
                 seeded_sample(list(range(queries)), queries if row * queries <= STATE_BUDGET else SAMPLED_TOKENS)
             )
             most = min(JACKKNIFE_TOKENS, max(1, STATE_BUDGET // (row * GROUPS)))
-            self.few.append(seeded_sample(list(range(queries)), most, seed=1))
+            self.jackknifed.append(seeded_sample(list(range(queries)), most, seed=1))
             self.add_state(f"sum_{g}", heads, len(positions), len(self.samples[g]), keys)
-            self.add_state(f"group_sum_{g}", GROUPS, heads, len(positions), len(self.few[g]), keys)
+            self.add_state(f"group_sum_{g}", GROUPS, heads, len(positions), len(self.jackknifed[g]), keys)
 
     def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
-        """Count the images of a batch and remember their groups."""
         self._group = [group_of(name) for name in names]
         self.add("images", torch.tensor([float(trace.images)]))
         self.add("group_images", torch.bincount(torch.tensor(self._group), minlength=GROUPS))
 
     def add_tile(self, tile: MapTile) -> None:
-        """Add the sampled rows of a tile, one image after the other."""
         if not tile.whole_rows:
             return
         g = list(self.groups.values()).index(tile.positions)
         for place, maps_hLRC in enumerate(tile.maps(self.point)):
             group = self._group[tile.images.start + place]
             _add(tile, maps_hLRC, self.samples[g], self.state(f"sum_{g}"), self.state("squares"))
-            _add(tile, maps_hLRC, self.few[g], self.state(f"group_sum_{g}")[group], self.state("group_squares")[group])
+            _add(tile, maps_hLRC, self.jackknifed[g], self.state(f"group_sum_{g}")[group], self.state("group_squares")[group])
 
     def distance(self) -> Array:
         """[blocks, heads], over all images."""
         sums = [self.state(f"sum_{g}") for g in range(len(self.groups))]
-        found: Array = self._spread(sums, self.state("squares"), self.state("images")).cpu().numpy()
-        return found
+        return np.asarray(self._spread(sums, self.state("squares"), self.state("images")).cpu().numpy())
 
     def left_out(self) -> Array:
         """[GROUPS, blocks, heads]: on the few rows, without one group of images each; NaN for groups without images."""
         own, counts = self.state("group_squares"), self.state("group_images")
-        found = torch.full(own.shape, torch.nan, dtype=torch.float64)
+        distances = torch.full(own.shape, torch.nan, dtype=torch.float64)
         sums = [self.state(f"group_sum_{g}") for g in range(len(self.groups))]
         for group in range(GROUPS):
             if counts[group] > 0:
                 rest = [total.sum(0) - total[group] for total in sums]
-                found[group] = self._spread(rest, own.sum(0) - own[group], counts.sum() - counts[group]).cpu()
-        return found.numpy()
+                distances[group] = self._spread(rest, own.sum(0) - own[group], counts.sum() - counts[group]).cpu()
+        return distances.numpy()
 
     def _spread(self, sums: Sequence[Tensor], squares: Tensor, images: Tensor) -> Tensor:
-        found = torch.full(self.shape, torch.nan, dtype=torch.float64, device=squares.device)
+        distances = torch.full(self.shape, torch.nan, dtype=torch.float64, device=squares.device)
         for ((heads, _, _), positions), total in zip(self.groups.items(), sums, strict=True):
             square_of_sum = total.square().sum((-1, -2)).transpose(0, 1)
-            found[positions, :heads] = spread_about_mean(squares[positions, :heads], square_of_sum, images)
-        return found
+            distances[positions, :heads] = spread_about_mean(squares[positions, :heads], square_of_sum, images)
+        return distances
 
 
 def _add(tile: MapTile, maps_hLRC: Tensor, sample: list[int], total: Tensor, squares: Tensor) -> None:
@@ -129,7 +127,6 @@ class DistanceFromImageMean(MapMetric):
 
     @property
     def definition(self) -> str:
-        """The definition in words."""
         return (
             "√(Σ_b ‖A_b − Ā‖²/(B − 1)) over √(Σ_b ‖A_b‖²/B) for the B images' maps A_b of one head, Ā their mean, Frobenius "
             "norms over all queries and keys (or over details.queries seeded queries where the sums would be too large), at "
@@ -138,27 +135,25 @@ class DistanceFromImageMean(MapMetric):
             f"on {JACKKNIFE_TOKENS} seeded queries or fewer."
         )
 
-    def needs(self) -> dict[str, Need]:
-        """Sums over images."""
+    def accumulators(self) -> list[Need]:
         point = self.settings["point"]
-        return {"mean": (("image-mean", point), lambda: ImageMean(self.plan, point))}
+        return [(("image-mean", point), lambda: ImageMean(self.plan, point))]
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
+    def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
         """Distances by block and head, and their mean over heads."""
-        fold = folds["mean"]
-        if fold.state("images").item() < 2:
-            return self.refused("needs two different images")
-        values, left_out = fold.distance(), fold.left_out()
+        (sums,) = accumulators
+        if sums.state("images").item() < 2:
+            return self.not_applicable("needs two different images")
+        values, left_out = sums.distance(), sums.left_out()
         stderr, groups = jackknife(left_out)
         over_heads = _over_heads(values)
         error, _ = jackknife(_over_heads(left_out))
-        return self.reading(
+        return self.result(
             values,
             stderr=stderr,
             ci95=interval(values, stderr, groups),
             head_mean=(over_heads, error, interval(over_heads, error, groups)),
-            point=self.settings["point"],
-            details={"queries": [len(sample) for sample in fold.samples]},
+            details={"queries": [len(sample) for sample in sums.samples]},
             nulls=untrained_only(),
         )
 

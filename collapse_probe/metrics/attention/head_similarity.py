@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from collapse_probe.metrics.map_metric import BY_ROWS, CENTRED, OF_PROBS, MapMetric
-from collapse_probe.metrics.metric import CURVE, Need
-from collapse_probe.metrics.nulls import finished
+from collapse_probe.metrics.metric import CURVE, Need, Record
+from collapse_probe.metrics.nulls import with_reasons
 from collapse_probe.metrics.pairwise_cosine import MapPairwiseCosine
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
@@ -30,49 +30,42 @@ class HeadSimilarity(MapMetric):
     unit = "cosine"
     top = 1.0
     defaults = {"axis": "column", "centred": False, "point": "weights"}
+    quantity = "within"
     variants = {"row": BY_ROWS, "centred": CENTRED, "probs": OF_PROBS}
 
     def inapplicable(self) -> str:
         """One head has no other to be like; windows and channels have no map over tokens."""
-        missing = super().inapplicable()
-        if missing:
+        if missing := super().inapplicable():
             return missing
         return "" if any(heads > 1 for heads, _, _ in self.plan.groups()) else "every block has one head"
 
     @property
     def definition(self) -> str:
-        """The definition in words."""
         return (
             f"Mean over images, tokens t and pairs of different heads of the cosine between the {self.settings['axis']}s t of "
             f"their maps in the same block, at {self.settings['point']}. Its other_token null compares different heads and "
             "different tokens; other_image different heads of different images."
         )
 
-    def needs(self) -> dict[str, Need]:
-        """The same agreement as attention-similarity."""
+    def accumulators(self) -> list[Need]:
         key = (self.settings["point"], self.settings["axis"], self.settings["centred"], ())
-        return {"agreement": (("maps", *key), lambda: MapPairwiseCosine(self.plan, *key))}
+        return [(("maps", *key), lambda: MapPairwiseCosine(self.plan, *key))]
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
-        """The diagonal of the wrong-head agreement."""
-        fold = folds["agreement"]
-        mean, stderr, n = (np.diagonal(a).copy() for a in fold.mean("other_head"))
-        token, token_error, _ = (np.diagonal(a).copy() for a in fold.mean("other_both"))
+    def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
+        """The diagonal of the cosines with the wrong head."""
+        (cosines,) = accumulators
+        mean, stderr, n = (np.diagonal(a).copy() for a in cosines.mean("other_head"))
+        token, token_error, _ = (np.diagonal(a).copy() for a in cosines.mean("other_both"))
         values: dict[str, Array | None] = {
             "untrained": None,
             "other_token": token,
-            "other_image": np.diagonal(fold.across_images()["other_head"]).copy(),
+            "other_image": np.diagonal(cosines.across_images()["other_head"]).copy(),
             "other_head": None,
             "kappa": kappa(mean, token),
         }
         reasons = {"other_head": "the metric itself compares heads"}
-        intervals = {"other_token": interval(token, token_error, n)}
-        nulls = finished(values, reasons, int(n.max(initial=0)), None, intervals)
-        return self.reading(mean, stderr=stderr, ci95=interval(mean, stderr, n), point=self.settings["point"], nulls=nulls)
-
-    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
-        """[images, blocks]."""
-        return records["agreement"]["within"]
+        nulls = with_reasons(values, reasons, int(n.max(initial=0)), {"other_token": interval(token, token_error, n)})
+        return self.result(mean, stderr=stderr, ci95=interval(mean, stderr, n), nulls=nulls)
 
 
 METRICS.add(HeadSimilarity.name, HeadSimilarity)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from collapse_probe.metrics.accumulators import GROUPS
 from collapse_probe.metrics.map_metric import BY_ROWS, CENTRED, OF_PROBS, MapMetric
-from collapse_probe.metrics.metric import CURVE, Need
-from collapse_probe.metrics.nulls import finished
+from collapse_probe.metrics.metric import CURVE, Need, Record
+from collapse_probe.metrics.nulls import with_reasons
 from collapse_probe.metrics.pairwise_cosine import JACKKNIFE_TOKENS, ImageSpread, MapPairwiseCosine
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
@@ -35,7 +35,6 @@ class ImageSimilarity(MapMetric):
 
     @property
     def definition(self) -> str:
-        """The definition in words."""
         return (
             f"Mean over all pairs of different images, heads and tokens t of the cosine between the {self.settings['axis']}s t "
             f"of the same head of one block, at {self.settings['point']}; exact over all pairs, from sums over images. Its "
@@ -43,21 +42,21 @@ class ImageSimilarity(MapMetric):
             "seeded tokens."
         )
 
-    def needs(self) -> dict[str, Need]:
-        """The agreement, whose vectors are summed over images, and their sums by group of images."""
+    def accumulators(self) -> list[Need]:
         key = (self.settings["point"], self.settings["axis"], self.settings["centred"])
-        return {
-            "agreement": (("maps", *key, ()), lambda: MapPairwiseCosine(self.plan, *key)),
-            "spread": (("spread", *key), lambda: ImageSpread(self.plan, *key)),
-        }
+        return [
+            (("maps", *key, ()), lambda: MapPairwiseCosine(self.plan, *key)),
+            (("spread", *key), lambda: ImageSpread(self.plan, *key)),
+        ]
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
-        """The diagonal of the wrong-image agreement."""
-        across = {name: np.diagonal(a).copy() for name, a in folds["agreement"].across_images().items()}
-        mean, stderr = across["real"], folds["spread"].stderr()
-        images = int(folds["agreement"].mean("real")[2].max(initial=0))
+    def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
+        """The diagonal of the cosines with the wrong image."""
+        cosines, spread = accumulators
+        across = {name: np.diagonal(a).copy() for name, a in cosines.across_images().items()}
+        mean, stderr = across["real"], spread.stderr()
+        images = int(cosines.mean("real")[2].max(initial=0))
         if not np.isfinite(mean).any():
-            return self.refused("needs two different images")
+            return self.not_applicable("needs two different images")
         values: dict[str, Array | None] = {
             "untrained": None,
             "other_token": across["other_token"],
@@ -65,11 +64,13 @@ class ImageSimilarity(MapMetric):
             "other_head": across["other_head"],
             "kappa": kappa(mean, across["other_token"]),
         }
-        nulls = finished(values, {"other_image": "the metric itself compares images"}, images, None)
-        details = {"tokens": [len(sample) for sample in folds["agreement"].samples]}
-        bounds = interval(mean, stderr, min(images, GROUPS))
-        facts = {"stderr": stderr, "ci95": bounds, "point": self.settings["point"]}
-        return self.reading(mean, **facts, nulls=nulls, details=details)
+        nulls = with_reasons(values, {"other_image": "the metric itself compares images"}, images)
+        details = {"tokens": [len(sample) for sample in cosines.samples]}
+        ci95 = interval(mean, stderr, min(images, GROUPS))
+        return self.result(mean, stderr=stderr, ci95=ci95, nulls=nulls, details=details)
+
+    def per_image(self, records: Sequence[Record]) -> None:
+        """None: the metric compares images with one another."""
 
 
 METRICS.add(ImageSimilarity.name, ImageSimilarity)

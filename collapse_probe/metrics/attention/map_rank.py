@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,14 +9,10 @@ from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace
-from collapse_probe.errors import SettingError
 from collapse_probe.metrics.functional.spectra import effective_rank_of, singular_values, stable_rank_of
-from collapse_probe.metrics.map_metric import OF_PROBS, WITHOUT_PREFIX, HeadMeans, MapMetric, by_head
-from collapse_probe.metrics.metric import DOTS, Need, Variant, no_token_maps
-from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.metrics.map_metric import OF_PROBS, WITHOUT_PREFIX, HeadMeans, HeadMetric
+from collapse_probe.metrics.metric import DOTS, Need, Variant
 from collapse_probe.registry import METRICS
-from collapse_probe.results.findings import MetricResult
-from collapse_probe.statistics.intervals import Array
 
 MEASURES = {
     "effective": "the effective rank exp(−Σ_i p_i log p_i), p = σ/Σσ (Roy & Vetterli 2007); 1 … N",
@@ -47,18 +42,17 @@ class MapSpectra(HeadMeans):
         self.point, self.without = point, without
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
-        """Take the whole batch, map by map."""
-        found = {name: torch.full((trace.images, *self.shape), torch.nan, dtype=torch.float64) for name in MEASURES}
+        ranks = {name: torch.full((trace.images, *self.shape), torch.nan, dtype=torch.float64) for name in MEASURES}
         for positions in trace.plan.groups().values():
             for position in positions:
                 layer = trace.plan.map_layers[position]
                 for image in range(trace.images):
                     values = self._singular_values(trace, layer, image)
                     heads = len(values)
-                    found["effective"][image, position, :heads] = effective_rank_of(values)
-                    found["stable"][image, position, :heads] = stable_rank_of(values)
-                    found["residual"][image, position, :heads] = distance_to_rank_one(values)
-        return self.add_heads(**found)
+                    ranks["effective"][image, position, :heads] = effective_rank_of(values)
+                    ranks["stable"][image, position, :heads] = stable_rank_of(values)
+                    ranks["residual"][image, position, :heads] = distance_to_rank_one(values)
+        return self.add_heads(**ranks)
 
     def _singular_values(self, trace: Trace, layer: int, image: int) -> Tensor:
         """Singular values of the maps of all heads of one layer and image, [H, min(N, M)] in float64 on the CPU."""
@@ -66,22 +60,21 @@ class MapSpectra(HeadMeans):
         rows, columns = ([t for t in range(size) if t not in self.without] for size in (queries, keys))
         step = max(1, SPECTRUM_BYTES // (queries * keys * 8))
         everything = slice(None)
-        found = []
+        parts = []
         for first in range(0, heads, step):
             place = (slice(image, image + 1), slice(first, first + step), everything, everything)
             maps = trace.attention[layer].maps(*place)[self.point][0]
             if self.without:
                 maps = maps[:, rows][:, :, columns]
-            found.append(singular_values(maps).cpu())
-        return torch.cat(found)
+            parts.append(singular_values(maps).cpu())
+        return torch.cat(parts)
 
 
-class MapRank(MapMetric):
+class MapRank(HeadMetric):
     """Effective or stable rank of the attention maps, or their distance from rank one."""
 
     name = "map-rank"
     summary = "effective rank of each head's map; @stable rank, @residual: distance to rank one"
-    dims = ("block", "head")
     collapsed = "low"
     title = "How many directions an attention map has"
     seen = (
@@ -97,6 +90,8 @@ class MapRank(MapMetric):
     logarithmic = True
     reference = ("largest", "largest possible")
     defaults = {"measure": "effective", "prefix": True, "point": "weights"}
+    choices = {"measure": MEASURES}
+    quantity_from = "measure"
     variants = {
         "stable": Variant({"measure": "stable"}, "stable rank ‖A‖²/σ₁²"),
         "residual": Variant({"measure": "residual"}, "distance to rank one", unit="relative distance"),
@@ -104,18 +99,8 @@ class MapRank(MapMetric):
         "patches": WITHOUT_PREFIX,
     }
 
-    def __init__(self, plan: Plan, **settings: Any) -> None:
-        super().__init__(plan, **settings)
-        if self.settings["measure"] not in MEASURES:
-            raise SettingError(f"measure must be one of {', '.join(MEASURES)}, not {self.settings['measure']!r}")
-
-    def inapplicable(self) -> str:
-        """Windowed, pooled and channel attention has no map over the image's tokens."""
-        return no_token_maps(self.plan)
-
     @property
     def definition(self) -> str:
-        """The definition in words."""
         tokens = "" if self.settings["prefix"] else ", prefix queries and keys dropped"
         return (
             f"Mean over images of {MEASURES[self.settings['measure']]}, of the whole map of one head A (N × N{tokens}) with "
@@ -124,21 +109,13 @@ class MapRank(MapMetric):
             f"maps are taken {SPECTRUM_BYTES // 2**20} MiB at a time. Zero maps have no rank."
         )
 
-    def needs(self) -> dict[str, Need]:
-        """The spectra, shared by all measures."""
+    def accumulators(self) -> list[Need]:
         key = (self.settings["point"], () if self.settings["prefix"] else self.plan.prefix)
-        return {"spectra": (("map-rank", *key), lambda: MapSpectra(self.plan, *key))}
+        return [(("map-rank", *key), lambda: MapSpectra(self.plan, *key))]
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
-        """Ranks or distances with intervals, and the largest rank that there could be."""
-        layers = [self.plan.layers[i] for i in self.plan.map_layers]
-        details = {"largest": [None if a.reason else min(a.queries, a.keys) for a in layers]}
-        facts = by_head(folds["spectra"], self.settings["measure"])
-        return self.reading(**facts, point=self.settings["point"], details=details, nulls=untrained_only())
-
-    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
-        """Mean over heads, [images, blocks]."""
-        return records["spectra"][self.settings["measure"]]
+    def details(self, accumulator: MapSpectra) -> dict[str, Any]:
+        """The largest rank that the map of each block could have."""
+        return {"largest": [None if layer.reason else min(layer.queries, layer.keys) for layer in self.layers]}
 
 
 METRICS.add(MapRank.name, MapRank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,13 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collapse_probe.metrics.map_metric import BY_ROWS, CENTRED, OF_PROBS, MapMetric
-from collapse_probe.metrics.metric import Need, no_token_maps
+from collapse_probe.metrics.metric import Need, Record
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.metrics.pairwise_cosine import MapPairwiseCosine
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.results.rules import COUNT_THRESHOLDS, KAPPA_ABOVE
-from collapse_probe.statistics.intervals import Array, bootstrap, count_bounds, kappa, kappa_parts, mean_parts, parts_stderr
+from collapse_probe.statistics.intervals import (
+    Array,
+    Parts,
+    bootstrap,
+    count_bounds,
+    kappa,
+    kappa_parts,
+    mean_parts,
+    parts_stderr,
+)
 
 
 def count_above(adjacent: Array, threshold: float) -> Array:
@@ -55,13 +64,8 @@ class SimilarBlocks(MapMetric):
     defaults = {"axis": "column", "centred": False, "point": "weights", "thresholds": list(COUNT_THRESHOLDS)}
     variants = {"row": BY_ROWS, "centred": CENTRED, "probs": OF_PROBS}
 
-    def inapplicable(self) -> str:
-        """Without maps over tokens there is nothing to count."""
-        return no_token_maps(self.plan)
-
     @property
     def definition(self) -> str:
-        """The definition in words."""
         return (
             "Number of blocks whose attention-similarity with the block before, averaged over images, heads and tokens, is "
             f"above the threshold ({self.settings['axis']}s, at {self.settings['point']}). DeepViT does not define its count; "
@@ -70,42 +74,37 @@ class SimilarBlocks(MapMetric):
             "surely below it, by one-sided t bounds at 5 % over the number of pairs (Bonferroni), which cover at least 95 %."
         )
 
-    def needs(self) -> dict[str, Need]:
-        """The same agreement as attention-similarity."""
+    def accumulators(self) -> list[Need]:
         key = (self.settings["point"], self.settings["axis"], self.settings["centred"], ())
-        return {"agreement": (("maps", *key), lambda: MapPairwiseCosine(self.plan, *key))}
+        return [(("maps", *key), lambda: MapPairwiseCosine(self.plan, *key))]
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
+    def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
         """Counts with their intervals; the corrected count and its interval stand in the details."""
-        real, null = (records["agreement"][name].T for name in ("real", "other_token"))
-        counts = [count_above(real, t) for t in self.settings["thresholds"]]
-        errors = [_error(partial(_above, real, t), real.shape[-1]) for t in self.settings["thresholds"]]
-        corrected = count_corrected(real, null)
-        corrected_ci95 = _bounds(kappa_parts(real.T, null.T), KAPPA_ABOVE)
-        details = {
-            "pairs": len(real),
-            "corrected": {"kappa_above": KAPPA_ABOVE, "value": float(corrected), "ci95": corrected_ci95.tolist()},
+        real, null = (records[0][name].T for name in ("real", "other_token"))
+        thresholds, images = self.settings["thresholds"], real.shape[-1]
+        errors = [float(bootstrap(partial(_above, real, t), images)[0]) if images > 1 else float("nan") for t in thresholds]
+        corrected = {
+            "kappa_above": KAPPA_ABOVE,
+            "value": float(count_corrected(real, null)),
+            "ci95": _bounds(kappa_parts(real.T, null.T), KAPPA_ABOVE).tolist(),
         }
-        return self.reading(
-            np.array(counts),
+        return self.result(
+            np.array([count_above(real, t) for t in thresholds]),
             stderr=np.array(errors),
-            ci95=np.array([_bounds(mean_parts(real.T), t) for t in self.settings["thresholds"]]),
-            point=self.settings["point"],
-            details=details,
+            ci95=np.array([_bounds(mean_parts(real.T), t) for t in thresholds]),
+            details={"pairs": len(real), "corrected": corrected},
             nulls=untrained_only(),
         )
+
+    def per_image(self, records: Sequence[Record]) -> None:
+        """None: a count over the mean of all images."""
 
 
 def _above(real: Array, threshold: float, chosen: NDArray[np.int64]) -> Array:
     return count_above(real[:, chosen], threshold)
 
 
-def _error(statistic: Callable[[NDArray[np.int64]], Array], images: int) -> float:
-    """The bootstrap standard error; NaN with one image."""
-    return float(bootstrap(statistic, images)[0]) if images > 1 else float("nan")
-
-
-def _bounds(of_pairs: tuple[Array, Array, NDArray[np.bool_]], above: float) -> Array:
+def _bounds(of_pairs: Parts, above: float) -> Array:
     """The interval of the count, from the pairs' means and what each image contributes; NaN with one image."""
     means, parts, defined = of_pairs
     return count_bounds(means, parts_stderr(parts, defined.sum(0)), defined.sum(0), above)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
@@ -17,12 +16,12 @@ from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.accumulators import Means
 from collapse_probe.metrics.map_metric import BY_ROWS, CENTRED, OF_PROBS, MapMetric
-from collapse_probe.metrics.metric import CURVE, Need, Variant, no_token_maps
+from collapse_probe.metrics.metric import CURVE, Need, Record, Variant
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.metrics.pairwise_cosine import unit_vectors
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
-from collapse_probe.statistics.intervals import Array, count_bounds, interval, mean_parts, parts_stderr
+from collapse_probe.statistics.intervals import Array, count_bounds, interval
 
 DIRECTIONS = ("before", "both")
 NEAREST = (1, 2, 3, 5)
@@ -31,8 +30,6 @@ SIMILAR_ABOVE = 0.9
 """A block is similar where its ratio is above this."""
 ROUNDING = 1e-6
 """Cosines and shares nearer than this are taken as equal."""
-Spread = tuple[Array, Array, Array]
-"""Means over images, their standard errors and the numbers of images."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +60,18 @@ def nearest_mean(cosines: Tensor, k: int, direction: str) -> Tensor:
     `cosines[d − 1, :, l]` are those of block l with block l − d, NaN where there is none. The k blocks before, or up to k on
     each side; near an end those that there are. NaN where a vector has no cosine with any of them.
     """
-    parts = [cosines[d - 1] for d in range(1, k + 1)]
+    parts = list(cosines[:k])
     if direction == "both":
-        parts += [_later(cosines[d - 1], d) for d in range(1, k + 1)]
+        for d, before in enumerate(cosines[:k], 1):
+            after = torch.full_like(before, torch.nan)
+            after[:, : max(before.shape[1] - d, 0)] = before[:, d:]
+            parts.append(after)
     total, n = torch.zeros_like(parts[0]), torch.zeros_like(parts[0])
     for part in parts:
         defined = torch.isfinite(part)
         total += torch.where(defined, part, 0.0)
         n += defined
     return torch.where(n > 0, total / n.clamp_min(1), torch.nan)
-
-
-def _later(cosines: Tensor, d: int) -> Tensor:
-    """Cosines of block l with block l + d, [B, L, V], from those with block l − d."""
-    found = torch.full_like(cosines, torch.nan)
-    found[:, : max(cosines.shape[1] - d, 0)] = cosines[:, d:]
-    return found
 
 
 def share_above(similarity: Tensor, threshold: float | str) -> Tensor:
@@ -98,35 +91,25 @@ def share_above(similarity: Tensor, threshold: float | str) -> Tensor:
     return torch.where(n > 0, (above & defined).sum(-1).double() / n.clamp_min(1), torch.nan)
 
 
-def sensitivity(ratios: Spread, choices: Sequence[Choice] = CHOICES, above: float = SIMILAR_ABOVE) -> list[dict[str, Any]]:
-    """How many blocks have a ratio above `above` under each choice, with the interval of that count, as plain numbers.
+def sensitivity(ratios: tuple[Array, Array, Array], choices: Sequence[Choice] = CHOICES) -> list[dict[str, Any]]:
+    """How many blocks are similar under each choice, with the interval of that count, as plain numbers.
 
-    `ratios` are means, standard errors and numbers of images, each [choices, blocks]; the interval is None with one image.
+    `ratios` are means over images, standard errors and numbers of images, each [choices, blocks]; the interval is None with
+    one image. A ratio can also equal `SIMILAR_ABOVE`: nine of ten vectors are not more than 0.9, however rounded.
 
     >>> sensitivity((np.array([[np.nan, 0.95, 0.4]]), np.full((1, 3), 0.1), np.full((1, 3), 9)), [Choice(1, 0.9, "before")])
     [{'k': 1, 'threshold': 0.9, 'direction': 'before', 'similar_blocks': 1, 'blocks': 2, 'ci95': [0.0, 1.0]}]
     """
-    return [
-        {
-            **asdict(choice),
-            "similar_blocks": int(_exceeds(mean, above).sum()),
+    rows = []
+    for choice, mean, stderr, n in zip(choices, *ratios, strict=True):
+        ci95 = count_bounds(mean, stderr, n, SIMILAR_ABOVE + ROUNDING)
+        row = {
+            "similar_blocks": int((mean - SIMILAR_ABOVE > ROUNDING).sum()),
             "blocks": int(np.isfinite(mean).sum()),
-            "ci95": _ends(mean, stderr, n, above),
+            "ci95": ci95.tolist() if np.isfinite(ci95).all() else None,
         }
-        for choice, mean, stderr, n in zip(choices, *ratios, strict=True)
-    ]
-
-
-def _exceeds(ratios: Array, above: float) -> NDArray[np.bool_]:
-    """Whether ratios are above a share that they can also equal: nine of ten vectors are not more than 0.9, however rounded."""
-    return np.asarray(ratios - above > ROUNDING)
-
-
-def _ends(mean: Array, stderr: Array, n: Array, above: float) -> list[float] | None:
-    """The interval of the count of blocks with a ratio above `above`; None where it is unknown."""
-    bounds = count_bounds(mean, stderr, n, above + ROUNDING)
-    found: list[float] = bounds.tolist()
-    return found if np.isfinite(bounds).all() else None
+        rows.append({**asdict(choice), **row})
+    return rows
 
 
 class NeighbourCosines(Means):
@@ -139,14 +122,12 @@ class NeighbourCosines(Means):
         self.add_means(ratio=(len(CHOICES), self.blocks))
 
     def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
-        """Make room for the cosines of a batch: by offset, image, block, head and token."""
-        self._cosines = []
+        self._cosines = []  # by group of layers: offset, image, block, head and token
         for (heads, queries, keys), positions in self.groups.items():
             tokens = queries if self.axis == "row" else keys
             self._cosines.append(torch.full((max(NEAREST), trace.images, len(positions), heads, tokens), torch.nan))
 
     def add_tile(self, tile: MapTile) -> None:
-        """Take the cosines of the vectors that a tile holds whole."""
         if not tile.whole(self.axis):
             return
         vectors, valid = unit_vectors(tile, self.point, self.axis, self.centred)
@@ -158,15 +139,15 @@ class NeighbourCosines(Means):
             target[d - 1, tile.images, d:, tile.heads, span] = cosines.transpose(1, 2).cpu()
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
-        """Close the batch: ratios under every choice into the sums; those under this one, [B, blocks], are kept by image."""
-        found = torch.full((trace.images, len(CHOICES), self.blocks), torch.nan, dtype=torch.float64)
+        """Ratios under every choice go into the sums; those under this one, [B, blocks], are kept by image."""
+        ratios = torch.full((trace.images, len(CHOICES), self.blocks), torch.nan, dtype=torch.float64)
         for positions, cosines in zip(self.groups.values(), self._cosines, strict=True):
             means = {(k, d): nearest_mean(cosines.flatten(3), k, d) for k, d in product(NEAREST, DIRECTIONS)}
             for place, choice in enumerate(CHOICES):
-                found[:, place, positions] = share_above(means[choice.k, choice.direction], choice.threshold)
+                ratios[:, place, positions] = share_above(means[choice.k, choice.direction], choice.threshold)
         del self._cosines
-        self.add_images("ratio", found)
-        return {"ratio": found[:, CHOICES.index(self.choice)]}
+        self.add_images("ratio", ratios)
+        return {"ratio": ratios[:, CHOICES.index(self.choice)]}
 
 
 class SimilarityRatio(MapMetric):
@@ -190,6 +171,7 @@ class SimilarityRatio(MapMetric):
     top = 1.0
     reference = ("ratio_above", "counted as similar above")
     defaults = {**asdict(Choice()), "axis": "column", "centred": False, "point": "weights"}
+    quantity = "ratio"
     variants = {
         "mean": Variant({"threshold": "mean"}, "threshold: the image's own mean"),
         "both": Variant({"direction": "both"}, "the nearest block on each side"),
@@ -205,14 +187,12 @@ class SimilarityRatio(MapMetric):
 
     def inapplicable(self) -> str:
         """There must be two blocks with comparable maps."""
-        missing = no_token_maps(self.plan)
-        if missing:
+        if missing := super().inapplicable():
             return missing
         return "" if any(len(p) > 1 for p in self.plan.groups().values()) else "no two blocks have maps of one shape"
 
     @property
     def definition(self) -> str:
-        """The definition in words."""
         sides = "before it" if self.choice.direction == "before" else "on each side of it"
         above = f"above {self.choice.threshold}"
         if self.choice.threshold == "mean":
@@ -227,40 +207,18 @@ class SimilarityRatio(MapMetric):
             "choice. With the mean as threshold maps that are alike or not by chance give about one half."
         )
 
-    def needs(self) -> dict[str, Need]:
-        """The ratios under every choice."""
+    def accumulators(self) -> list[Need]:
         key = (self.settings["point"], self.settings["axis"], self.settings["centred"], self.choice)
-        return {"ratio": (("similarity-ratio", *key), lambda: NeighbourCosines(self.plan, *key))}
+        return [(("similarity-ratio", *key), lambda: NeighbourCosines(self.plan, *key))]
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
+    def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
         """The ratios under this choice; how many blocks that makes similar, under this choice and all others."""
-        mean, stderr, n = folds["ratio"].mean("ratio")
-        at = CHOICES.index(self.choice)
-        ratios = records["ratio"]["ratio"].T
-        details = {
-            "ratio_above": SIMILAR_ABOVE,
-            "similar_blocks": {"value": float(count_similar(ratios)), "ci95": count_interval(ratios)},
-            "sensitivity": sensitivity((mean, stderr, n)),
-        }
+        mean, stderr, n = accumulators[0].mean("ratio")
+        at, table = CHOICES.index(self.choice), sensitivity((mean, stderr, n))
+        count = {"value": float(table[at]["similar_blocks"]), "ci95": table[at]["ci95"]}
+        details = {"ratio_above": SIMILAR_ABOVE, "similar_blocks": count, "sensitivity": table}
         facts = {"stderr": stderr[at], "ci95": interval(mean[at], stderr[at], n[at])}
-        return self.reading(mean[at], **facts, point=self.settings["point"], details=details, nulls=untrained_only())
-
-    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
-        """[images, blocks]."""
-        return records["ratio"]["ratio"]
-
-
-def count_similar(ratios: Array, above: float = SIMILAR_ABOVE) -> Array:
-    """How many blocks have a mean ratio over images above `above`, [blocks, ..., images] -> [...]."""
-    defined = np.isfinite(ratios)
-    mean = np.where(defined, ratios, 0.0).sum(-1) / np.maximum(defined.sum(-1), 1)
-    return np.asarray(_exceeds(mean, above).sum(0), dtype=np.float64)
-
-
-def count_interval(ratios: Array) -> list[float] | None:
-    """The interval of the count over images, from the ratios [blocks, images]; None with one image."""
-    means, parts, defined = mean_parts(ratios.T)
-    return _ends(means, parts_stderr(parts, defined.sum(0)), defined.sum(0), SIMILAR_ABOVE)
+        return self.result(mean[at], **facts, details=details, nulls=untrained_only())
 
 
 METRICS.add(SimilarityRatio.name, SimilarityRatio)

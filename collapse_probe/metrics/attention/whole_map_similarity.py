@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,11 +10,8 @@ from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import Means
 from collapse_probe.metrics.functional.geometry import wide_gram
 from collapse_probe.metrics.map_metric import MapMetric
-from collapse_probe.metrics.metric import MATRICES, Need, mean_over_images
-from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.metrics.metric import MATRICES, Need
 from collapse_probe.registry import METRICS
-from collapse_probe.results.findings import MetricResult
-from collapse_probe.statistics.intervals import Array
 
 MAP_BYTES = 32 * 2**20
 """Bytes of float32 maps, of all blocks and heads, that are alive at a time."""
@@ -62,7 +56,7 @@ class WholeMaps(Means):
                 found = head_cosine(products.view(len(layers), heads, len(layers), heads))
                 values[image, place[:, None], place[None]] = found.cpu().to(torch.float64)
         self.add_images("value", values)
-        return {"adjacent": values.diagonal(-1, 1, 2)}
+        return {"value": values.diagonal(-1, 1, 2)}
 
     def _products(self, trace: Trace, layers: list[int], image: int, shape: tuple[int, int, int]) -> Tensor:
         """Inner products of all blocks' and heads' maps of one image, [L·H, L·H]; some queries at a time."""
@@ -97,7 +91,6 @@ class WholeMapSimilarity(MapMetric):
 
     @property
     def definition(self) -> str:
-        """The definition in words."""
         return (
             "1/H² Σ_gh |cos(A_g, B_h)| between the maps of head g of one block and head h of another (or the same), each "
             f"flattened to one vector, prefix tokens included, at {self.settings['point']}; per image, then averaged over "
@@ -105,17 +98,9 @@ class WholeMapSimilarity(MapMetric):
             "2203.06345) and its released code. Near-uniform maps are alike without having learned it: see the untrained twin."
         )
 
-    def needs(self) -> dict[str, Need]:
-        """Means over images of the matrix."""
-        return {"pairs": (("whole-maps", self.settings["point"]), lambda: WholeMaps(self.plan, self.settings["point"]))}
-
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
-        """The matrix with its interval."""
-        return self.reading(**mean_over_images(folds["pairs"]), point=self.settings["point"], nulls=untrained_only())
-
-    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
-        """The similarity of each block with the block before, [images, blocks − 1]."""
-        return records["pairs"]["adjacent"]
+    def accumulators(self) -> list[Need]:
+        point = self.settings["point"]
+        return [(("whole-maps", point), lambda: WholeMaps(self.plan, point))]
 
 
 METRICS.add(WholeMapSimilarity.name, WholeMapSimilarity)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import Means
 from collapse_probe.metrics.functional.geometry import unit
-from collapse_probe.metrics.metric import MATRICES, Need, mean_over_images
-from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.metrics.metric import MATRICES, Need
 from collapse_probe.metrics.token_metric import WITH_PREFIX, TokenMetric, sequence
 from collapse_probe.registry import METRICS
-from collapse_probe.results.findings import MetricResult
-from collapse_probe.statistics.intervals import Array
 
 GRAM_BYTES = 8 * 2**20
 
@@ -55,20 +49,20 @@ class CrossPatches(Means):
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Add one batch; each depth with the depth before is kept by image."""
         values = torch.full((trace.images, self.depths, self.depths), torch.nan, dtype=torch.float64)
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        units: dict[int, tuple[Tensor, Tensor]] = {}
         for depth in range(self.depths):
             tokens_BND = sequence(trace, depth, self.prefix)
             if tokens_BND is None:
                 continue
             unit_BND, valid_BN = unit(tokens_BND)
-            found[depth] = unit_BND, valid_BN.sum(1).cpu().to(torch.float64)
-            for before, (other_BND, others) in found.items():
+            units[depth] = unit_BND, valid_BN.sum(1).cpu().to(torch.float64)
+            for before, (other_BND, others) in units.items():
                 if other_BND.shape[2] == unit_BND.shape[2]:
-                    pairs = found[depth][1] * others
+                    pairs = units[depth][1] * others
                     mean = cross_cosine(unit_BND, other_BND) / pairs.clamp_min(1)
                     values[:, depth, before] = values[:, before, depth] = torch.where(pairs > 0, mean, torch.nan)
         self.add_images("value", values)
-        return {"adjacent": values.diagonal(-1, 1, 2)}
+        return {"value": values.diagonal(-1, 1, 2)}
 
 
 class CrossPatchSimilarity(TokenMetric):
@@ -91,7 +85,6 @@ class CrossPatchSimilarity(TokenMetric):
 
     @property
     def definition(self) -> str:
-        """The definition in words."""
         which = "all tokens, prefix tokens included" if self.settings["prefix"] else "patch tokens, prefix tokens out"
         return (
             f"1/(NM) Σ_ij |cos(x_i, y_j)| between the {which}, of one image at two depths of the residual stream (before any "
@@ -99,18 +92,9 @@ class CrossPatchSimilarity(TokenMetric):
             "below 1/N; 1 − patch-diversity leaves it out. Depths of other widths are not compared."
         )
 
-    def needs(self) -> dict[str, Need]:
-        """Means over images of the matrix."""
+    def accumulators(self) -> list[Need]:
         depths, prefix = len(self.plan.taps), bool(self.settings["prefix"])
-        return {"pairs": (("cross-patches", prefix), lambda: CrossPatches(depths, prefix))}
-
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
-        """The matrix with its interval."""
-        return self.reading(**mean_over_images(folds["pairs"]), nulls=untrained_only())
-
-    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
-        """The similarity of each depth with the depth before, [images, depths − 1]."""
-        return records["pairs"]["adjacent"]
+        return [(("cross-patches", prefix), lambda: CrossPatches(depths, prefix))]
 
 
 METRICS.add(CrossPatchSimilarity.name, CrossPatchSimilarity)

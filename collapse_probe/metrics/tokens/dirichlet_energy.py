@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -60,7 +58,8 @@ class DirichletEnergy(DepthMetric):
     panel = "neighbours on the grid, relative"
     unit = "energy"
     top = 1.0
-    names = ("relative", "raw")
+    quantity_from = "scale"
+    quantities = ("relative", "raw")
     defaults = {"graph": "grid", "scale": "relative", "prefix": False}
     variants = {
         "complete": Variant({"graph": "complete"}, "every two patches, relative"),
@@ -78,32 +77,20 @@ class DirichletEnergy(DepthMetric):
         return "" if max(self.plan.grid) > 1 else "one patch has no neighbour"
 
     @property
-    def wanted(self) -> str:
-        """Relative to the norms, or raw."""
-        return str(self.settings["scale"])
-
-    @property
-    def same(self) -> tuple[Any, ...]:
-        """The graph, the tokens."""
-        return self.settings["graph"], self.settings["prefix"]
-
-    @property
     def definition(self) -> str:
-        """The definition in words."""
         edges = {"grid": "patches above or beside one another", "complete": "every two tokens"}[self.settings["graph"]]
         formula = {
             "relative": "Σ_edges ‖x_i − x_j‖² / Σ_i deg_i ‖x_i‖² (0 … 2; 1 where neighbours have nothing in common)",
             "raw": "1/N Σ_i Σ_{j neighbour of i} ‖x_i − x_j‖², not divided by any norm (Rusch, Bronstein & Mishra, A Survey on "
             "Oversmoothing in Graph Neural Networks, arXiv 2303.10993, whose measure is the root of it)",
-        }[self.wanted]
+        }[self.quantity]
         return f"{formula}; the edges join {edges}; over {self.which_tokens()}. 0: neighbours are equal."
 
     def numbers(self, tokens_BND: Tensor) -> dict[str, Tensor]:
         """The energy, relative and raw; undefined at a depth whose patches are not those of the grid."""
         n, grid = tokens_BND.shape[1], self.plan.grid if self.settings["graph"] == "grid" else None
         if n < 2 or (grid is not None and n != grid[0] * grid[1]):
-            nothing = tokens_BND.new_full((len(tokens_BND),), torch.nan)
-            return {"relative": nothing, "raw": nothing}
+            return dict.fromkeys(self.quantities, tokens_BND.new_full((len(tokens_BND),), torch.nan))
         edges, _ = complete_differences(tokens_BND) if grid is None else grid_differences(tokens_BND, grid)
         return {"relative": dirichlet_energy(tokens_BND, grid), "raw": 2 * edges / n}
 

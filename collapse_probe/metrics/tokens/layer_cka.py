@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace
-from collapse_probe.metrics.metric import MATRICES, Need
+from collapse_probe.metrics.metric import MATRICES, Need, Record
 from collapse_probe.metrics.minibatch_cka import STRIDE, MinibatchHSIC, minibatch_for
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.metrics.token_metric import WITH_PREFIX, TokenMetric, sequence
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
-from collapse_probe.statistics.intervals import Array
 
 
 class DepthHSIC(MinibatchHSIC):
@@ -56,7 +55,6 @@ class LayerCKA(TokenMetric):
 
     @property
     def definition(self) -> str:
-        """The definition in words."""
         which = "all tokens, prefix tokens included," if self.settings["prefix"] else "the patch tokens, prefix tokens out,"
         return (
             f"Linear CKA of {which} flattened to one vector an image, at two depths of the residual stream: the unbiased "
@@ -69,18 +67,17 @@ class LayerCKA(TokenMetric):
             "interval 19 times in 20 (simulated). The standard error is a jackknife over groups of minibatches, NaN with one."
         )
 
-    def needs(self) -> dict[str, Need]:
-        """HSIC between all depths."""
+    def accumulators(self) -> list[Need]:
         prefix = bool(self.settings["prefix"])
-        return {"hsic": (("depth-hsic", prefix), lambda: DepthHSIC(self.plan, prefix))}
+        return [(("depth-hsic", prefix), lambda: DepthHSIC(self.plan, prefix))]
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
-        """The matrix with its interval."""
-        values, stderr, ci95, minibatches = folds["hsic"].cka()
+    def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
+        (hsic,) = accumulators
+        values, stderr, ci95, minibatches = hsic.cka()
         if not minibatches:
-            return self.refused("unbiased CKA needs four images or more")
-        details = {"minibatch": folds["hsic"].size, "minibatches": minibatches}
-        return self.reading(values, stderr=stderr, ci95=ci95, details=details, nulls=untrained_only())
+            return self.not_applicable("unbiased CKA needs four images or more")
+        details = {"minibatch": hsic.size, "minibatches": minibatches}
+        return self.result(values, stderr=stderr, ci95=ci95, details=details, nulls=untrained_only())
 
 
 METRICS.add(LayerCKA.name, LayerCKA)

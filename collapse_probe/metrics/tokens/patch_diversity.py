@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,12 +10,9 @@ from torch import Tensor
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import PerImage
 from collapse_probe.metrics.functional.geometry import gram, unit
-from collapse_probe.metrics.metric import CURVE, Need, mean_over_images
-from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.metrics.metric import CURVE, Need
 from collapse_probe.metrics.token_metric import TokenMetric
 from collapse_probe.registry import METRICS
-from collapse_probe.results.findings import MetricResult
-from collapse_probe.statistics.intervals import Array
 
 GRAM_BYTES = 8 * 2**20
 
@@ -67,24 +63,16 @@ class PatchDiversity(TokenMetric):
 
     @property
     def definition(self) -> str:
-        """The definition in words."""
         return (
             "1 − P, P = 1/(n(n−1)) Σ_{i≠j} |cos(h_i, h_j)| over the n patch tokens of one image (prefix tokens out), on the "
             "residual stream, averaged over images (Patch Diversification, arXiv 2104.12753). 0: all patches are parallel."
         )
 
-    def needs(self) -> dict[str, Need]:
-        """A mean over images."""
-        shape = (len(self.plan.taps),)
-        return {"diversity": (("patch-diversity",), lambda: PerImage(diversity, shape))}
+    def accumulators(self) -> list[Need]:
+        return [(("patch-diversity",), lambda: PerImage(diversity, (len(self.plan.taps),)))]
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
-        """The curve over depth."""
-        return self.reading(**mean_over_images(folds["diversity"]), details={"prefix": False}, nulls=untrained_only())
-
-    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
-        """[images, depths]."""
-        return records["diversity"]["value"]
+    def details(self, accumulator: PerImage) -> dict[str, Any]:
+        return {"prefix": False}
 
 
 METRICS.add(PatchDiversity.name, PatchDiversity)

@@ -54,29 +54,23 @@ class RankResidual(DepthMetric):
     panel = "Frobenius norm"
     unit = "relative distance"
     top = 1.0
-    names = ("frobenius", "composite")
+    quantity_from = "norm"
+    quantities = ("frobenius", "composite")
     defaults = {"norm": "frobenius", "prefix": False}
     variants = {"composite": Variant({"norm": "composite"}, "ℓ1,∞ norm, as in the paper's code"), "all": WITH_PREFIX}
 
     @property
-    def wanted(self) -> str:
-        """The norm."""
-        return str(self.settings["norm"])
-
-    @property
     def definition(self) -> str:
-        """The definition in words."""
         norms = {
             "frobenius": "the Frobenius norm, where it equals token-frequency@total",
             "composite": "√(‖M‖₁·‖M‖_∞), the root of the largest absolute column sum times the largest absolute row sum",
         }
         return (
-            f"‖X − 1x̄ᵀ‖/‖X‖ in {norms[self.wanted]}; x̄ is the mean of {self.which_tokens()} (arXiv 2103.03404). "
+            f"‖X − 1x̄ᵀ‖/‖X‖ in {norms[self.quantity]}; x̄ is the mean of {self.which_tokens()} (arXiv 2103.03404). "
             "0: all tokens are one vector."
         )
 
     def numbers(self, tokens_BND: Tensor) -> dict[str, Tensor]:
-        """Both norms' residuals."""
         return {"frobenius": rank_residual(tokens_BND), "composite": rank_residual(tokens_BND, composite=True)}
 
 

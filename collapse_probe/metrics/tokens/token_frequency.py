@@ -39,26 +39,20 @@ class TokenFrequency(DepthMetric):
     limits = "The ratio has no upper end and grows where the common part happens to be small."
     panel = "over the norm of the mean"
     unit = "ratio"
-    names = ("mean", "total")
+    quantity_from = "over"
+    quantities = ("mean", "total")
     defaults = {"over": "mean", "prefix": False}
     variants = {"total": Variant({"over": "total"}, "over the norm of everything", unit="share"), "all": WITH_PREFIX}
 
     @property
-    def wanted(self) -> str:
-        """The denominator."""
-        return str(self.settings["over"])
-
-    @property
     def definition(self) -> str:
-        """The definition in words."""
-        below = {"mean": "‖DC‖", "total": "‖X‖"}[self.wanted]
+        below = {"mean": "‖DC‖", "total": "‖X‖"}[self.quantity]
         return (
             f"‖HC‖/{below} in the Frobenius norm, DC = 1/N 11ᵀX the mean token repeated and HC = X − DC, over "
             f"{self.which_tokens()} (arXiv 2203.05962, whose code counts the class token: @all). 0: only the mean is left."
         )
 
     def numbers(self, tokens_BND: Tensor) -> dict[str, Tensor]:
-        """The ratio to the mean and to the whole."""
         return {"mean": frequency_ratio(tokens_BND), "total": frequency_ratio(tokens_BND, total=True)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,9 @@ from collapse_probe.capture.trace import Trace
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.accumulators import Means
 from collapse_probe.metrics.functional.geometry import SMALLEST_SPREAD
-from collapse_probe.metrics.metric import CURVE, Need, Variant, mean_over_images
-from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.metrics.metric import CURVE, Need, Variant
 from collapse_probe.metrics.token_metric import TokenMetric, in_parts, sequence
 from collapse_probe.registry import METRICS
-from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import Array, interval
 
 DEVIATIONS = 6.0
@@ -61,20 +58,20 @@ class NormSums(Means):
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Add one batch; mean norms and shares [B, depths] are kept by image."""
         shape = trace.images, len(trace.tokens)
-        found = {name: torch.full(shape, torch.nan, dtype=torch.float64) for name in ("norm", "share")}
+        by_depth = {name: torch.full(shape, torch.nan, dtype=torch.float64) for name in ("norm", "share")}
         for depth in range(len(trace.tokens)):
             patches_BPD = sequence(trace, depth, prefix=False)
             if patches_BPD is None:
                 continue
             norms_BP = in_parts(lambda x: {"norm": x.norm(dim=-1)}, patches_BPD)["norm"]
             flagged_BP = outliers(norms_BP, self.deviations, self.threshold).to(torch.float64)
-            found["norm"][:, depth], found["share"][:, depth] = norms_BP.mean(1), flagged_BP.mean(1)
+            by_depth["norm"][:, depth], by_depth["share"][:, depth] = norms_BP.mean(1), flagged_BP.mean(1)
             if flagged_BP.shape[1] == self.places:
                 self.state("outliers")[depth] += flagged_BP.sum(0).to(self.state("outliers").device)
                 self.state("images")[depth] += trace.images
-        for name, values in found.items():
+        for name, values in by_depth.items():
             self.add_images(name, values)
-        return found
+        return by_depth
 
     def where(self, grid: tuple[int, int] | None) -> Array | None:
         """The share of images that have an outlier at each place, [depths, rows, columns]; None without a grid."""
@@ -101,6 +98,7 @@ class TokenNorm(TokenMetric):
     panel = "mean norm"
     unit = "ℓ2 norm"
     defaults = {"value": "norm", "deviations": DEVIATIONS, "threshold": None}
+    quantity_from = "value"
     variants = {
         "outliers": Variant({"value": "share"}, "outliers above the image's own threshold", unit=SHARE_UNIT),
         "150": Variant({"value": "share", "threshold": REGISTERS_THRESHOLD}, "tokens with a norm above 150", unit=SHARE_UNIT),
@@ -113,7 +111,6 @@ class TokenNorm(TokenMetric):
 
     @property
     def definition(self) -> str:
-        """The definition in words."""
         deviations, fixed = self.settings["deviations"], self.settings["threshold"]
         limit = (
             f"the image's own median + {deviations:g} · MAD at that depth (MAD: the median absolute deviation)"
@@ -131,27 +128,20 @@ class TokenNorm(TokenMetric):
             "depth, row and column."
         )
 
-    def needs(self) -> dict[str, Need]:
-        """Norms and outliers; the mean norm and the share come from one fold."""
+    def accumulators(self) -> list[Need]:
         key = (self.settings["deviations"], self.settings["threshold"])
-        return {"norms": (("token-norm", *key), lambda: NormSums(self.plan, *key))}
+        return [(("token-norm", *key), lambda: NormSums(self.plan, *key))]
 
-    def read(self, folds: Mapping[str, Any], records: Mapping[str, Mapping[str, Array]]) -> MetricResult:
-        """The curve over depth, and where the outliers sit."""
-        fold = folds["norms"]
-        share, stderr, n = fold.mean("share")
-        found = {
+    def details(self, accumulator: NormSums) -> dict[str, Any]:
+        """The share of outliers by depth, and at which places of the grid they are."""
+        share, stderr, n = accumulator.mean("share")
+        return {
+            "prefix": False,
             "outlier_share": share,
             "outlier_share_ci95": interval(share, stderr, n),
-            "outlier_map": fold.where(self.plan.grid),
+            "outlier_map": accumulator.where(self.plan.grid),
             "intervals": NO_INTERVAL,
         }
-        facts = mean_over_images(fold, self.settings["value"])
-        return self.reading(**facts, details={"prefix": False, **found}, nulls=untrained_only())
-
-    def per_image(self, records: Mapping[str, Mapping[str, Array]]) -> Array | None:
-        """[images, depths]."""
-        return records["norms"][self.settings["value"]]
 
 
 METRICS.add(TokenNorm.name, TokenNorm)

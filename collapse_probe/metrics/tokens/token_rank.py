@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -47,7 +45,8 @@ class TokenRank(DepthMetric):
     panel = "effective rank"
     unit = "rank"
     logarithmic = True
-    names = ("effective", "stable")
+    quantity_from = "rank"
+    quantities = ("effective", "stable")
     defaults = {"rank": "effective", "centred": False, "prefix": False}
     variants = {
         "stable": Variant({"rank": "stable"}, "stable rank ‖X‖²/σ₁²"),
@@ -56,28 +55,16 @@ class TokenRank(DepthMetric):
     }
 
     @property
-    def wanted(self) -> str:
-        """The kind of rank."""
-        return str(self.settings["rank"])
-
-    @property
-    def same(self) -> tuple[Any, ...]:
-        """Centred or not, which tokens."""
-        return self.settings["centred"], self.settings["prefix"]
-
-    @property
     def definition(self) -> str:
-        """The definition in words."""
         formula = {
             "effective": "exp(−Σ p log p), p = σ/Σσ (Roy & Vetterli 2007)",
             "stable": "‖X‖_F²/σ₁²",
-        }[self.wanted]
+        }[self.quantity]
         taken = " after their mean was taken off" if self.settings["centred"] else ""
         least = "they are parallel" if not self.settings["centred"] else "they differ in one direction; undefined: in none"
         return f"{formula}, σ the singular values of {self.which_tokens()}{taken}; from 1 ({least}) to min(N, D)."
 
     def numbers(self, tokens_BND: Tensor) -> dict[str, Tensor]:
-        """Both ranks, from one spectrum."""
         return token_ranks(tokens_BND, centred=bool(self.settings["centred"]))
 
 

@@ -50,7 +50,6 @@ class HypersphericalEnergy(WeightMetric):
 
     @property
     def definition(self) -> str:
-        """The definition in words."""
         power = self.settings["power"]
         energy = "−log ‖r̂_i − r̂_j‖" if power == 0 else f"1 / ‖r̂_i − r̂_j‖{f'^{power:g}' if power != 1 else ''}"
         what = {
@@ -67,7 +66,6 @@ class HypersphericalEnergy(WeightMetric):
         return f"{what}{rows}; rows are output neurons. Undefined where fewer than two rows differ from zero."
 
     def values(self, matrices: Matrices) -> tuple[Array, dict[str, Any]]:
-        """[block, matrix]."""
         power, measure = self.settings["power"], self.settings["measure"]
         measures = {
             "energy": lambda rows: hyperspherical_energy(rows, power),

@@ -50,7 +50,6 @@ class WeightOrthogonality(WeightMetric):
 
     @property
     def definition(self) -> str:
-        """The definition in words."""
         what = {
             "gap": "λmax − λmin of W Wᵀ, exact",
             "squared": "(λmax − λmin)² of W Wᵀ, exact; Diverse-ViT's loss estimates it by one power step, biased low",
@@ -66,7 +65,6 @@ class WeightOrthogonality(WeightMetric):
         return f"{what}{rows}; rows are output neurons. {ends}. Source: Diverse-ViT, arXiv 2203.06345 and its released code."
 
     def values(self, matrices: Matrices) -> tuple[Array, dict[str, Any]]:
-        """[block, matrix]."""
         measures = {
             "gap": orthogonality_gap,
             "squared": lambda rows: orthogonality_gap(rows).square(),

@@ -50,7 +50,6 @@ class WeightRank(WeightMetric):
 
     @property
     def definition(self) -> str:
-        """The definition in words."""
         share = f"{100 * self.settings.get('share', 0):g} %"
         what = {
             "effective": "Effective rank exp(−Σ p log p) with p = σ/Σσ (Roy & Vetterli 2007) of the weight matrix",
@@ -69,7 +68,6 @@ class WeightRank(WeightMetric):
         )
 
     def values(self, matrices: Matrices) -> tuple[Array, dict[str, Any]]:
-        """[block, matrix]."""
         measure, by_head, share = self.settings["measure"], self.settings["by_head"], self.settings.get("share", 0.0)
         full = matrices.over(lambda w: torch.full(w.shape[:-2], float(min(w.shape[-2:]))), by_head)
         if measure == "pca":

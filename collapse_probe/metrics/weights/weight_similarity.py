@@ -87,7 +87,6 @@ class WeightSimilarity(WeightMetric):
 
     @property
     def definition(self) -> str:
-        """The definition in words."""
         if self.settings["between"] == "blocks":
             return (
                 "Cosine between the same weight matrix in two blocks, entry by entry: 1 for shared or copied weights, 0 for "
@@ -113,7 +112,6 @@ class WeightSimilarity(WeightMetric):
         )
 
     def values(self, matrices: Matrices) -> tuple[Array, dict[str, Any]]:
-        """[block, matrix], or [block, block]."""
         if self.settings["between"] == "rows":
             signed = self.settings["signed"]
             return matrices.over(lambda rows: row_similarity(rows, signed), self.settings["by_head"]), {}
