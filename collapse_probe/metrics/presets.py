@@ -58,8 +58,7 @@ def with_presets(metrics: Iterable[str], presets: Iterable[str]) -> tuple[str, .
     """The metrics asked for by name and those of the presets, each once. Raises UnknownNameError for a preset that is none."""
     if isinstance(presets, str):
         raise SettingError(f"presets are a sequence of names, such as ({presets!r},), not the text {presets!r}")
-    chosen: list[Preset] = [PRESETS[name] for name in presets]
-    return tuple(dict.fromkeys((*metrics, *(name for preset in chosen for name in preset.metrics))))
+    return tuple(dict.fromkeys((*metrics, *(metric for name in presets for metric in PRESETS[name].metrics))))
 
 
 def records(presets: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -67,8 +66,10 @@ def records(presets: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {name: PRESETS[name].record() for name in presets}
 
 
-PRESETS.add(
-    "anti-oversmoothing",
+MAPS = {"axis": "column", "centred": False, "point": "weights"}
+WHOLE = {"by_head": False}
+ROBUST = {"deviations": 6.0, "threshold": None}
+PAPERS = (
     Preset(
         name="anti-oversmoothing",
         version="1",
@@ -89,13 +90,6 @@ PRESETS.add(
             Choice("cosine curves of the figure", "left out: their exact definition is not settled", "our reading"),
         ),
     ),
-)
-
-
-MAPS = {"axis": "column", "centred": False, "point": "weights"}
-
-PRESETS.add(
-    "deepvit",
     Preset(
         name="deepvit",
         version="1",
@@ -126,13 +120,6 @@ PRESETS.add(
             Choice("feature-similarity: tokens", "patches alone, mean over patches and images", "our reading"),
         ),
     ),
-)
-
-
-WHOLE = {"by_head": False}
-
-PRESETS.add(
-    "diverse-vit",
     Preset(
         name="diverse-vit",
         version="1",
@@ -172,11 +159,6 @@ PRESETS.add(
             Choice("weights: principal components", "what 90 % of the components leave of the variance", "our reading"),
         ),
     ),
-)
-
-
-PRESETS.add(
-    "entropy-collapse",
     Preset(
         name="entropy-collapse",
         version="1",
@@ -193,11 +175,6 @@ PRESETS.add(
             Choice("tokens", "all queries and keys, prefix tokens included", "our reading"),
         ),
     ),
-)
-
-
-PRESETS.add(
-    "patch-diversification",
     Preset(
         name="patch-diversification",
         version="1",
@@ -219,11 +196,6 @@ PRESETS.add(
             ),
         ),
     ),
-)
-
-
-PRESETS.add(
-    "rank-collapse",
     Preset(
         name="rank-collapse",
         version="1",
@@ -246,13 +218,6 @@ PRESETS.add(
             Choice("rank along random paths of attention", "left out", "our reading"),
         ),
     ),
-)
-
-
-ROBUST = {"deviations": 6.0, "threshold": None}
-
-PRESETS.add(
-    "registers",
     Preset(
         name="registers",
         version="1",
@@ -274,3 +239,5 @@ PRESETS.add(
         ),
     ),
 )
+for paper in PAPERS:
+    PRESETS.add(paper.name, paper)
