@@ -117,29 +117,20 @@ def load_entry_points(group: str) -> None:
 
 def load_plugin(address: str) -> None:
     """Import a module by its name, or run a file `….py`, so that it registers what it brings. Raises PluginError."""
+    is_file = address.endswith(".py")
+    address = str(Path(address).absolute()) if is_file else address
     try:
-        if address.endswith(".py"):
-            address = str(Path(address).absolute())
-            _run_file(Path(address))
+        if is_file:  # a name of its own, under which the same file replaces its entries
+            name = f"plugin_{Path(address).stem}_{hashlib.sha256(address.encode()).hexdigest()[:8]}"
+            spec: Any = importlib.util.spec_from_file_location(name, address)
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
         else:
             import_also_from_here(address)
     except (Exception, SystemExit) as error:
         what = f"the plug-in {address} cannot be loaded: {first_line(error)}"
         raise PluginError(f"{what}; expected the name of a module, or a file that ends in .py") from error
     loaded_plugins.append(address)
-
-
-def _run_file(path: Path) -> None:
-    name = f"plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # the same file replaces its entries
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(sys.modules[name])
-    except BaseException:
-        del sys.modules[name]
-        raise
 
 
 def import_also_from_here(name: str) -> ModuleType:

@@ -18,6 +18,8 @@ from collapse_probe.settings import between
 
 FORMAT = "collapse-probe/recipe/1"
 PARTS = ("warmup", "cooldown")
+EVERY = ("log_every", "evaluate_every", "monitor_every", "snapshot_every", "checkpoint_every")
+FREE = ("about", "workers", "monitor_images", *EVERY)  # a resumed run may change these
 ARCHITECTURE = ("model", "model_kwargs", "fixes", "embedding_std")
 PenaltyTerm = tuple[float, Mapping[str, Any]]  # coefficient, settings
 
@@ -184,6 +186,11 @@ class Recipe:
         plain: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
         return plain
 
+    def differences(self, before: Mapping[str, Any]) -> list[str]:
+        """How this recipe differs from one as `to_json` wrote it, in what decides the weights; see `differences`."""
+        now = {key: value for key, value in self.to_json().items() if key not in FREE}
+        return differences({key: before.get(key) for key in now}, now)
+
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Recipe:
         """The recipe that `to_json` wrote; SettingError for anything else."""
@@ -212,8 +219,7 @@ def _check(recipe: Recipe) -> None:
     if (recipe.steps is None) == (recipe.epochs is None):
         raise SettingError(f"recipe {recipe.name}: give its length either in steps or in epochs")
     unit = "steps" if recipe.steps is not None else "epochs"
-    every = [f"{name}_every" for name in ("log", "evaluate", "monitor", "snapshot", "checkpoint")]
-    from_zero = (*PARTS, *every, "recalibrate", "workers", "seed")
+    from_zero = (*PARTS, *EVERY, "recalibrate", "workers", "seed")
     from_one = ("batch_size", "accumulate", "monitor_images", unit)
     for low, names in ((0, from_zero), (1, from_one)):
         for name in names:
@@ -232,3 +238,19 @@ def _check(recipe: Recipe) -> None:
     demand("schedule", recipe.schedule in ("cosine", "constant"), "cosine or constant")
     mixes = recipe.mixup > 0 or recipe.cutmix > 0
     demand("batch_size", not mixes or recipe.batch_size % 2 == 0, "even where images are mixed in pairs")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> list[str]:
+    """What differs between two plain mappings, by dotted name.
+
+    >>> differences({"lr": 1, "vit": {"depth": 2}}, {"lr": 1, "vit": {"depth": 3}})
+    ['vit.depth (2 then, 3 now)']
+    """
+    lines = []
+    for key in dict.fromkeys([*before, *now]):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            lines += differences(one, other, f"{within}{key}.")
+        elif one != other:
+            lines.append(f"{within}{key} ({one!r} then, {other!r} now)")
+    return lines

@@ -30,16 +30,6 @@ from collapse_probe.training.step import TrainStep
 
 FORMAT = "collapse-probe/run-state/1"
 PATTERN = re.compile(r"step-(\d{8,})\.pt")
-FREE = (  # fields of a recipe that a resumed run may change
-    "about",
-    "workers",
-    "log_every",
-    "evaluate_every",
-    "monitor_every",
-    "monitor_images",
-    "snapshot_every",
-    "checkpoint_every",
-)
 Say = Callable[[str], None]
 
 
@@ -203,10 +193,9 @@ def _resume(run: Run, states: list[Path]) -> None:
             if not states:
                 raise
             run.say(f"{error}; taking the one before")
-    before, now = state["recipe"], run.recipe.to_json()
-    if other := [key for key, value in now.items() if key not in FREE and before.get(key) != value]:
+    if other := run.recipe.differences(state["recipe"]):
         raise SettingError(
-            f"{path} was trained with another {', '.join(other)}; resume with the same recipe, or choose another -o"
+            f"{path} was trained with another {'; '.join(other)}; resume with the same recipe, or choose another -o"
         )
     if state["names_sha256"] != run.facts["names_sha256"]:
         raise SettingError(f"{path} was trained on other images than those of {run.facts['data']}; resume with the same --data")

@@ -31,8 +31,8 @@ from collapse_probe.provenance import versions
 from collapse_probe.registry import RECIPES, load_plugin, loaded_plugins
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.sweep import FAILED, FINISHED, CellResult, Sweep
-from collapse_probe.training.recipe import Recipe
-from collapse_probe.training.run import FREE, Say, states_in
+from collapse_probe.training.recipe import Recipe, differences
+from collapse_probe.training.run import Say, states_in
 from collapse_probe.training.sweep_grid import Cell, cells
 from collapse_probe.training.trainer import Progress, train
 
@@ -108,7 +108,14 @@ def sweep(
         seeds=list(dict.fromkeys(cell.seed for cell in grid)),
         changes=dict(changes or {}),
         data={"data": conditions.data, "val_data": val_data, **conditions.measured()},
-        run=_provenance(device, jobs, command),
+        run={
+            "device": device_name(choose_device(device)),
+            "threads": torch.get_num_threads(),
+            "jobs": jobs,
+            "command": command,
+            "versions": versions(),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        },
         cells=tuple(_result(cell) for cell in grid),
         notes=tuple(notes),
     )
@@ -149,42 +156,13 @@ def check_same(cell: Cell, folder: Path, conditions: Conditions) -> None:
     before, account = _read(folder / "recipe.json"), _account(folder) or {}
     if before is None:
         return
-    now = {key: value for key, value in cell.recipe.to_json().items() if key not in FREE}
-    other = differences({key: before.get(key) for key in now}, now)
-    data: dict[str, Any] = {name: getattr(conditions, name) for name in ("data", "val_data") if name in account}
-    other += differences({name: account[name] for name in data}, data)
+    data = {name: getattr(conditions, name) for name in account if name in ("data", "val_data")}
+    other = cell.recipe.differences(before) + differences({name: account[name] for name in data}, data)
     if other:
         raise SettingError(
             f"the cell in {folder} was trained with another {'; '.join(other[:5])}; sweep with the same recipe and data, "
             "or choose another -o"
         )
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> list[str]:
-    """What differs between two plain mappings, by dotted name.
-
-    >>> differences({"lr": 1, "vit": {"depth": 2}}, {"lr": 1, "vit": {"depth": 3}})
-    ['vit.depth (2 then, 3 now)']
-    """
-    lines = []
-    for key in dict.fromkeys([*before, *now]):
-        one, other = before.get(key), now.get(key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            lines += differences(one, other, f"{within}{key}.")
-        elif one != other:
-            lines.append(f"{within}{key} ({one!r} then, {other!r} now)")
-    return lines
-
-
-def _provenance(device: str, jobs: int, command: str) -> dict[str, Any]:
-    return {
-        "device": device_name(choose_device(device)),
-        "threads": torch.get_num_threads(),
-        "jobs": jobs,
-        "command": command,
-        "versions": versions(),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 def _results(
@@ -197,22 +175,16 @@ def _results(
     if len(work) < len(grid):
         say(f"{len(grid) - len(work)} of {len(grid)} cells were finished before and are kept")
     if jobs > 1 and len(work) > 1:
-        results = _in_processes(work, folder, conditions, min(jobs, len(work)))
-    else:
-        results = _one_by_one(work, folder, conditions, watch, say)
-    for result in results:
-        say(result_line(result))
-        yield result
-
-
-def _one_by_one(
-    work: Sequence[Cell], folder: Path, conditions: Conditions, watch: Watch | None, say: Say
-) -> Iterator[CellResult]:
+        for result in _in_processes(work, folder, conditions, min(jobs, len(work))):
+            say(result_line(result))
+            yield result
+        return
     for at, cell in enumerate(work, 1):
         say(f"cell {at} of {len(work)}: {cell.name}")
         length = cell.recipe.steps
         with nullcontext() if watch is None or length is None else watch(length * cell.recipe.batch_size) as progress:
             result = run_cell(cell, folder / cell.name, conditions, progress, say)
+        say(result_line(result))
         yield result
 
 

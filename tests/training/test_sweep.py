@@ -16,8 +16,8 @@ from collapse_probe.errors import CollapseProbeError, OutputError, SettingError
 from collapse_probe.registry import RECIPES
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.sweep import FAILED, FINISHED, WAITING, Sweep
-from collapse_probe.training.recipe import Recipe
-from collapse_probe.training.sweep import Conditions, differences, grid_of, images_of, process_result
+from collapse_probe.training.recipe import Recipe, differences
+from collapse_probe.training.sweep import Conditions, grid_of, images_of, process_result
 from collapse_probe.training.sweep_grid import cells
 from collapse_probe.training.trainer import train
 

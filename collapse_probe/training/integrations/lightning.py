@@ -38,12 +38,10 @@ class LightningMonitor(_callback_class()):  # type: ignore[misc]
         self.last = -1
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Measure the model as it enters the training."""
         self.last = -1
         self._measure(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Measure after an optimizer step."""
         self._measure(trainer, pl_module)
 
     def _measure(self, trainer: Any, module: Any) -> None:

@@ -20,11 +20,9 @@ class TrainerMonitor(TrainerCallback):
         self.monitor = monitor
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
-        """Measure the model as it enters the training."""
         self._measure(model, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
-        """Measure after an optimizer step."""
         self._measure(model, state)
 
     def _measure(self, model: Any, state: Any) -> None:

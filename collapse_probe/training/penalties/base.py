@@ -128,6 +128,8 @@ class RowPenalty(Penalty):
     matrices: tuple[Matrix, ...] = ("query", "key", "value")
 
     weight_metric: ClassVar[str] = "hyperspherical-energy"
+    metric: ClassVar[str] = "patch-diversity"
+    direction: ClassVar[Direction] = "up"
     needs = ("tokens", "attention", "weights")
 
     def __post_init__(self) -> None:

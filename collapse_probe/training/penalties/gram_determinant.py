@@ -25,8 +25,6 @@ class GramDeterminant(RowPenalty):
     name = "gram-determinant"
     summary = "minus the log determinant of a Gaussian kernel of the rows' directions"
     source = "arXiv 2103.01649; Diverse-ViT, arXiv 2203.06345 (released code)"
-    metric = "patch-diversity"
-    direction = "up"
 
     def of_rows(self, rows: Tensor, seed: int) -> Tensor:
         return -gram_log_determinant(rows, self.epsilon)

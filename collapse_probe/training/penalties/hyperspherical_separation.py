@@ -26,8 +26,6 @@ class HypersphericalSeparation(RowPenalty):
     name = "hyperspherical-separation"
     summary = "minus the smallest squared distance between the rows' directions"
     source = "arXiv 2103.01649; Diverse-ViT, arXiv 2203.06345 (released code)"
-    metric = "patch-diversity"
-    direction = "up"
 
     def of_rows(self, rows: Tensor, seed: int) -> Tensor:
         return -hyperspherical_separation(rows, self.form)

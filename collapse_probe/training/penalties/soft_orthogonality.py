@@ -22,8 +22,6 @@ class SoftOrthogonality(RowPenalty):
     name = "soft-orthogonality"
     summary = "squared distance of the rows' Gram matrix from the identity"
     source = "Diverse-ViT, arXiv 2203.06345 (released code)"
-    metric = "patch-diversity"
-    direction = "up"
     weight_metric = "weight-orthogonality"
 
     def of_rows(self, rows: Tensor, seed: int) -> Tensor:
