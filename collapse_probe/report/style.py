@@ -26,7 +26,7 @@ from collapse_probe.results.readings import NULLS
 from collapse_probe.statistics.intervals import Array
 
 P = ParamSpec("P")
-Drawing = TypeVar("Drawing", bound="Figure | None")
+Drawn = TypeVar("Drawn", bound="Figure | None")
 
 
 WIDE, NARROW = 10.0, 3.7  # inches: a column on a desk, a column on a phone
@@ -88,26 +88,21 @@ def in_style() -> Any:
     return style.context(["default", STYLE])
 
 
-def drawn(draw: Callable[P, Drawing]) -> Callable[P, Drawing]:
+def drawn(draw: Callable[P, Drawn]) -> Callable[P, Drawn]:
     """Run `draw` in our style, then settle its layout: however often it is saved, it comes out the same."""
 
     @functools.wraps(draw)
-    def settled(*args: P.args, **kwargs: P.kwargs) -> Drawing:
+    def settled(*args: P.args, **kwargs: P.kwargs) -> Drawn:
         with in_style():
             figure = draw(*args, **kwargs)
             if figure is not None:
-                _settle(figure)
+                FigureCanvasAgg(figure)  # a canvas known to no window system, with which text can be measured
+                if (engine := figure.get_layout_engine()) is not None:
+                    engine.execute(figure)
+                    figure.set_layout_engine("none")
         return figure
 
     return settled
-
-
-def _settle(figure: Figure) -> None:
-    FigureCanvasAgg(figure)  # a canvas known to no window system, with which text can be measured
-    engine = figure.get_layout_engine()
-    if engine is not None:
-        engine.execute(figure)
-        figure.set_layout_engine("none")
 
 
 def sheet(width: float, height: float) -> Figure:
@@ -147,10 +142,10 @@ def panels(
     return figure, places[:count]
 
 
-def share_legend(figure: Figure, *sources: Axes, columns: int) -> None:
-    """One legend above the figure for everything that `sources` (all panels, if none is given) name, each name once."""
+def share_legend(figure: Figure, columns: int) -> None:
+    """One legend above the figure for everything that its panels name, each name once."""
     named: dict[str, Any] = {}
-    for axes in sources or figure.axes:
+    for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
     figure.legend(

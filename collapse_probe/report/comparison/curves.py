@@ -206,7 +206,7 @@ def _legend(figure: Figure, axes: Axes, lines: Lines, narrow: bool) -> None:
     """Subjects by colour, and what the other lines of that colour are."""
     for null in dict.fromkeys(null for line in lines.values() for null in line.nulls):
         axes.add_line(Line2D([], [], color=MUTED, linestyle=NULL_LINES[null], linewidth=1.2, label=NULL_NAMES[null]))
-    share_legend(figure, axes, columns=1 if narrow else 4)
+    share_legend(figure, columns=1 if narrow else 4)
 
 
 @drawn
@@ -290,7 +290,7 @@ def similar_blocks(comparison: Comparison, narrow: bool = False) -> Figure | Non
         axes.axhline(y - 0.5, color=INK, linewidth=0.3, alpha=0.4)
     if any(count.untrained is not None for each in subjects.values() for count in each.values()):
         axes.plot([], [], "D", color=MUTED, markerfacecolor="white", markersize=9, label=NULL_NAMES["untrained"])
-    share_legend(figure, axes, columns=1 if narrow else 3)
+    share_legend(figure, columns=1 if narrow else 3)
     return figure
 
 

@@ -12,7 +12,18 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from collapse_probe.report.findings.curves import DEPTH, counts
 from collapse_probe.report.heatmaps import SIGNED, Panel, grid, scale_of
-from collapse_probe.report.style import ROLES, Role, curve, dots_of_heads, drawn, over_blocks, panels, share_legend
+from collapse_probe.report.style import (
+    DISTINCT,
+    MARKERS,
+    ROLES,
+    Role,
+    curve,
+    dots_of_heads,
+    drawn,
+    over_blocks,
+    panels,
+    share_legend,
+)
 from collapse_probe.results.findings import Description, Findings, MetricResult
 from collapse_probe.results.readings import null_of, nulls_of, over_heads, result_of
 from collapse_probe.statistics.intervals import Array
@@ -169,8 +180,6 @@ OF_WEIGHTS = {
     "hyperspherical-energy": ("energy of the rows on the sphere", "mean 1 / distance"),
 }
 LEAST_ENERGY = 0.5  # of rows on the sphere
-COLOURS = ("#0b5fa5", "#d55e00", "#01855f", "#b5579b", "#8a6d00", "#5b4bb0")
-MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 @drawn
@@ -192,7 +201,7 @@ def matrix_lines(results: Mapping[str, MetricResult], narrow: bool) -> Figure:
         values, fresh = result.array / full, None if twin is None else twin / full
         x = np.arange(len(values), dtype=np.float64)
         for at, matrix in enumerate(result.details.get("matrices", range(values.shape[1]))):
-            look = Role(str(matrix), COLOURS[at % len(COLOURS)], marker=MARKERS[at % len(MARKERS)], width=1.6)
+            look = Role(str(matrix), DISTINCT[at % len(DISTINCT)], marker=MARKERS[at % len(MARKERS)], width=1.6)
             curve(axes, x, values[:, at], look)
             if fresh is not None:
                 curve(axes, x, fresh[:, at], replace(ROLES["untrained"], label="_", colour=look.colour, width=1.0))

@@ -64,7 +64,7 @@ def _over_blocks(by_kind: Mapping[str, Sequence[Effect]], label: str, narrow: bo
         _scale(axes, name, [getattr(e, name) for e in every])
         over_blocks(axes, blocks, label, 8 if narrow or len(names) > 1 else 16)
         axes.set_title(PANELS[name])
-    share_legend(figure, places[0], columns=2 if narrow else 5)
+    share_legend(figure, columns=2 if narrow else 5)
     return figure
 
 
@@ -108,7 +108,7 @@ def beside_similarity(interventions: Interventions, narrow: bool = False) -> Fig
     _scale(bottom, "kl", [e.kl for e in shared])
     bottom.set_ylabel("KL when shared, nats")
     over_blocks(bottom, x, "block b, with block b − 1")
-    share_legend(figure, top, bottom, columns=1 if narrow else 4)
+    share_legend(figure, columns=1 if narrow else 4)
     return figure
 
 
