@@ -575,7 +575,7 @@ def test_class_attention_moves_cls_alone_and_reads_all_patches(images: Tensor) -
     model = fixed("class-attention", {"init": 1.0, "depth": 1})
     block = model.blocks_token_only[0]
     tokens = torch.randn(1, 5, 24, requires_grad=True)
-    moved = block(tokens[:, :1], tokens[:, 1:])
+    moved = block(tokens[:, 1:], tokens[:, :1])
     assert moved.shape == (1, 1, 24)
     moved.sum().backward()
     assert (tokens.grad.abs().sum(-1) > 0).all()
