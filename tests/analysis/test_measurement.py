@@ -45,7 +45,7 @@ def test_one_twin_a_seed_serves_maps_and_weights(photos):
         nulls = found.metrics[name].nulls
         assert nulls.values["untrained"].shape == found.metrics[name].values.shape
         assert nulls.images["untrained"] == images
-        assert nulls.spread["untrained_seeds"]["seeds"] == [5, 6]
+        assert nulls.untrained_seeds["seeds"] == [5, 6]
     assert "untrained twins: fresh weights with seeds [5, 6] on 2 images" in found.run["notes"]
     assert "untrained twins of the weights: fresh weights with seeds [5, 6]" in found.run["notes"]
 

@@ -10,6 +10,7 @@ import pytest
 
 from collapse_probe.results.findings import Description, Findings, MetricResult, Nulls
 from collapse_probe.results.outcomes import READERS, outcome, verdict_table
+from collapse_probe.results.readings import against_seeds
 from collapse_probe.results.rules import BY_NAME, RULES
 from collapse_probe.results.verdict import Verdict, judge, verdict_of, with_verdict
 
@@ -214,6 +215,14 @@ def test_the_verdict_of_findings_stored_without_one_is_made_from_their_numbers(t
     del old["answer"]
     (tmp_path / "old" / "findings.json").write_text(json.dumps(old))
     assert verdict_of(Findings.load(tmp_path / "old")) == judge(found)
+
+
+def test_the_spread_over_seeds_is_read_as_json_holds_it():
+    spread = {"seeds": [1, 2], "low": square(0.2).tolist(), "high": square(0.4).tolist()}
+    found = similarity(raw=0.5)
+    metric = found.metrics["attention-similarity"]
+    seen = against_seeds(replace(metric, nulls=replace(metric.nulls, untrained_seeds=spread)))
+    assert "0.500, above what 2 untrained twins of different seeds span (0.200 to 0.400" in seen
 
 
 def test_the_stored_verdict_is_the_one_that_is_read():
