@@ -105,10 +105,10 @@ class Architecture:
         }
 
     @classmethod
-    def of_plain(cls, held: Mapping[str, Any]) -> Architecture:
+    def of_plain(cls, values: Mapping[str, Any]) -> Architecture:
         """The architecture that `plain` wrote; SettingError for anything else."""
         try:
-            model = ViTSettings(**held["vit"]) if "vit" in held else str(held["address"])
-            return cls(model=model, **{name: held[name] for name in ("model_kwargs", "fixes", "embedding_std")})
+            model = ViTSettings(**values["vit"]) if "vit" in values else str(values["address"])
+            return cls(model=model, **{name: values[name] for name in ("model_kwargs", "fixes", "embedding_std")})
         except (KeyError, TypeError) as error:
             raise SettingError(f"these values describe no architecture: {error}; it may be from a newer version") from error

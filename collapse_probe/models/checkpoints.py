@@ -166,10 +166,10 @@ def choose_weights(content: Mapping[str, Any], ema: bool | None, file: Path) -> 
             return key, content[key]
     if _is_state(content) and ema is not True:
         return "", content
-    wanted = {None: "weights", True: "averaged (EMA) weights", False: "plain weights"}[ema]
+    kind = {None: "weights", True: "averaged (EMA) weights", False: "plain weights"}[ema]
     expected = "a state dict" if ema is None else " or ".join(orders[ema])
     keys = _sample([str(key) for key in content]) or "nothing"
-    raise CheckpointError(f"{file} holds no {wanted}: expected {expected}, found the entries {keys}")
+    raise CheckpointError(f"{file} holds no {kind}: expected {expected}, found the entries {keys}")
 
 
 def _is_state(value: object) -> bool:

@@ -169,30 +169,30 @@ def settings_from(state_dict: Mapping[str, Tensor], name: str | None = None) -> 
     of another architecture, of a width that no official model has, or where they contradict the name; ModelError for an unknown
     name.
     """
-    found = _read({key.removeprefix("module."): tensor.shape for key, tensor in state_dict.items()})
+    measured = _read({key.removeprefix("module."): tensor.shape for key, tensor in state_dict.items()})
     if name is None:
         official = {each.width: each for each in FAMILY.values()}
-        if found.width not in official:
+        if measured.width not in official:
             widths = ", ".join(map(str, sorted(official)))
             raise CheckpointError(
-                f"no official DeepViT is {found.width} wide (they are {widths}), so its scales cannot be "
+                f"no official DeepViT is {measured.width} wide (they are {widths}), so its scales cannot be "
                 "told: give the model's name"
             )
-        like = official[found.width]
-        return replace(found, transform_scale=like.transform_scale, residual_scale=like.residual_scale)
+        like = official[measured.width]
+        return replace(measured, transform_scale=like.transform_scale, residual_scale=like.residual_scale)
     if name.lower() not in FAMILY:
         raise ModelError(f"no DeepViT is called {name!r}; there are {', '.join(FAMILY)}")
     named = FAMILY[name.lower()]
     wrong = [
-        f"{what} is {getattr(found, what)} in the weights, {getattr(named, what)} in {name}"
+        f"{what} is {getattr(measured, what)} in the weights, {getattr(named, what)} in {name}"
         for what in ("width", "depth", "re_attention", "stem", "heads", "image_size")
-        if getattr(found, what) != getattr(named, what)
+        if getattr(measured, what) != getattr(named, what)
     ]
     if wrong:
-        alike = [other for other, each in FAMILY.items() if (each.width, each.depth) == (found.width, found.depth)]
+        alike = [other for other, each in FAMILY.items() if (each.width, each.depth) == (measured.width, measured.depth)]
         hint = f"; they look like {' or '.join(alike)}" if alike else ""
         raise CheckpointError(f"these weights are not {name}: {'; '.join(wrong)}{hint}")
-    return replace(named, classes=found.classes)
+    return replace(named, classes=measured.classes)
 
 
 def _read(shapes: Mapping[str, Any]) -> DeepViTSettings:
