@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format lock bench bundled clean
+.PHONY: demo test check test-lowest format lock bench bundled clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,12 +21,23 @@ test: $(VENV)/.installed
 
 check: test
 
+# The suite with the oldest releases that pyproject.toml declares; warnings of old releases about newer ones are not errors there.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[dev]"
+	.venv-lowest/bin/python -m pytest -q -n 2 -W default
+
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: $(VENV)/.installed
-	$(BIN)/python -m pip freeze --exclude-editable | grep -v ' @ ' > requirements.lock
+lock:
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet ".[dev]"
+	.venv-lock/bin/python -m pip freeze --exclude collapse-probe > requirements.lock
+	rm -rf .venv-lock
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/overhead.py
@@ -35,4 +46,4 @@ bundled: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/bundle_models.py bundled-runs
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-lowest build dist *.egg-info

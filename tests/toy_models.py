@@ -320,8 +320,11 @@ class ErasesMap(Matmul):
         return mixed
 
 
-FUSED = [ToyAttention, Masked, Blind, Padded, Biased, Causal, Scaled, Grouped, Erases]
-EAGER = [Wide, Matmul, Einsum, Bmm, OneKey, ErasesMap]
+_GROUPED = torch.zeros(1, 2, 1, 8), torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 8)
+GROUPED_IS_FUSED = torch._fused_sdp_choice(*_GROUPED, enable_gqa=True) != 0
+"""On a CPU only later releases of torch have a fused kernel for fewer heads of keys."""
+FUSED = [ToyAttention, Masked, Blind, Padded, Biased, Causal, Scaled, *([Grouped] if GROUPED_IS_FUSED else []), Erases]
+EAGER = [Wide, *([] if GROUPED_IS_FUSED else [Grouped]), Matmul, Einsum, Bmm, OneKey, ErasesMap]
 CHANGED = [Changed, Gated, InPlace, ValuesFirst, EinsumValuesFirst, Merged]
 
 

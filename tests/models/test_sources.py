@@ -408,10 +408,10 @@ def test_a_timm_model_made_elsewhere_keeps_its_config_and_its_size():
 
 
 def test_timms_local_dir(tmp_path):
-    import timm
+    from timm.models._hub import save_for_hf
 
     model = tiny().model
-    timm.models.save_for_hf(model, str(tmp_path), model_args={**TINY, "img_size": 32})
+    save_for_hf(model, str(tmp_path), model_args={**TINY, "img_size": 32})
     subject = resolve(f"local-dir:{tmp_path}")
     assert subject.source == "local-dir"
     assert same(subject.model, model)
