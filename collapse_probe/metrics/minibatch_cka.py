@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 STRIDE = 4
-"""An image is kept for a minibatch with those whose place in the reading order differs by a multiple of this."""
+"""An image waits for a minibatch with those whose place in the reading order differs by a multiple of this."""
 MINIBATCH, SMALL_MINIBATCH = 16, 8
 OPEN_BYTES = 512 * 2**20
 Features = list[Tensor | None]
 """One image's vector in each view."""
-Kept = tuple[int, Features]
+Placed = tuple[int, Features]
 """An image's place in the reading order and its features."""
 
 
@@ -48,7 +48,7 @@ class MinibatchHSIC(Accumulator):
         self.size = size
         self.add_state("hsic", GROUPS, views, views)
         self.add_state("minibatches", GROUPS)
-        self._kept: dict[int, list[Kept]] = {remainder: [] for remainder in range(STRIDE)}
+        self._waiting: dict[int, list[Placed]] = {remainder: [] for remainder in range(STRIDE)}
         self._closed = [0] * STRIDE
         self._seen = 0
 
@@ -58,46 +58,46 @@ class MinibatchHSIC(Accumulator):
         for image in range(max((len(view) for view in views if view is not None), default=0)):
             place = rank + world * self._seen
             self._seen += 1
-            kept = self._kept[place % STRIDE]
-            kept.append((place, [None if view is None else view[image].flatten().float().clone() for view in views]))
-            if len(kept) == self.size:
+            waiting = self._waiting[place % STRIDE]
+            waiting.append((place, [None if view is None else view[image].flatten().float().clone() for view in views]))
+            if len(waiting) == self.size:
                 self._close(place % STRIDE)
 
     def all_reduce(self) -> None:
         """All processes' sums, and the images that none of them has put into a minibatch yet."""
         super().all_reduce()
-        self._kept = {0: [one for part in gathered(self._open()) for one in part]}
+        self._waiting = {0: [one for part in gathered(self._open()) for one in part]}
 
     def merge(self, other: Self) -> None:
         """Add the other's sums and the images that it has not put into a minibatch yet."""
         super().merge(other)
-        self._kept = {0: [*self._open(), *other._open()]}
+        self._waiting = {0: [*self._open(), *other._open()]}
 
     def state_dict(self) -> dict[str, Any]:
         """The sums and the images that are in no minibatch yet, with how many were read."""
-        return {**super().state_dict(), "open": dict(self._kept), "closed": list(self._closed), "seen": self._seen}
+        return {**super().state_dict(), "open": dict(self._waiting), "closed": list(self._closed), "seen": self._seen}
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave: reading goes on with the next image."""
         own = {"open", "closed", "seen"}
         super().load_state_dict({name: state for name, state in states.items() if name not in own})
-        self._kept = {remainder: list(images) for remainder, images in states["open"].items()}
+        self._waiting = {remainder: list(images) for remainder, images in states["open"].items()}
         self._closed, self._seen = list(states["closed"]), states["seen"]
 
-    def _open(self) -> list[Kept]:
-        images = (one for kept in self._kept.values() for one in kept)
+    def _open(self) -> list[Placed]:
+        images = (image for group in self._waiting.values() for image in group)
         return [(place, [None if view is None else view.cpu() for view in views]) for place, views in images]
 
     def totals(self) -> tuple[Tensor, Tensor]:
         """n·HSIC₁ [GROUPS, V, V] and numbers of minibatches [GROUPS] over all images, those of unfilled minibatches too."""
         hsic, count = self.state("hsic").cpu().clone(), self.state("minibatches").cpu().clone()
-        left = sorted((one for kept in self._kept.values() for one in kept), key=lambda one: one[0])
+        left = sorted((image for group in self._waiting.values() for image in group), key=lambda one: one[0])
         if len(left) < FEWEST:
             return hsic, count
         closed = int(count.sum())
-        for i, chosen in enumerate(np.array_split(np.arange(len(left)), max(1, len(left) // self.size))):
+        for i, places in enumerate(np.array_split(np.arange(len(left)), max(1, len(left) // self.size))):
             group = (closed + i) % GROUPS
-            hsic[group] += _hsic([left[k][1] for k in chosen])
+            hsic[group] += _hsic([left[k][1] for k in places])
             count[group] += 1
         return hsic, count
 
@@ -112,11 +112,11 @@ class MinibatchHSIC(Accumulator):
 
     def _close(self, remainder: int) -> None:
         group = (remainder + STRIDE * self._closed[remainder]) % GROUPS
-        hsic = _hsic([features for _, features in self._kept[remainder]])
+        hsic = _hsic([features for _, features in self._waiting[remainder]])
         self.state("hsic")[group] += hsic.to(self.state("hsic").device)
         self.state("minibatches")[group] += 1
         self._closed[remainder] += 1
-        self._kept[remainder] = []
+        self._waiting[remainder] = []
 
 
 def _hsic(images: Sequence[Features]) -> Tensor:

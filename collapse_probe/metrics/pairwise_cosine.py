@@ -16,9 +16,11 @@ The same formulas over the number of defined vectors give the number of defined 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -166,7 +168,10 @@ class PairwiseCosine(Means):
         self.add_state("covariance", *square)
         self.add_state("own_sums", 4, *square)
         self.add_state("own_pairs", 4, *square)
-        self.samples = [self._sample(group) for group in groups]
+        self.samples = []  # the tokens whose vectors are summed over images
+        for group in groups:
+            size = group.heads * len(group.positions) * group.length * len(group.tokens) * 8
+            self.samples.append(group.tokens if size <= STATE_BUDGET else seeded_sample(group.tokens, SAMPLED_TOKENS))
         self.sampled = any(len(s) < len(g.tokens) for s, g in zip(self.samples, groups, strict=True))
         for g, (group, sample) in enumerate(zip(groups, self.samples, strict=True)):
             blocks_here = len(group.positions)
@@ -174,26 +179,16 @@ class PairwiseCosine(Means):
             self.add_state(f"over_images_{g}", group.heads, blocks_here, *shape)
             self.add_state(f"defined_{g}", group.heads, blocks_here, len(sample))
 
-    @staticmethod
-    def _sample(group: VectorGroup) -> list[int]:
-        size = group.heads * len(group.positions) * group.length * len(group.tokens) * 8
-        return group.tokens if size <= STATE_BUDGET else seeded_sample(group.tokens, SAMPLED_TOKENS)
-
     def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
-        """Make room for the pair sums of a batch."""
-        device = next(t.device for t in _tensors_of(trace))
+        tensors = (t for a in trace.attention for t in (a.q, a.probs) if t is not None)
+        device = next(t.device for t in (*tensors, *trace.tokens) if t is not None)
         self._pairs = PairSums(trace.images, self.blocks, device)
         self._own = PairSums(trace.images, self.blocks, device) if self.sampled else self._pairs
-        if not self._recent:
-            self._recent = [self._room_for(g, device) for g in range(len(self.groups))]
-
-    def _room_for(self, g: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The sums over the last few images, in float32: the run's own are float64."""
-        total, defined = self.state(f"over_images_{g}"), self.state(f"defined_{g}")
-        return (
-            torch.zeros(total.shape, dtype=torch.float32, device=device),
-            torch.zeros(defined.shape, dtype=torch.float32, device=device),
-        )
+        if not self._recent:  # sums over the last few images in float32: the run's own are float64
+            zeros = partial(torch.zeros_like, dtype=torch.float32, device=device)
+            self._recent = [
+                (zeros(self.state(f"over_images_{g}")), zeros(self.state(f"defined_{g}"))) for g in range(len(self.groups))
+            ]
 
     def absorb(self, part: Part, tokens: list[int], units: tuple[Tensor, Tensor]) -> None:
         """Take the unit vectors [b, h, L, R, C] of some heads and tokens of some images."""
@@ -203,7 +198,8 @@ class PairwiseCosine(Means):
         place_of = {token: place for place, token in enumerate(self.samples[g])}
         inside = [i for i, token in enumerate(tokens) if token in place_of]
         if len(inside) < len(tokens):
-            vectors, valid = vectors.index_select(self.token_dim, self._index(inside, vectors)), valid[..., inside]
+            places = torch.tensor(inside, device=vectors.device, dtype=torch.long)
+            vectors, valid = vectors.index_select(self.token_dim, places), valid[..., inside]
         if inside:
             first = place_of[tokens[inside[0]]]
             total, defined = (sums[part.heads] for sums in self._recent[g])
@@ -214,24 +210,19 @@ class PairwiseCosine(Means):
         if self.sampled:
             self._own.add(part, vectors, valid, self.token_dim)
 
-    @staticmethod
-    def _index(places: list[int], like: Tensor) -> Tensor:
-        return torch.tensor(places, device=like.device, dtype=torch.long)
-
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
-        """Close the batch."""
-        found = mean_cosines(self._pairs.sums, self._pairs.pairs)
-        for name, values in found.items():
+        cosines = mean_cosines(self._pairs.sums, self._pairs.pairs)
+        for name, values in cosines.items():
             self.add_images(name, values)
-        product = found["real"] * found["other_token"]
+        product = cosines["real"] * cosines["other_token"]
         self.add("covariance", torch.where(torch.isfinite(product), product, 0.0).sum(0))
         self.add("own_sums", self._own.sums.sum(1))
         self.add("own_pairs", self._own.pairs.sum(1))
         self._summed += trace.images
         if self._summed >= SUMMED_IMAGES:
             self.flush()
-        adjacent = {name: found[name].diagonal(-1, -2, -1) for name in ("real", "other_token")}
-        return adjacent | {"within": found["other_head"].diagonal(0, -2, -1)}
+        adjacent = {name: cosines[name].diagonal(-1, -2, -1) for name in ("real", "other_token")}
+        return adjacent | {"within": cosines["other_head"].diagonal(0, -2, -1)}
 
     def flush(self) -> None:
         """Bring the sums over the last few images into the states, a head at a time."""
@@ -250,24 +241,23 @@ class PairwiseCosine(Means):
             vectors, valid = self.state(f"over_images_{g}")[None], self.state(f"defined_{g}")[None]
             part = Part(slice(0, 1), group.positions, slice(0, group.heads), last_heads=True, last_tokens=True)
             whole.add(part, vectors, valid, self.token_dim)
-        found = mean_cosines(whole.sums[:, 0] - own_sums, whole.pairs[:, 0] - own_pairs)
-        return {name: values.cpu().numpy() for name, values in found.items()}
+        cosines = mean_cosines(whole.sums[:, 0] - own_sums, whole.pairs[:, 0] - own_pairs)
+        return {name: values.cpu().numpy() for name, values in cosines.items()}
 
     def cross_moment(self) -> Array:
         """The mean over images of real × other_token."""
-        found: Array = self.array("covariance") / self.array("other_token_count").clip(1)
-        return found
+        return np.asarray(self.array("covariance") / self.array("other_token_count").clip(1))
 
 
 class MapPairwiseCosine(PairwiseCosine):
-    """Agreement of the rows or columns of attention maps."""
+    """Cosines between the rows or columns of attention maps."""
 
     def __init__(self, plan: Plan, point: str, axis: str, centred: bool, without: tuple[int, ...] = ()) -> None:
         self.point, self.axis, self.centred, self.without = point, axis, centred, without
         groups = []
         for (heads, queries, keys), positions in plan.groups().items():
-            kept = {size: [t for t in range(size) if t not in without] for size in (queries, keys)}
-            tokens, length = (kept[queries], len(kept[keys])) if axis == "row" else (kept[keys], len(kept[queries]))
+            rows, columns = ([t for t in range(size) if t not in without] for size in (queries, keys))
+            tokens, length = (rows, len(columns)) if axis == "row" else (columns, len(rows))
             groups.append(VectorGroup(heads, length, tokens, positions))
         super().__init__(len(plan.map_layers), groups, axis)
 
@@ -280,14 +270,8 @@ class MapPairwiseCosine(PairwiseCosine):
             self.absorb(part, tokens, vectors)
 
 
-def _tensors_of(trace: Trace) -> Iterator[Tensor]:
-    for heard in trace.attention:
-        yield heard.q if heard.q is not None else heard.probs  # type: ignore[misc]
-    yield from (t for t in trace.tokens if t is not None)
-
-
 class TokenPairwiseCosine(PairwiseCosine):
-    """Agreement of the patch embeddings of the same token at two depths."""
+    """Cosines between the patch embeddings of the same token at two depths."""
 
     def __init__(self, plan: Plan, shapes: Sequence[tuple[int, int] | None]) -> None:
         depths: dict[tuple[int, int], list[int]] = {}
@@ -305,9 +289,9 @@ class TokenPairwiseCosine(PairwiseCosine):
             one_image = sum(p[0].numel() * 4 for p in patches)
             step = max(1, SPARE_BYTES // max(one_image, 1))
             for start in range(0, trace.images, step):
-                chosen = slice(start, min(start + step, trace.images))
-                part = Part(chosen, positions, slice(0, 1), last_heads=True, last_tokens=True)
-                self.absorb(part, group.tokens, _units([p[chosen] for p in patches]))
+                images = slice(start, min(start + step, trace.images))
+                part = Part(images, positions, slice(0, 1), last_heads=True, last_tokens=True)
+                self.absorb(part, group.tokens, _units([p[images] for p in patches]))
         return super().end_batch(trace)
 
 
@@ -342,18 +326,17 @@ class ImageSpread(Means):
             self.add_state(f"defined_{g}", GROUPS, heads, len(positions), len(sample), dtype=torch.float32)
 
     def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
-        """Remember the groups of this batch's images."""
         self._group = torch.tensor([group_of(name) for name in names])
 
     def add_tile(self, tile: MapTile) -> None:
         """Add the sampled tokens' vectors to the sums of their images' groups."""
         g = list(self.groups.values()).index(tile.positions)
-        sample, held = self.samples[g], tile.tokens(self.axis)
-        places = [i for i, t in enumerate(sample) if t in held]
+        sample, tokens = self.samples[g], tile.tokens(self.axis)
+        places = [i for i, t in enumerate(sample) if t in tokens]
         if not tile.whole(self.axis) or not places:
             return
         vectors, valid = unit_vectors(tile, self.point, self.axis, self.centred)
-        inside = [held.index(sample[i]) for i in places]
+        inside = [tokens.index(sample[i]) for i in places]
         vectors = vectors.index_select(self.token_dim, torch.tensor(inside, device=vectors.device))
         valid = valid[..., inside].to(vectors.dtype)
         group = self._group[tile.images].to(vectors.device)
@@ -374,7 +357,7 @@ class ImageSpread(Means):
             rest, rest_defined = sums.sum(0) - sums, defined.sum(0) - defined
             total = rest.square().sum((1, 3, 4)) - (own.sum(0) - own)[:, positions]
             pairs = rest_defined.square().sum((1, 3)) - (own_pairs.sum(0) - own_pairs)[:, positions]
-            found = torch.where(pairs > 0.5, total / pairs.clamp_min(0.5), torch.nan)
+            cosine = torch.where(pairs > 0.5, total / pairs.clamp_min(0.5), torch.nan)
             empty = defined.sum((1, 2, 3)) == 0
-            left_out[:, positions] = torch.where(empty[:, None], torch.nan, found).cpu()
+            left_out[:, positions] = torch.where(empty[:, None], torch.nan, cosine).cpu()
         return jackknife(left_out.numpy())[0]

@@ -30,39 +30,40 @@ def classes_of(kept: PerImageValues, labels: Mapping[str, int] | None, class_nam
     if labels is None:
         return {}
     of_image = np.array([labels.get(name, -1) for name in kept.names], dtype=np.int64)
-    found = sorted(set(of_image[of_image >= 0].tolist()))
-    if len(found) < FEWEST:
+    classes = sorted(set(of_image[of_image >= 0].tolist()))
+    if len(classes) < FEWEST:
         return {}
-    members = [np.flatnonzero(of_image == label) for label in found]
-    by_class = [kept.only(chosen).estimates() if len(chosen) >= FEWEST else {} for chosen in members]
+    members = [np.flatnonzero(of_image == label) for label in classes]
+    by_class = [kept.only(places).estimates() if len(places) >= FEWEST else {} for places in members]
     return {
-        "names": [class_names[label] if label < len(class_names) else str(label) for label in found],
-        "images": [len(chosen) for chosen in members],
+        "names": [class_names[label] if label < len(class_names) else str(label) for label in classes],
+        "images": [len(places) for places in members],
         "numbers": {
-            name: _number(whole, [held.get(name) for held in by_class], members) for name, whole in kept.estimates().items()
+            name: _number(whole, [estimates.get(name) for estimates in by_class], members)
+            for name, whole in kept.estimates().items()
         },
         "test": TEST,
     }
 
 
 def _number(whole: Estimate, by_class: Sequence[Estimate | None], members: Sequence[Any]) -> dict[str, Any]:
-    ends = [(math.nan, math.nan) if one is None else one.ci95 for one in by_class]
     p = _against_the_rest(whole, members)
-    return {
-        "value": [math.nan if one is None else one.value for one in by_class],
-        "ci_low": [low for low, _ in ends],
-        "ci_high": [high for _, high in ends],
-        "p": p,
-        "q": controlled(p),
-    }
+    return {**_columns(by_class), "p": p, "q": controlled(p)}
+
+
+def _columns(estimates: Sequence[Estimate | None]) -> dict[str, list[float]]:
+    """`value`, `ci_low` and `ci_high` of some estimates; NaN where there is none."""
+    ends = [(math.nan, math.nan) if one is None else one.ci95 for one in estimates]
+    values = [math.nan if one is None else one.value for one in estimates]
+    return {"value": values, "ci_low": [low for low, _ in ends], "ci_high": [high for _, high in ends]}
 
 
 def _against_the_rest(whole: Estimate, members: Sequence[Any]) -> Array:
     """Welch's p-values [classes] of the images of a class against all others, from sums."""
     parts = whole.parts
-    n = np.array([whole.defined[chosen].sum() for chosen in members], dtype=np.float64)
-    total = np.array([parts[chosen].sum() for chosen in members])
-    square = np.array([np.square(parts[chosen]).sum() for chosen in members])
+    n = np.array([whole.defined[places].sum() for places in members], dtype=np.float64)
+    total = np.array([parts[places].sum() for places in members])
+    square = np.array([np.square(parts[places]).sum() for places in members])
     rest_n, rest_total, rest_square = whole.images - n, parts.sum() - total, np.square(parts).sum() - square
     with np.errstate(invalid="ignore", divide="ignore"):
         spread, rest_spread = (
@@ -107,30 +108,23 @@ def convergence_of(kept: PerImageValues, count_above: float, seed: int = 0) -> d
     order = np.random.default_rng(seed).permutation(len(kept))
     steps = [kept.only(order[:size]) if size < len(kept) else kept for size in sizes]
     running = [step.estimates() for step in steps]
-    found = {name: _curve(name, [step.get(name) for step in running]) for name in (running[-1] if running else {})}
+    curves = {name: _curve(name, [step.get(name) for step in running]) for name in (running[-1] if running else {})}
     if SIMILARITY in kept.values and steps:
-        found[COUNT] = _count_curve(steps, count_above)
-    if not found:
+        curves[COUNT] = _count_curve(steps, count_above)
+    if not curves:
         return {}
     return {
         "sizes": sizes,
         "order": f"the first images of a shuffle with seed {seed}, so that a sorted data set does not bend the curves",
-        "numbers": found,
-        "sentences": [said for name, curve in found.items() if (said := _sentence(name, curve, len(kept)))],
+        "numbers": curves,
+        "sentences": [text for name, curve in curves.items() if (text := _sentence(name, curve, len(kept)))],
     }
 
 
 def _curve(name: str, running: list[Estimate | None]) -> dict[str, Any]:
-    undefined = (math.nan, math.nan)
-    ends = [undefined if step is None else step.ci95 for step in running]
     last = running[-1]
     assert last is not None
-    return {
-        "value": [math.nan if step is None else step.value for step in running],
-        "ci_low": [low for low, _ in ends],
-        "ci_high": [high for _, high in ends],
-        **_settled(last.half_width, HEADLINES[name].tolerance, last.images),
-    }
+    return {**_columns(running), **_settled(last.half_width, HEADLINES[name].tolerance, last.images)}
 
 
 def _settled(half_width: float, tolerance: float, images: int | None) -> dict[str, Any]:
@@ -186,23 +180,23 @@ def extremes_of(kept: PerImageValues) -> dict[str, Any]:
     """Names and values of the images with the highest and lowest headline numbers, as plain data; {} with fewer than two.
 
     By number: `highest` and `lowest`, up to five each (no image in both) with the outermost first, each {name, value};
-    `median`; `images`; `collapsed`, the end that is the sick one. An image's kappa is the mean of its own over adjacent pairs.
+    `median`; `images`; `collapsed`, which end is collapse. An image's kappa is the mean of its own over adjacent pairs.
     """
-    found: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     for name, values in kept.each().items():
         order = np.argsort(values, kind="stable")
         order = order[np.isfinite(values[order])]
         count = min(EACH_SIDE, len(order) // 2)
         if not count:
             continue
-        found[name] = {
+        numbers[name] = {
             "highest": [{"name": kept.names[i], "value": float(values[i])} for i in order[::-1][:count]],
             "lowest": [{"name": kept.names[i], "value": float(values[i])} for i in order[:count]],
             "median": float(np.median(values[order])),
             "images": len(order),
             "collapsed": HEADLINES[name].collapsed,
         }
-    return {"numbers": found, "warning": WARNING.format(images=len(kept))} if found else {}
+    return {"numbers": numbers, "warning": WARNING.format(images=len(kept))} if numbers else {}
 
 
 def pictured(extremes: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:

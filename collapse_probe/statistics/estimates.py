@@ -16,7 +16,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Headline:
-    """One headline number: what it is in words, which end is the sick one, and the half-width of an interval called narrow."""
+    """One headline number: what it is in words, which end is collapse, and the half-width of an interval called narrow."""
 
     words: str
     collapsed: str | None

@@ -1,8 +1,6 @@
-"""Two sets of numbers on the same images: the difference, its interval, a test and an effect size, place
-by place.
+"""Two sets of numbers on the same images: the difference, its interval, a test and an effect size, place by place.
 
-A place is a block, or a pair of neighbouring blocks. Images where either side is undefined are left out of
-that place.
+A place is a block, or a pair of neighbouring blocks. Images where either side is undefined are left out of that place.
 """
 
 from __future__ import annotations
@@ -21,9 +19,7 @@ Indices = NDArray[np.int64]
 
 RESAMPLES = 2000
 BCA_IMAGES = 5000
-"""Up to so many images the interval is BCa: its correction falls with the root of their number, its cost
-grows with the square.
-"""
+"""Up to so many images the interval is BCa: its correction falls with their root, its cost grows with their square."""
 AT_ONCE = 4_000_000  # image counts of resamples held at a time
 Method = Literal["BCa", "percentile"]
 SAME, NO_INTERVAL = "exact", "none"
@@ -31,12 +27,11 @@ SAME, NO_INTERVAL = "exact", "none"
 
 @dataclass(frozen=True)
 class Sides:
-    """Per-image values [images, places] of the two subjects; with `nulls` (theirs, same shapes) the
-    quantity is kappa.
+    """Per-image values [images, places] of the two subjects; with `nulls` (theirs, same shapes) the quantity is kappa.
 
-    A plain quantity's difference is the mean over images of second − first. Kappa's is kappa of the mean
-    values and nulls of the second less that of the first: the number that findings report, not a mean of
-    ratios. `pooled` takes the mean over the places, as one place.
+    A plain quantity's difference is the mean over images of second − first. Kappa's is kappa of the mean values and nulls of
+    the second less that of the first: the number that findings report, not a mean of ratios. `pooled` takes the mean over the
+    places, as one place.
     """
 
     first: Array
@@ -45,9 +40,7 @@ class Sides:
     pooled: bool = False
 
     def each(self) -> Array:
-        """The difference of every image by itself [images, places], NaN where undefined; what the test
-        ranks.
-        """
+        """The difference of every image by itself [images, places], NaN where undefined; what the test ranks."""
         one, other = self._single()
         return _averaged(other - one) if self.pooled else other - one
 
@@ -66,9 +59,7 @@ class Sides:
         return both[0], both[1]
 
     def same(self) -> NDArray[np.bool_]:
-        """The places where every defined image has the same numbers on both sides, to the last bit;
-        [places].
-        """
+        """The places where every defined image has the same numbers on both sides, to the last bit; [places]."""
         sides = [(self.first, self.second), *([self.nulls] if self.nulls else [])]
         equal = np.all([(a == b) | np.isnan(a) | np.isnan(b) for a, b in sides], axis=(0, 1))
         return np.atleast_1d(equal.all()) if self.pooled else equal
@@ -90,10 +81,10 @@ def _averaged(values: Array) -> Array:
 class Paired:
     """What the images say about second − first, each [places] unless said otherwise.
 
-    `ci95` [places, 2] with its kind in `interval`; `p` of the Wilcoxon signed-rank test, `q` the same with
-    the false discovery rate controlled over the places (Benjamini–Hochberg); `effect` the matched
-    rank-biserial correlation, −1 … 1: the rank sum of the images that rise less that of those that fall,
-    over the whole. `images` entered, `left_out` did not. Undefined numbers are NaN.
+    `ci95` [places, 2] with its kind in `interval`; `p` of the Wilcoxon signed-rank test, `q` the same with the false discovery
+    rate controlled over the places (Benjamini–Hochberg); `effect` the matched rank-biserial correlation, −1 … 1: the rank sum
+    of the images that rise less that of those that fall, over the whole. `images` entered, `left_out` did not. Undefined
+    numbers are NaN.
     """
 
     first: Array
@@ -114,9 +105,7 @@ class Paired:
 
 
 def compare_sides(sides: Sides, *, seed: int = 0, resamples: int = RESAMPLES) -> Paired:
-    """All numbers of one quantity; where every image has the same value on both sides: 0, [0, 0] and p =
-    1, exactly.
-    """
+    """All numbers of one quantity; where every image has the same value on both sides: 0, [0, 0] and p = 1, exactly."""
     each = sides.each()
     used = np.isfinite(each)
     images = used.sum(0)
@@ -141,8 +130,7 @@ def compare_sides(sides: Sides, *, seed: int = 0, resamples: int = RESAMPLES) ->
 
 
 def controlled(p: Array) -> Array:
-    """Benjamini–Hochberg over the defined p-values: the smallest false discovery rate at which each is a
-    discovery.
+    """Benjamini–Hochberg over the defined p-values: the smallest false discovery rate at which each is a discovery.
 
     >>> controlled(np.array([0.01, np.nan, 0.04])).tolist()
     [0.02, nan, 0.04]
@@ -155,9 +143,7 @@ def controlled(p: Array) -> Array:
 
 
 def _signed_ranks(differences: Array) -> tuple[float, float]:
-    """The two-sided Wilcoxon p-value and the matched rank-biserial correlation; (1, 0) where nothing
-    differs.
-    """
+    """The two-sided Wilcoxon p-value and the matched rank-biserial correlation; (1, 0) where nothing differs."""
     if not len(differences):
         return float("nan"), float("nan")
     moved = differences[differences != 0]
@@ -198,15 +184,13 @@ def _only(sides: Sides, places: NDArray[np.intp]) -> Sides:
 
 
 def _bootstrap(sides: Sides, method: Method, seed: int, resamples: int) -> tuple[Array, Array]:
-    """Bounds [places, 2] of `method` (NaN where it is undefined) and the drawn differences [places,
-    resamples].
-    """
+    """Bounds [places, 2] of `method` (NaN where it is undefined) and the drawn differences [places, resamples]."""
     count = len(sides.first)
 
-    def statistic(chosen: Indices, axis: int) -> Array:
-        first, second = sides.of_all(_counts(np.atleast_2d(chosen).astype(np.int64), count))
-        found = (second - first).T
-        return found[:, 0] if chosen.ndim == 1 else found
+    def statistic(drawn: Indices, axis: int) -> Array:
+        first, second = sides.of_all(_counts(np.atleast_2d(drawn).astype(np.int64), count))
+        differences = (second - first).T
+        return differences[:, 0] if drawn.ndim == 1 else differences
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy warns where BCa is undefined; the kind of interval says so
@@ -223,8 +207,8 @@ def _bootstrap(sides: Sides, method: Method, seed: int, resamples: int) -> tuple
     return bounds, np.asarray(result.bootstrap_distribution)
 
 
-def _counts(chosen: Indices, images: int) -> Array:
+def _counts(drawn: Indices, images: int) -> Array:
     """How often each image was drawn, [draws, drawn] -> [draws, images]."""
-    rows = np.arange(len(chosen))[:, None] * images
-    flat = np.bincount((chosen + rows).ravel(), minlength=len(chosen) * images)
-    return flat.reshape(len(chosen), images).astype(np.float64)
+    rows = np.arange(len(drawn))[:, None] * images
+    flat = np.bincount((drawn + rows).ravel(), minlength=len(drawn) * images)
+    return flat.reshape(len(drawn), images).astype(np.float64)

@@ -51,27 +51,27 @@ def sign_flips(differences: Array, *, seed: int = 0, permutations: int = PERMUTA
     [0.125, 0.75]
     """
     defined = np.isfinite(differences)
-    held = _grouped(np.where(defined, differences, 0.0))
-    images = len(held)
+    sums = _grouped(np.where(defined, differences, 0.0))
+    images = len(sums)
     exact = 2**images <= permutations + 1
-    seen = held.sum(0)
-    count = np.zeros(held.shape[1])
+    seen = sums.sum(0)
+    count = np.zeros(sums.shape[1])
     for signs in _all_signs(images) if exact else _random_signs(images, permutations, seed):
-        count += (signs @ held >= seen - TIE * np.abs(held).sum(0)).sum(0)
+        count += (signs @ sums >= seen - TIE * np.abs(sums).sum(0)).sum(0)
     p = count / 2.0**images if exact else (1 + count) / (1 + permutations)
-    floor = np.exp2(-np.count_nonzero(held, axis=0).astype(np.float64))
+    floor = np.exp2(-np.count_nonzero(sums, axis=0).astype(np.float64))
     smallest = floor if exact else np.maximum(floor, 1 / (1 + permutations))
     known = defined.any(0)
     return SignFlips(np.where(known, p, np.nan), np.where(known, smallest, np.nan), 2**images if exact else permutations, exact)
 
 
-def _grouped(held: Array) -> Array:
+def _grouped(differences: Array) -> Array:
     """Sums over every `FLIPPED`-th image, [images, places] -> [at most `FLIPPED`, places]."""
-    if len(held) <= FLIPPED:
-        return held
-    missing = -len(held) % FLIPPED
-    padded = np.concatenate([held, np.zeros((missing, held.shape[1]))])
-    return np.asarray(padded.reshape(-1, FLIPPED, held.shape[1]).sum(0))
+    images, places = differences.shape
+    if images <= FLIPPED:
+        return differences
+    padded = np.concatenate([differences, np.zeros((-images % FLIPPED, places))])
+    return np.asarray(padded.reshape(-1, FLIPPED, places).sum(0))
 
 
 def _all_signs(images: int) -> Iterator[Array]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -56,14 +54,6 @@ def hsic_unbiased(gram_x: Tensor, gram_y: Tensor) -> Tensor:
     return (u_centred(gram_x) * u_centred(gram_y)).sum((-2, -1)) / (n * (n - 3))
 
 
-def hsic_biased(gram_x: Tensor, gram_y: Tensor) -> Tensor:
-    """HSIC₀ = tr(KHLH)/(n−1)², H = I − 1/n 11ᵀ, [..., n, n] and [..., n, n] -> [...]; never negative; n ≥ 2."""
-    n = gram_x.shape[-1]
-    rows = gram_x.mean(-1, keepdim=True)
-    centred = gram_x - rows - rows.transpose(-1, -2) + rows.mean(-2, keepdim=True)
-    return (centred * gram_y).sum((-2, -1)) / (n - 1) ** 2
-
-
 def alignment(across: Tensor, own_x: Tensor, own_y: Tensor) -> Tensor:
     """CKA = HSIC(X, Y)/√(HSIC(X, X)·HSIC(Y, Y)) elementwise; NaN where an own HSIC is not positive.
 
@@ -72,26 +62,6 @@ def alignment(across: Tensor, own_x: Tensor, own_y: Tensor) -> Tensor:
     """
     defined = (own_x > 0) & (own_y > 0)
     return torch.where(defined, across / torch.where(defined, own_x * own_y, 1.0).sqrt(), torch.nan)
-
-
-def linear_cka(x: Tensor, y: Tensor, *, biased: bool = False) -> Tensor:
-    """Linear CKA of two sets of features of the same n images, [n, F] and [n, G] -> scalar, −1 … 1 (biased: 0 … 1).
-
-    Unchanged by rotations of the features, by a common shift and by a positive scale (Kornblith et al., arXiv 1905.00414). The
-    biased estimate is far above the unbiased where n is small beside F. NaN where the features of all images are the same.
-    """
-    gram_x, gram_y = linear_gram(x), linear_gram(y)
-    hsic = hsic_biased if biased else hsic_unbiased
-    return alignment(hsic(gram_x, gram_y), hsic(gram_x, gram_x), hsic(gram_y, gram_y))
-
-
-def minibatch_cka(minibatches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Unbiased linear CKA over minibatches of features ([n, F], [n, G]): HSIC₁ is averaged before the division.
-
-    Nguyen et al. (arXiv 2010.15327, Eq. 4). The mean of the minibatches' own CKA would be another, biased number.
-    """
-    hsic = torch.stack([pairwise_hsic([linear_gram(x), linear_gram(y)]) for x, y in minibatches]).mean(0)
-    return alignment(hsic[0, 1], hsic[0, 0], hsic[1, 1])
 
 
 def pairwise_hsic(grams: list[Tensor]) -> Tensor:
