@@ -95,7 +95,9 @@ def test_folders_can_be_read_at_a_glance():
 
 
 def test_no_room_without_a_subject():
-    names = {p.stem for p in ROOT.rglob("*.py") if ".venv" not in p.parts} | {p.name for p in PACKAGE.rglob("*") if p.is_dir()}
+    names = {p.stem for p in ROOT.rglob("*.py") if not any(part.startswith(".") for part in p.relative_to(ROOT).parts)} | {
+        p.name for p in PACKAGE.rglob("*") if p.is_dir()
+    }
     assert not names & FORBIDDEN
 
 
