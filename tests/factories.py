@@ -18,7 +18,7 @@ from collapse_probe.metrics.accumulators import Accumulator
 from collapse_probe.metrics.metric import make
 from collapse_probe.provenance import names_sha256
 from collapse_probe.results.findings import Findings, Gallery, MetricResult, Nulls
-from collapse_probe.statistics.intervals import kappa
+from collapse_probe.statistics.kappa import kappa
 
 SMALL = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 4, "num_heads": 4, "num_classes": 10}
 

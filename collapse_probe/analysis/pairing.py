@@ -23,7 +23,8 @@ from collapse_probe.results.comparison import (
 from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.readings import adjacent
 from collapse_probe.results.rules import KAPPA_ABOVE
-from collapse_probe.statistics.intervals import Array, Parts, count_difference_bounds, kappa_parts, mean_parts
+from collapse_probe.statistics.intervals import Array, Parts, count_difference_bounds, mean_parts
+from collapse_probe.statistics.kappa import kappa_parts
 from collapse_probe.statistics.paired import NO_INTERVAL, Paired, Sides, compare_sides
 
 Both = tuple[Findings, Findings]

@@ -10,7 +10,8 @@ import numpy as np
 
 from collapse_probe.metrics.pairwise_cosine import PairwiseCosine
 from collapse_probe.results.findings import MetricResult, Nulls
-from collapse_probe.statistics.intervals import Array, beyond, interval, kappa, kappa_stderr
+from collapse_probe.statistics.intervals import Array, beyond, interval
+from collapse_probe.statistics.kappa import kappa, kappa_stderr
 
 NO_TWIN = "no untrained twin was measured"
 ONE_IMAGE = "needs two different images"

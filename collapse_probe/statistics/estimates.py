@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collapse_probe.statistics.intervals import Array, interval, kappa, kappa_parts, mean_parts, parts_stderr
+from collapse_probe.statistics.intervals import Array, interval, mean_parts, parts_stderr
+from collapse_probe.statistics.kappa import kappa, kappa_parts
 
 Indices = NDArray[np.int64]
 

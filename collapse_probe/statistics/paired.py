@@ -13,7 +13,8 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from collapse_probe.statistics.intervals import Array, kappa
+from collapse_probe.statistics.intervals import Array
+from collapse_probe.statistics.kappa import kappa
 
 Indices = NDArray[np.int64]
 

@@ -16,12 +16,11 @@ from collapse_probe.statistics.intervals import (
     count_bounds,
     count_difference_bounds,
     interval,
-    kappa,
-    kappa_stderr,
     mean_parts,
     parts_stderr,
     quotient_bounds,
 )
+from collapse_probe.statistics.kappa import kappa, kappa_stderr
 
 DRAWS = 500
 LEAST, MOST = 0.92, 0.98

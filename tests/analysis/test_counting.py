@@ -10,7 +10,8 @@ from factories import findings_of
 
 from collapse_probe.analysis.pairing import count_differences
 from collapse_probe.results.findings import MetricResult
-from collapse_probe.statistics.intervals import count_difference_bounds, kappa, kappa_parts, mean_parts
+from collapse_probe.statistics.intervals import count_difference_bounds, mean_parts
+from collapse_probe.statistics.kappa import kappa, kappa_parts
 
 IMAGES = 20
 THRESHOLDS = [0.8, 0.9, 0.95]

@@ -15,13 +15,11 @@ from collapse_probe.statistics.intervals import (
     count_bounds,
     count_difference_bounds,
     jackknife,
-    kappa,
-    kappa_parts,
-    kappa_stderr,
     mean_parts,
     parts_stderr,
     quotient_bounds,
 )
+from collapse_probe.statistics.kappa import kappa, kappa_parts, kappa_stderr
 from collapse_probe.statistics.permutation import PERMUTATIONS, sign_flips
 
 

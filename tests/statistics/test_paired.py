@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from collapse_probe.statistics.intervals import kappa
+from collapse_probe.statistics.kappa import kappa
 from collapse_probe.statistics.paired import Sides, compare_sides, controlled
 
 

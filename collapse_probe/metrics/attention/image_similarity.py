@@ -14,7 +14,8 @@ from collapse_probe.metrics.nulls import with_reasons
 from collapse_probe.metrics.pairwise_cosine import JACKKNIFE_TOKENS, ImageSpread, MapPairwiseCosine
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
-from collapse_probe.statistics.intervals import Array, interval, kappa
+from collapse_probe.statistics.intervals import Array, interval
+from collapse_probe.statistics.kappa import kappa
 
 
 class ImageSimilarity(MapMetric):

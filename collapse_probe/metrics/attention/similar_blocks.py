@@ -16,16 +16,8 @@ from collapse_probe.metrics.pairwise_cosine import MapPairwiseCosine
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.results.rules import COUNT_THRESHOLDS, KAPPA_ABOVE
-from collapse_probe.statistics.intervals import (
-    Array,
-    Parts,
-    bootstrap,
-    count_bounds,
-    kappa,
-    kappa_parts,
-    mean_parts,
-    parts_stderr,
-)
+from collapse_probe.statistics.intervals import Array, Parts, bootstrap, count_bounds, mean_parts, parts_stderr
+from collapse_probe.statistics.kappa import kappa, kappa_parts
 
 
 def count_above(adjacent: Array, threshold: float) -> Array:
