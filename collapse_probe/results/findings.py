@@ -242,16 +242,16 @@ def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 def write_gallery(path: Path, gallery: Gallery | None, thumbnails: Mapping[str, NDArray[np.uint8]]) -> None:
     """Write gallery.npz, the maps in float32, the thumbnails (all of one size) in one array; no file where there is neither."""
-    kept: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     if thumbnails:
-        kept["thumbnail_names"] = np.array(list(thumbnails), dtype=np.str_)
-        kept["thumbnails"] = np.stack(list(thumbnails.values()))
+        arrays["thumbnail_names"] = np.array(list(thumbnails), dtype=np.str_)
+        arrays["thumbnails"] = np.stack(list(thumbnails.values()))
     if gallery is not None:
-        kept |= {"names": np.array(gallery.names, dtype=np.str_), "query": np.array(gallery.query)}
-        kept |= {"pictures": gallery.pictures, "maps": gallery.maps.astype(np.float32)}
-        kept |= {} if gallery.rollouts is None else {"rollouts": gallery.rollouts.astype(np.float32)}
-    if kept:
-        np.savez_compressed(path, **kept)
+        arrays |= {"names": np.array(gallery.names, dtype=np.str_), "query": np.array(gallery.query)}
+        arrays |= {"pictures": gallery.pictures, "maps": gallery.maps.astype(np.float32)}
+        arrays |= {} if gallery.rollouts is None else {"rollouts": gallery.rollouts.astype(np.float32)}
+    if arrays:
+        np.savez_compressed(path, **arrays)
 
 
 def load_gallery(path: Path) -> Gallery | None:

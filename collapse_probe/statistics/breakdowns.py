@@ -21,7 +21,7 @@ TEST = (
 )
 
 
-def classes_of(kept: PerImageValues, labels: Mapping[str, int] | None, class_names: Sequence[str] = ()) -> dict[str, Any]:
+def classes_of(per_image: PerImageValues, labels: Mapping[str, int] | None, class_names: Sequence[str] = ()) -> dict[str, Any]:
     """Every class' headline numbers, as plain data; {} where there are no labels or just one class.
 
     `names` and `images` of the classes; by number `value`, `ci_low`, `ci_high` (95 % t interval over the images of the
@@ -29,18 +29,18 @@ def classes_of(kept: PerImageValues, labels: Mapping[str, int] | None, class_nam
     """
     if labels is None:
         return {}
-    of_image = np.array([labels.get(name, -1) for name in kept.names], dtype=np.int64)
+    of_image = np.array([labels.get(name, -1) for name in per_image.names], dtype=np.int64)
     classes = sorted(set(of_image[of_image >= 0].tolist()))
     if len(classes) < FEWEST:
         return {}
     members = [np.flatnonzero(of_image == label) for label in classes]
-    by_class = [kept.only(places).estimates() if len(places) >= FEWEST else {} for places in members]
+    by_class = [per_image.only(places).estimates() if len(places) >= FEWEST else {} for places in members]
     return {
         "names": [class_names[label] if label < len(class_names) else str(label) for label in classes],
         "images": [len(places) for places in members],
         "numbers": {
             name: _number(whole, [estimates.get(name) for estimates in by_class], members)
-            for name, whole in kept.estimates().items()
+            for name, whole in per_image.estimates().items()
         },
         "test": TEST,
     }
@@ -95,7 +95,7 @@ def sizes_for(images: int) -> list[int]:
     return sorted({round(size) for size in np.geomspace(2, images, SIZES).tolist()})
 
 
-def convergence_of(kept: PerImageValues, count_above: float, seed: int = 0) -> dict[str, Any]:
+def convergence_of(per_image: PerImageValues, count_above: float, seed: int = 0) -> dict[str, Any]:
     """Running values and 95 % intervals of the headline numbers, as plain data; {} with fewer than two images.
 
     Among them is the number of similar blocks, whose similarity with the block before is above `count_above`. `sizes`: numbers
@@ -104,12 +104,12 @@ def convergence_of(kept: PerImageValues, count_above: float, seed: int = 0) -> d
     images would bring it there (half-width falls with the root of their number; None for a count). `sentences`: what
     there were too few images for.
     """
-    sizes = sizes_for(len(kept))
-    order = np.random.default_rng(seed).permutation(len(kept))
-    steps = [kept.only(order[:size]) if size < len(kept) else kept for size in sizes]
+    sizes = sizes_for(len(per_image))
+    order = np.random.default_rng(seed).permutation(len(per_image))
+    steps = [per_image.only(order[:size]) if size < len(per_image) else per_image for size in sizes]
     running = [step.estimates() for step in steps]
     curves = {name: _curve(name, [step.get(name) for step in running]) for name in (running[-1] if running else {})}
-    if SIMILARITY in kept.values and steps:
+    if SIMILARITY in per_image.values and steps:
         curves[COUNT] = _count_curve(steps, count_above)
     if not curves:
         return {}
@@ -117,7 +117,7 @@ def convergence_of(kept: PerImageValues, count_above: float, seed: int = 0) -> d
         "sizes": sizes,
         "order": f"the first images of a shuffle with seed {seed}, so that a sorted data set does not bend the curves",
         "numbers": curves,
-        "sentences": [text for name, curve in curves.items() if (text := _sentence(name, curve, len(kept)))],
+        "sentences": [text for name, curve in curves.items() if (text := _sentence(name, curve, len(per_image)))],
     }
 
 
@@ -176,27 +176,27 @@ PICTURED = ("kappa_adjacent", "attention_similarity_adjacent", "patch_diversity_
 """The number whose ends are shown as pictures: the first of these that the images define."""
 
 
-def extremes_of(kept: PerImageValues) -> dict[str, Any]:
+def extremes_of(per_image: PerImageValues) -> dict[str, Any]:
     """Names and values of the images with the highest and lowest headline numbers, as plain data; {} with fewer than two.
 
     By number: `highest` and `lowest`, up to five each (no image in both) with the outermost first, each {name, value};
     `median`; `images`; `collapsed`, which end is collapse. An image's kappa is the mean of its own over adjacent pairs.
     """
     numbers: dict[str, Any] = {}
-    for name, values in kept.each().items():
+    for name, values in per_image.each().items():
         order = np.argsort(values, kind="stable")
         order = order[np.isfinite(values[order])]
         count = min(EACH_SIDE, len(order) // 2)
         if not count:
             continue
         numbers[name] = {
-            "highest": [{"name": kept.names[i], "value": float(values[i])} for i in order[::-1][:count]],
-            "lowest": [{"name": kept.names[i], "value": float(values[i])} for i in order[:count]],
+            "highest": [{"name": per_image.names[i], "value": float(values[i])} for i in order[::-1][:count]],
+            "lowest": [{"name": per_image.names[i], "value": float(values[i])} for i in order[:count]],
             "median": float(np.median(values[order])),
             "images": len(order),
             "collapsed": HEADLINES[name].collapsed,
         }
-    return {"numbers": numbers, "warning": WARNING.format(images=len(kept))} if numbers else {}
+    return {"numbers": numbers, "warning": WARNING.format(images=len(per_image))} if numbers else {}
 
 
 def pictured(extremes: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:

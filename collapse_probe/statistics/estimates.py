@@ -87,36 +87,36 @@ class PerImageValues:
     def __len__(self) -> int:
         return len(self.names)
 
-    def only(self, chosen: Indices | NDArray[np.bool_]) -> PerImageValues:
+    def only(self, places: Indices | NDArray[np.bool_]) -> PerImageValues:
         """The same of some of the images."""
-        names = tuple(self.names[i] for i in np.arange(len(self))[chosen].tolist())
-        return replace(self, names=names, values={key: part[chosen] for key, part in self.values.items()})
+        names = tuple(self.names[i] for i in np.arange(len(self))[places].tolist())
+        return replace(self, names=names, values={key: part[places] for key, part in self.values.items()})
 
     def estimates(self) -> dict[str, Estimate]:
         """The headline numbers that what was kept can give; those that are undefined are left out."""
-        found: dict[str, Estimate | None] = {}
+        numbers: dict[str, Estimate | None] = {}
         if SIMILARITY in self.values:
-            found["attention_similarity_adjacent"] = mean_of(self.values[SIMILARITY])
+            numbers["attention_similarity_adjacent"] = mean_of(self.values[SIMILARITY])
         if NULL in self.values:
-            found["kappa_adjacent"] = kappa_of(self.values[SIMILARITY], self.values[NULL])
+            numbers["kappa_adjacent"] = kappa_of(self.values[SIMILARITY], self.values[NULL])
         if DIVERSITY in self.values:
-            found["patch_diversity_last"] = mean_of(self.values[DIVERSITY][:, -1:])
+            numbers["patch_diversity_last"] = mean_of(self.values[DIVERSITY][:, -1:])
         if ENTROPY in self.values:
-            found["attention_entropy_mean"] = mean_of(self.values[ENTROPY], self.heads)
-        return {name: estimate for name, estimate in found.items() if estimate is not None}
+            numbers["attention_entropy_mean"] = mean_of(self.values[ENTROPY], self.heads)
+        return {name: estimate for name, estimate in numbers.items() if estimate is not None}
 
     def each(self) -> dict[str, Array]:
         """The headline numbers of every image by itself, [images]; NaN where an image defines none."""
-        found = {}
+        numbers = {}
         if SIMILARITY in self.values:
-            found["attention_similarity_adjacent"] = _row_means(self.values[SIMILARITY])
+            numbers["attention_similarity_adjacent"] = _row_means(self.values[SIMILARITY])
         if NULL in self.values:
-            found["kappa_adjacent"] = _row_means(kappa(self.values[SIMILARITY], self.values[NULL]))
+            numbers["kappa_adjacent"] = _row_means(kappa(self.values[SIMILARITY], self.values[NULL]))
         if DIVERSITY in self.values:
-            found["patch_diversity_last"] = self.values[DIVERSITY][:, -1]
+            numbers["patch_diversity_last"] = self.values[DIVERSITY][:, -1]
         if ENTROPY in self.values:
-            found["attention_entropy_mean"] = _row_means(self.values[ENTROPY], self.heads)
-        return found
+            numbers["attention_entropy_mean"] = _row_means(self.values[ENTROPY], self.heads)
+        return numbers
 
 
 def per_image_values(table: Mapping[str, NDArray[Any]], heads: Array | None = None) -> PerImageValues:

@@ -188,8 +188,8 @@ def jackknife(left_out: Array) -> tuple[Array, int]:
     (1.0, 2)
     """
     used = np.isfinite(left_out).reshape(len(left_out), -1).any(1)
-    kept = left_out[used]
-    n = len(kept)
+    values = left_out[used]
+    n = len(values)
     if n < 2:
         return np.full(left_out.shape[1:], np.nan), n
-    return np.sqrt((n - 1) / n * np.square(kept - kept.mean(0)).sum(0)), n
+    return np.sqrt((n - 1) / n * np.square(values - values.mean(0)).sum(0)), n

@@ -136,11 +136,11 @@ def controlled(p: Array) -> Array:
     >>> controlled(np.array([0.01, np.nan, 0.04])).tolist()
     [0.02, nan, 0.04]
     """
-    found = np.full(p.shape, np.nan)
+    q = np.full(p.shape, np.nan)
     defined = np.isfinite(p)
     if defined.any():
-        found[defined] = scipy.stats.false_discovery_control(p[defined], method="bh")
-    return found
+        q[defined] = scipy.stats.false_discovery_control(p[defined], method="bh")
+    return q
 
 
 def _signed_ranks(differences: Array) -> tuple[float, float]:

@@ -93,8 +93,8 @@ def _signs(bits: NDArray[Any]) -> Array:
 
 def pairs_tested(tests: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     """The test of all pairs of blocks of one metric in what `pair_tests` gives (or the same read from a file), or None."""
-    found: Mapping[str, Any] | None = (tests.get(name) or {}).get("all_pairs")
-    return found
+    test: Mapping[str, Any] | None = (tests.get(name) or {}).get("all_pairs")
+    return test
 
 
 def beyond_null(tested: Mapping[str, Any]) -> NDArray[np.bool_]:

@@ -54,29 +54,29 @@ def distances_of_rows(prefix: str, trace: Trace, tile: MapTile) -> Tensor:
     plan = trace.plan
     patches = over_patches(plan, plan.layers[plan.map_layers[tile.positions[0]]])
     size = patch_size(plan)
-    found = torch.full(tile.probs.shape[:-1], torch.nan, device=tile.probs.device)
+    values = torch.full(tile.probs.shape[:-1], torch.nan, device=tile.probs.device)
     rows = [] if patches is None else [t for t in tile.tokens("row") if t in set(patches)]
     if patches is None or not rows or size is None or plan.grid is None:
-        return found
+        return values
     inside = [t - tile.rows.start for t in rows]
     maps = patches_anew(trace, tile, patches) if prefix == "resoftmax" else tile.probs[..., patches]
     first = {token: place for place, token in enumerate(patches)}
     distances = patch_distances(plan.grid, size)[[first[t] for t in rows]].to(maps.device, maps.dtype)
-    found[..., inside] = attended_distance(maps[..., inside, :], distances, prefix != "drop")
-    return found
+    values[..., inside] = attended_distance(maps[..., inside, :], distances, prefix != "drop")
+    return values
 
 
 def patches_anew(trace: Trace, tile: MapTile, patches: list[int]) -> Tensor:
-    """The softmax over the patches alone, [b, h, L, R, P]: from the logits, or from log p where only the softmax was heard."""
-    found = []
+    """The softmax over the patches alone, [b, h, L, R, P]: from the logits, or from log p where the softmax alone is known."""
+    softmaxes = []
     for place, position in enumerate(tile.positions):
-        heard = trace.attention[trace.plan.map_layers[position]]
-        if heard.q is None:
+        attention = trace.attention[trace.plan.map_layers[position]]
+        if attention.q is None:
             logits = tile.probs[:, :, place].log()
         else:
-            logits = heard.logits(tile.images, tile.heads, tile.rows, tile.columns)
-        found.append(torch.softmax(logits[..., patches], -1).nan_to_num(0.0))
-    return torch.stack(found, dim=2)
+            logits = attention.logits(tile.images, tile.heads, tile.rows, tile.columns)
+        softmaxes.append(torch.softmax(logits[..., patches], -1).nan_to_num(0.0))
+    return torch.stack(softmaxes, dim=2)
 
 
 class AttentionDistance(HeadMetric):

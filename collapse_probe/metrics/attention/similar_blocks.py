@@ -92,8 +92,8 @@ class SimilarBlocks(MapMetric):
         """None: a count over the mean of all images."""
 
 
-def _above(real: Array, threshold: float, chosen: NDArray[np.int64]) -> Array:
-    return count_above(real[:, chosen], threshold)
+def _above(real: Array, threshold: float, images: NDArray[np.int64]) -> Array:
+    return count_above(real[:, images], threshold)
 
 
 def _bounds(of_pairs: Parts, above: float) -> Array:

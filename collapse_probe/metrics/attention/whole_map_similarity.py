@@ -53,8 +53,8 @@ class WholeMaps(Means):
             place = torch.tensor(positions)
             for image in range(trace.images):
                 products = self._products(trace, layers, image, (heads, queries, keys))
-                found = head_cosine(products.view(len(layers), heads, len(layers), heads))
-                values[image, place[:, None], place[None]] = found.cpu().to(torch.float64)
+                cosines = head_cosine(products.view(len(layers), heads, len(layers), heads))
+                values[image, place[:, None], place[None]] = cosines.cpu().to(torch.float64)
         self.add_images("value", values)
         return {"value": values.diagonal(-1, 1, 2)}
 

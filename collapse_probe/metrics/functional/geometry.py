@@ -63,11 +63,11 @@ def wide_gram(vectors: Tensor) -> Tensor:
         return gram(vectors).to(wide)
     n, d = vectors.shape[-2:]
     spans = d // SPAN
-    found = []
+    grams = []
     for rows in vectors.reshape(-1, n, d):
         parts = rows[:, : spans * SPAN].view(n, spans, SPAN).transpose(0, 1)
-        found.append(gram(parts).sum(0, dtype=wide) + gram(rows[:, spans * SPAN :]))
-    return torch.stack(found).reshape(*vectors.shape[:-1], n)
+        grams.append(gram(parts).sum(0, dtype=wide) + gram(rows[:, spans * SPAN :]))
+    return torch.stack(grams).reshape(*vectors.shape[:-1], n)
 
 
 def _length(vectors: Tensor, dim: int) -> Tensor:
@@ -92,8 +92,8 @@ def mean_cosine(first: Tensor, second: Tensor | None = None, *, absolute: bool =
     >>> mean_cosine(torch.eye(4)).item()
     0.25
     """
-    found = cosines(first, first if second is None else second)
-    return (found.abs() if absolute else found).mean((-2, -1))
+    pairs = cosines(first, first if second is None else second)
+    return (pairs.abs() if absolute else pairs).mean((-2, -1))
 
 
 def contrast(first: Tensor, second: Tensor, *, directions: bool = True) -> Tensor:

@@ -37,7 +37,7 @@ def rollouts(maps: Tensor) -> Tensor:
     [[0.5, 0.5], [0.5, 0.5]]
     """
     steps = with_residual(maps).unbind(0)
-    found = [steps[0]]
+    products = [steps[0]]
     for step in steps[1:]:
-        found.append(step @ found[-1])
-    return torch.stack(found)
+        products.append(step @ products[-1])
+    return torch.stack(products)

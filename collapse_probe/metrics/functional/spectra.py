@@ -89,8 +89,8 @@ def pca_error(matrices: Tensor, share: float) -> Tensor:
     _check(share)
     shares = _variance_shares(matrices)
     n, d = matrices.shape[-2:]
-    kept = math.ceil(share * max(min(n - 1, d), 0) - ROUNDING)
-    return torch.where(shares.isnan().any(-1), math.nan, shares[..., kept:].sum(-1))
+    leading = math.ceil(share * max(min(n - 1, d), 0) - ROUNDING)
+    return torch.where(shares.isnan().any(-1), math.nan, shares[..., leading:].sum(-1))
 
 
 def components_for(matrices: Tensor, share: float) -> Tensor:

@@ -72,8 +72,8 @@ class HypersphericalEnergy(WeightMetric):
             "separation": hyperspherical_separation,
             "gram": lambda rows: -gram_log_determinant(rows, EPSILON),
         }
-        found = matrices.over(lambda rows: where_two_rows(measures[measure], rows), self.settings["by_head"])
-        return found, {"collapsed": "low"} if measure == "separation" else {}
+        values = matrices.over(lambda rows: where_two_rows(measures[measure], rows), self.settings["by_head"])
+        return values, {"collapsed": "low"} if measure == "separation" else {}
 
 
 METRICS.add(HypersphericalEnergy.name, HypersphericalEnergy)

@@ -71,19 +71,19 @@ class WeightRank(WeightMetric):
         measure, by_head, share = self.settings["measure"], self.settings["by_head"], self.settings.get("share", 0.0)
         full = matrices.over(lambda w: torch.full(w.shape[:-2], float(min(w.shape[-2:]))), by_head)
         if measure == "pca":
-            found = matrices.over(lambda w: pca_error(w, share), by_head)
+            values = matrices.over(lambda w: pca_error(w, share), by_head)
         elif measure == "components":
-            found = matrices.over(lambda w: components_for(w, share), by_head)
+            values = matrices.over(lambda w: components_for(w, share), by_head)
         elif measure == "stable":
-            found = spectral(matrices, stable_rank_of, by_head)
+            values = spectral(matrices, stable_rank_of, by_head)
         else:
-            found = spectral(matrices, lambda s: effective_rank_of(s, squared=measure == "squared"), by_head)
+            values = spectral(matrices, lambda s: effective_rank_of(s, squared=measure == "squared"), by_head)
         if self.settings["divided"]:
-            found = found / full
+            values = values / full
         facts: dict[str, Any] = {"full_rank": np.where(np.isfinite(full), full, np.nan)}
         if by_head:
             facts["undefined"] = f"{', '.join(n for n in NAMES if n not in BY_HEAD)} have no rows of a head"
-        return found, {"details": facts}
+        return values, {"details": facts}
 
 
 METRICS.add(WeightRank.name, WeightRank)

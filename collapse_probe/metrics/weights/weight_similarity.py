@@ -53,7 +53,7 @@ def read_directions(matrix: Tensor, writes: bool) -> Tensor:
 
 def between_blocks(vectors: Sequence[Tensor | None]) -> Array:
     """Cosine of the vectors of every two blocks, [blocks, blocks]; NaN where one is missing, zero, or of another length."""
-    found = np.full((len(vectors), len(vectors)), np.nan)
+    cosines = np.full((len(vectors), len(vectors)), np.nan)
     for length in {len(v) for v in vectors if v is not None}:
         at = [i for i, v in enumerate(vectors) if v is not None and len(v) == length]
         some = [v for v in vectors if v is not None and len(v) == length]
@@ -62,8 +62,8 @@ def between_blocks(vectors: Sequence[Tensor | None]) -> Array:
             products += gram(torch.stack([wide(v[start : start + SPAN]) for v in some])).cpu().numpy()
         lengths = np.sqrt(np.diagonal(products))
         with np.errstate(divide="ignore", invalid="ignore"):
-            found[np.ix_(at, at)] = products / np.outer(lengths, lengths)
-    return found
+            cosines[np.ix_(at, at)] = products / np.outer(lengths, lengths)
+    return cosines
 
 
 class WeightSimilarity(WeightMetric):
@@ -115,7 +115,7 @@ class WeightSimilarity(WeightMetric):
         if self.settings["between"] == "rows":
             signed = self.settings["signed"]
             return matrices.over(lambda rows: row_similarity(rows, signed), self.settings["by_head"]), {}
-        each = np.stack([between_blocks([self._vector(held.get(name), name) for held in matrices.found]) for name in NAMES])
+        each = np.stack([between_blocks([self._vector(block.get(name), name) for block in matrices.found]) for name in NAMES])
         count = np.isfinite(each).sum(0)
         values = np.where(count > 0, np.nansum(each, axis=0) / np.maximum(count, 1), np.nan)
         return values, {"dims": ("block", "block"), "details": {"by_matrix": each}}
