@@ -24,9 +24,9 @@ from collapse_probe.analysis.measurement import (
     make_metrics,
     measure_model,
     need_images,
-    with_untrained,
 )
 from collapse_probe.analysis.summary import summarise, sureness
+from collapse_probe.analysis.untrained_twins import with_untrained
 from collapse_probe.capture.capture import discover_plan
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import budget_line, tile_bytes

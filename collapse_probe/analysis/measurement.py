@@ -1,29 +1,27 @@
-"""The one path on which a model is measured: a plan, metrics and images become results; each untrained twin takes it again."""
+"""The one path on which a model is measured: a plan, metrics and images become results."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from collapse_probe.analysis.loop import PassOptions, PassResult, one_pass, result_of
-from collapse_probe.capture.capture import discover_plan, noise
+from collapse_probe.capture.capture import noise
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.weight_capture import record_matrices
 from collapse_probe.capture.weight_matrices import NAMES, Matrices
 from collapse_probe.data.images import ImageSet, batches_of, seeded_order
 from collapse_probe.devices import choose_device
 from collapse_probe.distributed import unwrap
-from collapse_probe.errors import DataError, ModelError, SettingError
+from collapse_probe.errors import DataError, SettingError
 from collapse_probe.metrics.metric import Metric, make
-from collapse_probe.metrics.nulls import with_twins
 from collapse_probe.metrics.weight_metric import WeightMetric
 from collapse_probe.models.loading import Subject
 from collapse_probe.results.findings import MetricResult
-from collapse_probe.results.readings import against_seeds
 
 DEFAULT_METRICS = (
     "attention-similarity",
@@ -146,66 +144,3 @@ def read_matrices(model: nn.Module, plan: Plan, seed: int = 0) -> Matrices:
         return Matrices(plan.blocks, tuple({} for _ in plan.blocks), missing)
     model = unwrap(model)
     return record_matrices(model, noise(model, plan.image_size, 3, seed), plan.blocks)
-
-
-def with_untrained(
-    results: Mapping[str, MetricResult],
-    subject: Subject,
-    metrics: Mapping[str, Metric],
-    images: Images | None,
-    settings: RunSettings,
-    say: Report,
-) -> tuple[dict[str, MetricResult], list[str]]:
-    """The results beside those of the same architecture with fresh weights, and notes on these untrained twins.
-
-    Where a metric has no twin, its nulls hold the reason.
-    """
-    on_images = need_images(metrics)
-    reasons = {name: _no_twin(subject, images, settings, name in on_images) for name in metrics}
-    names = [name for name, reason in reasons.items() if not reason]
-    twins: dict[int, Measurement] = {}
-    try:
-        if names:
-            twins = measure_twins(subject, names, images if set(names) & set(on_images) else None, settings, say)
-    except ModelError as error:
-        reasons |= dict.fromkeys(names, str(error))
-    seen = max((len(twin.images.names) for twin in twins.values()), default=0)
-    paired = {}
-    for name, result in results.items():
-        of_twins = {seed: twin.results[name] for seed, twin in twins.items() if name in twin.results}
-        paired[name] = with_twins(result, of_twins, seen if name in on_images else 0, reasons[name])
-    if not twins:
-        return paired, []
-    which, seeds = ("twins", f"seeds {[*twins]}") if len(twins) > 1 else ("twin", f"seed {next(iter(twins))}")
-    notes = [f"untrained {which}: fresh weights with {seeds} on {seen} images"] if seen else []
-    notes += filter(None, [against_seeds(result) for name, result in paired.items() if name == "attention-similarity"])
-    if set(names) - set(on_images):
-        notes.append(f"untrained {which} of the weights: fresh weights with {seeds}")
-    return paired, notes
-
-
-def _no_twin(subject: Subject, images: Images | None, settings: RunSettings, on_images: bool) -> str:
-    """Why a metric has no untrained twin; empty where it has one."""
-    if settings.null_images == 0:
-        return "no null images were asked for"
-    if on_images and not isinstance(images, ImageSet):
-        return "the images came from an iterable that can be run through once"
-    return "" if subject.fresh is not None else "the model came as an object, and its architecture cannot be made anew"
-
-
-def measure_twins(
-    subject: Subject, names: Sequence[str], images: Images | None, settings: RunSettings, say: Report
-) -> dict[int, Measurement]:
-    """The same architecture with fresh weights of the `null_seeds` seeds after the run's own, by seed, one model at a time.
-
-    A twin sees a seeded subset of the images, the same for all. Raises ModelError where the weights cannot be made anew.
-    """
-    assert subject.fresh is not None
-    few = images.subset(settings.null_images, settings.seed) if isinstance(images, ImageSet) else None
-    twins: dict[int, Measurement] = {}
-    for seed in range(settings.seed + 1, settings.seed + 1 + settings.null_seeds):
-        say(f"measuring the untrained twin of seed {seed}" + ("" if few is None else f" on {len(few)} images"))
-        twin = replace(subject, model=subject.fresh(seed).to(choose_device(settings.device)))
-        plan = discover_plan(twin.model, subject.preprocess.size, seed=settings.seed)
-        twins[seed] = measure_model(twin, plan, make_metrics(plan, names), few, settings)
-    return twins

@@ -1,0 +1,88 @@
+"""Untrained twins: the same architecture with fresh weights, measured on the same path as the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from collapse_probe.analysis.measurement import (
+    Images,
+    Measurement,
+    Report,
+    RunSettings,
+    make_metrics,
+    measure_model,
+    need_images,
+)
+from collapse_probe.capture.capture import discover_plan
+from collapse_probe.data.images import ImageSet
+from collapse_probe.devices import choose_device
+from collapse_probe.errors import ModelError
+from collapse_probe.metrics.metric import Metric
+from collapse_probe.metrics.nulls import with_twins
+from collapse_probe.models.loading import Subject
+from collapse_probe.results.findings import MetricResult
+from collapse_probe.results.readings import against_seeds
+
+
+def with_untrained(
+    results: Mapping[str, MetricResult],
+    subject: Subject,
+    metrics: Mapping[str, Metric],
+    images: Images | None,
+    settings: RunSettings,
+    say: Report,
+) -> tuple[dict[str, MetricResult], list[str]]:
+    """The results beside those of the same architecture with fresh weights, and notes on these untrained twins.
+
+    Where a metric has no twin, its nulls hold the reason.
+    """
+    on_images = need_images(metrics)
+    reasons = {name: _no_twin(subject, images, settings, name in on_images) for name in metrics}
+    names = [name for name, reason in reasons.items() if not reason]
+    twins: dict[int, Measurement] = {}
+    try:
+        if names:
+            twins = measure_twins(subject, names, images if set(names) & set(on_images) else None, settings, say)
+    except ModelError as error:
+        reasons |= dict.fromkeys(names, str(error))
+    seen = max((len(twin.images.names) for twin in twins.values()), default=0)
+    paired = {}
+    for name, result in results.items():
+        of_twins = {seed: twin.results[name] for seed, twin in twins.items() if name in twin.results}
+        paired[name] = with_twins(result, of_twins, seen if name in on_images else 0, reasons[name])
+    if not twins:
+        return paired, []
+    which, seeds = ("twins", f"seeds {[*twins]}") if len(twins) > 1 else ("twin", f"seed {next(iter(twins))}")
+    notes = [f"untrained {which}: fresh weights with {seeds} on {seen} images"] if seen else []
+    notes += filter(None, [against_seeds(result) for name, result in paired.items() if name == "attention-similarity"])
+    if set(names) - set(on_images):
+        notes.append(f"untrained {which} of the weights: fresh weights with {seeds}")
+    return paired, notes
+
+
+def _no_twin(subject: Subject, images: Images | None, settings: RunSettings, on_images: bool) -> str:
+    """Why a metric has no untrained twin; empty where it has one."""
+    if settings.null_images == 0:
+        return "no null images were asked for"
+    if on_images and not isinstance(images, ImageSet):
+        return "the images came from an iterable that can be run through once"
+    return "" if subject.fresh is not None else "the model came as an object, and its architecture cannot be made anew"
+
+
+def measure_twins(
+    subject: Subject, names: Sequence[str], images: Images | None, settings: RunSettings, say: Report
+) -> dict[int, Measurement]:
+    """The same architecture with fresh weights of the `null_seeds` seeds after the run's own, by seed, one model at a time.
+
+    A twin sees a seeded subset of the images, the same for all. Raises ModelError where the weights cannot be made anew.
+    """
+    assert subject.fresh is not None
+    few = images.subset(settings.null_images, settings.seed) if isinstance(images, ImageSet) else None
+    twins: dict[int, Measurement] = {}
+    for seed in range(settings.seed + 1, settings.seed + 1 + settings.null_seeds):
+        say(f"measuring the untrained twin of seed {seed}" + ("" if few is None else f" on {len(few)} images"))
+        twin = replace(subject, model=subject.fresh(seed).to(choose_device(settings.device)))
+        plan = discover_plan(twin.model, subject.preprocess.size, seed=settings.seed)
+        twins[seed] = measure_model(twin, plan, make_metrics(plan, names), few, settings)
+    return twins
