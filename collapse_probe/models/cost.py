@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop
 
 RUNS, SECONDS, MOST_RUNS = 5, 1.0, 20
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-UNCOUNTED = {} if _CPU_ATTENTION in flop_registry else {_CPU_ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+UNCOUNTED = {} if _CPU_ATTENTION in flop_registry else {_CPU_ATTENTION: sdpa_flop}
 """Fused attention on a CPU, which older releases of torch leave out of its count."""
 
 
