@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from collapse_probe.capture.discovery import as_tokens, attention_like, call_frames, make_plan, module_class, read_tap
-from collapse_probe.capture.operators import KernelCall, OperatorCall, tensors_in
+from collapse_probe.capture.operators import OperatorCall, tensors_in
 from collapse_probe.capture.plan import Plan, SelfCheck
 from collapse_probe.capture.recorder import AttentionEvent, PassLog, Recorder
 from collapse_probe.capture.trace import Trace
@@ -131,7 +131,20 @@ def _plan_of(model: nn.Module, log: PassLog) -> Plan:
             "attention (transformers: attn_implementation='sdpa')"
         )
     if not log.events:
-        raise NoAttentionFoundError(_why_no_attention(model, log))
+        name, like = type(model).__name__, [path for path in attention_like(model, log.calls) if path]
+        why = f"{name} has no attention: no softmax multiplied any values in it; analyse a Vision Transformer"
+        if log.suspects:
+            owner, kind = log.suspects[0]
+            why = (
+                f"{name} has no softmax attention that can be recorded: {owner or name} ({module_class(model, owner)}) "
+                f"computes {kind}, which has no attention map; analyse a model with softmax attention"
+            )
+        elif like:
+            why = (
+                f"{name} has no token attention that can be recorded; {like[0]} ({module_class(model, like[0])}) "
+                "ran without a softmax whose result multiplies values; analyse a model with softmax attention"
+            )
+        raise NoAttentionFoundError(why)
     notes = _check_complete(model, log)
     plan = make_plan(model, log, _self_check(log.events))
     if not plan.map_layers:
@@ -140,23 +153,6 @@ def _plan_of(model: nn.Module, log: PassLog) -> Plan:
             "between its own tokens; blocks are the children of an nn.ModuleList, nn.Sequential or nn.ModuleDict"
         )
     return replace(plan, notes=(*plan.notes, *notes))
-
-
-def _why_no_attention(model: nn.Module, log: PassLog) -> str:
-    name = type(model).__name__
-    if log.suspects:
-        owner, kind = log.suspects[0]
-        return (
-            f"{name} has no softmax attention that can be recorded: {owner or name} ({module_class(model, owner)}) "
-            f"computes {kind}, which has no attention map; analyse a model with softmax attention"
-        )
-    like = [path for path in attention_like(model, log.calls) if path]
-    if like:
-        return (
-            f"{name} has no token attention that can be recorded; {like[0]} ({module_class(model, like[0])}) "
-            "ran without a softmax whose result multiplies values; analyse a model with softmax attention"
-        )
-    return f"{name} has no attention: no softmax multiplied any values in it; analyse a Vision Transformer"
 
 
 def _check_complete(model: nn.Module, log: PassLog) -> list[str]:
@@ -230,18 +226,13 @@ def _errors(event: AttentionEvent) -> tuple[float, float, float]:
         expected = a.logsumexp[:, :, rows]
         logsumexp = _worst((torch.logsumexp(logits, -1) - expected) / expected.abs().clamp_min(1.0))
     if kernel is not None:
-        output = _output_error(kernel, probs, rows)
+        mixed, expected = kernel.mixed(probs), kernel.out.float()
+        if kernel.finish is not None:
+            mixed = kernel.finish(mixed.to(kernel.value.dtype)).float()
+        else:
+            expected = expected[:, :, rows]
+        output = _worst(mixed - expected) / max(float(expected.abs().max()), 1e-12)
     return _row_error(probs), output, logsumexp
-
-
-def _output_error(kernel: KernelCall, probs: Tensor, rows: slice) -> float:
-    """Largest error of what the kernel would return for these maps, relative to its largest entry."""
-    mixed, expected = kernel.mixed(probs), kernel.out.float()
-    if kernel.finish is not None:
-        mixed = kernel.finish(mixed.to(kernel.value.dtype)).float()
-    else:
-        expected = expected[:, :, rows]
-    return _worst(mixed - expected) / max(float(expected.abs().max()), 1e-12)
 
 
 def _row_error(probs: Tensor) -> float:

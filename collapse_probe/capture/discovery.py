@@ -85,12 +85,13 @@ def make_plan(model: nn.Module, log: PassLog, check: SelfCheck) -> Plan:
     blocks = list(
         dict.fromkeys(f for event, f in zip(log.events, frames, strict=True) if f is not None and not _is_pool(event))
     )
-    inputs = {frame: _input_tap(model, frame, log) for frame in dict.fromkeys(frames) if frame is not None}
+    inputs = {frame: _tap(model, frame, _input_place(frame, log), log) for frame in dict.fromkeys(frames) if frame is not None}
     layers = tuple(
         _layer(model, event, blocks, frame, _tokens_at(inputs[frame], log) if frame else None, log.images)
         for event, frame in zip(log.events, frames, strict=True)
     )
-    taps = (inputs[blocks[0]], *(_output_tap(model, frame, log) for frame in blocks)) if blocks else ()
+    outputs = [_tap(model, frame, _output_place(frame, log), log) for frame in blocks]
+    taps = (inputs[blocks[0]], *outputs) if blocks else ()
     first = _tokens_at(taps[0], log) if taps else None
     prefix = _prefix(taps[0], log) if taps else ()
     tokens, width = (0, 0) if first is None else (first.shape[1], first.shape[2])
@@ -146,17 +147,17 @@ def _calls_in(frame: Frame, log: PassLog) -> list[int]:
     return own or [i for i, c in enumerate(log.calls) if c.path.startswith(path + ".") and c.number == number]
 
 
-def _input_tap(model: nn.Module, frame: Frame, log: PassLog) -> Tap:
+def _tap(model: nn.Module, frame: Frame, place: Tap, log: PassLog) -> Tap:
+    """A place with the layout of what passed there."""
+    return replace(place, layout=layout_of(model.get_submodule(frame[0]), read_tap(place, log), log.images))
+
+
+def _input_place(frame: Frame, log: PassLog) -> Tap:
     """What enters the block: its first positional tensor, or that of the first module in it that got one."""
     first, *later = log.calls[_calls_in(frame, log)[0] :]
     inside = (c for c in later if c.path.startswith(frame[0] + "."))
     call = first if first.input is not None else next((c for c in inside if c.input is not None), first)
-    return Tap(call.path, call.number, "input", layout_of(model.get_submodule(frame[0]), call.input, log.images))
-
-
-def _output_tap(model: nn.Module, frame: Frame, log: PassLog) -> Tap:
-    tap = _output_place(frame, log)
-    return replace(tap, layout=layout_of(model.get_submodule(frame[0]), read_tap(tap, log), log.images))
+    return Tap(call.path, call.number, "input")
 
 
 def _output_place(frame: Frame, log: PassLog) -> Tap:

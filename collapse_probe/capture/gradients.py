@@ -57,7 +57,7 @@ class ViTParts:
         """The width D of the tokens."""
         return self._whole_number("embed_dim", "how wide its tokens are")
 
-    def chosen(self, blocks: tuple[int, ...] | None) -> tuple[int, ...]:
+    def block_numbers(self, blocks: tuple[int, ...] | None) -> tuple[int, ...]:
         """The blocks meant by a setting (None: all); SettingError for one that the model does not have."""
         if blocks is None:
             return tuple(range(self.depth))
@@ -176,13 +176,9 @@ class MapRecorder(TorchFunctionMode):
         self.block: int | None = None
         self.calls: dict[int, list[AttentionCall]] = {}
 
-    def enter(self, block: int, module: nn.Module, args: Any) -> None:
-        """A pre-hook: the attention of `block` begins."""
+    def enter(self, block: int | None, *hook: Any) -> None:
+        """A hook: the attention of `block` begins, or with None it ends, also by an exception."""
         self.block = block
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A hook: it ends, also by an exception."""
-        self.block = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -194,9 +190,10 @@ class MapRecorder(TorchFunctionMode):
             name, calls = getattr(func, "__name__", ""), self.calls.setdefault(self.block, [])
             if name == "scaled_dot_product_attention":
                 calls.append(_fused(*args, **kwargs))
-            elif name == "softmax" and _over_keys(out, *args, **kwargs):
-                calls.append(AttentionCall(Attention(owner="", operation="softmax", probs=out), _lowered(out)))
-                calls[-1].mark("probs")
+            elif name == "softmax" and out.ndim == 4:
+                if (args[1] if len(args) > 1 else kwargs.get("dim")) in (-1, 3):  # over keys
+                    calls.append(AttentionCall(Attention(owner="", operation="softmax", probs=out), _lowered(out)))
+                    calls[-1].mark("probs")
             elif name in ("matmul", "__matmul__", "bmm", "einsum") and calls:
                 _multiplied(calls[-1], args, out)
         return out
@@ -224,10 +221,6 @@ def _lowered(tensor: Tensor) -> torch.dtype | None:
     """What autocast makes of the operands of a product, where it is on."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-def _over_keys(out: Tensor, input: Tensor, dim: int | None = None, *others: Any, **named: Any) -> bool:
-    return out.ndim == 4 and dim in (-1, 3)
 
 
 def _multiplied(call: AttentionCall, args: tuple[Any, ...], out: Tensor) -> None:
@@ -281,18 +274,8 @@ class GradientTrace:
 
     def maps(self, block: int, point: Literal["probs", "weights"] = "probs") -> Tensor:
         """The attention map of a block, [B, H, N, N]: the softmax before dropout, or what multiplies V."""
-        if (block, point) not in self._maps:
-            self._maps[block, point] = self._made(block, point)
-        return self._maps[block, point]
-
-    def matrices(self, blocks: tuple[int, ...], names: tuple[Matrix, ...]) -> list[Tensor]:
-        """Weight matrices [out, in] of some blocks, each of them once where blocks share it."""
-        distinct: dict[tuple[int, tuple[int, ...]], Tensor] = {}
-        for matrix in (self.parts.matrix(i, name) for i in blocks for name in names):
-            distinct.setdefault((matrix.data_ptr(), tuple(matrix.shape)), matrix)
-        return [_wide(matrix) for matrix in distinct.values()]
-
-    def _made(self, block: int, point: str) -> Tensor:
+        if (block, point) in self._maps:
+            return self._maps[block, point]
         calls = self.calls.get(block, [])
         module = self.parts.attention(block)
         where = f"in `attn` of block {block} ({type(module).__name__})"
@@ -311,7 +294,15 @@ class GradientTrace:
             for name in ("q", "k", "weights"):
                 tensor = getattr(attention, name)
                 setattr(attention, name, None if tensor is None else tensor.to(call.lowered))
-        return attention.maps()[point]
+        self._maps[block, point] = attention.maps()[point]
+        return self._maps[block, point]
+
+    def matrices(self, blocks: tuple[int, ...], names: tuple[Matrix, ...]) -> list[Tensor]:
+        """Weight matrices [out, in] of some blocks, each of them once where blocks share it."""
+        distinct: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        for matrix in (self.parts.matrix(i, name) for i in blocks for name in names):
+            distinct.setdefault((matrix.data_ptr(), tuple(matrix.shape)), matrix)
+        return [_wide(matrix) for matrix in distinct.values()]
 
 
 def _check_graph(tensor: Tensor | None, modules: list[nn.Module], what: str) -> None:
@@ -357,7 +348,7 @@ def record_with_gradients(parts: ViTParts, requests: Requests) -> Iterator[list[
         for block in requests.maps:
             module = parts.attention(block)
             stack.callback(module.register_forward_pre_hook(partial(recorder.enter, block)).remove)
-            stack.callback(module.register_forward_hook(recorder.leave, always_call=True).remove)
+            stack.callback(module.register_forward_hook(partial(recorder.enter, None), always_call=True).remove)
         if requests.maps:
             stack.enter_context(recorder)
         yield newest

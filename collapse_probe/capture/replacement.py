@@ -32,11 +32,8 @@ ZEROS = "zeros"
 """The kind of replacement with which branches are searched: every map is zero."""
 
 
-@dataclass(frozen=True)
-class Branch:
-    """What gives zeros to skip a layer: the module call `frame`, or where that is None the attention inside a fused layer."""
-
-    frame: Frame | None
+Branch = Frame | None
+"""What gives zeros to skip a layer: a module call, or where that is None the attention inside a fused layer."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Replacement:
 
     kind: str
     source: int | None = None
-    branch: Branch | None = None
+    branch: Branch = None
 
 
 def layers_of(plan: Plan, block: int) -> list[int]:
@@ -142,18 +139,20 @@ class MapReplacer:
     ) -> None:
         self.recorder = Recorder(model, on_operator=self._on_operator, on_module=self._on_module)
         self.plan, self.replacements, self.means, self.gather = plan, replacements, means, gather
-        self.zeroed = {r.branch.frame for r in replacements.values() if r.branch is not None} - {None}
+        self.zeroed = {r.branch for r in replacements.values()} - {None}
         self.searching = any(r.kind == ZEROS for r in replacements.values())
         self.stacks: dict[int, tuple[Frame, ...]] = {}  # by layer: the modules around it
         self.fused_blocks: set[int] = set()  # layers inside a fused encoder layer
-        self.steady: set[Frame] = set()  # module calls whose output is the same for all images
+        self.steady: set[Frame] = set()  # module calls whose (first) output is the same for all images
         self.takers: Counter[int] = Counter()  # by layer: how many layers are still to take its map
         self.shared: dict[int, Tensor] = {}
 
     def _on_module(self, frame: Frame, output: Any) -> Any:
         """Zeros in place of the output of a branch that is skipped."""
-        if self.searching and _alike_for_all_images(output):
-            self.steady.add(frame)
+        if self.searching:
+            x = next(tensors_in(output if isinstance(output, (list, tuple)) else (output,)), None)
+            if x is not None and x.ndim > 1 and len(x) > 1 and x.is_floating_point():
+                self.steady |= {frame} if torch.allclose(x, x[:1].expand_as(x), rtol=1e-4, atol=1e-6) else set()
         if frame not in self.zeroed or output is None:
             return None
         if isinstance(output, Tensor):
@@ -174,7 +173,10 @@ class MapReplacer:
             new, replacement = self._new_map(event.index, event.attention), self.replacements.get(event.index)
             if replacement is not None and replacement.kind == "skip":
                 if call.func in kernels.ENCODER_LAYER:  # elsewhere the branch gives zeros where its module ends
-                    call.out = _without_attention(call)
+                    zeros = {name: torch.zeros_like(call.bound[name]) for name in ("proj_weight", "proj_bias")}
+                    kernel = kernels.read_encoder_layer(OperatorCall(call.func, (), {**call.bound, **zeros}, call.out))
+                    assert kernel.finish is not None
+                    call.out = _refilled(call.out, kernel.finish(kernel.value))
             elif new is not None:
                 call.out = _kernel_with(call, new) if event.operand is None else _product_with(call, event.operand, new)
             event.sketch()
@@ -191,7 +193,7 @@ class MapReplacer:
 
     def _new_map(self, index: int, attention: Attention) -> Tensor | None:
         """The map [B, H, N, N] that a layer uses instead of its own, None where it keeps that; shares and gathers maps."""
-        replacement, new = self.replacements.get(index), None
+        new, replacement = None, self.replacements.get(index)
         if replacement is not None and replacement.kind != "skip":
             new = self._made(index, replacement, attention).expand(attention.shape)
         if index in self.takers or self.gather is not None:
@@ -254,7 +256,7 @@ def branches_of(model: nn.Module, plan: Plan, size: tuple[int, int], seed: int =
     zeros = {index: Replacement(ZEROS) for index in plan.map_layers}
     with torch.inference_mode(False), torch.no_grad(), replacing(model, plan, zeros) as replacer:
         model(noise(model, size, 3, seed))
-    branches = {index: Branch(None) for index in replacer.fused_blocks}
+    branches: dict[int, Branch] = dict.fromkeys(replacer.fused_blocks)
     for index, stack in replacer.stacks.items():
         block = plan.layers[index].block
         if index in branches or block is None:
@@ -262,7 +264,7 @@ def branches_of(model: nn.Module, plan: Plan, size: tuple[int, int], seed: int =
         inside = plan.blocks[block].partition(" (call ")[0] + "."
         frame = next((f for f in stack if f[0].startswith(inside) and f in replacer.steady), None)
         if frame is not None:
-            branches[index] = Branch(frame)
+            branches[index] = frame
     return branches
 
 
@@ -274,14 +276,6 @@ def _kernel_with(call: OperatorCall, new: Tensor) -> Any:
     if call.func in kernels.MULTI_HEAD and out[1] is not None and out[1].numel():
         return _refilled(out[0], whole), _refilled(out[1], new.mean(1) if call.bound["average_attn_weights"] else new)
     return (_refilled(out[0], whole), *out[1:]) if isinstance(out, tuple) else _refilled(out, whole)
-
-
-def _without_attention(call: OperatorCall) -> Tensor:
-    """What a fused encoder layer returns when its attention branch gives zeros, bias included."""
-    zeros = {name: torch.zeros_like(call.bound[name]) for name in ("proj_weight", "proj_bias")}
-    kernel = kernels.read_encoder_layer(OperatorCall(call.func, (), {**call.bound, **zeros}, call.out))
-    assert kernel.finish is not None
-    return _refilled(call.out, kernel.finish(kernel.value))
 
 
 def _refilled(like: Tensor, values: Tensor) -> Tensor:
@@ -301,11 +295,3 @@ def _product_with(call: OperatorCall, operand: Tensor, new: Tensor) -> Any:
         return put_in if values is operand else values
 
     return call.func(*swapped(call.args), **call.kwargs)
-
-
-def _alike_for_all_images(output: Any) -> bool:
-    """Whether the first tensor of a module's output is the same for every entry of its first axis."""
-    x = next(tensors_in(output if isinstance(output, (list, tuple)) else (output,)), None)
-    if x is None or x.ndim < 2 or len(x) < 2 or not x.is_floating_point():
-        return False
-    return torch.allclose(x, x[:1].expand_as(x), rtol=1e-4, atol=1e-6)

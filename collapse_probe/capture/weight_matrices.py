@@ -54,10 +54,10 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Matrices:
-    """The matrices of each block, `found[block][name]`, or `missing[block][name]`, the reason why there is none."""
+    """The matrices of each block, `by_block[block][name]`, or `missing[block][name]`, the reason why there is none."""
 
     blocks: tuple[str, ...]
-    found: tuple[Mapping[str, Matrix], ...]
+    by_block: tuple[Mapping[str, Matrix], ...]
     missing: tuple[Mapping[str, str], ...]
     spectra: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
 
@@ -77,7 +77,7 @@ class Matrices:
         """A function of matrices over all that have one of these names, [block, matrix]; NaN for the others."""
         values = np.full((len(self.blocks), len(NAMES)), np.nan)
         known: dict[tuple[Any, ...], float] = {}
-        for block, matrices in enumerate(self.found):
+        for block, matrices in enumerate(self.by_block):
             for name in names:
                 if name in matrices:
                     key = matrices[name].key
@@ -85,13 +85,9 @@ class Matrices:
                     values[block, NAMES.index(name)] = known[key]
         return values
 
-    def shapes(self) -> list[list[list[int] | None]]:
-        """[out, in] of every matrix, by block and name; None where there is none."""
-        return [[list(block[name].weight.shape) if name in block else None for name in NAMES] for block in self.found]
-
     def hows(self) -> dict[str, int]:
         """How the matrices were told apart, and how many in each way."""
-        ways = [matrix.how for block in self.found for matrix in block.values()]
+        ways = [matrix.how for block in self.by_block for matrix in block.values()]
         return {how: ways.count(how) for how in dict.fromkeys(ways)}
 
     def reasons(self) -> list[str]:

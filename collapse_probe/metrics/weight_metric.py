@@ -46,7 +46,7 @@ class WeightMetric(Metric):
             )
         values, facts = self.values(self.matrices)
         if not np.isfinite(values).any():
-            zero = ["those that were found are undefined under this definition"] if any(self.matrices.found) else []
+            zero = ["those that were found are undefined under this definition"] if any(self.matrices.by_block) else []
             return self.not_applicable(f"no matrix could be measured ({'; '.join([*zero, *self.matrices.reasons()])})")
         details = {
             "matrices": list(NAMES),

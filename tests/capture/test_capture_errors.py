@@ -234,7 +234,7 @@ def test_another_thread_is_not_recorded_while_this_one_is():
     assert [len(a.q) for a in recording.last.attention] == [3, 3]
 
 
-def test_inference_mode_must_begin_before_the_listening():
+def test_inference_mode_must_begin_before_the_recording():
     model = toy()
     plan = discover_plan(model, SIZE)
     with (

@@ -274,7 +274,7 @@ def test_a_model_says_what_it_lacks():
     with pytest.raises(SettingError, match="depths 0 to 3"):
         body.passage(4)
     with pytest.raises(SettingError, match="blocks 0 to 2"):
-        body.chosen((0, 3))
+        body.block_numbers((0, 3))
     bare = nn.Module()
     bare.blocks = nn.ModuleList([nn.Linear(4, 4)])
     for question, missing in (

@@ -29,14 +29,14 @@ def heard(model, size=(32, 32), perturbed=True):
 
 def expect(matrices, block, **expected):
     """The matrices of a block are exactly these tensors."""
-    found = matrices.found[block]
+    found = matrices.by_block[block]
     assert set(found) == set(expected), matrices.reasons()
     for name, weight in expected.items():
         assert torch.equal(found[name].weight, weight), name
 
 
 def hows(matrices, block=0):
-    return {name: matrices.found[block][name].how for name in matrices.found[block]}
+    return {name: matrices.by_block[block][name].how for name in matrices.by_block[block]}
 
 
 def thirds(weight):
@@ -50,8 +50,8 @@ def test_fused_qkv_of_timm():
         mlp = {"fc1": block.mlp.fc1.weight, "fc2": block.mlp.fc2.weight}
         expect(found, i, **thirds(block.attn.qkv.weight), proj=block.attn.proj.weight, **mlp)
     assert set(hows(found).values()) == {CHECKED, ORDERED}
-    assert {m.heads for name, m in found.found[0].items() if name in "qkv"} == {4}
-    assert found.found[0]["q"].by_head.shape == (4, 12, 48)
+    assert {m.heads for name, m in found.by_block[0].items() if name in "qkv"} == {4}
+    assert found.by_block[0]["q"].by_head.shape == (4, 12, 48)
 
 
 def test_fast_path_of_torch_layers_and_torchvision():
@@ -130,7 +130,7 @@ def test_rows_that_come_head_by_head_are_sorted_by_what_was_heard():
         found, attention = heard(model, SIZE), model.blocks[1].attn
         parts = attention.qkv.weight.reshape(HEADS, 3, -1, WIDTH)
         for i, name in enumerate("qkv"):
-            assert torch.equal(found.found[1][name].weight, parts[:, i].reshape(WIDTH, WIDTH)), (kind, name)
+            assert torch.equal(found.by_block[1][name].weight, parts[:, i].reshape(WIDTH, WIDTH)), (kind, name)
         assert hows(found)["q"] == CHECKED
 
 
@@ -166,15 +166,15 @@ def test_values_decide_where_names_are_missing():
     model = toy(Unnamed)
     attention, found = model.blocks[0].attn, heard(model, SIZE)
     for name, layer in {"q": attention.one, "k": attention.two, "v": attention.three}.items():
-        assert torch.equal(found.found[0][name].weight, layer.weight), name
-        assert found.found[0][name].how == CHECKED
+        assert torch.equal(found.by_block[0][name].weight, layer.weight), name
+        assert found.by_block[0][name].how == CHECKED
 
 
 def test_values_overrule_names():
     model = toy(Misnamed)
     attention, found = model.blocks[0].attn, heard(model, SIZE)
     for name, layer in {"q": attention.key, "k": attention.query, "v": attention.other}.items():
-        assert torch.equal(found.found[0][name].weight, layer.weight), name
+        assert torch.equal(found.by_block[0][name].weight, layer.weight), name
 
 
 class Rotated(ToyAttention):
@@ -197,14 +197,14 @@ def test_q_and_kv_with_fewer_heads():
     k, v = attention.kv.weight.chunk(2)
     mlp = model.blocks[0].mlp
     expect(found, 0, q=attention.q.weight, k=k, v=v, proj=attention.out.weight, fc1=mlp[0].weight, fc2=mlp[2].weight)
-    assert [found.found[0][name].heads for name in "qkv"] == [HEADS, HEADS // 2, HEADS // 2]
+    assert [found.by_block[0][name].heads for name in "qkv"] == [HEADS, HEADS // 2, HEADS // 2]
 
 
 def test_what_no_value_confirms_says_so():
     model = toy(Rotated)
     found, attention = heard(model, SIZE), model.blocks[0].attn
-    assert torch.equal(found.found[0]["q"].weight, attention.q.weight)
-    assert torch.equal(found.found[0]["v"].weight, attention.kv.weight.chunk(2)[1])
+    assert torch.equal(found.by_block[0]["q"].weight, attention.q.weight)
+    assert torch.equal(found.by_block[0]["v"].weight, attention.kv.weight.chunk(2)[1])
     assert (hows(found)["q"], hows(found)["v"]) == (CONVENTION, CHECKED)
 
 
@@ -218,8 +218,8 @@ def test_transformers_names_and_values():
         weights = {name.rpartition(".weight")[0]: p for name, p in model.named_parameters()}
         for role, word in {"q": ("query", "q_proj"), "k": ("key", "k_proj"), "v": ("value", "v_proj")}.items():
             named = next(p for n, p in weights.items() if ".0." in n and n.endswith(word))
-            assert torch.equal(found.found[0][role].weight, named), role
-        assert set(found.found[0]) == set(NAMES)
+            assert torch.equal(found.by_block[0][role].weight, named), role
+        assert set(found.by_block[0]) == set(NAMES)
         assert hows(found)["q"] == CHECKED
         assert hows(found)["v"] == (CHECKED if kind == "sdpa" else NAMED)
 
@@ -236,9 +236,9 @@ def test_gated_mlps_are_put_together_to_one_first_layer():
     model = toy()
     model.blocks[0].mlp = Gated()
     found, mlp = heard(model, SIZE), model.blocks[0].mlp
-    assert torch.equal(found.found[0]["fc1"].weight, torch.cat([mlp.gate.weight, mlp.up.weight]))
-    assert torch.equal(found.found[0]["fc2"].weight, mlp.down.weight)
-    assert found.found[1]["fc1"].weight.shape == (2 * WIDTH, WIDTH)
+    assert torch.equal(found.by_block[0]["fc1"].weight, torch.cat([mlp.gate.weight, mlp.up.weight]))
+    assert torch.equal(found.by_block[0]["fc2"].weight, mlp.down.weight)
+    assert found.by_block[1]["fc1"].weight.shape == (2 * WIDTH, WIDTH)
 
 
 def test_our_vit_with_fixes_that_mix_maps():
@@ -255,7 +255,7 @@ def test_tied_blocks_share_their_matrices():
     found = heard(model)
     assert len(found.blocks) == 3
     for name in NAMES:
-        assert found.found[0][name].key == found.found[2][name].key
+        assert found.by_block[0][name].key == found.by_block[2][name].key
     calls = []
     values = found.over(lambda w: calls.append(1) or w.sum())
     assert len(calls) == len(NAMES)
@@ -266,13 +266,13 @@ def test_the_weight_in_use_is_what_counts():
     model = toy()
     model.blocks[0].mlp[0] = parametrizations.weight_norm(model.blocks[0].mlp[0])
     found = heard(model, SIZE)
-    assert torch.equal(found.found[0]["fc1"].weight, model.blocks[0].mlp[0].weight)
+    assert torch.equal(found.by_block[0]["fc1"].weight, model.blocks[0].mlp[0].weight)
     sigma = ViT(ViTSettings(**OURS, fixes={"sigma-reparam": {"gamma": "one"}}))
     found = heard(sigma, perturbed=False)
     for name in ("proj", "fc1", "fc2"):
-        top = torch.linalg.matrix_norm(found.found[0][name].weight, 2)
+        top = torch.linalg.matrix_norm(found.by_block[0][name].weight, 2)
         assert 0.9 < top < 1.5, name  # γ = 1 divides by an estimate of the spectral norm
-    assert set(found.found[0]) == set(NAMES)
+    assert set(found.by_block[0]) == set(NAMES)
 
 
 def test_a_block_that_cannot_be_told_apart_says_why():
@@ -282,10 +282,10 @@ def test_a_block_that_cannot_be_told_apart_says_why():
 
     model = ToyViT([Twice(ToyAttention()), Block(ToyAttention())])
     found = heard(model, SIZE)
-    assert not found.found[0]
+    assert not found.by_block[0]
     assert set(found.missing[0]) == set(NAMES)
     assert "2 attention layers" in found.missing[0]["q"]
-    assert set(found.found[1]) == set(NAMES)
+    assert set(found.by_block[1]) == set(NAMES)
     assert found.reasons() == [
         f"q, k, v, proj, fc1, fc2 of blocks.0: {found.missing[0]['q']}",
     ]
@@ -297,7 +297,7 @@ def test_a_block_that_cannot_be_told_apart_says_why():
             self.mlp = nn.Sequential(*layers)
 
     found = heard(ToyViT([Deep(ToyAttention())]), SIZE)
-    assert set(found.found[0]) == {"q", "k", "v", "proj"}
+    assert set(found.by_block[0]) == {"q", "k", "v", "proj"}
     assert "no MLP of two layers" in found.missing[0]["fc1"]
 
 
@@ -314,7 +314,7 @@ def test_an_unequal_split_of_one_matrix_is_not_guessed():
             return self.out((torch.softmax(q @ k.mT, -1) @ v).transpose(1, 2).flatten(2))
 
     found = heard(toy(Unequal), SIZE)
-    assert set(found.found[0]) == {"proj", "fc1", "fc2"}
+    assert set(found.by_block[0]) == {"proj", "fc1", "fc2"}
     assert "proj reads 64 values, not 32" in found.missing[0]["q"]
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,7 +12,7 @@ from collapse_probe.data.preprocessing import of_module
 from collapse_probe.downloads import first_line
 from collapse_probe.errors import ModelError, UnknownNameError
 from collapse_probe.models.loading import Blueprint, Request, Source
-from collapse_probe.registry import SOURCES
+from collapse_probe.registry import SOURCES, import_also_from_here
 
 
 class ImportSource(Source):
@@ -52,17 +49,10 @@ def _find(path: str) -> Callable[..., Any]:
     module_name, colon, attribute = path.partition(":")
     if not (module_name and colon and attribute):
         raise ModelError(f"an import address reads import:package.module:callable, not 'import:{path}'")
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
     try:
-        module = importlib.import_module(module_name)
+        module = import_also_from_here(module_name)
     except Exception as error:  # the user's module may raise anything
         raise ModelError(f"cannot import {module_name!r}: {first_line(error)}") from error
-    finally:
-        if added:
-            sys.path.remove(here)
     maker = getattr(module, attribute, None)
     if not callable(maker):
         models = [name for name, entry in vars(module).items() if isinstance(entry, type) and issubclass(entry, nn.Module)]

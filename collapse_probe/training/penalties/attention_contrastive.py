@@ -39,7 +39,7 @@ class AttentionContrastive(Penalty):
             raise SettingError(f"{self.name}: blocks must be two block numbers, not {self.blocks!r}")
 
     def _pair(self, parts: ViTParts) -> tuple[int, int]:
-        first, *_, last = parts.chosen(self.blocks or (0, parts.depth - 1))
+        first, *_, last = parts.block_numbers(self.blocks or (0, parts.depth - 1))
         return first, last
 
     def requests(self, parts: ViTParts) -> Requests:

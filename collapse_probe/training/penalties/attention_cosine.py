@@ -41,7 +41,7 @@ class AttentionCosine(Penalty):
     def _blocks_of(self, parts: ViTParts) -> tuple[int, ...]:
         if self.blocks is None and self.pairs == "within":
             return (0,)
-        return parts.chosen(self.blocks)
+        return parts.block_numbers(self.blocks)
 
     def requests(self, parts: ViTParts) -> Requests:
         return Requests(maps=frozenset(self._blocks_of(parts)))

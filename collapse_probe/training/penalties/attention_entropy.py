@@ -54,11 +54,11 @@ class AttentionEntropy(Penalty):
         return self.metric, direction
 
     def requests(self, parts: ViTParts) -> Requests:
-        return Requests(maps=frozenset(parts.chosen(self.blocks)))
+        return Requests(maps=frozenset(parts.block_numbers(self.blocks)))
 
     def loss(self, trace: GradientTrace, inputs: Inputs) -> Tensor:
         """The mean over images, heads and blocks."""
-        return torch.stack([self._of(trace.maps(i)) for i in trace.parts.chosen(self.blocks)]).mean()
+        return torch.stack([self._of(trace.maps(i)) for i in trace.parts.block_numbers(self.blocks)]).mean()
 
     def _of(self, probs_BHNN: Tensor) -> Tensor:
         keys = probs_BHNN.shape[-1]

@@ -146,7 +146,7 @@ class RowPenalty(Penalty):
     def _blocks_of(self, parts: ViTParts) -> tuple[int, ...]:
         if self.blocks is None and self.level != "weights":
             return (parts.depth - 1,) if self.level == "tokens" else (0,)
-        return parts.chosen(self.blocks)
+        return parts.block_numbers(self.blocks)
 
     def requests(self, parts: ViTParts) -> Requests:
         """Tokens or maps of the chosen blocks; for weights nothing but that the matrices are there."""
