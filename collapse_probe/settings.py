@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from collapse_probe.errors import SettingError
+
+S = TypeVar("S", bound="Settings")
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,13 @@ class Settings:
                     raise SettingError(f"{self.name}: {setting} must be a number in {interval}, not {value!r}")
 
     @classmethod
-    def _known(cls, names: Iterable[str]) -> None:
+    def with_settings(cls: type[S], settings: Mapping[str, Any]) -> S:
+        """Made of settings by name, lists as tuples; SettingError for a name that there is not."""
         known = [field.name for field in fields(cls)]
-        for name in names:
+        for name in settings:
             if name not in known:
                 raise SettingError(f"{cls.name} has no setting {name!r}; it has {', '.join(known) or 'none'}")
+        return cls(**{key: tuple(value) if isinstance(value, list | range) else value for key, value in settings.items()})
 
     def _whole(self, setting: str, low: int) -> None:
         value = getattr(self, setting)

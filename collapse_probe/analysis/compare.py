@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def measure_subject(spec: SubjectSpec, run: ComparisonRun) -> MeasuredSubject:
             findings = measure(subject, images, settings, progress=progress, report=run.say, outputs=collector)
         outputs = collector.outputs(findings.images["names"].tolist())
         cost = measure_cost(subject.model, subject.preprocess.size, min(COST_BATCH, settings.batch_size))
-        findings = with_accuracy(findings.with_run(cost=cost.facts()), outputs, images)
+        findings = with_accuracy(findings.with_run(cost=asdict(cost)), outputs, images)
         return MeasuredSubject(spec.label, findings, outputs, subject)
 
 

@@ -86,14 +86,22 @@ def make_plan(model: nn.Module, log: PassLog, check: SelfCheck) -> Plan:
         dict.fromkeys(f for event, f in zip(log.events, frames, strict=True) if f is not None and not _is_pool(event))
     )
     inputs = {frame: _tap(model, frame, _input_place(frame, log), log) for frame in dict.fromkeys(frames) if frame is not None}
-    layers = tuple(
-        _layer(model, event, blocks, frame, _tokens_at(inputs[frame], log) if frame else None, log.images)
-        for event, frame in zip(log.events, frames, strict=True)
-    )
+    layers = []
+    for event, frame in zip(log.events, frames, strict=True):
+        a, tokens_BND = event.attention, _tokens_at(inputs[frame], log) if frame else None
+        number = next((number for path, number in reversed(event.stack) if path == a.owner), 0)
+        block = blocks.index(frame) if frame in blocks and not _is_pool(event) else None
+        length = None if tokens_BND is None else tokens_BND.shape[1]
+        reason = _reason(event, log.images, length, module_class(model, a.owner))
+        layers.append(Layer(a.owner, number, block, a.operation, *a.signature, a.mixed, reason))
     outputs = [_tap(model, frame, _output_place(frame, log), log) for frame in blocks]
     taps = (inputs[blocks[0]], *outputs) if blocks else ()
     first = _tokens_at(taps[0], log) if taps else None
-    prefix = _prefix(taps[0], log) if taps else ()
+    prefix: tuple[int, ...] = ()  # positions that are bitwise the same for different images do not come from the image
+    for call in log.calls:
+        if taps and (call.path, call.number) == (taps[0].path, taps[0].call):
+            same = steady_tokens(call.input, log.images) if call.steady is None else call.steady
+            prefix = () if same is None or all(same) else tuple(i for i, steady in enumerate(same) if steady)
     tokens, width = (0, 0) if first is None else (first.shape[1], first.shape[2])
     # a probe drops the tensors of one event before the next, so that storages of different events may have the same address
     event_bytes = sum(sum(event.storages().values()) for event in log.events)
@@ -101,7 +109,7 @@ def make_plan(model: nn.Module, log: PassLog, check: SelfCheck) -> Plan:
     images = log.input if log.input is not None and log.input.ndim == 4 else None
     return Plan(
         blocks=tuple(f"{path} (call {number + 1})" if names.count(path) > 1 else path for path, number in blocks),
-        layers=layers,
+        layers=tuple(layers),
         taps=taps,
         prefix=prefix,
         tokens=tokens,
@@ -179,23 +187,6 @@ def _is_pool(event: AttentionEvent) -> bool:
     return queries == 1 and keys > 1
 
 
-def _layer(
-    model: nn.Module, event: AttentionEvent, blocks: list[Frame], frame: Frame | None, tokens: Tensor | None, images: int
-) -> Layer:
-    owner, (heads, queries, keys) = event.attention.owner, event.attention.signature
-    return Layer(
-        owner=owner,
-        call=next((number for path, number in reversed(event.stack) if path == owner), 0),
-        block=blocks.index(frame) if frame in blocks and not _is_pool(event) else None,
-        operation=event.attention.operation,
-        heads=heads,
-        queries=queries,
-        keys=keys,
-        mixed=event.attention.mixed,
-        reason=_reason(event, images, None if tokens is None else tokens.shape[1], module_class(model, owner)),
-    )
-
-
 def _reason(event: AttentionEvent, images: int, tokens: int | None, owner_class: str) -> str:
     """Why maps are not between a block's tokens; empty where they are."""
     *leading, queries, keys = event.attention.shape
@@ -210,13 +201,6 @@ def _reason(event: AttentionEvent, images: int, tokens: int | None, owner_class:
     if not fits:
         return f"attention between {queries} × {keys} positions, not between the block's {tokens} tokens"
     return ""
-
-
-def _prefix(tap: Tap, log: PassLog) -> tuple[int, ...]:
-    """Positions that are bitwise the same for different images: tokens that do not come from the image."""
-    call = next(c for c in log.calls if (c.path, c.number) == (tap.path, tap.call))
-    same = steady_tokens(call.input, log.images) if call.steady is None else call.steady
-    return () if same is None or all(same) else tuple(i for i, steady in enumerate(same) if steady)
 
 
 def _patch_shape(tokens_BND: Tensor | None, tokens: int, prefix: tuple[int, ...], log: PassLog) -> tuple[int, int] | None:

@@ -114,15 +114,9 @@ def read_fused(call: OperatorCall) -> KernelCall:
     q, k, v = (four_axes(bound[name]) for name in ("query", "key", "value"))
     bias, scale = bound.get("attn_mask", bound.get("attn_bias")), bound.get("scale")
     outputs = call.out if isinstance(call.out, tuple) else (call.out,)
-    attention = Attention(
-        owner="",
-        operation=call.func._schema.name,
-        q=q,
-        k=k,
-        bias=None if bias is None else bias.detach(),
-        causal=bool(bound.get("is_causal", False)),
-        scale=float(q.shape[-1] ** -0.5 if scale is None else scale),
-    )
+    bias, causal = None if bias is None else bias.detach(), bool(bound.get("is_causal", False))
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    attention = Attention("", call.func._schema.name, q, k, bias, causal, scale)
     for sums in outputs[1:2]:
         if isinstance(sums, Tensor) and sums.dtype == torch.float32 and sums.ndim >= 3:
             if sums.shape[:3] == q.shape[:3]:
@@ -159,7 +153,6 @@ def read_encoder_layer(call: OperatorCall) -> KernelCall:
         attended = norm(attended, 1)
         return norm(attended + mlp(attended), 2)
 
-    _refuse_nested(x)
     attention, value = _projected(call, norm(x, 1) if norm_first else x, bound["num_heads"])
     return KernelCall(attention, value, call.out.detach(), finish)
 
@@ -173,7 +166,11 @@ READERS: dict[Operator, Callable[[OperatorCall], KernelCall]] = {
 
 def _projected(call: OperatorCall, x_BND: Tensor, heads: int) -> tuple[Attention, Tensor]:
     """Attention and value [B, H, N, K] of a fast path whose attention reads `x_BND`."""
-    _refuse_nested(x_BND)
+    if x_BND.is_nested:
+        raise CaptureError(
+            "nested tensors cannot be captured: give the model no padding mask, or build its "
+            "nn.TransformerEncoder with enable_nested_tensor=False"
+        )
     bound = call.bound
     width, mask = bound["embed_dim"], bound.get("mask")
     parts = F.linear(x_BND, bound["qkv_weight"], bound["qkv_bias"]).reshape(*x_BND.shape[:2], 3, heads, width // heads)
@@ -187,14 +184,6 @@ def _projected(call: OperatorCall, x_BND: Tensor, heads: int) -> tuple[Attention
 
 def _project_out(mixed_BHNK: Tensor, bound: dict[str, Any]) -> Tensor:
     return F.linear(mixed_BHNK.transpose(1, 2).flatten(2), bound["proj_weight"], bound["proj_bias"])
-
-
-def _refuse_nested(x: Tensor) -> None:
-    if x.is_nested:
-        raise CaptureError(
-            "nested tensors cannot be captured: give the model no padding mask, or build its "
-            "nn.TransformerEncoder with enable_nested_tensor=False"
-        )
 
 
 def read_softmax(call: OperatorCall) -> Attention | None:

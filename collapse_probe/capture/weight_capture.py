@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,6 @@ _OPERANDS = {
 _BATCHED = kernels.operators("bmm")
 _LINEAR = kernels.operators("linear")
 _CONVOLUTION = kernels.operators("convolution")
-_CALL = re.compile(r"(.*) \(call (\d+)\)")
 
 
 @dataclass(eq=False)
@@ -88,7 +86,7 @@ class ProductRecorder:
         self.names = {(storage_of(p), p.storage_offset()): name for name, p in model.named_parameters()}
         self.blocks = []
         for name in blocks:  # as in a Plan, which numbers the calls of a repeated block
-            repeated = _CALL.fullmatch(name)
+            repeated = re.fullmatch(r"(.*) \(call (\d+)\)", name)
             self.blocks.append(BlockProducts((repeated[1], int(repeated[2]) - 1) if repeated else (name, 0)))
 
     def _on_operator(self, call: OperatorCall, events: list[AttentionEvent]) -> None:
@@ -102,8 +100,13 @@ class ProductRecorder:
         block = self._block(frames)
         if block is None:
             return
-        if call.func in kernels.MULTI_HEAD | kernels.ENCODER_LAYER:
-            block.matrices |= _stated(call.bound)
+        if call.func in kernels.MULTI_HEAD | kernels.ENCODER_LAYER:  # whose fast paths are given the matrices by name
+            bound, thirds = call.bound, call.bound["qkv_weight"].detach().chunk(3)
+            heads = int(bound.get("num_head", bound.get("num_heads")) or 1)
+            block.matrices |= {name: Matrix(weight, STATED, heads) for name, weight in zip(BY_HEAD, thirds, strict=True)}
+            for name, key in (("proj", "proj_weight"), ("fc1", "ffn_weight_1"), ("fc2", "ffn_weight_2")):
+                if bound.get(key) is not None:
+                    block.matrices[name] = Matrix(bound[key].detach(), STATED)
             return
         product = product_of(call)
         if product is not None and product.rows > self.recorder.log.images:
@@ -147,23 +150,9 @@ def product_of(call: OperatorCall) -> Product | None:
         return Product("", call.bound["mat2"].detach()[0].T, call.bound["self"].shape[1], out.detach()[0])
     if func in _LINEAR and call.bound["weight"].ndim == 2:
         return Product("", call.bound["weight"].detach(), out.numel() // out.shape[-1], out.detach().flatten(0, -2))
-    if func in _CONVOLUTION and _pointwise(call.bound):
-        output = out.detach().flatten(2).transpose(1, 2).flatten(0, 1)
-        return Product("", call.bound["weight"].detach().flatten(1), len(output), output)
+    if func in _CONVOLUTION and call.bound["weight"].shape[2:] == (1, 1):
+        bound = call.bound
+        if bound["groups"] == 1 and not bound["transposed"] and not any(bound["padding"]) and set(bound["stride"]) == {1}:
+            output = out.detach().flatten(2).transpose(1, 2).flatten(0, 1)
+            return Product("", bound["weight"].detach().flatten(1), len(output), output)
     return None
-
-
-def _pointwise(bound: dict[str, Any]) -> bool:
-    """Whether a convolution is one matrix applied at every place."""
-    weight = bound["weight"]
-    once = bound["groups"] == 1 and not bound["transposed"] and not any(bound["padding"]) and set(bound["stride"]) == {1}
-    return bool(once and weight.ndim == 4 and weight.shape[2:] == (1, 1))
-
-
-def _stated(bound: dict[str, Any]) -> dict[str, Matrix]:
-    """The matrices that the fast path of nn.MultiheadAttention, or of a whole encoder layer, is given."""
-    heads = int(bound.get("num_head", bound.get("num_heads")) or 1)
-    weights = dict(zip(BY_HEAD, bound["qkv_weight"].detach().chunk(3), strict=True))
-    matrices = {name: Matrix(weight, STATED, heads) for name, weight in weights.items()}
-    rest = {"proj": "proj_weight", "fc1": "ffn_weight_1", "fc2": "ffn_weight_2"}
-    return matrices | {name: Matrix(bound[key].detach(), STATED) for name, key in rest.items() if bound.get(key) is not None}

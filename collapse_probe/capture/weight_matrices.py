@@ -68,10 +68,9 @@ class Matrices:
         Matrices that several blocks share are measured once.
         """
 
-        def one(matrix: Matrix) -> Tensor:
-            return function(wide(matrix.by_head)).mean() if by_head else function(wide(matrix.weight))
-
-        return self.each(one, BY_HEAD if by_head else NAMES)
+        if by_head:
+            return self.each(lambda matrix: function(wide(matrix.by_head)).mean(), BY_HEAD)
+        return self.each(lambda matrix: function(wide(matrix.weight)), NAMES)
 
     def each(self, function: Callable[[Matrix], Tensor], names: tuple[str, ...]) -> NDArray[np.float64]:
         """A function of matrices over all that have one of these names, [block, matrix]; NaN for the others."""

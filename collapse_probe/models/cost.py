@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,10 +31,6 @@ class Cost:
     device: str
     runs: int
     note: str = ""
-
-    def facts(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return asdict(self)
 
 
 def measure_cost(model: nn.Module, size: tuple[int, int], batch_size: int) -> Cost:

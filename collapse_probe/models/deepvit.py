@@ -169,7 +169,25 @@ def settings_from(state_dict: Mapping[str, Tensor], name: str | None = None) -> 
     of another architecture, of a width that no official model has, or where they contradict the name; ModelError for an unknown
     name.
     """
-    measured = _read({key.removeprefix("module."): tensor.shape for key, tensor in state_dict.items()})
+    shapes = {key.removeprefix("module."): tensor.shape for key, tensor in state_dict.items()}
+    for key in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "head.weight"):
+        if key not in shapes:
+            raise CheckpointError(f"these are no weights of a DeepViT: there is no {key!r}")
+    blocks = [key.split(".") for key in shapes if key.startswith("blocks.")]
+    mixing = {int(key[1]): shapes[".".join(key)] for key in blocks if key[2:] == ["attn", "reatten_matrix", "weight"]}
+    heads = {shape[0] for shape in mixing.values()} or {DeepViTSettings.heads}
+    side = math.isqrt(shapes["pos_embed"][1] - 1)
+    if len(heads) > 1 or side**2 + 1 != shapes["pos_embed"][1]:
+        raise CheckpointError("these are no weights of a DeepViT: heads differ, or patches fill no square")
+    measured = DeepViTSettings(
+        width=shapes["cls_token"][-1],
+        depth=1 + max(int(key[1]) for key in blocks),
+        re_attention=tuple(sorted(mixing)),
+        stem="cnn" if "patch_embed.conv1.weight" in shapes else "patch",
+        heads=heads.pop(),
+        image_size=16 * side,
+        classes=shapes["head.weight"][0],
+    )
     if name is None:
         official = {each.width: each for each in FAMILY.values()}
         if measured.width not in official:
@@ -193,24 +211,3 @@ def settings_from(state_dict: Mapping[str, Tensor], name: str | None = None) -> 
         hint = f"; they look like {' or '.join(alike)}" if alike else ""
         raise CheckpointError(f"these weights are not {name}: {'; '.join(wrong)}{hint}")
     return replace(named, classes=measured.classes)
-
-
-def _read(shapes: Mapping[str, Any]) -> DeepViTSettings:
-    for key in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "head.weight"):
-        if key not in shapes:
-            raise CheckpointError(f"these are no weights of a DeepViT: there is no {key!r}")
-    blocks = [key.split(".") for key in shapes if key.startswith("blocks.")]
-    mixing = {int(key[1]): shapes[".".join(key)] for key in blocks if key[2:] == ["attn", "reatten_matrix", "weight"]}
-    heads = {shape[0] for shape in mixing.values()} or {DeepViTSettings.heads}
-    side = math.isqrt(shapes["pos_embed"][1] - 1)
-    if len(heads) > 1 or side**2 + 1 != shapes["pos_embed"][1]:
-        raise CheckpointError("these are no weights of a DeepViT: heads differ, or patches fill no square")
-    return DeepViTSettings(
-        width=shapes["cls_token"][-1],
-        depth=1 + max(int(key[1]) for key in blocks),
-        re_attention=tuple(sorted(mixing)),
-        stem="cnn" if "patch_embed.conv1.weight" in shapes else "patch",
-        heads=heads.pop(),
-        image_size=16 * side,
-        classes=shapes["head.weight"][0],
-    )

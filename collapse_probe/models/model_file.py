@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from collapse_probe.data.preprocessing import Preprocess, from_timm_config
-from collapse_probe.errors import CheckpointError, CollapseProbeError
+from collapse_probe.errors import CheckpointError
+from collapse_probe.files import write_whole
 from collapse_probe.models.architecture import Architecture
 
 FORMAT = "collapse-probe/model/1"
@@ -65,8 +66,6 @@ def save_model(path: str | Path, model: nn.Module, card: ModelCard) -> Path:
     """
     from safetensors.torch import save
 
-    from collapse_probe.files import write_whole
-
     path = Path(path)
     if path.suffix != SUFFIX:
         raise CheckpointError(f"a model file ends in {SUFFIX}, not {path.suffix!r}")
@@ -97,7 +96,7 @@ def is_model_file(path: str | Path) -> bool:
         return False
     try:
         return KEY in _metadata(path)
-    except CollapseProbeError:
+    except CheckpointError:
         return False
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from timm.models.vision_transformer import Block
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from collapse_probe.errors import ModelError, SettingError
 from collapse_probe.models.fixes.apply import open_block
 from collapse_probe.models.fixes.base import AppliedFix, Chosen, Sites, add_fix, apply_sites, fixes_in, plain_fixes
+from collapse_probe.settings import Settings
+
+AtLeastOne = Annotated[int, "[1, inf)"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTSettings:
+class ViTSettings(Settings):
     """What a ViT is made of.
 
     `tied` reuses the weights of block 0 in every block (what a fix adds is still one per block). `init`
@@ -33,13 +36,15 @@ class ViTSettings:
         "layer-scale": {}})
     """
 
-    image_size: int = 224
-    patch_size: int = 16
-    channels: int = 3
+    name: ClassVar[str] = "ViT"
+
+    image_size: AtLeastOne = 224
+    patch_size: AtLeastOne = 16
+    channels: AtLeastOne = 3
     classes: int = 1000
-    depth: int = 12
-    width: int = 384
-    heads: int = 6
+    depth: AtLeastOne = 12
+    width: AtLeastOne = 384
+    heads: AtLeastOne = 6
     mlp_ratio: float = 4.0
     registers: int = 0
     tied: bool = False
@@ -51,15 +56,11 @@ class ViTSettings:
     fixes: Chosen = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "channels", "depth", "width", "heads"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise SettingError(f"ViT: {name} must be a whole number from 1 up, not {getattr(self, name)!r}")
+        super().__post_init__()
         if self.image_size % self.patch_size:
             raise SettingError(f"ViT: image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             raise SettingError(f"ViT: width {self.width} is no multiple of heads {self.heads}")
-        if self.init not in ("trunc_normal", "xavier", "torch"):
-            raise SettingError(f"ViT: init must be trunc_normal, xavier or torch, not {self.init!r}")
         if "registers" in self.fixes and self.registers:
             raise SettingError("ViT: give registers either as a number or as a fix, not as both")
 
@@ -102,24 +103,6 @@ class DropPath(nn.Module):
         return x_BND * kept_B11 / (1 - self.rate)
 
 
-def block_with_sockets(settings: ViTSettings, drop_path: float) -> Any:
-    """A pre-norm transformer block of timm with sockets: [B, N, D] -> [B, N, D]."""
-    norm: Any = partial(nn.LayerNorm, eps=1e-6)
-    block: Any = Block(
-        settings.width,
-        settings.heads,
-        settings.mlp_ratio,
-        qkv_bias=True,
-        proj_drop=settings.dropout,
-        attn_drop=settings.attention_dropout,
-        norm_layer=norm,
-    )
-    block.attn.fused_attn = True
-    block.drop_path1 = block.drop_path2 = DropPath(drop_path)
-    open_block(block)
-    return block
-
-
 class ViT(nn.Module):
     """A plain ViT: [B, C, height, width] -> logits [B, classes]; `ViT(depth=4, …)` or `ViT(ViTSettings(depth=4, …))`.
 
@@ -136,8 +119,14 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(s.image_size, s.patch_size, s.channels, s.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, s.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, s.width))
-        rates = [s.drop_path * i / max(1, s.depth - 1) for i in range(s.depth)]
-        self.blocks = nn.Sequential(*(block_with_sockets(s, rate) for rate in rates))
+        like: Any = {"norm_layer": partial(nn.LayerNorm, eps=1e-6), "qkv_bias": True}
+        like |= {"proj_drop": s.dropout, "attn_drop": s.attention_dropout}
+        blocks: list[Any] = [Block(s.width, s.heads, s.mlp_ratio, **like) for _ in range(s.depth)]
+        self.blocks = nn.Sequential(*blocks)
+        for i, block in enumerate(blocks):
+            block.attn.fused_attn = True
+            block.drop_path1 = block.drop_path2 = DropPath(s.drop_path * i / max(1, s.depth - 1))
+            open_block(block)
         self.norm = nn.LayerNorm(s.width, eps=1e-6)
         self.head = nn.Linear(s.width, s.classes) if s.classes else nn.Identity()
         self._initialise()

@@ -69,12 +69,6 @@ class Fix(Settings):
     neutral: ClassVar[Mapping[str, Any] | None] = None
     home: ClassVar[Literal["attention", "block", "model", "modules"]] = "attention"
 
-    @classmethod
-    def with_settings(cls, settings: Mapping[str, Any]) -> Fix:
-        """The fix with these settings; SettingError for a name that it does not have."""
-        cls._known(settings)
-        return cls(**settings)
-
     def reach(self, blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
         """The blocks in which the fix acts, given those that the user chose (None: no choice made)."""
         if self.home == "model" and blocks is not None:

@@ -53,7 +53,11 @@ class TimmSource(Source):
             hub = fetching_weights(request, hub=trained or self.scheme == "hf-hub")
             with contextlib.nullcontext() if self.scheme == "local-dir" else hub:
                 model: nn.Module = timm.create_model(place, pretrained=trained, **settings)
-            _check_patches(model, request.img_size)
+            embed = getattr(model, "patch_embed", None)
+            patch = getattr(embed, "patch_size", None)
+            checked = request.img_size is not None and not getattr(embed, "dynamic_img_pad", False)
+            if checked and isinstance(patch, tuple) and any(request.img_size % side for side in patch):
+                raise ModelError(f"img_size {request.img_size} is not a multiple of the model's patch size {patch[0]}")
             return model
 
         def preprocess(model: nn.Module) -> tuple[Preprocess, tuple[str, ...]]:
@@ -71,15 +75,6 @@ class TimmSource(Source):
         config = get_pretrained_cfg(name)
         published = config is not None and (config.url or config.hf_hub_id or config.file)
         return (config.tag or "default") if config is not None and published else None
-
-
-def _check_patches(model: nn.Module, img_size: int | None) -> None:
-    embed = getattr(model, "patch_embed", None)
-    patch = getattr(embed, "patch_size", None)
-    if img_size is None or not isinstance(patch, tuple) or getattr(embed, "dynamic_img_pad", False):
-        return
-    if any(img_size % side for side in patch):
-        raise ModelError(f"img_size {img_size} is not a multiple of the model's patch size {patch[0]}")
 
 
 SOURCES.add("timm", TimmSource())

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,6 @@ from collapse_probe.settings import Settings
 
 Direction = Literal["up", "down", "between"]
 Level = Literal["tokens", "attention", "weights"]
-P = TypeVar("P", bound="Penalty")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +83,6 @@ class Penalty(Settings, ABC):
         whole = isinstance(blocks, tuple) and all(type(i) is int and i >= 0 for i in blocks)
         if not whole or not blocks or len(set(blocks)) != len(blocks):
             raise SettingError(f"{self.name}: blocks must be different block numbers from 0 up, not {blocks!r}")
-
-    @classmethod
-    def with_settings(cls: type[P], settings: Mapping[str, Any]) -> P:
-        """The penalty with these settings; SettingError for a name that it does not have."""
-        cls._known(settings)
-        return cls(**{key: tuple(value) if isinstance(value, list | range) else value for key, value in settings.items()})
 
     def moves(self) -> tuple[str, Direction]:
         """The metric that these settings move, and where to."""
