@@ -32,12 +32,10 @@ def recalibrated(
     norms = _norms(subject.model)
     if count < 0:
         raise SettingError(f"the number of batches to recalibrate on must be 0 or more, not {count}")
-    if count and not norms:
+    if not (count and norms):
         note = "BatchNorm recalibration: there is no BatchNorm2d with running statistics, nothing was done"
-        return replace(subject, notes=(*subject.notes, note))
-    if not count:
-        note = "BatchNorm statistics are those that were stored; nothing was recalibrated"
-        return replace(subject, notes=(*subject.notes, note)) if norms else subject
+        note = note if count else "BatchNorm statistics are those that were stored; nothing was recalibrated"
+        return replace(subject, notes=(*subject.notes, note)) if count or norms else subject
     if not isinstance(images, ImageSet):
         raise SettingError("recalibration reads some images twice: give a data address or an ImageSet, not an iterable")
     few, before, place = images.subset(count * batch_size, seed), subject.fresh, choose_device(device)

@@ -93,7 +93,9 @@ def load_checkpoint(
     file = _checkpoint_file(Path(path))
     content, own = read_file(file), model.state_dict()
     key, state = choose_weights(content, ema, file)
-    state = _without_wrappers(state, own)
+    # wrapper prefixes, and DINO's `backbone.`, come off, unless the model has keys of its own that start so
+    prefixes = tuple(p for p in (*WRAPPERS, "backbone.") if not any(name.startswith(p) for name in own))
+    state = {re.sub(f"^({'|'.join(map(re.escape, prefixes))})+", "", name): tensor for name, tensor in state.items()}
     missing = [name for name in own if name not in state]
     absent = [name for name in missing if name in optional]
     if len(absent) < len(optional):  # the file holds some of them
@@ -174,17 +176,6 @@ def choose_weights(content: Mapping[str, Any], ema: bool | None, file: Path) -> 
 
 def _is_state(value: object) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(leaf, Tensor) for leaf in value.values())
-
-
-def _without_wrappers(state: State, own: State) -> dict[str, Tensor]:
-    """Take wrapper prefixes off the keys, and DINO's `backbone.`, unless the model has keys of its `own` that start so."""
-    prefixes = [p for p in (*WRAPPERS, "backbone.") if not any(key.startswith(p) for key in own)]
-    cleaned = {}
-    for key, tensor in state.items():
-        while prefix := next((p for p in prefixes if key.startswith(p)), None):
-            key = key[len(prefix) :]
-        cleaned[key] = tensor
-    return cleaned
 
 
 def _sample(names: Iterable[str], count: int = 3) -> str:

@@ -220,29 +220,24 @@ def add_fix(model: Any, fix: Fix, blocks: Sequence[int] | None = None) -> None:
         if not sum(fix.convert(module, model.embed_dim) for module in modules):
             raise ModelError(f"the model has no layer that {fix.name} could act on")
     else:
-        _add_sites(model, fix, reach)
-    model.num_prefix_tokens = fix.prefix_tokens(model.num_prefix_tokens)
-    model.fixes = (*model.fixes, AppliedFix(fix.name, asdict(fix), reach))
-
-
-def _add_sites(model: Any, fix: Fix, reach: tuple[int, ...]) -> None:
-    homes = {-1: model} if fix.home == "model" else {i: model.blocks[i] for i in reach}
-    if fix.home == "attention":
-        homes = {i: block.attn for i, block in homes.items()}
-    facts = (reach, len(model.blocks), model.embed_dim, model.blocks[0].attn.num_heads, model.num_prefix_tokens)
-    memory: dict[str, Tensor] = {}
-    sites = [FixSite(home, i, *facts, memory) for i, home in homes.items()]
-    like = next(model.parameters())
-    with torch.device(like.device):
-        parts = [fix.parts(site) for site in sites]
-    for site, named in zip(sites, parts, strict=True):
-        for name in named:
+        homes = {-1: model} if fix.home == "model" else {i: model.blocks[i] for i in reach}
+        if fix.home == "attention":
+            homes = {i: block.attn for i, block in homes.items()}
+        facts = (reach, depth, model.embed_dim, model.blocks[0].attn.num_heads, model.num_prefix_tokens)
+        memory: dict[str, Tensor] = {}
+        sites = [FixSite(home, i, *facts, memory) for i, home in homes.items()]
+        like = next(model.parameters())
+        with torch.device(like.device):
+            parts = [(site, name, part) for site in sites for name, part in fix.parts(site).items()]
+        for site, name, _ in parts:
             if hasattr(site.home, name):
                 where = "the model" if site.block < 0 else f"block {site.block}"
                 raise ModelError(f"{where} already has a {name}, which {fix.name} would add")
-    for site, named in zip(sites, parts, strict=True):
-        for name, part in named.items():
+        for site, name, part in parts:
             fitted = part.to(like.dtype)
             made = fitted.train(site.home.training) if isinstance(fitted, nn.Module) else nn.Parameter(fitted)
             setattr(site.home, name, made)
-        site.home.sites.append((fix, site))
+        for site in sites:
+            site.home.sites.append((fix, site))
+    model.num_prefix_tokens = fix.prefix_tokens(model.num_prefix_tokens)
+    model.fixes = (*model.fixes, AppliedFix(fix.name, asdict(fix), reach))

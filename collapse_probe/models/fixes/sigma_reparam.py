@@ -25,15 +25,6 @@ def power_step(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return torch.dot(v, weight.mv(u)), u
 
 
-def _start(layer: Any, gamma: str) -> None:
-    matrix = layer.weight.detach().flatten(1)
-    precise = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    leading = torch.linalg.svd(precise, full_matrices=False).Vh[0].to(matrix.dtype)
-    sigma, _ = power_step(matrix, leading)
-    layer.register_buffer("u", leading)
-    layer.gamma = nn.Parameter(sigma[None].clone() if gamma == "sigma" else torch.ones_like(sigma)[None])
-
-
 def _scaled_weight(layer: Any) -> Tensor:
     with torch.autocast(layer.weight.device.type, enabled=False):  # which would make σ coarse
         sigma, u = power_step(layer.weight.flatten(1), layer.u)
@@ -85,9 +76,14 @@ class SigmaReparam(Fix):
         kinds: dict[type, type] = {nn.Linear: SigmaLinear, nn.Conv2d: SigmaConv2d}
         if type(module) not in kinds:
             return False
-        converted: Any = module
-        converted.__class__ = kinds[type(module)]
-        _start(converted, self.gamma)
+        layer: Any = module
+        layer.__class__ = kinds[type(module)]
+        matrix = layer.weight.detach().flatten(1)
+        precise = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        leading = torch.linalg.svd(precise, full_matrices=False).Vh[0].to(matrix.dtype)
+        sigma, _ = power_step(matrix, leading)
+        layer.register_buffer("u", leading)
+        layer.gamma = nn.Parameter(sigma[None].clone() if self.gamma == "sigma" else torch.ones_like(sigma)[None])
         return True
 
 

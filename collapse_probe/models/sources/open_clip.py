@@ -53,7 +53,13 @@ class OpenClipSource(Source):
                 )
             return ImageTower(model.visual, answer)
 
-        return Blueprint(request.name, make, _preprocess, trained=tag or "a tag")
+        def preprocess(model: Any) -> tuple[Preprocess, tuple[str, ...]]:
+            config, clip = model.wrapped.preprocess_cfg, importlib.import_module("open_clip.transform")
+            facts = {key: config[key] for key in FACTS if key in config}
+            facts |= {key: list(value) for key, value in facts.items() if isinstance(value, tuple)}
+            return from_callable(clip.image_transform_v2(clip.PreprocessCfg(**config), is_train=False), facts), ()
+
+        return Blueprint(request.name, make, preprocess, trained=tag or "a tag")
 
 
 def answer(output: Any) -> Tensor:
@@ -67,15 +73,6 @@ def _library() -> Any:
         return importlib.import_module("open_clip")
     except ImportError as error:
         raise ModelError(f"open_clip models need OpenCLIP ({error}); pip install open_clip_torch") from error
-
-
-def _preprocess(model: nn.Module) -> tuple[Preprocess, tuple[str, ...]]:
-    transforms = importlib.import_module("open_clip.transform")
-    assert isinstance(model, ImageTower)
-    config: Any = model.wrapped.preprocess_cfg
-    facts = {key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in FACTS if key in config}
-    transform = transforms.image_transform_v2(transforms.PreprocessCfg(**config), is_train=False)
-    return from_callable(transform, facts), ()
 
 
 SOURCES.add("open_clip", OpenClipSource())

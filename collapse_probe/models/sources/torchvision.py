@@ -56,24 +56,19 @@ class TorchvisionSource(Source):
                     model.load_state_dict(state)
                 return model  # type: ignore[no-any-return]
 
-        return Blueprint(request.name, make, lambda _: (_preprocess(weights, size), ()), weights.name)
-
-
-def _preprocess(weights: Any, size: int) -> Preprocess:
-    """The weights' transform at `size` pixels; the crop keeps its share of the resized picture."""
-    plain = weights.transforms()
-    resize = round(plain.resize_size[0] * size / plain.crop_size[0])
-    transform = weights.transforms(crop_size=size, resize_size=resize)
-    description = {
-        "size": [size, size],
-        "resize": resize,
-        "crop_mode": "center",
-        "crop_pct": size / resize,
-        "interpolation": transform.interpolation.value,
-        "mean": list(transform.mean),
-        "std": list(transform.std),
-    }
-    return Preprocess(transform, (size, size), description)
+        resize = round(weights.transforms().resize_size[0] * size / native)  # the crop keeps its share of the picture
+        transform = weights.transforms(crop_size=size, resize_size=resize)
+        description = {
+            "size": [size, size],
+            "resize": resize,
+            "crop_mode": "center",
+            "crop_pct": size / resize,
+            "interpolation": transform.interpolation.value,
+            "mean": list(transform.mean),
+            "std": list(transform.std),
+        }
+        preprocess = Preprocess(transform, (size, size), description)
+        return Blueprint(request.name, make, lambda _: (preprocess, ()), weights.name)
 
 
 SOURCES.add("torchvision", TorchvisionSource())
