@@ -103,8 +103,7 @@ def make_plan(model: nn.Module, log: PassLog, check: SelfCheck) -> Plan:
             same = steady_tokens(call.input, log.images) if call.steady is None else call.steady
             prefix = () if same is None or all(same) else tuple(i for i, steady in enumerate(same) if steady)
     tokens, width = (0, 0) if first is None else (first.shape[1], first.shape[2])
-    # a probe drops the tensors of one event before the next, so that storages of different events may have the same address
-    event_bytes = sum(sum(event.storages().values()) for event in log.events)
+    event_bytes = sum(event.held_bytes() for event in log.events)
     names = [path for path, _ in blocks]
     images = log.input if log.input is not None and log.input.ndim == 4 else None
     return Plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,20 +52,20 @@ class AttentionEvent:
     kernel: KernelCall | None = None
     operand: Tensor | None = None
     errors: tuple[float, float, float] | None = None
-    memory: dict[int, int] = field(default_factory=dict)
+    memory: int = 0
 
     def sketch(self) -> None:
-        """Keep only the shapes of the tensors, and in `memory` the bytes behind each storage."""
-        self.memory = self.storages()
+        """Keep only the shapes of the tensors, and in `memory` the bytes that they took."""
+        self.memory = self.held_bytes()
         for name in ("q", "k", "bias", "probs", "weights"):
             setattr(self.attention, name, sketch(getattr(self.attention, name)))
         self.kernel = self.operand = self.attention.logsumexp = None
 
-    def storages(self) -> dict[int, int]:
-        """The bytes behind each storage that the event keeps alive."""
+    def held_bytes(self) -> int:
+        """The bytes behind the storages that the event keeps alive."""
         a = self.attention
         tensors = [t for t in (a.q, a.k, a.bias, a.probs, a.weights) if t is not None]
-        return self.memory or {storage_of(t): t.untyped_storage().nbytes() for t in tensors}
+        return self.memory or sum({storage_of(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 @dataclass
@@ -245,18 +245,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call = OperatorCall(func, args, kwargs)
         if func._schema.is_mutable:
             self._protect({storage_of(target) for target in call.written()})
-        if func in kernels.ENCODER_LAYER and self.lowered is not None:
-            # this kernel calls operators that autocast lowers, unless a dispatch mode has switched it off
-            with torch.autocast("cpu", self.lowered):
-                return self._run(call)
-        return self._run(call)
-
-    def _run(self, call: OperatorCall) -> Any:
-        call.out = call.func(*call.args, **call.kwargs)
-        first = len(self.log.events)
-        self._note(call)
-        if self.on_operator is not None:
-            self.on_operator(call, self.log.events[first:])
+        # this kernel calls operators that autocast lowers, unless a dispatch mode has switched it off
+        lowered = self.lowered if func in kernels.ENCODER_LAYER else None
+        with nullcontext() if lowered is None else torch.autocast("cpu", lowered):
+            call.out = func(*args, **kwargs)
+            first = len(self.log.events)
+            self._note(call)
+            if self.on_operator is not None:
+                self.on_operator(call, self.log.events[first:])
         return call.out
 
     def _note(self, call: OperatorCall) -> None:

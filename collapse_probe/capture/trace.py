@@ -6,6 +6,7 @@ L blocks (or attention layers), R and C the queries and keys inside a tile.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -218,17 +219,25 @@ class Trace:
             all_heads, queries, keys = signature
             b, h, rows, columns = tile_shape(signature, len(layers), budget)
             heads = _spans(all_heads, h)
-            every_query, every_key = slice(0, queries), slice(0, keys)
+            by_query = [(span, slice(0, keys)) for span in _spans(queries, rows)]
+            by_key = [(slice(0, queries), span) for span in _spans(keys, columns)]
+            small = rows == queries and columns == keys
+            passes = [(by_query, AXES)] if small else [(by_query, ("row",)), (by_key, ("column",))]
             for images in _spans(self.images, b):
-                if rows == queries and columns == keys:
-                    yield from _sweep(layers, positions, images, heads, [(every_query, every_key)], AXES, [None] * len(layers))
-                    continue
-                count = images.stop - images.start
-                sums = [None if a.q is None else torch.empty(count, *a.q.shape[1:3], 1, device=a.q.device) for a in layers]
-                by_query = [(span, every_key) for span in _spans(queries, rows)]
-                by_key = [(every_query, span) for span in _spans(keys, columns)]
-                yield from _sweep(layers, positions, images, heads, by_query, ("row",), sums)
-                yield from _sweep(layers, positions, images, heads, by_key, ("column",), sums)
+                sums: list[Tensor | None] = [None] * len(layers)
+                if not small:
+                    count = images.stop - images.start
+                    sums = [None if a.q is None else torch.empty(count, *a.q.shape[1:3], 1, device=a.q.device) for a in layers]
+                for parts, whole in passes:
+                    for (queries_of, keys_of), some in itertools.product(parts, heads):
+                        place = (images, some, queries_of, keys_of)
+                        maps = [a.maps(*place, of_queries) for a, of_queries in zip(layers, sums, strict=True)]
+                        stacked = dict.fromkeys(POINTS, torch.stack([m["probs"] for m in maps], dim=2))
+                        if any(a.mixed for a in layers):
+                            stacked["weights"] = torch.stack([m["weights"] for m in maps], dim=2)
+                        del maps  # the stacked ones alone stay in memory while the tile is in use
+                        last = (some is heads[-1], (queries_of, keys_of) == parts[-1])
+                        yield MapTile(positions, place, stacked, whole, last)
 
 
 def tile_shape(signature: tuple[int, int, int], layers: int, budget: int) -> tuple[int, int, int, int]:
@@ -245,23 +254,3 @@ def tile_shape(signature: tuple[int, int, int], layers: int, budget: int) -> tup
 
 def _spans(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-def _sweep(
-    layers: list[Attention],
-    positions: list[int],
-    images: slice,
-    heads: list[slice],
-    parts: list[tuple[slice, slice]],
-    whole: Sequence[str],
-    sums: list[Tensor | None],
-) -> Iterator[MapTile]:
-    for rows, columns in parts:
-        for some in heads:
-            place = (images, some, rows, columns)
-            maps = [a.maps(*place, queries_sums) for a, queries_sums in zip(layers, sums, strict=True)]
-            stacked = dict.fromkeys(POINTS, torch.stack([m["probs"] for m in maps], dim=2))
-            if any(a.mixed for a in layers):
-                stacked["weights"] = torch.stack([m["weights"] for m in maps], dim=2)
-            del maps  # the stacked ones alone stay in memory while the tile is in use
-            yield MapTile(positions, place, stacked, whole, (some is heads[-1], (rows, columns) == parts[-1]))

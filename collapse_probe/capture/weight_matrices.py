@@ -157,7 +157,15 @@ def attention_roles(products: Sequence[Product], event: AttentionEvent) -> tuple
     heads, vectors = _heads(event.attention), _vectors(event.attention)
     fitting = [p for p in products if p.rows in vectors and p.output is not None]
     products = fitting or [p for p in products if p.role or "qkv" in p.name]  # windows, pools and channels
-    trials = [(given, how, _agreeing(given, event)) for given, how in _assignments(products, heads)]
+    a, value = event.attention, None if event.kernel is None else event.kernel.value
+    trials = []
+    for given, how in _assignments(products, heads):  # with those that agree with a kernel's own arguments, or else with a map
+        if a.q is None:
+            agreeing = ["q", "k"] if _gives_map(given, a) else []
+        else:
+            targets = {"q": a.q, "k": a.k, "v": value}
+            agreeing = [role for role, target in targets.items() if target is not None and _gives(given[role].output, target)]
+        trials.append((given, how, agreeing))
     if not trials:
         came = _listed(products) or "none over its tokens"
         return {}, f"q, k and v cannot be told apart among the products before the attention ({came})"
@@ -257,15 +265,6 @@ def _split(whole: Product, roles: Sequence[str], heads: dict[str, int]) -> Itera
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 ROUGH = 3e-2  # half precision
-
-
-def _agreeing(given: dict[str, Product], event: AttentionEvent) -> list[str]:
-    """Which of q, k and v are what was recorded: the kernel's own arguments, or else the softmax's map from q and k."""
-    a = event.attention
-    if a.q is None:
-        return ["q", "k"] if _gives_map(given, a) else []
-    targets = {"q": a.q, "k": a.k, "v": None if event.kernel is None else event.kernel.value}
-    return [role for role, target in targets.items() if target is not None and _gives(given[role].output, target)]
 
 
 def _gives(output: Tensor | None, target: Tensor) -> bool:

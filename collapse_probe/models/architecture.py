@@ -49,7 +49,20 @@ class Architecture:
             if isinstance(self.model, ViTSettings):
                 model: Any = ViT(replace(self.model, fixes={**self.model.fixes, **self.fixes}))
             else:
-                model = self._from_timm(self.model)
+                import timm
+
+                import collapse_probe.models.deepvit  # noqa: F401  (registers its family)
+
+                place, _, name = self.model.rpartition(":")
+                if place not in ("", "timm", "ours") or not timm.is_model(name.partition(".")[0]):
+                    raise ModelError(f"training takes a timm model (timm:NAME), ours:NAME or a small ViT, not {self.model!r}")
+                try:
+                    model = timm.create_model(name, pretrained=False, **dict(self.model_kwargs))
+                except CollapseProbeError:
+                    raise
+                except Exception as error:  # a constructor may raise anything
+                    settings = ", ".join(f"{key}={value!r}" for key, value in self.model_kwargs.items())
+                    raise ModelError(f"cannot make {self.model!r} with {settings or 'its defaults'}: {error}") from error
                 for fix, blocks in fixes_in(self.fixes):
                     apply(model, fix, blocks)
             if self.embedding_std is not None:
@@ -59,22 +72,6 @@ class Architecture:
                 nn.init.trunc_normal_(model.patch_embed.proj.weight, std=self.embedding_std)
                 nn.init.zeros_(model.patch_embed.proj.bias)
             return model
-
-    def _from_timm(self, address: str) -> nn.Module:
-        import timm
-
-        import collapse_probe.models.deepvit  # noqa: F401  (registers its family)
-
-        place, _, name = address.rpartition(":")
-        if place not in ("", "timm", "ours") or not timm.is_model(name.partition(".")[0]):
-            raise ModelError(f"training takes a timm model (timm:NAME), ours:NAME or a small ViT, not {address!r}")
-        try:
-            return timm.create_model(name, pretrained=False, **dict(self.model_kwargs))
-        except CollapseProbeError:
-            raise
-        except Exception as error:  # a constructor may raise anything
-            settings = ", ".join(f"{key}={value!r}" for key, value in self.model_kwargs.items())
-            raise ModelError(f"cannot make {address!r} with {settings or 'its defaults'}: {error}") from error
 
     def facts(self) -> dict[str, int | None]:
         """The values of the settings that both kinds of model have, None where timm's default holds."""

@@ -69,24 +69,19 @@ def save_model(path: str | Path, model: nn.Module, card: ModelCard) -> Path:
     path = Path(path)
     if path.suffix != SUFFIX:
         raise CheckpointError(f"a model file ends in {SUFFIX}, not {path.suffix!r}")
-    tensors, shared = _once(model.state_dict())
-    header = {"format": "pt", KEY: json.dumps({**card.plain(), "shared": shared}, allow_nan=False)}
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata=header)
-    write_whole(path, lambda stream: stream.write(content))
-    return path
-
-
-def _once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor under its first name, and which first name the others stand for."""
     first: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
-    for name, tensor in state.items():
+    for name, tensor in model.state_dict().items():
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and place in first:
             shared[name] = first[place]
         else:
-            first[place] = name
-    return {name: tensor for name, tensor in state.items() if name not in shared}, shared
+            first[place], tensors[name] = name, tensor.detach().cpu().contiguous()
+    header = {"format": "pt", KEY: json.dumps({**card.plain(), "shared": shared}, allow_nan=False)}
+    content = save(tensors, metadata=header)
+    write_whole(path, lambda stream: stream.write(content))
+    return path
 
 
 def is_model_file(path: str | Path) -> bool:

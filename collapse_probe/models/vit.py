@@ -11,6 +11,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -69,23 +70,16 @@ class ViTSettings(Settings):
         return {**vars(self), "fixes": plain_fixes(self.fixes)}
 
 
-class PatchEmbed(nn.Module):
+class SquarePatchEmbed(PatchEmbed):
     """Patches to tokens: [B, C, height, width] -> [B, P, D]."""
-
-    def __init__(self, size: int, patch: int, channels: int, width: int) -> None:
-        super().__init__()
-        self.img_size, self.patch_size = (size, size), (patch, patch)
-        self.grid_size = (size // patch, size // patch)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """One token a patch, row by row; ModelError for images of another size."""
         expected = (self.proj.in_channels, *self.img_size)
         if tuple(images_BCHW.shape[1:]) != expected:
             raise ModelError(f"this ViT takes images of {expected}, not of {tuple(images_BCHW.shape[1:])}")
-        tokens_BDHW: Tensor = self.proj(images_BCHW)
-        return tokens_BDHW.flatten(2).transpose(1, 2)
+        embed: Any = super().forward
+        return embed(images_BCHW)  # type: ignore[no-any-return]
 
 
 class DropPath(nn.Module):
@@ -116,14 +110,14 @@ class ViT(nn.Module):
         self.embed_dim, self.num_classes, self.num_prefix_tokens = s.width, s.classes, 1
         self.sites: Sites = []
         self.fixes: tuple[AppliedFix, ...] = ()
-        self.patch_embed = PatchEmbed(s.image_size, s.patch_size, s.channels, s.width)
+        self.patch_embed = SquarePatchEmbed(s.image_size, s.patch_size, s.channels, s.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, s.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, s.width))
         like: Any = {"norm_layer": partial(nn.LayerNorm, eps=1e-6), "qkv_bias": True}
         like |= {"proj_drop": s.dropout, "attn_drop": s.attention_dropout}
-        blocks: list[Any] = [Block(s.width, s.heads, s.mlp_ratio, **like) for _ in range(s.depth)]
-        self.blocks = nn.Sequential(*blocks)
-        for i, block in enumerate(blocks):
+        made: list[Any] = [Block(s.width, s.heads, s.mlp_ratio, **like) for _ in range(s.depth)]
+        self.blocks = nn.Sequential(*made)
+        for i, block in enumerate(made):
             block.attn.fused_attn = True
             block.drop_path1 = block.drop_path2 = DropPath(s.drop_path * i / max(1, s.depth - 1))
             open_block(block)

@@ -25,16 +25,13 @@ def scale_contrast(probs_BHNN: Tensor, lamb_H: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AttnScale(Fix):
-    """Â = J/N + (1 + λ_h)(A − J/N), after the softmax and before attention dropout; λ learnable, one a head.
-
-    Source: Anti-Oversmoothing, arXiv 2203.05962, official `attnscale.py`. Setting: `init` of λ. Neutral: 0.
-    """
+    """Â = J/N + (1 + λ_h)(A − J/N), after the softmax, before attention dropout; λ learnable, one a head, from `init` on."""
 
     init: Annotated[float, "(-inf, inf)"] = 0.0
 
     name = "attn-scale"
     summary = "a learnable gain per head on the non-uniform part of the map (Anti-Oversmoothing)"
-    source = "Anti-Oversmoothing, arXiv 2203.05962"
+    source = "Anti-Oversmoothing, arXiv 2203.05962, official attnscale.py"
     neutral = {"init": 0.0}
 
     def parts(self, site: FixSite) -> Parts:

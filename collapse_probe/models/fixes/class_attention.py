@@ -19,10 +19,8 @@ from collapse_probe.registry import FIXES
 class ClassAttentionStage(Fix):
     """The blocks see no CLS; after them CLS reads the tokens in `depth` blocks of its own, in which only it moves.
 
-    Source: CaiT, arXiv 2103.17239, official code and key names (`blocks_token_only`): 2 such blocks with LayerScale. A model
-    that gives CLS a position embedding keeps it. The model's head must read CLS alone.
-
-    Settings: `depth`; `mlp_ratio`; `init` of γ (official 1e-5 or 1e-6). No neutral setting: CLS takes no part in the blocks.
+    Official key names (`blocks_token_only`): 2 such blocks with LayerScale, its γ from `init` on (1e-5 or 1e-6). A model that
+    gives CLS a position embedding keeps it. The model's head must read CLS alone. No neutral setting.
     """
 
     depth: Annotated[int, "[1, inf)"] = 2

@@ -42,11 +42,8 @@ class ContraLayerNorm(nn.LayerNorm):
 class ContraNorm(Fix):
     """LayerNorm(x − s·S x), S = softmax(x̂ x̂ᵀ/τ) over rows, x̂ the unit tokens, all tokens and the diagonal included.
 
-    Source: ContraNorm, arXiv 2303.06562, official code for ViT: every LayerNorm is replaced (here: those of the chosen blocks,
-    or all of the model), default s = 0.1. `identity` takes (1 + s) x instead of x; `dual` adds the column softmax to S. No
-    parameters and no new state_dict keys.
-
-    Settings: `scale` s, `tau`, `identity`, `dual`. Neutral: s = 0, which is the LayerNorm that was there.
+    As in the official code for ViT every LayerNorm is replaced (here: those of the chosen blocks, or all of the model), default
+    `scale` s = 0.1. `identity` takes (1 + s) x instead of x; `dual` adds the column softmax to S. No new state_dict keys.
     """
 
     scale: Annotated[float, "[0, inf)"] = 0.1

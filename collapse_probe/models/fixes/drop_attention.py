@@ -28,11 +28,8 @@ def drop_and_renormalise(probs_BHNN: Tensor, kept: Tensor) -> Tensor:
 class DropAttention(Fix):
     """In train mode each key (or each entry) of a map is dropped with probability p; rows again sum to one.
 
-    Source: the idea of DropAttention, arXiv 1907.11065, which DeepViT, arXiv 2103.11886, compares with Re-attention; the exact
-    form, dropping after the softmax and dividing by what is left, is ours. Unlike attention dropout, which rescales by 1/(1 −
-    p), it leaves every row a distribution.
-
-    Settings: `p`; `unit` "key" (a column, for all queries of one head) or "entry". Neutral: p = 0, and eval mode.
+    The exact form, dropping after the softmax and dividing by what is left, is ours. Unlike attention dropout, which rescales
+    by 1/(1 − p), it leaves every row a distribution. A "key" is a column, for all queries of one head.
     """
 
     p: Annotated[float, "[0, 1)"] = 0.1

@@ -26,11 +26,9 @@ def scale_bands(x_BND: Tensor, dc_D: Tensor, hc_D: Tensor) -> Tensor:
 class FeatScale(Fix):
     """X̂ = X + m (s ⊙ DC + t ⊙ HC) on the output of attention after its projection, per channel.
 
-    Source: Anti-Oversmoothing, arXiv 2203.05962, official `featscale.py`: s is `lamb1`, t is `lamb2`; the mean runs over all
-    tokens, CLS included. The paper and most of that repository's history have multiplicity m = 1; one commit (969b564) adds
-    both terms twice, m = 2. The published checkpoints do not say which they were trained with.
-
-    Settings: `init` of s and t; `multiplicity` 1 or 2. Neutral: s = t = 0.
+    As in the official `featscale.py` s is `lamb1`, t is `lamb2`, both from `init` on; the mean runs over all tokens, CLS
+    included. The paper and most of that repository's history have multiplicity m = 1; one commit (969b564) adds both terms
+    twice, m = 2. The published checkpoints do not say which they were trained with.
     """
 
     init: Annotated[float, "(-inf, inf)"] = 0.0

@@ -16,8 +16,7 @@ from collapse_probe.registry import FIXES
 class LayerScale(Fix):
     """x ← x + γ₁ ⊙ attention(…), x ← x + γ₂ ⊙ mlp(…), with γ of one number a channel.
 
-    Source: CaiT, arXiv 2103.17239; official start 1e-5 (24-layer models and XXS36) or 1e-6 (S36, M36, M48).
-    Setting: `init`, the start of γ. Neutral: 1.
+    `init` is the start of γ, officially 1e-5 (24-layer models and XXS36) or 1e-6 (S36, M36, M48).
     """
 
     init: Annotated[float, "(0, inf)"] = 1e-5

@@ -16,8 +16,7 @@ from collapse_probe.registry import FIXES
 class NeuTRENO(Fix):
     """out_h = A_h v_h + α (v⁰_h − v_h) in every chosen block but the first, v⁰ the values of block 0, not detached.
 
-    Source: NeuTRENO, arXiv 2312.00751, official code: α = 0.6 for DeiT, fixed; before the projection of the heads. The map
-    itself is not touched, so attention stays fused. Setting: `alpha`. Neutral: 0. No parameters.
+    As in the official code (α = 0.6 for DeiT, fixed), before the projection of the heads. Attention stays fused.
     """
 
     alpha: Annotated[float, "(-inf, inf)"] = 0.6

@@ -41,11 +41,9 @@ class DistributedLocalAttention(nn.Module):
 class Refiner(Fix):
     """weights = adapt_bn(A + refinement(A)), after softmax and attention dropout; signed, like Re-attention's.
 
-    Source: Refiner, arXiv 2106.03714, official code (zhoudaquan/Refiner_ViT), under its names `DLA` and `adapt_bn`. That code
-    can also add the previous block's map, which is not done here.
-
-    Settings: `expansion` of the heads; `kernel` size, odd; `adapt` keeps the last BatchNorm; `quiet` starts the refinement at 0
-    (the gain of `bn3`). Neutral: quiet, without the last BatchNorm, which no setting makes harmless.
+    As in the official code (zhoudaquan/Refiner_ViT), under its names `DLA` and `adapt_bn`. That code can also add the previous
+    block's map, which is not done here. `adapt` keeps the last BatchNorm, which no setting makes harmless; `quiet` starts the
+    refinement at 0 (the gain of `bn3`).
     """
 
     expansion: Annotated[int, "[1, inf)"] = 3

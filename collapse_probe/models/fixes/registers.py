@@ -16,10 +16,8 @@ from collapse_probe.registry import FIXES
 class Registers(Fix):
     """`count` learnable tokens between the other prefix tokens and the patches, without position; no head reads them.
 
-    Source: Registers, arXiv 2309.16588. They count as prefix tokens of the model from then on. That they have no position
-    embedding, and start from a truncated normal of 0.02, is our choice.
-
-    Setting: `count`. No neutral setting: any further key takes attention from the others.
+    They count as prefix tokens of the model from then on. That they have no position embedding, and start from a truncated
+    normal of 0.02, is our choice. No neutral setting: any further key takes attention from the others.
     """
 
     count: Annotated[int, "[1, inf)"] = 4

@@ -16,12 +16,10 @@ from collapse_probe.registry import FIXES
 class SharedAttention(Fix):
     """The chosen blocks above block `source_block` attend as it does: softmax of its logits, on their own values.
 
-    If maps have collapsed onto each other, this should cost little: it is the test of that claim on one's own model. Source:
-    `share_atten` of the Refiner's official code (arXiv 2106.03714), which takes the previous block's map; here any block's.
-    Fixes added later act on the shared map in each block by itself.
-
-    Setting: `source_block`. Blocks default to all above it. No neutral setting, no parameters; the queries and keys of the
-    borrowing blocks get no gradient.
+    If maps have collapsed onto each other, this should cost little: it is the test of that claim on one's own model. The
+    source takes the previous block's map; here any block's, by default in all blocks above it. Fixes added later act on the
+    shared map in each block by itself. No neutral setting, no parameters; queries and keys of the borrowing blocks get no
+    gradient.
     """
 
     source_block: Annotated[int, "[0, inf)"] = 0

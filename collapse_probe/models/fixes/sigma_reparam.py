@@ -55,12 +55,10 @@ class SigmaConv2d(nn.Conv2d):
 class SigmaReparam(Fix):
     """Ŵ = (γ/σ(W)) W in every Linear and Conv2d (of the chosen blocks, or of the whole model).
 
-    Source: arXiv 2303.06296, official code (apple/ml-sigma-reparam): σ by one power step per forward pass, from a vector u that
-    starts at the singular value decomposition and moves in train mode only; gradients pass σ, not its vectors. In vision γ
-    starts at σ(W), so that Ŵ = W; in speech at 1. The official conversion then removes all norm layers, which is not done here:
-    it has no neutral setting. Adds `gamma` and `u` beside each weight.
-
-    Setting: `gamma` "sigma" or "one". Neutral: "sigma".
+    As in the official code (apple/ml-sigma-reparam) σ comes by one power step per forward pass, from a vector u that starts at
+    the singular value decomposition and moves in train mode only; gradients pass σ, not its vectors. In vision γ starts at
+    σ(W), so that Ŵ = W; in speech at 1. The official conversion then removes all norm layers, which is not done here: it has no
+    neutral setting. Adds `gamma` and `u` beside each weight.
     """
 
     gamma: Literal["sigma", "one"] = "sigma"

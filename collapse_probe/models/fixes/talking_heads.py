@@ -32,10 +32,8 @@ def _mixing(heads: int, init: str) -> nn.Linear:
 class TalkingHeads(Fix):
     """`proj_l` mixes the scaled logits of the heads, `proj_w` the maps after the softmax, before attention dropout.
 
-    Source: CaiT, arXiv 2103.17239, official code: both are Linear(H, H) with bias, drawn like every Linear there (truncated
-    normal, 0.02): that is `init="random"`. After `proj_w` the rows no longer sum to one.
-
-    Settings: `where` "both", "logits" or "map"; `init` "identity" or "random". Neutral: the identity.
+    In the official code both are Linear(H, H) with bias, drawn like every Linear there (truncated normal, 0.02): that is
+    `init="random"`. After `proj_w` the rows no longer sum to one.
     """
 
     where: Literal["both", "logits", "map"] = "both"

@@ -17,10 +17,8 @@ from collapse_probe.registry import FIXES
 class Temperature(Fix):
     """softmax(q kᵀ / (√d · τ)): τ < 1 sharpens, τ > 1 flattens; the queries carry τ, so attention stays fused.
 
-    Source: one of the two remedies that DeepViT, arXiv 2103.11886, compares with Re-attention. A learnable τ is held as
-    `log_temperature`, one number a head, so that it stays positive: our own form, without official keys.
-
-    Settings: `tau`, the temperature or its start; `learnable`. Neutral: 1.
+    `tau` is the temperature or its start. A learnable one is held as `log_temperature`, one number a head, so that it stays
+    positive: our own form, without official keys.
     """
 
     tau: Annotated[float, "(0, inf)"] = 1.0

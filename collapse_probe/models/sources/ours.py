@@ -7,11 +7,10 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from collapse_probe.errors import ModelError
 from collapse_probe.models.loading import Blueprint, Request, Source
@@ -57,34 +56,26 @@ class OurSource(Source):
 
     def blueprint(self, request: Request) -> Blueprint:
         """What the model file says; for a name timm's own blueprint, for our models are registered there."""
-        if request.name in bundled_models():
-            return _of_file(replace(request, name=str(file_of(request.name))))
-        if is_model_file(request.name):
-            return _of_file(request)
-        blueprint: Blueprint = SOURCES["timm"].blueprint(request)
-        return blueprint
+        path = str(file_of(request.name)) if request.name in bundled_models() else request.name
+        if not is_model_file(path):
+            return SOURCES["timm"].blueprint(request)  # type: ignore[no-any-return]
+        card = read_card(path)
+        if request.model_kwargs or request.img_size not in (None, card.input_size[1]):
+            changes = ", ".join([*request.model_kwargs, *(["img_size"] if request.img_size else [])])
+            raise ModelError(f"{path} says how its model is built; {changes} cannot be changed")
+        recipe, step = card.facts.get("recipe") or {}, card.facts.get("step")
+        label = str(recipe.get("name") or "model") + (f", step {step}" if step is not None else "")
+        accuracy, recalibrated = card.facts.get("accuracy"), card.facts.get("recalibrated_batches")
+        notes = []
+        if accuracy is not None:
+            notes.append(f"{accuracy:.2%} of the held-out images of {card.facts.get('data')} right at the end of its training")
+        if recalibrated:
+            notes.append(f"BatchNorm statistics re-estimated over {recalibrated} training batches when it was saved")
 
+        def make(trained: bool) -> Any:
+            return load_model(path)[0] if trained else card.architecture.build(int(torch.randint(2**31, ())))
 
-def _of_file(request: Request) -> Blueprint:
-    card = read_card(request.name)
-    if request.model_kwargs or request.img_size not in (None, card.input_size[1]):
-        changes = ", ".join([*request.model_kwargs, *(["img_size"] if request.img_size else [])])
-        raise ModelError(f"{request.name} says how its model is built; {changes} cannot be changed")
-    recipe, step = card.facts.get("recipe") or {}, card.facts.get("step")
-    label = str(recipe.get("name") or "model") + (f", step {step}" if step is not None else "")
-    accuracy, recalibrated = card.facts.get("accuracy"), card.facts.get("recalibrated_batches")
-    notes = []
-    if accuracy is not None:
-        notes.append(f"{accuracy:.2%} of the held-out images of {card.facts.get('data')} right at the end of its training")
-    if recalibrated:
-        notes.append(f"BatchNorm statistics re-estimated over {recalibrated} training batches when it was saved")
-
-    def make(trained: bool) -> nn.Module:
-        if trained:
-            return load_model(request.name)[0]  # type: ignore[no-any-return]
-        return card.architecture.build(int(torch.randint(2**31, ())))  # type: ignore[no-any-return]
-
-    return Blueprint(label, make, lambda model: (card.preprocess(), tuple(notes)), trained=f"trained: {label}")
+        return Blueprint(label, make, lambda model: (card.preprocess(), tuple(notes)), trained=f"trained: {label}")
 
 
 SOURCES.add("ours", OurSource())

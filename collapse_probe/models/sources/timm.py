@@ -64,17 +64,10 @@ class TimmSource(Source):
             size = request.img_size or size_of(settings.get("img_size"))
             return from_timm_config(model.pretrained_cfg, size), ()  # type: ignore[arg-type]
 
-        return Blueprint(request.name, make, preprocess, trained=self._tag(request.name))
-
-    def _tag(self, name: str) -> str | None:
-        """The weights' tag; the default one where the name has none; None where nothing was published."""
-        if self.scheme:
-            return name
-        from timm.models import get_pretrained_cfg
-
-        config = get_pretrained_cfg(name)
+        config = None if self.scheme else timm.models.get_pretrained_cfg(request.name)
         published = config is not None and (config.url or config.hf_hub_id or config.file)
-        return (config.tag or "default") if config is not None and published else None
+        tag = (config.tag or "default") if config is not None and published else None
+        return Blueprint(request.name, make, preprocess, trained=request.name if self.scheme else tag)
 
 
 SOURCES.add("timm", TimmSource())

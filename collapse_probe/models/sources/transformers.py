@@ -41,16 +41,12 @@ class TransformersSource(Source):
         native = getattr(getattr(config, "vision_config", config), "image_size", None)
 
         def make(trained: bool) -> nn.Module:
-            auto = "ForImageClassification" in " ".join(config.architectures or ())
-            kind = "AutoModelForImageClassification" if auto else "AutoModel"
-            model: Any = _fetched(
-                request,
-                lambda library: (
-                    getattr(library, kind).from_pretrained(name, config=config)
-                    if trained
-                    else getattr(library, kind).from_config(config)
-                ),
-            )
+            def load(library: Any) -> Any:
+                classifier = "ForImageClassification" in " ".join(config.architectures or ())
+                auto = library.AutoModelForImageClassification if classifier else library.AutoModel
+                return auto.from_pretrained(name, config=config) if trained else auto.from_config(config)
+
+            model = _fetched(request, load)
             tower = getattr(model, "vision_model", model)
             resized = request.img_size not in (None, native)
             if resized and "interpolate_pos_encoding" not in inspect.signature(tower.forward).parameters:
