@@ -115,7 +115,9 @@ class WeightSimilarity(WeightMetric):
         if self.settings["between"] == "rows":
             signed = self.settings["signed"]
             return matrices.over(lambda rows: row_similarity(rows, signed), self.settings["by_head"]), {}
-        each = np.stack([between_blocks([self._vector(block.get(name), name) for block in matrices.by_block]) for name in NAMES])
+        each = np.stack(
+            [between_blocks([self._vector(block.get(name), name) for block in matrices.by_block]) for name in NAMES]
+        )
         count = np.isfinite(each).sum(0)
         values = np.where(count > 0, np.nansum(each, axis=0) / np.maximum(count, 1), np.nan)
         return values, {"dims": ("block", "block"), "details": {"by_matrix": each}}
