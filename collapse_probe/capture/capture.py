@@ -55,7 +55,20 @@ class Recording:
         if self.plan is None:
             self.plan = _plan_of(self.recorder.model, log)
             self.recorder.thorough, self.recorder.watched = False, call_frames(self.plan.taps)
-        self._last = _trace(self.plan, log)
+        attention = tuple(event.attention for event in log.events)
+        if [a.owner for a in attention] != [layer.owner for layer in self.plan.layers]:
+            raise CaptureError(
+                f"this batch ran {len(attention)} attention calls, the probe {len(self.plan.layers)}, or in another "
+                "order; a model whose depth depends on the data (early exit, random drops) cannot be analysed"
+            )
+        for a, layer in zip(attention, self.plan.layers, strict=True):
+            if a.signature != layer.signature:
+                raise CaptureError(
+                    f"{layer.owner} has {a.signature} heads, queries and keys in this batch, {layer.signature} in the "
+                    "probe; probe the model with images of the batch's own size"
+                )
+        tokens = tuple(as_tokens(read_tap(tap, log), log.images, tap.layout) for tap in self.plan.taps)
+        self._last = Trace(self.plan, log.images, tokens, attention, log.output)
 
 
 @contextmanager
@@ -180,23 +193,6 @@ def _check_complete(model: nn.Module, log: PassLog) -> list[str]:
         f"{owner or 'the model'} multiplies products of products ({kind}?); it is not counted as attention"
         for owner, kind in dict.fromkeys(suspects)
     ]
-
-
-def _trace(plan: Plan, log: PassLog) -> Trace:
-    attention = tuple(event.attention for event in log.events)
-    if [a.owner for a in attention] != [layer.owner for layer in plan.layers]:
-        raise CaptureError(
-            f"this batch ran {len(attention)} attention calls, the probe {len(plan.layers)}, or in another "
-            "order; a model whose depth depends on the data (early exit, random drops) cannot be analysed"
-        )
-    for a, layer in zip(attention, plan.layers, strict=True):
-        if a.signature != layer.signature:
-            raise CaptureError(
-                f"{layer.owner} has {a.signature} heads, queries and keys in this batch, {layer.signature} in the "
-                "probe; probe the model with images of the batch's own size"
-            )
-    tokens = tuple(as_tokens(read_tap(tap, log), log.images, tap.layout) for tap in plan.taps)
-    return Trace(plan=plan, images=log.images, tokens=tokens, attention=attention, output=log.output)
 
 
 # ---- the self-check ----

@@ -54,10 +54,10 @@ def source_of(plan: Plan, layer: int) -> int | None:
     """The layer whose map `share` takes: in the nearest earlier block with a map of the same heads, queries and keys."""
     mine = plan.layers[layer]
     assert mine.block is not None
-    for block in range(mine.block - 1, -1, -1):
-        alike = [i for i in layers_of(plan, block) if not plan.layers[i].reason and plan.layers[i].signature == mine.signature]
-        if alike:
-            place = layers_of(plan, mine.block).index(layer)
+    place = layers_of(plan, mine.block).index(layer)
+    group = {plan.map_layers[position] for position in plan.groups().get(mine.signature, [])}
+    for block in reversed(range(mine.block)):
+        if alike := [i for i in layers_of(plan, block) if i in group]:
             return alike[min(place, len(alike) - 1)]
     return None
 

@@ -13,6 +13,7 @@ from torch import nn
 from collapse_probe.capture.capture import discover_plan
 from collapse_probe.data.preprocessing import Preprocess
 from collapse_probe.errors import CheckpointError, ModelError, SettingError, UnknownNameError
+from collapse_probe.models.deepvit import FAMILY
 from collapse_probe.models.loading import ImageTower, resolve
 from collapse_probe.models.sources.ours import bundled_models
 from collapse_probe.registry import SOURCES
@@ -109,11 +110,11 @@ def test_our_own_names_come_first():
     assert resolve(f"ours:{names[-1]}", pretrained=False, img_size=32).source == "ours"
 
 
-def test_without_our_families_there_are_the_bundled_models_alone(monkeypatch):
-    monkeypatch.setattr("collapse_probe.models.sources.ours.FAMILIES", ("no_such_family",))
-    assert SOURCES["ours"].names() == sorted(bundled_models())
-    with pytest.raises(UnknownNameError, match="'deepvit_s' in 'ours'"):
-        resolve("ours:deepvit_s")
+def test_our_names_are_the_family_and_the_bundled_models():
+    assert SOURCES["ours"].names() == sorted([*FAMILY, *bundled_models()])
+    assert set(FAMILY) <= set(timm.list_models())
+    with pytest.raises(UnknownNameError, match="'deepvit_x' in 'ours'"):
+        resolve("ours:deepvit_x")
 
 
 # fresh weights

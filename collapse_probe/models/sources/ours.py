@@ -1,12 +1,10 @@
-"""This project's own models: `ours:NAME`, the families that it registers with timm and the trained models that ship with it,
+"""This project's own models: `ours:NAME`, the family that it registers with timm and the trained models that ship with it,
 and `ours:FILE`, what `train` wrote.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import importlib
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ MODELS = {
     "digits-mhsa": "an ordinary ViT of 24 blocks, plain attention",
     "digits-re-attention": "the ordinary ViT of 24 blocks with Re-attention",
 }
-FAMILIES = ("deepvit",)  # modules of this package that register models with timm when imported
 
 
 def bundled_models() -> list[str]:
@@ -38,20 +35,16 @@ def file_of(name: str) -> Path:
 
 
 class OurSource(Source):
-    """The names that `FAMILIES` brought into timm's registry, which timm makes; and model files of this project."""
+    """The DeepViT family in timm's registry, which timm makes; and model files of this project."""
 
     def names(self, pattern: str = "*") -> list[str]:
         """Our names, sorted."""
-        import timm
+        from collapse_probe.models.deepvit import FAMILY  # which registers the family with timm
 
-        present = [name for name in FAMILIES if importlib.util.find_spec(f"collapse_probe.models.{name}")]
-        for family in present:
-            importlib.import_module(f"collapse_probe.models.{family}")
-        registered = [name for family in present for name in timm.list_models(pattern, module=family)]
-        return sorted([*registered, *fnmatch.filter(bundled_models(), pattern)])
+        return sorted(fnmatch.filter([*FAMILY, *bundled_models()], pattern))
 
     def has(self, name: str) -> bool:
-        """Whether one of our families registered `name`, or a model file of ours lies at that path."""
+        """Whether `name` is one of ours, or a model file of ours lies at that path."""
         return is_model_file(name) or name.partition(".")[0] in self.names()
 
     def blueprint(self, request: Request) -> Blueprint:
