@@ -10,7 +10,7 @@ from torch import nn
 
 from collapse_probe.errors import CollapseProbeError, ModelError, SettingError
 from collapse_probe.models.fixes.apply import apply
-from collapse_probe.models.fixes.base import Chosen, fixes_in, plain_fixes
+from collapse_probe.models.fixes.base import FixSettings, fixes_in, plain_fixes
 from collapse_probe.models.vit import ViT, ViTSettings
 from collapse_probe.seeding import torch_seeded
 
@@ -37,7 +37,7 @@ class Architecture:
 
     model: str | ViTSettings
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    fixes: Chosen = field(default_factory=dict)
+    fixes: FixSettings = field(default_factory=dict)
     embedding_std: float | None = None
 
     def build(self, seed: int) -> Any:

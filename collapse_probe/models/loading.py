@@ -142,6 +142,15 @@ def resolve(
     trained = pretrained if pretrained is not None else checkpoint is None
     model = _make(blueprint, request, trained, seed).eval()
     preprocess, notes = blueprint.preprocess(model)
+
+    def fresh(seed: int) -> nn.Module:
+        twin = _make(blueprint, request, False, seed).eval()
+        if blueprint.fixed:
+            other = _make(blueprint, request, False, seed + 1)
+            if all(torch.equal(a, b) for a, b in zip(twin.parameters(), other.parameters(), strict=True)):
+                raise ModelError(f"{request.address!r} makes the same weights whatever the seed: no untrained twin")
+        return twin
+
     plain = Subject(
         address=request.address,
         source=source,
@@ -149,7 +158,7 @@ def resolve(
         weights=blueprint.fixed or (blueprint.trained if trained else None) or f"random (seed {seed})",
         model=model,
         preprocess=preprocess,
-        fresh=_fresh(blueprint, request) if blueprint.remakable else None,
+        fresh=fresh if blueprint.remakable else None,
         notes=notes,
     )
     keys = set(model.state_dict()) if fixes else set()
@@ -217,19 +226,6 @@ def _make(blueprint: Blueprint, request: Request, trained: bool, seed: int) -> n
         settings += [] if request.img_size is None else [f"img_size={request.img_size}"]
         using = f" with {', '.join(settings)}" if settings else ""
         raise ModelError(f"cannot make {request.address!r}{using}: {first_line(error)}") from error
-
-
-def _fresh(blueprint: Blueprint, request: Request) -> Callable[[int], nn.Module]:
-    def fresh(seed: int) -> nn.Module:
-        """The same architecture with weights drawn under `seed`, in eval mode."""
-        model = _make(blueprint, request, False, seed).eval()
-        if blueprint.fixed:
-            other = _make(blueprint, request, False, seed + 1)
-            if all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)):
-                raise ModelError(f"{request.address!r} makes the same weights whatever the seed: no untrained twin")
-        return model
-
-    return fresh
 
 
 def with_fixes(subject: Subject, fixes: Sequence[str], blocks: Sequence[int] | None = None, seed: int = 0) -> Subject:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from collapse_probe.errors import ModelError, SettingError
 from collapse_probe.models.fixes.apply import open_block
-from collapse_probe.models.fixes.base import AppliedFix, Chosen, Sites, add_fix, apply_sites, fixes_in, plain_fixes
+from collapse_probe.models.fixes.base import AppliedFix, FixSettings, Sites, add_fix, apply_sites, fixes_in, plain_fixes
 from collapse_probe.settings import Settings
 
 AtLeastOne = Annotated[int, "[1, inf)"]
@@ -54,7 +54,7 @@ class ViTSettings(Settings):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop_path: float = 0.0
-    fixes: Chosen = field(default_factory=dict)
+    fixes: FixSettings = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()

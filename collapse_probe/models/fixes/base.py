@@ -137,22 +137,22 @@ class AppliedFix:
     blocks: tuple[int, ...]
 
 
-Chosen = Mapping[str, Mapping[str, Any]]
+FixSettings = Mapping[str, Mapping[str, Any]]
 """Names of fixes and their settings, `blocks` among them (default: all that the fix can act on), in the order of adding."""
 
 
-def fixes_in(chosen: Chosen) -> Iterator[tuple[Fix, Sequence[int] | None]]:
+def fixes_in(fixes: FixSettings) -> Iterator[tuple[Fix, Sequence[int] | None]]:
     """Each fix with its settings, and its blocks. Raises UnknownNameError and SettingError."""
-    for name, settings in chosen.items():
+    for name, settings in fixes.items():
         own = {key: value for key, value in settings.items() if key != "blocks"}
         yield FIXES[name].with_settings(own), settings.get("blocks")
 
 
-def plain_fixes(chosen: Chosen) -> dict[str, dict[str, Any]]:
+def plain_fixes(fixes: FixSettings) -> dict[str, dict[str, Any]]:
     """The same as plain values, which JSON can hold."""
     return {
         name: {key: list(value) if key == "blocks" and value is not None else value for key, value in settings.items()}
-        for name, settings in chosen.items()
+        for name, settings in fixes.items()
     }
 
 
