@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 RUNS, SECONDS, MOST_RUNS = 5, 1.0, 20
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-UNCOUNTED = {} if _CPU_ATTENTION in flop_registry else {_CPU_ATTENTION: sdpa_flop}
-"""Fused attention on a CPU, which older releases of torch leave out of its count."""
+UNCOUNTED: dict[Any, Any] = {}
+"""Fused attention on a CPU, where this release of torch leaves it out of its count."""
+if _CPU_ATTENTION not in flop_registry:
+    UNCOUNTED[_CPU_ATTENTION] = lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
