@@ -40,11 +40,10 @@ class Draw(Protocol[Results]):
 
 
 @dataclass(frozen=True)
-class Drawing(Generic[Results]):
-    """One figure of a page: how it is drawn, and its caption."""
+class Drawing(Caption, Generic[Results]):
+    """One figure of a page: its caption, and how it is drawn."""
 
     draw: Draw[Results]
-    caption: Caption
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def plates_of(
     """A plate for each figure that these results fill; `figures` are the wide ones, drawn where not given."""
     wide = draw_figures(drawings, results) if figures is None else figures
     narrow = draw_figures(drawings, results, narrow=True, names=wide)
-    return [plate_of(name, figure, narrow.get(name), drawings[name].caption) for name, figure in wide.items()]
+    return [plate_of(name, figure, narrow.get(name), drawings[name]) for name, figure in wide.items()]
 
 
 def data_url(figure: Figure, dpi: float, *, sharp: bool = True) -> str:

@@ -210,7 +210,7 @@ def test_without_a_test_of_all_pairs_the_figure_stays_as_it_was() -> None:
 
 def test_the_caption_says_what_a_dot_means_only_where_pairs_were_tested() -> None:
     plain = caption_of("attention-similarity", {}, synthetic(12))
-    assert plain == FIGURES["attention-similarity"].caption
+    assert plain == FIGURES["attention-similarity"]
     findings = with_tests(synthetic(12), pairs_of(12))
     found = caption_of("attention-similarity", {}, findings)
     whole = findings.sureness["tests"]["attention-similarity"]["all_pairs"]
@@ -218,7 +218,7 @@ def test_the_caption_says_what_a_dot_means_only_where_pairs_were_tested() -> Non
     assert "(q ≤ 0.05: paired t, " in found.seen
     assert found.seen.endswith(f"here {whole['significant']} of 66.")
     assert found.limits.endswith("No dot does not show that κ is 0: more images find more pairs.")
-    assert caption_of("feature-similarity", {}, findings) == FIGURES["feature-similarity"].caption
+    assert caption_of("feature-similarity", {}, findings) == FIGURES["feature-similarity"]
     bare = with_tests(synthetic(12, nulls=False), pairs_of(12))
     assert caption_of("attention-similarity", {}, bare) == plain
 

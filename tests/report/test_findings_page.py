@@ -295,7 +295,7 @@ def test_a_page_of_the_weights_alone_speaks_of_no_images() -> None:
 
 
 def test_thresholds_on_the_page_are_those_of_the_rules() -> None:
-    assert f"κ passes {KAPPA_ABOVE:g}." in FIGURES["similar-blocks"].caption.seen
+    assert f"κ passes {KAPPA_ABOVE:g}." in FIGURES["similar-blocks"].seen
     card = next(card for card in key_numbers(synthetic(5)) if card.label.startswith("similar blocks"))
     assert card.detail == f"of 4 pairs: raw above {RAW_ABOVE:g}, κ above {KAPPA_ABOVE:g}"
 

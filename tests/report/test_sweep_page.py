@@ -169,15 +169,15 @@ def test_one_seed_is_told_as_one_seed():
     assert "one seed, no interval" in verdicts(alone)[0].sentences[0]
     assert any(text.startswith("One seed") for text in caveats(alone))
     assert not any("95 %" in sentence for answer in verdicts(alone) for sentence in answer.sentences)
-    assert "One seed: no intervals." in drawings(alone)["similar-blocks-by-depth"].caption.seen
+    assert "One seed: no intervals." in drawings(alone)["similar-blocks-by-depth"].seen
 
 
 def test_published_counts_are_shown_as_what_they_are_and_only_over_depth():
     over_depth, over_width = deep((2.0, 9.0, 20.0)), sweep_of([outcome({"width": w}) for w in (16, 32)], {"width": [16, 32]})
     assert any("no target" in text for text in caveats(over_depth))
-    assert "ImageNet" in drawings(over_depth)["similar-blocks-by-depth"].caption.seen
+    assert "ImageNet" in drawings(over_depth)["similar-blocks-by-depth"].seen
     for kind in ("kappa", "accuracy"):
-        assert "ImageNet" not in drawings(over_depth)[f"{kind}-by-depth"].caption.seen
+        assert "ImageNet" not in drawings(over_depth)[f"{kind}-by-depth"].seen
     raw = draw_all(over_depth)["similar-blocks-by-depth"].axes[0]
     stars = [line for line in raw.get_lines() if line.get_color() == PUBLISHED_COLOUR]
     assert {tuple(line.get_ydata()) for line in stars} == {(5, 11, 15), (0, 0, 0)}

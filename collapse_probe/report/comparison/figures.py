@@ -18,7 +18,7 @@ from collapse_probe.report.comparison.curves import (
 from collapse_probe.report.comparison.gallery import attention_gallery
 from collapse_probe.report.comparison.verdict import RAW
 from collapse_probe.report.heatmaps import SIGNED, Panel, Scale, grid, scale_of
-from collapse_probe.report.html import Caption, Drawing, draw_figures
+from collapse_probe.report.html import Drawing, draw_figures
 from collapse_probe.report.style import drawn, evenly_spaced, printable
 from collapse_probe.results.comparison import PROBS, Comparison
 from collapse_probe.statistics.intervals import Array
@@ -100,96 +100,76 @@ def cross_cka(comparison: Comparison, narrow: bool = False) -> Figure | None:
 
 FIGURES: dict[str, Drawing[Comparison]] = {
     "course": Drawing(
+        "Over training",
+        "The same quantities at every checkpoint, in the natural order of the file names: counts of similar blocks with "
+        "intervals over images, raw similarity with its wrong-token null and untrained twin, κ, patch diversity and, where "
+        "there are labels, accuracy.",
+        "It is one training run. A raw number that moves with its null says nothing about the maps agreeing more or less.",
         course,
-        Caption(
-            "Over training",
-            "The same quantities at every checkpoint, in the natural order of the file names: counts of similar blocks with "
-            "intervals over images, raw similarity with its wrong-token null and untrained twin, κ, patch diversity and, where "
-            "there are labels, accuracy.",
-            "It is one training run. A raw number that moves with its null says nothing about the maps agreeing more or less.",
-        ),
     ),
     "matrices": Drawing(
+        "How alike the attention maps of two blocks are, on one common scale",
+        "Raw cosine above; beneath κ, what is left of it beyond the wrong-token null, on a fixed scale from −1 to 1. With "
+        "more than four subjects, four evenly spaced ones are drawn.",
+        "A darker raw panel is no collapse by itself: near-uniform maps score near 1 without any training.",
         matrices,
-        Caption(
-            "How alike the attention maps of two blocks are, on one common scale",
-            "Raw cosine above; beneath κ, what is left of it beyond the wrong-token null, on a fixed scale from −1 to 1. With "
-            "more than four subjects, four evenly spaced ones are drawn.",
-            "A darker raw panel is no collapse by itself: near-uniform maps score near 1 without any training.",
-        ),
     ),
     "difference-maps": Drawing(
+        "Each subject less the first",
+        "The matrix of each subject less that of the first, raw and null-corrected, all on one scale.",
+        "A difference in the raw panel that is missing beside it, in κ, is explained by the null.",
         difference_maps,
-        Caption(
-            "Each subject less the first",
-            "The matrix of each subject less that of the first, raw and null-corrected, all on one scale.",
-            "A difference in the raw panel that is missing beside it, in κ, is explained by the null.",
-        ),
     ),
     "cross-cka": Drawing(
+        "Which depths of two models tell the images apart alike",
+        "Unbiased linear CKA over minibatches of the same images, between each depth of the first model and each depth of "
+        "the other; 1 where the patch embeddings are equal up to rotation, shift and scale.",
+        "It compares what is told apart, not how maps look: a bright band off the diagonal means that the same state is "
+        "reached at another depth. A few dominant directions can carry all of it.",
         cross_cka,
-        Caption(
-            "Which depths of two models tell the images apart alike",
-            "Unbiased linear CKA over minibatches of the same images, between each depth of the first model and each depth of "
-            "the other; 1 where the patch embeddings are equal up to rotation, shift and scale.",
-            "It compares what is told apart, not how maps look: a bright band off the diagonal means that the same state is "
-            "reached at another depth. A few dominant directions can carry all of it.",
-        ),
     ),
     "adjacent": Drawing(
+        "Each block compared with the one before",
+        "Measured similarity of every subject with its 95 % interval, its wrong-token null (dotted) and its untrained twin "
+        "(dashed) in the same colour; κ beneath, with its threshold.",
+        "Overlapping intervals do not mean that there is no difference: the images are the same, and the paired "
+        "differences below are sharper.",
         adjacent_blocks,
-        Caption(
-            "Each block compared with the one before",
-            "Measured similarity of every subject with its 95 % interval, its wrong-token null (dotted) and its untrained twin "
-            "(dashed) in the same colour; κ beneath, with its threshold.",
-            "Overlapping intervals do not mean that there is no difference: the images are the same, and the paired "
-            "differences below are sharper.",
-        ),
     ),
     "similar-blocks": Drawing(
+        "How many blocks count as similar",
+        "Adjacent pairs above each threshold, with 95 % intervals over images; hollow diamonds: the untrained twins.",
+        "A count depends on its threshold. Where the hollow diamonds lie as far apart as the filled marks, the contrast "
+        "needs no training.",
         similar_blocks,
-        Caption(
-            "How many blocks count as similar",
-            "Adjacent pairs above each threshold, with 95 % intervals over images; hollow diamonds: the untrained twins.",
-            "A count depends on its threshold. Where the hollow diamonds lie as far apart as the filled marks, the contrast "
-            "needs no training.",
-        ),
     ),
     "paired-differences": Drawing(
+        "Paired differences, block by block",
+        "Subject less the first subject on the same images, with 95 % bootstrap intervals. Filled marks: the Wilcoxon "
+        "signed-rank test with the false discovery rate held at 5 % over the blocks.",
+        "With many images a filled mark can be a tiny difference. The intervals do not cover another training run.",
         paired_differences,
-        Caption(
-            "Paired differences, block by block",
-            "Subject less the first subject on the same images, with 95 % bootstrap intervals. Filled marks: the Wilcoxon "
-            "signed-rank test with the false discovery rate held at 5 % over the blocks.",
-            "With many images a filled mark can be a tiny difference. The intervals do not cover another training run.",
-        ),
     ),
     "probs-and-weights": Drawing(
+        "What softmax gives, and what multiplies the values",
+        "Left the softmax (probs), right what is used (weights), a row a subject, on one scale. A fix such as Re-attention "
+        "changes only the right one.",
+        "Less similar weights can come from the mixing alone, also with random weights; they do not show that the softmax "
+        "has become more diverse.",
         probs_and_weights,
-        Caption(
-            "What softmax gives, and what multiplies the values",
-            "Left the softmax (probs), right what is used (weights), a row a subject, on one scale. A fix such as Re-attention "
-            "changes only the right one.",
-            "Less similar weights can come from the mixing alone, also with random weights; they do not show that the softmax "
-            "has become more diverse.",
-        ),
     ),
     "per-block": Drawing(
+        "Heads, images, entropy and patches",
+        "The other signs of collapse, every subject with its 95 % interval and its untrained twin.",
+        "Patches can grow alike while attention stays diverse, and the other way round.",
         per_block,
-        Caption(
-            "Heads, images, entropy and patches",
-            "The other signs of collapse, every subject with its 95 % interval and its untrained twin.",
-            "Patches can grow alike while attention stays diverse, and the other way round.",
-        ),
     ),
     "attention-gallery": Drawing(
+        "Where each subject looks",
+        "The same pictures, a row a subject: the picture as that model sees it, then the map of every block at the "
+        "softmax, as times uniform attention. All maps share one scale.",
+        "A map is a mean over heads and can look flat although single heads are sharp.",
         attention_gallery,
-        Caption(
-            "Where each subject looks",
-            "The same pictures, a row a subject: the picture as that model sees it, then the map of every block at the "
-            "softmax, as times uniform attention. All maps share one scale.",
-            "A map is a mean over heads and can look flat although single heads are sharp.",
-        ),
     ),
 }
 

@@ -93,158 +93,129 @@ class Entry(Drawing[Findings]):
 
 FIGURES: dict[str, Entry] = {
     "attention-similarity": Entry(
+        "How alike the attention maps of two blocks are",
+        "Raw: the mean cosine between the attention vectors of the same head and token in two blocks. Null-corrected: κ, "
+        "how much of the agreement that is possible beyond the other-token null is reached: 1 is the same map, 0 as "
+        "alike as the maps of unrelated tokens. The scales are the same on every page.",
+        "A dark raw panel alone is no collapse. Near-uniform maps, and maps in which every query looks at the same keys, "
+        "have a raw cosine near 1 whatever they attend to; only κ and the other readings below tell these apart.",
         attention_similarity,
-        Caption(
-            "How alike the attention maps of two blocks are",
-            "Raw: the mean cosine between the attention vectors of the same head and token in two blocks. Null-corrected: κ, "
-            "how much of the agreement that is possible beyond the other-token null is reached: 1 is the same map, 0 as "
-            "alike as the maps of unrelated tokens. The scales are the same on every page.",
-            "A dark raw panel alone is no collapse. Near-uniform maps, and maps in which every query looks at the same keys, "
-            "have a raw cosine near 1 whatever they attend to; only κ and the other readings below tell these apart.",
-        ),
         shows=("attention-similarity",),
     ),
     "attention-adjacent": Entry(
+        "Each block compared with the one before",
+        "Above: the measured similarity with its 95 % interval over images, and what it would be for another token, "
+        "another image, another head, and the same architecture with fresh weights. Dotted: the thresholds at which "
+        "blocks count as similar. Beneath: κ of the same blocks.",
+        "The interval covers the choice of images, not the training run: another seed may differ by more. A line at its "
+        "null is explained without the two blocks agreeing on anything.",
         adjacent_blocks,
-        Caption(
-            "Each block compared with the one before",
-            "Above: the measured similarity with its 95 % interval over images, and what it would be for another token, "
-            "another image, another head, and the same architecture with fresh weights. Dotted: the thresholds at which "
-            "blocks count as similar. Beneath: κ of the same blocks.",
-            "The interval covers the choice of images, not the training run: another seed may differ by more. A line at its "
-            "null is explained without the two blocks agreeing on anything.",
-        ),
     ),
     "similar-blocks": Entry(
+        "How many blocks count as similar",
+        "Adjacent pairs whose mean similarity passes each threshold, with 95 % intervals over images; in the last row, "
+        f"pairs whose κ passes {KAPPA_ABOVE:g}.",
+        "A count depends on its threshold, and a network with random weights can pass all of them; the raw rows are "
+        "meant for comparison with published counts.",
         similar_blocks,
-        Caption(
-            "How many blocks count as similar",
-            "Adjacent pairs whose mean similarity passes each threshold, with 95 % intervals over images; in the last row, "
-            f"pairs whose κ passes {KAPPA_ABOVE:g}.",
-            "A count depends on its threshold, and a network with random weights can pass all of them; the raw rows are "
-            "meant for comparison with published counts.",
-        ),
         shows=("similar-blocks",),
     ),
     "attention-gallery": Entry(
+        "Where each block looks",
+        "First the picture as the model sees it, then the map of every block laid over it, numbered from 0. Blue patches "
+        "get less attention than in a uniform map, orange and red ones more; grey ones about as much.",
+        "A map is a mean over heads and queries and can look flat although single heads are sharp. What is attended to "
+        "need not be what decides the output.",
         attention_gallery,
-        Caption(
-            "Where each block looks",
-            "First the picture as the model sees it, then the map of every block laid over it, numbered from 0. Blue patches "
-            "get less attention than in a uniform map, orange and red ones more; grey ones about as much.",
-            "A map is a mean over heads and queries and can look flat although single heads are sharp. What is attended to "
-            "need not be what decides the output.",
-        ),
     ),
     "rollout-gallery": Entry(
+        "Attention rollout over the picture",
+        "What has come from each patch up to every block when the maps of all blocks so far are multiplied, skip "
+        "connections counted as identity and heads averaged (Abnar & Zuidema). Scale and order as in the gallery of "
+        "single blocks.",
+        "Rollout ignores values and MLPs, and evens out with depth in every network. It does not show what the decision "
+        "rests on.",
         rollout_gallery,
-        Caption(
-            "Attention rollout over the picture",
-            "What has come from each patch up to every block when the maps of all blocks so far are multiplied, skip "
-            "connections counted as identity and heads averaged (Abnar & Zuidema). Scale and order as in the gallery of "
-            "single blocks.",
-            "Rollout ignores values and MLPs, and evens out with depth in every network. It does not show what the decision "
-            "rests on.",
-        ),
         "attention",
         after="attention-rollout",
     ),
     "attention-variants": Entry(
+        "The same comparison, read in other ways",
+        "Rows compare where one query looks; the default compares columns, how one key is looked at by all queries. "
+        "Centred takes the mean off each vector first, which removes what uniform attention contributes.",
+        "No reading is the true one. High by columns and low by rows, for instance, is what query-independent maps give.",
         attention_variants,
-        Caption(
-            "The same comparison, read in other ways",
-            "Rows compare where one query looks; the default compares columns, how one key is looked at by all queries. "
-            "Centred takes the mean off each vector first, which removes what uniform attention contributes.",
-            "No reading is the true one. High by columns and low by rows, for instance, is what query-independent maps give.",
-        ),
         shows=("attention-similarity@*",),
     ),
     "probs-and-weights": Entry(
+        "What softmax gives, and what multiplies the values",
+        "This model changes its map between the softmax (probs) and the values (weights); both are on one scale.",
+        "A lower similarity of the weights can come from the mixing itself, also with random weights; it does not show "
+        "that the softmax has become more diverse.",
         probs_and_weights,
-        Caption(
-            "What softmax gives, and what multiplies the values",
-            "This model changes its map between the softmax (probs) and the values (weights); both are on one scale.",
-            "A lower similarity of the weights can come from the mixing itself, also with random weights; it does not show "
-            "that the softmax has become more diverse.",
-        ),
     ),
     "attention-entropy": Entry(
+        "How spread out each head attends",
+        "Entropy of the attention of every head as a share of log N, where N is the number of keys: 1 is uniform, 0 is a "
+        "single key. Beneath, the mean over heads with its interval, the single heads, and the untrained twin.",
+        "High entropy is not collapse by itself, yet it makes raw similarities high; low entropy says how sharp a head "
+        "is, not whether it looks at the right place.",
         entropy,
-        Caption(
-            "How spread out each head attends",
-            "Entropy of the attention of every head as a share of log N, where N is the number of keys: 1 is uniform, 0 is a "
-            "single key. Beneath, the mean over heads with its interval, the single heads, and the untrained twin.",
-            "High entropy is not collapse by itself, yet it makes raw similarities high; low entropy says how sharp a head "
-            "is, not whether it looks at the right place.",
-        ),
         shows=("attention-entropy",),
     ),
     "per-block": Entry(
+        "Heads, images and patches",
+        "How alike the heads of one block are, how alike a block's maps are for different images (near 1: attention "
+        "ignores the picture), and how different the patches of one image remain through depth.",
+        "Patches can grow alike while attention stays diverse, and the other way round.",
         per_block,
-        Caption(
-            "Heads, images and patches",
-            "How alike the heads of one block are, how alike a block's maps are for different images (near 1: attention "
-            "ignores the picture), and how different the patches of one image remain through depth.",
-            "Patches can grow alike while attention stays diverse, and the other way round.",
-        ),
         shows=("head-similarity", "image-similarity", "patch-diversity"),
     ),
     "feature-similarity": Entry(
+        "How alike the patch embeddings at two depths are",
+        "Cosine of the embeddings of the same patch at two depths, raw and null-corrected; depth 0 is what enters the "
+        "first block.",
+        "The residual stream carries each embedding on, so neighbouring depths are close to 1 in nearly every deep network.",
         feature_similarity,
-        Caption(
-            "How alike the patch embeddings at two depths are",
-            "Cosine of the embeddings of the same patch at two depths, raw and null-corrected; depth 0 is what enters the "
-            "first block.",
-            "The residual stream carries each embedding on, so neighbouring depths are close to 1 in nearly every deep "
-            "network.",
-        ),
         shows=("feature-similarity",),
     ),
     "convergence": Entry(
+        "How the headline numbers settle as images come in",
+        "Value and 95 % interval over the first images of a seeded shuffle. Dotted: the value over all images, in the "
+        "band of its tolerance. Each number has a scale of its own.",
+        "A curve that has settled has settled for images like these. The points share images, so that the curve is "
+        "smoother than as many independent samples would be.",
         convergence,
-        Caption(
-            "How the headline numbers settle as images come in",
-            "Value and 95 % interval over the first images of a seeded shuffle. Dotted: the value over all images, in the "
-            "band of its tolerance. Each number has a scale of its own.",
-            "A curve that has settled has settled for images like these. The points share images, so that the curve is "
-            "smoother than as many independent samples would be.",
-        ),
         "sure",
     ),
     "token-norm-places": Entry(
+        "Where the tokens of unusual length sit",
+        "For each depth the share of images in which the patch at that place is an outlier by its norm, and above each "
+        "map the share of all patch tokens that are. One scale for all maps.",
+        "A token is compared with the others of its image and depth: a heavy tail of ordinary lengths gives outliers "
+        "too, with random weights as well.",
         outlier_places,
-        Caption(
-            "Where the tokens of unusual length sit",
-            "For each depth the share of images in which the patch at that place is an outlier by its norm, and above each "
-            "map the share of all patch tokens that are. One scale for all maps.",
-            "A token is compared with the others of its image and depth: a heavy tail of ordinary lengths gives outliers "
-            "too, with random weights as well.",
-        ),
         "tokens",
         after="token-norm",
     ),
     "weights": Entry(
+        "How redundant the weights of each block are",
+        "For the query, key, value and projection matrices and the two layers of the MLP: mean |cosine| between the "
+        "rows, effective rank as a share of the full one, the spread of the eigenvalues of W Wᵀ, and how crowded the "
+        "rows are on the sphere. Dashed: the same matrices before training.",
+        "Weights are one sample of themselves, so there is no interval. A random matrix already has a rank below the "
+        "full one and rows that are not quite orthogonal: only the distance from the dashed line is learned. One "
+        "outlying entry is enough to raise the gap. Redundant weights do not say that attention or tokens are alike.",
         weights,
-        Caption(
-            "How redundant the weights of each block are",
-            "For the query, key, value and projection matrices and the two layers of the MLP: mean |cosine| between the "
-            "rows, effective rank as a share of the full one, the spread of the eigenvalues of W Wᵀ, and how crowded the "
-            "rows are on the sphere. Dashed: the same matrices before training.",
-            "Weights are one sample of themselves, so there is no interval. A random matrix already has a rank below the "
-            "full one and rows that are not quite orthogonal: only the distance from the dashed line is learned. One "
-            "outlying entry is enough to raise the gap. Redundant weights do not say that attention or tokens are alike.",
-        ),
         "weights",
         shows=("weight-similarity", "weight-rank", "weight-orthogonality", "hyperspherical-energy"),
     ),
     "weights-depth": Entry(
+        "How alike the same weight matrix is in two blocks",
+        "Mean over q, k, v, proj, fc1 and fc2 of the cosine between two blocks: of all entries, or of how strongly each "
+        "direction of the token stream is read or written.",
+        "Blocks whose neurons are the same but stand in another order look unrelated entry by entry.",
         weights_depth,
-        Caption(
-            "How alike the same weight matrix is in two blocks",
-            "Mean over q, k, v, proj, fc1 and fc2 of the cosine between two blocks: of all entries, or of how strongly each "
-            "direction of the token stream is read or written.",
-            "Blocks whose neurons are the same but stand in another order look unrelated entry by entry.",
-        ),
         "weights",
         shows=("weight-similarity@depth", "weight-similarity@directions"),
     ),
@@ -306,7 +277,7 @@ def draw_all(findings: Findings, *, narrow: bool = False, names: Collection[str]
 def caption_of(key: str, families: Mapping[str, list[str]], findings: Findings) -> Caption:
     """The words under a figure: its own, with those about the dots where it has some, or those of its metric."""
     if key not in families:
-        return _with_tests(FIGURES[key].caption, key, findings)
+        return _with_tests(FIGURES[key], key, findings)
     result = findings.metrics[families[key][0]]
     stated = result.description
     title = stated.title or families[key][0]

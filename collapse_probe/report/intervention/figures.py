@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from collapse_probe.report.html import Caption, Drawing, draw_figures
+from collapse_probe.report.html import Drawing, draw_figures
 from collapse_probe.report.style import (
     DISTINCT,
     MARKERS,
@@ -114,33 +114,27 @@ def beside_similarity(interventions: Interventions, narrow: bool = False) -> Fig
 
 FIGURES: dict[str, Drawing[Interventions]] = {
     "one-at-a-time": Drawing(
+        "One block at a time",
+        "Each block's map replaced while all others are the model's own: how far the output moves (KL in nats), how many "
+        "top answers stay and, where there are labels, what accuracy gains or loses; 95 % intervals over images.",
+        "A block that can be spared alone need not be one that can be spared together with others; and the model was not "
+        "trained with the replacement.",
         one_at_a_time,
-        Caption(
-            "One block at a time",
-            "Each block's map replaced while all others are the model's own: how far the output moves (KL in nats), how many "
-            "top answers stay and, where there are labels, what accuracy gains or loses; 95 % intervals over images.",
-            "A block that can be spared alone need not be one that can be spared together with others; and the model was not "
-            "trained with the replacement.",
-        ),
     ),
     "cumulative": Drawing(
+        "From the last block down",
+        "The same numbers with the maps of all replaced blocks from block b up to the last replaced at once. With share, "
+        "all of them then use the map of the block below b.",
+        "Errors can cancel as well as add up on the way, so the curve need not be monotonic.",
         cumulative,
-        Caption(
-            "From the last block down",
-            "The same numbers with the maps of all replaced blocks from block b up to the last replaced at once. With share, "
-            "all of them then use the map of the block below b.",
-            "Errors can cancel as well as add up on the way, so the curve need not be monotonic.",
-        ),
     ),
     "beside-similarity": Drawing(
+        "Similarity is one thing, redundancy another",
+        "Above, how alike each block's map is to that of the block before: raw cosine, its wrong-token null, and κ, from "
+        "the same images. Beneath, what it costs to use the map of the block before.",
+        "A high cosine beside a high cost means that the small difference between the two maps matters; a low cosine "
+        "beside no cost, that the map hardly matters.",
         beside_similarity,
-        Caption(
-            "Similarity is one thing, redundancy another",
-            "Above, how alike each block's map is to that of the block before: raw cosine, its wrong-token null, and κ, from "
-            "the same images. Beneath, what it costs to use the map of the block before.",
-            "A high cosine beside a high cost means that the small difference between the two maps matters; a low cosine "
-            "beside no cost, that the map hardly matters.",
-        ),
     ),
 }
 

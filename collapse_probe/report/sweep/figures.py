@@ -58,21 +58,18 @@ STARS = (
 
 def drawings(sweep: Sweep) -> dict[str, Drawing[Sweep]]:
     """The figures that a sweep over these axes can have, by name."""
-    return {
-        f"{kind}-by-{axis}": Drawing(functools.partial(draw, kind=kind, axis=axis), _caption(sweep, kind, axis))
-        for axis in sweep.axes
-        for kind in PANELS
-    }
-
-
-def _caption(sweep: Sweep, kind: str, axis: str) -> Caption:
-    caption = CAPTIONS[kind]
-    seen = [caption.seen, "Bars: 95 % t intervals over seeds." if len(sweep.seeds) > 1 else "One seed: no intervals."]
-    if len(sweep.series(axis)) > 1:
-        seen.append("Curves stand a little beside each other, so that none is hidden.")
-    if (kind, axis) == ("similar-blocks", "depth"):
-        seen.append(STARS)
-    return Caption(f"{caption.title} against {axis}", " ".join(seen), caption.limits)
+    figures: dict[str, Drawing[Sweep]] = {}
+    for axis in sweep.axes:
+        for kind, caption in CAPTIONS.items():
+            seen = [caption.seen, "Bars: 95 % t intervals over seeds." if len(sweep.seeds) > 1 else "One seed: no intervals."]
+            if len(sweep.series(axis)) > 1:
+                seen.append("Curves stand a little beside each other, so that none is hidden.")
+            if (kind, axis) == ("similar-blocks", "depth"):
+                seen.append(STARS)
+            draw_kind = functools.partial(draw, kind=kind, axis=axis)
+            title = f"{caption.title} against {axis}"
+            figures[f"{kind}-by-{axis}"] = Drawing(title, " ".join(seen), caption.limits, draw_kind)
+    return figures
 
 
 def draw_all(sweep: Sweep, *, narrow: bool = False) -> dict[str, Figure]:
