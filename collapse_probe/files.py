@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from collapse_probe.errors import OutputError
 
@@ -60,11 +60,18 @@ def write_document(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, lambda stream: stream.write(text.encode()))
 
 
-class Numbers(Protocol):
-    """Results that can be written into an existing folder."""
+class Numbers:
+    """Results that live in a folder of their own."""
 
     def write(self, inside: Path) -> None:
-        """Write the files."""
+        """Write the files into an existing folder, without any guard."""
+        raise NotImplementedError
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the files into `folder`, new or there; all of it or nothing."""
+        with new_folder(folder) as inside:
+            self.write(inside)
+        return Path(folder)
 
 
 @contextlib.contextmanager

@@ -163,7 +163,11 @@ def write_demonstration(demonstration: Demonstration, folder: Path, spread: Mapp
 
 def render(demonstration: Demonstration, links: Mapping[str, str], spread: Mapping[str, Any], sharing: Plate) -> str:
     """The page; `links` are the further pages by their names."""
-    control, ordinary = (_plates(demonstration, pair) for pair in PAIRS)
+    plates = []
+    for pair in PAIRS:  # the heatmaps, and the similarity of neighbouring blocks at weights and probs
+        drawings = {f"{pair}-{name}".replace(" ", "-"): FIGURES[name] for name in ("matrices", "adjacent")}
+        plates.append(plates_of(drawings, demonstration.comparisons[pair]))
+    control, ordinary = plates
     first = next(iter(demonstration.comparisons.values()))
     return paper(
         "demo.html",
@@ -174,12 +178,6 @@ def render(demonstration: Demonstration, links: Mapping[str, str], spread: Mappi
         links=links,
         models=_models(spread),
     )
-
-
-def _plates(demonstration: Demonstration, pair: str) -> list[Plate]:
-    """The heatmaps of a pair, and the similarity of neighbouring blocks at weights and probs."""
-    drawings = {f"{pair}-{name}".replace(" ", "-"): FIGURES[name] for name in ("matrices", "adjacent")}
-    return plates_of(drawings, demonstration.comparisons[pair])
 
 
 def _table(demonstration: Demonstration) -> Table:

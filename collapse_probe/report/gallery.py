@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -51,13 +51,8 @@ class Spread:
 
 
 def times_uniform(findings: Findings, gallery: Gallery) -> Array:
-    """The maps in units of uniform attention (1/N, N the model's tokens): 1 is what a uniform map pays."""
-    return scaled(findings, gallery.maps)
-
-
-def scaled(findings: Findings, maps: Array) -> Array:
-    """Maps [..., rows, columns] whose rows sum to one over all tokens, in units of 1/N."""
-    return np.asarray(maps * float(findings.model.get("tokens") or maps.shape[-2] * maps.shape[-1]))
+    """The maps, whose rows sum to one over all N tokens, in units of uniform attention (1/N): 1 is what a uniform map pays."""
+    return np.asarray(gallery.maps * float(findings.model.get("tokens") or gallery.maps[0, 0].size))
 
 
 def spread_of(maps: Array) -> Spread:
@@ -133,22 +128,20 @@ class Layout:
 def attention_gallery(findings: Findings, narrow: bool = False) -> Figure | None:
     """Each picture and then the map of every block laid over it, all on one scale."""
     gallery = findings.gallery
-    if gallery is None or not len(gallery.names):
-        return None
-    return _laid_over(gallery, times_uniform(findings, gallery), narrow, ATTENTION)
+    return _laid_over(findings, gallery, narrow, ATTENTION) if gallery is not None and gallery.names else None
 
 
 @drawn
 def rollout_gallery(findings: Findings, narrow: bool = False) -> Figure | None:
     """Each picture and then, laid over it, what attention rollout has gathered up to every block."""
     gallery = findings.gallery
-    if gallery is None or gallery.rollouts is None or not len(gallery.names):
+    if gallery is None or gallery.rollouts is None or not gallery.names:
         return None
-    return _laid_over(gallery, scaled(findings, gallery.rollouts)[:MOST_ROLLED], narrow, ROLLOUT)
+    return _laid_over(findings, replace(gallery, maps=gallery.rollouts[:MOST_ROLLED]), narrow, ROLLOUT)
 
 
-def _laid_over(gallery: Gallery, maps: Array, narrow: bool, unit: str) -> Figure:
-    maps = maps[:MOST_PICTURES]
+def _laid_over(findings: Findings, gallery: Gallery, narrow: bool, unit: str) -> Figure:
+    maps = times_uniform(findings, gallery)[:MOST_PICTURES]
     spread = spread_of(maps)
     layout = Layout.of(maps.shape[1], gallery.pictures.shape[1:3], narrow)
     height = layout.height * len(maps) + FOOT

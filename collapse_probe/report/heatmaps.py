@@ -99,8 +99,15 @@ def heat(axes: Axes, panel: Panel, side: float, *, square: bool = True) -> None:
     for text in axes.texts:
         text.set_in_layout(False)  # they lie inside the cells; measuring each is slow
     if panel.marked is not None and panel.marked.any():
-        _dots(axes, panel.marked, side, numbered=bool(size))
-    _label(axes, panel, most=16 if side > 2.4 else 8)
+        rows, columns = np.nonzero(panel.marked)  # a dot in the middle of the cell, or above the number where there is one
+        cell = 72 * side / max(panel.marked.shape)  # points
+        dot, down = (min(0.14 * cell, 2.4), 0.2) if size else (min(0.24 * cell, 2.6), 0.5)
+        axes.plot(columns + 0.5, rows + down, linestyle="", marker="o", markersize=dot, color=INK, markeredgewidth=0)
+    for axis, count in zip((axes.yaxis, axes.xaxis), panel.values.shape, strict=True):
+        ticks = whole_ticks(count, 16 if side > 2.4 else 8)
+        axis.set_ticks([t + 0.5 for t in ticks], labels=[str(t) for t in ticks], rotation=0)
+    axes.tick_params(length=0, pad=3)
+    axes.set(title=panel.title, ylabel=panel.rows, xlabel=panel.columns)
     bar = axes.figure.colorbar(axes.collections[0], cax=axes.inset_axes((1.03, 0.0, 0.1 / side, 1.0)))
     bar.outline.set_visible(False)
     bar.set_ticks([panel.scale.low, (panel.scale.low + panel.scale.high) / 2, panel.scale.high])
@@ -110,23 +117,6 @@ def heat(axes: Axes, panel: Panel, side: float, *, square: bool = True) -> None:
 def hatch(axes: Axes) -> None:
     """Hatch the ground of a matrix, which shows where cells are undefined."""
     axes.patch.set(facecolor=PAPER, edgecolor=HATCH, hatch="//////", linewidth=0)
-
-
-def _dots(axes: Axes, marked: NDArray[np.bool_], side: float, *, numbered: bool) -> None:
-    """A dot in every marked cell: in the middle, or above the number where there is one."""
-    rows, columns = np.nonzero(marked)
-    cell = 72 * side / max(marked.shape)  # points
-    size, down = (min(0.14 * cell, 2.4), 0.2) if numbered else (min(0.24 * cell, 2.6), 0.5)
-    axes.plot(columns + 0.5, rows + down, linestyle="", marker="o", markersize=size, color=INK, markeredgewidth=0)
-
-
-def _label(axes: Axes, panel: Panel, most: int) -> None:
-    rows, columns = panel.values.shape
-    for axis, count in ((axes.xaxis, columns), (axes.yaxis, rows)):
-        ticks = whole_ticks(count, most)
-        axis.set_ticks([t + 0.5 for t in ticks], labels=[str(t) for t in ticks], rotation=0)
-    axes.tick_params(length=0, pad=3)
-    axes.set(title=panel.title, ylabel=panel.rows, xlabel=panel.columns)
 
 
 def _number_size(panel: Panel, side: float) -> float:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -30,20 +30,11 @@ class Caption:
     limits: str
 
 
-Results = TypeVar("Results", contravariant=True)
-
-
-class Draw(Protocol[Results]):
-    """Draws one figure from results, `narrow` for a phone; None where these results have nothing to draw."""
-
-    def __call__(self, results: Results, /, narrow: bool = False) -> Figure | None: ...
-
-
 @dataclass(frozen=True)
-class Drawing(Caption, Generic[Results]):
-    """One figure of a page: its caption, and how it is drawn."""
+class Drawing(Caption):
+    """One figure of a page: its caption, and what draws it from (results, narrow); None where these have nothing to draw."""
 
-    draw: Draw[Results]
+    draw: Callable[..., Figure | None]
 
 
 @dataclass(frozen=True)
@@ -63,8 +54,8 @@ class Table:
 
 PAGE = "report.html"
 NARROW_DPI, WIDE_DPI, PHOTOGRAPH_DPI = 160, 150, 150
-PHOTOGRAPH_MOST = 250_000  # bytes
-LINES_MOST = 60_000  # bytes of an svg beyond which pixels are tried
+PHOTOGRAPH_MOST = 333_000  # letters of its data URL
+LINES_MOST = 80_000  # letters of an svg as data URL beyond which pixels are tried
 STEP = 4  # of 256 shades of red, green and blue: what a drawing in pixels is rounded to
 
 
@@ -118,16 +109,14 @@ def plate_of(name: str, figure: Figure, narrow: Figure | None, caption: Caption,
 
 
 def draw_figures(
-    drawings: Mapping[str, Drawing[Results]], results: Results, *, narrow: bool = False, names: Collection[str] | None = None
+    drawings: Mapping[str, Drawing], results: Any, *, narrow: bool = False, names: Collection[str] | None = None
 ) -> dict[str, Figure]:
     """Every figure (of `names`) that these results fill, by name, in the order of `drawings`."""
     made = {name: each.draw(results, narrow) for name, each in drawings.items() if names is None or name in names}
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
-def plates_of(
-    drawings: Mapping[str, Drawing[Results]], results: Results, figures: Mapping[str, Figure] | None = None
-) -> list[Plate]:
+def plates_of(drawings: Mapping[str, Drawing], results: Any, figures: Mapping[str, Figure] | None = None) -> list[Plate]:
     """A plate for each figure that these results fill; `figures` are the wide ones, drawn where not given."""
     wide = draw_figures(drawings, results) if figures is None else figures
     narrow = draw_figures(drawings, results, narrow=True, names=wide)
@@ -137,32 +126,29 @@ def plates_of(
 def data_url(figure: Figure, dpi: float, *, sharp: bool = True) -> str:
     """`figure` as a data URL: lines as svg where `sharp` and few, else as webp like heatmaps; photographs as jpeg."""
     if any(axes.images for axes in figure.axes):
-        kind, content = "jpeg", _photograph(pixels(figure, min(dpi, PHOTOGRAPH_DPI)))
-    elif not sharp or any(isinstance(part, QuadMesh) for axes in figure.axes for part in axes.collections):
-        kind, content = "webp", _in_pixels(figure, dpi)
-    else:
-        kind, content = "svg+xml", svg(figure)
-        if len(content) > LINES_MOST and len(drawn := _in_pixels(figure, dpi)) < len(content):
-            kind, content = "webp", drawn
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-def _in_pixels(figure: Figure, dpi: float) -> bytes:
+        picture = pixels(figure, min(dpi, PHOTOGRAPH_DPI))
+        for quality in (86, 76, 64, 50, 35, 20):
+            url = picture_url(picture, "jpeg", quality=quality, optimize=True)
+            if len(url) <= PHOTOGRAPH_MOST:
+                break
+        return url
+    lines = ""
+    if sharp and not any(isinstance(part, QuadMesh) for axes in figure.axes for part in axes.collections):
+        lines = _url("svg+xml", svg(figure))
+        if len(lines) <= LINES_MOST:
+            return lines
     whole = np.asarray(pixels(figure, dpi))
     rounded = np.where(whole > 255 - STEP, 255, (whole + STEP // 2) // STEP * STEP).astype(np.uint8)
-    return _saved(Image.fromarray(rounded), "webp", lossless=True, quality=30, method=2)
+    drawn = picture_url(Image.fromarray(rounded), "webp", lossless=True, quality=30, method=2)
+    return lines if lines and len(lines) <= len(drawn) else drawn
 
 
-def _photograph(picture: Image.Image) -> bytes:
-    """A jpeg of at most PHOTOGRAPH_MOST bytes where any quality allows it."""
-    for quality in (86, 76, 64, 50, 35, 20):
-        content = _saved(picture, "jpeg", quality=quality, optimize=True)
-        if len(content) <= PHOTOGRAPH_MOST:
-            break
-    return content
-
-
-def _saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+def picture_url(picture: Image.Image, kind: str, **options: Any) -> str:
+    """`picture` as a data URL: jpeg or webp, saved with these options of PIL."""
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
-    return buffer.getvalue()
+    return _url(kind, buffer.getvalue())
+
+
+def _url(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -20,6 +20,7 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from collapse_probe.results.readings import NULLS
@@ -186,6 +187,20 @@ def over_blocks(axes: Axes, x: Array, label: str, most: int = 16) -> None:
     axes.set(xlabel=label, xticks=ticks, xlim=(first - 0.5, last + 0.5))
 
 
+def over_counts(axes: Axes, rows: Sequence[str], pairs: int) -> None:
+    """Named rows from the top, and along the x axis the number of adjacent pairs up to `pairs`."""
+    room = max(0.05 * pairs, 0.1)
+    axes.set(xlim=(-room, pairs + room), ylim=(len(rows) - 0.5, -0.5), xlabel=f"adjacent pairs, of {pairs}")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.grid(axis="x")
+
+
+def floor(lines: Iterable[Array]) -> float:
+    """The lower end of a scale: 0, or a little below the lowest value, so that it does not make much of tiny differences."""
+    return min(float(np.min(line[np.isfinite(line)], initial=0.0)) for line in lines) * 1.1 - 0.03
+
+
 def whole_ticks(count: int, most: int = 16) -> list[int]:
     """Every, every second, fourth … index below `count`, at most `most` of them."""
     step = 1
@@ -261,6 +276,7 @@ def evenly_spaced(labels: Sequence[str], most: int) -> list[str]:
     return [labels[at] for at in dict.fromkeys(places.tolist())]
 
 
+DEPTH = "depth (0: before block 0)"
 NULL_LABELS = {**{role: ROLES[role].label for role in NULLS}, "kappa": "κ"}
 
 

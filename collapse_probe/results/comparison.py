@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from collapse_probe.files import new_folder, read_document, write_document
+from collapse_probe.files import Numbers, read_document, write_document
 from collapse_probe.results.findings import Findings, plain
 from collapse_probe.statistics.paired import BCA_IMAGES, RESAMPLES, SAME, Paired
 
@@ -64,16 +64,9 @@ class Difference:
             return np.array_equal(self.paired.first, self.paired.second, equal_nan=True)
         return set(self.paired.interval) == {SAME}
 
-    def to_json(self) -> dict[str, Any]:
-        """One entry of a pair's metrics in comparison.json."""
-        content: dict[str, Any] = plain(
-            {"axis": self.axis, "places": self.places, **vars(self.paired), "overall": vars(self.overall)}
-        )
-        return content
-
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Difference:
-        """What `to_json` wrote."""
+        """One entry of a pair's metrics in comparison.json."""
         return cls(entry["axis"], tuple(entry["places"]), _paired(entry), _paired(entry["overall"]))
 
 
@@ -133,15 +126,9 @@ class Pair:
 
     def to_json(self) -> dict[str, Any]:
         """One entry of `pairs` in comparison.json."""
-        return {
-            "first": self.first,
-            "second": self.second,
-            "images": self.images,
-            "metrics": {name: difference.to_json() for name, difference in self.differences.items()},
-            "counts": [plain(vars(count)) for count in self.counts],
-            "not_comparable": dict(self.not_comparable),
-            "agreement": vars(self.agreement),
-        }
+        content = plain(asdict(self))
+        differences = content.pop("differences")
+        return {**content, "metrics": {name: {**each.pop("paired"), **each} for name, each in differences.items()}}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Pair:
@@ -155,7 +142,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Numbers):
     """Subjects by label, the first being what each other is compared with in `pairs`.
 
     `trajectory` says that the subjects are checkpoints of one training, in order. What a model costs and
@@ -195,14 +182,8 @@ class Comparison:
             "pairs": [pair.to_json() for pair in self.pairs],
         }
 
-    def save(self, folder: str | Path) -> Path:
-        """Write comparison.json, and every subject's findings into subjects/LABEL; all of it or nothing."""
-        with new_folder(folder) as inside:
-            self.write(inside)
-        return Path(folder)
-
     def write(self, inside: Path) -> None:
-        """Write the files into an existing folder, without any guard."""
+        """Write comparison.json, and every subject's findings into subjects/LABEL, into an existing folder."""
         write_document(inside / FILE, self.to_json())
         folders = _folders(self.subjects)
         for label, findings in self.subjects.items():

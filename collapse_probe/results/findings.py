@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collapse_probe.errors import UnknownNameError
-from collapse_probe.files import new_folder, read_document
+from collapse_probe.files import Numbers, read_document, write_document
 from collapse_probe.statistics.intervals import Array
 
 if TYPE_CHECKING:
@@ -191,16 +190,6 @@ def _array(value: Any) -> Array | None:
     return None if value is None else np.array(value, dtype=np.float64)
 
 
-def arrays_of(metrics: Mapping[str, MetricResult]) -> dict[str, Array]:
-    """The content of matrices.npz: the values of every metric as NAME, its nulls as NAME/NULL."""
-    arrays: dict[str, Array] = {}
-    for name, result in metrics.items():
-        if result.values is not None:
-            nulls = {} if result.nulls is None else result.nulls.values
-            arrays |= {name: result.values, **{f"{name}/{key}": values for key, values in nulls.items() if values is not None}}
-    return arrays
-
-
 def block_rows(name: str, result: MetricResult) -> list[list[Any]]:
     """The rows of blocks.csv for one metric, as CSV_COLUMNS; NaN where it has no standard error or interval.
 
@@ -254,28 +243,19 @@ def write_gallery(path: Path, gallery: Gallery | None, thumbnails: Mapping[str, 
         np.savez_compressed(path, **arrays)
 
 
-def load_gallery(path: Path) -> Gallery | None:
-    """The gallery back out of gallery.npz; None where there is no such file, or no gallery in it."""
+def load_gallery(path: Path) -> tuple[Gallery | None, dict[str, NDArray[np.uint8]]]:
+    """The gallery (None where there is none) and the thumbnails by name out of gallery.npz, which may not exist."""
     stored = load_arrays(path)
+    thumbnails = dict(zip(map(str, stored.get("thumbnail_names", ())), stored.get("thumbnails", ()), strict=True))
     if "maps" not in stored:
-        return None
-    return Gallery(
-        names=tuple(str(name) for name in stored["names"]),
-        pictures=stored["pictures"],
-        maps=stored["maps"].astype(np.float64),
-        query=str(stored["query"]),
-        rollouts=stored["rollouts"].astype(np.float64) if "rollouts" in stored else None,
-    )
-
-
-def load_thumbnails(path: Path) -> dict[str, NDArray[np.uint8]]:
-    """The thumbnails out of gallery.npz by name; empty where it holds none."""
-    stored = load_arrays(path)
-    return dict(zip(map(str, stored.get("thumbnail_names", ())), stored.get("thumbnails", ()), strict=True))
+        return None, thumbnails
+    rollouts = stored["rollouts"].astype(np.float64) if "rollouts" in stored else None
+    names, maps = tuple(map(str, stored["names"])), stored["maps"].astype(np.float64)
+    return Gallery(names, stored["pictures"], maps, str(stored["query"]), rollouts), thumbnails
 
 
 @dataclass(frozen=True)
-class Findings:
+class Findings(Numbers):
     """What one run found. `images` maps "names" and each metric's name to per-image arrays, first axis images.
 
     `thumbnails` are small pictures, uint8 [height, width, 3] by image name, of those at both ends of the headline number.
@@ -322,18 +302,16 @@ class Findings:
         metrics = {name: result_to_json(result) for name, result in self.metrics.items()}
         return {"schema": SCHEMA, **{part: metrics if part == "metrics" else plain(getattr(self, part)) for part in PARTS}}
 
-    def save(self, folder: str | Path) -> Path:
-        """Write findings.json, blocks.csv, matrices.npz, images.npz (and gallery.npz); all of it or nothing."""
-        with new_folder(folder) as inside:
-            self.write(inside)
-        return Path(folder)
-
     def write(self, inside: Path) -> None:
-        """Write the files into an existing folder, without any guard."""
-        text = json.dumps(self.to_json(), indent=1, allow_nan=False)
-        (inside / "findings.json").write_text(text + "\n", encoding="utf-8")
+        """Write findings.json, blocks.csv, matrices.npz, images.npz (and gallery.npz) into an existing folder."""
+        write_document(inside / "findings.json", self.to_json())
         self.blocks.to_csv(inside / "blocks.csv", index=False)
-        np.savez_compressed(inside / "matrices.npz", **arrays_of(self.metrics))  # type: ignore[arg-type]
+        arrays: dict[str, Any] = {}  # NAME, and NAME/NULL for its nulls
+        for name, result in self.metrics.items():
+            if result.values is not None:
+                nulls = {} if result.nulls is None else result.nulls.values
+                arrays |= {name: result.values} | {f"{name}/{key}": null for key, null in nulls.items() if null is not None}
+        np.savez_compressed(inside / "matrices.npz", **arrays)
         np.savez_compressed(inside / "images.npz", **dict(self.images))  # type: ignore[arg-type]
         write_gallery(inside / "gallery.npz", self.gallery, self.thumbnails)
 
@@ -344,12 +322,8 @@ class Findings:
         content = read_document(folder, "findings.json", schema=SCHEMA, refusal="is not a findings folder", command="analyze")
         parts = {part: content[part] for part in PARTS if part in content}
         parts["metrics"] = {name: result_from_json(name, entry) for name, entry in content["metrics"].items()}
-        return cls(
-            **parts,
-            images=load_arrays(folder / "images.npz"),
-            gallery=load_gallery(folder / "gallery.npz"),
-            thumbnails=load_thumbnails(folder / "gallery.npz"),
-        )
+        gallery, thumbnails = load_gallery(folder / "gallery.npz")
+        return cls(**parts, images=load_arrays(folder / "images.npz"), gallery=gallery, thumbnails=thumbnails)
 
     def with_run(self, **facts: Any) -> Findings:
         """The same findings with more facts about the run."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collapse_probe.files import new_folder, read_document, write_document
+from collapse_probe.files import Numbers, read_document, write_document
 from collapse_probe.results.findings import load_arrays
 from collapse_probe.results.findings import plain as json_values
 
@@ -48,7 +48,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Interventions:
+class Interventions(Numbers):
     """Effects of replacing maps: `single` one block at a time, `cumulative` from the top (the last block) down, by kind.
 
     The set of `cumulative[kind][i]` holds all chosen blocks from one block up to the last; `single` has an entry for every
@@ -81,22 +81,12 @@ class Interventions:
 
     def to_json(self) -> dict[str, Any]:
         """The content of interventions.json: JSON types alone, undefined numbers as None."""
-        return {
-            "schema": SCHEMA,
-            **{part: json_values(getattr(self, part)) for part in PARTS},
-            **{part: _each(getattr(self, part), lambda effect: json_values(vars(effect))) for part in EFFECTS},
-            "definitions": DEFINITIONS,
-            "summary": self.summary,
-        }
-
-    def save(self, folder: str | Path) -> Path:
-        """Write interventions.json and images.npz; both or neither."""
-        with new_folder(folder) as inside:
-            self.write(inside)
-        return Path(folder)
+        parts = {part: json_values(getattr(self, part)) for part in PARTS}
+        effects = {part: _each(getattr(self, part), lambda effect: json_values(vars(effect))) for part in EFFECTS}
+        return {"schema": SCHEMA, **parts, **effects, "definitions": DEFINITIONS, "summary": self.summary}
 
     def write(self, inside: Path) -> None:
-        """Write the files into an existing folder, without any guard."""
+        """Write interventions.json and images.npz into an existing folder."""
         write_document(inside / FILE, self.to_json())
         np.savez_compressed(inside / IMAGES, **dict(self.images))  # type: ignore[arg-type]
 

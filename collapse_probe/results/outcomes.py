@@ -60,32 +60,29 @@ def similarity(findings: Findings, metric: str) -> Quantity:
     return _of_pairs(adjacent(result.array), _adjacent_ci95(result.ci95))
 
 
-def kappa(findings: Findings, metric: str) -> Quantity:
-    """Kappa of each block with the block before."""
-    result = require_result(findings, metric)
-    values, ci95 = adjacent(require_null(result, metric, "kappa")), _adjacent_ci95(null_ci95(result, "kappa"))
-    return _of_pairs(values, ci95, "" if ci95 is not None else "decided by its value: the findings hold no interval of kappa")
+def of_null(role: str, note: str = NO_INTERVAL_OF_NULL) -> Reader:
+    """Reads a null of each block with the block before, or its kappa; `note` says what it means that there is no interval."""
+
+    def read(findings: Findings, metric: str) -> Quantity:
+        result = require_result(findings, metric)
+        values, ci95 = adjacent(require_null(result, metric, role)), _adjacent_ci95(null_ci95(result, role))
+        return _of_pairs(values, ci95, note if ci95 is None else "")
+
+    return read
 
 
-def other_head(findings: Findings, metric: str) -> Quantity:
-    """What different heads of two neighbouring blocks agree on."""
-    return _of_null(findings, metric, "other_head")
+kappa = of_null("kappa", "decided by its value: the findings hold no interval of kappa")
+other_head = of_null("other_head")
 
 
 def other_token(findings: Findings, metric: str) -> Quantity:
     """What different tokens of two neighbouring blocks agree on; its interval from the single images, where they are kept."""
-    found, by_image = _of_null(findings, metric, "other_token"), findings.images.get(f"{metric}/other_token")
+    found, by_image = of_null("other_token")(findings, metric), findings.images.get(f"{metric}/other_token")
     if by_image is None or by_image.shape[1:] != found.values.shape:
         return found
     _, parts, defined = mean_parts(by_image)
     count = defined.sum(0)
     return _of_pairs(found.values, interval(found.values, parts_stderr(parts, count), count))
-
-
-def _of_null(findings: Findings, metric: str, role: str) -> Quantity:
-    result = require_result(findings, metric)
-    values, ci95 = adjacent(require_null(result, metric, role)), _adjacent_ci95(null_ci95(result, role))
-    return _of_pairs(values, ci95, NO_INTERVAL_OF_NULL if ci95 is None else "")
 
 
 def rows_beyond_heads(findings: Findings, metric: str) -> Quantity:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from collapse_probe.results.findings import Findings, MetricResult
-from collapse_probe.results.rules import KAPPA_ABOVE
+from collapse_probe.results.rules import COUNT_THRESHOLDS, KAPPA_ABOVE
 from collapse_probe.results.text import number
 from collapse_probe.statistics.intervals import Array
 
@@ -106,15 +106,16 @@ def pair_count(findings: Findings, name: str = "similar-blocks") -> int:
 
 
 @dataclass(frozen=True)
-class Corrected:
-    """How many adjacent pairs have a kappa above `above`, with its interval where one was taken."""
+class Count:
+    """How many adjacent pairs are above the threshold `above`, with an interval [2], and the untrained twin's count."""
 
     value: float
-    ci95: Array | None
     above: float
+    ci95: Array | None = None
+    untrained: float | None = None
 
 
-def corrected_count(findings: Findings, name: str = "similar-blocks") -> Corrected | None:
+def corrected_count(findings: Findings, name: str = "similar-blocks") -> Count | None:
     """The null-corrected count of similar blocks, from the metric's details or (the plain one) else from the summary."""
     result = result_of(findings, name)
     stored = {} if result is None else result.details.get("corrected", {})
@@ -125,7 +126,19 @@ def corrected_count(findings: Findings, name: str = "similar-blocks") -> Correct
         return None
     ends = stored.get("ci95")
     ci95 = None if ends is None or None in ends else np.asarray(ends, dtype=np.float64)
-    return Corrected(float(value), ci95, float(stored.get("kappa_above", KAPPA_ABOVE)))
+    return Count(float(value), float(stored.get("kappa_above", KAPPA_ABOVE)), ci95)
+
+
+def counts_of(findings: Findings, name: str = "similar-blocks") -> dict[str, Count]:
+    """The counts of similar blocks by threshold: `raw > 0.9`, …, `κ > 0.5`; empty where they were not measured."""
+    if (result := result_of(findings, name)) is None:
+        return {}
+    fresh, counts = null_of(result, "untrained"), {}
+    for at, above in enumerate(result.settings.get("thresholds", COUNT_THRESHOLDS)):
+        ci95, twin = None if result.ci95 is None else result.ci95[at], None if fresh is None else float(fresh[at])
+        counts[f"raw > {float(above):g}"] = Count(float(result.array[at]), float(above), ci95, twin)
+    corrected = corrected_count(findings, name)
+    return counts if corrected is None else {**counts, f"κ > {corrected.above:g}": corrected}
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def test_settling_numbers_are_drawn_with_their_intervals():
     assert axes.get_title(loc="left") == "raw similarity of neighbouring blocks"
     assert convergence(findings, True) is not None
     assert convergence(stored()) is None
-    assert certainty(findings).sentences == ("Too few images to tell it.",)
+    assert certainty(findings)["sentences"] == ["Too few images to tell it."]
 
 
 def test_images_at_both_ends_are_named_and_the_collapsed_end_is_said():
@@ -102,15 +102,15 @@ def test_images_at_both_ends_are_shown_with_name_and_value():
     numbers = {NAME: two_ends(highest=("other",)), "kappa_adjacent": two_ends()}
     findings = with_thumbnails(stored(extremes={"numbers": numbers, "warning": "Ends."}), ["a/<b>.png", "b", "c", "d"])
     found = both_ends(findings)
-    assert (found.words, found.median, found.images) == ("Kappa of neighbouring blocks", "0.250", 9)
-    assert [end.title for end in found.ends] == ["Highest (the collapsed end)", "Lowest"]
-    assert [[(i.name, i.value) for i in end.images] for end in found.ends] == [
+    assert (found["words"], found["median"], found["images"]) == ("Kappa of neighbouring blocks", "0.250", 9)
+    assert [end["title"] for end in found["ends"]] == ["Highest (the collapsed end)", "Lowest"]
+    assert [[(i["name"], i["value"]) for i in end["images"]] for end in found["ends"]] == [
         [("a/<b>.png", "0.500"), ("b", "0.600")],
         [("c", "0.500"), ("d", "0.600")],
     ]
-    for at, image in enumerate(found.ends[0].images + found.ends[1].images):
-        drawn = Image.open(io.BytesIO(base64.b64decode(image.source.removeprefix("data:image/jpeg;base64,"))))
-        assert drawn.size == (image.width, image.height) == (20, 12)
+    for at, image in enumerate(found["ends"][0]["images"] + found["ends"][1]["images"]):
+        drawn = Image.open(io.BytesIO(base64.b64decode(image["source"].removeprefix("data:image/jpeg;base64,"))))
+        assert drawn.size == (image["width"], image["height"]) == (20, 12)
         assert abs(np.asarray(drawn).astype(int) - 40 * at).max() <= 2
     html = render(findings, {})
     assert html.count('<img src="data:image/jpeg') == 4
@@ -122,9 +122,9 @@ def test_images_at_both_ends_are_shown_with_name_and_value():
 def test_an_end_whose_picture_is_missing_leaves_it_out_and_none_leaves_the_names():
     numbers = {"patch_diversity_last": two_ends("low")}
     findings = with_thumbnails(stored(extremes={"numbers": numbers, "warning": ""}), ["b", "c"])
-    highest, lowest = both_ends(findings).ends
-    assert ([i.name for i in highest.images], [i.name for i in lowest.images]) == (["b"], ["c"])
-    assert lowest.title == "Lowest (the collapsed end)"
+    highest, lowest = both_ends(findings)["ends"]
+    assert tuple([i["name"] for i in end["images"]] for end in (highest, lowest)) == (["b"], ["c"])
+    assert lowest["title"] == "Lowest (the collapsed end)"
     bare = stored(extremes={"numbers": numbers, "warning": "Ends."})
     assert both_ends(bare) is None
     assert 'id="ends"' not in render(bare, {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from collapse_probe.report.comparison.verdict import RAW
 from collapse_probe.report.style import (
+    DEPTH,
     DISTINCT,
     INK,
     MARKERS,
@@ -26,7 +27,9 @@ from collapse_probe.report.style import (
     curve,
     drawn,
     evenly_spaced,
+    floor,
     over_blocks,
+    over_counts,
     panels,
     printable,
     share_legend,
@@ -35,8 +38,9 @@ from collapse_probe.report.style import (
 from collapse_probe.results.comparison import ACCURACY, KAPPA, PROBS, Comparison
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import (
+    Count,
     adjacent,
-    corrected_count,
+    counts_of,
     entropy_share,
     mean,
     null_ci95,
@@ -44,7 +48,7 @@ from collapse_probe.results.readings import (
     pair_count,
     result_of,
 )
-from collapse_probe.results.rules import COUNT_THRESHOLDS, FALSE_DISCOVERY_RATE, KAPPA_ABOVE, RAW_ABOVE
+from collapse_probe.results.rules import FALSE_DISCOVERY_RATE, KAPPA_ABOVE, RAW_ABOVE
 from collapse_probe.statistics.intervals import Array
 
 MOST_SUBJECTS = 8  # whose curves can be told apart
@@ -53,8 +57,6 @@ NULL_LINES = {"other_token": (0, (1.2, 1.2)), "untrained": (0, (5, 2))}
 NULL_NAMES = {"other_token": "its other-token null", "untrained": "its untrained twin"}
 CORRECTED = Role(f"corrected: κ > {KAPPA_ABOVE:g}", "#d55e00", marker="s", width=2.0)
 AT_SOFTMAX = Role("at the softmax (probs)", "#01855f", (0, (4, 1.5)), marker="^")
-COUNTS = "similar-blocks"
-DEPTH = "depth (0: before block 0)"
 OVER_BLOCKS = {  # title, unit, what it runs along
     "head-similarity": ("between heads of one block", "cosine", "block"),
     "image-similarity": ("between images", "cosine", "block"),
@@ -109,60 +111,50 @@ def values_of(findings: Findings, name: str, null: str | None = None) -> Array |
     return None if result is None else result.array if null is None else null_of(result, null)
 
 
-def _lines(comparison: Comparison, of: Callable[[Findings], Line | None]) -> Lines:
-    lines = {label: of(comparison.subjects[label]) for label in roles(comparison)}
-    return {label: line for label, line in lines.items() if line is not None}
+def _lines(comparison: Comparison, name: str, null: str | None = None) -> Lines:
+    """A metric (or its kappa) of every subject that has it: over blocks or depths, or each block with the one before.
 
-
-def _neighbours(null: str | None = None) -> Callable[[Findings], Line | None]:
-    """Reads the similarity of each block with the one before with its nulls, or the kappa of that."""
-
-    def line(findings: Findings) -> Line | None:
-        result, values = result_of(findings, RAW), values_of(findings, RAW, null)
-        if result is None or values is None or len(values) < 2:
-            return None
+    Beside it its nulls of NULL_LINES; attention entropy in shares of log N.
+    """
+    lines = {}
+    for label in roles(comparison):
+        findings = comparison.subjects[label]
+        result, values = result_of(findings, name), values_of(findings, name, null)
+        if result is None or values is None:
+            continue
         ci95 = result.ci95 if null is None else null_ci95(result, null)
-        nulls = {role: null_of(result, role) for role in NULL_LINES if null is None}
-        beside = {role: adjacent(each) for role, each in nulls.items() if each is not None}
-        return Line(np.arange(1.0, len(values)), adjacent(values), None if ci95 is None else adjacent(ci95), beside)
-
-    return line
-
-
-def _over_places(name: str) -> Callable[[Findings], Line | None]:
-    """Reads a metric over blocks or depths beside its untrained twin; attention entropy in shares of log N."""
-
-    def line(findings: Findings) -> Line | None:
-        result = result_of(findings, name)
-        if result is None:
-            return None
-        values, ci95, untrained = result.array, result.ci95, null_of(result, "untrained")
+        beside = () if null is not None else tuple(NULL_LINES) if name == RAW else ("untrained",)
+        nulls = {role: each for role in beside if (each := null_of(result, role)) is not None}
         if name == "attention-entropy":
             if (share := entropy_share(findings)) is None:
-                return None
-            values, ci95, untrained = share.mean, share.ci95, share.untrained
-        return Line(np.arange(float(len(values))), values, ci95, {} if untrained is None else {"untrained": untrained})
-
-    return line
+                continue
+            values, ci95, nulls = share.mean, share.ci95, {} if share.untrained is None else {"untrained": share.untrained}
+        if name == RAW:
+            if len(values) < 2:
+                continue
+            values, ci95 = adjacent(values), None if ci95 is None else adjacent(ci95)
+            nulls = {role: adjacent(each) for role, each in nulls.items()}
+        lines[label] = Line(np.arange(float(len(values))) + (name == RAW), values, ci95, nulls)
+    return lines
 
 
 @drawn
 def adjacent_blocks(comparison: Comparison, narrow: bool = False) -> Figure | None:
     """Similarity of each block with the one before, all subjects in one plot with their nulls; kappa beneath."""
-    raw, kappa = _lines(comparison, _neighbours()), _lines(comparison, _neighbours("kappa"))
+    raw, kappa = _lines(comparison, RAW), _lines(comparison, RAW, "kappa")
     if not raw:
         return None
     rows = 2 if kappa else 1
     figure = sheet(NARROW if narrow else WIDE, 3.9 * rows)
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
     _overlay(axes[0], raw, comparison)
-    axes[0].set(ylabel="cosine with the block before", ylim=(_floor(raw), 1.03))
+    axes[0].set(ylabel="cosine with the block before", ylim=(floor(_every(raw)), 1.03))
     if kappa:
         _overlay(axes[1], kappa, comparison)
         axes[1].axhline(0.0, color=MUTED, linewidth=0.8, zorder=0)
         axes[1].axhline(KAPPA_ABOVE, color=MUTED, linewidth=0.8, linestyle=(0, (1, 3)), zorder=0)
-        axes[1].set(ylabel="null-corrected κ", ylim=(min(_floor(kappa), -0.25), 1.05))
-    over_blocks(axes[-1], _widest(raw), "block b, compared with block b − 1")
+        axes[1].set(ylabel="null-corrected κ", ylim=(min(floor(_every(kappa)), -0.25), 1.05))
+    over_blocks(axes[-1], max((line.x for line in raw.values()), key=len), "block b, compared with block b − 1")
     _legend(figure, axes[0], raw, narrow)
     return figure
 
@@ -170,15 +162,15 @@ def adjacent_blocks(comparison: Comparison, narrow: bool = False) -> Figure | No
 @drawn
 def per_block(comparison: Comparison, narrow: bool = False) -> Figure | None:
     """Heads, images, entropy and patch diversity over the blocks, all subjects, each with its untrained twin."""
-    each = {name: lines for name in OVER_BLOCKS if (lines := _lines(comparison, _over_places(name)))}
+    each = {name: lines for name in OVER_BLOCKS if (lines := _lines(comparison, name))}
     if not each:
         return None
     figure, places = panels(len(each), narrow, tall=2.9)
     for axes, (name, lines) in zip(places, each.items(), strict=True):
         title, unit, along = OVER_BLOCKS[name]
         _overlay(axes, lines, comparison)
-        over_blocks(axes, _widest(lines), along, 12)
-        axes.set(title=title, ylabel=unit, ylim=(_floor(lines), 1.03))
+        over_blocks(axes, max((line.x for line in lines.values()), key=len), along, 12)
+        axes.set(title=title, ylabel=unit, ylim=(floor(_every(lines)), 1.03))
     _legend(figure, places[0], next(iter(each.values())), narrow)
     return figure
 
@@ -192,14 +184,8 @@ def _overlay(axes: Axes, lines: Lines, comparison: Comparison) -> None:
     axes.grid(axis="y")
 
 
-def _widest(lines: Lines) -> Array:
-    return max((line.x for line in lines.values()), key=len)
-
-
-def _floor(lines: Lines) -> float:
-    """Zero, or a little below the lowest value: the scale must not make much of tiny differences."""
-    values = np.concatenate([v for line in lines.values() for v in (line.values, *line.nulls.values())])
-    return float(np.min(values[np.isfinite(values)], initial=0.0)) * 1.1 - 0.03
+def _every(lines: Lines) -> list[Array]:
+    return [values for line in lines.values() for values in (line.values, *line.nulls.values())]
 
 
 def _legend(figure: Figure, axes: Axes, lines: Lines, narrow: bool) -> None:
@@ -239,38 +225,11 @@ def paired_differences(comparison: Comparison, narrow: bool = False) -> Figure |
     return figure
 
 
-@dataclass(frozen=True)
-class Count:
-    """How many adjacent pairs are above a threshold, with an interval [2], and the untrained twin's count."""
-
-    value: float
-    ci95: Array | None = None
-    untrained: float | None = None
-
-
-def counts(findings: Findings) -> dict[str, Count]:
-    """The counts of similar blocks by threshold: `raw > 0.9`, …, `κ > 0.5`; empty where they were not measured."""
-    result = result_of(findings, COUNTS)
-    if result is None:
-        return {}
-    untrained = null_of(result, "untrained")
-    rows = {
-        f"raw > {level:g}": Count(
-            float(result.array[at]),
-            None if result.ci95 is None else result.ci95[at],
-            None if untrained is None else float(untrained[at]),
-        )
-        for at, level in enumerate(result.settings.get("thresholds", COUNT_THRESHOLDS))
-    }
-    corrected = corrected_count(findings)
-    return rows if corrected is None else {**rows, f"κ > {corrected.above:g}": Count(corrected.value, corrected.ci95)}
-
-
 @drawn
 def similar_blocks(comparison: Comparison, narrow: bool = False) -> Figure | None:
     """How many adjacent pairs pass each threshold in each subject, with intervals; hollow: its untrained twin."""
     looks = roles(comparison)
-    subjects = {label: each for label in looks if (each := counts(comparison.subjects[label]))}
+    subjects = {label: each for label in looks if (each := counts_of(comparison.subjects[label]))}
     if not subjects:
         return None
     rows = sorted(dict.fromkeys(row for each in subjects.values() for row in each), key=lambda row: row.startswith("κ"))
@@ -280,12 +239,7 @@ def similar_blocks(comparison: Comparison, narrow: bool = False) -> Figure | Non
         for at, (label, each) in enumerate(subjects.items()):
             if row in each:
                 _count(axes, y + (at - (len(subjects) - 1) / 2) * 0.7 / len(subjects), each[row], looks[label])
-    pairs = max(pair_count(comparison.subjects[label]) for label in subjects)
-    room = max(0.05 * pairs, 0.1)
-    axes.set(xlim=(-room, pairs + room), ylim=(len(rows) - 0.5, -0.5), xlabel=f"adjacent pairs, of {pairs}")
-    axes.set_yticks(range(len(rows)), rows)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.grid(axis="x")
+    over_counts(axes, rows, max(pair_count(comparison.subjects[label]) for label in subjects))
     for y in range(1, len(rows)):
         axes.axhline(y - 0.5, color=INK, linewidth=0.3, alpha=0.4)
     if any(count.untrained is not None for each in subjects.values() for count in each.values()):
@@ -351,7 +305,7 @@ def _course_panels(subjects: Sequence[Findings]) -> list[CoursePanel]:
         return np.array([None if values is None else mean(adjacent(values)) for values in each], dtype=np.float64)
 
     def count(row: str) -> tuple[Array, Array]:
-        each = [counts(findings).get(row, Count(np.nan)) for findings in subjects]
+        each = [counts_of(findings).get(row, Count(np.nan, 0.0)) for findings in subjects]
         ends = [np.full(2, np.nan) if c.ci95 is None else c.ci95 for c in each]
         return np.array([c.value for c in each]), np.stack(ends)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -98,7 +98,7 @@ def cross_cka(comparison: Comparison, narrow: bool = False) -> Figure | None:
     return grid(places, min(len(places), 2), narrow=narrow)
 
 
-FIGURES: dict[str, Drawing[Comparison]] = {
+FIGURES: dict[str, Drawing] = {
     "course": Drawing(
         "Over training",
         "The same quantities at every checkpoint, in the natural order of the file names: counts of similar blocks with "
@@ -172,8 +172,5 @@ FIGURES: dict[str, Drawing[Comparison]] = {
         attention_gallery,
     ),
 }
-
-
-def draw_all(comparison: Comparison, *, narrow: bool = False, names: Collection[str] | None = None) -> dict[str, Figure]:
-    """Every figure (of `names`) that this comparison fills, by name, in the order of the page; `narrow` for a phone."""
-    return draw_figures(FIGURES, comparison, narrow=narrow, names=names)
+draw_all = functools.partial(draw_figures, FIGURES)
+"""Every figure (of `names`) that a comparison fills, by name, in the order of the page; `narrow` for a phone."""

@@ -32,7 +32,9 @@ class SubjectMaps:
 @drawn
 def attention_gallery(comparison: Comparison, narrow: bool = False) -> Figure | None:
     """For each picture a row of every subject's maps; one scale for all unless only some maps have negative entries."""
-    names = _common_pictures(comparison)
+    galleries = [findings.gallery.names for findings in comparison.subjects.values() if findings.gallery is not None]
+    common = [name for name in (galleries or [()])[0] if all(name in names for names in galleries)]  # in the first one's order
+    names = common[:MOST_PICTURES]
     subjects = _subjects(comparison, names)
     if not subjects:
         return None
@@ -60,12 +62,6 @@ def attention_gallery(comparison: Comparison, narrow: bool = False) -> Figure | 
         label = ATTENTION if len(spreads) == 1 else f"{whose}: {ATTENTION}"
         colour_bar(figure, Normalize(-1, 1), COLOURS, label, spread.ticks, BAR * (len(spreads) - at) - 0.32)
     return figure
-
-
-def _common_pictures(comparison: Comparison) -> list[str]:
-    """The names of pictures that every gallery holds, in the first one's order."""
-    galleries = [findings.gallery.names for findings in comparison.subjects.values() if findings.gallery is not None]
-    return [name for name in (galleries or [()])[0] if all(name in names for names in galleries)][:MOST_PICTURES]
 
 
 def _subjects(comparison: Comparison, names: list[str]) -> list[SubjectMaps]:

@@ -18,7 +18,6 @@ from collapse_probe.results.comparison import (
     METHODS,
     OF_WEIGHTS,
     Comparison,
-    CountDifference,
     Difference,
     Pair,
 )
@@ -90,13 +89,12 @@ def paired(pair: Pair) -> list[Table]:
     tables = [_differences(name, pair.differences[name]) for name in names]
     if pair.counts:
         header = ("count", "first", "second", "difference", "95 % interval")
-        tables.append(Table(header, tuple(map(_count_row, pair.counts)), (), "counts of similar blocks"))
+        rows = [
+            (f"{c.name} > {c.threshold:g}", f"{c.first:g}", f"{c.second:g}", number(c.second - c.first, 0), interval(c.ci95, 0))
+            for c in pair.counts
+        ]
+        tables.append(Table(header, tuple(rows), (), "counts of similar blocks"))
     return tables
-
-
-def _count_row(count: CountDifference) -> tuple[str, ...]:
-    ends = (number(count.second - count.first, 0), interval(count.ci95, 0))
-    return (f"{count.name} > {count.threshold:g}", f"{count.first:g}", f"{count.second:g}", *ends)
 
 
 def _differences(name: str, difference: Difference) -> Table:

@@ -11,7 +11,7 @@ from collapse_probe.results.comparison import ACCURACY, KAPPA, PROBS, Comparison
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import adjacent, is_untrained, mean, null_of, weights_only
 from collapse_probe.results.rules import FALSE_DISCOVERY_RATE, NOTABLE, OF_ARCHITECTURE, RAW_ABOVE
-from collapse_probe.results.text import interval, number, p_value, spans
+from collapse_probe.results.text import DASH, interval, number, p_value, sentence_case, spans
 from collapse_probe.results.verdict import MEANS, MOST_LISTED, Verdict
 from collapse_probe.statistics.paired import Paired
 
@@ -29,6 +29,14 @@ CASES = {
     "weights": "weights compared",
     "course": "over training",
 }
+SUMMARIES = {  # by their names, with decimals
+    "κ": ("kappa_adjacent", 3),
+    "raw similarity": ("attention_similarity_adjacent", 3),
+    "similar blocks": ("similar_blocks", 0),
+    "corrected by κ": ("similar_blocks_corrected", 0),
+    "patch diversity": ("patch_diversity_last", 3),
+    "accuracy": (ACCURACY, 3),
+}
 NO_SAMPLE = "A model is no sample of weights: these differences have no interval and no p-value."
 SEED_CAVEAT = "Intervals and tests cover the choice of images, not the training run: another seed may differ by more."
 
@@ -45,7 +53,16 @@ def verdict_of_pair(pair: Pair, first: Findings, second: Findings) -> Verdict:
     """The verdict of one pair; its `case` is one of CASES."""
     case, *sentences = _case(pair, first, second)
     if case != "same":
-        sentences += [_means(pair), _softmax(pair, first, second), _outputs(pair)]
+        parts = []
+        for noun, name in (("raw similarity", RAW), ("κ", RAW + KAPPA)):
+            if difference := pair.differences.get(name):
+                parts.append(f"{noun} {_both(difference)} ({_change(difference.overall, 0, 'p')})")
+        sentences += [f"Mean over neighbouring blocks: {'; '.join(parts)}."] if parts else []
+        probs = pair.differences.get(RAW + PROBS)
+        if probs is not None and bool(first.model.get("mixes_maps")) != bool(second.model.get("mixes_maps")):
+            who = f"the raw similarities of {pair.first} and {pair.second}"
+            sentences.append(f"Before the mixing, at the softmax (probs), {who} are {_both(probs)}.")
+        sentences.append(_outputs(pair))
     caveats = tuple(_caveats(case, pair, first, second))
     return Verdict(case, tuple(filter(None, sentences)), caveats, label=f"{pair.second} compared with {pair.first}")
 
@@ -65,7 +82,7 @@ def _case(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:
     if mixes[0] != mixes[1] and abs(contrast) >= NOTABLE:
         if is_untrained(first.model) and is_untrained(second.model):
             return "without-training", *_without_training(pair, raw, mixes[0])
-        twins = [_similarity_of_twin(each) for each in (first, second)]
+        twins = [mean(adjacent(null_of(each.metrics[RAW], "untrained"))) for each in (first, second)]
         if twins[0] is not None and twins[1] is not None and (twins[1] - twins[0]) / contrast >= OF_ARCHITECTURE:
             return "architecture", (
                 f"The raw similarity is {number(raw.overall.second[0])} in {pair.second} and {number(raw.overall.first[0])} in "
@@ -115,9 +132,9 @@ def untestable(difference: Difference) -> NDArray[np.bool_]:
     return (np.abs(paired.difference) >= NOTABLE) & excludes_zero & (smallest > FALSE_DISCOVERY_RATE)
 
 
-def _largest(paired: Paired, among: NDArray[np.bool_]) -> int:
+def _largest(difference: Difference, among: NDArray[np.bool_]) -> int:
     """The position among some whose difference is the largest."""
-    return int(np.argmax(np.where(among, np.abs(paired.difference), -1.0)))
+    return int(np.argmax(np.where(among, np.abs(difference.paired.difference), -1.0)))
 
 
 def _without_training(pair: Pair, raw: Difference, first_mixes: bool) -> tuple[str, str]:
@@ -134,7 +151,7 @@ def _without_training(pair: Pair, raw: Difference, first_mixes: bool) -> tuple[s
 
 def _blocks(pair: Pair, difference: Difference, noun: str) -> str:
     paired, which = difference.paired, notable(difference)
-    at = _largest(paired, which)
+    at = _largest(difference, which)
     block, count = difference.places[at], int(which.sum())
     where = spans([place for place, differs in zip(difference.places, which, strict=True) if differs])
     where = f"block {where}" if count == 1 else f"blocks {where}, most in block {block}"
@@ -148,7 +165,7 @@ def _blocks(pair: Pair, difference: Difference, noun: str) -> str:
 
 def _too_few(pair: Pair, difference: Difference, noun: str) -> str:
     paired = difference.paired
-    at = _largest(paired, untestable(difference))
+    at = _largest(difference, untestable(difference))
     smallest = 2.0 ** (1 - int(paired.images[at]))
     return (
         f"{pair.images} images are too few for a test over {paired.places} pairs of blocks: its smallest p is "
@@ -160,16 +177,13 @@ def _too_few(pair: Pair, difference: Difference, noun: str) -> str:
 
 def _by_summary(pair: Pair, first: Findings, second: Findings) -> str:
     parts = []
-    for noun, key in (("raw similarity", "attention_similarity_adjacent"), ("κ", "kappa_adjacent")):
-        parts.append(f"{noun} {number(first.summary.get(key))} and {number(second.summary.get(key))}")
-    for noun, key in (("similar blocks", "similar_blocks"), ("corrected", "similar_blocks_corrected")):
-        counts = [findings.summary.get(key) for findings in (first, second)]
-        if None not in counts:
-            parts.append(f"{noun} {counts[0]:g} and {counts[1]:g}")
+    for noun, (key, digits) in SUMMARIES.items():
+        sides = [findings.summary.get(key) for findings in (first, second)]
+        parts += [] if None in sides else [f"{noun} {number(sides[0], digits)} and {number(sides[1], digits)}"]
     reason = pair.not_comparable.get(RAW, "it has no values of single images")
     return (
         f"{pair.first} and {pair.second} cannot be paired block by block ({RAW}: {reason}); by their summaries: "
-        f"{', '.join(parts)}."
+        f"{', '.join(parts) or 'nothing that both have'}."
     )
 
 
@@ -201,25 +215,6 @@ def _weight_metric(name: str, parts: Mapping[str, Difference]) -> str:
     return f"{name} {number(second)} against {number(first)} (largest difference: {where}, {ends})"
 
 
-def _means(pair: Pair) -> str:
-    """Raw similarity and kappa of both, and the difference of each, as means over blocks."""
-    parts = []
-    for noun, name in (("raw similarity", RAW), ("κ", RAW + KAPPA)):
-        if difference := pair.differences.get(name):
-            overall = difference.overall
-            parts.append(f"{noun} {_both(difference)} ({_change(overall, 0, 'p')})")
-    return f"Mean over neighbouring blocks: {'; '.join(parts)}." if parts else ""
-
-
-def _softmax(pair: Pair, first: Findings, second: Findings) -> str:
-    """The similarity of the softmax maps where one model alone uses other maps; empty elsewhere."""
-    probs = pair.differences.get(RAW + PROBS)
-    if probs is None or bool(first.model.get("mixes_maps")) == bool(second.model.get("mixes_maps")):
-        return ""
-    who = f"the raw similarities of {pair.first} and {pair.second}"
-    return f"Before the mixing, at the softmax (probs), {who} are {_both(probs)}."
-
-
 def _outputs(pair: Pair) -> str:
     """Accuracy and agreement, as far as they are known; else empty."""
     parts = []
@@ -242,13 +237,6 @@ def _change(paired: Paired, at: int, test: str) -> str:
     return f"difference {number(paired.difference[at])}, 95 % {interval(paired.ci95[at])}, {test} {value}"
 
 
-def _similarity_of_twin(findings: Findings) -> float | None:
-    """Raw similarity between neighbouring blocks of the untrained twin, where that was measured."""
-    result = findings.metrics.get(RAW)
-    values = None if result is None else null_of(result, "untrained")
-    return None if values is None else mean(adjacent(values))
-
-
 def _caveats(case: str, pair: Pair, first: Findings, second: Findings) -> list[str]:
     caveats = []
     untrained = [label for label, f in ((pair.first, first), (pair.second, second)) if is_untrained(f.model)]
@@ -266,26 +254,16 @@ def _caveats(case: str, pair: Pair, first: Findings, second: Findings) -> list[s
 def over_training(comparison: Comparison) -> Verdict:
     """The verdict of the checkpoints of one training, from the first to the last."""
     labels, pair = list(comparison.subjects), comparison.pairs[-1]
-    first, last = (comparison.subjects[label].summary for label in (labels[0], labels[-1]))
-    parts = []
-    for noun, key, name in (
-        ("κ", "kappa_adjacent", RAW + KAPPA),
-        ("raw similarity", "attention_similarity_adjacent", RAW),
-        ("patch diversity", "patch_diversity_last", ""),
-    ):
-        difference = pair.differences.get(name)
+    head, counts = [], []
+    for noun, (key, digits) in SUMMARIES.items():
+        values = [number(findings.summary.get(key), digits) for findings in comparison.subjects.values()]
+        difference = pair.differences.get({"κ": RAW + KAPPA, "raw similarity": RAW}.get(noun, ""))
         change = "" if difference is None else f" (change 95 % {interval(difference.overall.ci95[0])})"
-        parts.append(f"{noun} {number(first.get(key))} → {number(last.get(key))}{change}")
-    head = f"From {labels[0]} to {labels[-1]}, over {len(labels)} checkpoints: {', '.join(parts)}."
-    counts = []
-    for noun, key, digits in (
-        ("Similar blocks", "similar_blocks", 0),
-        ("Corrected by κ", "similar_blocks_corrected", 0),
-        ("Accuracy", ACCURACY, 3),
-    ):
-        values = [findings.summary.get(key) for findings in comparison.subjects.values()]
-        if any(value is not None for value in values):
-            counts.append(f"{noun}: {', '.join(number(value, digits) for value in values)}.")
+        if key in ("similar_blocks", "similar_blocks_corrected", ACCURACY):
+            counts += [] if set(values) == {DASH} else [f"{sentence_case(noun)}: {', '.join(values)}."]
+        else:
+            head.append(f"{noun} {values[0]} → {values[-1]}{change}")
+    first = f"From {labels[0]} to {labels[-1]}, over {len(labels)} checkpoints: {', '.join(head)}."
     caveats = ("This is one training run: another seed may take another course.", SEED_CAVEAT)
     label = f"{labels[-1]} compared with {labels[0]}"
-    return Verdict("course", tuple(filter(None, (head, " ".join(counts), _outputs(pair)))), caveats, label=label)
+    return Verdict("course", tuple(filter(None, (first, " ".join(counts), _outputs(pair)))), caveats, label=label)

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
 from collapse_probe.report.findings.tables import words_of
 from collapse_probe.report.heatmaps import UNSIGNED, Panel, heat
 from collapse_probe.report.style import (
+    DEPTH,
     INK,
     MUTED,
     NARROW,
@@ -22,15 +23,18 @@ from collapse_probe.report.style import (
     curve,
     dots_of_heads,
     drawn,
+    floor,
     over_blocks,
+    over_counts,
     panels,
     share_legend,
     sheet,
 )
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import (
+    Count,
     adjacent,
-    corrected_count,
+    counts_of,
     entropy_share,
     null_ci95,
     null_of,
@@ -41,7 +45,6 @@ from collapse_probe.results.readings import (
 from collapse_probe.results.rules import COUNT_THRESHOLDS, KAPPA_ABOVE
 from collapse_probe.statistics.intervals import Array
 
-DEPTH = "depth (0: before block 0)"
 DOTTED = (0, (1, 3))
 OVER_BLOCKS = {
     "head-similarity": "between heads of one block",
@@ -69,7 +72,7 @@ def adjacent_blocks(findings: Findings, narrow: bool = False) -> Figure | None:
         look = ROLES["other_token"]
         axes[1].axhline(0.0, color=look.colour, linestyle=look.line, linewidth=look.width, zorder=1)
         _thresholds(axes[1], (KAPPA_ABOVE,))
-        axes[1].set(ylabel="null-corrected κ", ylim=(min(_floor([adjacent(kappa)]), -0.25), 1.05))
+        axes[1].set(ylabel="null-corrected κ", ylim=(min(floor([adjacent(kappa)]), -0.25), 1.05))
         axes[1].grid(axis="y")
     over_blocks(axes[-1], x, "block b, compared with block b − 1")
     share_legend(figure, columns=2 if narrow else 5)
@@ -85,12 +88,8 @@ def _with_references(axes: Axes, x: Array, values: Array, ci95: Array | None, ot
     curve(axes, x, values, ROLES["measured"], ci95)
     for role, line in others.items():
         curve(axes, x, line, ROLES[role])
-    axes.set_ylim(_floor([values, *others.values()]), 1.03)
+    axes.set_ylim(floor([values, *others.values()]), 1.03)
     axes.grid(axis="y")
-
-
-def _floor(lines: Iterable[Array]) -> float:
-    return min(float(np.min(line[np.isfinite(line)], initial=0.0)) for line in lines) * 1.1 - 0.03
 
 
 def _thresholds(axes: Axes, levels: Iterable[float]) -> None:
@@ -147,37 +146,26 @@ def counts(findings: Findings, names: Sequence[str], narrow: bool) -> Figure:
     """A panel for each of these similar-blocks results: a row for each threshold; last, how many pass by kappa."""
     figure, places = panels(len(names), narrow, tall=2.7, columns=1, above=0.3)
     for axes, name in zip(places, names, strict=True):
-        result, corrected, pairs = findings.metrics[name], corrected_count(findings, name), pair_count(findings, name)
-        rows = [f"raw > {float(level):g}" for level in result.settings.get("thresholds", COUNT_THRESHOLDS)]
-        fresh = null_of(result, "untrained")
-        for y, value in enumerate(result.array):
-            _count(axes, y, float(value), None if result.ci95 is None else result.ci95[y])
-            if fresh is not None:
-                twin = ROLES["untrained"]
-                look = {"marker": "D", "markersize": 11, "color": twin.colour, "markerfacecolor": "white", "zorder": 2}
-                axes.plot([fresh[y]], [y], linestyle="", label=twin.label, **look)  # type: ignore[arg-type]
-        if corrected is not None:
-            _count(axes, len(rows), corrected.value, corrected.ci95)
-            rows.append(f"κ > {corrected.above:g}")
-        room = max(0.03 * pairs, 0.1)
-        axes.set(xlim=(-room, pairs + room), ylim=(len(rows) - 0.5, -0.5), xlabel=f"adjacent pairs, of {pairs}")
-        axes.set_yticks(range(len(rows)), rows)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.grid(axis="x")
+        each = counts_of(findings, name)
+        for y, count in enumerate(each.values()):
+            _count(axes, y, count)
+        over_counts(axes, list(each), pair_count(findings, name))
         if len(names) > 1 or name != "similar-blocks":
-            axes.set_title(result.description.panel)
+            axes.set_title(findings.metrics[name].description.panel)
     share_legend(figure, columns=2)
     return figure
 
 
-def _count(axes: Axes, y: int, value: float, ends: Array | None) -> None:
-    """One count as a dot on row `y`, with its interval as a bar and the number above it."""
-    look = ROLES["measured"]
+def _count(axes: Axes, y: int, count: Count) -> None:
+    """One count as a dot on row `y`, with its interval as a bar and the number above it; hollow: the untrained twin's."""
+    look, twin, value, ends = ROLES["measured"], ROLES["untrained"], count.value, count.ci95
     axes.plot([value], [y], linestyle="", marker="o", markersize=7, color=look.colour, label=look.label, zorder=3)
     if ends is not None and np.isfinite(ends).all():
         axes.plot(ends, [y, y], color=look.colour, linewidth=4, alpha=0.35, solid_capstyle="butt", zorder=1)
     if np.isfinite(value):
         axes.annotate(f"{value:.3g}", (value, y), (0, 9), textcoords="offset points", ha="center", fontsize=8, color=INK)
+    if count.untrained is not None:
+        axes.plot([count.untrained], [y], "D", markersize=11, color=twin.colour, markerfacecolor="white", label=twin.label)
 
 
 @drawn

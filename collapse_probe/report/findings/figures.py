@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -24,7 +25,9 @@ from collapse_probe.statistics.permutation import LEVEL, SHOWN, beyond_null, pai
 MARK = f"dot (below the diagonal): more alike than with the wrong tokens, q ≤ {LEVEL:g}"
 
 
-def _similarity(findings: Findings, name: str, narrow: bool) -> Figure | None:
+@drawn
+def similarity(findings: Findings, narrow: bool = False, *, name: str) -> Figure | None:
+    """Cosine between the maps of every two blocks, or the patches at every two depths, raw and null-corrected side by side."""
     result = result_of(findings, name)
     if result is None:
         return None
@@ -33,18 +36,6 @@ def _similarity(findings: Findings, name: str, narrow: bool) -> Figure | None:
     if panels[1] is not None and tested is not None and name == SHOWN:
         panels[1] = replace(panels[1], marked=np.tril(beyond_null(tested), -1), mark=MARK)
     return grid(panels, 2 if panels[1] else 1, narrow=narrow)
-
-
-@drawn
-def attention_similarity(findings: Findings, narrow: bool = False) -> Figure | None:
-    """Cosine between the maps of every two blocks, raw and null-corrected side by side."""
-    return _similarity(findings, "attention-similarity", narrow)
-
-
-@drawn
-def feature_similarity(findings: Findings, narrow: bool = False) -> Figure | None:
-    """Cosine between the patch embeddings at every two depths, raw and null-corrected side by side."""
-    return _similarity(findings, "feature-similarity", narrow)
 
 
 @drawn
@@ -80,7 +71,7 @@ def weights_depth(findings: Findings, narrow: bool = False) -> Figure | None:
 
 
 @dataclass(frozen=True)
-class Entry(Drawing[Findings]):
+class Entry(Drawing):
     """One figure of the page: the section in which it stands, in it right after the figure `after` where that is there.
 
     `shows` names the metrics, with wildcards, that need no other figure.
@@ -99,7 +90,7 @@ FIGURES: dict[str, Entry] = {
         "alike as the maps of unrelated tokens. The scales are the same on every page.",
         "A dark raw panel alone is no collapse. Near-uniform maps, and maps in which every query looks at the same keys, "
         "have a raw cosine near 1 whatever they attend to; only κ and the other readings below tell these apart.",
-        attention_similarity,
+        partial(similarity, name="attention-similarity"),
         shows=("attention-similarity",),
     ),
     "attention-adjacent": Entry(
@@ -176,7 +167,7 @@ FIGURES: dict[str, Entry] = {
         "Cosine of the embeddings of the same patch at two depths, raw and null-corrected; depth 0 is what enters the "
         "first block.",
         "The residual stream carries each embedding on, so neighbouring depths are close to 1 in nearly every deep network.",
-        feature_similarity,
+        partial(similarity, name="feature-similarity"),
         shows=("feature-similarity",),
     ),
     "convergence": Entry(
@@ -277,19 +268,15 @@ def draw_all(findings: Findings, *, narrow: bool = False, names: Collection[str]
 def caption_of(key: str, families: Mapping[str, list[str]], findings: Findings) -> Caption:
     """The words under a figure: its own, with those about the dots where it has some, or those of its metric."""
     if key not in families:
-        return _with_tests(FIGURES[key], key, findings)
+        caption, whole = FIGURES[key], pairs_tested(findings.sureness.get("tests") or {}, key)
+        tested = result_of(findings, key)
+        if key != SHOWN or whole is None or tested is None or null_of(tested, "kappa") is None:
+            return caption
+        seen = TESTED_PAIRS.seen.format(level=LEVEL, **{name: whole[name] for name in ("test", "significant", "tested")})
+        return replace(caption, seen=f"{caption.seen} {seen}", limits=f"{caption.limits} {TESTED_PAIRS.limits}")
     result = findings.metrics[families[key][0]]
     stated = result.description
     title = stated.title or families[key][0]
     if "-variants" in key:
         return replace(OTHER_SETTINGS, title=f"{OTHER_SETTINGS.title}: {title[0].lower()}{title[1:]}")
     return Caption(title, stated.seen or result.definition, stated.limits)
-
-
-def _with_tests(caption: Caption, key: str, findings: Findings) -> Caption:
-    """`caption` with what the dots on the κ panel say, where all pairs of blocks were tested."""
-    result, whole = result_of(findings, key), pairs_tested(findings.sureness.get("tests") or {}, key)
-    if key != SHOWN or whole is None or result is None or null_of(result, "kappa") is None:
-        return caption
-    seen = TESTED_PAIRS.seen.format(level=LEVEL, **{name: whole[name] for name in ("test", "significant", "tested")})
-    return replace(caption, seen=f"{caption.seen} {seen}", limits=f"{caption.limits} {TESTED_PAIRS.limits}")

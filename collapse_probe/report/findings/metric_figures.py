@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from collapse_probe.report.findings.curves import DEPTH, counts
+from collapse_probe.report.findings.curves import counts
 from collapse_probe.report.heatmaps import SIGNED, Panel, grid, scale_of
 from collapse_probe.report.style import (
+    DEPTH,
     DISTINCT,
     MARKERS,
     ROLES,
@@ -67,22 +68,17 @@ def family_figure(findings: Findings, names: Sequence[str], narrow: bool = False
         return None
     shape = kind(next(iter(results.values())))
     if shape == "matrix":
-        return _matrices(results, narrow)
+        places: list[Panel | None] = []
+        for name, result in results.items():
+            title = result.description.panel
+            places += pair(result, title, "κ, null-corrected" if "@" not in name else f"κ; {title}", twin=True)
+        places = places if any(places[1::2]) else places[::2]
+        return grid(places, 4 if len(places) > 4 else min(len(places), 2), narrow=narrow)
     if shape == "counts":
         return counts(findings, list(results), narrow)
     if shape == "weights":
         return matrix_lines(results, narrow)
     return _curves(findings, results, narrow)
-
-
-def _matrices(results: Mapping[str, MetricResult], narrow: bool) -> Figure:
-    places: list[Panel | None] = []
-    for name, result in results.items():
-        title = result.description.panel
-        places += pair(result, title, "κ, null-corrected" if "@" not in name else f"κ; {title}", twin=True)
-    if not any(places[1::2]):
-        places = places[::2]
-    return grid(places, 4 if len(places) > 4 else min(len(places), 2), narrow=narrow)
 
 
 def pair(result: MetricResult, raw: str, corrected: str, twin: bool = False) -> list[Panel | None]:
@@ -102,7 +98,17 @@ def _curves(findings: Findings, results: Mapping[str, MetricResult], narrow: boo
     every = {name: lines(result) for name, result in relatives.items() if result.values is not None}
     figure, places = panels(len(results), narrow, tall=2.9)
     for axes, (name, result) in zip(places, results.items(), strict=True):
-        _draw(axes, every[name], result.description.reference[1] if result.description.reference else "")
+        panel, x = every[name], np.arange(len(result.array), dtype=np.float64)
+        if panel.dots is not None:
+            dots_of_heads(axes, x, panel.dots)
+        curve(axes, x, panel.values, ROLES["measured"], panel.ci95)
+        for role, values in panel.others.items():
+            curve(axes, x, values, ROLES[role])
+        if panel.reference is not None and result.description.reference is not None:
+            curve(axes, x, panel.reference, replace(REFERENCE, label=result.description.reference[1]))
+        over_blocks(axes, x, panel.along, 12)
+        axes.set(title=panel.title, ylabel=panel.unit)
+        axes.grid(axis="y")
         _scale(axes, result.description, [other for other in every.values() if other.unit == every[name].unit])
     share_legend(figure, columns=2 if narrow else 5)
     return figure
@@ -123,20 +129,6 @@ def lines(result: MetricResult) -> Lines:
         average, ci95 = result.head_mean[0], result.head_mean[2]
     others = {role: over_heads(values) for role, values in nulls_of(result).items()}
     return Lines(title, unit, along, average, ci95, others, result.array, reference)
-
-
-def _draw(axes: Axes, panel: Lines, reference: str) -> None:
-    x = np.arange(len(panel.values), dtype=np.float64)
-    if panel.dots is not None:
-        dots_of_heads(axes, x, panel.dots)
-    curve(axes, x, panel.values, ROLES["measured"], panel.ci95)
-    for role, values in panel.others.items():
-        curve(axes, x, values, ROLES[role])
-    if panel.reference is not None:
-        curve(axes, x, panel.reference, replace(REFERENCE, label=reference))
-    over_blocks(axes, x, panel.along, 12)
-    axes.set(title=panel.title, ylabel=panel.unit)
-    axes.grid(axis="y")
 
 
 def _scale(axes: Axes, stated: Description, peers: Sequence[Lines]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from collapse_probe.report.findings.tables import (
     sides,
     words_of,
 )
-from collapse_probe.report.html import Plate, looked_at, paper, plate_of, write_page
+from collapse_probe.report.html import Plate, looked_at, paper, picture_url, plate_of, write_page
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import is_untrained, null_of, result_of, weights_only
 from collapse_probe.results.text import number, plain, sentence_case
@@ -149,53 +147,23 @@ def _notes(findings: Findings, name: str) -> list[str]:
     return [f"κ is not drawn here: {reasons.get('kappa', 'the other-token null was not taken, or is 1 everywhere')}."]
 
 
-@dataclass(frozen=True)
-class EndImage:
-    """One image: its name, its value, a data URL and the picture's size in pixels."""
+def both_ends(findings: Findings) -> dict[str, Any] | None:
+    """The headline number in `words`, its `median` over `images`, and its two `ends`, title and images each, outermost first.
 
-    name: str
-    value: str
-    source: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class End:
-    """One end of the number and its images, the outermost first."""
-
-    title: str
-    images: tuple[EndImage, ...]
-
-
-@dataclass(frozen=True)
-class BothEnds:
-    """The number in words, its two ends, and its median over how many images."""
-
-    words: str
-    ends: tuple[End, ...]
-    median: str
-    images: int
-
-
-def both_ends(findings: Findings) -> BothEnds | None:
-    """The images at the two ends that have a picture; None where the findings hold none."""
+    Of an image: name, value, a data URL as `source`, width and height in pixels. None where no image has a picture.
+    """
     chosen = pictured(findings.sureness.get("extremes") or {})
     if chosen is None or not findings.thumbnails:
         return None
     name, entry = chosen
-    titles = zip(("highest", "lowest"), sides(entry), strict=True)
-    ends = tuple(End(sentence_case(title), _images(findings, entry[end])) for end, title in titles)
-    return BothEnds(sentence_case(words_of(name)), ends, number(entry["median"]), int(entry["images"]))
-
-
-def _images(findings: Findings, listed: Sequence[Mapping[str, Any]]) -> tuple[EndImage, ...]:
-    images = []
-    for each in listed:
-        name = str(each["name"])
-        if name in findings.thumbnails:
-            pixels, buffer = findings.thumbnails[name], io.BytesIO()
-            Image.fromarray(pixels).save(buffer, "jpeg", quality=80, optimize=True)
-            source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-            images.append(EndImage(name, number(each["value"]), source, width=pixels.shape[1], height=pixels.shape[0]))
-    return tuple(images)
+    ends = []
+    for end, title in zip(("highest", "lowest"), sides(entry), strict=True):
+        images = []
+        for each in (each for each in entry[end] if str(each["name"]) in findings.thumbnails):
+            pixels = findings.thumbnails[str(each["name"])]
+            source = picture_url(Image.fromarray(pixels), "jpeg", quality=80, optimize=True)
+            size = {"width": pixels.shape[1], "height": pixels.shape[0]}
+            images.append({"name": str(each["name"]), "value": number(each["value"]), "source": source, **size})
+        ends.append({"title": sentence_case(title), "images": images})
+    facts = {"median": number(entry["median"]), "images": int(entry["images"])}
+    return {"words": sentence_case(words_of(name)), "ends": ends, **facts}

@@ -51,20 +51,12 @@ def _metric(result: MetricResult) -> list[tuple[str, str]]:
     facts = [("axes", " × ".join(result.dims))]
     facts += [("collapse", COLLAPSED[result.collapsed])] if result.collapsed in COLLAPSED else []
     facts += [("taken at", POINTS.get(result.point, result.point))] if result.point else []
-    facts += [(str(key).replace("_", " "), _setting(value)) for key, value in {**result.settings, **result.details}.items()]
-    return facts + ([] if result.nulls is None else _nulls(result.nulls))
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
-        return f"a table of {len(value)} rows, in findings.json"
-    if np.ndim(value) > 1:
-        return f"{' × '.join(map(str, np.shape(value)))} numbers, in findings.json"
-    return plain(value)
-
-
-def _nulls(nulls: Nulls) -> list[tuple[str, str]]:
-    facts = []
+    for key, value in {**result.settings, **result.details}.items():
+        text = f"{' × '.join(map(str, np.shape(value)))} numbers, in findings.json" if np.ndim(value) > 1 else plain(value)
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+            text = f"a table of {len(value)} rows, in findings.json"
+        facts.append((str(key).replace("_", " "), text))
+    nulls = Nulls({}, {}) if result.nulls is None else result.nulls
     for role, values in nulls.values.items():
         name, count = f"null: {NULL_LABELS.get(role, role)}", nulls.images.get(role)
         if values is None:

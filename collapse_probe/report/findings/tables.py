@@ -26,7 +26,7 @@ from collapse_probe.results.readings import (
     result_of,
 )
 from collapse_probe.results.rules import KAPPA_ABOVE, RAW_ABOVE
-from collapse_probe.results.text import DASH, interval, number, plain, sentence_case
+from collapse_probe.results.text import DASH, interval, number, p_value, plain, sentence_case
 from collapse_probe.statistics.estimates import HEADLINES
 from collapse_probe.statistics.intervals import Array
 from collapse_probe.statistics.permutation import LEVEL
@@ -44,7 +44,17 @@ class Card:
 
 def key_numbers(findings: Findings) -> list[Card]:
     """The strip of key numbers; what was not measured is left out."""
-    return [*_similarity_cards(findings), *_count_card(findings), *_entropy_card(findings), *_diversity_card(findings)]
+    cards = [*_similarity_cards(findings), *_count_card(findings)]
+    share, diversity = entropy_share(findings), result_of(findings, "patch-diversity")
+    if share is not None and mean(share.mean) is not None:
+        detail, beside = f"of {share.unit}; 1 is uniform attention", _beside_twin(mean(share.untrained), 2)
+        cards.append(Card("attention entropy", number(mean(share.mean), 2), detail, beside))
+    if diversity is not None and len(diversity.array):
+        fresh = null_of(diversity, "untrained")
+        ends = "" if diversity.ci95 is None else f"95 %: {interval(diversity.ci95[-1])}"
+        beside = _beside_twin(None if fresh is None else fresh[-1])
+        cards.append(Card("patch diversity after the last block", number(diversity.array[-1]), ends, beside))
+    return cards
 
 
 def _similarity_cards(findings: Findings) -> list[Card]:
@@ -101,31 +111,22 @@ def _count_card(findings: Findings) -> list[Card]:
     return [Card("similar blocks, raw / corrected", value, detail, f"95 %: {', '.join(ends)}" if ends else "")]
 
 
-def _entropy_card(findings: Findings) -> list[Card]:
-    share = entropy_share(findings)
-    if share is None or mean(share.mean) is None:
-        return []
-    detail = f"of {share.unit}; 1 is uniform attention"
-    return [Card("attention entropy", number(mean(share.mean), 2), detail, _beside_twin(mean(share.untrained), 2))]
-
-
-def _diversity_card(findings: Findings) -> list[Card]:
-    result = result_of(findings, "patch-diversity")
-    if result is None or not len(result.array):
-        return []
-    fresh = null_of(result, "untrained")
-    ends = "" if result.ci95 is None else f"95 %: {interval(result.ci95[-1])}"
-    beside = _beside_twin(None if fresh is None else fresh[-1])
-    return [Card("patch diversity after the last block", number(result.array[-1]), ends, beside)]
-
-
 def per_block(findings: Findings) -> Table:
     """One row a block: similarity with the block before, its nulls, kappa, entropy and patch diversity."""
     columns: dict[str, list[str]] = {}
     notes: list[str] = []
     similarity = result_of(findings, "attention-similarity")
     if similarity is not None:
-        columns |= _similarity_columns(similarity)
+
+        def cells(matrix: Array | None, write: Callable[[Any], str] = number) -> list[str]:
+            """Cells of each block with the block before: a dash for block 0, and everywhere where nothing was measured."""
+            return [DASH] * len(similarity.array) if matrix is None else [DASH, *map(write, adjacent(matrix))]
+
+        columns["adjacent similarity"] = cells(similarity.array)
+        columns["stderr"] = cells(similarity.stderr, partial(number, digits=4))
+        columns["95 % interval"] = cells(similarity.ci95, interval)
+        columns |= {NULL_LABELS[role]: cells(null_of(similarity, role)) for role in (*NULLS, "kappa")}
+        columns["κ, 95 % interval"] = cells(null_ci95(similarity, "kappa"), interval)
         notes.append("Block 0 has no block before it, so nothing to be compared with.")
         absent = [role for role in (*NULLS, "kappa") if null_of(similarity, role) is None]
         notes += [f"{NULL_LABELS[role]}: {_why_no_null(similarity, role)}." for role in absent]
@@ -144,40 +145,14 @@ def per_block(findings: Findings) -> Table:
     return Table(("block", *columns), tuple(rows), tuple(notes))
 
 
-def _similarity_columns(result: MetricResult) -> dict[str, list[str]]:
-    """Cells of each block with the block before: a dash for block 0, and everywhere where something was not measured."""
-
-    def cells(matrix: Array | None, write: Callable[[Any], str] = number) -> list[str]:
-        return [DASH] * len(result.array) if matrix is None else [DASH, *map(write, adjacent(matrix))]
-
-    return {
-        "adjacent similarity": cells(result.array),
-        "stderr": cells(result.stderr, partial(number, digits=4)),
-        "95 % interval": cells(result.ci95, interval),
-        **{NULL_LABELS[role]: cells(null_of(result, role)) for role in (*NULLS, "kappa")},
-        "κ, 95 % interval": cells(null_ci95(result, "kappa"), interval),
-    }
-
-
 DECIDED = {
     "paper": "the paper decides where its code differs",
     "code": "the authors' code decides where the paper differs",
 }
 
 
-@dataclass(frozen=True)
-class Followed:
-    """One preset: its name, version and summary, its metrics and sources as (name, value), and the table of its choices."""
-
-    name: str
-    version: str
-    summary: str
-    facts: tuple[tuple[str, str], ...]
-    choices: Table
-
-
-def followed(findings: Findings) -> list[Followed]:
-    """The presets as the findings hold them; empty where none was asked for."""
+def followed(findings: Findings) -> list[dict[str, Any]]:
+    """Name, version, summary, facts (metrics and sources) and the table of choices of each preset as the findings hold it."""
     presets = []
     for name, record in findings.presets.items():
         source, follows = record.get("source") or {}, str(record.get("follows"))
@@ -189,7 +164,8 @@ def followed(findings: Findings) -> list[Followed]:
         rows = tuple((str(row["choice"]), str(row["value"]), str(row["follows"])) for row in record.get("choices") or ())
         header = ("choice", "as it is made here", "decided by")
         choices = Table(header, rows, (), f"The choices of {name}", words=frozenset((1, 2)))
-        presets.append(Followed(name, str(record.get("version")), str(record.get("summary") or ""), facts, choices))
+        words = {"version": str(record.get("version")), "summary": str(record.get("summary") or "")}
+        presets.append({"name": name, **words, "facts": facts, "choices": choices})
     return presets
 
 
@@ -240,26 +216,18 @@ def _sensitivity_table(kind: str, results: Sequence[MetricResult]) -> Table:
 MOST_CLASSES = 60
 
 
-@dataclass(frozen=True)
-class Certainty:
-    """What the section on how sure the findings are holds."""
-
-    sentences: tuple[str, ...]
-    tables: tuple[Table, ...]
-    extremes: tuple[Table, ...]
-    warning: str
-
-
-def certainty(findings: Findings) -> Certainty:
-    """Everything that the findings say about how sure they are; empty where nothing was stored."""
-    kept = findings.sureness
-    sentences = [*((kept.get("convergence") or {}).get("sentences") or ())]
+def certainty(findings: Findings) -> dict[str, Any]:
+    """Everything that the findings say about how sure they are: `sentences`, `tables`, `extremes`, `warning`."""
+    stored = findings.sureness
+    extremes, convergence = stored.get("extremes") or {}, stored.get("convergence") or {}
     whole = findings.metrics.get("attention-similarity")
     beyond = "" if whole is None else against_seeds(whole)
-    sentences += [f"{sentence_case(beyond)}."] if beyond else []
-    found = [table for table in (pair_tests_table(findings), classes_table(findings)) if table is not None]
-    warning = str((kept.get("extremes") or {}).get("warning") or "")
-    return Certainty(tuple(sentences), tuple(found), tuple(extremes_tables(findings)), warning)
+    return {
+        "sentences": [*(convergence.get("sentences") or ()), *([f"{sentence_case(beyond)}."] if beyond else [])],
+        "tables": [table for table in (pair_tests_table(findings), classes_table(findings)) if table is not None],
+        "extremes": extremes_tables(findings),
+        "warning": str(extremes.get("warning") or ""),
+    }
 
 
 def rules_table(findings: Findings) -> Table | None:
@@ -299,7 +267,7 @@ def pair_tests_table(findings: Findings) -> Table | None:
         row = {
             "metric": name,
             "pairs above their null": f"{test['significant']} of {test['tested']}",
-            "largest q among them": _q_value(max(passed)) if passed else DASH,
+            "largest q among them": p_value(max(passed)) if passed else DASH,
             "smallest p possible": f"{test['smallest_p']:.2g}",
             "images": str(test["images"]),
             "all pairs": DASH if whole is None else f"{whole['significant']} of {whole['tested']} ({whole['test']})",
@@ -349,16 +317,12 @@ def classes_table(findings: Findings) -> Table | None:
             if q is not None and q <= LEVEL:
                 marked |= {(at, len(row)), (at, len(row) + 2)}
             ends = (entry["ci_low"][at], entry["ci_high"][at])
-            row += [number(entry["value"][at]), DASH if None in ends else interval(ends), _q_value(q)]
+            row += [number(entry["value"][at]), DASH if None in ends else interval(ends), p_value(q)]
         rows.append(tuple(row))
     more = len(classes["names"]) - len(rows)
     notes = [f"Outlined: q ≤ {LEVEL:g}. {classes['test']}. A class with fewer than two images has no interval."]
     notes += [f"{more} more classes are in findings.json."] if more > 0 else []
     return Table(tuple(header), tuple(rows), tuple(notes), "Class by class", frozenset(marked))
-
-
-def _q_value(value: float | None) -> str:
-    return "< 0.001" if value is not None and value < 0.001 else number(value)
 
 
 def words_of(name: str) -> str:

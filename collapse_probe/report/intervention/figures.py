@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -112,7 +113,7 @@ def beside_similarity(interventions: Interventions, narrow: bool = False) -> Fig
     return figure
 
 
-FIGURES: dict[str, Drawing[Interventions]] = {
+FIGURES: dict[str, Drawing] = {
     "one-at-a-time": Drawing(
         "One block at a time",
         "Each block's map replaced while all others are the model's own: how far the output moves (KL in nats), how many "
@@ -137,8 +138,5 @@ FIGURES: dict[str, Drawing[Interventions]] = {
         beside_similarity,
     ),
 }
-
-
-def draw_all(interventions: Interventions, *, narrow: bool = False) -> dict[str, Figure]:
-    """Every figure that these numbers fill, by name, in the order of the page; `narrow` for a phone."""
-    return draw_figures(FIGURES, interventions, narrow=narrow)
+draw_all = functools.partial(draw_figures, FIGURES)
+"""Every figure that these numbers fill, by name, in the order of the page; `narrow` for a phone."""

@@ -26,6 +26,10 @@ def write_interventions(interventions: Interventions, folder: str | Path) -> Pat
 def render(interventions: Interventions, figures: Mapping[str, Figure] | None = None) -> str:
     """One self-contained HTML page; `figures` (wide, as `draw_all` makes them) are drawn where not given."""
     accuracy = interventions.plain["accuracy"]
+    header, tables = ("blocks", *HEADER[: None if accuracy is not None else 4]), []
+    for kind, effects in interventions.single.items():
+        measured = ([e for e in effects if e.kl is not None], interventions.cumulative[kind])
+        tables.append((kind, *(Table(header, tuple(_row(e, accuracy is not None) for e in each), ()) for each in measured)))
     every = [effect for effects in interventions.single.values() for effect in effects]
     return paper(
         "intervention.html",
@@ -36,19 +40,12 @@ def render(interventions: Interventions, figures: Mapping[str, Figure] | None = 
         verdicts=verdicts(interventions),
         keeps=f"{KEEPS_ANSWERS:.0%}",
         plates=plates_of(FIGURES, interventions, figures),
-        tables=[(kind, *_tables(interventions, kind, accuracy is not None)) for kind in interventions.single],
+        tables=tables,
         refused=[(e.kind, e.blocks[0], e.not_applicable) for e in every if e.not_applicable],
         kinds=interventions.kinds,
         definitions=DEFINITIONS,
         provenance=[(part, facts(getattr(interventions, part))) for part in ("model", "data", "run")],
     )
-
-
-def _tables(interventions: Interventions, kind: str, accurate: bool) -> tuple[Table, Table]:
-    """The single and the cumulative effects."""
-    header = ("blocks", *HEADER[: None if accurate else 4])
-    single = tuple(_row(e, accurate) for e in interventions.single[kind] if e.kl is not None)
-    return Table(header, single, ()), Table(header, tuple(_row(e, accurate) for e in interventions.cumulative[kind]), ())
 
 
 def _row(effect: Effect, accurate: bool) -> tuple[str, ...]:

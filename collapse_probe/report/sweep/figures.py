@@ -56,9 +56,9 @@ STARS = (
 )
 
 
-def drawings(sweep: Sweep) -> dict[str, Drawing[Sweep]]:
+def drawings(sweep: Sweep) -> dict[str, Drawing]:
     """The figures that a sweep over these axes can have, by name."""
-    figures: dict[str, Drawing[Sweep]] = {}
+    figures: dict[str, Drawing] = {}
     for axis in sweep.axes:
         for kind, caption in CAPTIONS.items():
             seen = [caption.seen, "Bars: 95 % t intervals over seeds." if len(sweep.seeds) > 1 else "One seed: no intervals."]
@@ -94,7 +94,8 @@ def draw(sweep: Sweep, narrow: bool = False, *, kind: str, axis: str) -> Figure 
 
 
 def _panel(axes: Axes, sweep: Sweep, axis: str, key: str) -> None:
-    places, series = _places(sweep, axis), sweep.series(axis)
+    series, numeric = sweep.series(axis), sweep.is_numeric(axis)
+    places = {spelled(value): float(value) if numeric else float(at) for at, value in enumerate(sweep.varied[axis])}
     step = float(min(np.diff(sorted(places.values())), default=0.0))
     for at, (role, points) in enumerate(zip(_roles(list(series)), series.values(), strict=True)):
         aside = ASIDE * step * (at - (len(series) - 1) / 2)
@@ -115,12 +116,6 @@ def _panel(axes: Axes, sweep: Sweep, axis: str, key: str) -> None:
     if key.startswith("similar_blocks"):
         axes.set_ylim(bottom=min(-0.4, axes.get_ylim()[0]), top=max(axes.get_ylim()[1], 1.4))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _places(sweep: Sweep, axis: str) -> dict[str, float]:
-    """Where each value stands on its axis: numbers at themselves, anything else one after the other."""
-    numeric = sweep.is_numeric(axis)
-    return {spelled(value): float(value) if numeric else float(at) for at, value in enumerate(sweep.varied[axis])}
 
 
 def _roles(labels: Sequence[str]) -> list[Role]:

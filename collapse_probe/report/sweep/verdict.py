@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from collapse_probe.results.sweep import UNTRAINED, CellResult, Points, Sweep, Trend, estimate, trend
+from collapse_probe.results.sweep import UNTRAINED, CellResult, Points, Sweep, estimate, trend
 from collapse_probe.results.text import DASH, interval, number
 from collapse_probe.results.verdict import Verdict
 
@@ -47,7 +47,13 @@ def verdicts(sweep: Sweep) -> list[Verdict]:
     """What each curve along the first axis of numbers shows, or each kind of network where no number was varied."""
     axis = _numeric_axis(sweep)
     if axis is None:
-        return [Verdict("levels", (_means(cells),), label=label) for label, cells in list(sweep.groups.items())[:MOST_VERDICTS]]
+        levels = []
+        for label, cells in list(sweep.groups.items())[:MOST_VERDICTS]:
+            counts = f"{mean(cells, 'similar_blocks', 1)} adjacent blocks count as similar by the raw cosine"
+            corrected, kappa = mean(cells, "similar_blocks_corrected", 1), mean(cells, "kappa_adjacent", 3)
+            text = f"{counts}, {corrected} by κ; mean κ {kappa}, accuracy {mean(cells, 'accuracy', 3)}."
+            levels.append(Verdict("levels", (text,), label=label))
+        return levels
     curves = list(sweep.series(axis).items())[:MOST_VERDICTS]
     return [Verdict("trend", tuple(_along(axis, points)), label=label) for label, points in curves]
 
@@ -72,14 +78,6 @@ def mean(cells: Sequence[CellResult], key: str, digits: int) -> str:
     return number(value.mean, digits) + ("" if value.ci95 is None else f" ({interval(value.ci95, digits)})")
 
 
-def _means(cells: Sequence[CellResult]) -> str:
-    return (
-        f"{mean(cells, 'similar_blocks', 1)} adjacent blocks count as similar by the raw cosine, "
-        f"{mean(cells, 'similar_blocks_corrected', 1)} by κ; mean κ {mean(cells, 'kappa_adjacent', 3)}, "
-        f"accuracy {mean(cells, 'accuracy', 3)}."
-    )
-
-
 def _along(axis: str, points: Points) -> list[str]:
     """A sentence for each of NUMBERS, and one on the counts of the untrained twins."""
     sentences = []
@@ -96,7 +94,10 @@ def _along(axis: str, points: Points) -> list[str]:
         untrained = [_mean(cells, UNTRAINED + key) for _, cells in (points[0], points[-1])]
         if key == "kappa_adjacent" and any(map(math.isfinite, untrained)):
             more = f", untrained {number(untrained[0])} and {number(untrained[1])}"
-        sentences.append(f"The {name} {slope.case}: {first}, {last}{more} ({_certainty(slope, axis)}).")
+        sure = "one seed, no interval"
+        if (along := slope.slope).ci95 is not None:
+            sure = f"slope over {axis} {number(along.mean, 4)}, 95 % {interval(along.ci95, 4)} over {along.seeds} seeds"
+        sentences.append(f"The {name} {slope.case}: {first}, {last}{more} ({sure}).")
         if key == "similar_blocks" and (case := against_twin(points)):
             counts = [_mean(cells, UNTRAINED + key) for _, cells in points]
             words = ", ".join(number(count, 0 if count == round(count) else 1) for count in counts)
@@ -127,13 +128,6 @@ def _mean(cells: Sequence[CellResult], key: str) -> float:
 def _share_of_pairs(cells: Sequence[CellResult]) -> str:
     share = estimate(c.number("similar_blocks") / c.number("pairs") for c in cells if c.number("pairs") > 0).mean
     return f"{share:.0%}" if math.isfinite(share) else DASH
-
-
-def _certainty(along: Trend, axis: str) -> str:
-    slope = along.slope
-    if slope.ci95 is None:
-        return "one seed, no interval"
-    return f"slope over {axis} {number(slope.mean, 4)}, 95 % {interval(slope.ci95, 4)} over {slope.seeds} seeds"
 
 
 def caveats(sweep: Sweep) -> list[str]:
