@@ -34,13 +34,9 @@ class Scale:
     colours: Colormap
 
 
-def _most_of(name: str, until: float) -> Colormap:
-    """A perceptually uniform map without its darkest end, where differences near 1 drown in black."""
-    whole = seaborn.color_palette(name, as_cmap=True)
-    return ListedColormap(whole(np.linspace(0.0, until, 256)), name=f"{name}-to-{until:g}")
-
-
-UNSIGNED = Scale(0.0, 1.0, _most_of("mako_r", 0.82))
+WHOLE = seaborn.color_palette("mako_r", as_cmap=True)
+# without the darkest end, where differences near 1 drown in black
+UNSIGNED = Scale(0.0, 1.0, ListedColormap(WHOLE(np.linspace(0.0, 0.82, 256)), name="mako_r-to-0.82"))
 SIGNED = Scale(-1.0, 1.0, seaborn.color_palette("vlag", as_cmap=True))
 
 
@@ -79,7 +75,9 @@ def heat(axes: Axes, panel: Panel, side: float, *, square: bool = True) -> None:
     """Draw `panel` on `axes`, about `side` inches wide; undefined cells stay hatched."""
     undefined = ~np.isfinite(panel.values)
     shown = np.where(undefined, 0.0, panel.values)
-    size = _number_size(panel, side) if square else 0.0
+    cells = max(panel.values.shape)
+    size = min(7.5, side * 72 / cells * (0.36 if panel.scale.low < 0 else 0.5))
+    size = size if square and cells <= MOST_NUMBERED and size >= SMALLEST_NUMBER else 0.0
     hatch(axes)
     seaborn.heatmap(
         shown,
@@ -100,7 +98,7 @@ def heat(axes: Axes, panel: Panel, side: float, *, square: bool = True) -> None:
         text.set_in_layout(False)  # they lie inside the cells; measuring each is slow
     if panel.marked is not None and panel.marked.any():
         rows, columns = np.nonzero(panel.marked)  # a dot in the middle of the cell, or above the number where there is one
-        cell = 72 * side / max(panel.marked.shape)  # points
+        cell = 72 * side / cells  # points
         dot, down = (min(0.14 * cell, 2.4), 0.2) if size else (min(0.24 * cell, 2.6), 0.5)
         axes.plot(columns + 0.5, rows + down, linestyle="", marker="o", markersize=dot, color=INK, markeredgewidth=0)
     for axis, count in zip((axes.yaxis, axes.xaxis), panel.values.shape, strict=True):
@@ -117,12 +115,6 @@ def heat(axes: Axes, panel: Panel, side: float, *, square: bool = True) -> None:
 def hatch(axes: Axes) -> None:
     """Hatch the ground of a matrix, which shows where cells are undefined."""
     axes.patch.set(facecolor=PAPER, edgecolor=HATCH, hatch="//////", linewidth=0)
-
-
-def _number_size(panel: Panel, side: float) -> float:
-    cells = max(panel.values.shape)
-    size = min(7.5, side * 72 / cells * (0.36 if panel.scale.low < 0 else 0.5))
-    return size if cells <= MOST_NUMBERED and size >= SMALLEST_NUMBER else 0.0
 
 
 def grid(places: Sequence[Panel | None], columns: int, *, narrow: bool = False) -> Figure:

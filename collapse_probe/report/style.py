@@ -23,7 +23,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from collapse_probe.results.readings import NULLS
+from collapse_probe.results.readings import NULLS, Count
 from collapse_probe.statistics.intervals import Array
 
 P = ParamSpec("P")
@@ -194,6 +194,19 @@ def over_counts(axes: Axes, rows: Sequence[str], pairs: int) -> None:
     axes.set_yticks(range(len(rows)), rows)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.grid(axis="x")
+
+
+def mark_count(axes: Axes, y: float, count: Count, role: Role, twin: Role) -> None:
+    """One count as a mark at height `y` with the number beside it and its interval as a bar; hollow: the untrained twin's."""
+    if count.untrained is not None:
+        hollow: dict[str, Any] = {"markersize": 10.5, "markerfacecolor": "white", "zorder": 2}
+        axes.plot([count.untrained], [y], "D", color=twin.colour, label=twin.label, **hollow)
+    axes.plot([count.value], [y], role.marker, color=role.colour, markersize=6, label=role.label, zorder=3)
+    if count.ci95 is not None and np.isfinite(count.ci95).all():
+        axes.plot(count.ci95, [y, y], color=role.colour, linewidth=4, alpha=0.35, solid_capstyle="butt", zorder=1)
+    if np.isfinite(count.value):
+        beside: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": INK}
+        axes.annotate(f"{count.value:.3g}", (count.value, y), (10, 0), **beside)
 
 
 def floor(lines: Iterable[Array]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +40,11 @@ class Quantity:
     axis: str = "block"
     ci95: Array | None = None
     note: str = ""
+
+    @property
+    def reach(self) -> Array:
+        """Half the length of each interval, [places]; 0 where none is taken."""
+        return np.zeros_like(self.values) if self.ci95 is None else half_width(self.ci95)
 
 
 Reader = Callable[[Findings, str], Quantity]
@@ -95,8 +100,7 @@ def rows_beyond_heads(findings: Findings, metric: str) -> Quantity:
     beyond = (rows.values - heads.values) / room
     if rows.ci95 is None:
         return _of_pairs(beyond, None, ROW_ALONE)
-    head_reach = np.zeros_like(beyond) if heads.ci95 is None else half_width(heads.ci95)
-    reach = np.hypot(half_width(rows.ci95), (1 - beyond) * head_reach) / room
+    reach = np.hypot(rows.reach, (1 - beyond) * heads.reach) / room
     return _of_pairs(beyond, np.stack([beyond - reach, beyond + reach], axis=-1), ROW_ALONE if heads.ci95 is None else "")
 
 
@@ -150,26 +154,23 @@ def cosine_at_last_depth(findings: Findings, metric: str) -> Quantity:
 
 def last_over_twin(findings: Findings, metric: str) -> Quantity:
     """The number after the last block over that of the untrained twin."""
-    last, (fresh, reach, note) = at_last_depth(findings, metric), _last_of_twin(findings, metric)
-    fresh = np.where(fresh > 0, fresh, np.nan)
-    assert last.ci95 is not None
-    ci95 = quotient_bounds(last.values, half_width(last.ci95), fresh, reach)
-    return Quantity(last.values / fresh, last.places, "depth", ci95, note)
+    last, twin = at_last_depth(findings, metric), _last_of_twin(findings, metric)
+    fresh = np.where(twin.values > 0, twin.values, np.nan)
+    ci95 = quotient_bounds(last.values, last.reach, fresh, twin.reach)
+    return replace(last, values=last.values / fresh, ci95=ci95, note=twin.note)
 
 
 def last_less_twin(findings: Findings, metric: str) -> Quantity:
     """The number after the last block less that of the untrained twin."""
-    last, (fresh, fresh_reach, note) = at_last_depth(findings, metric), _last_of_twin(findings, metric)
-    assert last.ci95 is not None
-    more, reach = last.values - fresh, np.hypot(half_width(last.ci95), fresh_reach)
-    return Quantity(more, last.places, "depth", np.stack([more - reach, more + reach], axis=-1), note)
+    last, twin = at_last_depth(findings, metric), _last_of_twin(findings, metric)
+    more, reach = last.values - twin.values, np.hypot(last.reach, twin.reach)
+    return replace(last, values=more, ci95=np.stack([more - reach, more + reach], axis=-1), note=twin.note)
 
 
-def _last_of_twin(findings: Findings, metric: str) -> tuple[Array, Array, str]:
-    """The untrained twin's last value [1], half the length of its interval, and a note where none was kept."""
+def _last_of_twin(findings: Findings, metric: str) -> Quantity:
     result = require_result(findings, metric)
     fresh, ci95 = require_null(result, metric, "untrained")[-1:], null_ci95(result, "untrained")
-    return (fresh, fresh * 0, TWIN_EXACT) if ci95 is None else (fresh, half_width(ci95[-1:]), "")
+    return Quantity(fresh, (), "depth", None if ci95 is None else ci95[-1:], TWIN_EXACT if ci95 is None else "")
 
 
 def matrices_over_twin(findings: Findings, metric: str) -> Quantity:

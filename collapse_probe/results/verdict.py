@@ -220,16 +220,13 @@ def _no_rule_holds(findings: Findings, outcomes: Mapping[str, Outcome]) -> list[
     elif len(asked) > MOST_LISTED:
         texts = [f"No sign of collapse in what was measured: none of {len(asked)} rules about {levels} holds."]
     else:
-        texts = [f"No sign that {each.rule.says} ({_beside_threshold(each)})." for each in asked]
+        texts = []
+        for each in asked:  # with the number where it is nearest to holding
+            rule, at = each.rule, [place.at for place in each.places if place.value == each.value]
+            where = f" in {each.axis} {at[0]}" if len(each.places) > 1 else ""
+            numbers = f"{rule.quantity}: {number(each.value)}{where}; the rule holds {rule.direction} {rule.threshold:g}"
+            texts.append(f"No sign that {rule.says} ({numbers}).")
     return [(text, "shared") for text in texts]
-
-
-def _beside_threshold(outcome: Outcome) -> str:
-    """The number of a rule that does not hold, where it is nearest to holding, and its threshold."""
-    rule, where = outcome.rule, ""
-    if len(outcome.places) > 1:
-        where = f" in {outcome.axis} {next(place.at for place in outcome.places if place.value == outcome.value)}"
-    return f"{rule.quantity}: {number(outcome.value)}{where}; the rule holds {rule.direction} {rule.threshold:g}"
 
 
 def _no_answer(findings: Findings, outcomes: Mapping[str, Outcome]) -> str:

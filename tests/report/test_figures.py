@@ -18,11 +18,9 @@ from matplotlib.figure import Figure
 from collapse_probe.report.findings.curves import adjacent_blocks, entropy, per_block, similar_blocks
 from collapse_probe.report.findings.figures import (
     FIGURES,
-    attention_similarity,
     attention_variants,
     caption_of,
     draw_all,
-    feature_similarity,
     probs_and_weights,
 )
 from collapse_probe.report.gallery import Layout, attention_gallery, overlay, spread_of, times_uniform
@@ -30,6 +28,8 @@ from collapse_probe.report.heatmaps import SIGNED, UNSIGNED, scale_of, short
 from collapse_probe.report.style import ROLES, png, printable, save, svg, whole_ticks
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import adjacent
+
+attention_similarity, feature_similarity = (FIGURES[name].draw for name in ("attention-similarity", "feature-similarity"))
 
 NAMES = {
     "attention-similarity",

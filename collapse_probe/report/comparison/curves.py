@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 import seaborn
@@ -28,6 +27,7 @@ from collapse_probe.report.style import (
     drawn,
     evenly_spaced,
     floor,
+    mark_count,
     over_blocks,
     over_counts,
     panels,
@@ -238,7 +238,8 @@ def similar_blocks(comparison: Comparison, narrow: bool = False) -> Figure | Non
     for y, row in enumerate(rows):
         for at, (label, each) in enumerate(subjects.items()):
             if row in each:
-                _count(axes, y + (at - (len(subjects) - 1) / 2) * 0.7 / len(subjects), each[row], looks[label])
+                height, twin = y + (at - (len(subjects) - 1) / 2) * 0.7 / len(subjects), Role("_", looks[label].colour)
+                mark_count(axes, height, each[row], looks[label], twin)
     over_counts(axes, rows, max(pair_count(comparison.subjects[label]) for label in subjects))
     for y in range(1, len(rows)):
         axes.axhline(y - 0.5, color=INK, linewidth=0.3, alpha=0.4)
@@ -248,46 +249,31 @@ def similar_blocks(comparison: Comparison, narrow: bool = False) -> Figure | Non
     return figure
 
 
-def _count(axes: Axes, y: float, count: Count, role: Role) -> None:
-    colour, x = role.colour, count.value
-    if count.untrained is not None:
-        axes.plot([count.untrained], [y], "D", color=colour, markersize=10.5, markerfacecolor="white", zorder=2)
-    axes.plot([x], [y], role.marker, color=colour, markersize=5.5, label=role.label, zorder=3)
-    axes.annotate(f"{x:.3g}", (x, y), (10, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
-    if count.ci95 is not None and np.isfinite(count.ci95).all():
-        axes.plot(count.ci95, [y, y], color=colour, linewidth=4, alpha=0.35, solid_capstyle="butt", zorder=1)
-
-
-@dataclass(frozen=True)
-class CoursePanel:
-    """One panel over training: its curves, the first being what it is about, and which scale they have."""
-
-    title: str
-    scale: Literal["count", "cosine", "number"]
-    curves: Sequence[tuple[Role, Array, Array | None]]
+Panels = Sequence[tuple[str, str, Sequence[tuple[Role, Array, Array | None]]]]
+"""Panels over training: title; scale, as count, cosine or number; curves with intervals, first the one that it is about."""
 
 
 @drawn
 def course(comparison: Comparison, narrow: bool = False) -> Figure | None:
     """The numbers over the checkpoints of one training; only for those."""
     each = _course_panels(list(comparison.subjects.values()))
-    filled = [panel for panel in each if np.isfinite(panel.curves[0][1]).any()]
+    filled = [panel for panel in each if np.isfinite(panel[2][0][1]).any()]
     if not comparison.trajectory or not filled:
         return None
     figure, places = panels(len(filled), narrow, tall=2.9, above=0.9, share_x=True)
     labels = list(comparison.subjects)
-    for axes, panel in zip(places, filled, strict=True):
-        for role, values, ci95 in panel.curves:
+    for axes, (title, scale, lines) in zip(places, filled, strict=True):
+        for role, values, ci95 in lines:
             curve(axes, np.arange(float(len(labels))), values, role, ci95)
-        axes.set_title(panel.title)
+        axes.set_title(title)
         axes.grid(axis="y")
-        if panel.scale == "count":
+        if scale == "count":
             axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.set_ylim(bottom=min(-0.3, axes.get_ylim()[0]))
-        elif panel.scale == "cosine":
+        elif scale == "cosine":
             axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.03)
         else:
-            low, high = (float(end(panel.curves[0][1])) for end in (np.nanmin, np.nanmax))
+            low, high = (float(end(lines[0][1])) for end in (np.nanmin, np.nanmax))
             room = max(0.08 * (high - low), 0.02)
             axes.set_ylim(min(low, 0.0) - room, max(high, 0.5) + room)
     ticks = sorted({*range(0, len(labels) - 1, -(-len(labels) // MOST_TICKS)), len(labels) - 1})
@@ -299,7 +285,7 @@ def course(comparison: Comparison, narrow: bool = False) -> Figure | None:
     return figure
 
 
-def _course_panels(subjects: Sequence[Findings]) -> list[CoursePanel]:
+def _course_panels(subjects: Sequence[Findings]) -> Panels:
     def similarity(name: str, null: str | None = None) -> Array:
         each = [values_of(findings, name, null) for findings in subjects]
         return np.array([None if values is None else mean(adjacent(values)) for values in each], dtype=np.float64)
@@ -321,9 +307,9 @@ def _course_panels(subjects: Sequence[Findings]) -> list[CoursePanel]:
     row, pairs = f"raw > {RAW_ABOVE:g}", max(map(pair_count, subjects))
     similar = [(measured, *count(row)), (CORRECTED, *count(f"κ > {KAPPA_ABOVE:g}"))]
     return [
-        CoursePanel(f"similar blocks, of {pairs} pairs ({row})", "count", similar),
-        CoursePanel("raw similarity, mean over neighbours", "cosine", similarities),
-        CoursePanel("κ, mean over neighbours", "number", [(measured, similarity(RAW, "kappa"), None)]),
-        CoursePanel("patch diversity after the last block", "number", [(measured, summary("patch_diversity_last"), None)]),
-        CoursePanel("accuracy", "number", [(measured, summary(ACCURACY), None)]),
+        (f"similar blocks, of {pairs} pairs ({row})", "count", similar),
+        ("raw similarity, mean over neighbours", "cosine", similarities),
+        ("κ, mean over neighbours", "number", [(measured, similarity(RAW, "kappa"), None)]),
+        ("patch diversity after the last block", "number", [(measured, summary("patch_diversity_last"), None)]),
+        ("accuracy", "number", [(measured, summary(ACCURACY), None)]),
     ]

@@ -81,7 +81,16 @@ def _case(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:
     mixes, contrast = [bool(each.model.get("mixes_maps")) for each in (first, second)], raw.overall.difference[0]
     if mixes[0] != mixes[1] and abs(contrast) >= NOTABLE:
         if is_untrained(first.model) and is_untrained(second.model):
-            return "without-training", *_without_training(pair, raw, mixes[0])
+            mixing, other = (pair.first, pair.second) if mixes[0] else (pair.second, pair.first)
+            alike = next((c for c in pair.counts if c.name == "similar-blocks" and c.threshold == RAW_ABOVE), None)
+            counts = "" if alike is None else f"; {alike.first:g} and {alike.second:g} similar blocks at {RAW_ABOVE:g}"
+            return (
+                "without-training",
+                f"The contrast exists without any training: {who} are untrained, and their raw similarities are "
+                f"{_both(raw)}{counts}.",
+                f"It comes from {mixing} mixing its maps after the softmax, which {other} does not do, and is no evidence that "
+                "the mixing cures a collapse.",
+            )
         twins = [mean(adjacent(null_of(each.metrics[RAW], "untrained"))) for each in (first, second)]
         if twins[0] is not None and twins[1] is not None and (twins[1] - twins[0]) / contrast >= OF_ARCHITECTURE:
             return "architecture", (
@@ -135,18 +144,6 @@ def untestable(difference: Difference) -> NDArray[np.bool_]:
 def _largest(difference: Difference, among: NDArray[np.bool_]) -> int:
     """The position among some whose difference is the largest."""
     return int(np.argmax(np.where(among, np.abs(difference.paired.difference), -1.0)))
-
-
-def _without_training(pair: Pair, raw: Difference, first_mixes: bool) -> tuple[str, str]:
-    mixes, other = (pair.first, pair.second) if first_mixes else (pair.second, pair.first)
-    count = next((c for c in pair.counts if c.name == "similar-blocks" and c.threshold == RAW_ABOVE), None)
-    counts = "" if count is None else f"; {count.first:g} and {count.second:g} similar blocks at {RAW_ABOVE:g}"
-    return (
-        f"The contrast exists without any training: {pair.first} and {pair.second} are untrained, and their raw similarities "
-        f"are {_both(raw)}{counts}.",
-        f"It comes from {mixes} mixing its maps after the softmax, which {other} does not do, and is no evidence that the "
-        "mixing cures a collapse.",
-    )
 
 
 def _blocks(pair: Pair, difference: Difference, noun: str) -> str:

@@ -15,7 +15,6 @@ from collapse_probe.report.findings.tables import words_of
 from collapse_probe.report.heatmaps import UNSIGNED, Panel, heat
 from collapse_probe.report.style import (
     DEPTH,
-    INK,
     MUTED,
     NARROW,
     ROLES,
@@ -24,6 +23,7 @@ from collapse_probe.report.style import (
     dots_of_heads,
     drawn,
     floor,
+    mark_count,
     over_blocks,
     over_counts,
     panels,
@@ -32,7 +32,6 @@ from collapse_probe.report.style import (
 )
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import (
-    Count,
     adjacent,
     counts_of,
     entropy_share,
@@ -148,24 +147,12 @@ def counts(findings: Findings, names: Sequence[str], narrow: bool) -> Figure:
     for axes, name in zip(places, names, strict=True):
         each = counts_of(findings, name)
         for y, count in enumerate(each.values()):
-            _count(axes, y, count)
+            mark_count(axes, y, count, ROLES["measured"], ROLES["untrained"])
         over_counts(axes, list(each), pair_count(findings, name))
         if len(names) > 1 or name != "similar-blocks":
             axes.set_title(findings.metrics[name].description.panel)
     share_legend(figure, columns=2)
     return figure
-
-
-def _count(axes: Axes, y: int, count: Count) -> None:
-    """One count as a dot on row `y`, with its interval as a bar and the number above it; hollow: the untrained twin's."""
-    look, twin, value, ends = ROLES["measured"], ROLES["untrained"], count.value, count.ci95
-    axes.plot([value], [y], linestyle="", marker="o", markersize=7, color=look.colour, label=look.label, zorder=3)
-    if ends is not None and np.isfinite(ends).all():
-        axes.plot(ends, [y, y], color=look.colour, linewidth=4, alpha=0.35, solid_capstyle="butt", zorder=1)
-    if np.isfinite(value):
-        axes.annotate(f"{value:.3g}", (value, y), (0, 9), textcoords="offset points", ha="center", fontsize=8, color=INK)
-    if count.untrained is not None:
-        axes.plot([count.untrained], [y], "D", markersize=11, color=twin.colour, markerfacecolor="white", label=twin.label)
 
 
 @drawn
@@ -177,27 +164,24 @@ def convergence(findings: Findings, narrow: bool = False) -> Figure | None:
         return None
     figure, places = panels(len(numbers), narrow, tall=2.5)
     for axes, (name, entry) in zip(places, numbers.items(), strict=True):
-        _converging(axes, np.array(stored["sizes"], dtype=np.float64), entry)
         axes.set_title(words_of(name))
+        sizes = np.array(stored["sizes"], dtype=np.float64)
+        value, low, high = (np.array(entry[key], dtype=np.float64) for key in ("value", "ci_low", "ci_high"))
+        ends = np.stack([low, high], -1)
+        curve(axes, sizes, value, ROLES["measured"], np.where(np.isfinite(ends), ends, value[:, None]))
+        last, tolerance = value[-1], float(entry["tolerance"])
+        if np.isfinite(last):
+            axes.axhspan(last - tolerance, last + tolerance, color=MUTED, alpha=0.12, linewidth=0, zorder=0, label="tolerance")
+            axes.axhline(last, color=MUTED, linewidth=0.8, linestyle=DOTTED, zorder=0)
+            later = ends[len(ends) // 3 :]  # room for these and three tolerances; the first few images may leave it
+            reach = 1.1 * float(np.max(np.abs(later[np.isfinite(later)] - last), initial=3 * tolerance))
+            axes.set_ylim(last - reach, last + reach)
+        axes.set_xscale("log")
+        ticks = [t for e in range(8) for m in (1, 2, 5) if sizes[0] <= (t := m * 10**e) <= sizes[-1]]
+        axes.xaxis.set_major_locator(FixedLocator(ticks[:: 1 if len(ticks) <= 7 else 2]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel="images", xlim=(sizes[0] * 0.95, sizes[-1] * 1.05))
+        axes.grid(axis="y")
     share_legend(figure, columns=1 if narrow else 3)
     return figure
-
-
-def _converging(axes: Axes, sizes: Array, entry: Mapping[str, Any]) -> None:
-    value, low, high = (np.array(entry[key], dtype=np.float64) for key in ("value", "ci_low", "ci_high"))
-    ends = np.stack([low, high], -1)
-    curve(axes, sizes, value, ROLES["measured"], np.where(np.isfinite(ends), ends, value[:, None]))
-    last, tolerance = value[-1], float(entry["tolerance"])
-    if np.isfinite(last):
-        axes.axhspan(last - tolerance, last + tolerance, color=MUTED, alpha=0.12, linewidth=0, zorder=0, label="tolerance")
-        axes.axhline(last, color=MUTED, linewidth=0.8, linestyle=DOTTED, zorder=0)
-        later = ends[len(ends) // 3 :]  # room for these and three tolerances; the first few images may leave it
-        reach = 1.1 * float(np.max(np.abs(later[np.isfinite(later)] - last), initial=3 * tolerance))
-        axes.set_ylim(last - reach, last + reach)
-    axes.set_xscale("log")
-    ticks = [t for e in range(8) for m in (1, 2, 5) if sizes[0] <= (t := m * 10**e) <= sizes[-1]]
-    axes.xaxis.set_major_locator(FixedLocator(ticks[:: 1 if len(ticks) <= 7 else 2]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="images", xlim=(sizes[0] * 0.95, sizes[-1] * 1.05))
-    axes.grid(axis="y")

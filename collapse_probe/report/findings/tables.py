@@ -44,16 +44,26 @@ class Card:
 
 def key_numbers(findings: Findings) -> list[Card]:
     """The strip of key numbers; what was not measured is left out."""
-    cards = [*_similarity_cards(findings), *_count_card(findings)]
+    cards, count, corrected = _similarity_cards(findings), findings.summary.get("similar_blocks"), corrected_count(findings)
+    if count is not None:
+        low, high = (findings.summary.get(f"similar_blocks_ci_{end}") for end in ("low", "high"))
+        ends = [] if low is None or high is None else [f"raw {low:g} … {high:g}"]
+        if corrected is not None and corrected.ci95 is not None:
+            ends.append(f"κ {corrected.ci95[0]:g} … {corrected.ci95[1]:g}")
+        above = KAPPA_ABOVE if corrected is None else corrected.above
+        value = f"{count:g} / {DASH if corrected is None else f'{corrected.value:g}'}"
+        detail = f"of {pair_count(findings)} pairs: raw above {RAW_ABOVE:g}, κ above {above:g}"
+        beside = f"95 %: {', '.join(ends)}" if ends else ""
+        cards.append(Card("similar blocks, raw / corrected", value, detail, beside))
     share, diversity = entropy_share(findings), result_of(findings, "patch-diversity")
     if share is not None and mean(share.mean) is not None:
         detail, beside = f"of {share.unit}; 1 is uniform attention", _beside_twin(mean(share.untrained), 2)
         cards.append(Card("attention entropy", number(mean(share.mean), 2), detail, beside))
     if diversity is not None and len(diversity.array):
         fresh = null_of(diversity, "untrained")
-        ends = "" if diversity.ci95 is None else f"95 %: {interval(diversity.ci95[-1])}"
+        detail = "" if diversity.ci95 is None else f"95 %: {interval(diversity.ci95[-1])}"
         beside = _beside_twin(None if fresh is None else fresh[-1])
-        cards.append(Card("patch diversity after the last block", number(diversity.array[-1]), ends, beside))
+        cards.append(Card("patch diversity after the last block", number(diversity.array[-1]), detail, beside))
     return cards
 
 
@@ -95,20 +105,6 @@ def _why_no_null(result: MetricResult, role: str) -> str:
     if result.nulls is None:
         return "not taken in this run"
     return result.nulls.reasons.get(role, "the other-token null is 1" if role == "kappa" else "not taken in this run")
-
-
-def _count_card(findings: Findings) -> list[Card]:
-    count, corrected = findings.summary.get("similar_blocks"), corrected_count(findings)
-    if count is None:
-        return []
-    low, high = (findings.summary.get(f"similar_blocks_ci_{end}") for end in ("low", "high"))
-    ends = [] if low is None or high is None else [f"raw {low:g} … {high:g}"]
-    if corrected is not None and corrected.ci95 is not None:
-        ends.append(f"κ {corrected.ci95[0]:g} … {corrected.ci95[1]:g}")
-    above = KAPPA_ABOVE if corrected is None else corrected.above
-    value = f"{count:g} / {DASH if corrected is None else f'{corrected.value:g}'}"
-    detail = f"of {pair_count(findings)} pairs: raw above {RAW_ABOVE:g}, κ above {above:g}"
-    return [Card("similar blocks, raw / corrected", value, detail, f"95 %: {', '.join(ends)}" if ends else "")]
 
 
 def per_block(findings: Findings) -> Table:

@@ -110,7 +110,12 @@ def _panel(axes: Axes, sweep: Sweep, axis: str, key: str) -> None:
             _curve(axes, x, points, "similar_blocks_probs", softmax)
     published = axis == "depth" and key == "similar_blocks"
     if published:
-        _published(axes)
+        for name, counts in PUBLISHED["similar_blocks"].items():
+            (marker, size), label = PUBLISHED_MARKS[name], f"published {name}: ImageNet, other count"
+            axes.plot(PUBLISHED["depth"], counts, marker, markersize=size, color=PUBLISHED_COLOUR, label=label, zorder=4)
+            for depth, count in zip(PUBLISHED["depth"], counts, strict=True):
+                look: dict[str, Any] = {"textcoords": "offset points", "color": PUBLISHED_COLOUR, "fontsize": 8}
+                axes.annotate(str(count), (depth, count), (6, 5), **look)
     _ticks(axes, axis, places, PUBLISHED["depth"] if published else ())
     axes.grid(axis="y")
     if key.startswith("similar_blocks"):
@@ -136,15 +141,6 @@ def _curve(axes: Axes, x: Sequence[float], points: Points, key: str, role: Role,
     reach = np.abs(np.array([each.ci95 or (each.mean, each.mean) for each in estimates]).T - y)
     line = {"color": role.colour, "linestyle": role.line, "marker": role.marker, "linewidth": role.width, "markersize": 5.5}
     axes.errorbar(x, y, yerr=reach if reach.any() else None, label=role.label, capsize=3.0, elinewidth=1.1, **{**line, **look})
-
-
-def _published(axes: Axes) -> None:
-    for name, counts in PUBLISHED["similar_blocks"].items():
-        marker, size = PUBLISHED_MARKS[name]
-        label = f"published {name}: ImageNet, other count"
-        axes.plot(PUBLISHED["depth"], counts, marker, markersize=size, color=PUBLISHED_COLOUR, label=label, zorder=4)
-        for depth, count in zip(PUBLISHED["depth"], counts, strict=True):
-            axes.annotate(str(count), (depth, count), (6, 5), textcoords="offset points", color=PUBLISHED_COLOUR, fontsize=8)
 
 
 def _ticks(axes: Axes, axis: str, places: dict[str, float], more: Sequence[float]) -> None:
