@@ -40,7 +40,7 @@ def course():
 
 
 def test_every_figure_has_its_caption():
-    assert all(each.caption.title and each.seen for each in FIGURES.values())
+    assert all(each.title and each.seen for each in FIGURES.values())
 
 
 def test_two_models_of_which_one_mixes_fill_all_but_the_course(mixed):
