@@ -261,17 +261,15 @@ READERS: Mapping[str, Reader] = {
     "entropy-collapse": entropy_of_blocks,
     "parallel-patches": cosine_at_last_depth,
     "less-diverse-than-untrained": last_over_twin,
-    "constant-tokens": at_last_depth,
-    "constant-tokens-composite": at_last_depth,
     "less-high-frequency-than-untrained": last_over_twin,
     "lower-rank-than-untrained": last_over_twin,
     "outlier-tokens": last_less_twin,
-    "norm-above-150": at_last_depth,
     "weights-lost-rank": matrices_over_twin,
     "rows-more-alike": matrices_over_twin,
     "untrained": fact(is_untrained),
     "mixed-maps": fact(lambda model: bool(model.get("mixes_maps"))),
 }
+"""How a rule reads its number, where that is not the metric's value at the last depth."""
 
 
 Answer = Literal["yes", "no", "undecided", "not applicable"]
@@ -327,7 +325,7 @@ def verdict_table(findings: Findings) -> list[Outcome]:
 def outcome(rule: Rule, findings: Findings) -> Outcome:
     """How one rule comes out."""
     try:
-        quantity = READERS[rule.name](findings, rule.metric)
+        quantity = READERS.get(rule.name, at_last_depth)(findings, rule.metric)
     except Absent as absent:
         return Outcome(rule, "not applicable", None, None, str(absent))
     alone = rule.level in ("attention", "tokens") and (findings.data.get("images") or 0) < 2

@@ -110,7 +110,8 @@ CASES = {
 
 
 def test_every_rule_has_a_number_and_a_case():
-    assert list(BY_NAME) == list(READERS) == list(CASES)
+    assert list(BY_NAME) == list(CASES)
+    assert set(READERS) < set(BY_NAME)
     assert len(BY_NAME) == len(RULES)
 
 
