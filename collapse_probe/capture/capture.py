@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from collapse_probe.capture.attention_operators import OperatorCall, tensors_in
 from collapse_probe.capture.discovery import as_tokens, attention_like, call_frames, make_plan, module_class, read_tap
-from collapse_probe.capture.operators import OperatorCall, tensors_in
 from collapse_probe.capture.plan import Plan, SelfCheck
 from collapse_probe.capture.recorder import AttentionEvent, PassLog, Recorder
 from collapse_probe.capture.trace import Trace

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from collapse_probe.capture import operators as kernels
-from collapse_probe.capture.operators import KernelCall, OperatorCall, storage_of, tensors_in
+from collapse_probe.capture import attention_operators
+from collapse_probe.capture.attention_operators import KernelCall, OperatorCall, storage_of, tensors_in
 from collapse_probe.capture.plan import Frame
 from collapse_probe.capture.softmax_tracking import Products, Softmaxes, copy_before_write
 from collapse_probe.capture.trace import Attention
@@ -239,14 +239,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self.stack:
             return func(*args, **kwargs)
         if not isinstance(func, torch._ops.OpOverload):
-            if kernels.opaque(func):
+            if attention_operators.opaque(func):
                 self.log.opaque.append((self._holder(), str(func)))
             return func(*args, **kwargs)
         call = OperatorCall(func, args, kwargs)
         if func._schema.is_mutable:
             self._protect({storage_of(target) for target in call.written()})
         # this kernel calls operators that autocast lowers, unless a dispatch mode has switched it off
-        lowered = self.lowered if func in kernels.ENCODER_LAYER else None
+        lowered = self.lowered if func in attention_operators.ENCODER_LAYER else None
         with nullcontext() if lowered is None else torch.autocast("cpu", lowered):
             call.out = func(*args, **kwargs)
             first = len(self.log.events)
@@ -257,17 +257,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note(self, call: OperatorCall) -> None:
         func, holder = call.func, self._holder()
-        if func in kernels.READERS:
-            kernel, stack = kernels.READERS[func](call), self.frames()
-            if func in kernels.ENCODER_LAYER:  # which stands for its attention module without calling it
+        if func in attention_operators.READERS:
+            kernel, stack = attention_operators.READERS[func](call), self.frames()
+            if func in attention_operators.ENCODER_LAYER:  # which stands for its attention module without calling it
                 holder = f"{holder}.self_attn".removeprefix(".")
                 stack = (*stack, (holder, stack[-1][1]))
             self._add_event(kernel.attention, holder, stack, kernel=kernel if self.thorough else None)
-        elif func in kernels.SOFTMAX:
-            attention = kernels.read_softmax(call)
+        elif func in attention_operators.SOFTMAX:
+            attention = attention_operators.read_softmax(call)
             if attention is not None:
                 self.softmaxes.begin(attention, self.frames(), holder)
-        elif kernels.opaque(func):
+        elif attention_operators.opaque(func):
             self.log.opaque.append((holder, func._schema.name))
         else:
             for softmax, operand in self.softmaxes.follow(call) if self.softmaxes.pending else ():

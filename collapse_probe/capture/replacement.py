@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.capture import operators as kernels
+from collapse_probe.capture import attention_operators
+from collapse_probe.capture.attention_operators import OperatorCall, tensors_in
 from collapse_probe.capture.capture import noise
-from collapse_probe.capture.operators import OperatorCall, tensors_in
 from collapse_probe.capture.plan import Frame, Plan
 from collapse_probe.capture.recorder import AttentionEvent, Recorder
 from collapse_probe.capture.trace import Attention
@@ -168,13 +168,15 @@ class MapReplacer:
                 self.shared.clear()
             if self.searching:
                 self.stacks[event.index] = event.stack
-                if call.func in kernels.ENCODER_LAYER:
+                if call.func in attention_operators.ENCODER_LAYER:
                     self.fused_blocks.add(event.index)
             new, replacement = self._new_map(event.index, event.attention), self.replacements.get(event.index)
             if replacement is not None and replacement.kind == "skip":
-                if call.func in kernels.ENCODER_LAYER:  # elsewhere the branch gives zeros where its module ends
+                if call.func in attention_operators.ENCODER_LAYER:  # elsewhere the branch gives zeros where its module ends
                     zeros = {name: torch.zeros_like(call.bound[name]) for name in ("proj_weight", "proj_bias")}
-                    kernel = kernels.read_encoder_layer(OperatorCall(call.func, (), {**call.bound, **zeros}, call.out))
+                    kernel = attention_operators.read_encoder_layer(
+                        OperatorCall(call.func, (), {**call.bound, **zeros}, call.out)
+                    )
                     assert kernel.finish is not None
                     call.out = _refilled(call.out, kernel.finish(kernel.value))
             elif new is not None:
@@ -270,10 +272,10 @@ def branches_of(model: nn.Module, plan: Plan, size: tuple[int, int], seed: int =
 
 def _kernel_with(call: OperatorCall, new: Tensor) -> Any:
     """What a kernel returns when its map is `new`."""
-    kernel, out = kernels.READERS[call.func](call), call.out
+    kernel, out = attention_operators.READERS[call.func](call), call.out
     mixed = kernel.mixed(new).to(kernel.value.dtype)
     whole = mixed if kernel.finish is None else kernel.finish(mixed)
-    if call.func in kernels.MULTI_HEAD and out[1] is not None and out[1].numel():
+    if call.func in attention_operators.MULTI_HEAD and out[1] is not None and out[1].numel():
         return _refilled(out[0], whole), _refilled(out[1], new.mean(1) if call.bound["average_attn_weights"] else new)
     return (_refilled(out[0], whole), *out[1:]) if isinstance(out, tuple) else _refilled(out, whole)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from collapse_probe.capture import operators as kernels
-from collapse_probe.capture.operators import OperatorCall, storage_of, tensors_in
+from collapse_probe.capture import attention_operators
+from collapse_probe.capture.attention_operators import OperatorCall, storage_of, tensors_in
 from collapse_probe.capture.plan import Frame
 from collapse_probe.capture.trace import Attention
 
@@ -37,10 +37,15 @@ class Softmax:
         probs = self.attention.probs
         assert probs is not None
         alike = [x for x in touched if x.numel() == probs.numel()]
-        if probs.shape[-1] == 1 and call.func in kernels.MULTIPLY and len(inputs) == 2 and call.out.numel() > probs.numel():
+        if (
+            probs.shape[-1] == 1
+            and call.func in attention_operators.MULTIPLY
+            and len(inputs) == 2
+            and call.out.numel() > probs.numel()
+        ):
             return alike[0] if alike else None
         sizes = {probs.shape[-2:], probs.shape[-2:][::-1]}
-        return next((x for x in alike if call.func in kernels.CONTRACTIONS and x.shape[-2:] in sizes), None)
+        return next((x for x in alike if call.func in attention_operators.CONTRACTIONS and x.shape[-2:] in sizes), None)
 
     def confirm(self, operand: Tensor, transposed: bool) -> None:
         """It is attention. What multiplies V may be another map than the softmax; keys are the summed axis."""
@@ -54,7 +59,7 @@ class Softmax:
 
     def derive(self, call: OperatorCall, touched: list[Tensor]) -> None:
         """An operator made something else from it: follow that too."""
-        exact = call.func in kernels.COPIES and storage_of(touched[0]) in self.exact
+        exact = call.func in attention_operators.COPIES and storage_of(touched[0]) in self.exact
         for result in tensors_in((call.out,)):
             storage = storage_of(result)
             if storage not in self.derived:
@@ -118,7 +123,7 @@ class Products:
         """An operator ran; says which kind of attention a product of products looks like."""
         touched = [self.made[key] for x in tensors_in(call.args) if (key := storage_of(x)) in self.made]
         here = [changed for owner, changed, _ in touched if owner == holder]
-        if call.func in kernels.BATCHED_PRODUCTS:
+        if call.func in attention_operators.BATCHED_PRODUCTS:
             self.made[storage_of(call.out)] = (holder, False, call.out)
             return None if not here else "a softmax written by hand" if any(here) else "linear attention"
         for result in tensors_in((call.out,)) if touched else ():

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.capture import operators as kernels
-from collapse_probe.capture.operators import OperatorCall, storage_of
+from collapse_probe.capture import attention_operators
+from collapse_probe.capture.attention_operators import OperatorCall, storage_of
 from collapse_probe.capture.plan import Frame
 from collapse_probe.capture.recorder import AttentionEvent, Recorder
 from collapse_probe.capture.weight_matrices import (
@@ -28,12 +28,12 @@ from collapse_probe.capture.weight_matrices import (
 )
 
 _OPERANDS = {
-    **dict.fromkeys(kernels.operators("mm"), ("self", "mat2")),
-    **dict.fromkeys(kernels.operators("addmm"), ("mat1", "mat2")),
+    **dict.fromkeys(attention_operators.operators("mm"), ("self", "mat2")),
+    **dict.fromkeys(attention_operators.operators("addmm"), ("mat1", "mat2")),
 }
-_BATCHED = kernels.operators("bmm")
-_LINEAR = kernels.operators("linear")
-_CONVOLUTION = kernels.operators("convolution")
+_BATCHED = attention_operators.operators("bmm")
+_LINEAR = attention_operators.operators("linear")
+_CONVOLUTION = attention_operators.operators("convolution")
 
 
 @dataclass(eq=False)
@@ -100,7 +100,9 @@ class ProductRecorder:
         block = self._block(frames)
         if block is None:
             return
-        if call.func in kernels.MULTI_HEAD | kernels.ENCODER_LAYER:  # whose fast paths are given the matrices by name
+        if (
+            call.func in attention_operators.MULTI_HEAD | attention_operators.ENCODER_LAYER
+        ):  # whose fast paths are given the matrices by name
             bound, thirds = call.bound, call.bound["qkv_weight"].detach().chunk(3)
             heads = int(bound.get("num_head", bound.get("num_heads")) or 1)
             block.matrices |= {name: Matrix(weight, STATED, heads) for name, weight in zip(BY_HEAD, thirds, strict=True)}

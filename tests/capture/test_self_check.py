@@ -6,8 +6,7 @@ import pytest
 import torch
 from toy_models import SIZE, Block, Encoder, Matmul, Projected, ToyViT, toy
 
-from collapse_probe.capture import capture
-from collapse_probe.capture import operators as kernels
+from collapse_probe.capture import attention_operators, capture
 from collapse_probe.capture.capture import discover_plan
 from collapse_probe.errors import CaptureError
 
@@ -23,14 +22,14 @@ def _one_thread():
 def patch_reader(monkeypatch, kind, change):
     """Let the operators of a kind be read with a change to their attention."""
     for func in kind:
-        read = kernels.READERS[func]
+        read = attention_operators.READERS[func]
 
         def wrong(call, read=read):
             kernel = read(call)
             change(kernel.attention)
             return kernel
 
-        monkeypatch.setitem(kernels.READERS, func, wrong)
+        monkeypatch.setitem(attention_operators.READERS, func, wrong)
 
 
 @pytest.mark.parametrize("what", ["scale", "k", "bias", "causal"])
@@ -45,7 +44,7 @@ def test_the_self_check_bites(monkeypatch, what):
 
     model = toy()
     discover_plan(model, SIZE)
-    patch_reader(monkeypatch, kernels.FUSED, change)
+    patch_reader(monkeypatch, attention_operators.FUSED, change)
     with pytest.raises(CaptureError, match="not the model's"):
         discover_plan(model, SIZE)
 
@@ -57,7 +56,7 @@ def test_the_self_check_bites_on_fast_paths(monkeypatch, fast_path):
     discover_plan(model, SIZE)
     patch_reader(
         monkeypatch,
-        kernels.MULTI_HEAD if fast_path == "multi-head" else kernels.ENCODER_LAYER,
+        attention_operators.MULTI_HEAD if fast_path == "multi-head" else attention_operators.ENCODER_LAYER,
         lambda attention: setattr(attention, "scale", attention.scale * 1.01),
     )
     with pytest.raises(CaptureError, match="not the model's"):
