@@ -47,7 +47,7 @@ JOBS = {
     "demo": "demo",
 }
 CHANGING = {"seconds", "images_per_second", "peak_memory_bytes", "created", "versions", "command", "class", "path", "folder"}
-TIMED = {"images_per_second", "flops_seconds", "train_seconds", "measure_seconds"}
+TIMED = {"images_per_second", "flops_seconds", "train_seconds", "measure_seconds", "runs"}
 
 
 @click.group()

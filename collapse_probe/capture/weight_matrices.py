@@ -22,7 +22,7 @@ BY_HEAD = ("q", "k", "v")
 INTO_THE_STREAM = ("proj", "fc2")
 """Matrices whose output is added to the tokens; the others read the tokens."""
 
-CHECKED = "checked: it gives what the attention was heard to use"
+CHECKED = "checked: it gives what the attention used"
 NAMED = "by its name"
 CONVENTION = "by convention: rows in the order q, k, v"
 ORDERED = "by its place in the block"
