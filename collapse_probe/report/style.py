@@ -189,7 +189,7 @@ def over_blocks(axes: Axes, x: Array, label: str, most: int = 16) -> None:
 
 def over_counts(axes: Axes, rows: Sequence[str], pairs: int) -> None:
     """Named rows from the top, and along the x axis the number of adjacent pairs up to `pairs`."""
-    room = max(0.05 * pairs, 0.1)
+    room = min(max(0.05 * pairs, 0.1), 0.9)
     axes.set(xlim=(-room, pairs + room), ylim=(len(rows) - 0.5, -0.5), xlabel=f"adjacent pairs, of {pairs}")
     axes.set_yticks(range(len(rows)), rows)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -197,16 +197,16 @@ def over_counts(axes: Axes, rows: Sequence[str], pairs: int) -> None:
 
 
 def mark_count(axes: Axes, y: float, count: Count, role: Role, twin: Role) -> None:
-    """One count as a mark at height `y` with the number beside it and its interval as a bar; hollow: the untrained twin's."""
+    """One count as a mark at height `y` with the number above it and its interval as a bar; hollow: the untrained twin's."""
+    axes.plot([count.value], [y], role.marker, color=role.colour, markersize=6, label=role.label, zorder=3)
     if count.untrained is not None:
         hollow: dict[str, Any] = {"markersize": 10.5, "markerfacecolor": "white", "zorder": 2}
         axes.plot([count.untrained], [y], "D", color=twin.colour, label=twin.label, **hollow)
-    axes.plot([count.value], [y], role.marker, color=role.colour, markersize=6, label=role.label, zorder=3)
     if count.ci95 is not None and np.isfinite(count.ci95).all():
         axes.plot(count.ci95, [y, y], color=role.colour, linewidth=4, alpha=0.35, solid_capstyle="butt", zorder=1)
     if np.isfinite(count.value):
-        beside: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": INK}
-        axes.annotate(f"{count.value:.3g}", (count.value, y), (10, 0), **beside)
+        above: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": INK}
+        axes.annotate(f"{count.value:.3g}", (count.value, y), (0, 7), **above)
 
 
 def floor(lines: Iterable[Array]) -> float:
