@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -60,12 +61,12 @@ def write_document(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, lambda stream: stream.write(text.encode()))
 
 
-class Numbers:
+class Numbers(ABC):
     """Results that live in a folder of their own."""
 
+    @abstractmethod
     def write(self, inside: Path) -> None:
         """Write the files into an existing folder, without any guard."""
-        raise NotImplementedError
 
     def save(self, folder: str | Path) -> Path:
         """Write the files into `folder`, new or there; all of it or nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -74,7 +75,7 @@ class Blueprint:
     remakable: bool = True
 
 
-class Source:
+class Source(ABC):
     """One place where models come from; an instance, or any object with these methods, is entered in `SOURCES` under its
     address scheme.
     """
@@ -87,9 +88,9 @@ class Source:
         """Whether `name` is a name here; True where only trying can tell."""
         return True
 
+    @abstractmethod
     def blueprint(self, request: Request) -> Blueprint:
         """How to make the requested model. Raises UnknownNameError or ModelError."""
-        raise NotImplementedError
 
 
 class ImageTower(nn.Module):
