@@ -206,7 +206,7 @@ def mark_count(axes: Axes, y: float, count: Count, role: Role, twin: Role) -> No
         axes.plot(count.ci95, [y, y], color=role.colour, linewidth=4, alpha=0.35, solid_capstyle="butt", zorder=1)
     if np.isfinite(count.value):
         above: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": INK}
-        axes.annotate(f"{count.value:.3g}", (count.value, y), (0, 7), **above)
+        axes.annotate(f"{count.value:.3g}", (count.value, y), (0, 9), **above)
 
 
 def floor(lines: Iterable[Array]) -> float:
