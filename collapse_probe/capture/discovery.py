@@ -119,6 +119,7 @@ def make_plan(model: nn.Module, log: PassLog, check: SelfCheck) -> Plan:
         check=check,
         notes=() if log.images > 1 else ("the plan was made from one image: class and register tokens are unknown",),
         image_size=None if images is None else (images.shape[-2], images.shape[-1]),
+        adjacent=(True,) * max(sum(layer.block is not None for layer in layers) - 1, 0),
     )
 
 

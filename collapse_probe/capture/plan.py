@@ -27,7 +27,9 @@ class Layer:
 
     `block` is the index of its block, None for attention outside the blocks (pooling heads). `reason` says why its maps cannot
     be compared token by token (a window, a pool, channels); empty for ordinary token attention. `mixed`: what multiplies V is
-    another map than the softmax.
+    another map than the softmax. `windows` is the number of maps that each head of an image has: above 1 its captured tensors
+    are [B·windows, H, N, …], the windows of an image one after the other; only layers with the same `partition` put the same
+    tokens at the same places of a window ("" where that is not known).
     """
 
     owner: str
@@ -39,6 +41,8 @@ class Layer:
     keys: int
     mixed: bool = False
     reason: str = ""
+    windows: int = 1
+    partition: str = ""
 
     @property
     def signature(self) -> tuple[int, int, int]:
@@ -60,12 +64,21 @@ class Tap:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """What token attention is not measured of: `where` names blocks or modules, `why` is the reason."""
+
+    where: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """What the probe found in a model.
 
     `prefix` are the positions of tokens that do not come from the image (class, distillation, register tokens); `patch_shapes`
     are (patches, width) at each depth, None where a depth has no token sequence; `grid` is (rows, columns) of the patches, None
     where they form no rectangle; `image_size` is (height, width) of the input in pixels, None where the input was no image.
+    `adjacent` says for each two consecutive places of the `block` axis whether the first gives its output to the second.
     """
 
     blocks: tuple[str, ...]
@@ -80,6 +93,17 @@ class Plan:
     check: SelfCheck
     notes: tuple[str, ...] = ()
     image_size: tuple[int, int] | None = None
+    adjacent: tuple[bool, ...] = ()
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Every layer without token attention, and what was not heard, grouped by the reason."""
+        places: dict[str, list[str]] = {}
+        for layer in self.layers:
+            why = layer.reason or ("outside the blocks" if layer.block is None else "")
+            if why:
+                places.setdefault(why, []).append(layer.owner or "the model")
+        return tuple(LeftOut(", ".join(dict.fromkeys(where)), why) for why, where in places.items())
 
     @property
     def token_layers(self) -> list[int]:
