@@ -20,14 +20,12 @@ from collapse_probe.cli import options
 @options.talking
 def command(model: str, device: str, seed: int, as_json: bool, quiet: bool, verbose: int, **named: Any) -> None:
     """Run two noise images through a model and say how each block's attention is captured, and how exactly."""
-    from collapse_probe.capture.capture import discover_plan
-    from collapse_probe.devices import choose_device
+    from collapse_probe.analysis.measurement import plan_of
     from collapse_probe.models.loading import resolve
 
     named.setdefault("pretrained", None)
     subject = resolve(model, seed=seed, **named)
-    plan = discover_plan(subject.model.to(choose_device(device)), subject.preprocess.size, seed=seed)
-    facts = diagnosis(subject, plan)
+    facts = diagnosis(subject, plan_of(subject, device, seed))
     if as_json:
         click.echo(json.dumps(facts, allow_nan=False))
     else:
@@ -40,6 +38,7 @@ def diagnosis(subject: Any, plan: Any) -> dict[str, Any]:
         "model": f"{subject.source}:{subject.name}",
         "weights": subject.weights,
         "class": type(subject.model).__name__,
+        "input": [subject.preprocess.channels, *subject.preprocess.size],
         "blocks": len(plan.blocks),
         "tokens": plan.tokens,
         "prefix_tokens": list(plan.prefix),
@@ -56,7 +55,7 @@ def diagnosis(subject: Any, plan: Any) -> dict[str, Any]:
             }
             for layer in plan.layers
         ],
-        "notes": list(plan.notes),
+        "notes": [*subject.notes, *plan.notes],
     }
 
 
@@ -70,6 +69,7 @@ def show(facts: dict[str, Any]) -> None:
     grid = "no grid" if facts["grid"] is None else f"{facts['grid'][0]} × {facts['grid'][1]} patches"
     prefix = f"{len(facts['prefix_tokens'])} prefix tokens {facts['prefix_tokens']}"
     say(f"{facts['model']} ({facts['class']}), weights {facts['weights']}")
+    say("images of {} channels, {} × {} pixels".format(*facts["input"]))
     say(f"{facts['blocks']} blocks, {facts['tokens']} tokens ({grid}, {prefix}), width {facts['width']}")
     layers = Table("block", "attention", "captured as", "heads", "map", "weights", "compared", box=None, pad_edge=False)
     for layer in facts["layers"]:

@@ -29,10 +29,11 @@ def command(kind: str, pattern: str | None, quiet: bool, verbose: int) -> None:
 
 
 def matches(name: str, pattern: str | None) -> bool:
-    """Whether a name fits the pattern; a pattern without wildcards fits anywhere in the name."""
+    """Whether a name, or what follows its scheme, fits the pattern; one without wildcards fits anywhere in the name."""
     if pattern is None:
         return True
-    return fnmatch.fnmatch(name, pattern if any(c in pattern for c in "*?[") else f"*{pattern}*")
+    wild = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    return any(fnmatch.fnmatch(part, wild) for part in (name, name.partition(":")[2]))
 
 
 def entries(kind: str) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import click
 import yaml
 
 from collapse_probe.errors import SettingError
-from collapse_probe.settings import parse_keywords
+from collapse_probe.settings import parse_keywords, words_in
 
 Decorator = Callable[[Any], Any]
 
@@ -37,9 +38,9 @@ def blocks_in(text: str) -> list[int]:
 
 
 def keywords(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    """`k=v` words, several in one value or one each, as a dictionary; values are Python literals or else text."""
+    """`k=v` words, several in one value or one each, as a dictionary; see `words_in` and `parse_value`."""
     try:
-        return parse_keywords(" ".join(values).split())
+        return parse_keywords(words_in(" ".join(values)))
     except SettingError as error:
         raise click.BadParameter(str(error), ctx, parameter) from error
 
@@ -47,6 +48,20 @@ def keywords(ctx: click.Context, parameter: click.Parameter, values: tuple[str, 
 def block_numbers(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
     """The blocks that a flag names, None where it was not given."""
     return None if text is None else blocks_in(text)
+
+
+class ImageSize(click.ParamType):  # type: ignore[type-arg]  # generic in new releases of click alone
+    """Pixels of a side (64), or of height and width (64x96, 64,96, or a list in a file of flags)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A whole number, or (height, width)."""
+        words = value if isinstance(value, (list, tuple)) else re.split(r"\s*[x×,]\s*", str(value).strip("()[] "))
+        sides = [int(str(word)) for word in words if str(word).isdecimal() and int(str(word)) > 0]
+        if len(sides) != len(words) or len(sides) not in (1, 2):
+            self.fail(f"{value!r} is no size; expected pixels above 0, as 64, or height x width, as 64x96", param, ctx)
+        return sides[0] if len(sides) == 1 else tuple(sides)
 
 
 def open_subject(data: str | None, flags: dict[str, Any]) -> tuple[Any, Any]:
@@ -101,7 +116,7 @@ def configuration(ctx: click.Context, parameter: click.Parameter, path: str | No
         if flag not in names or flag == "config":
             raise click.BadParameter(f"{path} sets {key!r}, which is no flag of this command", ctx, parameter)
         if flag == "model-kwargs" and isinstance(value, dict):
-            value = [f"{k}={v}" for k, v in value.items()]
+            value = [f"{k}={v!r}" for k, v in value.items()]
         defaults[names[flag]] = value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
 
@@ -138,7 +153,7 @@ architecture = _all(
         help="Published or fresh weights.  [default: published, unless a checkpoint is given]",
     ),
     click.option("--model-kwargs", multiple=True, callback=keywords, metavar="K=V", help="Arguments of the constructor."),
-    count("--img-size", least=1, says="Side of the input in pixels."),
+    click.option("--img-size", type=ImageSize(), metavar="N|HxW", help="Side of the input [pixels], or height x width: 64x96."),
 )
 MODEL_HELP = "vit_b_32, timm:NAME, torchvision:NAME, hf-hub:ORG/NAME, local-dir:PATH, import:module:callable, …"
 model = _all(

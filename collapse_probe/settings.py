@@ -69,6 +69,9 @@ def between(value: object, low: float, high: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
+PAIRS = {"(": ")", "[": "]", "{": "}", "'": "'", '"': '"'}
+
+
 def parse_value(text: str) -> Any:
     """A Python literal where `text` is one, else the text itself.
 
@@ -79,6 +82,28 @@ def parse_value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def words_in(text: str) -> list[str]:
+    """A text cut at its spaces, but for those inside brackets and quotes. SettingError where one of these stays open.
+
+    >>> words_in("img_size=(64, 96) depth=2 name='a b'")
+    ['img_size=(64, 96)', 'depth=2', "name='a b'"]
+    """
+    words, open_ones = [""], ""
+    for c in text:
+        quoted = open_ones[-1:] in ("'", '"')
+        if open_ones and c == open_ones[-1]:
+            open_ones = open_ones[:-1]
+        elif not quoted and c in PAIRS:
+            open_ones += PAIRS[c]
+        elif not open_ones and c.isspace():
+            words.append("")
+            continue
+        words[-1] += c
+    if open_ones:
+        raise SettingError(f"{text!r} has no closing {open_ones[-1]}")
+    return [word for word in words if word]
 
 
 def parse_keywords(words: Iterable[str], text: str = "") -> dict[str, Any]:

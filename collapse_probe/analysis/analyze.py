@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ from collapse_probe.analysis.measurement import (
     make_metrics,
     measure_model,
     need_images,
+    plan_of,
+    with_input,
 )
 from collapse_probe.analysis.summary import summarise, sureness
 from collapse_probe.analysis.untrained_twins import with_untrained
-from collapse_probe.capture.capture import discover_plan
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import budget_line, tile_bytes
-from collapse_probe.data.images import ImageSet, open_data, seeded_order
-from collapse_probe.devices import choose_device, device_name, peak_memory
+from collapse_probe.data.images import ImageSet, OwnImages, looked_at, open_data, seeded_order
+from collapse_probe.data.preprocessing import Size
+from collapse_probe.devices import choose_device, device_name, floating_like, moved, peak_memory
 from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import DataError
 from collapse_probe.metrics.metric import Metric
@@ -55,7 +58,7 @@ def analyze(
     partial: bool = False,
     pretrained: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
-    img_size: int | None = None,
+    img_size: Size | None = None,
     batch_size: int = 64,
     workers: int = 0,
     device: str = "auto",
@@ -73,7 +76,8 @@ def analyze(
     """Measure the collapse of one model over images: the main job.
 
     `model` is an address, a module or a Subject; `data` an address, an ImageSet or any iterable of image batches
-    [B, 3, H, W], or None where all metrics are of the weights. `metrics` and `presets` are names, by default a fixed set.
+    [B, channels, H, W] of one size, whose first batch the probe follows, or None where all metrics are of the weights.
+    `metrics` and `presets` are names, by default a fixed set.
     `split` and `limit` are for a data address, see `open_data`; `checkpoint`, `partial`, `pretrained`, `model_kwargs` and
     `img_size` for a model that is no Subject, see `resolve`. `null_images` is the number of images that each of `null_seeds`
     untrained twins sees (0 leaves them out); `until_ci` the half-width at which every headline mean's interval is narrow
@@ -121,14 +125,14 @@ def restored(model: object) -> Iterator[None]:
         yield
         return
     training = {part: part.training for part in module.modules()}
-    device = next((p.device for p in module.parameters()), None)
+    device = next((t.device for t in chain(module.parameters(), module.buffers())), None)
     try:
         yield
     finally:
         for part, flag in training.items():
             part.training = flag
-        if device is not None:
-            module.to(device)
+        if device is not None and device.type != "meta":
+            moved(module, device)
 
 
 def measure(
@@ -142,7 +146,9 @@ def measure(
 ) -> Findings:
     """Measure the subject and its untrained twins; see `analyze`. `outputs` takes what the model returns for each batch."""
     say, device = report or (lambda text: None), choose_device(settings.device)
-    plan = discover_plan(subject.model.to(device), subject.preprocess.size, seed=settings.seed)
+    images = None if images is None else looked_at(images)
+    subject = with_input(subject, images)
+    plan = plan_of(subject, settings.device, settings.seed)
     metrics = make_metrics(plan, with_presets(settings.metrics, settings.presets))
     images, notes = _images_needed(images, metrics)
     heads = np.array([plan.layers[i].heads for i in plan.map_layers], dtype=np.float64)
@@ -216,7 +222,8 @@ def model_facts(subject: Subject, plan: Plan) -> dict[str, Any]:
 
 def data_facts(images: Images | None, names: Sequence[str], skipped: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """The section `data`; where no image was used, no address and 0 images."""
-    address = images.address if isinstance(images, ImageSet) else f"an iterable ({type(images).__name__})"
+    came = images.batches if isinstance(images, OwnImages) else images
+    address = images.address if isinstance(images, ImageSet) else f"an iterable ({type(came).__name__})"
     return {
         "address": None if images is None else address,
         "images": len(names),
@@ -231,7 +238,7 @@ def run_facts(model: nn.Module, plan: Plan, settings: RunSettings, measured: Mea
     device = choose_device(settings.device)
     return {
         "device": device_name(device),
-        "dtype": settings.amp_as or str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": settings.amp_as or str(floating_like(model).dtype).removeprefix("torch."),
         "batch_size": settings.batch_size,
         "world_size": rank_and_world()[1],
         "seed": settings.seed,

@@ -14,11 +14,12 @@ import numpy as np
 from collapse_probe.analysis.analyze import measure, restored
 from collapse_probe.analysis.cross_cka import NAME, cross_cka
 from collapse_probe.analysis.loop import Progress
-from collapse_probe.analysis.measurement import GALLERY_IMAGES, NULL_IMAGES, Images, Report, RunSettings
+from collapse_probe.analysis.measurement import GALLERY_IMAGES, NULL_IMAGES, Images, Report, RunSettings, with_input
 from collapse_probe.analysis.outputs import ModelOutputs, OutputCollector, labels_for, mean_kl
 from collapse_probe.analysis.pairing import pair_up
 from collapse_probe.analysis.subjects import Candidate, ModelOptions, SubjectSpec, open_subjects
-from collapse_probe.data.images import ImageSet, open_data
+from collapse_probe.data.images import ImageSet, OwnImages, looked_at, open_data
+from collapse_probe.data.preprocessing import Size
 from collapse_probe.errors import DataError, SettingError
 from collapse_probe.models.batchnorm import recalibrated
 from collapse_probe.models.cost import measure_cost
@@ -37,7 +38,7 @@ Watch = Callable[[str, "int | None"], AbstractContextManager["Progress | None"]]
 class ComparisonRun:
     """What all subjects of one comparison share."""
 
-    images: Images | None
+    images: ImageSet | OwnImages | None
     settings: RunSettings
     recalibrate_bn: int
     watch: Watch
@@ -67,7 +68,7 @@ def compare(
     partial: bool = False,
     pretrained: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
-    img_size: int | None = None,
+    img_size: Size | None = None,
     fixes: Sequence[str] = (),
     fix_blocks: Sequence[int] | None = None,
     recalibrate_bn: int = 0,
@@ -121,6 +122,7 @@ def compare(
     specs, trajectory = open_subjects(subjects, options)
     _check_specs(specs, data, cka)
     images = open_data(data, split=split, limit=limit, seed=seed) if isinstance(data, (str, Path)) else data
+    images = looked_at(images) if images is not None and any(spec.is_model for spec in specs) else None
     watch, say = watch or (lambda label, total: nullcontext()), report or (lambda text: None)
     findings, pairs = _compare_all(specs, ComparisonRun(images, settings, recalibrate_bn, watch, say), cka)
     facts = {
@@ -166,13 +168,15 @@ def measure_subject(spec: SubjectSpec, run: ComparisonRun) -> MeasuredSubject:
             return MeasuredSubject(spec.label, subject)
         assert images is not None
         size, device, seed = settings.batch_size, settings.device, settings.seed
+        subject = with_input(subject, images)
         subject = recalibrated(subject, images, run.recalibrate_bn, batch_size=size, device=device, seed=seed)
         run.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
         collector = OutputCollector()
         with run.watch(spec.label, len(images) if isinstance(images, ImageSet) else None) as progress:
             findings = measure(subject, images, settings, progress=progress, report=run.say, outputs=collector)
         outputs = collector.outputs(findings.images["names"].tolist())
-        cost = measure_cost(subject.model, subject.preprocess.size, min(COST_BATCH, settings.batch_size))
+        shape = (subject.preprocess.channels, *subject.preprocess.size)
+        cost = measure_cost(subject.model, shape, min(COST_BATCH, settings.batch_size))
         findings = with_accuracy(findings.with_run(cost=asdict(cost)), outputs, images)
         return MeasuredSubject(spec.label, findings, outputs, subject)
 

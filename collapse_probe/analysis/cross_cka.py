@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.capture.capture import discover_plan, record
+from collapse_probe.analysis.loop import model_input
+from collapse_probe.analysis.measurement import plan_of, with_input
+from collapse_probe.capture.capture import record
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import micro_batch
-from collapse_probe.data.images import Batch, ImageSet, batches_of, from_loader, seeded_order
-from collapse_probe.devices import autocast, choose_device
+from collapse_probe.data.images import Batch, ImageSet, batches_of, from_loader, looked_at, seeded_order
+from collapse_probe.devices import autocast, choose_device, floating_like
 from collapse_probe.errors import DataError, SettingError
 from collapse_probe.metrics.minibatch_cka import STRIDE, MinibatchHSIC, minibatch_for
 from collapse_probe.models.loading import Subject
@@ -58,8 +60,10 @@ def cross_cka(
         if not isinstance(images, ImageSet):
             raise SettingError("a limit is drawn from a set of images: give a data address or an ImageSet, not an iterable")
         images = images.subset(limit, seed)
-    models = [subject.model.to(place) for subject in subjects]
-    plans = [discover_plan(model, subject.preprocess.size, seed=seed) for model, subject in zip(models, subjects, strict=True)]
+    images = looked_at(images)
+    subjects = with_input(first, images), with_input(second, images)
+    models = [subject.model for subject in subjects]
+    plans = [plan_of(subject, device, seed) for subject in subjects]
     length = sum(patches * width for plan in plans for patches, width in filter(None, plan.patch_shapes))
     hsic = MinibatchHSIC(sum(len(plan.taps) for plan in plans), minibatch_for(length)).to(place)
     if isinstance(images, ImageSet):
@@ -71,7 +75,7 @@ def cross_cka(
     with torch.no_grad():
         for one, other in zip(*streams, strict=True):
             for pixels in _pairs(one, other, step):
-                patches = [_patches(m, p, x.to(place), amp) for m, p, x in zip(models, plans, pixels, strict=True)]
+                patches = [_patches(m, p, x, amp) for m, p, x in zip(models, plans, pixels, strict=True)]
                 hsic.absorb([*patches[0], *patches[1]])
     hsic.all_reduce()
     values, stderr, ci95, minibatches = hsic.cka()
@@ -99,8 +103,8 @@ def _pairs(one: Batch, other: Batch, step: int) -> Iterator[tuple[Tensor, Tensor
 
 def _patches(model: nn.Module, plan: Plan, pixels: Tensor, amp: str | None) -> list[Tensor | None]:
     """The patch tokens of one model at each depth."""
-    dtype = next(model.parameters()).dtype
-    with record(model, plan) as recordings, autocast(pixels.device, amp):
-        model(pixels.to(dtype))
+    images = model_input(pixels, plan, floating_like(model))
+    with record(model, plan) as recordings, autocast(images.device, amp):
+        model(images)
     trace = recordings.take()
     return [trace.patches(depth) for depth in range(len(trace.tokens))]

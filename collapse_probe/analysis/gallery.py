@@ -88,13 +88,17 @@ def gallery_of(
 
 
 def as_seen(pixels_CHW: Tensor, facts: Mapping[str, Any]) -> Pixels:
-    """The model's input [3, height, width] as a picture again, uint8 [height, width, 3]; `facts` describe the preprocessing."""
+    """The model's input [channels, height, width] as a picture again, uint8 [height, width, 3].
+
+    `facts` describe the preprocessing. Of more than three channels the first three are shown, of fewer the first, in grey.
+    """
     mean, std = facts.get("mean"), facts.get("std")
-    if mean is not None and std is not None:
+    if mean is not None and std is not None and len(mean) == len(pixels_CHW):
         pixels_CHW = pixels_CHW * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     else:
         low, high = pixels_CHW.min(), pixels_CHW.max()
         pixels_CHW = (pixels_CHW - low) / (high - low).clamp_min(1e-6)
+    pixels_CHW = pixels_CHW[:3] if len(pixels_CHW) >= 3 else pixels_CHW[:1].expand(3, -1, -1)
     return np.asarray((pixels_CHW.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 

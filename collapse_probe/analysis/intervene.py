@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from collapse_probe.analysis.analyze import measure, restored
-from collapse_probe.analysis.loop import Progress
-from collapse_probe.analysis.measurement import Images, Report, RunSettings
+from collapse_probe.analysis.loop import Progress, model_input
+from collapse_probe.analysis.measurement import Images, Report, RunSettings, plan_of, with_input
 from collapse_probe.analysis.outputs import kl_divergence, labels_for, logits_in
-from collapse_probe.capture.capture import discover_plan, same
+from collapse_probe.capture.capture import same
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.replacement import KINDS, Branch, Replacement, branches_of, refusal, replacements_for, replacing
 from collapse_probe.capture.trace import TRACE_BYTES
-from collapse_probe.data.images import Batch, batches_of, open_data
-from collapse_probe.devices import autocast, choose_device
+from collapse_probe.data.images import Batch, OwnImages, batches_of, looked_at, open_data
+from collapse_probe.data.preprocessing import Size
+from collapse_probe.devices import autocast, choose_device, floating_like
 from collapse_probe.distributed import gathered
 from collapse_probe.errors import CaptureError, DataError, ModelError, SettingError
 from collapse_probe.models.loading import Subject, resolve
@@ -51,7 +52,7 @@ def intervene(
     partial: bool = False,
     pretrained: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
-    img_size: int | None = None,
+    img_size: Size | None = None,
     batch_size: int = 64,
     workers: int = 0,
     device: str = "auto",
@@ -92,7 +93,8 @@ def intervene(
         command=command,
     )
     images = open_data(data, split=split, limit=limit, seed=seed) if isinstance(data, (str, Path)) else data
-    if iter(images) is images:
+    images = looked_at(images)
+    if isinstance(images, OwnImages) and images.once:
         raise DataError("the images are run through more than once: give an address, an ImageSet, a list or a DataLoader")
     say = report or (lambda text: None)
     with restored(model):
@@ -111,9 +113,10 @@ def intervene(
         )
         say("measuring the similarity of the maps")
         findings = measure(subject, images, settings, report=say)
-        size = subject.preprocess.size
-        plan = discover_plan(subject.model, size, seed=seed)
-        branches = branches_of(subject.model, plan, size, seed) if "skip" in kinds else {}
+        subject = with_input(subject, images)
+        made = subject.preprocess
+        plan = plan_of(subject, device, seed)
+        branches = branches_of(subject.model, plan, made.size, made.channels, seed) if "skip" in kinds else {}
         runner = ReplacementRunner(subject, plan, choose_device(device), settings, branches)
         grid = condition_grid(runner, kinds, blocks)
         if grid.able.get("mean"):
@@ -148,10 +151,10 @@ class ReplacementRunner:
         """A batch in parts whose maps fit the memory."""
         largest = max(layer.heads * layer.queries * layer.keys * 4 for layer in self.plan.layers)
         step = max(1, TRACE_BYTES[self.device.type] // (MAPS_HELD * largest))
-        dtype = next(self.model.parameters()).dtype
+        like = torch.empty(0, dtype=floating_like(self.model).dtype, device=self.device)
         for first in range(0, len(batch.names), step):
             part = slice(first, first + step)
-            yield part, batch.pixels[part].to(self.device, dtype)
+            yield part, model_input(batch.pixels[part], self.plan, like)
 
     def run(self, images: Tensor, replacements: Mapping[int, Replacement]) -> Any:
         """What the model returns with maps replaced."""

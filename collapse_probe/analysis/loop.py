@@ -17,9 +17,9 @@ from collapse_probe.capture.capture import record
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import TILE_BYTES, Trace, micro_batch
 from collapse_probe.data.images import Batch
-from collapse_probe.devices import autocast
+from collapse_probe.devices import autocast, floating_like
 from collapse_probe.distributed import gathered
-from collapse_probe.errors import SettingError
+from collapse_probe.errors import DataError, SettingError
 from collapse_probe.metrics.accumulators import Accumulator
 from collapse_probe.metrics.metric import Metric
 from collapse_probe.results.findings import MetricResult
@@ -135,6 +135,17 @@ class PassOptions:
     stopper: Stopper | None = None
 
 
+def model_input(pixels: Tensor, plan: Plan, like: Tensor) -> Tensor:
+    """The pixels on the device and in the dtype of `like`; DataError for images of another shape than the probe's."""
+    if plan.image_size is not None and tuple(pixels.shape[-2:]) != plan.image_size:
+        came, expected = (" × ".join(map(str, sides)) for sides in (pixels.shape[-2:], plan.image_size))
+        raise DataError(
+            f"the model was probed with images of {expected} pixels (height × width), and this batch has {came}: "
+            "all images must have one size"
+        )
+    return pixels.to(like.device, like.dtype, non_blocking=True)
+
+
 def one_pass(
     model: nn.Module,
     plan: Plan,
@@ -146,7 +157,7 @@ def one_pass(
 ) -> PassResult:
     """Every image once through the model and into the accumulators; then the sums of all processes together."""
     run = PassResult(accumulators_for(metrics, device))
-    start, dtype = time.perf_counter(), next(model.parameters()).dtype
+    start, like = time.perf_counter(), torch.empty(0, dtype=floating_like(model).dtype, device=device)
     with torch.no_grad():
         for batch in batches:
             newest = PassResult(run.accumulators, indices=[*batch.indices], skipped=[*batch.skipped])
@@ -156,7 +167,7 @@ def one_pass(
             for first in range(0, len(batch.names), step):
                 names, pixels = batch.names[first : first + step], batch.pixels[first : first + step]
                 with record(model, plan) as recordings, autocast(device, amp):
-                    output = model(pixels.to(device, dtype, non_blocking=True))
+                    output = model(model_input(pixels, plan, like))
                 if options.outputs is not None:
                     options.outputs(names, output)
                 absorb(newest, recordings.take(), names, pixels, TILE_BYTES[device.type], options.gallery)

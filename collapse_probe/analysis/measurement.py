@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from collapse_probe.analysis.loop import PassOptions, PassResult, one_pass, result_of
-from collapse_probe.capture.capture import noise
+from collapse_probe.capture.capture import discover_plan, noise
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.weight_capture import record_matrices
 from collapse_probe.capture.weight_matrices import NAMES, Matrices
-from collapse_probe.data.images import ImageSet, batches_of, seeded_order
-from collapse_probe.devices import choose_device
+from collapse_probe.data.images import ImageSet, OwnImages, batches_of, seeded_order
+from collapse_probe.data.preprocessing import ASSUMED, given_pixels, shown, sides_of
+from collapse_probe.devices import choose_device, moved
 from collapse_probe.distributed import unwrap
 from collapse_probe.errors import DataError, SettingError
 from collapse_probe.metrics.metric import Metric, make
@@ -116,7 +117,7 @@ def measure_model(
     Raises DataError where no image can be read.
     """
     device, start, run = choose_device(settings.device), time.perf_counter(), PassResult()
-    model, notes = subject.model.to(device), tuple[str, ...]()
+    model, notes = moved(subject.model, device), tuple[str, ...]()
     if need_images(metrics):
         assert images is not None
         drawn = settings.until_ci is not None or not all(metric.any_order for metric in metrics.values())
@@ -128,7 +129,7 @@ def measure_model(
             raise DataError(f"no image could be read{why}")
     of_weights = [metric for metric in metrics.values() if isinstance(metric, WeightMetric)]
     if of_weights:
-        matrices = read_matrices(model, plan, settings.seed)
+        matrices = read_matrices(model, plan, subject.preprocess.channels, settings.seed)
         notes = tuple(dict.fromkeys(matrices.reasons()))
         for metric in of_weights:
             metric.matrices = matrices
@@ -136,11 +137,35 @@ def measure_model(
     return Measurement(results, run, run.seconds or time.perf_counter() - start, notes)
 
 
-def read_matrices(model: nn.Module, plan: Plan, seed: int = 0) -> Matrices:
+def with_input(subject: Subject, images: ImageSet | OwnImages | None) -> Subject:
+    """The subject as it takes these images: those of a caller's own loader are made ready already.
+
+    Raises SettingError where another img_size was asked for than the loader gives.
+    """
+    if not isinstance(images, OwnImages):
+        return subject
+    channels, *sides = images.shape
+    size = (sides[0], sides[1])
+    if subject.img_size is not None and sides_of(subject.img_size) != size:
+        raise SettingError(
+            f"img_size is {shown(sides_of(subject.img_size))}, but the images given are {shown(size)} (height × width): "
+            "leave img_size out, or give images of that size"
+        )
+    notes = tuple(note for note in subject.notes if not note.startswith(ASSUMED))
+    return replace(subject, preprocess=given_pixels(channels, size), notes=notes)
+
+
+def plan_of(subject: Subject, device: str, seed: int) -> Plan:
+    """Move the subject's model to the device, in eval mode, and probe it with noise of the size and channels of its images."""
+    model = moved(subject.model, choose_device(device)).eval()
+    return discover_plan(model, subject.preprocess.size, subject.preprocess.channels, seed)
+
+
+def read_matrices(model: nn.Module, plan: Plan, channels: int, seed: int = 0) -> Matrices:
     """The weight matrices of every block of `plan`, recorded in one forward pass of noise; no data are needed."""
     if plan.image_size is None:
         reason = "the probe saw no image, so that no pass could be made to record the products of the blocks"
         missing = tuple(dict.fromkeys(NAMES, reason) for _ in plan.blocks)
         return Matrices(plan.blocks, tuple({} for _ in plan.blocks), missing)
     model = unwrap(model)
-    return record_matrices(model, noise(model, plan.image_size, 3, seed), plan.blocks)
+    return record_matrices(model, noise(model, plan.image_size, channels, seed), plan.blocks)

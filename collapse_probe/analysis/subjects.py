@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from collapse_probe.data.preprocessing import Size
 from collapse_probe.errors import CheckpointError, CollapseProbeError, SettingError
 from collapse_probe.models import checkpoints
 from collapse_probe.models.loading import Subject, check_blocks, resolve, with_fixes
@@ -31,7 +32,7 @@ class ModelOptions:
     partial: bool = False
     pretrained: bool | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    img_size: int | None = None
+    img_size: Size | None = None
     fixes: tuple[str, ...] = ()
     fix_blocks: tuple[int, ...] | None = None
     seed: int = 0

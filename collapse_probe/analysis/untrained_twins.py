@@ -13,10 +13,9 @@ from collapse_probe.analysis.measurement import (
     make_metrics,
     measure_model,
     need_images,
+    plan_of,
 )
-from collapse_probe.capture.capture import discover_plan
 from collapse_probe.data.images import ImageSet
-from collapse_probe.devices import choose_device
 from collapse_probe.errors import ModelError
 from collapse_probe.metrics.metric import Metric
 from collapse_probe.metrics.nulls import with_twins
@@ -82,7 +81,7 @@ def measure_twins(
     twins: dict[int, Measurement] = {}
     for seed in range(settings.seed + 1, settings.seed + 1 + settings.null_seeds):
         say(f"measuring the untrained twin of seed {seed}" + ("" if few is None else f" on {len(few)} images"))
-        twin = replace(subject, model=subject.fresh(seed).to(choose_device(settings.device)))
-        plan = discover_plan(twin.model, subject.preprocess.size, seed=settings.seed)
+        twin = replace(subject, model=subject.fresh(seed))
+        plan = plan_of(twin, settings.device, settings.seed)
         twins[seed] = measure_model(twin, plan, make_metrics(plan, names), few, settings)
     return twins

@@ -16,6 +16,7 @@ from collapse_probe.capture.discovery import as_tokens, attention_like, call_fra
 from collapse_probe.capture.plan import Plan, SelfCheck
 from collapse_probe.capture.recorder import AttentionEvent, PassLog, Recorder
 from collapse_probe.capture.trace import Trace
+from collapse_probe.devices import floating_like
 from collapse_probe.distributed import unwrap
 from collapse_probe.errors import CaptureError, ModelError, NoAttentionFoundError
 
@@ -117,7 +118,7 @@ def discover_plan(model: nn.Module, size: tuple[int, int], channels: int = 3, se
 
 def noise(model: nn.Module, size: tuple[int, int], channels: int, seed: int) -> Tensor:
     """Two seeded noise images on the model's device and in its dtype."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
+    like = floating_like(model)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, channels, *size, generator=generator).to(like.device, like.dtype)
 

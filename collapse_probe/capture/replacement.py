@@ -248,7 +248,7 @@ def replacing(
         yield replacer
 
 
-def branches_of(model: nn.Module, plan: Plan, size: tuple[int, int], seed: int = 0) -> dict[int, Branch]:
+def branches_of(model: nn.Module, plan: Plan, size: tuple[int, int], channels: int = 3, seed: int = 0) -> dict[int, Branch]:
     """For each layer what has to give zeros so that its attention adds nothing; layers without such a place are missing.
 
     With all maps zero, two different images are run: the outermost module between the block and its attention whose output is
@@ -257,7 +257,7 @@ def branches_of(model: nn.Module, plan: Plan, size: tuple[int, int], seed: int =
     model = unwrap(model)
     zeros = {index: Replacement(ZEROS) for index in plan.map_layers}
     with torch.inference_mode(False), torch.no_grad(), replacing(model, plan, zeros) as replacer:
-        model(noise(model, size, 3, seed))
+        model(noise(model, size, channels, seed))
     branches: dict[int, Branch] = dict.fromkeys(replacer.fused_blocks)
     for index, stack in replacer.stacks.items():
         block = plan.layers[index].block

@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from collapse_probe.data.preprocessing import Preprocess
 from collapse_probe.data.readers import LIBRARIES, Pictures, bundled, in_folder, in_tar, in_timm
-from collapse_probe.distributed import rank_and_world
+from collapse_probe.distributed import gathered, rank_and_world
 from collapse_probe.errors import DataError, SettingError
 
 Skipped = tuple[str, str]  # name, reason
@@ -85,7 +86,7 @@ def check_count(count: int) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some pictures made ready: `pixels` [B, 3, height, width] float32; row b is picture `indices[b]`.
+    """Some pictures made ready: `pixels` [B, channels, height, width] float32; row b is picture `indices[b]`.
 
     `labels` [B] int64 or None. `skipped` are the pictures of this batch that could not be read, each with its
     reason; they have no row, so B may be 0.
@@ -166,7 +167,7 @@ def batches(
     if workers < 0 or not 0 <= rank < world:
         raise SettingError(f"expected workers ≥ 0 and 0 ≤ rank < world, not {workers}, {rank}, {world}")
     places = (range(len(images)) if order is None else order)[rank::world]
-    collate = functools.partial(_collate, images.names, images.labels, preprocess.size)
+    collate = functools.partial(_collate, images.names, images.labels, (preprocess.channels, *preprocess.size))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # more workers than cores
         loader: DataLoader[Any] = DataLoader(
@@ -218,7 +219,7 @@ def seeded_order(images: ImageSet, seed: int) -> tuple[int, ...]:
 def _collate(
     names: Sequence[str],
     labels: Sequence[int] | None,
-    size: tuple[int, int],
+    shape: tuple[int, int, int],
     items: Sequence[tuple[int, Tensor | str]],
 ) -> Batch:
     rows = [(i, pixels) for i, pixels in items if isinstance(pixels, Tensor)]
@@ -226,10 +227,41 @@ def _collate(
     return Batch(
         indices,
         tuple(names[i] for i in indices),
-        torch.stack([pixels for _, pixels in rows]) if rows else torch.empty(0, 3, *size),
+        torch.stack([pixels for _, pixels in rows]) if rows else torch.empty(0, *shape),
         None if labels is None else torch.tensor([labels[i] for i in indices], dtype=torch.int64),
         tuple((names[i], reason) for i, reason in items if isinstance(reason, str)),
     )
+
+
+class OwnImages:
+    """A caller's own iterable of batches, see `from_loader`, whose first batch was looked at and not lost.
+
+    `shape` is (channels, height, width) of its images, the same in all processes; `once` says that it is an iterator, which
+    can be run through only once. Raises DataError where no process has an image, or where their shapes differ.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+        iterator = iter(batches)
+        self.once = iterator is batches
+        first = list(islice(iterator, 1))
+        self._begun: Iterator[Any] | None = chain(first, iterator)
+        own = [tuple(_pixels_and_labels(item)[0].shape[1:]) for item in first]
+        shapes = {shape for part in gathered(own) for shape in part}
+        if len(shapes) != 1:
+            came = f"gave images {sorted(shapes)} (channels, height, width)" if shapes else "gave no image"
+            raise DataError("the loader " + came + (" in different processes: they must have one size" if shapes else ""))
+        channels, height, width = shapes.pop()
+        self.shape = (int(channels), int(height), int(width))
+
+    def __iter__(self) -> Iterator[Any]:
+        begun, self._begun = self._begun, None
+        return iter(self.batches) if begun is None else begun
+
+
+def looked_at(images: ImageSet | OwnImages | Iterable[Any]) -> ImageSet | OwnImages:
+    """A set of pictures as it is, anything else as `OwnImages`."""
+    return images if isinstance(images, (ImageSet, OwnImages)) else OwnImages(images)
 
 
 PIXEL_KEYS = ("pixel_values", "image", "images", "pixels")
@@ -241,26 +273,29 @@ def from_loader(loader: Iterable[Any]) -> Iterator[Batch]:
 
     The pixels [B, channels, height, width] are taken as they are, as float32: preprocessing is the loader's. Labels are kept
     where they are B whole numbers, as a tensor, an array or a list. Names are "0", "1", …. Raises DataError for anything else,
-    and for a loader that gives nothing.
+    and in a single process for a loader that gives nothing.
     """
     seen = 0
     for item in loader:
-        pixels, labels = item, None
-        if isinstance(item, Mapping):
-            pixels, labels = (next((item[key] for key in keys if key in item), None) for keys in (PIXEL_KEYS, LABEL_KEYS))
-        elif isinstance(item, (tuple, list)) and item:
-            pixels, labels = item[0], item[1] if len(item) > 1 else None
-        if not isinstance(pixels, Tensor) or pixels.ndim != 4 or not pixels.is_floating_point():
-            came = f"a dict with {', '.join(map(str, item))}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
-            came = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else came
-            raise DataError(
-                f"a loader must give float images [batch, channels, height, width], alone or with labels; came {came}"
-            )
+        pixels, labels = _pixels_and_labels(item)
         indices = tuple(range(seen, seen + len(pixels)))
         seen += len(pixels)
         yield Batch(indices, tuple(map(str, indices)), pixels.float(), _whole_numbers(labels, len(pixels)))
-    if not seen:
+    if not seen and rank_and_world()[1] == 1:
         raise DataError("the loader gave no image")
+
+
+def _pixels_and_labels(item: Any) -> tuple[Tensor, Any]:
+    pixels, labels = item, None
+    if isinstance(item, Mapping):
+        pixels, labels = (next((item[key] for key in keys if key in item), None) for keys in (PIXEL_KEYS, LABEL_KEYS))
+    elif isinstance(item, (tuple, list)) and item:
+        pixels, labels = item[0], item[1] if len(item) > 1 else None
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or not pixels.is_floating_point():
+        came = f"a dict with {', '.join(map(str, item))}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
+        came = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else came
+        raise DataError(f"a loader must give float images [batch, channels, height, width], alone or with labels; came {came}")
+    return pixels, labels
 
 
 def _whole_numbers(labels: Any, count: int) -> Tensor | None:

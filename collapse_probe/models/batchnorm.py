@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from collapse_probe.data.images import ImageSet, batches
-from collapse_probe.devices import choose_device
+from collapse_probe.devices import choose_device, floating_like, moved
 from collapse_probe.errors import DataError, ModelError, SettingError
 from collapse_probe.models.loading import Subject
 
@@ -42,7 +42,7 @@ def recalibrated(
 
     def run(model: nn.Module) -> int:
         stream = batches(few, subject.preprocess, batch_size=batch_size)
-        return recalibrate(model.to(place), (batch.pixels for batch in stream if batch.names), count)
+        return recalibrate(moved(model, place), (batch.pixels for batch in stream if batch.names), count)
 
     def fresh(s: int) -> nn.Module:
         assert before is not None
@@ -73,7 +73,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], n: int = 50) -> int:
         raise ModelError(f"{type(model).__name__} has no BatchNorm2d with running statistics to recalibrate")
     if n < 1:
         raise SettingError(f"recalibration needs at least one batch, not {n}")
-    device, used = next(model.parameters()).device, 0
+    like, used = floating_like(model), 0
     modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
     statistics = [{key: value.clone() for key, value in norm.named_buffers()} for norm in norms]
@@ -87,7 +87,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], n: int = 50) -> int:
             images = batch[0] if isinstance(batch, Sequence) and batch else batch
             if not isinstance(images, Tensor) or images.ndim != 4:
                 raise DataError(f"expected images [B, C, height, width] to recalibrate on, not {type(images).__name__}")
-            model(images.to(device))
+            model(images.to(like.device, like.dtype))
             used += 1
         if not used:
             raise DataError("there are no images to recalibrate BatchNorm on")

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
+from collapse_probe.devices import floating_like
+
 RUNS, SECONDS, MOST_RUNS = 5, 1.0, 20
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 UNCOUNTED: dict[Any, Any] = {}
@@ -36,11 +38,11 @@ class Cost:
     note: str = ""
 
 
-def measure_cost(model: nn.Module, size: tuple[int, int], batch_size: int) -> Cost:
-    """Count and time a model in eval mode, where it lies, on images of `size` (height, width)."""
-    like = next(model.parameters())
+def measure_cost(model: nn.Module, shape: tuple[int, int, int], batch_size: int) -> Cost:
+    """Count and time a model in eval mode, where it lies, on images of `shape` (channels, height, width)."""
+    like = floating_like(model)
     device = like.device
-    noise = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0)).to(device, like.dtype)
+    noise = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0)).to(device, like.dtype)
     flops, note = count_flops(model, noise[:1])
     seconds: list[float] = []
     with torch.no_grad():

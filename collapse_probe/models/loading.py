@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.data.preprocessing import Preprocess
+from collapse_probe.data.preprocessing import Preprocess, Size, checked_size, for_channels, input_channels
 from collapse_probe.downloads import fetching, first_line
 from collapse_probe.errors import CollapseProbeError, ModelError, SettingError, UnknownNameError
 from collapse_probe.models.checkpoints import load_checkpoint
@@ -27,7 +27,8 @@ class Subject:
     """A model under analysis: in eval mode, with its provenance.
 
     `source` is the key of the table of sources, `name` the name there, `weights` says which weights it holds (a tag, or
-    "random (seed 0)", or "checkpoint"). `fresh(seed)` makes the same architecture with fresh weights, in eval mode; None where
+    "random (seed 0)", or "checkpoint"). `img_size` is the size that was asked for, None where the model's own is taken.
+    `fresh(seed)` makes the same architecture with fresh weights, in eval mode; None where
     that is not possible.
     """
 
@@ -41,19 +42,21 @@ class Subject:
     checkpoint: str | None = None
     checkpoint_sha256: str | None = None
     notes: tuple[str, ...] = ()
+    img_size: Size | None = None
 
 
 @dataclass(frozen=True)
 class Request:
     """What is wanted of a source: `name` is the address without its scheme.
 
-    `img_size` is the side of the input in pixels. `module` is the model itself where the caller passed one; otherwise None.
+    `img_size` is the side of the input in pixels, or (height, width). `module` is the model itself where the caller passed
+    one; otherwise None.
     """
 
     address: str
     name: str
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    img_size: int | None = None
+    img_size: Size | None = None
     module: nn.Module | None = None
 
 
@@ -120,7 +123,7 @@ def resolve(
     checkpoint: str | Path | None = None,
     pretrained: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
-    img_size: int | None = None,
+    img_size: Size | None = None,
     seed: int = 0,
     partial: bool = False,
 ) -> Subject:
@@ -129,20 +132,20 @@ def resolve(
     A bare name is looked up in `BARE`; `SCHEME:NAME` names an entry of `SOURCES`; an nn.Module is taken as it is, out of its
     wrappers (a checkpoint then loads into that very module). `pretrained` None means published weights unless a checkpoint is
     given. Fresh weights are drawn under `seed`, and the global generators stay as they were. `model_kwargs` go to the model's
-    constructor, `img_size` [pixels] sets its input side, `partial` lets a checkpoint load in part.
+    constructor, `img_size` sets its input side [pixels], or (height, width), `partial` lets a checkpoint load in part.
 
     `fixes` are put into `blocks`, see `with_fixes`, before the checkpoint is loaded. It may hold the fixes' own parameters,
     trained, or be one of the model without them: they then stay as the fixes made them, and a note says so.
 
     Raises UnknownNameError, ModelError, CheckpointError, SettingError.
     """
-    if img_size is not None and img_size < 1:
-        raise SettingError(f"img_size is a number of pixels above 0, not {img_size}")
+    img_size = None if img_size is None else checked_size(img_size)
     source, request = _locate(address, dict(model_kwargs or {}), img_size)
     blueprint: Blueprint = SOURCES[source].blueprint(request)
     trained = pretrained if pretrained is not None else checkpoint is None
     model = _make(blueprint, request, trained, seed).eval()
     preprocess, notes = blueprint.preprocess(model)
+    preprocess = for_channels(preprocess, input_channels(model))
 
     def fresh(seed: int) -> nn.Module:
         twin = _make(blueprint, request, False, seed).eval()
@@ -161,6 +164,7 @@ def resolve(
         preprocess=preprocess,
         fresh=fresh if blueprint.remakable else None,
         notes=notes,
+        img_size=img_size,
     )
     keys = set(model.state_dict()) if fixes else set()
     subject = with_fixes(plain, fixes, blocks, seed)
@@ -184,7 +188,7 @@ def fetching_weights(request: Request, hub: bool) -> AbstractContextManager[None
     return fetching(f"weights of {request.address!r}", ModelError, way_out, hub=hub)
 
 
-def _locate(address: str | nn.Module, kwargs: dict[str, Any], img_size: int | None) -> tuple[str, Request]:
+def _locate(address: str | nn.Module, kwargs: dict[str, Any], img_size: Size | None) -> tuple[str, Request]:
     if isinstance(address, nn.Module):
         name = type(address).__name__
         return "module", Request(f"module:{name}", name, kwargs, img_size, module=address)

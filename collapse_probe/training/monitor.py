@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from collapse_probe.analysis.analyze import measure, restored
 from collapse_probe.analysis.measurement import RunSettings
 from collapse_probe.data.images import ImageSet, check_count, open_data
-from collapse_probe.data.preprocessing import Preprocess, from_callable
+from collapse_probe.data.preprocessing import Preprocess, from_callable, given_pixels
 from collapse_probe.distributed import alone
 from collapse_probe.errors import DataError, ModelError, SettingError
 from collapse_probe.files import check_writable
@@ -40,12 +40,8 @@ class GivenPixels:
 
     def preprocess(self) -> Preprocess:
         """The preprocessing of images that need none."""
-
-        def refuse(picture: Image) -> Tensor:
-            raise DataError("these images came as a tensor; there is no preprocessing for pictures")
-
-        size = (int(self.pixels.shape[2]), int(self.pixels.shape[3]))
-        return Preprocess(refuse, size, {"size": list(size), "given": "pixels, made ready by the caller"})
+        channels, height, width = self.pixels.shape[1:]
+        return given_pixels(channels, (height, width))
 
     def facts(self) -> dict[str, Any]:
         """What findings record of their origin; the names are numbers, so the content is identified by its SHA-256."""

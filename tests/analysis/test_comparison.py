@@ -310,7 +310,7 @@ def test_operations_are_counted_whether_attention_is_fused_or_not():
     fused, plain = small_vit(), small_vit()
     for block in plain.blocks:
         block.attn.fused_attn = False
-    found = [measure_cost(model, (64, 64), 2) for model in (fused, plain)]
+    found = [measure_cost(model, (3, 64, 64), 2) for model in (fused, plain)]
     assert found[0].flops == found[1].flops
     linear = sum(2 * p.numel() * 17 for n, p in fused.blocks.named_parameters() if p.ndim == 2)
     attention = 4 * 2 * 2 * 17 * 17 * 64  # blocks, two products, two operations, tokens², width

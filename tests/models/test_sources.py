@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 
 from collapse_probe.capture.capture import discover_plan
@@ -141,6 +141,41 @@ def test_a_fresh_twin_has_the_same_architecture_and_its_own_weights():
     assert not same(twin, subject.model)
     assert same(twin, subject.fresh(5))
     assert same(subject.fresh(0), subject.model)
+
+
+# sizes
+
+
+@pytest.mark.parametrize("size", [64, (64, 96), [96, 64]])
+@pytest.mark.parametrize(
+    ("address", "kwargs"),
+    [
+        ("torchvision:swin_t", {}),
+        ("timm:pvt_v2_b0", {"depths": (1, 1, 1, 1)}),
+        ("timm:davit_tiny", {"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (1, 2)}),
+        ("timm:vit_tiny_patch16_224", TINY),
+    ],
+)
+def test_a_model_that_takes_any_size_is_given_it(address, kwargs, size):
+    subject = resolve(address, pretrained=False, model_kwargs=kwargs, img_size=size)
+    assert subject.preprocess.size == ((64, 64) if size == 64 else tuple(size))
+    assert answer(subject).shape[0] == 1
+
+
+def test_a_rectangle_is_cut_without_distorting_the_picture():
+    subject = resolve("torchvision:swin_t", pretrained=False, img_size=(64, 96))
+    wheel = Image.new("L", (400, 400))
+    ImageDraw.Draw(wheel).ellipse((170, 170, 230, 230), fill=255)
+    seen = subject.preprocess.transform(wheel.convert("RGB"))[0] > 0
+    rows, columns = seen.any(1).sum(), seen.any(0).sum()
+    assert rows > 5
+    assert abs(rows - columns) <= 1
+
+
+@pytest.mark.parametrize("size", [0, -3, (64,), (64, 0), "large", 2.5, (1, 2, 3)])
+def test_what_is_no_size_is_refused(size):
+    with pytest.raises(SettingError, match=r"img_size is a number of pixels above 0, or \(height, width\), not"):
+        tiny(img_size=size)
 
 
 # preprocessing
@@ -283,8 +318,8 @@ def test_an_unknown_name_answers_with_the_nearest(address, nearest):
 @pytest.mark.parametrize(
     ("address", "settings", "message"),
     [
-        ("timm:resnet18", {"img_size": 64, "model_kwargs": {}}, "with img_size=64.*img_size"),
-        ("resnet18", {"img_size": 64, "model_kwargs": {}}, "with img_size=64.*image_size"),
+        ("maxvit_t", {"img_size": 100, "model_kwargs": {}}, "'maxvit_t' with img_size=100: .*not divisible by"),
+        ("vit_b_32", {"img_size": (64, 96), "model_kwargs": {}}, "vit_b_32 takes square images, not 64 × 96"),
         (NAME, {"img_size": 40}, "img_size 40 is not a multiple of the model's patch size 16"),
         (NAME, {"model_kwargs": {"no_such_setting": 1}}, "with no_such_setting=1"),
         ("local-dir:/no/such/folder", {}, "no folder /no/such/folder"),
@@ -393,7 +428,7 @@ def test_a_modules_own_preprocessing_is_used():
 def test_a_modules_preprocessing_that_gives_no_image_is_refused():
     model = Own()
     model.preprocess = lambda image: torch.zeros(4)
-    with pytest.raises(ModelError, match=r"float tensor \[3, height, width\], not torch.float32 \[4\]"):
+    with pytest.raises(ModelError, match=r"float tensor \[channels, height, width\], not torch.float32 \[4\]"):
         resolve(model)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from collapse_probe.data.preprocessing import sides_of
 from collapse_probe.errors import ModelError
 from collapse_probe.models.loading import Blueprint, Request, Source
 from collapse_probe.models.model_file import is_model_file, load_model, read_card
@@ -53,7 +54,7 @@ class OurSource(Source):
         if not is_model_file(path):
             return SOURCES["timm"].blueprint(request)  # type: ignore[no-any-return]
         card = read_card(path)
-        if request.model_kwargs or request.img_size not in (None, card.input_size[1]):
+        if request.model_kwargs or (request.img_size and sides_of(request.img_size) != tuple(card.input_size[1:])):
             changes = ", ".join([*request.model_kwargs, *(["img_size"] if request.img_size else [])])
             raise ModelError(f"{path} says how its model is built; {changes} cannot be changed")
         recipe, step = card.facts.get("recipe") or {}, card.facts.get("step")

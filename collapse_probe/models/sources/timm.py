@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from collapse_probe.data.preprocessing import Preprocess, from_timm_config, size_of
+from collapse_probe.data.preprocessing import Preprocess, from_timm_config, shown, sides_of, size_of
 from collapse_probe.errors import ModelError
 from collapse_probe.models.loading import Blueprint, Request, Source, fetching_weights
 from collapse_probe.registry import SOURCES
@@ -39,6 +39,7 @@ class TimmSource(Source):
     def blueprint(self, request: Request) -> Blueprint:
         """timm's constructor, its weights and its evaluation transform."""
         import timm
+        from timm.layers import PatchEmbed
 
         place = f"{self.scheme}:{request.name}" if self.scheme else request.name
         settings: dict[str, Any] = dict(request.model_kwargs)
@@ -48,16 +49,23 @@ class TimmSource(Source):
         if self.scheme == "local-dir" and not Path(request.name).is_dir():
             raise ModelError(f"no folder {request.name}; 'local-dir:' takes one with a config.json")
 
+        def create(trained: bool) -> nn.Module:
+            try:
+                return timm.create_model(place, pretrained=trained, **settings)
+            except TypeError as error:  # a constructor without img_size belongs to a model that takes any size
+                if request.img_size is None or "img_size" not in str(error):
+                    raise
+            return timm.create_model(place, pretrained=trained, **request.model_kwargs)
+
         def make(trained: bool) -> nn.Module:
             # "hf-hub" needs the hub even for fresh weights: the configuration lies there
             hub = fetching_weights(request, hub=trained or self.scheme == "hf-hub")
             with contextlib.nullcontext() if self.scheme == "local-dir" else hub:
-                model: nn.Module = timm.create_model(place, pretrained=trained, **settings)
+                model: nn.Module = create(trained)
             embed = getattr(model, "patch_embed", None)
-            patch = getattr(embed, "patch_size", None)
-            checked = request.img_size is not None and not getattr(embed, "dynamic_img_pad", False)
-            if checked and isinstance(patch, tuple) and any(request.img_size % side for side in patch):
-                raise ModelError(f"img_size {request.img_size} is not a multiple of the model's patch size {patch[0]}")
+            patch = embed.patch_size if isinstance(embed, PatchEmbed) and not embed.dynamic_img_pad else (1, 1)
+            if request.img_size and any(a % b for a, b in zip(sides_of(request.img_size), patch, strict=True)):
+                raise ModelError(f"img_size {shown(request.img_size)} is not a multiple of the model's patch size {patch[0]}")
             return model
 
         def preprocess(model: nn.Module) -> tuple[Preprocess, tuple[str, ...]]:

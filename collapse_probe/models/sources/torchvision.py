@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from collapse_probe.data.preprocessing import Preprocess
+from collapse_probe.data.preprocessing import Preprocess, Size, from_timm_config, shown, sides_of
 from collapse_probe.downloads import check_url
+from collapse_probe.errors import ModelError
 from collapse_probe.models.loading import Blueprint, Request, Source, fetching_weights
 from collapse_probe.registry import SOURCES
 
@@ -39,12 +41,18 @@ class TorchvisionSource(Source):
         weights = models.get_model_weights(base)[tag or "DEFAULT"]
         settings: dict[str, Any] = dict(request.model_kwargs)
         native = int(weights.transforms().crop_size[0])
-        size = request.img_size or settings.get("image_size") or native
-        if base.startswith("vit_") or request.img_size is not None:
-            settings["image_size"] = size
+        size: Size = request.img_size or settings.get("image_size") or native
+        height, width = sides_of(size)
+        vit = base.startswith("vit_")
+        if vit and height != width:
+            raise ModelError(f"torchvision's {base} takes square images, not {shown(size)}")
+        if vit:
+            settings["image_size"] = height
+        elif base.startswith("maxvit") and request.img_size is not None:
+            settings["input_size"] = (height, width)
 
         def make(trained: bool) -> nn.Module:
-            resized = size != native and base.startswith("vit_")
+            resized = vit and height != native
             if not trained:
                 return models.get_model(base, weights=None, **settings)  # type: ignore[no-any-return]
             with fetching_weights(request, hub=False):
@@ -56,19 +64,23 @@ class TorchvisionSource(Source):
                     model.load_state_dict(state)
                 return model  # type: ignore[no-any-return]
 
-        resize = round(weights.transforms().resize_size[0] * size / native)  # the crop keeps its share of the picture
-        transform = weights.transforms(crop_size=size, resize_size=resize)
-        description = {
-            "size": [size, size],
-            "resize": resize,
-            "crop_mode": "center",
-            "crop_pct": size / resize,
-            "interpolation": transform.interpolation.value,
-            "mean": list(transform.mean),
-            "std": list(transform.std),
-        }
-        preprocess = Preprocess(transform, (size, size), description)
+        preprocess = _preprocess(weights.transforms, native, (height, width))
         return Blueprint(request.name, make, lambda _: (preprocess, ()), weights.name)
+
+
+def _preprocess(transforms: Callable[..., Any], native: int, size: tuple[int, int]) -> Preprocess:
+    """torchvision's transform of the weights at another size, at which the crop keeps its share of the picture.
+
+    A rectangle is cut by timm's transform with the same facts, for torchvision's would distort the picture.
+    """
+    own = transforms()
+    facts = {"interpolation": own.interpolation.value, "mean": list(own.mean), "std": list(own.std)}
+    if size[0] != size[1]:
+        return from_timm_config({**facts, "crop_pct": native / own.resize_size[0]}, size)
+    resize = round(own.resize_size[0] * size[0] / native)
+    transform = transforms(crop_size=size[0], resize_size=resize)
+    facts |= {"size": list(size), "resize": resize, "crop_mode": "center", "crop_pct": size[0] / resize}
+    return Preprocess(transform, size, facts)
 
 
 SOURCES.add("torchvision", TorchvisionSource())
