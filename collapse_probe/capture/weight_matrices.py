@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,12 +32,14 @@ STATED = "as PyTorch's own layer states it"
 class Matrix:
     """One weight matrix [out, in], rows being output neurons, and how it was told which one it is.
 
-    `heads` rows of equal parts belong to one attention head each (1 outside q, k and v).
+    `heads` rows of equal parts belong to one attention head each (1 outside q, k and v); `parts` are the products of the pass
+    of which it is made.
     """
 
     weight: Tensor
     how: str
     heads: int = 1
+    parts: frozenset[int] = frozenset()
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -112,13 +113,15 @@ def wide(matrix: Tensor) -> Tensor:
 class Product:
     """One multiplication of `rows` vectors by a matrix: `weight` [out, in], `output` [rows, out] while it is needed.
 
-    `name` is that of the parameter, or of the module that multiplied where the matrix is made on the way.
+    `name` is that of the parameter, or of the module that multiplied where the matrix is made on the way. `parts` are the
+    products of the pass that it sums up: more than one where products are added or follow one another.
     """
 
     name: str
     weight: Tensor
     rows: int
     output: Tensor | None = None
+    parts: frozenset[int] = frozenset()
 
     @property
     def role(self) -> str:
@@ -136,56 +139,69 @@ _AFFIXES = ("to_", "in_", "w_", "_proj_weight", "_proj", "_projection", "_linear
 _WORDS = {"q": "q", "query": "q", "wq": "q", "k": "k", "key": "k", "wk": "k", "v": "v", "value": "v", "wv": "v"}
 
 
+_AROUND = {"weight", "bias", "base_layer", "base", "linear", "module", "_orig_mod"}  # what wrappers call the layer inside
+
+
 def role_by_name(name: str) -> str:
     """ "q", "k" or "v" where a parameter or module is called so, else "".
 
     >>> role_by_name("layer.0.attention.query.weight"), role_by_name("attn.k_proj.weight"), role_by_name("attn.qkv.weight")
     ('q', 'k', '')
     """
-    word = re.sub(r"\.(weight|bias)$", "", name).rpartition(".")[2].lower()
+    words = [word for word in name.lower().split(".") if word not in _AROUND]
+    word = words[-1] if words else ""
     for affix in _AFFIXES:
         word = word.removesuffix(affix) if affix.startswith("_") else word.removeprefix(affix)
     return _WORDS.get(word, "")
 
 
-def attention_roles(products: Sequence[Product], event: AttentionEvent) -> tuple[dict[str, Matrix], str]:
+def wholes(products: Sequence[Product]) -> list[Product]:
+    """The products that are no part of another one."""
+    return [p for p in products if not any(p.parts < other.parts for other in products)]
+
+
+def attention_roles(
+    products: Sequence[Product], event: AttentionEvent, values: Sequence[Tensor]
+) -> tuple[dict[str, Matrix], str]:
     """q, k and v among the products before an attention call, and where they cannot be told, why.
 
-    Each assignment that the shapes allow (by name, as thirds of one matrix, …) is compared with what the attention used; the
-    one of which most products agree with it is taken.
+    Each assignment that the shapes allow (by name, as thirds of one matrix, …) is compared with what the attention used, its
+    `values` [B, H, N, K] in every way in which they can be read among that; the one of which most products agree is taken.
     """
-    heads, vectors = _heads(event.attention), _vectors(event.attention)
+    a, heads, vectors = event.attention, _heads(event.attention), vectors_of(event.attention)
     fitting = [p for p in products if p.rows in vectors and p.output is not None]
     products = fitting or [p for p in products if p.role or "qkv" in p.name]  # windows, pools and channels
-    a, value = event.attention, None if event.kernel is None else event.kernel.value
     trials = []
-    for given, how in _assignments(products, heads):  # with those that agree with a kernel's own arguments, or else with a map
-        if a.q is None:
-            agreeing = ["q", "k"] if _gives_map(given, a) else []
-        else:
-            targets = {"q": a.q, "k": a.k, "v": value}
-            agreeing = [role for role, target in targets.items() if target is not None and _gives(given[role].output, target)]
-        trials.append((given, how, agreeing))
+    for candidates in (wholes(products), products):
+        for given, how in _assignments(candidates, heads):
+            agreeing = [role for role, target in (("q", a.q), ("k", a.k)) if _gives(given[role].output, target)]
+            if a.q is None and _gives_map(given, a):
+                agreeing = ["q", "k"]
+            if any(_gives(given["v"].output, value) for value in values):
+                agreeing.append("v")
+            trials.append((given, how, agreeing))
+        if any(len(agreeing) == len(BY_HEAD) for _, _, agreeing in trials):
+            break
     if not trials:
         came = _listed(products) or "none over its tokens"
         return {}, f"q, k and v cannot be told apart among the products before the attention ({came})"
     given, how, agreeing = max(trials, key=lambda trial: len(trial[2]))
-    return {role: Matrix(p.weight, CHECKED if role in agreeing else how, heads[role]) for role, p in given.items()}, ""
+    return {r: Matrix(p.weight, CHECKED if r in agreeing else how, heads[r], p.parts) for r, p in given.items()}, ""
 
 
-def projection_role(products: Sequence[Product], event: AttentionEvent, values: Matrix | None) -> int | None:
+def projection_role(products: Sequence[Product], event: AttentionEvent, values: Matrix | None) -> Product | None:
     """Which of the products after an attention call writes what it read.
 
     The first over its queries that reads the width of its values; or a first one that is followed by an MLP and no more.
     """
-    queries, width = _vectors(event.attention)[0], None
+    queries, width = vectors_of(event.attention)[0], None
     if values is not None and values.how != CONVENTION:
         width = values.weight.shape[0] // values.heads * _heads(event.attention)["q"]
-    for index, product in enumerate(products):
+    for product in products:
         if product.rows == queries and width in (None, product.weight.shape[1]):
-            return index
+            return product
     mlp, _ = mlp_roles(products[1:])
-    return 0 if mlp and products[0].weight.shape[0] == mlp["fc1"].weight.shape[1] else None
+    return products[0] if mlp and products[0].weight.shape[0] == mlp["fc1"].weight.shape[1] else None
 
 
 def doubtful_split(matrices: Mapping[str, Matrix]) -> str:
@@ -208,7 +224,9 @@ def mlp_roles(products: Sequence[Product]) -> tuple[dict[str, Matrix], str]:
         weights = [torch.cat(weights[:2]), weights[2]]
     elif len(products) != 2 or shapes[1][1] not in (shapes[0][0], shapes[0][0] / 2):
         return {}, f"the products after the attention are no MLP of two layers ({_listed(products) or 'none'})"
-    return {name: Matrix(weight, ORDERED) for name, weight in zip(("fc1", "fc2"), weights, strict=True)}, ""
+    parts = frozenset().union(*(p.parts for p in products[:-1])), products[-1].parts
+    named = zip(("fc1", "fc2"), weights, parts, strict=True)
+    return {name: Matrix(weight, ORDERED, parts=made) for name, weight, made in named}, ""
 
 
 def _listed(products: Sequence[Product]) -> str:
@@ -222,7 +240,7 @@ def _heads(attention: Attention) -> dict[str, int]:
     return {"q": heads, "k": shared, "v": shared}
 
 
-def _vectors(attention: Attention) -> tuple[int, int]:
+def vectors_of(attention: Attention) -> tuple[int, int]:
     """Over how many vectors the products run that give queries, and those that give keys."""
     maps, queries, keys = attention.shape[0], *attention.shape[-2:]
     return maps * queries, maps * keys
@@ -267,13 +285,18 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 ROUGH = 3e-2  # half precision
 
 
-def _gives(output: Tensor | None, target: Tensor) -> bool:
+def tolerance_of(x: Tensor) -> float:
+    """How far from one another two ways of computing a tensor may end, relative to its norm."""
+    return TOLERANCE.get(x.dtype, ROUGH)
+
+
+def _gives(output: Tensor | None, target: Tensor | None) -> bool:
     """Whether vectors [rows, out] are those of [B, H, N, K] up to a positive factor and an offset (scale and bias)."""
-    if output is None or output.numel() != target.numel():
+    if output is None or target is None or output.numel() != target.numel():
         return False
-    tolerance, x = TOLERANCE.get(output.dtype, ROUGH), _centred(output, 0)
+    tolerance, x = tolerance_of(output), centred(output, 0)
     layouts = (target.permute(*axes).reshape(output.shape) for axes in ((0, 2, 1, 3), (2, 0, 1, 3)))
-    return any(_parallel(x, _centred(vectors, 0), tolerance) for vectors in layouts)
+    return any(_parallel(x, centred(vectors, 0), tolerance) for vectors in layouts)
 
 
 def _gives_map(given: dict[str, Product], attention: Attention) -> bool:
@@ -285,15 +308,16 @@ def _gives_map(given: dict[str, Product], attention: Attention) -> bool:
     logits = probs[0].detach().cpu().double().log()
     if q.shape[1] % heads or not logits.isfinite().all():
         return False
-    tolerance = 10 * TOLERANCE.get(probs.dtype, ROUGH)  # a logarithm of float32 entries near 1/N has lost some digits
+    tolerance = 10 * tolerance_of(probs)  # a logarithm of float32 entries near 1/N has lost some digits
     for shape, first in (((maps, tokens, heads, -1), (0,)), ((tokens, maps, heads, -1), (slice(None), 0))):
         query, key = (x.detach().cpu().double().reshape(shape)[first].transpose(0, 1) for x in (q, k))
-        if _parallel(_centred(query @ key.mT, -1), _centred(logits, -1), tolerance):
+        if _parallel(centred(query @ key.mT, -1), centred(logits, -1), tolerance):
             return True
     return False
 
 
-def _centred(x: Tensor, dim: int) -> Tensor:
+def centred(x: Tensor, dim: int) -> Tensor:
+    """In float64, less its mean along an axis."""
     whole = x.detach().cpu().double()
     return whole - whole.mean(dim, keepdim=True)
 

@@ -12,7 +12,7 @@ from toy_models import GROUPED_IS_FUSED, HEADS, SIZE, WIDTH, Block, ToyAttention
 
 from collapse_probe.capture.capture import discover_plan, noise
 from collapse_probe.capture.weight_capture import record_matrices
-from collapse_probe.capture.weight_matrices import CHECKED, CONVENTION, NAMED, NAMES, ORDERED, STATED, role_by_name
+from collapse_probe.capture.weight_matrices import CHECKED, CONVENTION, NAMES, ORDERED, STATED, role_by_name
 from collapse_probe.models.vit import ViT, ViTSettings
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 3}
@@ -221,7 +221,7 @@ def test_transformers_names_and_values():
             assert torch.equal(found.by_block[0][role].weight, named), role
         assert set(found.by_block[0]) == set(NAMES)
         assert hows(found)["q"] == CHECKED
-        assert hows(found)["v"] == (CHECKED if kind == "sdpa" else NAMED)
+        assert hows(found)["v"] == CHECKED
 
 
 def test_gated_mlps_are_put_together_to_one_first_layer():
