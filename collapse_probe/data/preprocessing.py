@@ -58,19 +58,25 @@ def from_timm_config(config: Mapping[str, Any], img_size: Size | None = None) ->
 
 
 def from_callable(transform: Callable[[Image.Image], Tensor], description: Mapping[str, Any]) -> Preprocess:
-    """A Preprocess around any transform; its size is read off a blank picture.
+    """A Preprocess around any transform; its size is read off two blank pictures, one wide and one high.
 
-    Raises ModelError where the transform does not turn a picture into a tensor [channels, height, width].
+    Raises ModelError where the transform does not turn every picture into a tensor [channels, height, width] of one size.
     """
-    try:
-        pixels = transform(Image.new("RGB", (320, 256)))
-    except Exception as error:
-        raise ModelError(f"the model's own preprocessing failed on an RGB picture: {error}") from error
-    if not isinstance(pixels, Tensor) or pixels.ndim != 3 or not pixels.is_floating_point():
-        came = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise ModelError(f"the model's own preprocessing must give a float tensor [channels, height, width], not {came}")
-    size = (int(pixels.shape[1]), int(pixels.shape[2]))
-    return Preprocess(transform, size, {**description, "size": list(size)}, len(pixels))
+    shapes = []
+    for sides in ((320, 256), (256, 320)):
+        try:
+            pixels = transform(Image.new("RGB", sides))
+        except Exception as error:
+            raise ModelError(f"the model's own preprocessing failed on an RGB picture: {error}") from error
+        if not isinstance(pixels, Tensor) or pixels.ndim != 3 or not pixels.is_floating_point():
+            came = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise ModelError(f"the model's own preprocessing must give a float tensor [channels, height, width], not {came}")
+        shapes.append((len(pixels), (int(pixels.shape[1]), int(pixels.shape[2]))))
+    (channels, size), (_, other) = shapes
+    if size != other:
+        came = f"{shown(size)} of a wide picture and {shown(other)} of a high one"
+        raise ModelError(f"the model's own preprocessing must give images of one size, not {came}")
+    return Preprocess(transform, size, {**description, "size": list(size)}, channels)
 
 
 def given_pixels(channels: int, size: tuple[int, int]) -> Preprocess:

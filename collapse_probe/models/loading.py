@@ -97,19 +97,25 @@ class Source(ABC):
 
 
 class ImageTower(nn.Module):
-    """Lets a model of another library take pixels and return one tensor: [B, 3, height, width] -> [B, …].
+    """Lets a model of another library take pixels and return one tensor: [B, channels, height, width] -> [B, …].
 
-    `wrapped` is the library's own module, `answer` picks the tensor out of what it returns, `settings` are further keyword
-    arguments of its forward.
+    `wrapped` is the library's own module, `answer` picks the tensor out of what it returns, `inputs` makes the keyword
+    arguments of its forward out of the pixels; without it they are its first argument. `notes` say what that means.
     """
 
-    def __init__(self, wrapped: nn.Module, answer: Callable[[Any], Tensor], settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        wrapped: nn.Module,
+        answer: Callable[[Any], Tensor],
+        inputs: Callable[[Tensor], Mapping[str, Any]] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
         super().__init__()
-        self.wrapped, self.answer, self.settings = wrapped, answer, dict(settings or {})
+        self.wrapped, self.answer, self.inputs, self.notes = wrapped, answer, inputs, notes
 
     def forward(self, pixels: Tensor) -> Tensor:
         """The tensor that `answer` picks."""
-        return self.answer(self.wrapped(pixels, **self.settings))
+        return self.answer(self.wrapped(pixels) if self.inputs is None else self.wrapped(**self.inputs(pixels)))
 
 
 BARE = ("ours", "torchvision", "timm")  # where a name without a scheme is looked up, in this order
