@@ -70,7 +70,8 @@ def table() -> Console:
 def answer(findings: Findings) -> str:
     """The verdict and the summary as text."""
     verdict = verdict_of(findings)
-    lines = [*verdict.sentences, *(f"Note: {caveat}" for caveat in verdict.caveats), ""]
+    left_out = [f"Left out: {each['where']}: {each['why']}" for each in findings.model.get("left_out", ())]
+    lines = [*verdict.sentences, *(f"Note: {caveat}" for caveat in verdict.caveats), *left_out, ""]
     width = max(len(name) for name in findings.summary)
     for name, value in findings.summary.items():
         lines.append(f"  {name:<{width}}  {'undefined' if value is None else f'{value:.6g}'}")

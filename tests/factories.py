@@ -40,6 +40,7 @@ def plan_for(blocks, heads, tokens, width=8, prefix=(), patches=None, mixed=Fals
         grid=(side, side) if side * side == count else None,
         bytes_per_image=1,
         check=SelfCheck(0.0, 0.0, 0.0),
+        adjacent=(True,) * (blocks - 1),
     )
 
 
@@ -81,7 +82,7 @@ def readings(traces, names, budget=2**24, image_names=None):
             fold.start_batch(trace, labels)
         for tile in trace.tiles(budget):
             for fold in folds.values():
-                fold.add_tile(tile)
+                fold.take(tile)
         for key, fold in folds.items():
             for name, values in fold.end_batch(trace).items():
                 records[key].setdefault(name, []).append(values.double().numpy())

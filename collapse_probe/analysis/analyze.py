@@ -37,6 +37,7 @@ from collapse_probe.data.preprocessing import Size
 from collapse_probe.devices import choose_device, device_name, floating_like, moved, peak_memory
 from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import DataError
+from collapse_probe.metrics.coverage import omissions, uncompared
 from collapse_probe.metrics.metric import Metric
 from collapse_probe.metrics.presets import records, with_presets
 from collapse_probe.models.loading import Subject, resolve
@@ -158,7 +159,9 @@ def measure(
     measured = measure_model(subject, plan, metrics, images, settings, options)
     results, twin_notes = with_untrained(measured.results, subject, metrics, images, settings, say)
     stopping = None if stopper is None else stopper.facts(len(images) if isinstance(images, ImageSet) else None)
-    notes = [*subject.notes, *plan.notes, *measured.notes, *notes, *twin_notes, *([stopping["sentence"]] if stopping else [])]
+    left_out = [f"left out: {each.where}: {each.why}" for each in omissions(plan)]
+    stopped = [] if stopping is None else [stopping["sentence"]]
+    notes = [*subject.notes, *plan.notes, *left_out, *measured.notes, *notes, *twin_notes, *stopped]
     seen, table = measured.images, image_table(metrics, measured.images)
     values = per_image_values(table, heads)
     class_names = images.class_names if isinstance(images, ImageSet) else ()
@@ -217,6 +220,9 @@ def model_facts(subject: Subject, plan: Plan) -> dict[str, Any]:
         "block_names": list(plan.blocks),
         "attention_layers": [plan.layers[i].owner for i in plan.map_layers],
         "mixes_maps": any(plan.layers[i].mixed for i in plan.map_layers),
+        "adjacent": list(plan.adjacent),
+        "uncompared": [{"why": why, "blocks": blocks} for why, blocks in uncompared(plan).items()],
+        "left_out": [{"where": each.where, "why": each.why, "blocks": list(each.places)} for each in omissions(plan)],
     }
 
 

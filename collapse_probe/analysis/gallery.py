@@ -34,16 +34,27 @@ def spread_out(names: Sequence[str], count: int) -> frozenset[str]:
     return frozenset(names[i] for i in places)
 
 
-def overlay(trace: Trace, image: int) -> Tensor:
-    """What each patch receives in every block, [L, rows, columns]: mean over heads, from the class token or all queries."""
-    plan, maps = trace.plan, []
-    for index in plan.map_layers:
+def on_the_grid(plan: Plan) -> dict[int, list[int]]:
+    """The patches among the keys of every block whose map can be laid over the picture, by the block's number."""
+    places: dict[int, list[int]] = {}
+    for place, index in enumerate(plan.map_layers):
         layer = plan.layers[index]
         patches = [token for token in range(layer.keys) if token not in plan.prefix]
         if plan.grid is not None and not layer.reason and len(patches) == plan.grid[0] * plan.grid[1]:
-            mean_NN = trace.map_of(index, image).mean(0)
-            received = mean_NN[plan.prefix[0]] if plan.prefix else mean_NN.mean(0)
-            maps.append(received[patches].reshape(plan.grid).cpu())
+            places[place] = patches
+    return places
+
+
+def overlay(trace: Trace, image: int) -> Tensor:
+    """What each patch receives in every block that is `on_the_grid`, [L, rows, columns]: mean over heads, from the class token
+    or all queries.
+    """
+    plan, maps = trace.plan, []
+    for place, patches in on_the_grid(plan).items():
+        assert plan.grid is not None
+        mean_NN = trace.map_of(plan.map_layers[place], image).mean(0)
+        received = mean_NN[plan.prefix[0]] if plan.prefix else mean_NN.mean(0)
+        maps.append(received[patches].reshape(plan.grid).cpu())
     return torch.stack(maps) if maps else torch.empty(0)
 
 
@@ -83,6 +94,7 @@ def gallery_of(
         pictures=np.stack([as_seen(pixels, preprocess) for pixels in pictures]),
         maps=np.stack([each.double().numpy() for each in maps]),
         query="the class token" if plan.prefix else "all patches",
+        blocks=tuple(on_the_grid(plan)),
         rollouts=np.stack([each.double().numpy() for each in rolled]) if all(each.numel() for each in rolled) else None,
     )
 

@@ -368,4 +368,4 @@ def _similarity(findings: Findings) -> dict[str, Sequence[float | None]]:
         return {}
     parts = {"raw": result.values, **{name: result.nulls.values[name] for name in ("other_token", "kappa")}}
     blank = [None] * (len(result.values) - 1)
-    return {name: blank if part is None else plain(adjacent(part)) for name, part in parts.items()}
+    return {name: blank if part is None else plain(adjacent(result, part)) for name, part in parts.items()}

@@ -195,7 +195,7 @@ def absorb(run: PassResult, trace: Trace, names: Sequence[str], pixels: Tensor, 
         accumulator.start_batch(trace, names)
     for tile in trace.tiles(budget):
         for accumulator in run.accumulators.values():
-            accumulator.add_tile(tile)
+            accumulator.take(tile)
     for key, accumulator in run.accumulators.items():
         for name, values in accumulator.end_batch(trace).items():
             chunks = run.records.setdefault(key, {}).setdefault(name, [])

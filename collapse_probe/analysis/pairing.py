@@ -220,7 +220,7 @@ def _over_weights(one: MetricResult, other: MetricResult) -> Iterator[tuple[str,
     assert first is not None
     assert second is not None
     if "matrix" not in one.dims:
-        yield "", _weight_difference(adjacent(first), adjacent(second), 1)
+        yield "", _weight_difference(adjacent(one, first), adjacent(other, second), 1)
         return
     for at, matrix in enumerate(one.details.get("matrices", range(first.shape[1]))):
         if np.isfinite(first[:, at]).any() or np.isfinite(second[:, at]).any():

@@ -94,9 +94,9 @@ def summarise(results: Mapping[str, MetricResult], values: PerImageValues) -> Su
     for variant in ("", "@row", "@centred", "@probs"):
         if result := results.get(f"attention-similarity{variant}"):
             nulls, key = {} if result.nulls is None else result.nulls.values, variant.replace("@", "_")
-            summary[f"attention_similarity{key}_adjacent"] = mean(adjacent(result.values))
-            summary[f"other_token{key}_adjacent"] = mean(adjacent(nulls.get("other_token")))
-            summary[f"kappa{key}_adjacent"] = mean(adjacent(nulls.get("kappa")))
+            summary[f"attention_similarity{key}_adjacent"] = mean(adjacent(result, result.values))
+            summary[f"other_token{key}_adjacent"] = mean(adjacent(result, nulls.get("other_token")))
+            summary[f"kappa{key}_adjacent"] = mean(adjacent(result, nulls.get("kappa")))
     for variant in ("", "@probs"):
         if result := results.get(f"similar-blocks{variant}"):
             summary |= _counts(result, f"similar_blocks{variant.replace('@', '_')}")
@@ -109,7 +109,7 @@ def summarise(results: Mapping[str, MetricResult], values: PerImageValues) -> Su
         ("feature-similarity", "feature_similarity_adjacent"),
     ):
         if result := results.get(name):
-            summary[key] = mean(adjacent(result.values) if key.endswith("adjacent") else result.values)
+            summary[key] = mean(adjacent(result, result.values) if key.endswith("adjacent") else result.values)
     if result := results.get("patch-diversity"):
         summary["patch_diversity_last"] = None if result.values is None else mean(result.values[-1:])
     of_weights = {name: result for name, result in results.items() if result.description.level == "weights"}
@@ -140,9 +140,9 @@ def summarise_weights(results: Mapping[str, MetricResult]) -> Summary:
         across = result.dims == ("block", "block")
         key = f"{name.replace('-', '_').replace('@', '_')}_{'adjacent' if across else 'mean'}"
         fresh = None if result.nulls is None else result.nulls.values.get("untrained")
-        summary[key] = mean(adjacent(result.values) if across else result.values)
+        summary[key] = mean(adjacent(result, result.values) if across else result.values)
         if fresh is not None:
-            summary[f"{key}_untrained"] = mean(adjacent(fresh) if across else fresh)
+            summary[f"{key}_untrained"] = mean(adjacent(result, fresh) if across else fresh)
     return summary
 
 

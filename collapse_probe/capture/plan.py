@@ -64,6 +64,17 @@ class Tap:
 
 
 @dataclass(frozen=True)
+class MapGroup:
+    """Layers whose maps can be compared, by their places on the `block` axis; each image has `windows` maps of a head."""
+
+    heads: int
+    queries: int
+    keys: int
+    windows: int
+    positions: list[int]
+
+
+@dataclass(frozen=True)
 class LeftOut:
     """What token attention is not measured of: `where` names blocks or modules, `why` is the reason."""
 
@@ -115,10 +126,27 @@ class Plan:
         """Indices of the layers inside blocks, in call order: the `block` axis of the attention metrics."""
         return [i for i, layer in enumerate(self.layers) if layer.block is not None]
 
-    def groups(self) -> dict[tuple[int, int, int], list[int]]:
-        """Positions on the `block` axis of the layers that share a signature, token attention only."""
-        groups: dict[tuple[int, int, int], list[int]] = {}
+    @property
+    def adjacent_blocks(self) -> tuple[bool, ...]:
+        """Whether each two consecutive blocks are neighbours, as `adjacent` says it of places; [blocks − 1]."""
+        of_places = [self.layers[index].block for index in self.map_layers]
+        pairs = zip(of_places[:-1], of_places[1:], self.adjacent, strict=True)
+        joined = {(first, second) for first, second, adjacent in pairs if adjacent}
+        return tuple((b, b + 1) in joined for b in range(len(self.blocks) - 1))
+
+    def map_groups(self) -> list[MapGroup]:
+        """The layers with token attention by their signature; those inside windows also by their windows' partition, and where
+        that is not known each by itself.
+        """
+        groups: dict[tuple[object, ...], MapGroup] = {}
         for position, index in enumerate(self.map_layers):
-            if not self.layers[index].reason:
-                groups.setdefault(self.layers[index].signature, []).append(position)
-        return groups
+            layer = self.layers[index]
+            if not layer.reason or layer.windows > 1:
+                partition = (layer.partition or position) if layer.windows > 1 else ""
+                group = MapGroup(*layer.signature, layer.windows, [])
+                groups.setdefault((*layer.signature, layer.windows, partition), group).positions.append(position)
+        return list(groups.values())
+
+    def groups(self) -> dict[tuple[int, int, int], list[int]]:
+        """Positions on the `block` axis of the layers that share a signature, token attention between all tokens only."""
+        return {(g.heads, g.queries, g.keys): g.positions for g in self.map_groups() if g.windows == 1}

@@ -22,7 +22,8 @@ from collapse_probe.errors import CaptureError
 
 KINDS: dict[str, str] = {
     "share": "the map of the block before, as it is in the same run (already replaced, where that block is replaced too); with "
-    "blocks of other sizes between, that of the nearest earlier block whose map has the same heads, queries and keys",
+    "blocks of other sizes between, that of the nearest earlier block whose map has the same heads, queries and keys, if each "
+    "block from there on gives its output to the next",
     "mean": "the mean of the block's own map over all images of the run, gathered in a pass before with nothing replaced",
     "uniform": "the same weight for every key that the query may see",
     "identity": "every query reads its own token alone",
@@ -51,12 +52,17 @@ def layers_of(plan: Plan, block: int) -> list[int]:
 
 
 def source_of(plan: Plan, layer: int) -> int | None:
-    """The layer whose map `share` takes: in the nearest earlier block with a map of the same heads, queries and keys."""
+    """The layer whose map `share` takes: in the nearest earlier block with a map of the same heads, queries and keys.
+
+    None also where some block on the way does not give its output to the next.
+    """
     mine = plan.layers[layer]
     assert mine.block is not None
     place = layers_of(plan, mine.block).index(layer)
     group = {plan.map_layers[position] for position in plan.groups().get(mine.signature, [])}
     for block in reversed(range(mine.block)):
+        if not plan.adjacent_blocks[block]:
+            return None
         if alike := [i for i in layers_of(plan, block) if i in group]:
             return alike[min(place, len(alike) - 1)]
     return None
@@ -69,8 +75,8 @@ def refusal(plan: Plan, kind: str, block: int, branches: Mapping[int, Branch]) -
         if kind in ("share", "mean") and layer.reason:
             return layer.reason
         if kind == "share" and source_of(plan, index) is None:
-            if block == 0:
-                return "there is no block before it"
+            if block == 0 or not plan.adjacent_blocks[block - 1]:
+                return "there is no block before it" + (" that gives it its output" if block else "")
             return f"no earlier block has a map of {layer.heads} heads and {layer.queries} × {layer.keys}"
         if kind == "identity" and layer.queries != layer.keys:
             return f"its maps are not square ({layer.queries} × {layer.keys})"

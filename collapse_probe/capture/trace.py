@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.plan import MapGroup, Plan
 
 TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20, "mps": 128 * 2**20}
 TRACE_BYTES = {"cpu": 128 * 2**20, "cuda": 8 * 2**30, "mps": 1 * 2**30}
@@ -32,9 +32,10 @@ def budget_line(plan: Plan, device: torch.device) -> str:
 def tile_bytes(plan: Plan, device: torch.device) -> int:
     """Bytes of the largest tile of maps."""
     largest = 0
-    for signature, positions in plan.groups().items():
-        images, heads, rows, columns = tile_shape(signature, len(positions), TILE_BYTES[device.type])
-        largest = max(largest, images * heads * len(positions) * max(rows * signature[2], columns * signature[1]) * 4)
+    for group in plan.map_groups():
+        images, heads, rows, columns = tile_shape(group, TILE_BYTES[device.type])
+        maps = images * group.windows * heads * len(group.positions)
+        largest = max(largest, maps * max(rows * group.keys, columns * group.queries) * 4)
     return largest
 
 
@@ -133,6 +134,11 @@ def expand_heads(x_BHNK: Tensor, heads: int) -> Tensor:
     return x_BHNK if x_BHNK.shape[1] == heads else x_BHNK.repeat_interleave(heads // x_BHNK.shape[1], dim=1)
 
 
+def by_window(values: Tensor, windows: int) -> Tensor:
+    """What there is of all windows of the first image, then of the next, [B·windows, ...] -> [B, windows, ...]."""
+    return values.reshape(-1, windows, *values.shape[1:])
+
+
 POINTS = ("probs", "weights")
 AXES = ("column", "row")
 Place = tuple[slice, slice, slice, slice]
@@ -140,18 +146,19 @@ Place = tuple[slice, slice, slice, slice]
 
 
 class MapTile:
-    """The maps of all layers of one signature, for some images and heads and some of their queries or keys.
+    """The maps of all layers of one group, for some images and heads and some of their queries or keys.
 
     `positions` are the layers' places on the `block` axis. `probs` and `weights` are [b, h, L, R, C] in float32, the same
-    object where the model multiplies V by its softmax. A tile with `whole_rows` holds every key of its queries, one with
+    object where the model multiplies V by its softmax; b are the `images`, or for maps inside windows all `windows` of the
+    first image, then those of the next (see `over_windows`). A tile with `whole_rows` holds every key of its queries, one with
     `whole_columns` every query of its keys; small maps come as tiles that hold both. Heads come one tile after the other before
     the next queries or keys: `last_heads` marks the end of the heads, `last_tokens` that no further queries (or keys) follow.
     """
 
     def __init__(
-        self, positions: list[int], place: Place, maps: dict[str, Tensor], whole: Sequence[str], last: tuple[bool, bool]
+        self, group: MapGroup, place: Place, maps: dict[str, Tensor], whole: Sequence[str], last: tuple[bool, bool]
     ) -> None:
-        self.positions = positions
+        self.group, self.positions, self.windows = group, group.positions, group.windows
         self.images, self.heads, self.rows, self.columns = place
         self.probs, self.weights = maps["probs"], maps["weights"]
         self.whole_rows, self.whole_columns = "row" in whole, "column" in whole
@@ -161,6 +168,10 @@ class MapTile:
     def whole(self, axis: str) -> bool:
         """Whether the vectors along `axis` are complete here."""
         return self.whole_rows if axis == "row" else self.whole_columns
+
+    def over_windows(self, values: Tensor) -> Tensor:
+        """The sum over the windows of each image, [b, ...] -> [images, ...]."""
+        return values if self.windows == 1 else by_window(values, self.windows).sum(1)
 
     def maps(self, point: str) -> Tensor:
         """The maps at `point`, [b, h, L, R, C]."""
@@ -189,9 +200,9 @@ class Trace:
     def patches(self, depth: int) -> Tensor | None:
         """The patch tokens at `depth` in float32, [B, P, D]; prefix tokens are left out."""
         tokens_BND, shape = self.tokens[depth], self.plan.patch_shapes[depth]
-        if tokens_BND is None:
+        if tokens_BND is None or shape is None:
             return None
-        extra = 0 if shape is None else tokens_BND.shape[1] - shape[0]
+        extra = tokens_BND.shape[1] - shape[0]
         if extra != len(self.plan.prefix):  # tokens that were added on the way come first
             tokens_BND = tokens_BND[:, extra:]
         elif extra:
@@ -210,15 +221,15 @@ class Trace:
         return self.attention[layer].maps(slice(image, image + 1))[point][0]
 
     def tiles(self, budget: int) -> Iterator[MapTile]:
-        """All token maps of the batch in tiles of about `budget` bytes, one signature after the other.
+        """All token maps of the batch in tiles of about `budget` bytes, one group of layers after the other.
 
         Maps that are too large come twice: by queries, which also gives the logsumexp of each, then by keys.
         """
-        for signature, positions in self.plan.groups().items():
-            layers = [self.attention[self.plan.map_layers[p]] for p in positions]
-            all_heads, queries, keys = signature
-            b, h, rows, columns = tile_shape(signature, len(layers), budget)
-            heads = _spans(all_heads, h)
+        for group in self.plan.map_groups():
+            layers = [self.attention[self.plan.map_layers[p]] for p in group.positions]
+            queries, keys, windows = group.queries, group.keys, group.windows
+            b, h, rows, columns = tile_shape(group, budget)
+            heads = _spans(group.heads, h)
             by_query = [(span, slice(0, keys)) for span in _spans(queries, rows)]
             by_key = [(slice(0, queries), span) for span in _spans(keys, columns)]
             small = rows == queries and columns == keys
@@ -226,23 +237,24 @@ class Trace:
             for images in _spans(self.images, b):
                 sums: list[Tensor | None] = [None] * len(layers)
                 if not small:
-                    count = images.stop - images.start
+                    count = (images.stop - images.start) * windows
                     sums = [None if a.q is None else torch.empty(count, *a.q.shape[1:3], 1, device=a.q.device) for a in layers]
                 for parts, whole in passes:
                     for (queries_of, keys_of), some in itertools.product(parts, heads):
                         place = (images, some, queries_of, keys_of)
-                        maps = [a.maps(*place, of_queries) for a, of_queries in zip(layers, sums, strict=True)]
+                        inside = slice(images.start * windows, images.stop * windows)
+                        maps = [a.maps(inside, *place[1:], of_queries) for a, of_queries in zip(layers, sums, strict=True)]
                         stacked = dict.fromkeys(POINTS, torch.stack([m["probs"] for m in maps], dim=2))
                         if any(a.mixed for a in layers):
                             stacked["weights"] = torch.stack([m["weights"] for m in maps], dim=2)
                         del maps  # the stacked ones alone stay in memory while the tile is in use
                         last = (some is heads[-1], (queries_of, keys_of) == parts[-1])
-                        yield MapTile(positions, place, stacked, whole, last)
+                        yield MapTile(group, place, stacked, whole, last)
 
 
-def tile_shape(signature: tuple[int, int, int], layers: int, budget: int) -> tuple[int, int, int, int]:
+def tile_shape(group: MapGroup, budget: int) -> tuple[int, int, int, int]:
     """Images, heads, queries and keys of a tile within `budget` bytes: whole maps while one head's fit, else parts of them."""
-    heads, queries, keys = signature
+    heads, queries, keys, layers = group.heads, group.queries, group.keys, len(group.positions) * group.windows
     one_head = layers * queries * keys * 4
     if heads * one_head <= budget:
         return budget // (heads * one_head), heads, queries, keys

@@ -31,14 +31,22 @@ class Accumulator:
     """Named sums over images: tensors that add across batches, parts of the data and processes.
 
     For each batch `start_batch` comes first, then `add_tile` for every tile of the maps, then `end_batch`, which returns
-    per-image values [B, …] by name: the run keeps these beside the image names.
+    per-image values [B, …] by name: the run keeps these beside the image names. Tiles of maps inside windows, in which an
+    image has several maps of a head (`MapTile.over_windows`), come to those alone that are `windowed`.
     """
+
+    windowed: bool = False
 
     def __init__(self) -> None:
         self.states: dict[str, Tensor] = {}
 
     def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         """Make room for a batch."""
+
+    def take(self, tile: MapTile) -> None:
+        """Add a tile of the maps where it is one that this accumulator takes."""
+        if self.windowed or tile.windows == 1:
+            self.add_tile(tile)
 
     def add_tile(self, tile: MapTile) -> None:
         """Add what is wanted of a tile of the maps."""

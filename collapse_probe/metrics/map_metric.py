@@ -1,16 +1,18 @@
-"""What a metric of attention maps over tokens is: windows, pools and channels have none."""
+"""What a metric of attention maps over tokens is: pools and channels have none, windows one each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from collapse_probe.capture.plan import Layer, Plan
 from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.metrics.accumulators import Means
+from collapse_probe.metrics.coverage import NO_PATCHES, covered, groups_of, has_patches
 from collapse_probe.metrics.metric import Metric, Record, Variant, mean_over_images
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.results.findings import MetricResult
@@ -30,9 +32,11 @@ class HeadMeans(Means):
     `shape` is blocks × heads; a block with fewer heads than others leaves its last places undefined.
     """
 
+    windowed = True
+
     def __init__(self, plan: Plan, *names: str) -> None:
         super().__init__()
-        self.shape = len(plan.map_layers), max((heads for heads, _, _ in plan.groups()), default=1)
+        self.shape = len(plan.map_layers), max((group.heads for group in plan.map_groups()), default=1)
         for name in names or ("value",):
             self.add_means(**{name: self.shape, f"{name}_over_heads": self.shape[:1]})
 
@@ -46,7 +50,7 @@ class HeadMeans(Means):
 
 
 class RowMeans(HeadMeans):
-    """Per image, block and head the mean over the queries for which `values` is defined."""
+    """Per image, block and head the mean over the queries (of all windows) for which `values` is defined."""
 
     def __init__(self, plan: Plan, values: RowValues) -> None:
         super().__init__(plan)
@@ -63,7 +67,7 @@ class RowMeans(HeadMeans):
             defined = torch.isfinite(values_bhLR)
             place = torch.tensor(tile.positions)
             for target, part in ((self._total, torch.where(defined, values_bhLR, 0.0)), (self._rows, defined)):
-                target[tile.images, place, tile.heads] += part.sum(-1).transpose(1, 2).cpu()
+                target[tile.images, place, tile.heads] += tile.over_windows(part.sum(-1)).transpose(1, 2).cpu()
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         del self._trace
@@ -71,9 +75,13 @@ class RowMeans(HeadMeans):
 
 
 class MapMetric(Metric):
-    """A metric that compares maps token by token, at the setting `point`: `weights` (what multiplies V) or `probs`."""
+    """A metric that compares maps token by token, at the setting `point`: `weights` (what multiplies V) or `probs`.
+
+    One that is `windowed` takes attention inside windows as well, window by window.
+    """
 
     level = "attention"
+    windowed: ClassVar[bool] = False
     defaults = {"point": "weights"}
     variants = {"probs": OF_PROBS}
 
@@ -82,16 +90,29 @@ class MapMetric(Metric):
         """The layers with maps, in their order."""
         return [self.plan.layers[i] for i in self.plan.map_layers]
 
+    @property
+    def measured(self) -> list[int]:
+        """The places on the `block` axis whose maps are taken."""
+        without = self.plan.prefix if self.settings.get("prefix") is False else ()
+        groups = groups_of(self.plan, self.windowed, without)
+        return sorted(place for group in groups for place in group.positions)
+
+    def of_measured(self, values: Sequence[float | None]) -> Array:
+        """Numbers of every block, [blocks], NaN for those whose maps are not taken."""
+        return np.array([value if place in self.measured else np.nan for place, value in enumerate(values)], dtype=np.float64)
+
     def inapplicable(self) -> str:
-        """Windowed, pooled and channel attention has no map over the image's tokens."""
-        if self.plan.token_layers:
-            return ""
-        reasons = dict.fromkeys(layer.reason for layer in self.layers)
-        return "no block has attention between all of an image's tokens: " + "; ".join(reasons)
+        """Pooled and channel attention has no map over the image's tokens, and tokens of their own are no patches."""
+        if not self.measured:
+            reasons = dict.fromkeys(layer.reason for layer in self.layers)
+            return "no block has attention between all of an image's tokens: " + "; ".join(reasons)
+        return NO_PATCHES if self.settings.get("prefix") is False and not has_patches(self.plan) else ""
 
     def result(self, values: Array | None, **facts: Any) -> MetricResult:
-        """A result with the point at which the maps were taken."""
-        return super().result(values, point=None if values is None else self.settings["point"], **facts)
+        """A result with the point at which the maps were taken, and of which blocks they are."""
+        if values is None:
+            return super().result(values, **facts)
+        return super().result(values, point=self.settings["point"], covers=covered(self.plan, self.measured), **facts)
 
 
 class HeadMetric(MapMetric):
@@ -108,23 +129,26 @@ class HeadMetric(MapMetric):
         return self.result(**facts, head_mean=head_mean, details=self.details(means), nulls=untrained_only())
 
 
-def patch_places(plan: Plan, tokens: int) -> list[int] | None:
-    """Positions of the patches among `tokens` tokens; None where there are fewer tokens than the model's patches.
+def patch_places(plan: Plan, layer: Layer) -> list[int] | None:
+    """Positions of the patches among the keys of a layer; None where there are fewer keys than the model's patches.
 
-    Tokens that a block adds of its own come first, as in `Trace.patches`.
+    Tokens that a block adds of its own come first, as in `Trace.patches`. Tokens that do not come from the image are no
+    patches; in windows of a model that has prefix tokens nobody knows which are.
     """
-    patches = plan.tokens - len(plan.prefix)
-    if patches < 1 or tokens < patches:
+    tokens, patches = layer.keys, plan.tokens - len(plan.prefix)
+    if layer.windows > 1:
+        return None if plan.prefix or not has_patches(plan) else list(range(tokens))
+    if patches < 1 or tokens < patches or not has_patches(plan):
         return None
     if tokens == plan.tokens:
         return [t for t in range(tokens) if t not in plan.prefix]
     return list(range(tokens - patches, tokens))
 
 
-def prefix_places(plan: Plan, tokens: int) -> list[int]:
-    """Positions of what is no patch among `tokens` tokens; empty where the patches are not known there."""
-    patches = patch_places(plan, tokens)
-    return [] if patches is None else [t for t in range(tokens) if t not in set(patches)]
+def prefix_places(plan: Plan, layer: Layer) -> list[int]:
+    """Positions of what is no patch among the keys of a layer; empty where the patches are not known there."""
+    patches = patch_places(plan, layer)
+    return [] if patches is None else [t for t in range(layer.keys) if t not in set(patches)]
 
 
 def patch_size(plan: Plan) -> tuple[float, float] | None:
@@ -152,4 +176,4 @@ def patch_distances(grid: tuple[int, int], size: tuple[float, float]) -> Tensor:
 
 def over_patches(plan: Plan, layer: Layer) -> list[int] | None:
     """Positions of the patches among both the queries and the keys of a layer; None where these are not the same tokens."""
-    return patch_places(plan, layer.keys) if layer.queries == layer.keys else None
+    return patch_places(plan, layer) if layer.queries == layer.keys else None

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from collapse_probe.capture.plan import Plan
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.accumulators import Accumulator, Means
+from collapse_probe.metrics.coverage import depth_neighbours
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import Description, MetricResult
@@ -118,6 +119,11 @@ class Metric(ABC):
         """What comes out besides the values."""
         return {}
 
+    @property
+    def neighbours(self) -> tuple[bool, ...]:
+        """Whether each two consecutive blocks or depths of the metric are neighbours in depth."""
+        return depth_neighbours(self.plan) if "depth" in self.dims else self.plan.adjacent
+
     def per_image(self, records: Sequence[Record]) -> Array | None:
         """Per-image values [images, …] for images.npz; None where the metric is no mean over images."""
         return records[0].get(self.quantity) if records else None
@@ -126,6 +132,7 @@ class Metric(ABC):
         """A result with this metric's own facts filled in."""
         own: dict[str, Any] = {"settings": self.settings, "collapsed": self.collapsed}
         own["description"] = self.describe(*self.suffixes)
+        own["adjacent"] = () if values is None or all(self.neighbours) else self.neighbours
         return MetricResult(dims=self.dims, definition=self.definition, values=values, **{**own, **facts})
 
     def not_applicable(self, reason: str) -> MetricResult:

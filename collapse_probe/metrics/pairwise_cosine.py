@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
-from collapse_probe.capture.trace import MapTile, Trace
+from collapse_probe.capture.trace import MapTile, Trace, by_window
 from collapse_probe.metrics.accumulators import GROUPS, Means, group_of
+from collapse_probe.metrics.coverage import depth_neighbours, groups_of
 from collapse_probe.metrics.functional.geometry import centred_unit, gram, unit, wide_gram
 from collapse_probe.statistics.intervals import Array, jackknife
 
@@ -67,23 +68,29 @@ def unit_vectors(tile: MapTile, point: str, axis: str, centred: bool, without: t
 
 @dataclass(frozen=True)
 class VectorGroup:
-    """Vectors that can be compared: their heads, length and tokens, and the blocks (positions) that have them."""
+    """Vectors that can be compared: their heads, length and tokens, the blocks (positions) that have them, and how many maps
+    of a head an image has.
+    """
 
     heads: int
     length: int
     tokens: list[int]
     positions: list[int]
+    windows: int = 1
 
 
 @dataclass(frozen=True)
 class Part:
-    """What some vectors are a part of: images, blocks and heads, and whether the heads or the tokens end with them."""
+    """What some vectors are a part of: images (each with `windows` maps), blocks and heads, and whether the heads or the tokens
+    end with them.
+    """
 
     images: slice
     positions: list[int]
     heads: slice
     last_heads: bool
     last_tokens: bool
+    windows: int = 1
 
 
 class PairSums:
@@ -97,7 +104,9 @@ class PairSums:
         self._over_tokens: dict[tuple[str, int], Tensor] = {}
 
     def add(self, part: Part, vectors: Tensor, valid: Tensor, token_dim: int) -> None:
-        """Vectors [b, h, L, R, C] whose tokens run along `token_dim`, defined where `valid` [b, h, L, tokens]."""
+        """Vectors [b, h, L, R, C] whose tokens run along `token_dim`, defined where `valid` [b, h, L, tokens]; b are the
+        images, or the windows of the first image, then those of the next.
+        """
         valid = valid.to(vectors.dtype)
         self._add("vectors", self.sums, part, vectors, vectors.sum(token_dim))
         self._add("valid", self.pairs, part, valid, valid.sum(-1, keepdim=True))
@@ -125,6 +134,8 @@ class PairSums:
             self._over_heads[kind + " and tokens"] = over_both
 
     def _into(self, target: Tensor, part: Part, value: Tensor) -> None:
+        if part.windows > 1:
+            value = by_window(value, part.windows).sum(1)
         if part.positions == list(range(target.shape[-1])):
             target[part.images] += value.to(target.dtype)
             return
@@ -155,29 +166,31 @@ class PairwiseCosine(Means):
     """Mean cosines between blocks over all heads and tokens, real and null, for vectors that a child class supplies.
 
     Per image: real, other_token, other_head, other_both [blocks, blocks], with the covariance of real and other_token; over
-    pairs of different images: the same four, from sums over images.
+    pairs of different images: the same four, from sums over images. `neighbours` are the consecutive blocks that are kept by
+    image, undefined where the two are none.
     """
 
-    def __init__(self, blocks: int, groups: Sequence[VectorGroup], axis: str) -> None:
+    def __init__(self, neighbours: Sequence[bool], groups: Sequence[VectorGroup], axis: str) -> None:
         super().__init__()
-        self.blocks, self.groups, self.token_dim = blocks, list(groups), -2 if axis == "row" else -1
+        self.neighbours, self.blocks = torch.tensor(neighbours, dtype=torch.bool), len(neighbours) + 1
+        self.groups, self.token_dim = list(groups), -2 if axis == "row" else -1
         self._recent: list[tuple[Tensor, Tensor]] = []
         self._summed = 0
-        square = (blocks, blocks)
+        square = (self.blocks, self.blocks)
         self.add_means(real=square, other_token=square, other_head=square, other_both=square)
         self.add_state("covariance", *square)
         self.add_state("own_sums", 4, *square)
         self.add_state("own_pairs", 4, *square)
         self.samples = []  # the tokens whose vectors are summed over images
         for group in groups:
-            size = group.heads * len(group.positions) * group.length * len(group.tokens) * 8
+            size = group.windows * group.heads * len(group.positions) * group.length * len(group.tokens) * 8
             self.samples.append(group.tokens if size <= STATE_BUDGET else seeded_sample(group.tokens, SAMPLED_TOKENS))
         self.sampled = any(len(s) < len(g.tokens) for s, g in zip(self.samples, groups, strict=True))
         for g, (group, sample) in enumerate(zip(groups, self.samples, strict=True)):
             blocks_here = len(group.positions)
             shape = (len(sample), group.length) if axis == "row" else (group.length, len(sample))
-            self.add_state(f"over_images_{g}", group.heads, blocks_here, *shape)
-            self.add_state(f"defined_{g}", group.heads, blocks_here, len(sample))
+            self.add_state(f"over_images_{g}", group.windows, group.heads, blocks_here, *shape)
+            self.add_state(f"defined_{g}", group.windows, group.heads, blocks_here, len(sample))
 
     def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         tensors = (t for a in trace.attention for t in (a.q, a.probs) if t is not None)
@@ -202,11 +215,11 @@ class PairwiseCosine(Means):
             vectors, valid = vectors.index_select(self.token_dim, places), valid[..., inside]
         if inside:
             first = place_of[tokens[inside[0]]]
-            total, defined = (sums[part.heads] for sums in self._recent[g])
+            total, defined = (sums[:, part.heads] for sums in self._recent[g])
             total = total.narrow(self.token_dim, first, len(inside))
-            for one_image in vectors:
+            for one_image in by_window(vectors, part.windows):
                 total += one_image
-            defined[..., first : first + len(inside)] += valid.sum(0)
+            defined[..., first : first + len(inside)] += by_window(valid, part.windows).sum(0)
         if self.sampled:
             self._own.add(part, vectors, valid, self.token_dim)
 
@@ -221,14 +234,15 @@ class PairwiseCosine(Means):
         self._summed += trace.images
         if self._summed >= SUMMED_IMAGES:
             self.flush()
-        adjacent = {name: cosines[name].diagonal(-1, -2, -1) for name in ("real", "other_token")}
+        among = self.neighbours.to(product.device)
+        adjacent = {name: torch.where(among, cosines[name].diagonal(-1, -2, -1), torch.nan) for name in ("real", "other_token")}
         return adjacent | {"within": cosines["other_head"].diagonal(0, -2, -1)}
 
     def flush(self) -> None:
         """Bring the sums over the last few images into the states, a head at a time."""
         for g, recent in enumerate(self._recent):
             for name, sums in zip((f"over_images_{g}", f"defined_{g}"), recent, strict=True):
-                for state, one_head in zip(self.state(name), sums, strict=True):
+                for state, one_head in zip(self.state(name).flatten(0, 1), sums.flatten(0, 1), strict=True):
                     state += one_head.to(state.device)
         self._recent, self._summed = [], 0
 
@@ -238,8 +252,8 @@ class PairwiseCosine(Means):
         own_sums, own_pairs = self.state("own_sums"), self.state("own_pairs")
         whole = PairSums(1, self.blocks, own_sums.device)
         for g, group in enumerate(self.groups):
-            vectors, valid = self.state(f"over_images_{g}")[None], self.state(f"defined_{g}")[None]
-            part = Part(slice(0, 1), group.positions, slice(0, group.heads), last_heads=True, last_tokens=True)
+            vectors, valid = self.state(f"over_images_{g}"), self.state(f"defined_{g}")
+            part = Part(slice(0, 1), group.positions, slice(0, group.heads), True, True, group.windows)
             whole.add(part, vectors, valid, self.token_dim)
         cosines = mean_cosines(whole.sums[:, 0] - own_sums, whole.pairs[:, 0] - own_pairs)
         return {name: values.cpu().numpy() for name, values in cosines.items()}
@@ -250,23 +264,23 @@ class PairwiseCosine(Means):
 
 
 class MapPairwiseCosine(PairwiseCosine):
-    """Cosines between the rows or columns of attention maps."""
+    """Cosines between the rows or columns of attention maps; of maps inside windows within each window."""
 
     def __init__(self, plan: Plan, point: str, axis: str, centred: bool, without: tuple[int, ...] = ()) -> None:
         self.point, self.axis, self.centred, self.without = point, axis, centred, without
-        groups = []
-        for (heads, queries, keys), positions in plan.groups().items():
-            rows, columns = ([t for t in range(size) if t not in without] for size in (queries, keys))
+        self.windowed, groups = not without, []
+        for group in groups_of(plan, self.windowed):
+            rows, columns = ([t for t in range(size) if t not in without] for size in (group.queries, group.keys))
             tokens, length = (rows, len(columns)) if axis == "row" else (columns, len(rows))
-            groups.append(VectorGroup(heads, length, tokens, positions))
-        super().__init__(len(plan.map_layers), groups, axis)
+            groups.append(VectorGroup(group.heads, length, tokens, group.positions, group.windows))
+        super().__init__(plan.adjacent, groups, axis)
 
     def add_tile(self, tile: MapTile) -> None:
         """Take the vectors of a tile that holds them whole."""
         if tile.whole(self.axis):
             vectors = unit_vectors(tile, self.point, self.axis, self.centred, self.without)
             tokens = tile.tokens(self.axis, self.without)
-            part = Part(tile.images, tile.positions, tile.heads, tile.last_heads, tile.last_tokens)
+            part = Part(tile.images, tile.positions, tile.heads, tile.last_heads, tile.last_tokens, tile.windows)
             self.absorb(part, tokens, vectors)
 
 
@@ -279,7 +293,7 @@ class TokenPairwiseCosine(PairwiseCosine):
             if shape is not None:
                 depths.setdefault(shape, []).append(depth)
         groups = [VectorGroup(1, width, list(range(n)), at) for (n, width), at in depths.items()]
-        super().__init__(len(shapes), groups, "row")
+        super().__init__(depth_neighbours(plan), groups, "row")
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Take the whole batch, a few images at a time."""
@@ -311,26 +325,29 @@ JACKKNIFE_TOKENS = 4
 class ImageSpread(Means):
     """Sums by group of images of a few tokens' vectors, for the jackknife of the similarity between images."""
 
+    windowed = True
+
     def __init__(self, plan: Plan, point: str, axis: str, centred: bool) -> None:
         super().__init__()
         self.point, self.axis, self.centred, self.token_dim = point, axis, centred, -2 if axis == "row" else -1
-        self.groups, self.blocks = plan.groups(), len(plan.map_layers)
+        self.groups, self.blocks = plan.map_groups(), len(plan.map_layers)
         self.add_state("own", GROUPS, self.blocks)
         self.add_state("own_pairs", GROUPS, self.blocks)
         self.samples = []
-        for g, ((heads, rows, columns), positions) in enumerate(self.groups.items()):
-            sample = seeded_sample(list(range(rows if axis == "row" else columns)), JACKKNIFE_TOKENS, seed=1)
+        for g, group in enumerate(self.groups):
+            sample = seeded_sample(list(range(group.queries if axis == "row" else group.keys)), JACKKNIFE_TOKENS, seed=1)
             self.samples.append(sample)
-            shape = (len(sample), columns) if axis == "row" else (rows, len(sample))
-            self.add_state(f"sums_{g}", GROUPS, heads, len(positions), *shape, dtype=torch.float32)
-            self.add_state(f"defined_{g}", GROUPS, heads, len(positions), len(sample), dtype=torch.float32)
+            shape = (len(sample), group.keys) if axis == "row" else (group.queries, len(sample))
+            every = (GROUPS, group.windows, group.heads, len(group.positions))
+            self.add_state(f"sums_{g}", *every, *shape, dtype=torch.float32)
+            self.add_state(f"defined_{g}", *every, len(sample), dtype=torch.float32)
 
     def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         self._group = torch.tensor([group_of(name) for name in names])
 
     def add_tile(self, tile: MapTile) -> None:
         """Add the sampled tokens' vectors to the sums of their images' groups."""
-        g = list(self.groups.values()).index(tile.positions)
+        g = self.groups.index(tile.group)
         sample, tokens = self.samples[g], tile.tokens(self.axis)
         places = [i for i, t in enumerate(sample) if t in tokens]
         if not tile.whole(self.axis) or not places:
@@ -341,18 +358,19 @@ class ImageSpread(Means):
         valid = valid[..., inside].to(vectors.dtype)
         group = self._group[tile.images].to(vectors.device)
         span = slice(places[0], places[-1] + 1)
-        self.state(f"sums_{g}")[:, tile.heads].narrow(self.token_dim, span.start, len(places)).index_add_(0, group, vectors)
-        self.state(f"defined_{g}")[:, tile.heads, :, span].index_add_(0, group, valid)
+        sums, defined = self.state(f"sums_{g}")[:, :, tile.heads], self.state(f"defined_{g}")[:, :, tile.heads]
+        sums.narrow(self.token_dim, span.start, len(places)).index_add_(0, group, by_window(vectors, tile.windows))
+        defined[..., span].index_add_(0, group, by_window(valid, tile.windows))
         for name, one in (("own", vectors.square().sum((1, 3, 4))), ("own_pairs", valid.square().sum((1, 3)))):
-            own = self.state(name)
+            own, one = self.state(name), tile.over_windows(one)
             own[:, tile.positions] = own[:, tile.positions].index_add(0, group, one.to(own.dtype))
 
     def stderr(self) -> Array:
         """Standard error [blocks] of the mean cosine between different images: a jackknife that leaves groups out."""
         own, own_pairs = self.state("own"), self.state("own_pairs")
         left_out = torch.full((GROUPS, self.blocks), torch.nan, dtype=torch.float64)
-        for g, positions in enumerate(self.groups.values()):
-            sums, defined = self.state(f"sums_{g}"), self.state(f"defined_{g}")
+        for g, positions in enumerate(group.positions for group in self.groups):
+            sums, defined = self.state(f"sums_{g}").flatten(1, 2), self.state(f"defined_{g}").flatten(1, 2)
             sums, defined = sums.double(), defined.double()
             rest, rest_defined = sums.sum(0) - sums, defined.sum(0) - defined
             total = rest.square().sum((1, 3, 4)) - (own.sum(0) - own)[:, positions]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import Means
+from collapse_probe.metrics.coverage import NO_PATCHES, has_patches
 from collapse_probe.metrics.metric import Metric, Need, Variant
 
 WITH_PREFIX = Variant({"prefix": True}, "with prefix tokens")
@@ -61,8 +62,10 @@ class TokenMetric(Metric):
     level = "tokens"
 
     def inapplicable(self) -> str:
-        """The tokens must be read somewhere."""
-        return "" if self.plan.width else "no token sequence was found at the first block's input"
+        """The tokens must be read somewhere, and come from the image where the metric is of patches."""
+        if not self.plan.width:
+            return "no token sequence was found at the first block's input"
+        return "" if self.settings.get("prefix") or has_patches(self.plan) else NO_PATCHES
 
 
 class DepthMetric(TokenMetric):

@@ -35,6 +35,11 @@ class WeightMetric(Metric):
         """Some block must have been found."""
         return "" if self.plan.blocks else "no block was found whose weights could be read"
 
+    @property
+    def neighbours(self) -> tuple[bool, ...]:
+        """Those of the model's blocks."""
+        return self.plan.adjacent_blocks
+
     def accumulators(self) -> list[Need]:
         return []
 

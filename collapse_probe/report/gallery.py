@@ -126,7 +126,7 @@ class Layout:
 
 @drawn
 def attention_gallery(findings: Findings, narrow: bool = False) -> Figure | None:
-    """Each picture and then the map of every block laid over it, all on one scale."""
+    """Each picture and then the map of every block that has one over the picture, all on one scale."""
     gallery = findings.gallery
     return _laid_over(findings, gallery, narrow, ATTENTION) if gallery is not None and gallery.names else None
 
@@ -150,20 +150,21 @@ def _laid_over(findings: Findings, gallery: Gallery, narrow: bool, unit: str) ->
     axes.set(xlim=(0, layout.width), ylim=(height, 0))
     axes.set_axis_off()
     for at, positions in enumerate(spread.place(maps)):
-        _strip(axes, layout, at * layout.height, gallery.names[at], gallery.pictures[at], positions)
+        _strip(axes, layout, at * layout.height, gallery, at, positions)
     colour_bar(figure, Normalize(-1, 1), SHADES, unit, spread.ticks)
     return figure
 
 
-def _strip(axes: Axes, layout: Layout, top: float, name: str, picture: Pixels, positions: Array) -> None:
-    """One picture with its maps, `top` inches down; `positions` [blocks, rows, columns]."""
-    name = printable(name, 36 if layout.around else 90)
+def _strip(axes: Axes, layout: Layout, top: float, gallery: Gallery, at: int, positions: Array) -> None:
+    """Picture `at` of the gallery with its maps, `top` inches down; `positions` [blocks, rows, columns]."""
+    picture, numbers = gallery.pictures[at], gallery.blocks or range(len(positions))
+    name = printable(gallery.names[at], 36 if layout.around else 90)
     axes.text(0.1, top + TITLE - 0.08, name, fontsize=9, va="bottom", parse_math=False)
     canvas = np.full((_pixels(layout.height), _pixels(layout.width), 3), 255, dtype=np.uint8)
     _paste(canvas, picture, 0.1, TITLE, 2 * layout.tile + GAP, 2 * layout.tall + GAP)
     small = _resized(picture, layout.tall, layout.tile)
-    for block, one in enumerate(positions):
-        left, down = layout.map_corner(block)
+    for place, (block, one) in enumerate(zip(numbers, positions, strict=True)):
+        left, down = layout.map_corner(place)
         _paste(canvas, overlay(small, one), left, down, layout.tile, layout.tall)
         axes.text(left + 0.035, top + down + 0.035, str(block), fontsize=7, va="top", bbox=LABEL)
     extent = (0.0, canvas.shape[1] / PER_INCH, top + canvas.shape[0] / PER_INCH, top)

@@ -65,6 +65,8 @@ class MetricResult:
 
     `settings` is what was asked, `details` what else came out. `head_mean` holds, for a metric with a head axis, its mean over
     heads as (values, stderr, ci95) over blocks. A metric that does not apply has `not_applicable` (the reason) and no values.
+    `adjacent` says for each two consecutive blocks or depths whether they are neighbours, the first giving its output to the
+    second; empty where all are. `covers` says of which blocks the numbers are, where that is not simply all of them.
     """
 
     dims: tuple[str, ...]
@@ -80,6 +82,8 @@ class MetricResult:
     nulls: Nulls | None = None
     head_mean: tuple[Array, Array, Array] | None = None
     not_applicable: str | None = None
+    adjacent: tuple[bool, ...] = ()
+    covers: str = ""
 
     @property
     def array(self) -> Array:
@@ -93,8 +97,9 @@ class Gallery:
     """A few of the images with the attention map of every block, for the report.
 
     `pictures` uint8 [I, height, width, 3] (the model's own crop), `maps` float64 [I, blocks, rows, columns]
-    (attention paid to each patch, mean over heads and over the queries that `query` names). `rollouts`, of the same shape,
-    is the same for attention rollout up to each block, from the mean over heads, where that was measured.
+    (attention paid to each patch, mean over heads and over the queries that `query` names) of the blocks numbered `blocks`
+    (empty: of all, from 0). `rollouts`, of the same shape, is the same for attention rollout up to each block, from the mean
+    over heads, where that was measured.
     """
 
     names: tuple[str, ...]
@@ -102,6 +107,7 @@ class Gallery:
     maps: Array
     query: str
     rollouts: Array | None = None
+    blocks: tuple[int, ...] = ()
 
 
 SCHEMA = "collapse-probe/findings/1"
@@ -148,6 +154,7 @@ def result_to_json(result: MetricResult) -> dict[str, Any]:
         }
     if result.head_mean is not None:
         parts["head_mean"] = dict(zip(("values", "stderr", "ci95"), result.head_mean, strict=True))
+    parts |= {name: value for name in ("adjacent", "covers") if (value := getattr(result, name))}
     entry: dict[str, Any] = plain({**parts, "description": asdict(result.description)})
     return entry
 
@@ -172,6 +179,7 @@ def result_from_json(name: str, entry: Mapping[str, Any]) -> MetricResult:
         )
     if mean is not None:
         parts["head_mean"] = tuple(_array(part) for part in mean.values())
+    parts |= {"adjacent": tuple(entry.get("adjacent", ())), "covers": entry.get("covers", "")}
     parts["description"] = _description(name, entry)
     return MetricResult(**parts)
 
@@ -193,7 +201,8 @@ def _array(value: Any) -> Array | None:
 def block_rows(name: str, result: MetricResult) -> list[list[Any]]:
     """The rows of blocks.csv for one metric, as CSV_COLUMNS; NaN where it has no standard error or interval.
 
-    Blocks × blocks and depths × depths give each with the one before, blocks × matrices a metric NAME/MATRIX for each matrix.
+    Blocks × blocks and depths × depths give each with the one before where the two are neighbours, blocks × matrices a metric
+    NAME/MATRIX for each matrix.
     None for other axes (thresholds, the depths of two models): these numbers belong to no single block.
     """
     if result.values is None:
@@ -203,7 +212,8 @@ def block_rows(name: str, result: MetricResult) -> list[list[Any]]:
     parts, dims = (result.values, stderr, blank if result.ci95 is None else result.ci95), result.dims
     blocks = range(len(result.values))
     if len(dims) == 2 and dims[0] == dims[1]:
-        return [[name, b, None, *_cell(parts, b, b - 1)] for b in blocks[1:]]
+        neighbours = result.adjacent or (True,) * len(blocks[1:])
+        return [[name, b, None, *_cell(parts, b, b - 1)] for b, known in zip(blocks[1:], neighbours, strict=True) if known]
     if dims == ("block", "matrix"):
         matrices = result.details.get("matrices", range(result.values.shape[1]))
         return [[f"{name}/{matrix}", b, None, *_cell(parts, b, m)] for m, matrix in enumerate(matrices) for b in blocks]
@@ -237,6 +247,7 @@ def write_gallery(path: Path, gallery: Gallery | None, thumbnails: Mapping[str, 
         arrays["thumbnails"] = np.stack(list(thumbnails.values()))
     if gallery is not None:
         arrays |= {"names": np.array(gallery.names, dtype=np.str_), "query": np.array(gallery.query)}
+        arrays["blocks"] = np.array(gallery.blocks, dtype=np.int64)
         arrays |= {"pictures": gallery.pictures, "maps": gallery.maps.astype(np.float32)}
         arrays |= {} if gallery.rollouts is None else {"rollouts": gallery.rollouts.astype(np.float32)}
     if arrays:
@@ -251,7 +262,8 @@ def load_gallery(path: Path) -> tuple[Gallery | None, dict[str, NDArray[np.uint8
         return None, thumbnails
     rollouts = stored["rollouts"].astype(np.float64) if "rollouts" in stored else None
     names, maps = tuple(map(str, stored["names"])), stored["maps"].astype(np.float64)
-    return Gallery(names, stored["pictures"], maps, str(stored["query"]), rollouts), thumbnails
+    blocks = tuple(int(block) for block in stored.get("blocks", ()))
+    return Gallery(names, stored["pictures"], maps, str(stored["query"]), rollouts, blocks), thumbnails
 
 
 @dataclass(frozen=True)
@@ -280,7 +292,8 @@ class Findings(Numbers):
     def blocks(self) -> pd.DataFrame:
         """One row per metric and block (and head): metric, block, head, value, stderr, ci_low, ci_high.
 
-        For a block × block metric the row of block b holds its value with the block before (b − 1); a metric of the weights is
+        For a block × block metric the row of block b holds its value with the block before (b − 1), where that gives it its
+        input; a metric of the weights is
         called NAME/MATRIX. Errors are NaN where none was taken (a model is no sample of weights). See `block_rows`.
         """
         import pandas as pd

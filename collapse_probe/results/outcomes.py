@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from collapse_probe.results.findings import Findings
+from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.readings import (
     Absent,
     adjacent,
     entropy_share,
     is_untrained,
     null_ci95,
+    of_neighbours,
     require_null,
     require_result,
 )
@@ -55,14 +56,14 @@ def _of_pairs(values: Array, ci95: Array | None, note: str = "") -> Quantity:
     return Quantity(values, tuple(range(1, len(values) + 1)), "pair", ci95, note)
 
 
-def _adjacent_ci95(ci95: Array | None) -> Array | None:
-    return None if ci95 is None else adjacent(ci95)
+def _adjacent_ci95(result: MetricResult, ci95: Array | None) -> Array | None:
+    return None if ci95 is None else adjacent(result, ci95)
 
 
 def similarity(findings: Findings, metric: str) -> Quantity:
-    """The similarity of each block with the block before."""
+    """The similarity of each block with the block before, where that is its neighbour in depth."""
     result = require_result(findings, metric)
-    return _of_pairs(adjacent(result.array), _adjacent_ci95(result.ci95))
+    return _of_pairs(adjacent(result, result.array), _adjacent_ci95(result, result.ci95))
 
 
 def of_null(role: str, note: str = NO_INTERVAL_OF_NULL) -> Reader:
@@ -70,7 +71,8 @@ def of_null(role: str, note: str = NO_INTERVAL_OF_NULL) -> Reader:
 
     def read(findings: Findings, metric: str) -> Quantity:
         result = require_result(findings, metric)
-        values, ci95 = adjacent(require_null(result, metric, role)), _adjacent_ci95(null_ci95(result, role))
+        values = adjacent(result, require_null(result, metric, role))
+        ci95 = _adjacent_ci95(result, null_ci95(result, role))
         return _of_pairs(values, ci95, note if ci95 is None else "")
 
     return read
@@ -114,9 +116,10 @@ def entropy_of_blocks(findings: Findings, metric: str) -> Quantity:
 
 
 def entropy_of_pairs(findings: Findings, metric: str) -> Quantity:
-    """The same, mean over each block and the block before."""
-    blocks = entropy_of_blocks(findings, metric)
-    values, ci95 = ((None if part is None else (part[1:] + part[:-1]) / 2) for part in (blocks.values, blocks.ci95))
+    """The same, mean over each block and the block before, where that is its neighbour in depth."""
+    blocks, result = entropy_of_blocks(findings, metric), require_result(findings, metric)
+    parts = (None if part is None else (part[1:] + part[:-1]) / 2 for part in (blocks.values, blocks.ci95))
+    values, ci95 = (None if part is None else of_neighbours(result, part) for part in parts)
     assert values is not None
     return _of_pairs(values, ci95, blocks.note)
 

@@ -76,12 +76,19 @@ def nulls_of(result: MetricResult) -> dict[str, Array]:
     return {role: values for role in NULLS if (values := null_of(result, role)) is not None}
 
 
-def adjacent(matrix: Array | Sequence[Any] | None) -> Array:
-    """The entries (b, b − 1) of a block × block array (or lists): [L, L, …] -> [L − 1, …]; empty for None."""
+def adjacent(result: MetricResult, matrix: Array | Sequence[Any] | None) -> Array:
+    """The entries (b, b − 1) of a block × block array (or lists) of a result, [L, L, …] -> [L − 1, …]: NaN where the two are
+    no neighbours in depth; empty for None.
+    """
     if matrix is None:
         return np.empty(0)
     whole, later = np.asarray(matrix, dtype=np.float64), np.arange(1, len(matrix))
-    return np.asarray(whole[later, later - 1])
+    return of_neighbours(result, whole[later, later - 1])
+
+
+def of_neighbours(result: MetricResult, values: Array) -> Array:
+    """Numbers of each block with the block before, [L − 1, …], NaN where the two are no neighbours in depth."""
+    return np.where(np.reshape(result.adjacent, (-1, *(1,) * (values.ndim - 1))), values, np.nan) if result.adjacent else values
 
 
 def mean(values: Array | None) -> float | None:
@@ -99,7 +106,7 @@ def over_heads(values: Array) -> Array:
 
 
 def pair_count(findings: Findings, name: str = "similar-blocks") -> int:
-    """How many pairs of adjacent blocks there are."""
+    """How many pairs of adjacent blocks were compared."""
     result = result_of(findings, name)
     stored = None if result is None else result.details.get("pairs")
     return int(stored or max(int(findings.model.get("blocks") or 0) - 1, 1))
@@ -180,7 +187,7 @@ def against_seeds(result: MetricResult) -> str:
     spread = {} if result.nulls is None else result.nulls.untrained_seeds
     if not spread or result.values is None:
         return ""
-    real, low, high = (mean(adjacent(part)) for part in (result.values, spread["low"], spread["high"]))
+    real, low, high = (mean(adjacent(result, part)) for part in (result.values, spread["low"], spread["high"]))
     if real is None or low is None or high is None:
         return ""
     where = "above" if real > high else "below" if real < low else "within"

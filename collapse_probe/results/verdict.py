@@ -21,6 +21,7 @@ Depth = tuple[str, bool | None, list[Sentence]]
 WEIGHTS_ONLY, NOT_JUDGED = "weights-only", "not-judged"
 LEVELS = {"attention": "Attention", "tokens": "Tokens", "weights": "Weights"}
 MOST_LISTED = 2  # rules or metrics that are named one by one
+MOST_REASONS = 4  # why blocks are not compared
 OPEN = {
     WEIGHTS_ONLY: "Only the weights were measured, without images: how alike attention maps or tokens are is not judged here.",
     NOT_JUDGED: "Whether attention has collapsed across depth is not judged here: attention-similarity was not asked for.",
@@ -75,12 +76,15 @@ def judge(findings: Findings, table: Sequence[Outcome] | None = None) -> Verdict
         means = _means_of_weights(findings) if case == WEIGHTS_ONLY else []
         sentences = [*others, *means, (OPEN[case], "shared")]
     elif why := _not_applicable(findings, similarity):
-        case, sentences = "not-applicable", [(f"Similarity between blocks cannot be judged here: {why}.", "shared"), *others]
+        first = f"Whether attention has collapsed across depth cannot be judged here: {why}."
+        case, sentences = "not-applicable", [(first, "shared"), *others]
     else:
         pairs = pairs_of(findings)
         kinds = kinds_of(pairs)
         case, collapsed, across_depth = _across_depth(findings, pairs, kinds, outcomes)
-        sentences = [*across_depth, *others]
+        sentences = [*across_depth, *_uncompared(findings, kinds), *others]
+    if any(result.description.level == "attention" for result in findings.metrics.values()) or similarity is not None:
+        sentences = [*((text, "shared") for text in not_heard(findings)), *sentences]
     caveats = _caveats(outcomes, maps=bool(kinds))
     caveats += [(ONE_SET, "shared")] if case == WEIGHTS_ONLY else []
     texts, rules = zip(*sentences, strict=True)
@@ -92,7 +96,34 @@ def _not_applicable(findings: Findings, similarity: MetricResult) -> str:
     """Why the similarity of blocks cannot be judged although it was asked for; empty where it can."""
     if similarity.values is None or similarity.nulls is None:
         return similarity.not_applicable or "it has no values"
-    return "" if np.isfinite(pairs_of(findings).raw).any() else "no two neighbouring blocks have maps of one shape"
+    if np.isfinite(pairs_of(findings).raw).any():
+        return ""
+    reasons = [str(each["why"]) for each in findings.model.get("uncompared") or ()]
+    return "; ".join(["no two neighbouring blocks can be compared", *reasons[:MOST_REASONS]])
+
+
+def not_heard(findings: Findings) -> list[str]:
+    """A sentence on the blocks whose attention could not be captured; empty where there are none."""
+    names = [str(each["where"]) for each in findings.model.get("left_out") or () if str(each["why"]).startswith("not heard")]
+    count = sum(len(each["blocks"]) for each in findings.model.get("left_out") or () if str(each["where"]) in names)
+    if not names:
+        return []
+    if count < 2:
+        return [f"Block {names[0]} was not heard: its neighbours are not compared."]
+    return [f"Blocks {', '.join(names)} were not heard: their neighbours are not compared."]
+
+
+def _uncompared(findings: Findings, kinds: tuple[str, ...]) -> list[Sentence]:
+    """Which pairs of consecutive blocks are not compared, and why; empty where all are."""
+    reasons = [(list(each["blocks"]), str(each["why"])) for each in findings.model.get("uncompared") or ()]
+    if not reasons:
+        return []
+    compared = sum(kind != "undefined" for kind in kinds)
+    which = "; ".join(f"{_blocks(blocks)} ({why})" for blocks, why in reasons[:MOST_REASONS])
+    which += "; …" if len(reasons) > MOST_REASONS else ""
+    return [
+        (f"{compared} of {len(kinds)} pairs of consecutive blocks are compared; without the block before: {which}.", "shared")
+    ]
 
 
 def _across_depth(findings: Findings, pairs: Pairs, kinds: tuple[str, ...], outcomes: Mapping[str, Outcome]) -> Depth:
@@ -109,10 +140,15 @@ def _across_depth(findings: Findings, pairs: Pairs, kinds: tuple[str, ...], outc
     return _not_shared(findings, pairs, kinds, total)
 
 
+def _compared_pairs(total: int, kinds: tuple[str, ...]) -> str:
+    pairs = f"{total} neighbouring pairs of blocks"
+    return pairs if total == len(kinds) else f"the {pairs} that can be compared"
+
+
 def _shared(pairs: Pairs, kinds: tuple[str, ...], shared: list[int], total: int) -> Depth:
     by_row = all(kinds[i] == "shared-row" for i in shared)
     first = (
-        f"Attention has collapsed across depth in {len(shared)} of {total} neighbouring pairs of blocks: "
+        f"Attention has collapsed across depth in {len(shared)} of {_compared_pairs(total, kinds)}: "
         f"{_blocks([i + 1 for i in shared])} attend{'s' if len(shared) == 1 else ''} like the block before"
         f"{', every query with the same row' if by_row else ''}."
     )
@@ -135,7 +171,7 @@ def _query_independent(pairs: Pairs, kinds: tuple[str, ...], total: int, sure: b
     else:
         rest = "each block with a row of its own" if sure else "more images must tell whether blocks share it"
     first = (
-        f"Attention ignores the query in {len(at)} of {total} neighbouring pairs of blocks: every token attends with the same "
+        f"Attention ignores the query in {len(at)} of {_compared_pairs(total, kinds)}: every token attends with the same "
         f"row, and {rest}."
     )
     second = (
@@ -165,12 +201,13 @@ def _not_shared(findings: Findings, pairs: Pairs, kinds: tuple[str, ...], total:
             entropy = _percent(mean(pairs.share) or 0.0)
             case, why = "near-uniform", f": each query attends to nearly all tokens (entropy {entropy} of uniform)"
         first = (
-            f"This is not collapse: {uniform + explained} of {total} neighbouring pairs of blocks score above "
+            f"This is not collapse: {uniform + explained} of {_compared_pairs(total, kinds)} score above "
             f"{BY_NAME['high-raw'].threshold:g} in raw similarity, but no more than chance would give{why}."
         )
         return case, False, [(first, "mostly-explained"), (_on_average(findings, pairs), "shared")]
+    some = " that can be compared" if total < len(kinds) else ""
     first = (
-        "No collapse between neighbouring blocks: their attention maps are distinct "
+        f"No collapse between neighbouring blocks{some}: their attention maps are distinct "
         f"(κ above {BY_NAME['shared'].threshold:g} in 0 of {total} pairs)."
     )
     return "distinct", False, [(first, "shared"), (_on_average(findings, pairs), "shared")]
@@ -252,7 +289,7 @@ def _mean_of_weights(result: MetricResult) -> str:
     full = result.details.get("full_rank") if result.settings.get("measure") == "effective" else None
     scale = 1.0 if full is None else np.asarray(full, dtype=np.float64)
     parts = [part for part in (result.values, null_of(result, "untrained")) if part is not None]
-    own, *fresh = (number(mean(adjacent(part) if len(set(result.dims)) == 1 else part / scale)) for part in parts)
+    own, *fresh = (number(mean(adjacent(result, part) if len(set(result.dims)) == 1 else part / scale)) for part in parts)
     seeds = {} if result.nulls is None else result.nulls.untrained_seeds or {}
     twin = f"mean of {len(seeds['seeds'])} untrained twins" if seeds else "untrained twin"
     return f"{own} ({twin} {fresh[0]})" if fresh else own

@@ -9,7 +9,7 @@ import pytest
 import torch
 from factories import plan_for
 
-from collapse_probe.capture.plan import Layer
+from collapse_probe.capture.plan import Layer, MapGroup
 from collapse_probe.capture.trace import Attention, Trace, tile_shape
 from collapse_probe.metrics.pairwise_cosine import unit_vectors
 
@@ -114,7 +114,7 @@ def test_tiles_keep_to_their_budget_and_say_which_is_the_last(budget):
         assert ends[-1] == IMAGES
         assert whole[-1].last_tokens
         assert whole[-1].last_heads
-    b, _, rows, columns = tile_shape((HEADS, TOKENS, TOKENS), LAYERS, BUDGETS[budget])
+    b, _, rows, columns = tile_shape(MapGroup(HEADS, TOKENS, TOKENS, 1, list(range(LAYERS))), BUDGETS[budget])
     assert (rows == columns == TOKENS) == (BUDGETS[budget] >= ONE)
     assert b == max(1, BUDGETS[budget] // ONE)
 

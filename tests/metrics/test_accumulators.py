@@ -27,7 +27,7 @@ def accumulated(name, first, last, into=None):
             accumulator.start_batch(trace, [f"image {start}", f"image {start + 1}"])
         for tile in trace.tiles(2**24):
             for accumulator in found:
-                accumulator.add_tile(tile)
+                accumulator.take(tile)
         for accumulator in found:
             accumulator.end_batch(trace)
     return found

@@ -277,7 +277,7 @@ def test_each_metric_says_why_it_does_not_apply():
     assert "no prefix" in make("attention-sink@prefix", replace(plan, prefix=(), grid=None)).inapplicable()
     narrow = replace(plan, layers=(plan.layers[0], replace(plan.layers[1], keys=5)))
     assert "same tokens" in make("attention-rollout", narrow).inapplicable()
-    assert "no two blocks" in make("similarity-ratio", narrow).inapplicable()
+    assert "no two neighbouring blocks" in make("similarity-ratio", narrow).inapplicable()
     assert "same tokens" in make("attention-rollout", replace(plan, layers=(replace(plan.layers[0], keys=5),))).inapplicable()
 
 

@@ -93,7 +93,7 @@ def test_what_is_kept_does_not_grow_with_the_images(name):
             for _ in range(2):
                 fold.start_batch(trace, [f"image {i}" for i in range(count)])
                 for tile in trace.tiles(2**20):
-                    fold.add_tile(tile)
+                    fold.take(tile)
                 fold.end_batch(trace)
         held.append([tuple(value.shape) for fold in folds for value in fold.states.values()])
     assert held[0] == held[1]

@@ -254,11 +254,11 @@ def test_adjacent_curves_are_the_findings() -> None:
     figure = adjacent_blocks(findings)
     assert figure is not None
     top, bottom = figure.axes
-    np.testing.assert_array_equal(line(top, "measured"), adjacent(reading.values))
+    np.testing.assert_array_equal(line(top, "measured"), adjacent(reading, reading.values))
     for role in ("untrained", "other_token", "other_image"):
-        np.testing.assert_array_equal(line(top, role), adjacent(reading.nulls.values[role]))
+        np.testing.assert_array_equal(line(top, role), adjacent(reading, reading.nulls.values[role]))
     assert ROLES["other_head"].label not in [one.get_label() for one in top.lines]
-    np.testing.assert_array_equal(line(bottom, "measured"), adjacent(reading.nulls.values["kappa"]))
+    np.testing.assert_array_equal(line(bottom, "measured"), adjacent(reading, reading.nulls.values["kappa"]))
     assert top.get_shared_x_axes().joined(top, bottom)
     levels = {one.get_ydata()[0] for one in top.lines if len(set(one.get_ydata())) == 1}
     assert {0.8, 0.9, 0.95} <= levels
@@ -266,7 +266,7 @@ def test_adjacent_curves_are_the_findings() -> None:
 
 def test_the_band_is_the_interval() -> None:
     findings = synthetic(12)
-    ci95 = adjacent(findings.metrics["attention-similarity"].ci95)
+    ci95 = adjacent(findings.metrics["attention-similarity"], findings.metrics["attention-similarity"].ci95)
     figure = adjacent_blocks(findings)
     assert figure is not None
     (band,) = [c for c in figure.axes[0].collections if isinstance(c, PolyCollection)]

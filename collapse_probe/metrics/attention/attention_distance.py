@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,7 +51,7 @@ def uniform_distance(distances: Tensor, tokens: int, renormalise: bool = True) -
 def distances_of_rows(prefix: str, trace: Trace, tile: MapTile) -> Tensor:
     """Attended distance of the queries of a tile, [b, h, L, R]; NaN for prefix tokens and for tokens that are no grid."""
     plan = trace.plan
-    patches = over_patches(plan, plan.layers[plan.map_layers[tile.positions[0]]])
+    patches = None if tile.windows > 1 else over_patches(plan, plan.layers[plan.map_layers[tile.positions[0]]])
     size = patch_size(plan)
     values = torch.full(tile.probs.shape[:-1], torch.nan, device=tile.probs.device)
     rows = [] if patches is None else [t for t in tile.tokens("row") if t in set(patches)]
@@ -111,7 +110,7 @@ class AttentionDistance(HeadMetric):
             return "the patches form no rectangle, so that nobody can say how far apart they are"
         if self.plan.image_size is None:
             return "the size of the input in pixels is unknown"
-        fits = any(over_patches(self.plan, self.plan.layers[i]) is not None for i in self.plan.token_layers)
+        fits = any(over_patches(self.plan, self.layers[place]) is not None for place in self.measured)
         return "" if fits else "no block attends between the patches of the grid"
 
     @property
@@ -135,12 +134,10 @@ class AttentionDistance(HeadMetric):
         assert grid is not None
         distances, renormalise = patch_distances(grid, size), self.settings["prefix"] != "drop"
         uniform = [
-            np.nan
-            if layer.reason or over_patches(self.plan, layer) is None
-            else uniform_distance(distances, layer.keys, renormalise)
+            None if over_patches(self.plan, layer) is None else uniform_distance(distances, layer.keys, renormalise)
             for layer in self.layers
         ]
-        return {"grid": list(grid), "patch_size": list(size), "uniform": np.array(uniform)}
+        return {"grid": list(grid), "patch_size": list(size), "uniform": self.of_measured(uniform)}
 
 
 METRICS.add(AttentionDistance.name, AttentionDistance)

@@ -26,7 +26,7 @@ def entropy(probs: Tensor) -> Tensor:
 
 
 class EntropySums(HeadMeans):
-    """Per image the mean over queries of the entropy of their distributions over keys."""
+    """Per image the mean over queries (of all windows) of the entropy of their distributions over keys."""
 
     def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         self._total = torch.zeros(trace.images, *self.shape)
@@ -35,9 +35,10 @@ class EntropySums(HeadMeans):
     def add_tile(self, tile: MapTile) -> None:
         if tile.whole_rows:
             place = torch.tensor(tile.positions)
-            self._total[tile.images, place, tile.heads] += entropy(tile.probs).sum(-1).transpose(1, 2).cpu()
+            entropies = tile.over_windows(entropy(tile.probs).sum(-1))
+            self._total[tile.images, place, tile.heads] += entropies.transpose(1, 2).cpu()
             if tile.images.start == 0:
-                self._rows[place, tile.heads] += tile.rows.stop - tile.rows.start
+                self._rows[place, tile.heads] += tile.windows * (tile.rows.stop - tile.rows.start)
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         return self.add_heads(value=torch.where(self._rows > 0, self._total / self._rows, torch.nan))
@@ -57,6 +58,7 @@ class AttentionEntropy(HeadMetric):
     unit = "nats"
     defaults = {"point": "probs"}
     variants = {}
+    windowed = True
 
     @property
     def definition(self) -> str:

@@ -34,7 +34,7 @@ class RolloutCosine(PairwiseCosine):
         self.axis, self.fusion = axis, fusion
         self.tokens = [t for t in range(tokens) if t not in without]
         blocks = len(plan.map_layers)
-        super().__init__(blocks, [VectorGroup(1, len(self.tokens), self.tokens, list(range(blocks)))], axis)
+        super().__init__(plan.adjacent, [VectorGroup(1, len(self.tokens), self.tokens, list(range(blocks)))], axis)
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         for image in range(trace.images):
@@ -77,6 +77,8 @@ class AttentionRollout(MapMetric):
             return missing
         if reasons := [layer.reason for layer in self.layers if layer.reason]:
             return "a rollout needs the maps of all blocks: " + reasons[0]
+        if not all(self.plan.adjacent):
+            return "a rollout multiplies the maps of all blocks, each of which must give its output to the next"
         sizes = {(layer.queries, layer.keys) for layer in self.layers}
         if len(sizes) > 1 or any(queries != keys for queries, keys in sizes):
             shown = ", ".join(f"{queries} × {keys}" for queries, keys in sorted(sizes))

@@ -30,6 +30,7 @@ class AttentionSimilarity(MapMetric):
     unit = "cosine"
     defaults = {"axis": "column", "centred": False, "prefix": True, "point": "weights"}
     quantity = "real"
+    windowed = True
     variants = {"row": BY_ROWS, "centred": CENTRED, "probs": OF_PROBS, "patches": WITHOUT_PREFIX}
 
     @property

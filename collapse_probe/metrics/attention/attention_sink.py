@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
-from collapse_probe.capture.trace import MapTile, Trace
+from collapse_probe.capture.trace import MapTile, Trace, by_window
 from collapse_probe.metrics.map_metric import HeadMeans, HeadMetric, RowMeans, patch_places, prefix_places
 from collapse_probe.metrics.metric import DOTS, Need, Variant
 from collapse_probe.registry import METRICS
@@ -34,42 +33,53 @@ def received(probs: Tensor) -> Tensor:
 def prefix_mass(trace: Trace, tile: MapTile) -> Tensor:
     """The mass that each query of a tile gives to prefix tokens, [b, h, L, R]; NaN where a layer has none."""
     plan = trace.plan
-    keys = prefix_places(plan, plan.layers[plan.map_layers[tile.positions[0]]].keys)
+    keys = prefix_places(plan, plan.layers[plan.map_layers[tile.positions[0]]])
     if not keys:
         return torch.full(tile.probs.shape[:-1], torch.nan, device=tile.probs.device)
     return tile.probs[..., keys].sum(-1)
 
 
 class PeakMeans(HeadMeans):
-    """Per image, block and head the mass on the most attended key, and whether that is a prefix token."""
+    """Per image, block and head the mass on the most attended key (mean over windows), and whether that is a prefix token."""
 
     def __init__(self, plan: Plan, patches_only: bool) -> None:
         super().__init__(plan)
-        self.plan, self.patches_only = plan, patches_only
+        self.plan, self.patches_only, self.groups = plan, patches_only, plan.map_groups()
         self.add_means(on_prefix=self.shape)
 
     def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
-        self._peaks = torch.full((2, trace.images, *self.shape), -torch.inf)  # over patch keys and over the others
+        self._peaks = [  # by group of layers: over patch keys and over the others, of each image (and window), head and layer
+            torch.full((2, trace.images * group.windows, group.heads, len(group.positions)), -torch.inf)
+            for group in self.groups
+        ]
 
     def add_tile(self, tile: MapTile) -> None:
-        patches = patch_places(self.plan, self.plan.layers[self.plan.map_layers[tile.positions[0]]].keys)
+        patches = patch_places(self.plan, self.plan.layers[self.plan.map_layers[tile.positions[0]]])
         if not tile.whole_columns or (self.patches_only and patches is None):
             return
         keys, means_bhLC = tile.tokens("column"), received(tile.probs)
         inside = set(keys if patches is None else patches)  # all keys count as patches where these are not known
         kinds = [i for i, t in enumerate(keys) if t in inside], [i for i, t in enumerate(keys) if t not in inside]
-        for target, places in zip(self._peaks, kinds, strict=True):
+        first, last = tile.images.start * tile.windows, tile.images.stop * tile.windows
+        for peaks, places in zip(self._peaks[self.groups.index(tile.group)], kinds, strict=True):
             if places:
-                peak = means_bhLC[..., places].amax(-1).transpose(1, 2).cpu()
-                place = torch.tensor(tile.positions)
-                target[tile.images, place, tile.heads] = torch.maximum(target[tile.images, place, tile.heads], peak)
+                here = peaks[first:last, tile.heads]
+                here.copy_(torch.maximum(here, means_bhLC[..., places].amax(-1).cpu()))
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
-        patch, prefix = self._peaks
-        peak = patch if self.patches_only else torch.maximum(patch, prefix)
-        known = torch.isfinite(patch) | torch.isfinite(prefix)
-        self.add_images("on_prefix", torch.where(known, (prefix > patch).double(), torch.nan))
-        return self.add_heads(value=torch.where(torch.isfinite(peak), peak, torch.nan))
+        value = torch.full((trace.images, *self.shape), torch.nan)
+        on_prefix = torch.full_like(value, torch.nan, dtype=torch.float64)
+        for group, (patch, prefix) in zip(self.groups, self._peaks, strict=True):
+            peak = patch if self.patches_only else torch.maximum(patch, prefix)
+            known = torch.isfinite(patch) | torch.isfinite(prefix)
+            for target, each in (
+                (value, torch.where(torch.isfinite(peak), peak, torch.nan)),
+                (on_prefix, torch.where(known, (prefix > patch).double(), torch.nan)),
+            ):
+                of_images = by_window(each, group.windows).mean(1)
+                target[:, group.positions, : group.heads] = of_images.transpose(1, 2)
+        self.add_images("on_prefix", on_prefix)
+        return self.add_heads(value=value)
 
 
 class AttentionSink(HeadMetric):
@@ -83,6 +93,7 @@ class AttentionSink(HeadMetric):
     panel = "the most attended key"
     unit = "share of attention"
     reference = ("uniform", "uniform attention")
+    windowed = True
     defaults = {"keys": "any", "point": "probs"}
     choices = {"keys": KEYS}
     variants = {
@@ -94,10 +105,10 @@ class AttentionSink(HeadMetric):
         """There must be maps over tokens, and prefix tokens where these are asked for."""
         if missing := super().inapplicable():
             return missing
-        keys = [self.plan.layers[i].keys for i in self.plan.token_layers]
-        if self.settings["keys"] == "prefix" and not any(prefix_places(self.plan, n) for n in keys):
+        layers = [self.layers[place] for place in self.measured]
+        if self.settings["keys"] == "prefix" and not any(prefix_places(self.plan, layer) for layer in layers):
             return "the model has no prefix tokens (class, distillation or register tokens)"
-        if self.settings["keys"] == "patch" and all(patch_places(self.plan, n) is None for n in keys):
+        if self.settings["keys"] == "patch" and all(patch_places(self.plan, layer) is None for layer in layers):
             return "no block attends to the model's patches"
         return ""
 
@@ -120,10 +131,9 @@ class AttentionSink(HeadMetric):
     def details(self, accumulator: HeadMeans) -> dict[str, Any]:
         """What uniform attention would give in each block, and how often the most attended key is a prefix token."""
         prefix = self.settings["keys"] == "prefix"
-        shares = [(len(prefix_places(self.plan, a.keys)) if prefix else 1) / max(a.keys, 1) for a in self.layers]
-        uniform = [np.nan if layer.reason else share for layer, share in zip(self.layers, shares, strict=True)]
+        shares = [(len(prefix_places(self.plan, layer)) if prefix else 1) / max(layer.keys, 1) for layer in self.layers]
         on_prefix = {"on_prefix": accumulator.mean("on_prefix")[0]} if self.settings["keys"] == "any" else {}
-        return {"uniform": np.array(uniform), **on_prefix}
+        return {"uniform": self.of_measured(shares), **on_prefix}
 
 
 METRICS.add(AttentionSink.name, AttentionSink)

@@ -12,6 +12,7 @@ from torch import Tensor
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.metrics.accumulators import GROUPS, Accumulator, group_of
+from collapse_probe.metrics.coverage import groups_of
 from collapse_probe.metrics.map_metric import MapMetric
 from collapse_probe.metrics.metric import DOTS, Need, Record
 from collapse_probe.metrics.nulls import untrained_only
@@ -42,14 +43,15 @@ class ImageMean(Accumulator):
 
     def __init__(self, plan: Plan, point: str) -> None:
         super().__init__()
-        self.point, self.groups = point, plan.groups()
-        self.shape = len(plan.map_layers), max((heads for heads, _, _ in self.groups), default=1)
+        self.point, self.groups = point, groups_of(plan, self.windowed)
+        self.shape = len(plan.map_layers), max((group.heads for group in self.groups), default=1)
         self.add_state("squares", *self.shape)
         self.add_state("images", 1)
         self.add_state("group_squares", GROUPS, *self.shape)
         self.add_state("group_images", GROUPS)
         self.samples, self.jackknifed = [], []  # queries by group of layers
-        for g, ((heads, queries, keys), positions) in enumerate(self.groups.items()):
+        for g, group in enumerate(self.groups):
+            heads, queries, keys, positions = group.heads, group.queries, group.keys, group.positions
             row = heads * len(positions) * keys * 8
             self.samples.append(
                 seeded_sample(list(range(queries)), queries if row * queries <= STATE_BUDGET else SAMPLED_TOKENS)
@@ -67,7 +69,7 @@ class ImageMean(Accumulator):
     def add_tile(self, tile: MapTile) -> None:
         if not tile.whole_rows:
             return
-        g = list(self.groups.values()).index(tile.positions)
+        g = self.groups.index(tile.group)
         for place, maps_hLRC in enumerate(tile.maps(self.point)):
             group = self._group[tile.images.start + place]
             _add(tile, maps_hLRC, self.samples[g], self.state(f"sum_{g}"), self.state("squares"))
@@ -91,9 +93,10 @@ class ImageMean(Accumulator):
 
     def _spread(self, sums: Sequence[Tensor], squares: Tensor, images: Tensor) -> Tensor:
         distances = torch.full(self.shape, torch.nan, dtype=torch.float64, device=squares.device)
-        for ((heads, _, _), positions), total in zip(self.groups.items(), sums, strict=True):
+        for group, total in zip(self.groups, sums, strict=True):
+            place = group.positions, slice(0, group.heads)
             square_of_sum = total.square().sum((-1, -2)).transpose(0, 1)
-            distances[positions, :heads] = spread_about_mean(squares[positions, :heads], square_of_sum, images)
+            distances[place] = spread_about_mean(squares[place], square_of_sum, images)
         return distances
 
 

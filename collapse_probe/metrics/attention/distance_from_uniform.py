@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +54,7 @@ class DistanceFromUniform(HeadMetric):
     unit = "total variation distance"
     top = 1.0
     reference = ("largest", "one key alone")
+    windowed = True
     defaults = {"prefix": True, "point": "probs"}
     variants = {"patches": Variant({"prefix": False}, "patch queries and keys alone")}
 
@@ -63,7 +63,7 @@ class DistanceFromUniform(HeadMetric):
         missing = super().inapplicable()
         if missing or self.settings["prefix"]:
             return missing
-        fits = any(over_patches(self.plan, self.plan.layers[i]) for i in self.plan.token_layers)
+        fits = any(over_patches(self.plan, self.layers[place]) for place in self.measured)
         return "" if fits else "no block attends between the model's patches"
 
     @property
@@ -84,8 +84,7 @@ class DistanceFromUniform(HeadMetric):
         """The largest distance that there could be in each block."""
         prefix = self.settings["prefix"]
         keys = [layer.keys if prefix else len(over_patches(self.plan, layer) or ()) for layer in self.layers]
-        largest = [1 - 1 / n if n and not layer.reason else np.nan for n, layer in zip(keys, self.layers, strict=True)]
-        return {"largest": np.array(largest)}
+        return {"largest": self.of_measured([1 - 1 / n if n else None for n in keys])}
 
 
 METRICS.add(DistanceFromUniform.name, DistanceFromUniform)

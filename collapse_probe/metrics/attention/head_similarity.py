@@ -32,13 +32,14 @@ class HeadSimilarity(MapMetric):
     top = 1.0
     defaults = {"axis": "column", "centred": False, "point": "weights"}
     quantity = "within"
+    windowed = True
     variants = {"row": BY_ROWS, "centred": CENTRED, "probs": OF_PROBS}
 
     def inapplicable(self) -> str:
         """One head has no other to be like; windows and channels have no map over tokens."""
         if missing := super().inapplicable():
             return missing
-        return "" if any(heads > 1 for heads, _, _ in self.plan.groups()) else "every block has one head"
+        return "" if any(self.layers[place].heads > 1 for place in self.measured) else "every block has one head"
 
     @property
     def definition(self) -> str:

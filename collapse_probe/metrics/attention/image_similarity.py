@@ -30,6 +30,7 @@ class ImageSimilarity(MapMetric):
     limits = "Near 1 attention ignores the picture, or is close to uniform: the entropy tells these apart."
     panel = "by columns"
     unit = "cosine"
+    windowed = True
     top = 1.0
     defaults = {"axis": "column", "centred": False, "point": "weights"}
     variants = {"row": BY_ROWS, "centred": CENTRED, "probs": OF_PROBS}

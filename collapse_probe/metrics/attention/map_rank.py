@@ -9,6 +9,7 @@ from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace
+from collapse_probe.metrics.coverage import groups_of
 from collapse_probe.metrics.functional.spectra import effective_rank_of, singular_values, stable_rank_of
 from collapse_probe.metrics.map_metric import OF_PROBS, WITHOUT_PREFIX, HeadMeans, HeadMetric
 from collapse_probe.metrics.metric import DOTS, Need, Variant
@@ -35,27 +36,28 @@ def distance_to_rank_one(values: Tensor) -> Tensor:
 
 
 class MapSpectra(HeadMeans):
-    """Per image, block and head what the singular values of the whole map say; a few maps at a time."""
+    """Per image, block and head what the singular values of the whole map say (mean over windows); a few maps at a time."""
 
     def __init__(self, plan: Plan, point: str, without: tuple[int, ...]) -> None:
         super().__init__(plan, *MEASURES)
         self.point, self.without = point, without
+        self.windowed = not without
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         ranks = {name: torch.full((trace.images, *self.shape), torch.nan, dtype=torch.float64) for name in MEASURES}
-        for positions in trace.plan.groups().values():
-            for position in positions:
+        for group in groups_of(trace.plan, self.windowed):
+            for position in group.positions:
                 layer = trace.plan.map_layers[position]
                 for image in range(trace.images):
-                    values = self._singular_values(trace, layer, image)
-                    heads = len(values)
-                    ranks["effective"][image, position, :heads] = effective_rank_of(values)
-                    ranks["stable"][image, position, :heads] = stable_rank_of(values)
-                    ranks["residual"][image, position, :heads] = distance_to_rank_one(values)
+                    windows = range(image * group.windows, (image + 1) * group.windows)
+                    values = torch.stack([self._singular_values(trace, layer, window) for window in windows])
+                    ranks["effective"][image, position, : group.heads] = effective_rank_of(values).nanmean(0)
+                    ranks["stable"][image, position, : group.heads] = stable_rank_of(values).nanmean(0)
+                    ranks["residual"][image, position, : group.heads] = distance_to_rank_one(values).nanmean(0)
         return self.add_heads(**ranks)
 
     def _singular_values(self, trace: Trace, layer: int, image: int) -> Tensor:
-        """Singular values of the maps of all heads of one layer and image, [H, min(N, M)] in float64 on the CPU."""
+        """Singular values of the maps of all heads of one layer and image (or window), [H, min(N, M)] in float64 on the CPU."""
         heads, queries, keys = trace.plan.layers[layer].signature
         rows, columns = ([t for t in range(size) if t not in self.without] for size in (queries, keys))
         step = max(1, SPECTRUM_BYTES // (queries * keys * 8))
@@ -89,6 +91,7 @@ class MapRank(HeadMetric):
     unit = "rank"
     logarithmic = True
     reference = ("largest", "largest possible")
+    windowed = True
     defaults = {"measure": "effective", "prefix": True, "point": "weights"}
     choices = {"measure": MEASURES}
     quantity_from = "measure"
@@ -115,7 +118,7 @@ class MapRank(HeadMetric):
 
     def details(self, accumulator: MapSpectra) -> dict[str, Any]:
         """The largest rank that the map of each block could have."""
-        return {"largest": [None if layer.reason else min(layer.queries, layer.keys) for layer in self.layers]}
+        return {"largest": self.of_measured([min(layer.queries, layer.keys) for layer in self.layers])}
 
 
 METRICS.add(MapRank.name, MapRank)

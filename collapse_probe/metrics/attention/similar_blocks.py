@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from collapse_probe.metrics.coverage import no_pair
 from collapse_probe.metrics.map_metric import BY_ROWS, CENTRED, OF_PROBS, MapMetric
 from collapse_probe.metrics.metric import Need, Record
 from collapse_probe.metrics.nulls import untrained_only
@@ -53,8 +54,13 @@ class SimilarBlocks(MapMetric):
     limits = "A count depends on its threshold, and a network with random weights can pass all of them."
     panel = "by columns"
     unit = "adjacent pairs"
+    windowed = True
     defaults = {"axis": "column", "centred": False, "point": "weights", "thresholds": list(COUNT_THRESHOLDS)}
     variants = {"row": BY_ROWS, "centred": CENTRED, "probs": OF_PROBS}
+
+    def inapplicable(self) -> str:
+        """There must be two neighbouring blocks with comparable maps."""
+        return super().inapplicable() or no_pair(self.plan)
 
     @property
     def definition(self) -> str:
@@ -84,7 +90,7 @@ class SimilarBlocks(MapMetric):
             np.array([count_above(real, t) for t in thresholds]),
             stderr=np.array(errors),
             ci95=np.array([_bounds(mean_parts(real.T), t) for t in thresholds]),
-            details={"pairs": len(real), "corrected": corrected},
+            details={"pairs": int(np.isfinite(_mean(real)).sum()), "corrected": corrected},
             nulls=untrained_only(),
         )
 

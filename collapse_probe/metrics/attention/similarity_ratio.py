@@ -15,6 +15,7 @@ from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.accumulators import Means
+from collapse_probe.metrics.coverage import groups_of, no_pair
 from collapse_probe.metrics.map_metric import BY_ROWS, CENTRED, OF_PROBS, MapMetric
 from collapse_probe.metrics.metric import CURVE, Need, Record, Variant
 from collapse_probe.metrics.nulls import untrained_only
@@ -113,38 +114,46 @@ def sensitivity(ratios: tuple[Array, Array, Array], choices: Sequence[Choice] = 
 
 
 class NeighbourCosines(Means):
-    """Per image and block the similarity ratio under every choice, from the cosines with the nearest blocks."""
+    """Per image and block the similarity ratio under every choice, from the cosines with the nearest blocks.
+
+    Blocks are near along an unbroken chain of neighbours in depth. Block l of a group stands at its place less that of the
+    group's first one, so that other groups' blocks between leave a gap.
+    """
 
     def __init__(self, plan: Plan, point: str, axis: str, centred: bool, choice: Choice) -> None:
         super().__init__()
         self.point, self.axis, self.centred, self.choice = point, axis, centred, choice
-        self.groups, self.blocks = plan.groups(), len(plan.map_layers)
+        self.groups, self.blocks, self.adjacent = groups_of(plan, self.windowed), len(plan.map_layers), plan.adjacent
         self.add_means(ratio=(len(CHOICES), self.blocks))
 
     def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         self._cosines = []  # by group of layers: offset, image, block, head and token
-        for (heads, queries, keys), positions in self.groups.items():
-            tokens = queries if self.axis == "row" else keys
-            self._cosines.append(torch.full((max(NEAREST), trace.images, len(positions), heads, tokens), torch.nan))
+        for group in self.groups:
+            tokens = group.queries if self.axis == "row" else group.keys
+            places = group.positions[-1] - group.positions[0] + 1
+            self._cosines.append(torch.full((max(NEAREST), trace.images, places, group.heads, tokens), torch.nan))
 
     def add_tile(self, tile: MapTile) -> None:
         if not tile.whole(self.axis):
             return
         vectors, valid = unit_vectors(tile, self.point, self.axis, self.centred)
-        target = self._cosines[list(self.groups.values()).index(tile.positions)]
-        span = tile.rows if self.axis == "row" else tile.columns
-        for d in range(1, min(max(NEAREST), len(tile.positions) - 1) + 1):
-            cosines = (vectors[:, :, d:] * vectors[:, :, :-d]).sum(-1 if self.axis == "row" else -2)
-            cosines = torch.where(valid[:, :, d:] & valid[:, :, :-d], cosines, torch.nan)
-            target[d - 1, tile.images, d:, tile.heads, span] = cosines.transpose(1, 2).cpu()
+        target = self._cosines[self.groups.index(tile.group)]
+        span, first = tile.rows if self.axis == "row" else tile.columns, tile.positions[0]
+        for later, place in enumerate(tile.positions):
+            for earlier, before in enumerate(tile.positions[:later]):
+                if place - before <= max(NEAREST) and all(self.adjacent[before:place]):
+                    cosines = (vectors[:, :, later] * vectors[:, :, earlier]).sum(-1 if self.axis == "row" else -2)
+                    cosines = torch.where(valid[:, :, later] & valid[:, :, earlier], cosines, torch.nan)
+                    target[place - before - 1, tile.images, place - first, tile.heads, span] = cosines.cpu()
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Ratios under every choice go into the sums; those under this one, [B, blocks], are kept by image."""
         ratios = torch.full((trace.images, len(CHOICES), self.blocks), torch.nan, dtype=torch.float64)
-        for positions, cosines in zip(self.groups.values(), self._cosines, strict=True):
-            means = {(k, d): nearest_mean(cosines.flatten(3), k, d) for k, d in product(NEAREST, DIRECTIONS)}
+        for group, cosines in zip(self.groups, self._cosines, strict=True):
+            inside = [place - group.positions[0] for place in group.positions]
+            means = {(k, d): nearest_mean(cosines.flatten(3), k, d)[:, inside] for k, d in product(NEAREST, DIRECTIONS)}
             for place, choice in enumerate(CHOICES):
-                ratios[:, place, positions] = share_above(means[choice.k, choice.direction], choice.threshold)
+                ratios[:, place, group.positions] = share_above(means[choice.k, choice.direction], choice.threshold)
         del self._cosines
         self.add_images("ratio", ratios)
         return {"ratio": ratios[:, CHOICES.index(self.choice)]}
@@ -186,10 +195,8 @@ class SimilarityRatio(MapMetric):
         self.choice = Choice(self.settings["k"], self.settings["threshold"], self.settings["direction"])
 
     def inapplicable(self) -> str:
-        """There must be two blocks with comparable maps."""
-        if missing := super().inapplicable():
-            return missing
-        return "" if any(len(p) > 1 for p in self.plan.groups().values()) else "no two blocks have maps of one shape"
+        """There must be two neighbouring blocks with comparable maps."""
+        return super().inapplicable() or no_pair(self.plan)
 
     @property
     def definition(self) -> str:

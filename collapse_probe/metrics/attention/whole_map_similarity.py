@@ -42,7 +42,7 @@ class WholeMaps(Means):
 
     def __init__(self, plan: Plan, point: str) -> None:
         super().__init__()
-        self.point, self.blocks = point, len(plan.map_layers)
+        self.point, self.blocks, self.neighbours = point, len(plan.map_layers), torch.tensor(plan.adjacent, dtype=torch.bool)
         self.add_means(value=(self.blocks, self.blocks))
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ class WholeMaps(Means):
                 cosines = head_cosine(products.view(len(layers), heads, len(layers), heads))
                 values[image, place[:, None], place[None]] = cosines.cpu().to(torch.float64)
         self.add_images("value", values)
-        return {"value": values.diagonal(-1, 1, 2)}
+        return {"value": torch.where(self.neighbours, values.diagonal(-1, 1, 2), torch.nan)}
 
     def _products(self, trace: Trace, layers: list[int], image: int, shape: tuple[int, int, int]) -> Tensor:
         """Inner products of all blocks' and heads' maps of one image, [L·H, L·H]; some queries at a time."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import Means
+from collapse_probe.metrics.coverage import depth_neighbours
 from collapse_probe.metrics.functional.geometry import unit
 from collapse_probe.metrics.metric import MATRICES, Need
 from collapse_probe.metrics.token_metric import WITH_PREFIX, TokenMetric, sequence
@@ -41,9 +43,11 @@ def cross_patch_cosine(one_BND: Tensor, other_BMD: Tensor) -> Tensor:
 class CrossPatches(Means):
     """Per image the mean absolute cosine between the tokens at every two depths of the same width."""
 
-    def __init__(self, depths: int, prefix: bool) -> None:
+    def __init__(self, plan: Plan, prefix: bool) -> None:
         super().__init__()
+        depths = len(plan.taps)
         self.depths, self.prefix = depths, prefix
+        self.neighbours = torch.tensor(depth_neighbours(plan), dtype=torch.bool)
         self.add_means(value=(depths, depths))
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
@@ -62,7 +66,7 @@ class CrossPatches(Means):
                     mean = cross_cosine(unit_BND, other_BND) / pairs.clamp_min(1)
                     values[:, depth, before] = values[:, before, depth] = torch.where(pairs > 0, mean, torch.nan)
         self.add_images("value", values)
-        return {"value": values.diagonal(-1, 1, 2)}
+        return {"value": torch.where(self.neighbours, values.diagonal(-1, 1, 2), torch.nan)}
 
 
 class CrossPatchSimilarity(TokenMetric):
@@ -93,8 +97,8 @@ class CrossPatchSimilarity(TokenMetric):
         )
 
     def accumulators(self) -> list[Need]:
-        depths, prefix = len(self.plan.taps), bool(self.settings["prefix"])
-        return [(("cross-patches", prefix), lambda: CrossPatches(depths, prefix))]
+        prefix = bool(self.settings["prefix"])
+        return [(("cross-patches", prefix), lambda: CrossPatches(self.plan, prefix))]
 
 
 METRICS.add(CrossPatchSimilarity.name, CrossPatchSimilarity)

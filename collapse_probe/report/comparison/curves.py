@@ -132,8 +132,8 @@ def _lines(comparison: Comparison, name: str, null: str | None = None) -> Lines:
         if name == RAW:
             if len(values) < 2:
                 continue
-            values, ci95 = adjacent(values), None if ci95 is None else adjacent(ci95)
-            nulls = {role: adjacent(each) for role, each in nulls.items()}
+            values, ci95 = adjacent(result, values), None if ci95 is None else adjacent(result, ci95)
+            nulls = {role: adjacent(result, each) for role, each in nulls.items()}
         lines[label] = Line(np.arange(float(len(values))) + (name == RAW), values, ci95, nulls)
     return lines
 
@@ -287,8 +287,9 @@ def course(comparison: Comparison, narrow: bool = False) -> Figure | None:
 
 def _course_panels(subjects: Sequence[Findings]) -> Panels:
     def similarity(name: str, null: str | None = None) -> Array:
-        each = [values_of(findings, name, null) for findings in subjects]
-        return np.array([None if values is None else mean(adjacent(values)) for values in each], dtype=np.float64)
+        each = [(findings.metrics.get(name), values_of(findings, name, null)) for findings in subjects]
+        means = [None if result is None else mean(adjacent(result, values)) for result, values in each]
+        return np.array(means, dtype=np.float64)
 
     def count(row: str) -> tuple[Array, Array]:
         each = [counts_of(findings).get(row, Count(np.nan, 0.0)) for findings in subjects]

@@ -78,7 +78,7 @@ def _notes(comparison: Comparison) -> list[str]:
         reason = (findings.run.get("outputs") or {}).get("reason")
         if reason and findings.summary.get(ACCURACY) is None:
             notes.append(f"{label}: no accuracy, {reason}.")
-        changes = [note for note in findings.run.get("notes", []) if note.startswith(("fixes put", "BatchNorm"))]
+        changes = [note for note in findings.run.get("notes", []) if note.startswith(("fixes put", "BatchNorm", "left out"))]
         notes += [f"{label}: {note}." for note in changes]
     return notes
 

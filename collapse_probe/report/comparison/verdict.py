@@ -12,7 +12,7 @@ from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import adjacent, is_untrained, mean, null_of, weights_only
 from collapse_probe.results.rules import FALSE_DISCOVERY_RATE, NOTABLE, OF_ARCHITECTURE, RAW_ABOVE
 from collapse_probe.results.text import DASH, interval, number, p_value, sentence_case, spans
-from collapse_probe.results.verdict import MEANS, MOST_LISTED, Verdict
+from collapse_probe.results.verdict import MEANS, MOST_LISTED, Verdict, not_heard
 from collapse_probe.statistics.paired import Paired
 
 RAW = "attention-similarity"
@@ -91,7 +91,7 @@ def _case(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:
                 f"It comes from {mixing} mixing its maps after the softmax, which {other} does not do, and is no evidence that "
                 "the mixing cures a collapse.",
             )
-        twins = [mean(adjacent(null_of(each.metrics[RAW], "untrained"))) for each in (first, second)]
+        twins = [mean(adjacent(each.metrics[RAW], null_of(each.metrics[RAW], "untrained"))) for each in (first, second)]
         if twins[0] is not None and twins[1] is not None and (twins[1] - twins[0]) / contrast >= OF_ARCHITECTURE:
             return "architecture", (
                 f"The raw similarity is {number(raw.overall.second[0])} in {pair.second} and {number(raw.overall.first[0])} in "
@@ -240,7 +240,8 @@ def _caveats(case: str, pair: Pair, first: Findings, second: Findings) -> list[s
     if untrained and case != "without-training":
         who = f"{untrained[0]} is" if len(untrained) == 1 else f"{' and '.join(untrained)} are"
         caveats.append(f"{who} untrained: the numbers describe architecture and initialisation, nothing learned.")
-    left_out = {name: int(d.paired.left_out.max(initial=0)) for name, d in pair.differences.items()}
+    caveats += [f"{label}: {text}" for label, f in ((pair.first, first), (pair.second, second)) for text in not_heard(f)]
+    left_out = {name: int(d.paired.left_out[d.paired.images > 0].max(initial=0)) for name, d in pair.differences.items()}
     if any(left_out.values()):
         most = max(left_out, key=lambda name: left_out[name])
         count = f"at most {left_out[most]} of {pair.images} ({most})"

@@ -30,7 +30,7 @@ from collapse_probe.report.style import (
     share_legend,
     sheet,
 )
-from collapse_probe.results.findings import Findings
+from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.readings import (
     adjacent,
     counts_of,
@@ -62,24 +62,24 @@ def adjacent_blocks(findings: Findings, narrow: bool = False) -> Figure | None:
     rows = 1 if kappa is None else 2
     figure = sheet(NARROW if narrow else WIDE, 3.8 if kappa is None else 5.6)
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=[3, 2][:rows])[:, 0]
-    references = {role: adjacent(values) for role, values in nulls_of(result).items()}
-    _with_references(axes[0], x, adjacent(result.array), _adjacent_or_none(result.ci95), references)
+    references = {role: adjacent(result, values) for role, values in nulls_of(result).items()}
+    _with_references(axes[0], x, adjacent(result, result.array), _adjacent_or_none(result, result.ci95), references)
     _thresholds(axes[0], COUNT_THRESHOLDS)
     axes[0].set_ylabel("cosine with the block before")
     if kappa is not None:
-        curve(axes[1], x, adjacent(kappa), ROLES["measured"], _adjacent_or_none(null_ci95(result, "kappa")))
+        curve(axes[1], x, adjacent(result, kappa), ROLES["measured"], _adjacent_or_none(result, null_ci95(result, "kappa")))
         look = ROLES["other_token"]
         axes[1].axhline(0.0, color=look.colour, linestyle=look.line, linewidth=look.width, zorder=1)
         _thresholds(axes[1], (KAPPA_ABOVE,))
-        axes[1].set(ylabel="null-corrected κ", ylim=(min(floor([adjacent(kappa)]), -0.25), 1.05))
+        axes[1].set(ylabel="null-corrected κ", ylim=(min(floor([adjacent(result, kappa)]), -0.25), 1.05))
         axes[1].grid(axis="y")
     over_blocks(axes[-1], x, "block b, compared with block b − 1")
     share_legend(figure, columns=2 if narrow else 5)
     return figure
 
 
-def _adjacent_or_none(matrix: Array | None) -> Array | None:
-    return None if matrix is None else adjacent(matrix)
+def _adjacent_or_none(result: MetricResult, matrix: Array | None) -> Array | None:
+    return None if matrix is None else adjacent(result, matrix)
 
 
 def _with_references(axes: Axes, x: Array, values: Array, ci95: Array | None, others: Mapping[str, Array]) -> None:

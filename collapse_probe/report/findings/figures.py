@@ -245,6 +245,13 @@ def family_figures(findings: Findings) -> dict[str, list[str]]:
     return families
 
 
+def metrics_of(key: str, findings: Findings) -> list[str]:
+    """The metrics that a figure shows, of those that need no other one."""
+    patterns = FIGURES[key].shows if key in FIGURES else ()
+    own = [name for name in findings.metrics if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return own or family_figures(findings).get(key, [])
+
+
 def undrawn(findings: Findings) -> list[tuple[str, str]]:
     """Metrics that no figure can show, and why."""
     odd = [(name, " × ".join(r.dims)) for name, r in findings.metrics.items() if r.values is not None and not kind(r)]

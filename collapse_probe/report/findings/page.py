@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from collapse_probe.report.findings.figures import FIGURES, caption_of, draw_all, family_figures, undrawn
+from collapse_probe.report.findings.figures import FIGURES, caption_of, draw_all, family_figures, metrics_of, undrawn
 from collapse_probe.report.findings.outliers import places_of
-from collapse_probe.report.findings.provenance import definitions, not_measured, provenance, skipped
+from collapse_probe.report.findings.provenance import definitions, left_out, not_measured, provenance, skipped
 from collapse_probe.report.findings.tables import (
     certainty,
     followed,
@@ -21,6 +21,7 @@ from collapse_probe.report.findings.tables import (
     rules_table,
     sensitivity_tables,
     sides,
+    uncompared,
     words_of,
 )
 from collapse_probe.report.html import Plate, looked_at, paper, picture_url, plate_of, write_page
@@ -62,6 +63,7 @@ def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> s
         untrained=is_untrained(findings.model),
         rules=rules_table(findings),
         cards=key_numbers(findings),
+        left_out=left_out(findings),
         sections=_with_plates(findings, figures),
         absent=[*not_measured(findings), *undrawn(findings)],
         sure=certainty(findings),
@@ -132,7 +134,15 @@ def _with_plates(findings: Findings, figures: Mapping[str, Figure]) -> list[dict
 
 
 def _notes(findings: Findings, name: str) -> list[str]:
-    """What a caption must say about these findings alone."""
+    """What a caption must say about these findings alone: last, of which blocks its numbers are."""
+    covers = dict.fromkeys(findings.metrics[metric].covers for metric in metrics_of(name, findings))
+    more = [f"The numbers are {text}." for text in covers if text]
+    if name == "attention-adjacent":
+        more += [f"{note}." for note in uncompared(findings)]
+    return [*_own_notes(findings, name), *more]
+
+
+def _own_notes(findings: Findings, name: str) -> list[str]:
     if name in ("attention-gallery", "rollout-gallery") and findings.gallery is not None:
         what = "the attention" if name == "attention-gallery" else "the rollout"
         return [f"Here {what} of {findings.gallery.query} is drawn, a mean over heads."]

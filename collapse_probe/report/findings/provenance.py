@@ -11,7 +11,7 @@ import numpy as np
 from collapse_probe.report.style import NULL_LABELS
 from collapse_probe.results.findings import Findings, MetricResult, Nulls
 from collapse_probe.results.readings import weights_only
-from collapse_probe.results.text import DASH, plain
+from collapse_probe.results.text import DASH, plain, spans
 
 MOST_SKIPPED = 200  # names of skipped images that the page lists
 COLLAPSED = {"high": "high values are the collapsed end", "low": "low values are the collapsed end"}
@@ -51,6 +51,7 @@ def _metric(result: MetricResult) -> list[tuple[str, str]]:
     facts = [("axes", " × ".join(result.dims))]
     facts += [("collapse", COLLAPSED[result.collapsed])] if result.collapsed in COLLAPSED else []
     facts += [("taken at", POINTS.get(result.point, result.point))] if result.point else []
+    facts += [("numbers are", result.covers)] if result.covers else []
     for key, value in {**result.settings, **result.details}.items():
         text = f"{' × '.join(map(str, np.shape(value)))} numbers, in findings.json" if np.ndim(value) > 1 else plain(value)
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
@@ -70,6 +71,13 @@ def not_measured(findings: Findings) -> list[tuple[str, str]]:
     """Each metric without values, and why."""
     refused = {name: result.not_applicable for name, result in findings.metrics.items() if result.values is None}
     return [(name, reason or "no values were stored") for name, reason in refused.items()]
+
+
+def left_out(findings: Findings) -> list[tuple[str, str]]:
+    """The layers that the attention metrics leave out, and why."""
+    stored = findings.model.get("left_out") or ()
+    places = [f", {spans(list(each['blocks']))} on the block axis" if each["blocks"] else "" for each in stored]
+    return [(str(each["where"]), f"{each['why']}{place}") for each, place in zip(stored, places, strict=True)]
 
 
 def provenance(findings: Findings) -> list[Entry]:

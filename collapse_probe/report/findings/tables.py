@@ -26,7 +26,7 @@ from collapse_probe.results.readings import (
     result_of,
 )
 from collapse_probe.results.rules import KAPPA_ABOVE, RAW_ABOVE
-from collapse_probe.results.text import DASH, interval, number, p_value, plain, sentence_case
+from collapse_probe.results.text import DASH, interval, number, p_value, plain, sentence_case, spans
 from collapse_probe.statistics.estimates import HEADLINES
 from collapse_probe.statistics.intervals import Array
 from collapse_probe.statistics.permutation import LEVEL
@@ -52,7 +52,8 @@ def key_numbers(findings: Findings) -> list[Card]:
             ends.append(f"κ {corrected.ci95[0]:g} … {corrected.ci95[1]:g}")
         above = KAPPA_ABOVE if corrected is None else corrected.above
         value = f"{count:g} / {DASH if corrected is None else f'{corrected.value:g}'}"
-        detail = f"of {pair_count(findings)} pairs: raw above {RAW_ABOVE:g}, κ above {above:g}"
+        pairs = f"{pair_count(findings)} {'compared ' if findings.model.get('uncompared') else ''}pairs"
+        detail = f"of {pairs}: raw above {RAW_ABOVE:g}, κ above {above:g}"
         beside = f"95 %: {', '.join(ends)}" if ends else ""
         cards.append(Card("similar blocks, raw / corrected", value, detail, beside))
     share, diversity = entropy_share(findings), result_of(findings, "patch-diversity")
@@ -71,16 +72,18 @@ def _similarity_cards(findings: Findings) -> list[Card]:
     result = result_of(findings, "attention-similarity")
     if result is None or len(result.array) < 2:
         return []
-    kappa, fresh = adjacent(null_of(result, "kappa")), mean(adjacent(null_of(result, "untrained")))
-    raw_ends = _mean_interval(findings, "attention_similarity_adjacent", result.ci95)
-    undefined = int((~np.isfinite(kappa)).sum())
-    detail = _mean_interval(findings, "kappa_adjacent", null_ci95(result, "kappa"))
-    beside = f"undefined for {undefined} of {len(kappa)} pairs" if undefined else ""
+    kappa, fresh = adjacent(result, null_of(result, "kappa")), mean(adjacent(result, null_of(result, "untrained")))
+    raw_ends = _mean_interval(findings, result, "attention_similarity_adjacent", result.ci95)
+    raw = adjacent(result, result.array)
+    compared = int(np.isfinite(raw).sum())
+    undefined = compared - int(np.isfinite(kappa).sum())
+    detail = _mean_interval(findings, result, "kappa_adjacent", null_ci95(result, "kappa"))
+    beside = f"undefined for {undefined} of {compared} pairs" if undefined else ""
     if mean(kappa) is None:
         detail, beside = _why_no_null(result, "kappa"), ""
-    token = mean(adjacent(null_of(result, "other_token")))
+    token = mean(adjacent(result, null_of(result, "other_token")))
     return [
-        Card("similarity of adjacent blocks, raw", number(mean(adjacent(result.array))), raw_ends, _beside_twin(fresh)),
+        Card("similarity of adjacent blocks, raw", number(mean(raw)), raw_ends, _beside_twin(fresh)),
         Card("the same with the wrong token", number(token), "null: what chance gives"),
         Card("κ, similarity beyond that null", number(mean(kappa)), detail, beside),
     ]
@@ -90,14 +93,14 @@ def _beside_twin(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"untrained twin {number(value, digits)}"
 
 
-def _mean_interval(findings: Findings, name: str, ci95: Array | None) -> str:
+def _mean_interval(findings: Findings, result: MetricResult, name: str, ci95: Array | None) -> str:
     """The interval of a mean over adjacent pairs: the summary's, as the answer quotes it.
 
     Without one (no values of single images) the mean of the pairs' ends, wide enough for any dependence.
     """
     low, high = (findings.summary.get(f"{name}_ci_{end}") for end in ("low", "high"))
     if ci95 is not None and (low is None or high is None):
-        low, high = (mean(adjacent(ci95)[:, end]) for end in (0, 1))
+        low, high = (mean(adjacent(result, ci95)[:, end]) for end in (0, 1))
     return "" if low is None or high is None else f"95 %: {interval((low, high))}"
 
 
@@ -105,6 +108,13 @@ def _why_no_null(result: MetricResult, role: str) -> str:
     if result.nulls is None:
         return "not taken in this run"
     return result.nulls.reasons.get(role, "the other-token null is 1" if role == "kappa" else "not taken in this run")
+
+
+def uncompared(findings: Findings) -> list[str]:
+    """Which blocks are not compared with the block before, and why."""
+    stored = [(list(each["blocks"]), each["why"]) for each in findings.model.get("uncompared") or ()]
+    which = [f"{'Block' if len(blocks) == 1 else 'Blocks'} {spans(blocks)}" for blocks, _ in stored]
+    return [f"{who}: not compared with the block before ({why})" for who, (_, why) in zip(which, stored, strict=True)]
 
 
 def per_block(findings: Findings) -> Table:
@@ -116,7 +126,12 @@ def per_block(findings: Findings) -> Table:
 
         def cells(matrix: Array | None, write: Callable[[Any], str] = number) -> list[str]:
             """Cells of each block with the block before: a dash for block 0, and everywhere where nothing was measured."""
-            return [DASH] * len(similarity.array) if matrix is None else [DASH, *map(write, adjacent(matrix))]
+            return [DASH] * len(similarity.array) if matrix is None else [DASH, *map(write, adjacent(similarity, matrix))]
+
+        def missing(matrix: Array | None) -> bool:
+            """Whether a pair with a similarity has no number of this kind."""
+            known = np.isfinite(adjacent(similarity, similarity.array))
+            return matrix is not None and not np.isfinite(adjacent(similarity, matrix)[known]).all()
 
         columns["adjacent similarity"] = cells(similarity.array)
         columns["stderr"] = cells(similarity.stderr, partial(number, digits=4))
@@ -124,11 +139,12 @@ def per_block(findings: Findings) -> Table:
         columns |= {NULL_LABELS[role]: cells(null_of(similarity, role)) for role in (*NULLS, "kappa")}
         columns["κ, 95 % interval"] = cells(null_ci95(similarity, "kappa"), interval)
         notes.append("Block 0 has no block before it, so nothing to be compared with.")
+        notes += [f"{note}." for note in uncompared(findings)]
         absent = [role for role in (*NULLS, "kappa") if null_of(similarity, role) is None]
         notes += [f"{NULL_LABELS[role]}: {_why_no_null(similarity, role)}." for role in absent]
-        if "kappa" not in absent and not np.isfinite(adjacent(null_of(similarity, "kappa"))).all():
+        if "kappa" not in absent and missing(null_of(similarity, "kappa")):
             notes.append("κ is undefined where the other-token null is 1: nothing is left to be explained.")
-        if similarity.stderr is not None and not np.isfinite(adjacent(similarity.stderr)).all():
+        if missing(similarity.stderr):
             notes.append("Standard errors and intervals need at least two images.")
     share, diversity = entropy_share(findings), result_of(findings, "patch-diversity")
     if share is not None:
