@@ -72,7 +72,8 @@ def open_subject(data: str | None, flags: dict[str, Any]) -> tuple[Any, Any]:
 
     seed, split, limit, batches = flags["seed"], flags.pop("split"), flags.pop("limit"), flags.pop("recalibrate_bn")
     images = None if data is None else open_data(data, split=split, limit=limit, seed=seed)
-    named = {key: flags.pop(key) for key in ("checkpoint", "partial", "pretrained", "model_kwargs", "img_size", "fixes")}
+    keys = ("checkpoint", "checkpoint_key", "partial", "pretrained", "model_kwargs", "img_size", "fixes")
+    named = {key: flags.pop(key) for key in keys}
     subject = resolve(flags.pop("model"), blocks=flags.pop("fix_blocks"), seed=seed, **named)
     if batches and images is None:
         raise click.UsageError("--recalibrate-bn needs images: give --data.")
@@ -146,6 +147,11 @@ def count(*names: str, least: int, default: int | None = None, says: str | None 
 
 
 architecture = _all(
+    click.option(
+        "--checkpoint-key",
+        metavar="NAME",
+        help="Which weights of a checkpoint that holds several: state_dict_ema, teacher, base_encoder, …",
+    ),
     click.option("--partial", is_flag=True, help="Accept a checkpoint that fits only in part."),
     click.option(
         "--pretrained/--no-pretrained",
@@ -158,7 +164,7 @@ architecture = _all(
 MODEL_HELP = "vit_b_32, timm:NAME, torchvision:NAME, hf-hub:ORG/NAME, local-dir:PATH, import:module:callable, …"
 model = _all(
     click.option("-m", "--model", required=True, metavar="ADDRESS", help=MODEL_HELP),
-    click.option("--checkpoint", metavar="FILE", help="Weights to load: .safetensors, .pth, .pth.tar."),
+    click.option("--checkpoint", metavar="FILE|DIR", help="Weights to load: .safetensors, .pth, .ckpt, …; a folder of one."),
     architecture,
 )
 DATA_HELP = "A folder of images, a .tar, hfds/ORG/NAME, wds/…, torch/NAME, bundled:photos, …"

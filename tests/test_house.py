@@ -156,7 +156,7 @@ def test_public_names():
         collapse_probe.nonsense  # noqa: B018
 
 
-MODEL = "-m --model --checkpoint --partial --pretrained --model-kwargs --img-size"
+MODEL = "-m --model --checkpoint --checkpoint-key --partial --pretrained --model-kwargs --img-size"
 TALK = "--config -v --verbose -q --quiet -h --help"
 PLUGIN = f"--plugin {TALK}"
 RUN = "-b --batch-size -j --workers --device --amp --amp-dtype --seed --metric --null-images"
@@ -165,7 +165,7 @@ KEPT = f"-o --output --json --fail-on {PLUGIN}"
 TRAINED = "--fix --penalty --set --seed --steps --device -j --workers --monitor-every --stop-after"
 FLAGS = {
     "analyze": f"{MODEL} {GIVEN} {RUN} --null-seeds --until-ci --level --preset --recalibrate-bn {KEPT}",
-    "compare": f"{MODEL} {GIVEN} {RUN} --recalibrate-bn --cka {KEPT}".replace(" --checkpoint", ""),
+    "compare": f"{MODEL} {GIVEN} {RUN} --recalibrate-bn --cka {KEPT}".replace(" --checkpoint ", " "),
     "intervene": f"{MODEL} {GIVEN} {RUN} --recalibrate-bn --replace --blocks {KEPT}".replace(" --metric --null-images", ""),
     "report": TALK,
     "doctor": f"{MODEL} --device --seed --json {PLUGIN}",

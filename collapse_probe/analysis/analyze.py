@@ -56,6 +56,7 @@ def analyze(
     split: str | None = None,
     limit: int | None = None,
     checkpoint: str | Path | None = None,
+    checkpoint_key: str | None = None,
     partial: bool = False,
     pretrained: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -79,11 +80,11 @@ def analyze(
     `model` is an address, a module or a Subject; `data` an address, an ImageSet or any iterable of image batches
     [B, channels, H, W] of one size, whose first batch the probe follows, or None where all metrics are of the weights.
     `metrics` and `presets` are names, by default a fixed set.
-    `split` and `limit` are for a data address, see `open_data`; `checkpoint`, `partial`, `pretrained`, `model_kwargs` and
-    `img_size` for a model that is no Subject, see `resolve`. `null_images` is the number of images that each of `null_seeds`
-    untrained twins sees (0 leaves them out); `until_ci` the half-width at which every headline mean's interval is narrow
-    enough to stop. `progress(done, skipped)` is called after each batch, `report(line)` before each longer step; `command`
-    is stored. Raises CollapseProbeError where the input cannot be analysed.
+    `split` and `limit` are for a data address, see `open_data`; `checkpoint`, `checkpoint_key`, `partial`, `pretrained`,
+    `model_kwargs` and `img_size` for a model that is no Subject, see `resolve`. `null_images` is the number of images that
+    each of `null_seeds` untrained twins sees (0 leaves them out); `until_ci` the half-width at which every headline mean's
+    interval is narrow enough to stop. `progress(done, skipped)` is called after each batch, `report(line)` before each longer
+    step; `command` is stored. Raises CollapseProbeError where the input cannot be analysed.
     """
     settings = RunSettings(
         device=device,
@@ -108,6 +109,7 @@ def analyze(
             else resolve(
                 model,
                 checkpoint=checkpoint,
+                checkpoint_key=checkpoint_key,
                 partial=partial,
                 pretrained=pretrained,
                 model_kwargs=model_kwargs,

@@ -65,6 +65,7 @@ def compare(
     split: str | None = None,
     limit: int | None = None,
     model: str | None = None,
+    checkpoint_key: str | None = None,
     partial: bool = False,
     pretrained: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -89,10 +90,11 @@ def compare(
 
     `subjects` maps labels to addresses, modules, Subjects, checkpoint files (of the architecture `model`), folders of
     checkpoints, findings folders or Findings; a sequence gets labels from their names. `data`, `split` and `limit` as for
-    `analyze`; findings need none. `partial`, `pretrained`, `model_kwargs` and `img_size` are for all models, see `resolve`.
-    `fixes` and `fix_blocks` (see `with_fixes`) go into every model after the first; `recalibrate_bn` is a number of batches;
-    `cka` also takes the CKA between the depths of the first model and of each other (`cross_cka`), into the other's findings.
-    `watch` follows the images, `report(line)` is called before each longer step; the rest is as for `analyze`.
+    `analyze`; findings need none. `checkpoint_key`, `partial`, `pretrained`, `model_kwargs` and `img_size` are for all models,
+    see `resolve`. `fixes` and `fix_blocks` (see `with_fixes`) go into every model after the first; `recalibrate_bn` is a
+    number of batches; `cka` also takes the CKA between the depths of the first model and of each other (`cross_cka`), into the
+    other's findings. `watch` follows the images, `report(line)` is called before each longer step; the rest is as for
+    `analyze`.
     Raises DataError for subjects on different images, naming the first difference, and for models without data.
     """
     settings = RunSettings(
@@ -111,6 +113,7 @@ def compare(
     )
     options = ModelOptions(
         model=model,
+        checkpoint_key=checkpoint_key,
         partial=partial,
         pretrained=pretrained,
         model_kwargs=model_kwargs or {},

@@ -49,6 +49,7 @@ def intervene(
     split: str | None = None,
     limit: int | None = None,
     checkpoint: str | Path | None = None,
+    checkpoint_key: str | None = None,
     partial: bool = False,
     pretrained: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -104,6 +105,7 @@ def intervene(
             else resolve(
                 model,
                 checkpoint=checkpoint,
+                checkpoint_key=checkpoint_key,
                 partial=partial,
                 pretrained=pretrained,
                 model_kwargs=model_kwargs,

@@ -12,7 +12,8 @@ from torch import nn
 
 from collapse_probe.data.preprocessing import Size
 from collapse_probe.errors import CheckpointError, CollapseProbeError, SettingError
-from collapse_probe.models import checkpoints
+from collapse_probe.models.checkpoint_files import SUFFIXES, read_checkpoint, weight_files
+from collapse_probe.models.checkpoint_keys import without_model
 from collapse_probe.models.loading import Subject, check_blocks, resolve, with_fixes
 from collapse_probe.models.model_file import is_model_file
 from collapse_probe.results.findings import Findings
@@ -29,6 +30,7 @@ class ModelOptions:
     """
 
     model: str | None = None
+    checkpoint_key: str | None = None
     partial: bool = False
     pretrained: bool | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -83,6 +85,7 @@ class SubjectSpec:
             blocks,
             seed=options.seed,
             checkpoint=checkpoint,
+            checkpoint_key=options.checkpoint_key,
             pretrained=pretrained,
             partial=options.partial,
             model_kwargs=kwargs,
@@ -136,15 +139,19 @@ def _expand(label: str | None, candidate: Candidate) -> list[SubjectSpec]:
         return [SubjectSpec(label or path.resolve().name, path, "findings")]
     if path.is_dir():
         inside = sorted(path.iterdir(), key=lambda each: natural(each.name))
-        files = [f for f in inside if f.is_file() and f.suffix.lower() in checkpoints.SUFFIXES]
-        if files:
-            return [SubjectSpec(f"{label}/{stem(file)}" if label else stem(file), file, "checkpoint") for file in files]
+        files = sorted(weight_files(path), key=lambda file: natural(str(file.relative_to(path))))
         folders = [f for f in inside if not f.name.startswith(".") and (f / "findings.json").is_file()]
+        if len(files) == 1 and not folders:
+            return [SubjectSpec(label or path.resolve().name, files[0], "checkpoint")]
+        if files and (files[0].parent == path or not folders):
+            names = [stem(file) if file.parent == path else file.parent.name for file in files]
+            own = zip(names, files, strict=True)
+            return [SubjectSpec(f"{label}/{name}" if label else name, file, "checkpoint") for name, file in own]
         if not folders:
-            kinds = ", ".join(checkpoints.SUFFIXES)
+            kinds = ", ".join(SUFFIXES)
             raise CheckpointError(f"the folder {path} holds neither findings.json nor a checkpoint ({kinds})")
         return [SubjectSpec(f"{label}/{folder.name}" if label else folder.name, folder, "findings") for folder in folders]
-    if path.is_file() or path.suffix.lower() in checkpoints.SUFFIXES:
+    if path.is_file() or path.suffix.lower() in SUFFIXES:
         if not path.is_file():
             raise CheckpointError(f"there is no checkpoint {path}; give an existing file or folder")
         return [SubjectSpec(label or stem(path), path, "checkpoint")]
@@ -160,8 +167,7 @@ def deepvit_of(path: Path) -> tuple[str, dict[str, Any]]:
     from collapse_probe.models.deepvit import FAMILY, settings_from
 
     try:
-        _, state = checkpoints.choose_weights(checkpoints.read_file(path), None, path)
-        own = settings_from(state)
+        own = settings_from(without_model(read_checkpoint(path), path))
     except CollapseProbeError as error:
         hint = "name the architecture with --model"
         raise CheckpointError(f"{path} does not say which model it belongs to ({error}); {hint}") from error
@@ -184,7 +190,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 def stem(path: Path) -> str:
     """A file's name without its checkpoint suffixes: `a.pth.tar` is `a`."""
     name = path.name
-    while Path(name).suffix.lower() in checkpoints.SUFFIXES and Path(name).stem:
+    while Path(name).suffix.lower() in SUFFIXES and Path(name).stem:
         name = Path(name).stem
     return name
 

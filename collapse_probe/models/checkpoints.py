@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import hashlib
-import pickle
-import re
-import warnings
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +11,49 @@ import torch
 from torch import Tensor, nn
 
 from collapse_probe.errors import CheckpointError
+from collapse_probe.models.checkpoint_files import checkpoint_file, read_checkpoint, sample, sha256_of
+from collapse_probe.models.checkpoint_keys import PRETRAINING, Match, bare, match
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # `.pth.tar` ends in .tar
-PLAIN = ("state_dict", "model", "model_state_dict", "module")
-AVERAGED = ("state_dict_ema", "model_ema", "ema", "teacher")
-STUDENT = ("student",)
-WRAPPERS = ("module.", "_orig_mod.")
+ADAPTERS = ("lora_", "ia3_", "hada_", "lokr_", "oft_", "boft_", "vera_lambda", "adaption_prompt")  # as peft names its tensors
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # others need a scale to mean anything
 
-State = Mapping[str, Tensor]
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file and the weights in it that are meant for one model; see `Match` for their names."""
+
+    path: Path
+    sha256: str
+    weights: Match
+
+    def unknown_to(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tensors whose names the model does not have."""
+        own = _own_tensors(model)
+        return {name: tensor for name, tensor in self.weights.state.items() if name not in own}
 
 
 @dataclass(frozen=True)
 class LoadReport:
     """What a checkpoint held and what of it went into the model.
 
-    `key_used` is the entry of the file that held the weights, "" where the file is the state dict itself.
-    `missing` are keys that only the model has, `unexpected` only the file; `mismatched` say
-    "key: [shape in the file], [shape in the model]". `absent` are keys that the file was free to leave out, and did.
+    `key_used` is the entry of the file that held the weights and the prefix of their names, "" for the file as it is.
+    `loaded` of the model's `total` tensors came from the file. `missing` are keys that only the model has, `unexpected` only
+    the file; `mismatched` say "key: [shape in the file], [shape in the model]". `absent` are keys that the file was free to
+    leave out, and did. `not_loaded` are the weights that the model has from elsewhere, `blocks` the names of the model's
+    blocks; `remarks` say what was done to names and values on the way.
     """
 
     sha256: str
     key_used: str
+    loaded: int
+    total: int
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    not_loaded: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -56,136 +68,152 @@ class LoadReport:
             ("unknown to the model", self.unexpected),
             ("of another shape", self.mismatched),
         )
-        return "; ".join(f"{len(keys)} {kind} ({_sample(keys)})" for kind, keys in kinds if keys)
+        return "; ".join(f"{len(keys)} {kind} ({sample(keys)})" for kind, keys in kinds if keys)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the findings should know."""
-        used = (f"checkpoint: weights under {self.key_used!r}",) if self.key_used else ()
-        bare = (f"checkpoint: holds no weights of what was put into the model ({_sample(self.absent)})",) if self.absent else ()
-        return used + bare + (() if self.complete else (f"checkpoint loaded in part: {self.differences}",))
+        under = f", under {self.key_used!r}" if self.key_used else ""
+        lacking = [block for block in self.blocks if holds_any(self.not_loaded, block)]
+        whole = f"; {len(self.blocks) - len(lacking)} of {len(self.blocks)} blocks whole" if self.blocks else ""
+        whole += f", not {sample(lacking, 6)}" if lacking else ""
+        came = f"checkpoint: {self.loaded} of {self.total} tensors of the model came from the file{under}{whole}"
+        lines = [came, *(f"checkpoint: {remark}" for remark in self.remarks)]
+        if self.absent:
+            lines.append(f"checkpoint: holds no weights of what was put into the model ({sample(self.absent)})")
+        return (*lines, *(() if self.complete else (f"checkpoint loaded in part: {self.differences}",)))
 
 
 def load_checkpoint(
     model: nn.Module,
     path: str | Path,
     *,
-    ema: bool | None = None,
+    key: str | None = None,
     partial: bool = False,
     optional: Collection[str] = (),
 ) -> LoadReport:
-    """Load the weights at `path` into `model`; the model is untouched unless this returns.
+    """Load the weights at `path` into `model`; see `read_weights` and `load_weights`."""
+    return load_weights(model, read_weights(model, path, key), partial=partial, optional=optional)
 
-    `path` is a file with one of `SUFFIXES`, or a folder that holds exactly one. Nothing in the file is executed: torch reads it
-    with `weights_only`, and of all Python classes only `argparse.Namespace` (the settings in timm's training files) is allowed.
-    Wrapper prefixes (`module.`, `_orig_mod.`) are taken off.
 
-    `ema` chooses between plain and averaged weights where a file holds both. None, the default, takes the plain ones as timm's
-    validate.py does, and averaged ones where there are no others; of a student and its teacher it takes the teacher, as the
-    authors of that method do. True and False insist. The report says what was used.
+def read_weights(model: nn.Module, path: str | Path, key: str | None = None) -> Checkpoint:
+    """The weights at `path` that are meant for `model`, which stays as it is.
+
+    `path` is a file with one of `SUFFIXES`, the index of a checkpoint in several files, or a folder that holds one checkpoint;
+    nothing in it is executed. Which of its tensors are meant is for `match` to say; `key` names an entry of the file, or a
+    prefix of names, where it holds several sets of weights.
+
+    Raises CheckpointError if the file cannot be read safely, holds no weights, holds an adapter, or does not say which of
+    several sets is meant.
+    """
+    file, own = checkpoint_file(Path(path)), _own_tensors(model)
+    content = read_checkpoint(file)
+    weights = match(model, {name: tensor.shape for name, tensor in own.items()}, content, key, file)
+    adapter = [name for name in (*weights.state, *weights.aside) if name not in own and _is_adapter(name)]
+    if adapter:
+        alone = len(adapter) == len(weights.state) + len(weights.aside)
+        what = "an adapter without the weights that it adapts" if alone else "adapters beside the weights that they adapt"
+        how = "merge it into its model first (with peft: merge_and_unload) and save that model's state_dict"
+        raise CheckpointError(f"{file} holds {what} ({sample(adapter)}); {how}")
+    pretraining = [name for name in weights.state if name not in own and PRETRAINING.match(name)]
+    if pretraining:
+        state = {name: tensor for name, tensor in weights.state.items() if name not in pretraining}
+        said = f"the parts of a pretraining task were set aside ({sample(pretraining)})"
+        weights = replace(weights, state=state, remarks=(*weights.remarks, said))
+    if weights.aside:
+        said = f"{len(weights.aside)} tensors that do not stand under {weights.key!r} were set aside ({sample(weights.aside)})"
+        weights = replace(weights, remarks=(*weights.remarks, said))
+    return Checkpoint(file, sha256_of(file), weights)
+
+
+def load_weights(
+    model: nn.Module, checkpoint: Checkpoint, *, partial: bool = False, optional: Collection[str] = ()
+) -> LoadReport:
+    """Load a checkpoint's weights into `model`; the model is untouched unless this returns.
 
     The file may leave out all keys in `optional` together: those of a fix that was put into the model after the weights were
-    trained.
-
-    Raises CheckpointError if the file cannot be read safely, holds no weights, or does not fit. With `partial` whatever fits is
-    loaded and the rest reported; it is still an error if nothing fits.
+    trained. Raises CheckpointError for weights that do not fit, and for complex or quantised ones where the model has
+    floating-point numbers. With `partial` whatever fits is loaded and the rest reported; it is still an error if nothing fits.
     """
-    file = _checkpoint_file(Path(path))
-    content, own = read_file(file), model.state_dict()
-    key, state = choose_weights(content, ema, file)
-    # wrapper prefixes, and DINO's `backbone.`, come off, unless the model has keys of its own that start so
-    prefixes = tuple(p for p in (*WRAPPERS, "backbone.") if not any(name.startswith(p) for name in own))
-    state = {re.sub(f"^({'|'.join(map(re.escape, prefixes))})+", "", name): tensor for name, tensor in state.items()}
-    missing = [name for name in own if name not in state]
+    own, weights = _own_tensors(model), checkpoint.weights
+    _refuse_other_kinds(own, weights.state, checkpoint.path)
+    other_shape = [name for name in own if name in weights.state and own[name].shape != weights.state[name].shape]
+    fitting = {name: weights.state[name] for name in own if name in weights.state and name not in other_shape}
+    tied = {_place(own[name]) for name in fitting if own[name].numel()}
+    missing = [name for name in own if name not in weights.state and _place(own[name]) not in tied]
+    optional = {bare(name) for name in optional}
     absent = [name for name in missing if name in optional]
     if len(absent) < len(optional):  # the file holds some of them
         absent = []
-    other_shape = [name for name in own if name in state and own[name].shape != state[name].shape]
-    fitting = {name: state[name] for name in own if name in state and name not in other_shape}
+    missing = [name for name in missing if name not in absent]
+    actual = _bare_names(model)
     report = LoadReport(
-        sha256=_sha256(file),
-        key_used=key,
-        missing=tuple(name for name in missing if name not in absent),
-        unexpected=tuple(name for name in state if name not in own),
-        mismatched=tuple(f"{name}: {list(state[name].shape)}, {list(own[name].shape)}" for name in other_shape),
+        sha256=checkpoint.sha256,
+        key_used=weights.key,
+        loaded=len(own) - len(missing) - len(absent) - len(other_shape),
+        total=len(own),
+        missing=tuple(missing),
+        unexpected=tuple(name for name in weights.state if name not in own),
+        mismatched=tuple(f"{name}: {list(weights.state[name].shape)}, {list(own[name].shape)}" for name in other_shape),
         absent=tuple(absent),
+        not_loaded=tuple(actual[name] for name in (*missing, *other_shape) if own[name].is_floating_point()),
+        blocks=repeated_blocks(model),
+        remarks=weights.remarks,
     )
     if not fitting or not (report.complete or partial):
-        means = "nothing was loaded; use the model that it was made from"
-        means += " (same sizes and number of classes)" if not fitting else ", or --partial for what fits"
-        raise CheckpointError(f"{file} does not fit {type(model).__name__}: {report.differences}; {means}")
-    model.load_state_dict(fitting, strict=False)
+        means = "no tensor has a name and shape of the model's: nothing was loaded"
+        if fitting:
+            means = f"nothing was loaded; make the model as it was for this file, or --partial for the {len(fitting)} that fit"
+        also = "".join(f"; {remark}" for remark in weights.remarks)
+        raise CheckpointError(f"{checkpoint.path} does not fit {type(model).__name__}: {report.differences}; {means}{also}")
+    model.load_state_dict({actual[name]: tensor for name, tensor in fitting.items()}, strict=False)
     return report
 
 
-def _checkpoint_file(path: Path) -> Path:
-    if not path.exists():
-        raise CheckpointError(f"there is no checkpoint {path}; give an existing file ({', '.join(SUFFIXES)})")
-    if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise CheckpointError(f"{path} is no known kind of checkpoint; expected {', '.join(SUFFIXES)}")
-        return path
-    inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-    if len(inside) != 1:
-        found = _sample([file.name for file in inside]) if inside else "none"
-        raise CheckpointError(f"the folder {path} must hold one checkpoint, found {len(inside)} ({found}); name one")
-    return inside[0]
+def holds_any(names: Collection[str], module: str) -> bool:
+    """Whether one of the parameters called `names` lies in `module`."""
+    return any(name.startswith(f"{module}.") for name in names)
 
 
-def read_file(file: Path) -> Mapping[str, Any]:
-    """The content of a checkpoint file; raises CheckpointError where it cannot be read safely."""
-    try:
-        if file.suffix.lower() == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(file)
-        else:
-            allow = getattr(torch.serialization, "safe_globals", None)  # since torch 2.5
-            with warnings.catch_warnings(), allow([argparse.Namespace]) if allow else contextlib.nullcontext():
-                warnings.simplefilter("ignore")  # on pickles of other protocols
-                content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        culprit = re.search(r"GLOBAL\s+([\w.]+)", str(error))
-        if culprit is None:
-            why = "it is damaged, or holds more than tensors"
-            raise CheckpointError(f"{file} is no checkpoint that torch can read safely: {why}") from error
-        what = f"it holds the Python object {culprit[1]!r}, and loading that could run code"
-        raise CheckpointError(f"{file} was not loaded: {what}; save the tensors alone, e.g. as .safetensors") from error
-    except Exception as error:  # damaged files fail in many ways
-        why = (str(error).strip().splitlines() or [""])[0][:160]
-        raise CheckpointError(f"{file} cannot be read as a checkpoint ({type(error).__name__}: {why})") from error
-    if not isinstance(content, Mapping):
-        kind = type(content).__name__
-        raise CheckpointError(f"{file} holds a {kind}, expected a dictionary of tensors; save model.state_dict()")
-    return content
+def repeated_blocks(model: nn.Module) -> tuple[str, ...]:
+    """The names of the modules of one kind that stand in a row, the innermost such rows: the blocks of a transformer."""
+    names = []
+    for place, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            parts = {name: part for name, part in module.named_children() if any(True for _ in part.children())}
+            if len(parts) > len({type(part) for part in parts.values()}):
+                names += [f"{place}.{name}" if place else name for name in parts]
+    return tuple(name for name in names if not any(other.startswith(f"{name}.") for other in names))
 
 
-def choose_weights(content: Mapping[str, Any], ema: bool | None, file: Path) -> tuple[str, State]:
-    """The entry that holds the wanted weights and its name; "" for a file that is a state dict itself."""
-    orders = {None: PLAIN + AVERAGED + STUDENT, True: AVERAGED, False: PLAIN + STUDENT}
-    for key in orders[ema]:
-        if _is_state(content.get(key)):
-            return key, content[key]
-    if _is_state(content) and ema is not True:
-        return "", content
-    kind = {None: "weights", True: "averaged (EMA) weights", False: "plain weights"}[ema]
-    expected = "a state dict" if ema is None else " or ".join(orders[ema])
-    keys = _sample([str(key) for key in content]) or "nothing"
-    raise CheckpointError(f"{file} holds no {kind}: expected {expected}, found the entries {keys}")
+def _bare_names(model: nn.Module) -> dict[str, str]:
+    """The names of the model's tensors by those without wrappers, or by themselves where two would become one."""
+    names = list(model.state_dict())
+    short = {bare(name): name for name in names}
+    return short if len(short) == len(names) else {name: name for name in names}
 
 
-def _is_state(value: object) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(leaf, Tensor) for leaf in value.values())
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
+    return {short: state[name] for short, name in _bare_names(model).items()}
 
 
-def _sample(names: Iterable[str], count: int = 3) -> str:
-    listed = list(names)
-    return ", ".join(listed[:count]) + (", …" if len(listed) > count else "")
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies: the same for weights that are tied."""
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _is_adapter(name: str) -> bool:
+    return any(segment.startswith(ADAPTERS) for segment in name.split("."))
+
+
+def _refuse_other_kinds(own: Mapping[str, Tensor], state: Mapping[str, Tensor], file: Path) -> None:
+    """Raise CheckpointError where the file has complex or quantised values for the model's floating-point ones."""
+    for name, tensor in state.items():
+        if name not in own or not own[name].is_floating_point() or tensor.dtype in FLOATS:
+            continue
+        kind = "complex" if tensor.is_complex() else "quantised"
+        alike = [n for n, t in state.items() if n in own and own[n].is_floating_point() and t.dtype == tensor.dtype]
+        what = f"{str(tensor.dtype).removeprefix('torch.')}: {sample(alike)}"
+        way = "save them as floating-point numbers, dequantised" if kind == "quantised" else "save real numbers"
+        raise CheckpointError(f"{file} holds {kind} values ({what}) where the model has floating-point ones; {way}")

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from collapse_probe.data.preprocessing import Preprocess, Size, checked_size, for_channels, input_channels
 from collapse_probe.downloads import fetching, first_line
-from collapse_probe.errors import CollapseProbeError, ModelError, SettingError, UnknownNameError
-from collapse_probe.models.checkpoints import load_checkpoint
-from collapse_probe.models.fixes.apply import apply, read_fix
+from collapse_probe.errors import CheckpointError, CollapseProbeError, ModelError, SettingError, UnknownNameError
+from collapse_probe.models.checkpoints import Checkpoint, LoadReport, load_weights, read_weights
+from collapse_probe.models.fixes.apply import PlannedFix, apply, fixes_by_keys, read_fix
 from collapse_probe.registry import FIXES, SOURCES
 from collapse_probe.seeding import torch_seeded
 
@@ -29,7 +29,7 @@ class Subject:
     `source` is the key of the table of sources, `name` the name there, `weights` says which weights it holds (a tag, or
     "random (seed 0)", or "checkpoint"). `img_size` is the size that was asked for, None where the model's own is taken.
     `fresh(seed)` makes the same architecture with fresh weights, in eval mode; None where
-    that is not possible.
+    that is not possible. `loading` says what of a checkpoint went into `model`, by the names of `model`.
     """
 
     address: str
@@ -41,6 +41,7 @@ class Subject:
     fresh: Callable[[int], nn.Module] | None = None
     checkpoint: str | None = None
     checkpoint_sha256: str | None = None
+    loading: LoadReport | None = None
     notes: tuple[str, ...] = ()
     img_size: Size | None = None
 
@@ -127,6 +128,7 @@ def resolve(
     blocks: Sequence[int] | None = None,
     *,
     checkpoint: str | Path | None = None,
+    checkpoint_key: str | None = None,
     pretrained: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: Size | None = None,
@@ -138,10 +140,11 @@ def resolve(
     A bare name is looked up in `BARE`; `SCHEME:NAME` names an entry of `SOURCES`; an nn.Module is taken as it is, out of its
     wrappers (a checkpoint then loads into that very module). `pretrained` None means published weights unless a checkpoint is
     given. Fresh weights are drawn under `seed`, and the global generators stay as they were. `model_kwargs` go to the model's
-    constructor, `img_size` sets its input side [pixels], or (height, width), `partial` lets a checkpoint load in part.
+    constructor, `img_size` sets its input side [pixels], or (height, width), `partial` lets a checkpoint load in part,
+    `checkpoint_key` names the weights that are meant in a file with several (`state_dict_ema`, `teacher`, `base_encoder`).
 
-    `fixes` are put into `blocks`, see `with_fixes`, before the checkpoint is loaded. It may hold the fixes' own parameters,
-    trained, or be one of the model without them: they then stay as the fixes made them, and a note says so.
+    Fixes whose parameters the checkpoint holds are known by their keys and put in; `fixes`, see `with_fixes`, may add settings
+    that no key shows. Other `fixes` are put into `blocks` as well, and stay as they were made: a note says so.
 
     Raises UnknownNameError, ModelError, CheckpointError, SettingError.
     """
@@ -172,20 +175,55 @@ def resolve(
         notes=notes,
         img_size=img_size,
     )
-    keys = set(model.state_dict()) if fixes else set()
-    subject = with_fixes(plain, fixes, blocks, seed)
+    check_blocks(fixes, blocks)
     if checkpoint is None:
-        return subject
-    optional = set(model.state_dict()) - keys if fixes else set()
-    inner = model.wrapped if isinstance(model, ImageTower) else model
-    report = load_checkpoint(inner, checkpoint, partial=partial, optional=optional)
+        return with_fixes(plain, fixes, blocks, seed)
+    inner: Any = model.wrapped if isinstance(model, ImageTower) else model
+    weights = read_weights(inner, checkpoint, checkpoint_key)
+    known, others = _fixes_of(weights, model, fixes, blocks)
+    try:
+        subject = _put_in(plain, known, seed)
+    except ModelError as error:
+        names = ", ".join(fix.name for fix in known)
+        raise CheckpointError(
+            f"{weights.path} holds parameters of {names}, for which this model has no place: {error}"
+        ) from error
+    keys = set(inner.state_dict())
+    subject = with_fixes(subject, others, blocks if others else None, seed)
+    report = load_weights(inner, weights, partial=partial, optional=set(inner.state_dict()) - keys)
+    place = "" if inner is model else "wrapped."
     return replace(
         subject,
         weights="checkpoint" if report.complete else f"checkpoint in part, over {subject.weights}",
         checkpoint=str(checkpoint),
         checkpoint_sha256=report.sha256,
+        loading=replace(report, not_loaded=tuple(place + name for name in report.not_loaded)),
         notes=subject.notes + report.notes,
     )
+
+
+def _fixes_of(
+    weights: Checkpoint, model: nn.Module, fixes: Sequence[str], blocks: Sequence[int] | None
+) -> tuple[list[PlannedFix], list[str]]:
+    """The fixes whose parameters a checkpoint holds, with what `fixes` say of them; and the others of `fixes`.
+
+    Raises CheckpointError where `fixes` ask for other settings or blocks of one than the file has.
+    """
+    known = fixes_by_keys(model, {name: tensor.shape for name, tensor in weights.unknown_to(model).items()})
+    names, planned = {fix.name for fix in known}, []
+    asked = {name: settings for name, settings in map(read_fix, fixes) if name in names}
+    for fix in known:
+        own = asked.get(fix.name, {})
+        wrong = [f"{key}={value}" for key, value in own.items() if fix.settings.get(key, value) != value]
+        if fix.name in asked and blocks is not None and fix.blocks is not None and {*blocks} != {*fix.blocks}:
+            wrong.append(f"blocks {list(blocks)}")
+        if wrong:
+            where = "the model" if fix.blocks is None else f"blocks {list(fix.blocks)}"
+            held = f"{fix.name} in {where} ({_listed(fix.settings)})"
+            raise CheckpointError(f"{weights.path} holds {held}, but {', '.join(wrong)} was asked for; leave that out")
+        assumed = tuple(name for name in fix.assumed if name not in own)
+        planned.append(replace(fix, settings={**fix.settings, **own}, assumed=assumed))
+    return planned, [fix for fix in fixes if read_fix(fix)[0] not in names]
 
 
 def fetching_weights(request: Request, hub: bool) -> AbstractContextManager[None]:
@@ -247,36 +285,54 @@ def with_fixes(subject: Subject, fixes: Sequence[str], blocks: Sequence[int] | N
     UnknownNameError, SettingError, ModelError.
     """
     check_blocks(fixes, blocks)
-    if not fixes:
-        return subject
-    chosen = []
+    at = None if blocks is None else tuple(blocks)
+    planned = []
     for fix in fixes:
         name, settings = read_fix(fix)
-        chosen.append((name, settings if ":" in fix else dict(FIXES[name].neutral or {})))
+        planned.append(PlannedFix(name, settings if ":" in fix else dict(FIXES[name].neutral or {}), at))
+    return _put_in(subject, planned, seed)
+
+
+def _put_in(subject: Subject, fixes: Sequence[PlannedFix], seed: int) -> Subject:
+    """The subject with fixes put into its model in place, which address, name and notes say."""
+    if not fixes:
+        return subject
 
     def put_in(model: Any, seed: int) -> Any:
         with torch_seeded(seed):
-            for name, settings in chosen:
-                apply(model, name, blocks, **settings)
+            for fix in fixes:
+                apply(model, fix.name, fix.blocks, **fix.settings)
         return model.eval()
 
     model, before = put_in(subject.model, seed), subject.fresh
-    parts = []
-    for (name, settings), applied in zip(chosen, model.fixes[-len(chosen) :], strict=True):
-        neutral = settings == FIXES[name].neutral
-        how = "neutral" if neutral else ", ".join(f"{k}={v}" for k, v in applied.settings.items()) or "no settings"
+    parts, notes = [], []
+    for fix, applied in zip(fixes, model.fixes[-len(fixes) :], strict=True):
+        if fix.checkpoint:
+            how = _listed({**fix.settings, **{name: applied.settings[name] for name in fix.assumed}})
+            notes += [
+                f"no key of the checkpoint shows the {name} of {fix.name}: {applied.settings[name]} is assumed; "
+                f"--fix {fix.name}:{name}=… sets it"
+                for name in fix.assumed
+            ]
+        else:
+            how = "neutral" if fix.settings == FIXES[fix.name].neutral else _listed(applied.settings)
         everywhere = tuple(applied.blocks) == tuple(range(len(model.blocks)))
         where = "all blocks" if everywhere else f"blocks {', '.join(map(str, applied.blocks))}"
-        parts.append(f"{name} in {where} ({how})")
+        parts.append(f"{fix.name} in {where} ({how})")
     text = " + ".join(parts)
+    said = "fixes of the checkpoint, known by its keys" if fixes[0].checkpoint else "fixes put into the model"
     return replace(
         subject,
         address=f"{subject.address} + {text}",
-        name="+".join([subject.name, *(name for name, _ in chosen)]),
+        name="+".join([subject.name, *(fix.name for fix in fixes)]),
         model=model,
         fresh=None if before is None else lambda seed: put_in(before(seed), seed),
-        notes=(*subject.notes, f"fixes put into the model: {text}"),
+        notes=(*subject.notes, f"{said}: {text}", *notes),
     )
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items()) or "no settings"
 
 
 def check_blocks(fixes: Sequence[str], blocks: Sequence[int] | None) -> None:

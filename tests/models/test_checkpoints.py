@@ -66,30 +66,31 @@ def test_a_prefix_that_the_model_itself_uses_stays(path):
 
 
 @pytest.mark.parametrize(
-    ("entries", "ema", "used"),
+    ("entries", "key", "used"),
     [
         (["state_dict", "state_dict_ema"], None, "state_dict"),
-        (["state_dict", "state_dict_ema"], True, "state_dict_ema"),
-        (["state_dict", "state_dict_ema"], False, "state_dict"),
+        (["state_dict", "state_dict_ema"], "state_dict_ema", "state_dict_ema"),
+        (["state_dict", "state_dict_ema"], "state_dict", "state_dict"),
         (["model", "model_ema"], None, "model"),
-        (["model", "model_ema"], True, "model_ema"),
+        (["model", "model_ema"], "model_ema", "model_ema"),
         (["model_ema"], None, "model_ema"),
         (["student", "teacher"], None, "teacher"),
-        (["student", "teacher"], False, "student"),
+        (["student", "teacher"], "student", "student"),
+        (["epoch", "net"], None, "net"),
     ],
 )
-def test_which_entry_is_used(path, entries, ema, used):
+def test_which_entry_is_used(path, entries, key, used):
     torch.save({entry: filled(float(i)) for i, entry in enumerate(entries)} | {"epoch": 7}, path)
     model = small()
-    report = load_checkpoint(model, path, ema=ema)
+    report = load_checkpoint(model, path, key=key)
     assert report.key_used == used
     assert holds(model, entries.index(used))
 
 
 def test_missing_averaged_weights_are_an_error(path):
     torch.save({"state_dict": filled(1.0), "epoch": 3}, path)
-    with pytest.raises(CheckpointError, match=r"averaged \(EMA\) weights.*found the entries state_dict, epoch"):
-        load_checkpoint(small(), path, ema=True)
+    with pytest.raises(CheckpointError, match=r"no weights under 'state_dict_ema'; it holds state_dict"):
+        load_checkpoint(small(), path, key="state_dict_ema")
 
 
 def test_a_teacher_backbone_fits(path):

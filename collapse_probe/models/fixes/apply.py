@@ -6,7 +6,8 @@ the sockets that lie between modules.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from collapse_probe.errors import ModelError
-from collapse_probe.models.fixes.base import Fix, Sites, add_fix, apply_sites, attend
+from collapse_probe.models.fixes.base import Fix, Shapes, Sites, add_fix, apply_sites, attend
 from collapse_probe.registry import FIXES
 from collapse_probe.settings import parse_keywords
 
@@ -106,6 +107,40 @@ def apply(model: Any, fix: str | Fix, blocks: Sequence[int] | None = None, **set
     open_sockets(model)
     add_fix(model, fix, blocks)
     return model
+
+
+@dataclass(frozen=True)
+class PlannedFix:
+    """A fix that is to be put into a model: into `blocks` (None: all that it can act on).
+
+    Where a checkpoint holds its parameters, `checkpoint` is True, and `assumed` names the settings that no key of it shows.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    blocks: tuple[int, ...] | None = None
+    checkpoint: bool = False
+    assumed: tuple[str, ...] = ()
+
+
+def fixes_by_keys(model: Any, shapes: Shapes) -> list[PlannedFix]:
+    """The fixes that added tensors of these names and shapes to a model like this one."""
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
+        return []
+    around, found = {key: shape for key, shape in shapes.items() if not key.startswith("blocks.")}, []
+    for name, kind in FIXES.items():
+        if kind.home in ("model", "modules") and (settings := kind.from_keys(around)) is not None:
+            found.append(PlannedFix(name, settings, None, True, kind.unseen))
+        elif kind.home != "model":
+            at: dict[tuple[tuple[str, Any], ...], list[int]] = {}  # blocks by settings
+            for i in range(len(blocks)):
+                home = f"blocks.{i}.attn." if kind.home == "attention" else f"blocks.{i}."
+                inside = {key.removeprefix(home): shape for key, shape in shapes.items() if key.startswith(home)}
+                if (settings := kind.from_keys(inside)) is not None:
+                    at.setdefault(tuple(settings.items()), []).append(i)
+            found += [PlannedFix(name, dict(items), tuple(where), True, kind.unseen) for items, where in at.items()]
+    return found
 
 
 def read_fix(text: str) -> tuple[str, dict[str, Any]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.models.fixes.base import Fix, FixSite, Parts
+from collapse_probe.models.fixes.base import Fix, FixSite, Parts, Shapes
 from collapse_probe.registry import FIXES
 
 
@@ -33,6 +34,11 @@ class AttnScale(Fix):
     summary = "a learnable gain per head on the non-uniform part of the map (Anti-Oversmoothing)"
     source = "Anti-Oversmoothing, arXiv 2203.05962, official attnscale.py"
     neutral = {"init": 0.0}
+
+    @classmethod
+    def from_keys(cls, shapes: Shapes) -> Mapping[str, Any] | None:
+        """Known by `lamb`."""
+        return {} if "lamb" in shapes else None
 
     def parts(self, site: FixSite) -> Parts:
         """`lamb`, [H]."""

@@ -26,6 +26,8 @@ from collapse_probe.settings import Settings
 
 Parts = Mapping[str, nn.Module | nn.Parameter]
 """What a fix adds to a module, by name."""
+Shapes = Mapping[str, Sequence[int]]
+"""The shapes of tensors by their names within a home."""
 
 
 @dataclass(eq=False, repr=False)  # a printed site would print the model
@@ -61,13 +63,21 @@ class Fix(Settings):
     """One remedy: its settings are the fields, its sockets the methods it overrides.
 
     `neutral` holds the settings under which the model computes what it computed without the fix; None where no such setting
-    exists.
+    exists. `unseen` names the settings that matter to a trained model and leave no trace in its weights.
     """
 
     summary: ClassVar[str]
     source: ClassVar[str]
     neutral: ClassVar[Mapping[str, Any] | None] = None
     home: ClassVar[Literal["attention", "block", "model", "modules"]] = "attention"
+    unseen: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_keys(cls, shapes: Shapes) -> Mapping[str, Any] | None:
+        """The settings of the fix that added tensors of these names and shapes to one home, as far as they show; None where
+        these tell of no such fix. A fix that adds parameters or buffers should know them again here.
+        """
+        return None
 
     def reach(self, blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
         """The blocks in which the fix acts, given those that the user chose (None: no choice made)."""

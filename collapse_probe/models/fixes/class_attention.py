@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -11,7 +13,7 @@ from timm.models.cait import LayerScaleBlockClassAttn
 from torch import Tensor, nn
 
 from collapse_probe.errors import ModelError
-from collapse_probe.models.fixes.base import Fix, FixSite, Parts
+from collapse_probe.models.fixes.base import Fix, FixSite, Parts, Shapes
 from collapse_probe.registry import FIXES
 
 
@@ -31,6 +33,12 @@ class ClassAttentionStage(Fix):
     summary = "CLS leaves the blocks and reads the patches in a last stage (CaiT)"
     source = "CaiT, arXiv 2103.17239"
     home = "model"
+
+    @classmethod
+    def from_keys(cls, shapes: Shapes) -> Mapping[str, Any] | None:
+        """`depth` and `mlp_ratio`, by the number and shapes of `blocks_token_only`."""
+        layers = [shape for name, shape in shapes.items() if re.fullmatch(r"blocks_token_only\.\d+\.mlp\.fc1\.weight", name)]
+        return {"depth": len(layers), "mlp_ratio": layers[0][0] / layers[0][1]} if layers else None
 
     def parts(self, site: FixSite) -> Parts:
         """`blocks_token_only`; ModelError where the head reads something else than CLS."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.models.fixes.base import Fix, FixSite, Parts
+from collapse_probe.models.fixes.base import Fix, FixSite, Parts, Shapes
 from collapse_probe.registry import FIXES
 
 
@@ -37,8 +38,14 @@ class FeatScale(Fix):
     name = "feat-scale"
     summary = "learnable gains per channel on the mean and the rest of the attention output"
     source = "Anti-Oversmoothing, arXiv 2203.05962"
+    unseen = ("multiplicity",)
     neutral = {"init": 0.0}
     home = "block"
+
+    @classmethod
+    def from_keys(cls, shapes: Shapes) -> Mapping[str, Any] | None:
+        """Known by `lamb1` and `lamb2`."""
+        return {} if {"lamb1", "lamb2"} <= set(shapes) else None
 
     def parts(self, site: FixSite) -> Parts:
         """`lamb1` and `lamb2`, [D]."""

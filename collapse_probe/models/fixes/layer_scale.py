@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.models.fixes.base import Fix, FixSite, Parts
+from collapse_probe.models.fixes.base import Fix, FixSite, Parts, Shapes
 from collapse_probe.registry import FIXES
 
 
@@ -26,6 +27,11 @@ class LayerScale(Fix):
     source = "CaiT, arXiv 2103.17239"
     neutral = {"init": 1.0}
     home = "block"
+
+    @classmethod
+    def from_keys(cls, shapes: Shapes) -> Mapping[str, Any] | None:
+        """Known by `gamma_1` and `gamma_2`."""
+        return {} if {"gamma_1", "gamma_2"} <= set(shapes) else None
 
     def parts(self, site: FixSite) -> Parts:
         """`gamma_1` and `gamma_2`, [D]."""

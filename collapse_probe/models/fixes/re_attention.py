@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.models.fixes.base import Fix, FixSite, Parts
+from collapse_probe.models.fixes.base import Fix, FixSite, Parts, Shapes
 from collapse_probe.registry import FIXES
 
 
@@ -46,7 +47,17 @@ class ReAttention(Fix):
     name = "re-attention"
     summary = "mixes the heads of the map with a learnable matrix, then normalises (DeepViT)"
     source = "DeepViT, arXiv 2103.11886"
+    unseen = ("scale",)
     neutral = {"norm": "none", "init": "identity"}
+
+    @classmethod
+    def from_keys(cls, shapes: Shapes) -> Mapping[str, Any] | None:
+        """`norm`, by the names of the mixing matrix and of what follows it."""
+        if "reattn_weights" in shapes:
+            return {"norm": "layer"}
+        if "reatten_matrix.weight" not in shapes:
+            return None
+        return {"norm": "batch" if "var_norm.weight" in shapes else "none"}
 
     def parts(self, site: FixSite) -> Parts:
         """`reatten_matrix` and `var_norm`, or `reattn_weights` and `reattn_norm` for the LayerNorm variant."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from collapse_probe.models.fixes.base import Fix, FixSite, Parts
+from collapse_probe.models.fixes.base import Fix, FixSite, Parts, Shapes
 from collapse_probe.registry import FIXES
 
 
@@ -55,6 +56,14 @@ class Refiner(Fix):
     summary = "refines the map by convolutions over expanded heads and positions"
     source = "Refiner, arXiv 2106.03714"
     neutral = {"adapt": False, "quiet": True}
+
+    @classmethod
+    def from_keys(cls, shapes: Shapes) -> Mapping[str, Any] | None:
+        """`expansion` and `kernel` by the shape of the depthwise convolution, `adapt` by `adapt_bn`."""
+        if "DLA.depth_sep_conv.weight" not in shapes or "DLA.bn3.weight" not in shapes:
+            return None
+        hidden, _, kernel, _ = shapes["DLA.depth_sep_conv.weight"]
+        return {"expansion": hidden // shapes["DLA.bn3.weight"][0], "kernel": kernel, "adapt": "adapt_bn.weight" in shapes}
 
     def parts(self, site: FixSite) -> Parts:
         """`DLA` and, where `adapt` says so, `adapt_bn`."""

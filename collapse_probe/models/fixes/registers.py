@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.models.fixes.base import Fix, FixSite, Parts
+from collapse_probe.models.fixes.base import Fix, FixSite, Parts, Shapes
 from collapse_probe.registry import FIXES
 
 
@@ -26,6 +27,11 @@ class Registers(Fix):
     summary = "extra learnable tokens beside CLS that no head reads"
     source = "Registers, arXiv 2309.16588"
     home = "model"
+
+    @classmethod
+    def from_keys(cls, shapes: Shapes) -> Mapping[str, Any] | None:
+        """`count`, by the shape of `registers`."""
+        return {"count": shapes["registers"][1]} if "registers" in shapes else None
 
     def parts(self, site: FixSite) -> Parts:
         """`registers`, [1, count, D]."""

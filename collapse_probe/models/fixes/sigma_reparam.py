@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from collapse_probe.models.fixes.base import Fix
+from collapse_probe.models.fixes.base import Fix, Shapes
 from collapse_probe.registry import FIXES
 
 
@@ -68,6 +69,12 @@ class SigmaReparam(Fix):
     source = "arXiv 2303.06296"
     neutral = {"gamma": "sigma"}
     home = "modules"
+
+    @classmethod
+    def from_keys(cls, shapes: Shapes) -> Mapping[str, Any] | None:
+        """Known by a `gamma` and a `u` of one module; the norm of the weights is in them."""
+        pairs = [name for name in shapes if name.endswith("gamma") and f"{name.removesuffix('gamma')}u" in shapes]
+        return {} if pairs else None
 
     def convert(self, module: nn.Module, width: int) -> bool:
         """Make a Linear or Conv2d its reparametrised kind, with its own weight and bias."""

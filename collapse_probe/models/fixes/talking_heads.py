@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.models.fixes.base import Fix, FixSite, Parts
+from collapse_probe.models.fixes.base import Fix, FixSite, Parts, Shapes
 from collapse_probe.registry import FIXES
 
 
@@ -43,6 +44,13 @@ class TalkingHeads(Fix):
     summary = "mixes the heads linearly before and after the softmax (CaiT)"
     source = "CaiT, arXiv 2103.17239"
     neutral = {"init": "identity"}
+
+    @classmethod
+    def from_keys(cls, shapes: Shapes) -> Mapping[str, Any] | None:
+        """`where`, by which of the two matrices there are."""
+        mixing = {"proj_l.weight": "logits", "proj_w.weight": "map"}
+        places = [place for name, place in mixing.items() if name in shapes]
+        return {"where": "both" if len(places) == 2 else places[0]} if places else None
 
     def parts(self, site: FixSite) -> Parts:
         """`proj_l` and `proj_w`, as `where` asks."""

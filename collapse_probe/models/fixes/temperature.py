@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.models.fixes.base import Fix, FixSite, Parts
+from collapse_probe.models.fixes.base import Fix, FixSite, Parts, Shapes
 from collapse_probe.registry import FIXES
 
 
@@ -28,6 +29,11 @@ class Temperature(Fix):
     summary = "divides the attention logits by a temperature, fixed or learnable per head"
     source = "compared in DeepViT, arXiv 2103.11886"
     neutral = {"tau": 1.0}
+
+    @classmethod
+    def from_keys(cls, shapes: Shapes) -> Mapping[str, Any] | None:
+        """A learnable one, by `log_temperature`; a fixed one leaves no trace."""
+        return {"learnable": True} if "log_temperature" in shapes else None
 
     def parts(self, site: FixSite) -> Parts:
         """`log_temperature`, [H], where it is learnable."""
