@@ -40,6 +40,7 @@ from collapse_probe.errors import DataError
 from collapse_probe.metrics.coverage import omissions, uncompared
 from collapse_probe.metrics.metric import Metric
 from collapse_probe.metrics.presets import records, with_presets
+from collapse_probe.models.checkpoints import holds_any
 from collapse_probe.models.loading import Subject, resolve
 from collapse_probe.provenance import names_sha256, versions
 from collapse_probe.results.findings import Findings
@@ -211,6 +212,7 @@ def model_facts(subject: Subject, plan: Plan) -> dict[str, Any]:
         "weights": subject.weights,
         "checkpoint": subject.checkpoint,
         "checkpoint_sha256": subject.checkpoint_sha256,
+        **loading_facts(subject, plan),
         "class": f"{type(subject.model).__module__}.{type(subject.model).__qualname__}",
         "parameters": sum(p.numel() for p in subject.model.parameters()),
         "blocks": len(plan.blocks),
@@ -225,6 +227,17 @@ def model_facts(subject: Subject, plan: Plan) -> dict[str, Any]:
         "adjacent": list(plan.adjacent),
         "uncompared": [{"why": why, "blocks": blocks} for why, blocks in uncompared(plan).items()],
         "left_out": [{"where": each.where, "why": each.why, "blocks": list(each.places)} for each in omissions(plan)],
+    }
+
+
+def loading_facts(subject: Subject, plan: Plan) -> dict[str, Any]:
+    """How many tensors came from the checkpoint, and the numbers of the blocks with weights that did not; None without one."""
+    if subject.loading is None:
+        return {"loaded": None, "blocks_not_loaded": None}
+    elsewhere = [i for i, name in enumerate(plan.blocks) if holds_any(subject.loading.not_loaded, name)]
+    return {
+        "loaded": {"tensors": subject.loading.loaded, "of": subject.loading.total},
+        "blocks_not_loaded": elsewhere,
     }
 
 

@@ -171,7 +171,8 @@ def _under_prefixes(own: Shapes, state: dict[str, Tensor], entry: str, key: str 
     for added in _shared(own, len(own) / 2):
         wanted = {name.removeprefix(added): shape for name, shape in own.items() if name.startswith(added)}
         for name, tensor in state.items():
-            fits.update((cut, added) for cut in _cuts(name) if wanted.get(name[len(cut) :]) == tensor.shape)
+            cuts = [""] if added else _cuts(name)  # one prefix for another would be a guess
+            fits.update((cut, added) for cut in cuts if wanted.get(name[len(cut) :]) == tensor.shape)
     most = [pair for pair, count in fits.items() if 2 * count > len(own)]
     pairs = [pair for pair in most if not pair[1]] or sorted(most, key=lambda pair: -fits[pair])[:1]
     if not pairs:

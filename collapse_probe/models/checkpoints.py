@@ -71,13 +71,17 @@ class LoadReport:
         return "; ".join(f"{len(keys)} {kind} ({sample(keys)})" for kind, keys in kinds if keys)
 
     @property
+    def whole_blocks(self) -> str:
+        """A clause on how many blocks the file has all weights of, and which others there are; empty for a model without."""
+        lacking = [block for block in self.blocks if holds_any(self.not_loaded, block)]
+        whole = f"; {len(self.blocks) - len(lacking)} of {len(self.blocks)} blocks whole" if self.blocks else ""
+        return whole + (f", not {sample(lacking, 6)}" if lacking else "")
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the findings should know."""
         under = f", under {self.key_used!r}" if self.key_used else ""
-        lacking = [block for block in self.blocks if holds_any(self.not_loaded, block)]
-        whole = f"; {len(self.blocks) - len(lacking)} of {len(self.blocks)} blocks whole" if self.blocks else ""
-        whole += f", not {sample(lacking, 6)}" if lacking else ""
-        came = f"checkpoint: {self.loaded} of {self.total} tensors of the model came from the file{under}{whole}"
+        came = f"checkpoint: {self.loaded} of {self.total} tensors of the model came from the file{under}{self.whole_blocks}"
         lines = [came, *(f"checkpoint: {remark}" for remark in self.remarks)]
         if self.absent:
             lines.append(f"checkpoint: holds no weights of what was put into the model ({sample(self.absent)})")
@@ -163,7 +167,8 @@ def load_weights(
     if not fitting or not (report.complete or partial):
         means = "no tensor has a name and shape of the model's: nothing was loaded"
         if fitting:
-            means = f"nothing was loaded; make the model as it was for this file, or --partial for the {len(fitting)} that fit"
+            fit = f"{len(fitting)} of {len(own)} tensors that fit{report.whole_blocks.replace(';', ':')}"
+            means = f"nothing was loaded; make the model as it was for this file, or --partial for the {fit}"
         also = "".join(f"; {remark}" for remark in weights.remarks)
         raise CheckpointError(f"{checkpoint.path} does not fit {type(model).__name__}: {report.differences}; {means}{also}")
     model.load_state_dict({actual[name]: tensor for name, tensor in fitting.items()}, strict=False)

@@ -40,7 +40,10 @@ METHODS = {
     "flops": "of one image, torch.utils.flop_counter; a multiplication and an addition are two",
 }
 OF_WEIGHTS = ("weights", "overall", "flops")  # the methods behind a comparison of weights alone
-SUBJECT_FACTS = ("address", "name", "weights", "checkpoint", "checkpoint_sha256", "parameters", "blocks", "mixes_maps")
+SUBJECT_FACTS = (
+    *("address", "name", "weights", "checkpoint", "checkpoint_sha256", "loaded", "blocks_not_loaded"),
+    *("parameters", "blocks", "mixes_maps"),
+)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collapse_probe.results.readings import (
     adjacent,
     entropy_share,
     is_untrained,
+    not_loaded,
     null_ci95,
     of_neighbours,
     require_null,
@@ -270,6 +271,7 @@ READERS: Mapping[str, Reader] = {
     "weights-lost-rank": matrices_over_twin,
     "rows-more-alike": matrices_over_twin,
     "untrained": fact(is_untrained),
+    "loaded-in-part": fact(lambda model: bool(not_loaded(model))),
     "mixed-maps": fact(lambda model: bool(model.get("mixes_maps"))),
 }
 """How a rule reads its number, where that is not the metric's value at the last depth."""

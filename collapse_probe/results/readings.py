@@ -10,10 +10,12 @@ import numpy as np
 
 from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.rules import COUNT_THRESHOLDS, KAPPA_ABOVE
-from collapse_probe.results.text import number
+from collapse_probe.results.text import number, spans
 from collapse_probe.statistics.intervals import Array
 
 Summary = dict[str, "float | int | None"]
+RANDOM, IN_PART = "random", "in part, over "
+"""How the weights of a model are described that are random, and those of a checkpoint that was loaded over others."""
 NULLS = ("other_token", "other_image", "other_head", "untrained")
 
 
@@ -22,8 +24,24 @@ class Absent(Exception):
 
 
 def is_untrained(model: Mapping[str, Any]) -> bool:
-    """Whether the weights of a model are random ones, by the facts of findings or interventions about it."""
-    return str(model.get("weights") or "").startswith("random")
+    """Whether the weights of a model's blocks are random ones, by the facts of findings or interventions about it."""
+    weights, _, rest = str(model.get("weights") or "").partition(IN_PART)
+    elsewhere = len(model.get("blocks_not_loaded") or ()) == model.get("blocks")
+    return weights.startswith(RANDOM) or (elsewhere and rest.startswith(RANDOM))
+
+
+def not_loaded(model: Mapping[str, Any]) -> str:
+    """What the blocks hold whose weights a checkpoint lacks, in a sentence without its full stop; empty where it lacks none."""
+    blocks, total, loaded = model.get("blocks_not_loaded") or [], model.get("blocks"), model.get("loaded") or {}
+    if not blocks:
+        return ""
+    rest = str(model.get("weights")).partition(IN_PART)[2]
+    what = "random weights" if rest.startswith(RANDOM) else f"weights that are not the checkpoint's ({rest})"
+    one = len(blocks) == 1
+    where = f"All {total} blocks hold" if len(blocks) == total else f"{len(blocks)} of {total} blocks hold{'s' if one else ''}"
+    which = "" if len(blocks) == total else f" (block{'' if one else 's'} {spans(list(blocks))})"
+    came = f"{loaded.get('tensors')} of {loaded.get('of')} tensors"
+    return f"{where} {what}{which}: the checkpoint was loaded in part, {came} of the model came from it"
 
 
 def weights_only(findings: Findings) -> bool:

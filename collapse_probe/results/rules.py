@@ -211,6 +211,13 @@ RULES = (
         "What training would change.",
     ),
     _fact(
+        "loaded-in-part",
+        "",
+        "1 where blocks hold weights that are not the checkpoint's, else 0",
+        "the checkpoint lacks weights of some blocks: theirs are from elsewhere",
+        "That the other blocks work as they did in the model that was saved.",
+    ),
+    _fact(
         "mixed-maps",
         "",
         "1 where the model changes its maps after the softmax, else 0",

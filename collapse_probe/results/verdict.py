@@ -10,7 +10,7 @@ import numpy as np
 
 from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.outcomes import Outcome, Pairs, kinds_of, pairs_of, share_of_kinds, verdict_table
-from collapse_probe.results.readings import adjacent, mean, null_of, result_of, weights_only
+from collapse_probe.results.readings import adjacent, mean, not_loaded, null_of, result_of, weights_only
 from collapse_probe.results.rules import BY_NAME
 from collapse_probe.results.text import interval, number, sentence_case, spans
 
@@ -85,6 +85,8 @@ def judge(findings: Findings, table: Sequence[Outcome] | None = None) -> Verdict
         sentences = [*across_depth, *_uncompared(findings, kinds), *others]
     if any(result.description.level == "attention" for result in findings.metrics.values()) or similarity is not None:
         sentences = [*((text, "shared") for text in not_heard(findings)), *sentences]
+    if part := not_loaded(findings.model):
+        sentences.insert(0, (f"{part}.", "loaded-in-part"))
     caveats = _caveats(outcomes, maps=bool(kinds))
     caveats += [(ONE_SET, "shared")] if case == WEIGHTS_ONLY else []
     texts, rules = zip(*sentences, strict=True)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from collapse_probe.results.comparison import ACCURACY, KAPPA, PROBS, Comparison, Difference, Pair
 from collapse_probe.results.findings import Findings
-from collapse_probe.results.readings import adjacent, is_untrained, mean, null_of, weights_only
+from collapse_probe.results.readings import adjacent, is_untrained, mean, not_loaded, null_of, weights_only
 from collapse_probe.results.rules import FALSE_DISCOVERY_RATE, NOTABLE, OF_ARCHITECTURE, RAW_ABOVE
 from collapse_probe.results.text import DASH, interval, number, p_value, sentence_case, spans
 from collapse_probe.results.verdict import MEANS, MOST_LISTED, Verdict, not_heard
@@ -64,7 +64,14 @@ def verdict_of_pair(pair: Pair, first: Findings, second: Findings) -> Verdict:
             sentences.append(f"Before the mixing, at the softmax (probs), {who} are {_both(probs)}.")
         sentences.append(_outputs(pair))
     caveats = tuple(_caveats(case, pair, first, second))
-    return Verdict(case, tuple(filter(None, sentences)), caveats, label=f"{pair.second} compared with {pair.first}")
+    sentences = [*_not_loaded({pair.first: first, pair.second: second}), *filter(None, sentences)]
+    return Verdict(case, tuple(sentences), caveats, label=f"{pair.second} compared with {pair.first}")
+
+
+def _not_loaded(subjects: Mapping[str, Findings]) -> list[str]:
+    """A sentence for each subject whose checkpoint lacks weights of blocks."""
+    parts = {label: not_loaded(findings.model) for label, findings in subjects.items()}
+    return [f"{label}: {part}." for label, part in parts.items() if part]
 
 
 def _case(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:
@@ -264,4 +271,5 @@ def over_training(comparison: Comparison) -> Verdict:
     first = f"From {labels[0]} to {labels[-1]}, over {len(labels)} checkpoints: {', '.join(head)}."
     caveats = ("This is one training run: another seed may take another course.", SEED_CAVEAT)
     label = f"{labels[-1]} compared with {labels[0]}"
-    return Verdict("course", tuple(filter(None, (first, " ".join(counts), _outputs(pair)))), caveats, label=label)
+    sentences = [*_not_loaded(comparison.subjects), *filter(None, (first, " ".join(counts), _outputs(pair)))]
+    return Verdict("course", tuple(sentences), caveats, label=label)

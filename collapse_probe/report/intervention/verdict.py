@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from collapse_probe.results.intervention import Effect, Interventions
-from collapse_probe.results.readings import is_untrained, mean
+from collapse_probe.results.readings import is_untrained, mean, not_loaded
 from collapse_probe.results.rules import KEEPS_ANSWERS, MOST_BLOCKS
 from collapse_probe.results.text import interval, number
 from collapse_probe.results.verdict import Verdict
@@ -83,7 +83,9 @@ def _verdict(interventions: Interventions, kind: str) -> Verdict:
             USED: "most of these blocks use what was replaced",
         }
         second = f"In all {count} together {_numbers(whole)}: {meaning[case]}."
-    return Verdict(case, (first, second), tuple(_caveats(interventions, kind, not_said)), label=kind)
+    part = not_loaded(interventions.model)
+    sentences = (*([f"{part}."] if part else []), first, second)
+    return Verdict(case, sentences, tuple(_caveats(interventions, kind, not_said)), label=kind)
 
 
 def _numbers(effect: Effect) -> str:
