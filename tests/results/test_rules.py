@@ -105,6 +105,7 @@ CASES = {
     "weights-lost-rank": (lambda v, r: weights("weight-rank", v), 0.4, 0.6, None),
     "rows-more-alike": (lambda v, r: weights("weight-similarity", v), 2.5, 1.5, None),
     "untrained": (lambda v, r: findings({}, weights=v), "random weights, seed 0", "published", None),
+    "loaded-in-part": (lambda v, r: findings({}, blocks=3, blocks_not_loaded=v), [1], [], None),
     "mixed-maps": (lambda v, r: findings({}, mixes_maps=v), True, False, None),
 }
 
