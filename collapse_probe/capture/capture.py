@@ -19,6 +19,7 @@ from collapse_probe.capture.trace import Trace
 from collapse_probe.devices import floating_like
 from collapse_probe.distributed import unwrap
 from collapse_probe.errors import CaptureError, ModelError, NoAttentionFoundError
+from collapse_probe.input_errors import why_failed
 
 ROW_SUM_TOLERANCE = 1e-4
 OUTPUT_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -98,9 +99,7 @@ def discover_plan(model: nn.Module, size: tuple[int, int], channels: int = 3, se
         try:
             plain = model(images)
         except Exception as error:
-            shape = f"[2, {channels}, {size[0]}, {size[1]}]"
-            text = f"the model failed on noise images {shape} ({error}); if it takes another size, give img_size"
-            raise ModelError(text) from error
+            raise ModelError(why_failed(model, images, error)) from error
         with Recorder(model, logs.append, thorough=True, on_operator=_check_and_sketch).attached():
             captured = model(images)
         if not logs:
