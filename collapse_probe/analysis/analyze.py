@@ -128,7 +128,7 @@ def restored(model: object) -> Iterator[None]:
     if not isinstance(module, nn.Module):
         yield
         return
-    training = {part: part.training for part in module.modules()}
+    training = {part: part.training for part in module.modules() if hasattr(part, "training")}  # frozen TorchScript has no mode
     device = next((t.device for t in chain(module.parameters(), module.buffers())), None)
     try:
         yield

@@ -152,12 +152,12 @@ def resolve(
     source, request = _locate(address, dict(model_kwargs or {}), img_size)
     blueprint: Blueprint = SOURCES[source].blueprint(request)
     trained = pretrained if pretrained is not None else checkpoint is None
-    model = _make(blueprint, request, trained, seed).eval()
+    model = _make(blueprint, request, trained, seed)
     preprocess, notes = blueprint.preprocess(model)
     preprocess = for_channels(preprocess, input_channels(model))
 
     def fresh(seed: int) -> nn.Module:
-        twin = _make(blueprint, request, False, seed).eval()
+        twin = _make(blueprint, request, False, seed)
         if blueprint.fixed:
             other = _make(blueprint, request, False, seed + 1)
             if all(torch.equal(a, b) for a, b in zip(twin.parameters(), other.parameters(), strict=True)):
@@ -262,12 +262,23 @@ def _unknown(name: str, scheme: str | None) -> str:
 
 
 def _make(blueprint: Blueprint, request: Request, trained: bool, seed: int) -> nn.Module:
+    """A model in eval mode; ModelError where it cannot be made, or has no modules to look into."""
     if trained and blueprint.trained is None and blueprint.fixed is None:
         ways = "use --no-pretrained for fresh weights or --checkpoint FILE for your own"
         raise ModelError(f"there are no trained weights of {request.address!r}; {ways}")
     try:
         with torch_seeded(seed):
-            return blueprint.make(trained)
+            model = blueprint.make(trained)
+        program = "a TorchScript program" if isinstance(model, torch.jit.ScriptModule) else ""
+        try:
+            model.eval()
+        except (AttributeError, NotImplementedError):
+            program = program or "an exported program"
+        if program:
+            raise ModelError(
+                f"{request.address!r} is {program}, without the modules of the model that it was made from: give that"
+            )
+        return model
     except CollapseProbeError:
         raise
     except Exception as error:  # a constructor may raise anything
