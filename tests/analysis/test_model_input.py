@@ -247,7 +247,7 @@ def frozen(model):
 )
 def test_a_program_without_modules_is_refused_in_one_sentence(made, says):
     program = made(vit())
-    for verb in (analyze, functools.partial(cp.intervene, device="cpu"), lambda m, d: cp.compare([m], d, device="cpu")):
+    for verb in (analyze, functools.partial(cp.intervene, device="cpu"), lambda m, d: cp.compare([m, vit()], d, device="cpu")):
         with pytest.raises(ModelError, match=f"^'module:.*' is {says}, without the modules of the model"):
             verb(program, [pixels(2, 3, 64, 64)])
 
@@ -255,17 +255,14 @@ def test_a_program_without_modules_is_refused_in_one_sentence(made, says):
 def test_a_model_sharded_by_fsdp2_is_measured_as_it_was(tmp_path):
     fully_shard = pytest.importorskip("torch.distributed.fsdp").fully_shard
     data = [pixels(4, 3, 64, 64)]
-    plain = analyze(vit(), data).summary
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        torch.manual_seed(0)
         model = vit()
         expected = analyze(model, data).summary
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         assert analyze(model, data).summary == expected
-        assert expected.keys() == plain.keys()
     finally:
         torch.distributed.destroy_process_group()
