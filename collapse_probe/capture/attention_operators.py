@@ -33,9 +33,14 @@ FUSED = operators(
     "scaled_dot_product_attention",
 )
 SOFTMAX = operators("_softmax", "_safe_softmax", "softmax")
-CONTRACTIONS = operators("bmm", "baddbmm", "matmul", "einsum")
 BATCHED_PRODUCTS = operators("bmm", "baddbmm")
-COPIES = operators("_to_copy", "clone", "contiguous", "expand_copy", "view_copy", "_reshape_copy", "copy", "copy_")
+MATRIX_PRODUCTS = operators("mm", "addmm")
+PRODUCTS = BATCHED_PRODUCTS | MATRIX_PRODUCTS
+SUM = operators("sum")
+PADS = operators("constant_pad_nd")
+JOINS = PADS | operators("cat", "stack")
+MOVES = JOINS | operators("repeat", "index_select", "roll", "flip", "_reshape_copy", "index", "gather")
+COPIES = operators("_to_copy", "clone", "contiguous", "expand_copy", "view_copy", "copy", "copy_")
 MULTIPLY = operators("mul")
 MULTI_HEAD = operators("_native_multi_head_attention")
 ENCODER_LAYER = operators("_transformer_encoder_layer_fwd")
@@ -104,12 +109,13 @@ def opaque(operator: Operator) -> bool:
     return any(word in name for word in _OPAQUE_WORDS)
 
 
+def four_axes(x: Tensor) -> Tensor:
+    """A tensor of at least four axes, the first ones of size one where it has fewer."""
+    return (x.reshape((1,) * (4 - x.ndim) + x.shape) if x.ndim < 4 else x).detach()
+
+
 def read_fused(call: OperatorCall) -> KernelCall:
     """A scaled-dot-product kernel's call."""
-
-    def four_axes(x: Tensor) -> Tensor:
-        return (x.reshape((1,) * (4 - x.ndim) + x.shape) if x.ndim < 4 else x).detach()
-
     bound = call.bound
     q, k, v = (four_axes(bound[name]) for name in ("query", "key", "value"))
     bias, scale = bound.get("attn_mask", bound.get("attn_bias")), bound.get("scale")
@@ -184,10 +190,3 @@ def _projected(call: OperatorCall, x_BND: Tensor, heads: int) -> tuple[Attention
 
 def _project_out(mixed_BHNK: Tensor, bound: dict[str, Any]) -> Tensor:
     return F.linear(mixed_BHNK.transpose(1, 2).flatten(2), bound["proj_weight"], bound["proj_bias"])
-
-
-def read_softmax(call: OperatorCall) -> Attention | None:
-    """A softmax over the last of three axes or more: attention, if it will multiply something."""
-    if call.out.ndim < 3 or call.bound["dim"] not in (-1, call.out.ndim - 1):
-        return None
-    return Attention(owner="", operation="softmax", probs=call.out.detach())

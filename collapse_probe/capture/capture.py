@@ -10,18 +10,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from collapse_probe.capture.attention_operators import OperatorCall, tensors_in
-from collapse_probe.capture.discovery import as_tokens, attention_like, call_frames, make_plan, module_class, read_tap
-from collapse_probe.capture.plan import Plan, SelfCheck
+from collapse_probe.capture.discovery import (
+    as_tokens,
+    attention_like,
+    call_frames,
+    frame_of,
+    is_attention,
+    make_plan,
+    module_class,
+    read_tap,
+)
+from collapse_probe.capture.layout import joined, read_part
+from collapse_probe.capture.plan import Frame, Part, Plan, SelfCheck
 from collapse_probe.capture.recorder import AttentionEvent, PassLog, Recorder
-from collapse_probe.capture.trace import Trace
+from collapse_probe.capture.softmax_tracking import LINEAR
+from collapse_probe.capture.trace import Attention, Trace
 from collapse_probe.devices import floating_like
 from collapse_probe.distributed import unwrap
 from collapse_probe.errors import CaptureError, ModelError, NoAttentionFoundError
 from collapse_probe.input_errors import why_failed
+from collapse_probe.seeding import torch_seeded
 
-ROW_SUM_TOLERANCE = 1e-4
+ROW_SUM_TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 5e-3}
+"""By the type of an eager softmax, whose entries are rounded to it; in float32 the rows sum to one within FLOAT32_ROW_SUM."""
+FLOAT32_ROW_SUM = 1e-4
 OUTPUT_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 FLOAT32_TOLERANCE = {"highest": 2e-4, "high": 5e-3, "medium": 5e-2}
 """By torch.get_float32_matmul_precision, which may replace float32 by TensorFloat32 or bfloat16."""
@@ -32,10 +47,11 @@ class Recording:
     """What `record` yields: `last`, the Trace of the newest forward pass, and the model's `plan`."""
 
     def __init__(self, model: nn.Module, plan: Plan | None) -> None:
-        self.plan = plan
+        self.model, self.plan = model, plan
         self._last: Trace | None = None
-        watched = frozenset() if plan is None else call_frames(plan.taps)
-        self.recorder = Recorder(model, self._on_forward, thorough=plan is None, watched=watched)
+        self.recorder = Recorder(model, self._on_forward)
+        if plan is not None:
+            self._follow(plan)
 
     @property
     def last(self) -> Trace:
@@ -52,19 +68,29 @@ class Recording:
         self._last = None
         return trace
 
+    def _follow(self, plan: Plan) -> None:
+        self.plan = plan
+        self.recorder.watched, self.recorder.by_hand = call_frames(plan.taps), plan.by_hand
+
+    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the model: without a plan, make one with noise of the kind of this very input."""
+        if self.plan is None and not self.recorder.resting:
+            with self.recorder.paused(), eval_mode(model):
+                self._follow(_plan_for(model, args, kwargs))
+
     def _on_forward(self, log: PassLog) -> None:
         self._last = None
         if self.plan is None:
-            self.plan = _plan_of(self.recorder.model, log)
-            self.recorder.thorough, self.recorder.watched = False, call_frames(self.plan.taps)
-        attention = tuple(event.attention for event in log.events)
-        if [a.owner for a in attention] != [layer.owner for layer in self.plan.layers]:
+            raise CaptureError("the model's forward was not called through its own __call__: nothing could be recorded")
+        came = () if log.input is None else tuple(log.input.shape[1:])
+        if self.plan.input_shape and came != self.plan.input_shape:
             raise CaptureError(
-                f"this batch ran {len(attention)} attention calls, the probe {len(self.plan.layers)}, or in another "
-                "order; a model whose depth depends on the data (early exit, random drops) cannot be analysed"
+                f"inputs of shape {list(came)} came, but the plan of this model was made for {list(self.plan.input_shape)} "
+                "(channels, height, width); make a plan for this shape, and give every batch in it"
             )
+        attention = read_layers(self.plan, log)
         for a, layer in zip(attention, self.plan.layers, strict=True):
-            if a.signature != layer.signature:
+            if layer.parts and a.signature != layer.signature:
                 raise CaptureError(
                     f"{layer.owner} has {a.signature} heads, queries and keys in this batch, {layer.signature} in the "
                     "probe; probe the model with images of the batch's own size"
@@ -77,42 +103,179 @@ class Recording:
 def record(model: nn.Module, plan: Plan | None = None) -> Iterator[Recording]:
     """Record the tokens and attention of every block of `model` in each forward pass inside the `with`.
 
-    Without a `plan` (from `discover_plan`) the first forward pass makes one; give it two different images or more, so that
-    prefix tokens can be told from patches. Raises NoAttentionFoundError or CaptureError where attention cannot be captured.
-    """
-    recording = Recording(unwrap(model), plan)
-    with recording.recorder.attached():
-        yield recording
-
-
-def discover_plan(model: nn.Module, size: tuple[int, int], channels: int = 3, seed: int = 0) -> Plan:
-    """Run two noise images [2, channels, *size] through the model, plainly and captured; check the capture.
-
-    The outputs must be equal bit for bit, rows of every softmax must sum to one, and A·V and the logsumexp
-    must agree with what each fused kernel returned. Raises CaptureError with the number where they do not, and
-    ModelError where the model itself fails.
+    Without a `plan` (from `discover_plan`) the first forward pass makes one: before it, the model runs on noise of the shape
+    and type of its input, in eval mode, with the random numbers left as they were. Raises NoAttentionFoundError or
+    CaptureError where attention cannot be captured.
     """
     model = unwrap(model)
-    logs: list[PassLog] = []
-    with torch.inference_mode(False), torch.no_grad():
-        images = noise(model, size, channels, seed)
+    check_module(model)
+    recording = Recording(model, plan)
+    with recording.recorder.attached():
+        hook = model.register_forward_pre_hook(recording.before_forward, with_kwargs=True) if plan is None else None
         try:
-            plain = model(images)
+            yield recording
+        finally:
+            if hook is not None:
+                hook.remove()
+
+
+def discover_plan(
+    model: nn.Module,
+    size: tuple[int, int] = (224, 224),
+    channels: int = 3,
+    seed: int = 0,
+    *,
+    inputs: Tensor | None = None,
+    blocks: str | None = None,
+) -> Plan:
+    """Run two noise images [2, channels, *size] through the model, plainly and captured; check the capture.
+
+    With `inputs`, a batch of the caller's, the noise has the shape of its images and its type. `blocks` is a pattern, as in a
+    shell, for the paths of the modules that are blocks, where these are not found. The outputs must be equal bit for bit, rows
+    of every softmax must sum to one, and A·V and the logsumexp must agree with what each fused kernel returned; a third pass,
+    in which the second image is another one, tells whose maps are whose. All passes draw the same random numbers. Raises
+    CaptureError with the number where anything disagrees, and ModelError where the model itself fails.
+    """
+    model = unwrap(model)
+    check_module(model)
+    if inputs is None:
+        images = noise(model, size, channels, seed)
+        other = noise(model, size, channels, seed + 1)
+    else:
+        shape = tuple(inputs.shape[1:])
+        first, second = (torch.randn(2, *shape, generator=torch.Generator().manual_seed(s)) for s in (seed, seed + 1))
+        images, other = (x.to(inputs.device, inputs.dtype) for x in (first, second))
+    return _probe(model, (images,), {}, (torch.stack([images[0], other[1]]),), {}, seed, blocks)
+
+
+def check_module(model: nn.Module) -> None:
+    """Raise CaptureError for a module in which nothing can be heard."""
+    kind = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{kind} is a TorchScript module, in which attention cannot be heard; give the model it was made from"
+        )
+    if any(weight.is_meta for weight in (*model.parameters(), *model.buffers())):
+        raise CaptureError(f"{kind} has weights on the meta device, which hold no numbers; load or initialise them first")
+
+
+def _probe(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    other_args: tuple[Any, ...],
+    other_kwargs: dict[str, Any],
+    seed: int = 0,
+    blocks: str | None = None,
+    nested: bool = False,
+) -> Plan:
+    """The plan of a model from passes over two images, and over two of which the second is another one."""
+    logs: list[PassLog] = []
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
+        with torch_seeded(seed):
+            before = torch.get_rng_state()
+            return model(*args, **kwargs), not torch.equal(before, torch.get_rng_state())
+
+    def recorded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with Recorder(model, logs.append, thorough=True, on_operator=_check_and_sketch).attached(nested):
+            return run(args, kwargs)[0]
+
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            plain, random = run(args, kwargs)
         except Exception as error:
-            raise ModelError(why_failed(model, images, error)) from error
-        with Recorder(model, logs.append, thorough=True, on_operator=_check_and_sketch).attached():
-            captured = model(images)
+            raise ModelError(why_failed(model, next(tensors_in((*args, *kwargs.values())), torch.empty(0)), error)) from error
+        captured = recorded(args, kwargs)
         if not logs:
             raise CaptureError("the model's forward was not called through its own __call__: nothing could be recorded")
         if not same(plain, captured):
-            if same(plain, model(images)):
+            if same(plain, run(args, kwargs)[0]):
                 why = "the recording changed the model's output; please report this model"
             elif any(bool(torch.isnan(x).any()) for x in tensors_in((plain,))):
                 why = "the model's output holds NaN; check its weights and its precision"
             else:
-                why = "the model is not deterministic (dropout or random drops are on): call eval() first"
+                why = "the model does not give the same output for the same images and the same random seed"
             raise CaptureError(f"two passes over the same images differ: {why}")
-    return _plan_of(model, logs[0])
+        if random and model.training:
+            raise CaptureError("the model is in training mode and draws at random (dropout or random drops): call eval() first")
+        recorded(other_args, other_kwargs)
+    plan = _plan_of(model, logs[0], logs[1], blocks)
+    drawn = "the model draws random numbers in eval mode too: what it shows of an image changes from pass to pass"
+    return replace(plan, notes=(*plan.notes, drawn)) if random else plan
+
+
+def _plan_for(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    """The plan for a caller's own input: noise of the same shapes and types, two images of it, in place of its numbers."""
+    leaves, spec = tree_flatten((args, kwargs))
+    first = next((x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1), None)
+    if first is None:
+        raise CaptureError("the model was called without a tensor of images: attention of its images cannot be told apart")
+    count = len(first)
+    if any(isinstance(x, Tensor) and x.is_nested for x in leaves):
+        raise CaptureError("nested tensors cannot be captured: give a padded batch")
+
+    def like(seed: int, noisy: bool) -> Any:
+        def one(x: Any) -> Any:
+            if not isinstance(x, Tensor) or x.ndim == 0 or len(x) != count:
+                return x
+            if noisy and x.is_floating_point():
+                drawn = torch.randn(2, *x.shape[1:], generator=torch.Generator().manual_seed(seed))
+                return drawn.to(x.device, x.dtype)
+            return x[:2] if count > 1 else x[:1].expand(2, *x.shape[1:])
+
+        return tree_unflatten([one(x) for x in leaves], spec)
+
+    def mixed(a: Any, b: Any) -> Any:
+        flat_a, flat_b = (tree_flatten(x)[0] for x in (a, b))
+        both = [
+            torch.stack([x[0], y[1]])
+            if isinstance(x, Tensor) and x is not y and x.is_floating_point() and x.ndim and len(x) == 2
+            else x
+            for x, y in zip(flat_a, flat_b, strict=True)
+        ]
+        return tree_unflatten(both, spec)
+
+    (args_one, kwargs_one), two = like(0, True), like(1, True)
+    args_two, kwargs_two = mixed((args_one, kwargs_one), two)
+    return _probe(model, args_one, kwargs_one, args_two, kwargs_two, nested=True)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, each module back in its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def read_layers(plan: Plan, log: PassLog) -> tuple[Attention, ...]:
+    """The attention of every layer of the plan in a forward pass; CaptureError where other calls ran than in the probe."""
+    by_frame: dict[Frame, list[Attention]] = {}
+    for event in log.events:
+        by_frame.setdefault(frame_of(event), []).append(event.attention)
+    if [*by_frame] != [*plan.frames]:
+        raise CaptureError(
+            f"this batch ran attention in {len(by_frame)} module calls, the probe in {len(plan.frames)}, or in another order; "
+            "a model whose depth depends on the data (early exit, random drops) cannot be analysed"
+        )
+
+    def read(part: Part) -> Attention:
+        calls = [a for a in by_frame[part.frame] if a.shape[-1] == part.keys and a.shape[-2] in part.queries]
+        expected = part.calls or log.images * math.prod(n for _, n in part.axes[0] if n)
+        if len(calls) != expected:
+            raise CaptureError(
+                f"{part.frame[0]} made {len(calls)} attention calls of {part.queries} queries and {part.keys} keys in this "
+                f"batch, where the probe makes {expected} expected; probe the model with images of the batch's own size"
+            )
+        return read_part(part, calls, log.images)
+
+    unheard = Attention("", "not heard", probs=torch.empty(0, 0, 0, 0))
+    return tuple(joined([read(part) for part in layer.parts]) if layer.parts else unheard for layer in plan.layers)
 
 
 def noise(model: nn.Module, size: tuple[int, int], channels: int, seed: int) -> Tensor:
@@ -133,66 +296,67 @@ def same(a: Any, b: Any) -> bool:
     return True
 
 
-def _plan_of(model: nn.Module, log: PassLog) -> Plan:
+def _plan_of(model: nn.Module, log: PassLog, again: PassLog, blocks: str | None = None) -> Plan:
     """The plan of a thorough recording, after every check that it can be trusted."""
+    heard = [event for event in log.events if is_attention(event, log)]
+    if not heard:
+        raise NoAttentionFoundError(_nothing_heard(model, log))
+    if [(frame_of(a), a.attention.shape) for a in log.events] != [(frame_of(b), b.attention.shape) for b in again.events]:
+        raise CaptureError(
+            "another image made the model run other attention calls; a model whose depth depends on the data (early exit, "
+            "random drops) cannot be analysed"
+        )
+    plan = make_plan(model, log, again, _self_check(log.events), blocks)
+    if not plan.map_layers:
+        owner = heard[0].attention.owner or type(model).__name__
+        reasons = "; ".join(dict.fromkeys(layer.reason for layer in plan.layers if layer.reason))
+        way_out = "name the paths of the blocks by a pattern (--blocks-pattern 'stages.*.*')"
+        raise NoAttentionFoundError(
+            f"attention was found in {owner}, but in no block that attends between its own tokens"
+            + (f" ({reasons})" if reasons else f"; {way_out}")
+        )
+    return replace(plan, notes=(*plan.notes, *_beside(model, log, plan)))
+
+
+def _nothing_heard(model: nn.Module, log: PassLog) -> str:
+    """Why no attention of a model can be heard."""
+    name, like = type(model).__name__, [path for path in attention_like(model, log.calls) if path]
     if log.opaque:
-        owner, operator = log.opaque[0]
-        error = CaptureError if log.events else NoAttentionFoundError
-        raise error(
+        stack, operator = log.opaque[0]
+        owner = stack[-1][0]
+        return (
             f"the attention of {owner or 'the model'} ({module_class(model, owner)}) runs inside {operator}, "
             "which cannot be recorded; switch the model to PyTorch's scaled_dot_product_attention or to eager "
             "attention (transformers: attn_implementation='sdpa')"
         )
-    if not log.events:
-        name, like = type(model).__name__, [path for path in attention_like(model, log.calls) if path]
-        why = f"{name} has no attention: no softmax multiplied any values in it; analyse a Vision Transformer"
-        if log.suspects:
-            owner, kind = log.suspects[0]
-            why = (
-                f"{name} has no softmax attention that can be recorded: {owner or name} ({module_class(model, owner)}) "
-                f"computes {kind}, which has no attention map; analyse a model with softmax attention"
-            )
-        elif like:
-            why = (
-                f"{name} has no token attention that can be recorded; {like[0]} ({module_class(model, like[0])}) "
-                "ran without a softmax whose result multiplies values; analyse a model with softmax attention"
-            )
-        raise NoAttentionFoundError(why)
-    notes = _check_complete(model, log)
-    plan = make_plan(model, log, _self_check(log.events))
-    if not plan.map_layers:
-        raise NoAttentionFoundError(
-            f"attention was found in {log.events[0].attention.owner or type(model).__name__}, but in no block that attends "
-            "between its own tokens; blocks are the children of an nn.ModuleList, nn.Sequential or nn.ModuleDict"
+    if log.suspects or log.events:
+        stack, kind = log.suspects[0] if log.suspects else (log.events[0].stack, LINEAR)
+        owner = next((path for path, _ in reversed(stack) if path in like), stack[-1][0])
+        what = kind if kind != LINEAR else f"{kind}, which has no attention map"
+        return (
+            f"{name} has no softmax attention that can be recorded: {owner or name} ({module_class(model, owner)}) "
+            f"computes {what}; analyse a model with softmax attention"
         )
-    return replace(plan, notes=(*plan.notes, *notes))
+    if like:
+        return (
+            f"{name} has no token attention that can be recorded; {like[0]} ({module_class(model, like[0])}) "
+            "ran without a softmax whose result multiplies values; analyse a model with softmax attention"
+        )
+    return f"{name} has no attention: no softmax multiplied any values in it; analyse a Vision Transformer"
 
 
-def _check_complete(model: nn.Module, log: PassLog) -> list[str]:
-    """Attention that ran unrecorded beside some that was recorded: an error if of the same kind, else a note."""
-    owners = {event.attention.owner for event in log.events}
-    classes = {type(model.get_submodule(owner)) for owner in owners if owner}
-    inside = {frame for event in log.events for frame in event.stack}
-    ran = [(call.path, call.number) for call in log.calls]
-    missed = [f for f in ran if f[0] and f not in inside and type(model.get_submodule(f[0])) in classes]
-    if missed:
-        path = missed[0][0]
-        raise CaptureError(
-            f"only {len(log.events)} attention calls were recorded; {path} ({module_class(model, path)}) ran "
-            "without one: it may have no softmax here; please report this model"
-        )
-    suspects = [(owner, kind) for owner, kind in log.suspects if owner not in owners]
-    named = [(owner, kind) for owner, kind in suspects if owner in attention_like(model, log.calls)]
-    if named:
-        owner, kind = named[0]
-        raise CaptureError(
-            f"{owner} ({module_class(model, owner)}) computes {kind}, which cannot be recorded, beside "
-            "attention that can; a part of the attention would be missing"
-        )
-    return [
-        f"{owner or 'the model'} multiplies products of products ({kind}?); it is not counted as attention"
-        for owner, kind in dict.fromkeys(suspects)
-    ]
+def _beside(model: nn.Module, log: PassLog, plan: Plan) -> list[str]:
+    """Notes on what was computed outside all blocks and might be attention."""
+    told = {layer.owner for layer in plan.layers}
+    notes = []
+    for stack, kind in (*log.opaque, *log.suspects):
+        owner = stack[-1][0]
+        if not any(path in told for path, _ in stack):
+            what = "products of products (linear attention?)" if kind == LINEAR else kind
+            notes.append(
+                f"{owner or 'the model'} ({module_class(model, owner)}) computes {what}; it is not counted as attention"
+            )
+    return list(dict.fromkeys(notes))
 
 
 # ---- the self-check ----
@@ -213,7 +377,7 @@ def _errors(event: AttentionEvent) -> tuple[float, float, float]:
         return 0.0, output, logsumexp
     if a.q is None:
         assert a.probs is not None
-        return _row_error(a.probs.float()), output, logsumexp
+        return 0.0 if event.lost else _row_error(a.probs.float()), output, logsumexp
     queries = a.shape[-2]
     rows = slice(0, queries if kernel is not None and kernel.finish else min(CHECKED_ROWS, queries))
     logits = a.logits(rows=rows)
@@ -242,15 +406,21 @@ def _worst(difference: Tensor) -> float:
 
 
 def _self_check(events: list[AttentionEvent]) -> SelfCheck:
-    errors = [event.errors or _errors(event) for event in events]
-    rows, outputs, sums = ([e for e in column if not math.isnan(e)] for column in zip(*errors, strict=True))
-    check = SelfCheck(max(rows), max(outputs, default=math.nan), max(sums, default=math.nan))
-    dtype = next((e.attention.q.dtype for e in events if e.attention.q is not None), torch.float32)
-    tolerance = OUTPUT_TOLERANCE.get(dtype, FLOAT32_TOLERANCE[torch.get_float32_matmul_precision()])
-    if check.row_sum > ROW_SUM_TOLERANCE or check.output > tolerance or check.logsumexp > tolerance:
-        raise CaptureError(
-            f"the captured attention is not the model's: rows sum to one within {check.row_sum:.1e}, A·V "
-            f"agrees with the kernel within {check.output:.1e}, the logsumexp within {check.logsumexp:.1e}; "
-            "please report this model"
-        )
-    return check
+    worst = [math.nan] * 3
+    for event in events:
+        errors = event.errors or _errors(event)
+        a = event.attention
+        kind = a.q.dtype if a.q is not None else torch.float32
+        tolerance = OUTPUT_TOLERANCE.get(kind, FLOAT32_TOLERANCE[torch.get_float32_matmul_precision()])
+        rows = FLOAT32_ROW_SUM if a.probs is None else ROW_SUM_TOLERANCE.get(a.probs.dtype, FLOAT32_ROW_SUM)
+        if errors[0] > rows or errors[1] > tolerance or errors[2] > tolerance:
+            raise CaptureError(
+                f"the captured attention of {a.owner or 'the model'} is not the model's: rows sum to one within "
+                f"{errors[0]:.1e}, A·V agrees with the kernel within {errors[1]:.1e}, the logsumexp within {errors[2]:.1e}; "
+                "please report this model"
+            )
+        worst = [
+            new if math.isnan(old) else max(old, new) if not math.isnan(new) else old
+            for old, new in zip(worst, errors, strict=True)
+        ]
+    return SelfCheck(*worst)

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 Frame = tuple[str, int]
 """One call of a module: its dotted path, and how often it was called before in this forward pass."""
+
+
+IMAGE, HEAD, WINDOW = "image", "head", "window"
+Axis = tuple[tuple[str, int], ...]
+"""The factors of an axis, outermost first: what each runs over, and its size (0 for the images of a batch)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The attention calls that one module call makes for one layer, and how their tensors are laid out.
+
+    Of the module's calls these are the ones with `keys` keys and one of `queries` as their number of queries: several where
+    each call is for some of the queries. `axes` are those of their tensors before the queries; the first one runs over the
+    calls themselves, where there are several.
+    """
+
+    frame: Frame
+    queries: tuple[int, ...]
+    keys: int
+    axes: tuple[Axis, ...]
+
+    def of(self, role: str) -> int:
+        """How many heads, or windows, an image has here."""
+        return math.prod(size for axis in self.axes for kind, size in axis if kind == role)
+
+    @property
+    def calls(self) -> int:
+        """How many calls there are, 0 where there are as many as images (times the other factors)."""
+        return math.prod(size for _, size in self.axes[0]) if len(self.queries) == 1 else len(self.queries)
 
 
 @dataclass(frozen=True)
@@ -23,13 +53,14 @@ class SelfCheck:
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention call of the model.
+    """One attention of the model, made by the calls in `parts`: one, or several that are the heads of one block.
 
     `block` is the index of its block, None for attention outside the blocks (pooling heads). `reason` says why its maps cannot
     be compared token by token (a window, a pool, channels); empty for ordinary token attention. `mixed`: what multiplies V is
     another map than the softmax. `windows` is the number of maps that each head of an image has: above 1 its captured tensors
     are [B·windows, H, N, …], the windows of an image one after the other; only layers with the same `partition` put the same
-    tokens at the same places of a window ("" where that is not known).
+    tokens at the same places of a window ("" where that is not known). Only layers `on_axis` have a place of their own on the
+    `block` axis: of a block with token attention, that alone.
     """
 
     owner: str
@@ -43,6 +74,8 @@ class Layer:
     reason: str = ""
     windows: int = 1
     partition: str = ""
+    parts: tuple[Part, ...] = ()
+    on_axis: bool = True
 
     @property
     def signature(self) -> tuple[int, int, int]:
@@ -90,6 +123,8 @@ class Plan:
     are (patches, width) at each depth, None where a depth has no token sequence; `grid` is (rows, columns) of the patches, None
     where they form no rectangle; `image_size` is (height, width) of the input in pixels, None where the input was no image.
     `adjacent` says for each two consecutive places of the `block` axis whether the first gives its output to the second.
+    `frames` are the module calls in which attention ran, `input_shape` the shape of one input, `by_hand` says that a softmax is
+    written by hand somewhere.
     """
 
     blocks: tuple[str, ...]
@@ -105,6 +140,9 @@ class Plan:
     notes: tuple[str, ...] = ()
     image_size: tuple[int, int] | None = None
     adjacent: tuple[bool, ...] = ()
+    frames: tuple[Frame, ...] = ()
+    input_shape: tuple[int, ...] = ()
+    by_hand: bool = False
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
@@ -123,8 +161,8 @@ class Plan:
 
     @property
     def map_layers(self) -> list[int]:
-        """Indices of the layers inside blocks, in call order: the `block` axis of the attention metrics."""
-        return [i for i, layer in enumerate(self.layers) if layer.block is not None]
+        """Indices of the layers that have a place on the `block` axis of the attention metrics, in its order."""
+        return [i for i, layer in enumerate(self.layers) if layer.block is not None and layer.on_axis]
 
     @property
     def adjacent_blocks(self) -> tuple[bool, ...]:

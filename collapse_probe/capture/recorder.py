@@ -17,7 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from collapse_probe.capture import attention_operators
 from collapse_probe.capture.attention_operators import KernelCall, OperatorCall, storage_of, tensors_in
 from collapse_probe.capture.plan import Frame
-from collapse_probe.capture.softmax_tracking import Products, Softmaxes, copy_before_write
+from collapse_probe.capture.softmax_tracking import (
+    NO_SOFTMAX,
+    SAMPLED,
+    Products,
+    Softmaxes,
+    copy_before_write,
+    is_normalised,
+    read_operand,
+)
 from collapse_probe.capture.trace import Attention
 from collapse_probe.errors import CaptureError
 
@@ -38,12 +46,15 @@ def sketch(value: Any) -> Any:
     return tuple(map(sketch, value)) if isinstance(value, tuple) else value
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class AttentionEvent:
-    """One attention call: its maps, the modules that were running, and what the self-check needs.
+    """One attention call: its maps as the model laid them out, the modules that were running, and what the self-check needs.
 
     `index` counts the events of the forward pass; `kernel` is the call of a fused kernel in a thorough recording; `operand` is
-    the tensor that held an eager map when it multiplied V; `errors` are the self-check's (rows, output, logsumexp).
+    the tensor that held an eager map when it multiplied V; `errors` are the self-check's (rows, output, logsumexp). A thorough
+    recording also keeps a `sample` of the logits (or of q and k), and knows whether they are `direct`, no product of
+    activations, and whether the values are `made` from such a product. `softmaxes` were merged into the map, and `lost` keys
+    multiply nothing.
     """
 
     attention: Attention
@@ -53,6 +64,11 @@ class AttentionEvent:
     operand: Tensor | None = None
     errors: tuple[float, float, float] | None = None
     memory: int = 0
+    sample: tuple[Tensor, ...] = ()
+    direct: bool = False
+    made: bool = False
+    softmaxes: int = 1
+    lost: int = 0
 
     def sketch(self) -> None:
         """Keep only the shapes of the tensors, and in `memory` the bytes that they took."""
@@ -68,27 +84,31 @@ class AttentionEvent:
         return self.memory or sum({storage_of(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class ModuleCall:
     """One call of a module, with its first input tensor and its output where these were asked for.
 
-    In a sketch both have no memory, and `steady` says which token positions of the input are the same for all images.
+    In a sketch both have no memory, and `steady` says which token positions of the input are the same for all images. `bit`
+    stands for the call in masks: `read` are the calls from whose outputs something was made that this one read.
     """
 
     path: str
     number: int
     stack: tuple[Frame, ...]
+    bit: int = 0
+    read: int = 0
     input: Tensor | None = None
     output: Any = None
     steady: list[bool] | None = None
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class PassLog:
     """All that was recorded of one forward pass, in the order in which it happened.
 
     `input` is the first tensor that any module received: the images, also where the model is called by keyword. `opaque` and
-    `suspects` are (module, what it computed): attention that cannot be captured.
+    `suspects` are (stack of calls, what was computed): attention that cannot be captured. `products` are the module calls in
+    which activations were multiplied with one another, `again` the events whose result was multiplied so once more.
     """
 
     images: int = 0
@@ -96,8 +116,10 @@ class PassLog:
     output: Any = None
     events: list[AttentionEvent] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
-    opaque: list[tuple[str, str]] = field(default_factory=list)
-    suspects: list[tuple[str, str]] = field(default_factory=list)
+    opaque: list[tuple[tuple[Frame, ...], str]] = field(default_factory=list)
+    suspects: list[tuple[tuple[Frame, ...], str]] = field(default_factory=list)
+    products: set[Frame] = field(default_factory=set)
+    again: set[int] = field(default_factory=set)
 
 
 _RECORDED: set[int] = set()
@@ -108,10 +130,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the forward passes of one model on one thread, while it is `attached`.
 
     `on_forward` receives the PassLog of each forward pass that ended without an exception. `thorough` keeps what plan and
-    self-check need, for every module call; otherwise the inputs and outputs of the module calls in `watched` are kept.
-    `on_operator` is called after each operator with its call, whose `out` it may replace, and with the attention events that it
-    completed, while their tensors are there; the log then keeps no more than the shapes of the modules' inputs and outputs.
-    `on_module` is called with each module call and its output; what it returns, unless None, takes the output's place.
+    self-check need, for every module call; otherwise the inputs and outputs of the module calls in `watched` are kept, and a
+    softmax written by hand is heard only if `by_hand`. `on_operator` is called after each operator with its call, whose `out`
+    it may replace, and with the attention events that it completed, while their tensors are there; the log then keeps no more
+    than the shapes of the modules' inputs and outputs. `on_module` is called with each module call and its output; what it
+    returns, unless None, takes the output's place.
     """
 
     supports_higher_order_operators = True
@@ -123,16 +146,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         *,
         thorough: bool = False,
         watched: frozenset[Frame] = frozenset(),
+        by_hand: bool = False,
         on_operator: Callable[[OperatorCall, list[AttentionEvent]], None] | None = None,
         on_module: Callable[[Frame, Any], Any] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.on_forward, self.on_operator, self.on_module = model, on_forward, on_operator, on_module
-        self.thorough, self.watched = thorough, watched
+        self.thorough, self.watched, self.by_hand = thorough, watched, by_hand
         self.names = {id(module): name for name, module in model.named_modules()}
-        self.holders: set[str] = set()  # modules that have parameters, of their own or of a module inside
+        weights = [*model.parameters(), *model.buffers()]
+        self.fixed = frozenset(storage_of(weight) for weight in weights)
+        self.holders: set[str] = set()  # modules that have weights, of their own or of a module inside
         for name, module in model.named_modules(remove_duplicate=False):
-            if any(parameter is not None for parameter in module._parameters.values()):
+            if any(weight is not None for weight in (*module._parameters.values(), *module._buffers.values())):
                 while name not in self.holders:
                     self.holders.add(name)
                     name = name.rpartition(".")[0]
@@ -140,25 +166,38 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.stack: list[ModuleCall] = []
         self.error_before: BaseException | None = None
         self.lowered: torch.dtype | None = None
+        self.resting = False
         self._reset()
 
     def _reset(self) -> None:
         self.log = PassLog()
         self.counts: dict[str, int] = {}
-        self.softmaxes, self.products = Softmaxes(), Products()
+        self.softmaxes, self.products = Softmaxes(self.fixed), Products(self.fixed)
+        self.lineage: dict[int, int] = {}  # by storage: the module calls from whose outputs it was made, as bits
 
     @contextmanager
-    def attached(self) -> Iterator[Recorder]:
+    def paused(self) -> Iterator[None]:
+        """Let passes over the model go by inside the `with`."""
+        self.resting = True
+        try:
+            yield
+        finally:
+            self.resting = False
+
+    @contextmanager
+    def attached(self, nested: bool = False) -> Iterator[Recorder]:
         """Record the model inside the `with`; hooks and the mode are removed at its end.
 
-        Raises CaptureError where this model is being recorded already. Under `torch.inference_mode` a dispatch mode would
-        change low-level choices of PyTorch, so that inside the `with` it is `torch.no_grad` instead.
+        Raises CaptureError where this model is being recorded already, unless `nested` in a recorder that pauses. Under
+        `torch.inference_mode` a dispatch mode would change low-level choices of PyTorch, so that inside the `with` it is
+        `torch.no_grad` instead.
         """
-        if id(self.model) in _RECORDED:
+        if id(self.model) in _RECORDED and not nested:
             raise CaptureError("this model is being recorded already; leave the first `with` before the second begins")
         with ExitStack() as stack:
-            _RECORDED.add(id(self.model))
-            stack.callback(_RECORDED.discard, id(self.model))
+            if id(self.model) not in _RECORDED:
+                _RECORDED.add(id(self.model))
+                stack.callback(_RECORDED.discard, id(self.model))
             stack.callback(register_module_forward_pre_hook(self.enter_module).remove)
             stack.callback(register_module_forward_hook(self.leave_module, always_call=True).remove)
             if hasattr(torch.compiler, "set_stance"):
@@ -196,6 +235,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             call.input = first
             if self.on_operator is not None:
                 call.steady, call.input = steady_tokens(first, log.images), sketch(first)
+            call.bit = 1 << len(log.calls)
             log.calls.append(call)
         self.stack.append(call)
         self.lowered = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -209,10 +249,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.softmaxes.hand_up(path, self._holder())
         if path in self.holders:
             self.products.forget(path)
+        for result in tensors_in((output.values() if isinstance(output, dict) else output,)) if self.thorough else ():
+            self.lineage[storage_of(result)] = self.lineage.get(storage_of(result), 0) | call.bit
         if self.thorough or (path, call.number) in self.watched:
             call.output = _detached(output) if self.on_operator is None else sketch(_detached(output))
         if not self.stack and sys.exc_info()[1] is self.error_before:
             self.log.output, log = output, self.log
+            log.again = self.products.again
+            log.suspects += self.softmaxes.refused
             self._reset()
             if self.on_forward is not None:
                 self.on_forward(log)
@@ -224,7 +268,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _path(self, module: nn.Module) -> str | None:
         """The name of one of the model's own modules, running in the recorder's thread."""
-        return self.names.get(id(module)) if threading.get_ident() == self.thread else None
+        return self.names.get(id(module)) if threading.get_ident() == self.thread and not self.resting else None
 
     def _holder(self) -> str:
         return next((call.path for call in reversed(self.stack) if call.path in self.holders), "")
@@ -236,11 +280,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run the operator unchanged; record it where it is attention."""
         kwargs = kwargs or {}
-        if not self.stack:
+        if not self.stack or self.resting:
             return func(*args, **kwargs)
         if not isinstance(func, torch._ops.OpOverload):
             if attention_operators.opaque(func):
-                self.log.opaque.append((self._holder(), str(func)))
+                self.log.opaque.append((self.frames(), str(func)))
             return func(*args, **kwargs)
         call = OperatorCall(func, args, kwargs)
         if func._schema.is_mutable:
@@ -251,6 +295,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             call.out = func(*args, **kwargs)
             first = len(self.log.events)
             self._note(call)
+            if self.thorough:
+                self._inherit(call)
             if self.on_operator is not None:
                 self.on_operator(call, self.log.events[first:])
         return call.out
@@ -262,28 +308,63 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func in attention_operators.ENCODER_LAYER:  # which stands for its attention module without calling it
                 holder = f"{holder}.self_attn".removeprefix(".")
                 stack = (*stack, (holder, stack[-1][1]))
-            self._add_event(kernel.attention, holder, stack, kernel=kernel if self.thorough else None)
+            sample = _sample_of(kernel.attention) if self.thorough else ()
+            self._add_event(kernel.attention, holder, stack, kernel=kernel if self.thorough else None, sample=sample)
         elif func in attention_operators.SOFTMAX:
-            attention = attention_operators.read_softmax(call)
-            if attention is not None:
-                self.softmaxes.begin(attention, self.frames(), holder)
+            direct = self.thorough and not self.products.made_from(call.bound["self"])
+            self.softmaxes.begin(call, self.frames(), holder, direct, sampled=self.thorough)
+            self.products.made.pop(storage_of(call.out), None)
         elif attention_operators.opaque(func):
-            self.log.opaque.append((holder, func._schema.name))
+            self.log.opaque.append((self.frames(), func._schema.name))
         else:
-            for softmax, operand in self.softmaxes.follow(call) if self.softmaxes.pending else ():
-                kept = None if self.on_operator is None else operand
-                self._add_event(softmax.attention, softmax.holder, softmax.stack, operand=kept)
-            if self.thorough and (kind := self.products.follow(call, holder)) is not None:
-                self.log.suspects.append((holder, kind))
+            self._note_product(call, holder)
+
+    def _note_product(self, call: OperatorCall, holder: str) -> None:
+        origin, kept = None, self.on_operator is not None
+        heard_here = self.softmaxes.follow(call) if self.softmaxes.pending else []
+        for heard in heard_here:
+            origin = len(self.log.events) if heard.direct else None
+            self._add_event(
+                heard.attention,
+                heard.holder,
+                heard.stack,
+                operand=heard.operand if kept else None,
+                sample=() if heard.sample is None else (heard.sample,),
+                direct=heard.direct,
+                made=self.products.made_from(heard.values),
+                softmaxes=heard.softmaxes,
+                lost=heard.lost,
+            )
+        if not (self.thorough or self.by_hand):
+            return
+        again = self.products.follow(call, holder, origin)
+        if self.thorough and call.func in attention_operators.BATCHED_PRODUCTS and self.products.made_from(call.out):
+            self.log.products |= set(self.frames())
+        if again is None or heard_here:
+            return
+        kind, operand, contracted = again
+        if kind == NO_SOFTMAX and is_normalised(operand, contracted):
+            attention, sample = read_operand(operand, contracted, self.thorough)
+            samples = () if sample is None else (sample,)
+            self._add_event(attention, holder, self.frames(), operand=operand if kept else None, sample=samples)
+        elif self.thorough:
+            self.log.suspects.append((self.frames(), kind))
 
     def _add_event(self, attention: Attention, owner: str, stack: tuple[Frame, ...], **more: Any) -> None:
         attention.owner = owner
-        if attention.probs is not None and attention.probs.ndim == 3:  # [B·H, N, N]
-            images, maps = self.log.images, attention.probs.shape
-            shape = (images, -1, *maps[1:]) if images and maps[0] % images == 0 else (-1, 1, *maps[1:])
-            attention.probs = attention.probs.reshape(shape)
-            attention.weights = None if attention.weights is None else attention.weights.reshape(shape)
         self.log.events.append(AttentionEvent(attention, stack, len(self.log.events), **more))
+
+    def _inherit(self, call: OperatorCall) -> None:
+        """What an operator makes stems from the module calls that its inputs stem from."""
+        inputs = {storage_of(x) for x in tensors_in((*call.args, *call.kwargs.values()))}
+        mask = 0
+        for storage in inputs:
+            mask |= self.lineage.get(storage, 0)
+        for running in self.stack:
+            running.read |= mask
+        for result in tensors_in((call.out,)):
+            storage = storage_of(result)
+            self.lineage[storage] = mask | (self.lineage.get(storage, 0) if storage in inputs else 0)
 
     def _protect(self, storages: set[int]) -> None:
         """Before an operator writes into tensors that were captured, copy what was captured there."""
@@ -296,6 +377,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             copy_before_write(call, storages, ("input", "output"))
             if isinstance(call.output, tuple):
                 call.output = tuple(x.clone() if storage_of(x) in storages else x for x in call.output)
+
+
+def _sample_of(attention: Attention) -> tuple[Tensor, ...]:
+    """A few channels of every query and key."""
+    assert attention.q is not None
+    assert attention.k is not None
+    return attention.q[..., :SAMPLED].clone(), attention.k[..., :SAMPLED].clone()
 
 
 def _detached(value: Any) -> Any:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from collapse_probe.capture import attention_operators
 from collapse_probe.capture.attention_operators import OperatorCall, tensors_in
 from collapse_probe.capture.capture import noise
-from collapse_probe.capture.plan import Frame, Plan
+from collapse_probe.capture.discovery import frame_of
+from collapse_probe.capture.layout import laid_out, read_part
+from collapse_probe.capture.plan import IMAGE, Frame, Layer, Plan
 from collapse_probe.capture.recorder import AttentionEvent, Recorder
 from collapse_probe.capture.trace import Attention
 from collapse_probe.distributed import unwrap
@@ -72,6 +74,8 @@ def refusal(plan: Plan, kind: str, block: int, branches: Mapping[int, Branch]) -
     """Why the maps of a block cannot be replaced by `kind`; empty where they can."""
     for index in layers_of(plan, block):
         layer = plan.layers[index]
+        if why := _not_one_call(layer):
+            return why
         if kind in ("share", "mean") and layer.reason:
             return layer.reason
         if kind == "share" and source_of(plan, index) is None:
@@ -85,6 +89,17 @@ def refusal(plan: Plan, kind: str, block: int, branches: Mapping[int, Branch]) -
                 f"{layer.owner}: no module around the attention gives nothing but the attention's result: the residual is "
                 "added within, or something besides the map carries the tokens on"
             )
+    return ""
+
+
+def _not_one_call(layer: Layer) -> str:
+    """Why the maps of a layer cannot be put into a call; empty where one call makes them for all images."""
+    if not layer.parts:
+        return layer.reason or "its attention was not heard"
+    if len(layer.parts) > 1 or layer.parts[0].calls != 1:
+        return f"{layer.owner}: its maps are made in several attention calls"
+    if not any(role == IMAGE for axis in layer.parts[0].axes for role, _ in axis):
+        return f"{layer.owner}: its maps do not depend on the image"
     return ""
 
 
@@ -143,13 +158,18 @@ class MapReplacer:
         means: Mapping[int, Tensor],
         gather: Gather | None,
     ) -> None:
-        self.recorder = Recorder(model, on_operator=self._on_operator, on_module=self._on_module)
+        self.recorder = Recorder(model, by_hand=plan.by_hand, on_operator=self._on_operator, on_module=self._on_module)
         self.plan, self.replacements, self.means, self.gather = plan, replacements, means, gather
         self.zeroed = {r.branch for r in replacements.values()} - {None}
         self.searching = any(r.kind == ZEROS for r in replacements.values())
         self.stacks: dict[int, tuple[Frame, ...]] = {}  # by layer: the modules around it
         self.fused_blocks: set[int] = set()  # layers inside a fused encoder layer
         self.steady: set[Frame] = set()  # module calls whose (first) output is the same for all images
+        self.calls = {  # by module call, queries and keys: the layer
+            (layer.parts[0].frame, layer.queries, layer.keys): i
+            for i, layer in enumerate(plan.layers)
+            if not _not_one_call(layer)
+        }
         self.takers: Counter[int] = Counter()  # by layer: how many layers are still to take its map
         self.shared: dict[int, Tensor] = {}
 
@@ -168,15 +188,20 @@ class MapReplacer:
 
     def _on_operator(self, call: OperatorCall, events: list[AttentionEvent]) -> None:
         for event in events:
-            self._check(event)
             if event.index == 0:  # a new forward pass
                 self.takers = Counter(r.source for r in self.replacements.values() if r.source is not None)
                 self.shared.clear()
+            index = self._layer_of(event)
+            if index is None:
+                event.sketch()
+                continue
             if self.searching:
-                self.stacks[event.index] = event.stack
+                self.stacks[index] = event.stack
                 if call.func in attention_operators.ENCODER_LAYER:
-                    self.fused_blocks.add(event.index)
-            new, replacement = self._new_map(event.index, event.attention), self.replacements.get(event.index)
+                    self.fused_blocks.add(index)
+            part, raw, replacement = self.plan.layers[index].parts[0], event.attention, self.replacements.get(index)
+            images = self.recorder.log.images
+            new = self._new_map(index, read_part(part, [raw], images))
             if replacement is not None and replacement.kind == "skip":
                 if call.func in attention_operators.ENCODER_LAYER:  # elsewhere the branch gives zeros where its module ends
                     zeros = {name: torch.zeros_like(call.bound[name]) for name in ("proj_weight", "proj_bias")}
@@ -186,18 +211,23 @@ class MapReplacer:
                     assert kernel.finish is not None
                     call.out = _refilled(call.out, kernel.finish(kernel.value))
             elif new is not None:
-                call.out = _kernel_with(call, new) if event.operand is None else _product_with(call, event.operand, new)
+                like = raw.probs if raw.q is None else raw.q
+                assert like is not None
+                new = laid_out(new, part, like, images)
+                call.out = _kernel_with(call, new) if event.operand is None else _product_with(call, event, new)
             event.sketch()
 
-    def _check(self, event: AttentionEvent) -> None:
-        index, came = event.index, (event.attention.owner, event.attention.signature)
-        layer = self.plan.layers[index] if index < len(self.plan.layers) else None
-        if layer is None or came != (layer.owner, layer.signature):
-            expected = "no further one" if layer is None else f"{layer.owner} with {layer.signature}"
+    def _layer_of(self, event: AttentionEvent) -> int | None:
+        """The layer of an attention call, None where its maps cannot be replaced; CaptureError where the probe had no such
+        call."""
+        owner, (queries, keys) = frame_of(event), event.attention.shape[-2:]
+        index = self.calls.get((owner, queries, keys))
+        if index is None and not any(part.frame == owner for layer in self.plan.layers for part in layer.parts):
             raise CaptureError(
-                f"attention call {index} was expected to be {expected} (heads, queries, keys), came {came[0]} with {came[1]}; "
-                "replace maps in a model whose depth does not depend on the data, on images of the probe's size"
+                f"{owner[0]} made an attention call of {queries} queries and {keys} keys, which the probe did not see; replace "
+                "maps in a model whose depth does not depend on the data, on images of the probe's size"
             )
+        return index
 
     def _new_map(self, index: int, attention: Attention) -> Tensor | None:
         """The map [B, H, N, N] that a layer uses instead of its own, None where it keeps that; shares and gathers maps."""
@@ -291,11 +321,26 @@ def _refilled(like: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(values.reshape(like.shape))
 
 
-def _product_with(call: OperatorCall, operand: Tensor, new: Tensor) -> Any:
-    """A product again, with the map `new` in place of `operand`, transposed as that is."""
+def _product_with(call: OperatorCall, event: AttentionEvent, new: Tensor) -> Any:
+    """A product again, with the map `new` in place of the operand that multiplied V, laid out as that is.
+
+    Raises CaptureError where the layer's own map, laid out so, is not the operand.
+    """
+    operand, own = event.operand, event.attention.weights if event.attention.mixed else event.attention.probs
+    assert operand is not None
+    assert own is not None
     square = new.shape[-1] == new.shape[-2]
     transposed = operand is list(tensors_in(call.args))[-1] if square else operand.shape[-2:] != new.shape[-2:]
-    put_in = (new.transpose(-1, -2) if transposed else new).reshape(operand.shape).to(operand.dtype)
+
+    def laid(maps: Tensor) -> Tensor:
+        return (maps.transpose(-1, -2) if transposed else maps).reshape(operand.shape).to(operand.dtype)
+
+    if operand.numel() != own.numel() or not torch.equal(laid(own), operand):
+        raise CaptureError(
+            f"the maps of {event.attention.owner or 'the model'} cannot be replaced: how they are laid out where they multiply "
+            "the values is not known"
+        )
+    put_in = laid(new)
 
     def swapped(values: Any) -> Any:
         if isinstance(values, (list, tuple)):

@@ -1,138 +1,439 @@
-"""Follow every softmax from where it is made to where it multiplies values: that makes it attention."""
+"""Follow every softmax from where it is made to where it multiplies values: that makes it attention.
+
+Of each tensor that is made from a softmax, its memory is known by which entry of the softmax stands at which place. So a
+product tells which axis of the softmax it sums over (the keys), which axis it keeps for its result (the queries), and which
+keys were left out on the way, however the map was turned, folded, sliced or copied before.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from collapse_probe.capture import attention_operators
-from collapse_probe.capture.attention_operators import OperatorCall, storage_of, tensors_in
+from collapse_probe.capture.attention_operators import OperatorCall, four_axes, storage_of, tensors_in
 from collapse_probe.capture.plan import Frame
 from collapse_probe.capture.trace import Attention
 
-MOST_HANDED_UP = 1
-"""A softmax made in one module may be multiplied by the module around it, not further up."""
+SAMPLED = 4
+"""Entries of each row that are kept to see which maps change with which image."""
+ROW_SUM = 1e-3
+"""How far from one the rows of a map may sum that was changed after its softmax and yet counts as normalised."""
+BY_HAND = "normalised over the keys"
+"""The operation of a map that is heard because it sums to one over what is contracted."""
+LINEAR = "linear attention"
+NO_SOFTMAX = "weights that are no softmax (their rows do not sum to one)"
+MOST_HANDED_UP = 3
+"""How many modules up from where it is made a softmax may multiply values."""
 
 
 @dataclass(eq=False)
 class Softmax:
-    """A softmax that may turn out to be attention, with every storage that holds values made from it.
+    """A softmax over `dim` that may turn out to be attention, and every storage that holds values made from it.
 
-    `exact` are the storages whose values are the softmax's own; `memory` keeps the storages from being used again.
+    `places` maps a storage to the entries of the softmax that stand there ([memory], −1 where there is none), None where that
+    is not known; in `exact` storages the values are the softmax's own, and `joined` ones hold others beside them. `broadcast`
+    has what was multiplied elementwise into values: their shape, and the map. `direct` says that its logits are no product of
+    activations. `memory` keeps the storages from being used again.
+    """
+
+    probs: Tensor
+    dim: int
+    stack: tuple[Frame, ...]
+    holder: str
+    sample: Tensor | None = None
+    direct: bool = False
+    places: dict[int, Tensor | None] = field(default_factory=dict)
+    exact: set[int] = field(default_factory=set)
+    memory: list[Any] = field(default_factory=list)
+    joined: set[int] = field(default_factory=set)
+    broadcast: dict[int, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
+    handed_up: int = 0
+
+    def entries(self, x: Tensor) -> Tensor | None:
+        """Which entry of the softmax stands at each place of `x`, in the shape of `x`."""
+        memory = self.places.get(storage_of(x))
+        return None if memory is None else memory.as_strided(x.shape, x.stride(), x.storage_offset())
+
+    def axes_along(self, entries: Tensor, axis: int) -> tuple[list[int], Tensor]:
+        """The axes of the softmax whose index changes along an axis of `entries`, and the entries along it."""
+        line = entries.movedim(axis, -1)
+        while line.ndim > 1:
+            line = line[0]
+        if bool((line < 0).any()):
+            lines = entries.movedim(axis, 0).flatten(1)
+            line = lines[:, int((lines >= 0).sum(0).argmax())]
+        kept = line[line >= 0].long()
+        indices = torch.unravel_index(kept, self.probs.shape)
+        return [i for i, index in enumerate(indices) if len(kept) and bool((index != index[0]).any())], kept
+
+
+@dataclass(eq=False)
+class Heard:
+    """A map when it multiplied values: the attention, with at least four axes, queries and keys last.
+
+    `operand` is the tensor that held it, `softmaxes` how many were merged into it, `lost` how many of the softmax's keys
+    multiply nothing. `values` is what it multiplied.
     """
 
     attention: Attention
     stack: tuple[Frame, ...]
     holder: str
-    exact: set[int]
-    derived: set[int]
-    memory: list[Any]
-    handed_up: int = 0
-
-    def operand_of(self, call: OperatorCall, inputs: list[Tensor], touched: list[Tensor]) -> Tensor | None:
-        """The operand of a product that is the map; a map of one key may be multiplied elementwise into wider values."""
-        probs = self.attention.probs
-        assert probs is not None
-        alike = [x for x in touched if x.numel() == probs.numel()]
-        if (
-            probs.shape[-1] == 1
-            and call.func in attention_operators.MULTIPLY
-            and len(inputs) == 2
-            and call.out.numel() > probs.numel()
-        ):
-            return alike[0] if alike else None
-        sizes = {probs.shape[-2:], probs.shape[-2:][::-1]}
-        return next((x for x in alike if call.func in attention_operators.CONTRACTIONS and x.shape[-2:] in sizes), None)
-
-    def confirm(self, operand: Tensor, transposed: bool) -> None:
-        """It is attention. What multiplies V may be another map than the softmax; keys are the summed axis."""
-        probs = self.attention.probs
-        assert probs is not None
-        if storage_of(operand) in self.exact:
-            return
-        if probs.shape[-1] != probs.shape[-2]:
-            transposed = operand.shape[-2:] != probs.shape[-2:]
-        self.attention.weights = (operand.transpose(-1, -2) if transposed else operand).reshape(probs.shape).detach()
-
-    def derive(self, call: OperatorCall, touched: list[Tensor]) -> None:
-        """An operator made something else from it: follow that too."""
-        exact = call.func in attention_operators.COPIES and storage_of(touched[0]) in self.exact
-        for result in tensors_in((call.out,)):
-            storage = storage_of(result)
-            if storage not in self.derived:
-                self.memory.append(result.untyped_storage())
-                self.derived.add(storage)
-                self.exact |= {storage} if exact else set()
+    operand: Tensor
+    values: Tensor | None = None
+    sample: Tensor | None = None
+    direct: bool = False
+    softmaxes: int = 1
+    lost: int = 0
 
 
 class Softmaxes:
-    """The softmaxes of one forward pass that have not multiplied anything yet."""
+    """The softmaxes of one forward pass that have not multiplied anything yet.
 
-    def __init__(self) -> None:
+    `fixed` are the storages of the model's weights. `refused` says which softmaxes multiplied values otherwise than a map does.
+    """
+
+    def __init__(self, fixed: frozenset[int] = frozenset()) -> None:
+        self.fixed = fixed
         self.pending: list[Softmax] = []
+        self.refused: list[tuple[tuple[Frame, ...], str]] = []
+        self._counting: dict[tuple[int, torch.device], Tensor] = {}
 
-    def begin(self, attention: Attention, stack: tuple[Frame, ...], holder: str) -> None:
-        """A softmax was computed."""
-        assert attention.probs is not None
-        storage, memory = storage_of(attention.probs), [attention.probs.untyped_storage()]
-        self.pending.append(Softmax(attention, stack, holder, {storage}, {storage}, memory))
+    def begin(self, call: OperatorCall, stack: tuple[Frame, ...], holder: str, direct: bool, sampled: bool) -> None:
+        """A softmax was computed: follow it, unless it has one axis."""
+        probs = call.out.detach()
+        if probs.ndim < 2:
+            return
+        dim = int(call.bound["dim"]) % probs.ndim
+        sample = None
+        if sampled:
+            logits, keys = call.bound["self"].detach(), probs.shape[dim]
+            few = torch.linspace(0, keys - 1, min(SAMPLED, keys), device=logits.device).long()
+            sample = logits.index_select(dim, few).clone()
+        softmax = Softmax(probs, dim, stack, holder, sample, direct)
+        self._track(softmax, probs, self._numbers(probs.numel(), probs.device).view(probs.shape), exact=True)
+        self.pending.append(softmax)
 
-    def follow(self, call: OperatorCall) -> list[tuple[Softmax, Tensor]]:
-        """Follow what an operator made from softmaxes; return those that multiplied something, with the operand that did."""
-        inputs, confirmed = list(tensors_in(call.args)), []
+    def _numbers(self, count: int, device: torch.device) -> Tensor:
+        if (count, device) not in self._counting:
+            self._counting[count, device] = torch.arange(
+                count, dtype=torch.int32 if count < 2**31 else torch.int64, device=device
+            )
+        return self._counting[count, device]
+
+    def _track(self, softmax: Softmax, x: Tensor, entries: Tensor | None, exact: bool) -> None:
+        """Know a tensor in new memory as made from the softmax."""
+        storage = storage_of(x)
+        if storage in softmax.places:
+            return
+        softmax.memory.append(x.untyped_storage())
+        softmax.exact |= {storage} if exact else set()
+        size = x.untyped_storage().nbytes() // x.element_size()
+        if entries is not None and entries.is_contiguous() and x.is_contiguous() and x.numel() == size:
+            softmax.places[storage] = entries.reshape(-1)
+        elif entries is not None:
+            memory = torch.full((size,), -1, dtype=entries.dtype, device=entries.device)
+            memory.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(entries)
+            softmax.places[storage] = memory
+        else:
+            softmax.places[storage] = None
+
+    def follow(self, call: OperatorCall) -> list[Heard]:
+        """Follow what an operator made from softmaxes; return those that multiplied values."""
+        inputs, heard = list(tensors_in(call.args)), []
         for softmax in list(self.pending):
-            touched = [x for x in inputs if storage_of(x) in softmax.derived]
+            touched = [x for x in inputs if storage_of(x) in softmax.places]
             if not touched or softmax not in self.pending:
                 continue
-            operand = softmax.operand_of(call, inputs, touched)
-            if operand is None:
-                softmax.derive(call, touched)
+            found = self._contracted(softmax, call, inputs, touched)
+            if found is None:
+                self._derive(softmax, call, touched)
                 continue
-            softmax.confirm(operand, transposed=operand is inputs[-1])
             # maps that were merged into this one are parts of one effective map
-            merged = storage_of(operand)
-            self.pending = [s for s in self.pending if s is not softmax and merged not in s.derived]
-            confirmed.append((softmax, operand))
-        return confirmed
+            merged = storage_of(found.operand)
+            with_it = [s for s in self.pending if s is not softmax and merged in s.places]
+            self.pending = [s for s in self.pending if s is not softmax and s not in with_it]
+            found.softmaxes += len(with_it)
+            heard.append(found)
+        return heard
+
+    # ---- products ----
+
+    def _contracted(self, softmax: Softmax, call: OperatorCall, inputs: list[Tensor], touched: list[Tensor]) -> Heard | None:
+        """The map, where this operator sums values over its keys."""
+        func = call.func
+        if func in attention_operators.PRODUCTS:
+            left, right = inputs[-2:]
+            for x, values, contracted, kept in ((left, right, -1, -2), (right, left, -2, -1)):
+                if storage_of(x) not in softmax.places:
+                    continue
+                if func in attention_operators.MATRIX_PRODUCTS and (softmax.probs.ndim > 2 or storage_of(values) in self.fixed):
+                    continue  # a layer
+                if (found := self._product(softmax, x, values, contracted, kept)) is not None:
+                    return found
+            return None
+        if func in attention_operators.MULTIPLY and len(inputs) == 2:
+            return self._multiplied(softmax, call, inputs, touched)
+        if func in attention_operators.SUM and storage_of(touched[0]) in softmax.broadcast:
+            return self._summed(softmax, call, touched[0])
+        return None
+
+    def _product(self, softmax: Softmax, x: Tensor, values: Tensor, contracted: int, kept: int) -> Heard | None:
+        entries, shape, dim = softmax.entries(x), softmax.probs.shape, softmax.dim
+        if entries is None:
+            return self._by_shape(softmax, x, values, contracted)
+        if storage_of(x) in softmax.joined and bool((x.detach()[entries < 0] != 0).any()):
+            return self._normalised(softmax, x, values, contracted, "joined with what is no part of its softmax")
+        keys, along = softmax.axes_along(entries, contracted)
+        if not keys and shape[dim] == x.shape[contracted] == 1:
+            keys = [dim]
+        if dim in keys:
+            queries, _ = softmax.axes_along(entries, kept)
+            return self._heard(softmax, x, values, self._query_axis(softmax, queries), along)
+        if len(keys) == 1 and {keys[0], dim} == {softmax.probs.ndim - 1, softmax.probs.ndim - 2}:
+            return self._normalised(softmax, x, values, contracted, "summed over another axis than that of its softmax")
+        return None
+
+    def _query_axis(self, softmax: Softmax, candidates: list[int]) -> int | None:
+        """The axis of the queries among those that a product keeps; heads may be folded into them."""
+        shape, dim = softmax.probs.shape, softmax.dim
+        candidates = [axis for axis in candidates if axis != dim]
+        if candidates:
+            square = [axis for axis in candidates if shape[axis] == shape[dim]]
+            return (square or candidates)[-1]
+        single = [axis for axis in (softmax.probs.ndim - 2, softmax.probs.ndim - 1) if axis != dim and shape[axis] == 1]
+        return single[0] if single else None
+
+    def _heard(self, softmax: Softmax, x: Tensor, values: Tensor | None, query: int | None, along: Tensor) -> Heard:
+        shape, dim, probs = softmax.probs.shape, softmax.dim, softmax.probs
+        indices = torch.tensor(
+            sorted(set(torch.unravel_index(along, shape)[dim].tolist())), dtype=torch.long, device=probs.device
+        )
+        lost = shape[dim] - len(indices) if len(along) else 0
+        weights = None
+        square = query is not None and shape[query] == shape[dim]
+        if storage_of(x) not in softmax.exact or (lost and square):
+            weights = self._scattered(softmax, x)
+
+        def matrix(t: Tensor, cut: bool) -> Tensor:
+            if cut and lost and not square:
+                t = t.index_select(dim, indices)
+            if query is None:
+                return four_axes(t.movedim(dim, -1).unsqueeze(-2))
+            order = [axis for axis in range(len(shape)) if axis not in (query, dim)]
+            return four_axes(t.permute(*order, query, dim))
+
+        attention = Attention(
+            "", "softmax", probs=matrix(probs, True), weights=None if weights is None else matrix(weights, True)
+        )
+        sample = None if softmax.sample is None else matrix(softmax.sample, False)
+        return Heard(attention, softmax.stack, softmax.holder, x, values, sample, softmax.direct, lost=lost)
+
+    @staticmethod
+    def _scattered(softmax: Softmax, x: Tensor) -> Tensor:
+        """What multiplies values in the shape of the softmax, zero where nothing does."""
+        entries, memory, whole = softmax.entries(x), softmax.places[storage_of(x)], softmax.places[storage_of(softmax.probs)]
+        assert entries is not None
+        assert memory is not None
+        assert whole is not None
+        if entries.is_contiguous() and entries.numel() == memory.numel() and memory.data_ptr() == whole.data_ptr():
+            return x.reshape(softmax.probs.shape).detach()  # laid out as the softmax is
+        flat, kept = entries.reshape(-1).long(), x.detach().reshape(-1)
+        weights = torch.zeros(softmax.probs.numel() + 1, dtype=x.dtype, device=x.device)
+        weights[flat] = kept  # −1 is the spare last place
+        return weights[:-1].view(softmax.probs.shape)
+
+    def _normalised(self, softmax: Softmax, x: Tensor, values: Tensor, contracted: int, otherwise: str) -> Heard | None:
+        """A map that is no more the softmax's own: heard as it is where it sums to one over what is contracted, else
+        refused."""
+        self.pending = [s for s in self.pending if s is not softmax]
+        if storage_of(x) in softmax.exact - softmax.joined or not is_normalised(x, contracted):
+            self.refused.append((softmax.stack, f"a map that is {otherwise}"))
+            return None
+        attention, sample = read_operand(x, contracted, softmax.sample is not None)
+        return Heard(attention, softmax.stack, softmax.holder, x, values, sample, softmax.direct)
+
+    def _by_shape(self, softmax: Softmax, x: Tensor, values: Tensor, contracted: int) -> Heard | None:
+        """A map whose way cannot be followed, told by its shape: as many entries, and the same last two sizes."""
+        probs = softmax.probs
+        if probs.ndim < 3 or softmax.dim != probs.ndim - 1 or x.numel() != probs.numel():
+            return None
+        if x.shape[-2:] not in (probs.shape[-2:], probs.shape[-2:][::-1]):
+            return None
+        turned = contracted == -2 if probs.shape[-1] == probs.shape[-2] else x.shape[-2:] != probs.shape[-2:]
+        weights = (x.transpose(-1, -2) if turned else x).reshape(probs.shape).detach()
+        attention = Attention("", "softmax", probs=four_axes(probs), weights=four_axes(weights))
+        sample = None if softmax.sample is None else four_axes(softmax.sample)
+        return Heard(attention, softmax.stack, softmax.holder, x, values, sample, softmax.direct)
+
+    def _multiplied(self, softmax: Softmax, call: OperatorCall, inputs: list[Tensor], touched: list[Tensor]) -> Heard | None:
+        """An elementwise product with values: with a single key that is all, else a sum over the keys must follow."""
+        x = touched[0]
+        values = inputs[1] if x is inputs[0] else inputs[0]
+        if call.out.numel() <= x.numel() or values.numel() <= 1 or call.out.numel() > 2**28:
+            return None
+        entries = softmax.entries(x)
+        if softmax.probs.shape[softmax.dim] == 1 and x.numel() == softmax.probs.numel():
+            return self._heard(softmax, x, values, self._query_axis(softmax, [softmax.probs.ndim - 2]), torch.empty(0).long())
+        if entries is None:
+            return None
+        size = (1,) * (call.out.ndim - values.ndim) + tuple(values.shape)
+        self._track(softmax, call.out, entries.expand(call.out.shape), exact=storage_of(x) in softmax.exact)
+        softmax.broadcast[storage_of(call.out)] = (size, x)
+        return None
+
+    def _summed(self, softmax: Softmax, call: OperatorCall, y: Tensor) -> Heard | None:
+        """The sum over the keys of a map that was multiplied elementwise into values; a gate has no queries of its own."""
+        entries, dims = softmax.entries(y), call.bound.get("dim")
+        size, operand = softmax.broadcast[storage_of(y)]
+        if entries is None or not dims or len(dims) != 1 or y.ndim != len(size):
+            return None
+        keys, along = softmax.axes_along(entries, dims[0])
+        if keys != [softmax.dim]:
+            return None
+        axis = dims[0] % y.ndim
+        free = [i for i in range(y.ndim) if i != axis and size[i] == 1]
+        changing = [q for i in free for q in softmax.axes_along(entries, i)[0] if y.shape[i] > 1 and q != softmax.dim]
+        if not changing:
+            return None
+        return self._heard(softmax, operand, None, changing[-1], along)
+
+    # ---- everything else ----
+
+    def _derive(self, softmax: Softmax, call: OperatorCall, touched: list[Tensor]) -> None:
+        """An operator made something else from it: follow that too."""
+        results = list(tensors_in((call.out,)))
+        if all(storage_of(result) in softmax.places for result in results):
+            return
+        x = touched[0]
+        exact = storage_of(x) in softmax.exact
+        if call.func in attention_operators.MOVES:
+            for result, numbers in zip(results, _replayed(call, softmax), strict=True):
+                self._track(softmax, result, numbers, exact)
+                softmax.joined |= {storage_of(result)} if call.func in attention_operators.JOINS else set()
+            return
+        copied = exact and call.func in attention_operators.COPIES
+        alike = next((y for y in touched if softmax.entries(y) is not None), None)
+        for result in results:
+            same = next((y for y in touched if y.shape == result.shape), None)
+            numbers = None if same is None else softmax.entries(same)
+            if numbers is None and alike is not None and alike.numel() == result.numel() and _mixed(alike.shape, result.shape):
+                numbers = softmax.entries(alike)
+                numbers = None if numbers is None else numbers.reshape(result.shape)
+            self._track(softmax, result, numbers, copied and same is not None)
+            softmax.joined |= {storage_of(result)} if storage_of(x) in softmax.joined else set()
 
     def hand_up(self, path: str, holder: str) -> None:
         """A module ends: what it made and did not multiply is now for the module around it."""
         for softmax in self.pending:
             if softmax.holder == path:
                 softmax.holder, softmax.handed_up = holder, softmax.handed_up + 1
-        self.pending = [s for s in self.pending if s.handed_up <= MOST_HANDED_UP]
+        self.pending = [softmax for softmax in self.pending if softmax.handed_up <= MOST_HANDED_UP]
 
     def overwritten(self, storages: set[int]) -> None:
         """Before an operator writes into memory: copy what was captured there, and know it as changed."""
         for softmax in self.pending:
-            if storages & softmax.derived:
-                copy_before_write(softmax.attention, storages)
+            if storages & softmax.places.keys():
+                if storage_of(softmax.probs) in storages:
+                    softmax.probs = softmax.probs.clone()
+                    softmax.places.setdefault(
+                        storage_of(softmax.probs), self._numbers(softmax.probs.numel(), softmax.probs.device)
+                    )
                 softmax.exact -= storages
 
 
+def is_normalised(x: Tensor, axis: int) -> bool:
+    """Whether a tensor is nowhere negative and sums to one along an axis."""
+    values = x.detach().float()
+    off = (values.sum(axis) - 1).abs().max()
+    return bool(values.min() >= 0) and bool(off <= ROW_SUM + 4 * torch.finfo(x.dtype).eps)
+
+
+def read_operand(x: Tensor, contracted: int, sampled: bool) -> tuple[Attention, Tensor | None]:
+    """A map as it stands in a product that sums over its axis `contracted`, −1 or −2, and its sample."""
+    matrix = four_axes(x.detach() if contracted == -1 else x.detach().transpose(-1, -2))
+    return Attention("", BY_HAND, probs=matrix), matrix[..., :SAMPLED].clone() if sampled else None
+
+
+def _mixed(before: torch.Size, after: torch.Size) -> bool:
+    """Whether two shapes differ in axes of size one alone."""
+    return [n for n in before if n > 1] == [n for n in after if n > 1]
+
+
+def _replayed(call: OperatorCall, softmax: Softmax) -> list[Tensor | None]:
+    """What a movement of data makes of the entries; None for each result where that is not known."""
+
+    def put_in(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(put_in, value))
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        entries = softmax.entries(value)
+        return torch.full(value.shape, -1, dtype=torch.int64, device=value.device) if entries is None else entries.long()
+
+    args = put_in(call.args)
+    args = (*args[:2], -1) if call.func in attention_operators.PADS else args
+    try:
+        return list(tensors_in((call.func(*args),)))
+    except Exception:  # an operator that takes no integers, or has settings by name
+        return [None] * len(list(tensors_in((call.out,))))
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A tensor that a product of activations went into: in which module, whether changed since, and from which attention
+    call."""
+
+    holder: str
+    changed: bool
+    tensor: Tensor
+    origin: int | None = None
+
+
 class Products:
-    """Batched products whose result is multiplied again in the same module without a softmax between."""
+    """Batched products of activations, and those whose result is multiplied again in the same module without a softmax between.
 
-    def __init__(self) -> None:
-        self.made: dict[int, tuple[str, bool, Tensor]] = {}  # by storage: the module, whether changed since, the result
+    `fixed` are the storages of the model's weights: products with them are layers.
+    """
 
-    def follow(self, call: OperatorCall, holder: str) -> str | None:
-        """An operator ran; says which kind of attention a product of products looks like."""
-        touched = [self.made[key] for x in tensors_in(call.args) if (key := storage_of(x)) in self.made]
-        here = [changed for owner, changed, _ in touched if owner == holder]
-        if call.func in attention_operators.BATCHED_PRODUCTS:
-            self.made[storage_of(call.out)] = (holder, False, call.out)
-            return None if not here else "a softmax written by hand" if any(here) else "linear attention"
+    def __init__(self, fixed: frozenset[int] = frozenset()) -> None:
+        self.fixed = fixed
+        self.made: dict[int, Made] = {}
+        self.again: set[int] = set()  # attention calls whose result multiplies something again
+
+    def made_from(self, x: Tensor | None) -> bool:
+        """Whether a tensor was made from a product of activations."""
+        return x is not None and storage_of(x) in self.made
+
+    def follow(self, call: OperatorCall, holder: str, origin: int | None = None) -> tuple[str, Tensor, int] | None:
+        """An operator ran, for the attention call `origin` where its result is that one's.
+
+        Says which kind of attention a product of products looks like, and gives the operand and its axis that is summed over.
+        """
+        inputs = list(tensors_in(call.args))
+        touched = [(self.made[key], i) for i, x in enumerate(inputs) if (key := storage_of(x)) in self.made]
+        if call.func in attention_operators.BATCHED_PRODUCTS and not any(storage_of(x) in self.fixed for x in inputs[-2:]):
+            self.made[storage_of(call.out)] = Made(holder, False, call.out, origin)
+            here = [(made, i) for made, i in touched if made.holder == holder]
+            self.again |= {made.origin for made, _ in here if made.origin is not None}
+            if not here:
+                return None
+            changed = [i for made, i in here if made.changed]
+            place = changed[0] if changed else here[0][1]
+            kind = NO_SOFTMAX if changed else LINEAR
+            return kind, inputs[place], -1 if place == len(inputs) - 2 else -2
         for result in tensors_in((call.out,)) if touched else ():
-            self.made.setdefault(storage_of(result), (holder, True, result))
+            from_call = next((made.origin for made, _ in touched if made.origin is not None), None)
+            self.made.setdefault(storage_of(result), Made(holder, True, result, from_call))
         return None
 
     def forget(self, holder: str) -> None:
         """A module ends."""
-        self.made = {key: entry for key, entry in self.made.items() if entry[0] != holder}
+        self.made = {key: made for key, made in self.made.items() if made.holder != holder}
 
 
 CAPTURED = ("q", "k", "bias", "probs", "weights", "logsumexp")

@@ -28,11 +28,11 @@ from toy_models import (
     toy,
 )
 
+from collapse_probe.capture.attention_operators import OperatorCall
 from collapse_probe.capture.capture import discover_plan, record
 from collapse_probe.capture.discovery import call_frames
 from collapse_probe.capture.recorder import Recorder
 from collapse_probe.capture.softmax_tracking import Softmaxes
-from collapse_probe.capture.trace import Attention
 from collapse_probe.errors import CaptureError
 
 MODELS = {
@@ -262,12 +262,13 @@ def test_a_steady_run_holds_no_more_than_the_plan_says(attention):
     assert sum(held.values()) <= 6 * plan.bytes_per_image
 
 
-def test_a_softmax_is_forgotten_when_the_module_around_its_own_ends():
-    softmaxes, probs = Softmaxes(), torch.rand(2, 3, 3)
-    softmaxes.begin(Attention(owner="", operation="softmax", probs=probs), (), "block.attn.soft")
-    for path, holder in (("block.other", "block"), ("block.attn.soft", "block.attn"), ("block.attn", "block")):
+def test_a_softmax_is_forgotten_some_modules_up():
+    softmaxes, logits = Softmaxes(), torch.rand(2, 3, 3)
+    call = OperatorCall(torch.ops.aten._softmax.default, (logits, -1, False), {}, logits.softmax(-1))
+    softmaxes.begin(call, (), "a.b.c.d.e", direct=False, sampled=False)
+    for path in ("a.b.c.d.e", "a.b.c.d", "a.b.other", "a.b.c", "a.b"):
         assert len(softmaxes.pending) == 1
-        softmaxes.hand_up(path, holder)
+        softmaxes.hand_up(path, path.rpartition(".")[0])
     assert softmaxes.pending == []
 
 

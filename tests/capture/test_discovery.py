@@ -12,6 +12,7 @@ from transformers import ViTConfig, ViTModel
 
 from collapse_probe.capture.capture import discover_plan, record
 from collapse_probe.capture.discovery import block_paths
+from collapse_probe.capture.recorder import PassLog
 
 
 @pytest.fixture(autouse=True)
@@ -237,12 +238,16 @@ def test_blocks_called_by_keyword():
         assert torch.equal(recording.last.tokens[0], model.embed(images()))
 
 
-def test_one_image_tells_no_prefix_and_the_plan_says_so():
-    model = toy()
-    with torch.no_grad(), record(model) as recording:
-        model(images(1))
-    assert recording.plan.prefix == ()
-    assert "one image" in recording.plan.notes[0]
+def test_the_prefix_does_not_depend_on_the_callers_images():
+    barred = images(3)
+    barred[:, :, :8] = 0  # patches that are the same in all images
+    for pictures in (images(1), images(1).expand(3, -1, -1, -1), barred):
+        model = toy().train()
+        model.patches = nn.Sequential(model.patches, nn.Dropout(0.5))
+        with torch.no_grad(), record(model) as recording:
+            model(pictures)
+        assert (recording.plan.prefix, recording.plan.grid) == ((0,), (4, 3))
+        assert model.training
 
 
 @pytest.mark.parametrize(
@@ -293,6 +298,8 @@ def test_channel_attention_that_nobody_named(fused):
 def test_the_block_is_the_innermost_list_entry_with_a_matrix_of_its_own():
     inner = nn.ModuleDict({"attend": nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)), "feed": nn.Linear(4, 4)})
     model = nn.ModuleDict({"stages": nn.ModuleList([nn.Sequential(inner)]), "pool": nn.Linear(4, 4)})
-    found = block_paths(model, ["stages.0.0.attend.1", "pool"])
+    found = block_paths(model, PassLog(), ["stages.0.0.attend.1", "pool"])
     assert found == {"stages.0.0.attend.1": "stages.0.0", "pool": "pool"}
-    assert block_paths(nn.Linear(2, 2), [""]) == {"": None}
+    assert block_paths(nn.Linear(2, 2), PassLog(), [""]) == {"": None}
+    found = block_paths(model, PassLog(), ["stages.0.0.attend.1", "pool"], pattern="stages.*")
+    assert found == {"stages.0.0.attend.1": "stages.0", "pool": None}
