@@ -218,14 +218,14 @@ class MapReplacer:
             event.sketch()
 
     def _layer_of(self, event: AttentionEvent) -> int | None:
-        """The layer of an attention call, None where its maps cannot be replaced; CaptureError where the probe had no such
-        call."""
-        owner, (queries, keys) = frame_of(event), event.attention.shape[-2:]
-        index = self.calls.get((owner, queries, keys))
-        if index is None and not any(part.frame == owner for layer in self.plan.layers for part in layer.parts):
+        """The layer of a call, None where its maps cannot be replaced; CaptureError where the probe had no such call."""
+        frame, (queries, keys) = frame_of(event), event.attention.shape[-2:]
+        index = self.calls.get((frame, queries, keys))
+        mine = [part for layer in self.plan.layers for part in layer.parts if part.frame == frame]
+        if not any(part.keys == keys and queries in part.queries for part in mine) and (mine or frame not in self.plan.frames):
             raise CaptureError(
-                f"{owner[0]} made an attention call of {queries} queries and {keys} keys, which the probe did not see; replace "
-                "maps in a model whose depth does not depend on the data, on images of the probe's size"
+                f"attention call {event.index}, in {frame[0] or 'the model'}, has {queries} queries and {keys} keys, as none had in "
+                "the probe; replace maps in a model whose depth does not depend on the data, on images of the probe's size"
             )
         return index
 
