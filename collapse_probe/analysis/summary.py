@@ -28,7 +28,7 @@ def pair_tests(table: Mapping[str, NDArray[Any]], results: Mapping[str, MetricRe
     differences = {
         name: np.asarray(values - table[name + NULL], dtype=np.float64)
         for name, values in table.items()
-        if name + NULL in table and len(values)
+        if name + NULL in table and np.isfinite(values).any()
     }
     if not differences:
         return {}

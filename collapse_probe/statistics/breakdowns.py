@@ -109,7 +109,7 @@ def convergence_of(per_image: PerImageValues, count_above: float, seed: int = 0)
     steps = [per_image.only(order[:size]) if size < len(per_image) else per_image for size in sizes]
     running = [step.estimates() for step in steps]
     curves = {name: _curve(name, [step.get(name) for step in running]) for name in (running[-1] if running else {})}
-    if SIMILARITY in per_image.values and steps:
+    if steps and np.isfinite(per_image.values.get(SIMILARITY, np.nan)).any():
         curves[COUNT] = _count_curve(steps, count_above)
     if not curves:
         return {}

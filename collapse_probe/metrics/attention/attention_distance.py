@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from collapse_probe.capture.trace import MapTile, Trace
+from collapse_probe.metrics.coverage import NO_PATCHES, has_patches
 from collapse_probe.metrics.map_metric import (
     HeadMetric,
     RowMeans,
@@ -106,6 +107,8 @@ class AttentionDistance(HeadMetric):
         """Distances need maps over tokens, patches on a grid, and the input's size in pixels."""
         if missing := super().inapplicable():
             return missing
+        if not has_patches(self.plan):
+            return NO_PATCHES
         if self.plan.grid is None:
             return "the patches form no rectangle, so that nobody can say how far apart they are"
         if self.plan.image_size is None:

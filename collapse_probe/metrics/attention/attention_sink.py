@@ -10,6 +10,7 @@ from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import MapTile, Trace, by_window
+from collapse_probe.metrics.coverage import NO_PATCHES, has_patches
 from collapse_probe.metrics.map_metric import HeadMeans, HeadMetric, RowMeans, patch_places, prefix_places
 from collapse_probe.metrics.metric import DOTS, Need, Variant
 from collapse_probe.registry import METRICS
@@ -109,7 +110,7 @@ class AttentionSink(HeadMetric):
         if self.settings["keys"] == "prefix" and not any(prefix_places(self.plan, layer) for layer in layers):
             return "the model has no prefix tokens (class, distillation or register tokens)"
         if self.settings["keys"] == "patch" and all(patch_places(self.plan, layer) is None for layer in layers):
-            return "no block attends to the model's patches"
+            return "no block attends to the model's patches" if has_patches(self.plan) else NO_PATCHES
         return ""
 
     @property

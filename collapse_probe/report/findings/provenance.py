@@ -23,6 +23,7 @@ FIRST = {
     "run": ("command", "device", "dtype", "versions", "self_check"),
 }
 OF_IMAGES = ("batch_size", "images_per_second", "tile_bytes", "until_ci")  # facts of a run that mean nothing without images
+SAID_ABOVE = ("adjacent", "uncompared", "left_out")  # facts of a model that the page tells beside its numbers
 LABELS = {
     "self_check": "self-check, worst error",
     "names_sha256": "names, SHA-256",
@@ -85,7 +86,7 @@ def provenance(findings: Findings) -> list[Entry]:
 
     Without images there is no data to speak of, and nothing in the run that counts images.
     """
-    model = Entry("Model", "", _facts("model", findings.model))
+    model = Entry("Model", "", _facts("model", {key: value for key, value in findings.model.items() if key not in SAID_ABOVE}))
     if weights_only(findings):
         run = {key: value for key, value in findings.run.items() if key not in OF_IMAGES}
         return [model, Entry("Run", "", (("images", "none: the metrics are of the weights alone"), *_facts("run", run)))]
