@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-import torch
+import torch  # noqa: E402
 from bench import check, table  # noqa: E402
 from handwritten import SIZE, cases  # noqa: E402
 

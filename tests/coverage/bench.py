@@ -1,4 +1,4 @@
-"""Listens to one model and says whether what was heard is right: against its own maps, and with nothing changed or left behind."""
+"""Listens to a model and says whether what was heard is right: against its own maps, with nothing changed or left behind."""
 
 from __future__ import annotations
 
