@@ -12,8 +12,8 @@ from torch import nn
 from collapse_probe.analysis.loop import PassOptions, PassResult, one_pass, result_of
 from collapse_probe.capture.capture import discover_plan, noise
 from collapse_probe.capture.plan import Plan
-from collapse_probe.capture.weight_capture import record_matrices
-from collapse_probe.capture.weight_matrices import NAMES, Matrices
+from collapse_probe.capture.weights.matrices import NAMES, Matrices
+from collapse_probe.capture.weights.recording import record_matrices
 from collapse_probe.data.images import ImageSet, OwnImages, batches_of, seeded_order
 from collapse_probe.data.preprocessing import ASSUMED, given_pixels, shown, sides_of
 from collapse_probe.devices import choose_device, moved

@@ -13,16 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from collapse_probe.capture.attention_operators import OperatorCall, tensors_in
-from collapse_probe.capture.discovery import (
-    as_tokens,
-    attention_like,
-    call_frames,
-    frame_of,
-    is_attention,
-    make_plan,
-    module_class,
-    read_tap,
-)
+from collapse_probe.capture.blocks import attention_like
+from collapse_probe.capture.discovery import as_tokens, call_frames, make_plan, read_tap
+from collapse_probe.capture.layers import frame_of, is_attention, module_class
 from collapse_probe.capture.layout import joined, read_part
 from collapse_probe.capture.plan import Frame, Part, Plan, SelfCheck
 from collapse_probe.capture.recorder import AttentionEvent, PassLog, Recorder

@@ -39,6 +39,18 @@ def steady_tokens(tokens: Tensor | None, images: int) -> list[bool] | None:
     return steady
 
 
+def weights_of(module: nn.Module) -> Iterator[Tensor]:
+    """The weights of a module and of those in it: parameters, frozen ones kept as buffers, and views that FSDP keeps."""
+    for part in module.modules():
+        yield from _own_weights(part)
+
+
+def _own_weights(module: nn.Module) -> Iterator[Tensor]:
+    for weight in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+        if isinstance(weight, Tensor):
+            yield weight
+
+
 def sketch(value: Any) -> Any:
     """Tensors without memory, of the same shapes and types, in place of a tensor or of those in a tuple."""
     if isinstance(value, Tensor) and not value.is_nested:
@@ -154,11 +166,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.model, self.on_forward, self.on_operator, self.on_module = model, on_forward, on_operator, on_module
         self.thorough, self.watched, self.by_hand = thorough, watched, by_hand
         self.names = {id(module): name for name, module in model.named_modules()}
-        weights = [*model.parameters(), *model.buffers()]
-        self.fixed = frozenset(storage_of(weight) for weight in weights)
+        self.fixed = frozenset(storage_of(weight) for weight in weights_of(model))
         self.holders: set[str] = set()  # modules that have weights, of their own or of a module inside
         for name, module in model.named_modules(remove_duplicate=False):
-            if any(weight is not None for weight in (*module._parameters.values(), *module._buffers.values())):
+            if next(_own_weights(module), None) is not None:
                 while name not in self.holders:
                     self.holders.add(name)
                     name = name.rpartition(".")[0]

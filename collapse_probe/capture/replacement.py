@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from collapse_probe.capture import attention_operators
 from collapse_probe.capture.attention_operators import OperatorCall, tensors_in
 from collapse_probe.capture.capture import noise
-from collapse_probe.capture.discovery import frame_of
+from collapse_probe.capture.layers import frame_of
 from collapse_probe.capture.layout import laid_out, read_part
 from collapse_probe.capture.plan import IMAGE, Frame, Layer, Plan
 from collapse_probe.capture.recorder import AttentionEvent, Recorder
@@ -222,10 +222,11 @@ class MapReplacer:
         frame, (queries, keys) = frame_of(event), event.attention.shape[-2:]
         index = self.calls.get((frame, queries, keys))
         mine = [part for layer in self.plan.layers for part in layer.parts if part.frame == frame]
-        if not any(part.keys == keys and queries in part.queries for part in mine) and (mine or frame not in self.plan.frames):
+        fits = any(part.keys == keys and queries in part.queries for part in mine)
+        if not fits and (mine or frame not in self.plan.frames):
             raise CaptureError(
-                f"attention call {event.index}, in {frame[0] or 'the model'}, has {queries} queries and {keys} keys, as none had in "
-                "the probe; replace maps in a model whose depth does not depend on the data, on images of the probe's size"
+                f"attention call {event.index}, in {frame[0] or 'the model'}, has {queries} queries and {keys} keys, as none had "
+                "in the probe; replace maps in a model whose depth does not depend on the data, on images of the probe's size"
             )
         return index
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from collapse_probe.capture.weight_matrices import BY_HEAD, NAMES, Matrices, Matrix
+from collapse_probe.capture.weights.matrices import BY_HEAD, NAMES, Matrices, Matrix
 from collapse_probe.metrics.functional.spectra import singular_values
 from collapse_probe.metrics.metric import Metric, Need, Record
 from collapse_probe.metrics.nulls import untrained_only
@@ -22,7 +22,7 @@ ONE_HEAD = "rows of one head (q, k, v)"
 
 
 class WeightMetric(Metric):
-    """A metric of the weight matrices, [block, matrix] with the matrices `weight_matrices.NAMES`; see `Metric`.
+    """A metric of the weight matrices, [block, matrix] with the matrices `weights.matrices.NAMES`; see `Metric`.
 
     `matrices` is filled in before the numbers are computed; no accumulator is needed.
     """

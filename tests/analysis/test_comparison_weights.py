@@ -15,7 +15,7 @@ from factories import small_vit
 
 import collapse_probe as cp
 from collapse_probe.analysis.compare import compare
-from collapse_probe.capture.weight_matrices import NAMES
+from collapse_probe.capture.weights.matrices import NAMES
 from collapse_probe.data.images import open_data
 from collapse_probe.report.comparison.page import paired, render
 from collapse_probe.report.comparison.verdict import verdicts, weights_sentence

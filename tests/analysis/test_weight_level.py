@@ -12,7 +12,7 @@ import torch
 from factories import small_vit
 
 import collapse_probe as cp
-from collapse_probe.capture.weight_matrices import NAMES
+from collapse_probe.capture.weights.matrices import NAMES
 from collapse_probe.errors import DataError
 from collapse_probe.metrics.metric import of_level
 from collapse_probe.models.vit import ViT, ViTSettings

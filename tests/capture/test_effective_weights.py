@@ -12,8 +12,8 @@ from torch.nn.utils import parametrizations
 from toy_models import SIZE, WIDTH, Block, ToyAttention, ToyViT, heads_of, sharpen, toy
 
 from collapse_probe.capture.capture import discover_plan, noise
-from collapse_probe.capture.weight_capture import record_matrices
-from collapse_probe.capture.weight_matrices import CHECKED, NAMES
+from collapse_probe.capture.weights.matrices import CHECKED, NAMES
+from collapse_probe.capture.weights.recording import record_matrices
 
 RANK = 3
 

@@ -11,8 +11,8 @@ from torchvision.models import VisionTransformer as TorchvisionViT
 from toy_models import GROUPED_IS_FUSED, HEADS, SIZE, WIDTH, Block, ToyAttention, ToyViT, sharpen, toy
 
 from collapse_probe.capture.capture import discover_plan, noise
-from collapse_probe.capture.weight_capture import record_matrices
-from collapse_probe.capture.weight_matrices import CHECKED, CONVENTION, NAMES, ORDERED, STATED, role_by_name
+from collapse_probe.capture.weights.matrices import CHECKED, CONVENTION, NAMES, ORDERED, STATED, role_by_name
+from collapse_probe.capture.weights.recording import record_matrices
 from collapse_probe.models.vit import ViT, ViTSettings
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 3}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collapse_probe.analysis.summary import summarise_weights
-from collapse_probe.capture.weight_matrices import NAMES, Matrices, Matrix
+from collapse_probe.capture.weights.matrices import NAMES, Matrices, Matrix
 from collapse_probe.metrics.metric import LEVELS, make, of_level
 from collapse_probe.metrics.weight_metric import WeightMetric
 from collapse_probe.metrics.weights.weight_orthogonality import relative_gap

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collapse_probe.capture.weight_matrices import Matrices
+from collapse_probe.capture.weights.matrices import Matrices
 from collapse_probe.metrics.functional.orthogonality import (
     gram_log_determinant,
     hyperspherical_energy,

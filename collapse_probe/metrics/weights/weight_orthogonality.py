@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collapse_probe.capture.weight_matrices import Matrices
+from collapse_probe.capture.weights.matrices import Matrices
 from collapse_probe.metrics.functional.geometry import gram
 from collapse_probe.metrics.functional.orthogonality import orthogonality_gap, soft_orthogonality
 from collapse_probe.metrics.metric import Variant

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from collapse_probe.capture.weight_matrices import BY_HEAD, NAMES, Matrices
+from collapse_probe.capture.weights.matrices import BY_HEAD, NAMES, Matrices
 from collapse_probe.metrics.functional.spectra import components_for, effective_rank_of, pca_error, stable_rank_of
 from collapse_probe.metrics.metric import Variant
 from collapse_probe.metrics.weight_metric import ONE_HEAD, WeightMetric, spectral

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collapse_probe.capture.weight_matrices import INTO_THE_STREAM, NAMES, Matrices, Matrix, wide
+from collapse_probe.capture.weights.matrices import INTO_THE_STREAM, NAMES, Matrices, Matrix, wide
 from collapse_probe.metrics.functional.geometry import gram, unit
 from collapse_probe.metrics.metric import Variant
 from collapse_probe.metrics.weight_metric import ONE_HEAD, WeightMetric

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from collapse_probe.capture import attention_operators
 from collapse_probe.capture.attention_operators import OperatorCall, storage_of
-from collapse_probe.capture.linear_maps import Ids, LinearMaps
 from collapse_probe.capture.plan import Frame
 from collapse_probe.capture.recorder import AttentionEvent, Recorder
-from collapse_probe.capture.weight_matrices import (
+from collapse_probe.capture.weights.linear_maps import Ids, LinearMaps
+from collapse_probe.capture.weights.matrices import (
     BY_HEAD,
     CHECKED,
     NAMES,

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef as _StorageWeakRef
 
 from collapse_probe.capture import attention_operators
 from collapse_probe.capture.attention_operators import OperatorCall, storage_of, tensors_in
-from collapse_probe.capture.weight_matrices import Product, centred, tolerance_of
+from collapse_probe.capture.weights.matrices import Product, centred, tolerance_of
 
 StorageWeakRef: Any = _StorageWeakRef
 

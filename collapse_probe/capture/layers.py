@@ -1,0 +1,202 @@
+"""The attention calls of each module as layers: heads, windows, and why some are no attention between a block's tokens."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from collapse_probe.capture.layout import axes_of, with_windows
+from collapse_probe.capture.plan import HEAD, WINDOW, Axis, Frame, Layer, Part
+from collapse_probe.capture.recorder import AttentionEvent, PassLog
+
+MOST_ADDED_TOKENS = 8
+"""A block may add this many tokens of its own (a class token) before it attends."""
+_CHANNEL_ATTENTION = ("xca", "channel", "covariance")
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "num_head", "nheads")
+_PARTITIONS = ("shift", "window", "partition", "dilat", "grid")
+
+
+def frame_of(event: AttentionEvent) -> Frame:
+    """The call of the module to which an attention call belongs."""
+    owner = event.attention.owner
+    return owner, next((number for path, number in reversed(event.stack) if path == owner), 0)
+
+
+def is_attention(event: AttentionEvent, log: PassLog) -> bool:
+    """False for a softmax that is half of linear attention, or a gate over one element: neither is a map between tokens."""
+    if not event.direct:
+        return True
+    return not (event.made or event.index in log.again or event.attention.shape[-1] == 1)
+
+
+@dataclass(frozen=True)
+class CallGroup:
+    """Attention calls of one module call that belong together, the queries of each, and their axes (None: not known)."""
+
+    frame: Frame
+    events: list[AttentionEvent]
+    queries: tuple[int, ...]
+    axes: tuple[Axis, ...] | None
+
+
+def call_groups(log: PassLog, again: PassLog) -> list[CallGroup]:
+    """The attention calls by module call and shape, with their axes; `again` is a pass in which the second image was
+    another."""
+    by_frame: dict[Frame, list[AttentionEvent]] = {}
+    for event in log.events:
+        if is_attention(event, log):
+            by_frame.setdefault(frame_of(event), []).append(event)
+    groups = []
+    for frame, events in by_frame.items():
+        alike: dict[tuple[int, int, int], list[AttentionEvent]] = {}
+        for event in events:
+            *lead, queries, keys = event.attention.shape
+            alike.setdefault((len(lead), queries, keys), []).append(event)
+        for (lead_axes, _, keys), some in list(alike.items()):
+            together = [e for e in events if len(e.attention.shape) - 2 == lead_axes and e.attention.shape[-1] == keys]
+            lengths = tuple(e.attention.shape[-2] for e in together)
+            if (
+                some[0] is together[0] and len(together) > 1 and sum(lengths) == keys and 1 not in lengths
+            ):  # parts of the queries
+                axes = [axes_of(*_samples([e], again)) for e in together]
+                if axes[0] is not None and all(a == axes[0] for a in axes):
+                    groups.append(CallGroup(frame, together, lengths, axes[0]))
+                    alike = {key: rest for key, rest in alike.items() if rest[0] not in together}
+        for (_, queries, _), some in alike.items():
+            groups.append(CallGroup(frame, some, (queries,), axes_of(*_samples(some, again))))
+    return sorted(groups, key=lambda group: group.events[0].index)
+
+
+def _samples(events: Sequence[AttentionEvent], again: PassLog) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+    return [event.sample for event in events], [again.events[event.index].sample for event in events]
+
+
+def layer_of(model: nn.Module, group: CallGroup, block: int | None, tokens: int | None, log: PassLog) -> Layer:
+    """One layer of a group of calls: its heads, its windows, and why it is no attention between a block's tokens."""
+    (owner, number), event, (queries, keys) = (
+        group.frame,
+        group.events[0],
+        (sum(group.queries), group.events[0].attention.shape[-1]),
+    )
+    mixed = any(e.attention.mixed for e in group.events)
+    layer = Layer(owner, number, block, event.attention.operation, 0, queries, keys, mixed)
+    if group.axes is None:
+        why = "its maps cannot be told apart by image: they change with another image than their own"
+        return replace(layer, heads=1, reason=why)
+    part = Part(group.frame, group.queries, keys, group.axes)
+    others = part.of(HEAD)
+    if is_pool(group) or tokens is None or not _has_windows(model, part, owner, tokens, queries):
+        why = _reason(group, queries, keys, tokens, module_class(model, owner))
+        return replace(layer, heads=others, reason=why, parts=(part,))
+    reason = f"attention inside windows ({others} maps of {queries} × {keys} for each image)"
+    windows = _windows(model, part, owner, tokens, queries)
+    if windows is None:
+        return replace(layer, heads=others, reason=reason, parts=(part,))
+    part = replace(part, axes=windows)
+    partition = _partition(model, owner) if part.of(WINDOW) > 1 else ""
+    return replace(layer, heads=part.of(HEAD), reason=reason, windows=part.of(WINDOW), partition=partition, parts=(part,))
+
+
+def _has_windows(model: nn.Module, part: Part, owner: str, tokens: int, queries: int) -> bool:
+    """Whether maps of fewer queries than tokens are those of windows, and not of heads whose queries were merged."""
+    others = part.of(HEAD)
+    if queries >= tokens or others * queries < tokens or others in _stated_heads(model, owner):
+        return False
+    apart = [axis for axis in part.axes if any(role == HEAD for role, _ in axis)]
+    folded = any(len(axis) > 1 for axis in apart)
+    return folded or len(apart) > 1 or bool(part.axes[0])
+
+
+def _windows(model: nn.Module, part: Part, owner: str, tokens: int, queries: int) -> tuple[Axis, ...] | None:
+    """The axes with the windows told from the heads; None where that is not possible."""
+    others = part.of(HEAD)
+    stated = _stated_heads(model, owner)
+    fewest = max(1, -(-(tokens - MOST_ADDED_TOKENS) // queries))
+    counts = [others // n for n in stated if others % n == 0 and others // n >= fewest]
+    counts += [n for n in range(fewest, others + 1) if others % n == 0]
+    for windows in counts:
+        if (axes := with_windows(part.axes, windows)) is not None:
+            return axes
+    return None
+
+
+def _stated_heads(model: nn.Module, owner: str) -> list[int]:
+    """What the attention's module, or the modules in it, say is their number of heads."""
+    stated = []
+    for module in model.get_submodule(owner).modules():
+        for name in _HEAD_COUNTS:
+            value = getattr(module, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                stated.append(value)
+    return list(dict.fromkeys(stated))
+
+
+def _partition(model: nn.Module, owner: str) -> str:
+    """What the modules around windowed attention say of their windows; "" where they say nothing."""
+    said: dict[str, str] = {}
+    parts = owner.split(".")
+    for n in (len(parts), len(parts) - 1):
+        module = model.get_submodule(".".join(parts[:n]))
+        for name, value in vars(module).items():
+            if any(word in name.lower() for word in _PARTITIONS) and isinstance(value, (int, tuple, list, bool)):
+                said[name] = str(value)
+    kind = module_class(model, owner)
+    return f"{kind}: " + ", ".join(f"{name}={value}" for name, value in sorted(said.items())) if said else ""
+
+
+def by_blocks(layers: Sequence[Layer], blocks: int) -> list[Layer]:
+    """The layers in the order of their blocks, calls that are one block's heads together, and which of them stand on the
+    axis."""
+    ordered: list[list[Layer]] = []
+    for block in range(blocks):
+        inside = [layer for layer in layers if layer.block == block]
+        square = any(not layer.reason and layer.queries == layer.keys for layer in inside)
+        inside = [
+            replace(layer, reason=f"cross attention: {layer.queries} tokens attend to {layer.keys} others")
+            if square and not layer.reason and layer.queries != layer.keys
+            else layer
+            for layer in inside
+        ]
+        merged: dict[object, Layer] = {}
+        for layer in inside:
+            key = (layer.queries, layer.keys) if not layer.reason else id(layer)
+            if (first := merged.get(key)) is None:
+                merged[key] = layer
+            else:
+                joint = replace(first, heads=first.heads + layer.heads, parts=first.parts + layer.parts)
+                merged[key] = replace(joint, mixed=first.mixed or layer.mixed)
+        some = list(merged.values())
+        tokens = [layer for layer in some if not layer.reason]
+        ordered.append([replace(layer, on_axis=layer in tokens if tokens else True) for layer in some])
+    beside = [layer for some in ordered for layer in some if not layer.on_axis]
+    places = [[layer for layer in some if layer.on_axis] for some in ordered]
+    series = itertools.zip_longest(*places)  # blocks with two kinds of maps: all of one kind, then all of the other
+    on_axis = [layer for some in series for layer in some if layer is not None]
+    return on_axis + beside + [replace(layer, on_axis=False) for layer in layers if layer.block is None]
+
+
+def is_pool(group: CallGroup) -> bool:
+    return group.queries == (1,) and group.events[0].attention.shape[-1] > 1
+
+
+def _reason(group: CallGroup, queries: int, keys: int, tokens: int | None, owner_class: str) -> str:
+    """Why maps are not between a block's tokens; empty where they are."""
+    if is_pool(group):
+        return "a pooling query, not token attention"
+    q, fits = group.events[0].attention.q, tokens is None or tokens <= queries <= tokens + MOST_ADDED_TOKENS
+    named = any(word in owner_class.lower() for word in _CHANNEL_ATTENTION)
+    if named or (not fits and q is not None and q.shape[-1] == tokens):
+        return f"channel attention (maps of {queries} × {keys} channels)"
+    if not fits:
+        return f"attention between {queries} × {keys} positions, not between the block's {tokens} tokens"
+    if tokens is not None and keys > tokens + MOST_ADDED_TOKENS:
+        return f"cross attention: the block's {tokens} tokens attend to {keys} others"
+    return ""
+
+
+def module_class(model: nn.Module, path: str) -> str:
+    """The class name of a module, for error texts."""
+    return type(model.get_submodule(path)).__name__
