@@ -22,7 +22,7 @@ from collapse_probe.statistics.intervals import Array
 
 MOST_NUMBERED = 16  # more cells a side than this leave no room for a number in each
 SMALLEST_NUMBER = 4.6  # points
-UNDEFINED = "hatched: undefined (as κ is wherever the other-token null is 1)"
+UNDEFINED = "hatched: not compared, or undefined (as κ is wherever the other-token null is 1)"
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,12 @@ def sheet(width: float, height: float) -> Figure:
 
 
 def curve(axes: Axes, x: Array, values: Array, role: Role, ci95: Array | None = None) -> None:
-    """One line over blocks, with its interval as a band; `ci95` [..., 2]. Undefined points leave a gap."""
-    few = len(x) <= 40
+    """One line over blocks, with its interval as a band; `ci95` [..., 2].
+
+    Undefined points leave a gap; a point between two gaps is marked, and so are the ends of its interval.
+    """
+    few, known = len(x) <= 40, np.pad(np.isfinite(np.asarray(values, dtype=np.float64)), 1)
+    alone = known[1:-1] & ~known[:-2] & ~known[2:]
     axes.plot(
         x,
         values,
@@ -128,6 +132,10 @@ def curve(axes: Axes, x: Array, values: Array, role: Role, ci95: Array | None = 
     )
     if ci95 is not None:
         axes.fill_between(x, ci95[..., 0], ci95[..., 1], color=role.colour, alpha=0.2, linewidth=0, zorder=1)
+        if alone.any():
+            axes.vlines(x[alone], ci95[alone, 0], ci95[alone, 1], color=role.colour, alpha=0.4, linewidth=3, zorder=1)
+    if alone.any() and not (role.marker and few):
+        axes.plot(x[alone], values[alone], "_", color=role.colour, markersize=9, markeredgewidth=role.width, zorder=3)
 
 
 def panels(

@@ -82,7 +82,9 @@ def judge(findings: Findings, table: Sequence[Outcome] | None = None) -> Verdict
         pairs = pairs_of(findings)
         kinds = kinds_of(pairs)
         case, collapsed, across_depth = _across_depth(findings, pairs, kinds, outcomes)
-        sentences = [*across_depth, *_uncompared(findings, kinds), *others]
+        compared = _uncompared(findings, kinds)
+        most = sum(kind != "undefined" for kind in kinds) > len(kinds) / 2  # else it is said first of how few pairs this is
+        sentences = [*across_depth, *compared, *others] if most else [*compared, *across_depth, *others]
     if any(result.description.level == "attention" for result in findings.metrics.values()) or similarity is not None:
         sentences = [*((text, "shared") for text in not_heard(findings)), *sentences]
     if part := not_loaded(findings.model):

@@ -74,11 +74,11 @@ def not_measured(findings: Findings) -> list[tuple[str, str]]:
     return [(name, reason or "no values were stored") for name, reason in refused.items()]
 
 
-def left_out(findings: Findings) -> list[tuple[str, str]]:
-    """The layers that the attention metrics leave out, and why."""
-    stored = findings.model.get("left_out") or ()
-    places = [f", {spans(list(each['blocks']))} on the block axis" if each["blocks"] else "" for each in stored]
-    return [(str(each["where"]), f"{each['why']}{place}") for each, place in zip(stored, places, strict=True)]
+def left_out(findings: Findings) -> list[tuple[str, str, str]]:
+    """The layers that the attention metrics leave out, their numbers on the axis of blocks, and why."""
+    stored = [(each, list(each["blocks"])) for each in findings.model.get("left_out") or ()]
+    numbers = [f"block{'s' if len(blocks) > 1 else ''} {spans(blocks)}" if blocks else "" for _, blocks in stored]
+    return [(str(each["where"]), which, str(each["why"])) for (each, _), which in zip(stored, numbers, strict=True)]
 
 
 def provenance(findings: Findings) -> list[Entry]:
