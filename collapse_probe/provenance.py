@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Sequence
-from importlib import metadata
+from importlib import import_module, metadata
+
+from collapse_probe.errors import ModelError
 
 PACKAGES = ("collapse-probe", "torch", "timm", "torchvision", "transformers", "numpy", "scipy")
 
@@ -19,6 +21,19 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return installed
+
+
+def require_torchvision() -> None:
+    """Import torchvision, on which timm stands; ModelError where it was not built for the torch that is installed."""
+    try:
+        import_module("torchvision")
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # RuntimeError of a missing operator, then AttributeError of a half-made module
+        found = versions()
+        pair = f"torch {found.get('torch', '?')} and torchvision {found.get('torchvision', '?')}"
+        way = "install two that were released together: pip install --upgrade torch torchvision"
+        raise ModelError(f"{pair} do not fit each other ({error}); {way}") from error
 
 
 def names_sha256(names: Sequence[str]) -> str:
