@@ -25,7 +25,7 @@ ORDER = (
     "student",
 )
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-PRETRAINING = re.compile(r"mask_token$|decoder")  # of a masked autoencoder: what no encoder reads
+NOT_READ = re.compile(r"mask_token$|decoder|n_averaged$")  # by no encoder: parts of a masked autoencoder, a counter of torch's
 RESIZABLE = re.compile(r"pos|patch_embed|rel_")
 
 State = Mapping[str, Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 
 from collapse_probe.errors import CheckpointError
 from collapse_probe.models.checkpoint_files import checkpoint_file, read_checkpoint, sample, sha256_of
-from collapse_probe.models.checkpoint_keys import PRETRAINING, Match, bare, match
+from collapse_probe.models.checkpoint_keys import NOT_READ, Match, bare, match
 
 ADAPTERS = ("lora_", "ia3_", "hada_", "lokr_", "oft_", "boft_", "vera_lambda", "adaption_prompt")  # as peft names its tensors
+QUANTISED = re.compile(
+    r"\.(qweight|qzeros|SCB|absmax|quant_map|quant_state\.\w+)$"
+)  # beside weights in GPTQ, AWQ, bitsandbytes
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # others need a scale to mean anything
 
 
@@ -119,10 +123,10 @@ def read_weights(model: nn.Module, path: str | Path, key: str | None = None) -> 
         what = "an adapter without the weights that it adapts" if alone else "adapters beside the weights that they adapt"
         how = "merge it into its model first (with peft: merge_and_unload) and save that model's state_dict"
         raise CheckpointError(f"{file} holds {what} ({sample(adapter)}); {how}")
-    pretraining = [name for name in weights.state if name not in own and PRETRAINING.match(name)]
-    if pretraining:
-        state = {name: tensor for name, tensor in weights.state.items() if name not in pretraining}
-        said = f"the parts of a pretraining task were set aside ({sample(pretraining)})"
+    not_read = [name for name in weights.state if name not in own and NOT_READ.match(name)]
+    if not_read:
+        state = {name: tensor for name, tensor in weights.state.items() if name not in not_read}
+        said = f"{len(not_read)} tensors that no encoder reads were set aside ({sample(not_read)})"
         weights = replace(weights, state=state, remarks=(*weights.remarks, said))
     if weights.aside:
         said = f"{len(weights.aside)} tensors that do not stand under {weights.key!r} were set aside ({sample(weights.aside)})"
@@ -214,11 +218,14 @@ def _is_adapter(name: str) -> bool:
 
 def _refuse_other_kinds(own: Mapping[str, Tensor], state: Mapping[str, Tensor], file: Path) -> None:
     """Raise CheckpointError where the file has complex or quantised values for the model's floating-point ones."""
-    for name, tensor in state.items():
-        if name not in own or not own[name].is_floating_point() or tensor.dtype in FLOATS:
-            continue
-        kind = "complex" if tensor.is_complex() else "quantised"
-        alike = [n for n, t in state.items() if n in own and own[n].is_floating_point() and t.dtype == tensor.dtype]
-        what = f"{str(tensor.dtype).removeprefix('torch.')}: {sample(alike)}"
-        way = "save them as floating-point numbers, dequantised" if kind == "quantised" else "save real numbers"
-        raise CheckpointError(f"{file} holds {kind} values ({what}) where the model has floating-point ones; {way}")
+    floating = {name: tensor for name, tensor in state.items() if name in own and own[name].is_floating_point()}
+    complex_ones = [name for name, tensor in floating.items() if tensor.is_complex()]
+    quantised = [name for name, tensor in floating.items() if tensor.dtype not in FLOATS and name not in complex_ones]
+    quantised += [name for name in state if name not in own and (state[name].is_quantized or QUANTISED.search(name))]
+    for names, kind, way in (
+        (complex_ones, "complex", "save real numbers"),
+        (quantised, "quantised", "save them dequantised, as floating-point numbers"),
+    ):
+        if names:
+            what = f"{str(state[names[0]].dtype).removeprefix('torch.')}: {sample(names)}"
+            raise CheckpointError(f"{file} holds {kind} values ({what}) where the model has floating-point ones; {way}")

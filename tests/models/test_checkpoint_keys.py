@@ -252,6 +252,20 @@ def test_complex_and_quantised_values_are_refused_by_name(path, change, said, pa
     assert equal(model, before)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_quantised_by_torch_and_the_names_of_other_libraries(path):
+    quantised = torch.ao.quantization.quantize_dynamic(vit(1), {nn.Linear})
+    torch.save(quantised.state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"quantised values \(qint8: blocks.0.attn.qkv._packed_params"):
+        load_checkpoint(vit(2), path, partial=True)
+    state = dict(vit(1).state_dict())
+    state["blocks.0.attn.qkv.qweight"] = torch.zeros(6, 144, dtype=torch.int32)
+    del state["blocks.0.attn.qkv.weight"]
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=r"quantised values \(int32: blocks.0.attn.qkv.qweight\)"):
+        load_checkpoint(vit(2), path, partial=True)
+
+
 def test_half_precision_is_no_quantisation(path):
     torch.save(vit(1).half().state_dict(), path)
     model = vit(2)
@@ -362,6 +376,14 @@ def test_a_masked_autoencoder_leaves_its_decoder_aside(path):
     assert report.complete
     assert equal(model, state)
     assert any("decoder_embed.weight" in remark for remark in report.remarks)
+
+
+def test_averaged_weights_of_torch(path):
+    averaged = torch.optim.swa_utils.AveragedModel(vit(1))
+    torch.save(averaged.state_dict(), path)
+    model = vit(2)
+    assert load_checkpoint(model, path).complete
+    assert equal(model, vit(1).state_dict())
 
 
 def test_another_patch_size_is_resized_and_said(path):
