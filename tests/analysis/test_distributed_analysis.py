@@ -17,17 +17,15 @@ def free_port():
         return s.getsockname()[1]
 
 
+def torchrun(world):
+    run = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", "--master-addr=127.0.0.1"]
+    return [*run, f"--master-port={free_port()}"]
+
+
 def found_by(world, photos):
     words = ["analyze", "-m", "timm:vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32", "--model-kwargs", "depth=3"]
     words += ["--data", str(photos), "--limit", "5", "--json", "--null-images", "2", "-b", "2", "-q", "--device", "cpu"]
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={world}",
-        "--master-addr=127.0.0.1",
-        f"--master-port={free_port()}",
-    ]
-    start = [*torchrun, "-m", "collapse_probe"] if world > 1 else ["-m", "collapse_probe"]
+    start = [*torchrun(world), "-m", "collapse_probe"] if world > 1 else ["-m", "collapse_probe"]
     done = subprocess.run([sys.executable, *start, *words], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -47,3 +45,33 @@ def test_two_processes_agree_with_one(photos):
                 other = np.array(two["metrics"][name]["nulls"][null], dtype=float)
                 within = 1e-3 if null.startswith("kappa") else 1e-5
                 assert np.array(value, dtype=float) == pytest.approx(other, abs=within, nan_ok=True), (name, null)
+
+
+OWN_LOADERS = """
+import sys, timm, torch
+import collapse_probe as cp
+from collapse_probe.distributed import joined, rank_and_world
+with joined():
+    rank = rank_and_world()[0]
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=2, dynamic_img_size=True)
+    sides = [(48, 64), (48, 64 if sys.argv[1] == "alike" else 32)][rank]
+    batches = [] if sys.argv[1] == "empty" and rank else [torch.randn(3, 3, *sides)]
+    try:
+        found = cp.analyze(model, iter(batches), metrics=("patch-diversity",), device="cpu")
+        print(found.model["tokens"], found.summary["images"])
+    except cp.errors.DataError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("empty", "13 3"), ("other", "gave images [(3, 48, 32), (3, 48, 64)] (channels, height, width)")],
+)
+def test_own_loaders_of_two_processes_have_one_size(kind, says, tmp_path):
+    script = tmp_path / "own.py"
+    script.write_text(OWN_LOADERS)
+    words = [sys.executable, *torchrun(2), str(script), kind]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=True)
+    assert done.stdout.count(says) == 2, done.stdout + done.stderr

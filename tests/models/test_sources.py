@@ -527,3 +527,20 @@ def test_a_module_for_rectangular_images_gets_rectangular_images():
         assert subject.preprocess.size == (32, 64)
         assert subject.preprocess.transform(Image.new("RGB", (90, 70))).shape == (3, 32, 64)
         assert discover_plan(subject.model, subject.preprocess.size).image_size == (32, 64)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "size", "shape"),
+    [
+        ({"image_size": 48}, None, (3, 48, 48)),
+        ({"image_size": (32, 64), "channels": 1}, None, (1, 32, 64)),
+        ({"channels": 13}, 64, (13, 64, 64)),
+    ],
+)
+def test_an_imported_models_size_and_channels_are_those_of_its_arguments(kwargs, size, shape):
+    pytest.importorskip("vit_pytorch")
+    own = {"patch_size": 16, "num_classes": 4, "dim": 16, "depth": 2, "heads": 2, "mlp_dim": 16}
+    subject = resolve("import:vit_pytorch:ViT", model_kwargs={**own, **kwargs}, img_size=size)
+    assert (subject.preprocess.channels, *subject.preprocess.size) == shape
+    plan = discover_plan(subject.model, subject.preprocess.size, subject.preprocess.channels)
+    assert plan.tokens == 1 + shape[1] * shape[2] // 256

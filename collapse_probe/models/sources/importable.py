@@ -8,18 +8,22 @@ from typing import Any
 
 from torch import nn
 
-from collapse_probe.data.preprocessing import of_module
+from collapse_probe.data.preprocessing import Preprocess, Size, for_channels, input_channels, of_module, size_of
 from collapse_probe.downloads import first_line
 from collapse_probe.errors import ModelError, UnknownNameError
 from collapse_probe.models.loading import Blueprint, Request, Source
 from collapse_probe.registry import SOURCES, import_also_from_here
+
+SIZES = ("img_size", "image_size")
+CHANNELS = ("in_chans", "in_channels", "channels", "num_channels")
 
 
 class ImportSource(Source):
     """Calls a class or function that returns an nn.Module.
 
     `model_kwargs` are its arguments; `img_size` is passed on where it has a parameter of that name or `image_size`,
-    `pretrained` where it has one of that name. Modules are also found in the current folder.
+    `pretrained` where it has one of that name. The size, and channels that the model does not tell, are read off these
+    arguments and their defaults. Modules are also found in the current folder.
     """
 
     def blueprint(self, request: Request) -> Blueprint:
@@ -27,12 +31,16 @@ class ImportSource(Source):
         maker = _find(request.name)
         settings = dict(request.model_kwargs)
         try:
-            parameters = frozenset(inspect.signature(maker).parameters)
+            parameters = {name: one.default for name, one in inspect.signature(maker).parameters.items()}
         except (TypeError, ValueError):
-            parameters = frozenset()
-        size_name = next((name for name in ("img_size", "image_size") if name in parameters), None)
+            parameters = {}
+        size_name = next((name for name in SIZES if name in parameters), None)
         if request.img_size is not None and size_name is not None:
             settings[size_name] = request.img_size
+        chosen: dict[str, Any] = {**parameters, **settings}
+        declared = [size_of(chosen.get(name)) for name in SIZES]
+        size: Size | None = request.img_size or next(filter(None, declared), None)
+        channels = next((chosen[name] for name in CHANNELS if isinstance(chosen.get(name), int)), None)
 
         def make(trained: bool) -> nn.Module:
             choice = {"pretrained": trained} if "pretrained" in parameters else {}
@@ -41,8 +49,11 @@ class ImportSource(Source):
                 raise ModelError(f"{request.name} must return a torch nn.Module, not {type(model).__name__}")
             return model
 
-        fixed = f"as {request.name} made them"
-        return Blueprint(request.name, make, lambda model: of_module(model, request.img_size), fixed=fixed)
+        def preprocess(model: nn.Module) -> tuple[Preprocess, tuple[str, ...]]:
+            made, notes = of_module(model, size)
+            return for_channels(made, channels if input_channels(model) is None else None), notes
+
+        return Blueprint(request.name, make, preprocess, fixed=f"as {request.name} made them")
 
 
 def _find(path: str) -> Callable[..., Any]:
