@@ -137,10 +137,10 @@ class PassOptions:
 
 def model_input(pixels: Tensor, plan: Plan, like: Tensor) -> Tensor:
     """The pixels on the device and in the dtype of `like`; DataError for images of another shape than the probe's."""
-    if plan.image_size is not None and tuple(pixels.shape[-2:]) != plan.image_size:
-        came, expected = (" × ".join(map(str, sides)) for sides in (pixels.shape[-2:], plan.image_size))
+    if plan.input_shape and tuple(pixels.shape[1:]) != plan.input_shape:
+        came, expected = (" × ".join(map(str, shape)) for shape in (pixels.shape[1:], plan.input_shape))
         raise DataError(
-            f"the model was probed with images of {expected} pixels (height × width), and this batch has {came}: "
+            f"the model was probed with images of {expected} (channels × height × width), and this batch has {came}: "
             "all images must have one size"
         )
     return pixels.to(like.device, like.dtype, non_blocking=True)

@@ -129,7 +129,7 @@ def measure_model(
             raise DataError(f"no image could be read{why}")
     of_weights = [metric for metric in metrics.values() if isinstance(metric, WeightMetric)]
     if of_weights:
-        matrices = read_matrices(model, plan, subject.preprocess.channels, settings.seed)
+        matrices = read_matrices(model, plan, settings.seed)
         notes = tuple(dict.fromkeys(matrices.reasons()))
         for metric in of_weights:
             metric.matrices = matrices
@@ -161,11 +161,11 @@ def plan_of(subject: Subject, device: str, seed: int) -> Plan:
     return discover_plan(model, subject.preprocess.size, subject.preprocess.channels, seed)
 
 
-def read_matrices(model: nn.Module, plan: Plan, channels: int, seed: int = 0) -> Matrices:
+def read_matrices(model: nn.Module, plan: Plan, seed: int = 0) -> Matrices:
     """The weight matrices of every block of `plan`, recorded in one forward pass of noise; no data are needed."""
     if plan.image_size is None:
         reason = "the probe saw no image, so that no pass could be made to record the products of the blocks"
         missing = tuple(dict.fromkeys(NAMES, reason) for _ in plan.blocks)
         return Matrices(plan.blocks, tuple({} for _ in plan.blocks), missing)
     model = unwrap(model)
-    return record_matrices(model, noise(model, plan.image_size, channels, seed), plan.blocks)
+    return record_matrices(model, noise(model, plan.image_size, plan.input_shape[0], seed), plan.blocks)

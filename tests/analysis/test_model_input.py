@@ -83,7 +83,7 @@ def set_side_by_side(data):
 
 @pytest.mark.parametrize("verb", [measured, replaced, set_side_by_side])
 def test_a_later_batch_of_another_size_is_refused(verb):
-    with pytest.raises(DataError, match=r"probed with images of 64 × 64 pixels .*, and this batch has 96 × 64"):
+    with pytest.raises(DataError, match=r"probed with images of 3 × 64 × 64 .*, and this batch has 3 × 96 × 64"):
         verb([pixels(4, 3, 64, 64), pixels(4, 3, 96, 64)])
 
 

@@ -38,8 +38,9 @@ class ImportSource(Source):
         if request.img_size is not None and size_name is not None:
             settings[size_name] = request.img_size
         chosen: dict[str, Any] = {**parameters, **settings}
-        declared = [size_of(chosen.get(name)) for name in SIZES]
-        size: Size | None = request.img_size or next(filter(None, declared), None)
+        size: Size | None = request.img_size
+        for name in SIZES:
+            size = size or size_of(chosen.get(name))
         channels = next((chosen[name] for name in CHANNELS if isinstance(chosen.get(name), int)), None)
 
         def make(trained: bool) -> nn.Module:
