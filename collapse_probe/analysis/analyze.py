@@ -37,7 +37,7 @@ from collapse_probe.data.preprocessing import Size
 from collapse_probe.devices import choose_device, device_name, floating_like, moved, peak_memory
 from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import DataError
-from collapse_probe.metrics.coverage import omissions, uncompared
+from collapse_probe.metrics.coverage import omissions, places_of_blocks, uncompared
 from collapse_probe.metrics.metric import Metric
 from collapse_probe.metrics.presets import records, with_presets
 from collapse_probe.models.checkpoints import holds_any
@@ -162,7 +162,7 @@ def measure(
     measured = measure_model(subject, plan, metrics, images, settings, options)
     results, twin_notes = with_untrained(measured.results, subject, metrics, images, settings, say)
     stopping = None if stopper is None else stopper.facts(len(images) if isinstance(images, ImageSet) else None)
-    left_out = [f"left out: {each.where}: {each.why}" for each in omissions(plan)]
+    left_out = places_of_blocks(plan) + [f"left out: {each.where}: {each.why}" for each in omissions(plan)]
     stopped = [] if stopping is None else [stopping["sentence"]]
     notes = [*subject.notes, *plan.notes, *left_out, *measured.notes, *notes, *twin_notes, *stopped]
     seen, table = measured.images, image_table(metrics, measured.images)
@@ -225,6 +225,7 @@ def model_facts(subject: Subject, plan: Plan) -> dict[str, Any]:
         "attention_layers": [plan.layers[i].owner for i in plan.map_layers],
         "mixes_maps": any(plan.layers[i].mixed for i in plan.map_layers),
         "adjacent": list(plan.adjacent),
+        "places": places_of_blocks(plan),
         "uncompared": [{"why": why, "blocks": blocks} for why, blocks in uncompared(plan).items()],
         "left_out": [{"where": each.where, "why": each.why, "blocks": list(each.places)} for each in omissions(plan)],
     }

@@ -122,5 +122,27 @@ def covered(plan: Plan, measured: Collection[int]) -> str:
     return "; ".join([*parts, *([f"left out: {'; '.join(left)}"] if left else [])])
 
 
+def covered_pairs(plan: Plan) -> str:
+    """Which pairs of consecutive blocks a count is over, where these are not all; else empty."""
+    pairs = compared_pairs(plan)
+    if all(pairs):
+        return ""
+    which = _blocks([place for place, compared in enumerate(pairs, start=1) if compared])
+    return f"over {sum(pairs)} of {len(pairs)} pairs of consecutive blocks: {which} with the block before"
+
+
+def places_of_blocks(plan: Plan) -> list[str]:
+    """A sentence on which places of the `block` axis are whose, where blocks have maps of several kinds; else none."""
+    if len(plan.map_layers) == len(plan.blocks):
+        return []
+    layers, starts = [plan.layers[index] for index in plan.map_layers], [0]
+    for place in range(1, len(layers)):
+        if (layers[place].block or 0) <= (layers[place - 1].block or 0):
+            starts.append(place)
+    spans_of = [range(start, end) for start, end in zip(starts, [*starts[1:], len(layers)], strict=True)]
+    parts = [f"{spans(list(each))} ({layers[each[0]].owner} … {layers[each[-1]].owner})" for each in spans_of]
+    return [f"blocks have maps of several kinds, each with a number on the axis of blocks: {'; '.join(parts)}"]
+
+
 def _blocks(numbers: list[int]) -> str:
     return f"{'block' if len(numbers) == 1 else 'blocks'} {spans(numbers)}"

@@ -112,7 +112,7 @@ class MapMetric(Metric):
         """A result with the point at which the maps were taken, and of which blocks they are."""
         if values is None:
             return super().result(values, **facts)
-        return super().result(values, point=self.settings["point"], covers=covered(self.plan, self.measured), **facts)
+        return super().result(values, point=self.settings["point"], **{"covers": covered(self.plan, self.measured), **facts})
 
 
 class HeadMetric(MapMetric):

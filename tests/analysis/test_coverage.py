@@ -19,7 +19,7 @@ from collapse_probe.capture.capture import discover_plan
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.replacement import refusal, source_of
 from collapse_probe.capture.trace import Trace
-from collapse_probe.metrics.coverage import uncompared
+from collapse_probe.metrics.coverage import places_of_blocks, uncompared
 from collapse_probe.metrics.metric import make
 from collapse_probe.registry import METRICS
 from collapse_probe.report.findings.page import render
@@ -83,6 +83,8 @@ def test_blocks_of_two_towers_are_no_neighbours_in_any_number(whole, apart):
     assert whole.summary["similar_blocks_corrected"] == 1
     assert apart.summary["similar_blocks_corrected"] == 0
     assert apart.metrics["similar-blocks"].details["pairs"] == 2
+    covers = "over 2 of 3 pairs of consecutive blocks: blocks 1, 3 with the block before"
+    assert apart.metrics["similar-blocks"].covers == covers == apart.metrics["similarity-ratio"].covers
     np.testing.assert_array_equal(apart.matrix("attention-similarity"), raw)
     assert apart.summary["attention_similarity_adjacent"] == pytest.approx((raw[1, 0] + raw[3, 2]) / 2)
     assert apart.summary["attention_similarity_adjacent"] < whole.summary["attention_similarity_adjacent"]
@@ -213,6 +215,16 @@ def test_pairs_are_counted_by_why_they_are_not_compared():
     assert plan.adjacent_blocks == plan.adjacent
     for name in EVERYTHING:
         make(name, plan).inapplicable()
+
+
+def test_blocks_with_maps_of_two_kinds_say_whose_numbers_are_whose():
+    plan = plan_for(6, 2, 9)
+    layers = [replace(layer, block=i % 3, owner=f"blocks.{i % 3}.{'wg'[i // 3]}") for i, layer in enumerate(plan.layers)]
+    plan = replace(plan, blocks=plan.blocks[:3], layers=tuple(layers), adjacent=(True, True, False, True, True))
+    (sentence,) = places_of_blocks(plan)
+    assert sentence.endswith("axis of blocks: 0–2 (blocks.0.w … blocks.2.w); 3–5 (blocks.0.g … blocks.2.g)")
+    assert plan.adjacent_blocks == (True, True)
+    assert places_of_blocks(plan_for(6, 2, 9)) == []
 
 
 def test_class_attention_is_listed_with_its_reason(monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collapse_probe.metrics.coverage import no_pair
+from collapse_probe.metrics.coverage import covered_pairs, no_pair
 from collapse_probe.metrics.map_metric import BY_ROWS, CENTRED, OF_PROBS, MapMetric
 from collapse_probe.metrics.metric import Need, Record
 from collapse_probe.metrics.nulls import untrained_only
@@ -90,6 +90,7 @@ class SimilarBlocks(MapMetric):
             np.array([count_above(real, t) for t in thresholds]),
             stderr=np.array(errors),
             ci95=np.array([_bounds(mean_parts(real.T), t) for t in thresholds]),
+            covers=covered_pairs(self.plan),
             details={"pairs": int(np.isfinite(_mean(real)).sum()), "corrected": corrected},
             nulls=untrained_only(),
         )

@@ -15,7 +15,7 @@ from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.accumulators import Means
-from collapse_probe.metrics.coverage import groups_of, no_pair
+from collapse_probe.metrics.coverage import covered_pairs, groups_of, no_pair
 from collapse_probe.metrics.map_metric import BY_ROWS, CENTRED, OF_PROBS, MapMetric
 from collapse_probe.metrics.metric import CURVE, Need, Record, Variant
 from collapse_probe.metrics.nulls import untrained_only
@@ -224,7 +224,11 @@ class SimilarityRatio(MapMetric):
         at, table = CHOICES.index(self.choice), sensitivity((mean, stderr, n))
         count = {"value": float(table[at]["similar_blocks"]), "ci95": table[at]["ci95"]}
         details = {"ratio_above": SIMILAR_ABOVE, "similar_blocks": count, "sensitivity": table}
-        facts = {"stderr": stderr[at], "ci95": interval(mean[at], stderr[at], n[at])}
+        facts: dict[str, Any] = {
+            "covers": covered_pairs(self.plan),
+            "stderr": stderr[at],
+            "ci95": interval(mean[at], stderr[at], n[at]),
+        }
         return self.result(mean[at], **facts, details=details, nulls=untrained_only())
 
 

@@ -63,6 +63,7 @@ def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> s
         untrained=is_untrained(findings.model),
         rules=rules_table(findings),
         cards=key_numbers(findings),
+        places=findings.model.get("places") or (),
         left_out=left_out(findings),
         sections=_with_plates(findings, figures),
         absent=[*not_measured(findings), *undrawn(findings)],

@@ -23,7 +23,7 @@ FIRST = {
     "run": ("command", "device", "dtype", "versions", "self_check"),
 }
 OF_IMAGES = ("batch_size", "images_per_second", "tile_bytes", "until_ci")  # facts of a run that mean nothing without images
-SAID_ABOVE = ("adjacent", "uncompared", "left_out")  # facts of a model that the page tells beside its numbers
+SAID_ABOVE = ("adjacent", "places", "uncompared", "left_out")  # facts of a model that the page tells beside its numbers
 LABELS = {
     "self_check": "self-check, worst error",
     "names_sha256": "names, SHA-256",

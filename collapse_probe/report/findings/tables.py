@@ -148,7 +148,7 @@ def per_block(findings: Findings) -> Table:
             notes.append("Standard errors and intervals need at least two images.")
     share, diversity = entropy_share(findings), result_of(findings, "patch-diversity")
     if share is not None:
-        columns["entropy, nats"] = [number(value, 2) for value in share.mean * np.log(share.keys)]
+        columns["entropy, nats"] = [number(value, 2) for value in share.mean * np.log(np.maximum(share.keys, 1))]
         columns["entropy / log N"] = [number(value, 2) for value in share.mean]
     if diversity is not None:
         columns["patch diversity"] = [number(value) for value in diversity.array[1:]]
