@@ -48,7 +48,7 @@ def diagnosis(subject: Any, plan: Any) -> dict[str, Any]:
         "self_check": {key: None if math.isnan(value) else value for key, value in vars(plan.check).items()},
         "layers": [
             {
-                **{name: value for name, value in vars(layer).items() if name != "call"},
+                **{name: value for name, value in vars(layer).items() if name not in ("call", "parts")},
                 "operation": layer.operation.removeprefix("aten::"),
                 "compared": not layer.reason and layer.block is not None,
                 "reason": layer.reason or ("outside the blocks" if layer.block is None else ""),

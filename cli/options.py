@@ -72,7 +72,7 @@ def open_subject(data: str | None, flags: dict[str, Any]) -> tuple[Any, Any]:
 
     seed, split, limit, batches = flags["seed"], flags.pop("split"), flags.pop("limit"), flags.pop("recalibrate_bn")
     images = None if data is None else open_data(data, split=split, limit=limit, seed=seed)
-    keys = ("checkpoint", "checkpoint_key", "partial", "pretrained", "model_kwargs", "img_size", "fixes")
+    keys = ("checkpoint", "checkpoint_key", "partial", "pretrained", "model_kwargs", "img_size", "blocks_pattern", "fixes")
     named = {key: flags.pop(key) for key in keys}
     subject = resolve(flags.pop("model"), blocks=flags.pop("fix_blocks"), seed=seed, **named)
     if batches and images is None:
@@ -160,6 +160,7 @@ architecture = _all(
     ),
     click.option("--model-kwargs", multiple=True, callback=keywords, metavar="K=V", help="Arguments of the constructor."),
     click.option("--img-size", type=ImageSize(), metavar="N|HxW", help="Side of the input [pixels], or height x width: 64x96."),
+    click.option("--blocks-pattern", metavar="GLOB", help="Paths of the blocks, where they are not found: 'stages.*.*'."),
 )
 MODEL_HELP = "vit_b_32, timm:NAME, torchvision:NAME, hf-hub:ORG/NAME, local-dir:PATH, import:module:callable, …"
 model = _all(

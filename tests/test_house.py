@@ -156,7 +156,7 @@ def test_public_names():
         collapse_probe.nonsense  # noqa: B018
 
 
-MODEL = "-m --model --checkpoint --checkpoint-key --partial --pretrained --model-kwargs --img-size"
+MODEL = "-m --model --checkpoint --checkpoint-key --partial --pretrained --model-kwargs --img-size --blocks-pattern"
 TALK = "--config -v --verbose -q --quiet -h --help"
 PLUGIN = f"--plugin {TALK}"
 RUN = "-b --batch-size -j --workers --device --amp --amp-dtype --seed --metric --null-images"

@@ -62,6 +62,7 @@ def analyze(
     pretrained: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: Size | None = None,
+    blocks_pattern: str | None = None,
     batch_size: int = 64,
     workers: int = 0,
     device: str = "auto",
@@ -78,14 +79,14 @@ def analyze(
 ) -> Findings:
     """Measure the collapse of one model over images: the main job.
 
-    `model` is an address, a module or a Subject; `data` an address, an ImageSet or any iterable of image batches
-    [B, channels, H, W] of one size, whose first batch the probe follows, or None where all metrics are of the weights.
-    `metrics` and `presets` are names, by default a fixed set.
-    `split` and `limit` are for a data address, see `open_data`; `checkpoint`, `checkpoint_key`, `partial`, `pretrained`,
-    `model_kwargs` and `img_size` for a model that is no Subject, see `resolve`. `null_images` is the number of images that
-    each of `null_seeds` untrained twins sees (0 leaves them out); `until_ci` the half-width at which every headline mean's
-    interval is narrow enough to stop. `progress(done, skipped)` is called after each batch, `report(line)` before each longer
-    step; `command` is stored. Raises CollapseProbeError where the input cannot be analysed.
+    `model` is an address, a module or a Subject; `data` an address, an ImageSet or any iterable of image batches [B, channels,
+    H, W] of one size, whose first batch the probe follows, or None where all metrics are of the weights. `metrics` and
+    `presets` are names, by default a fixed set. `split` and `limit` are for a data address, see `open_data`; `checkpoint`,
+    `checkpoint_key`, `partial`, `pretrained`, `model_kwargs`, `img_size` and `blocks_pattern` for a model that is no Subject,
+    see `resolve`. `null_images` is the number of images that each of `null_seeds` untrained twins sees (0 leaves them out);
+    `until_ci` the half-width at which every headline mean's interval is narrow enough to stop. `progress(done, skipped)` is
+    called after each batch, `report(line)` before each longer step; `command` is stored. Raises CollapseProbeError where the
+    input cannot be analysed.
     """
     settings = RunSettings(
         device=device,
@@ -115,6 +116,7 @@ def analyze(
                 pretrained=pretrained,
                 model_kwargs=model_kwargs,
                 img_size=img_size,
+                blocks_pattern=blocks_pattern,
                 seed=seed,
             )
         )

@@ -70,6 +70,7 @@ def compare(
     pretrained: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: Size | None = None,
+    blocks_pattern: str | None = None,
     fixes: Sequence[str] = (),
     fix_blocks: Sequence[int] | None = None,
     recalibrate_bn: int = 0,
@@ -90,12 +91,12 @@ def compare(
 
     `subjects` maps labels to addresses, modules, Subjects, checkpoint files (of the architecture `model`), folders of
     checkpoints, findings folders or Findings; a sequence gets labels from their names. `data`, `split` and `limit` as for
-    `analyze`; findings need none. `checkpoint_key`, `partial`, `pretrained`, `model_kwargs` and `img_size` are for all models,
-    see `resolve`. `fixes` and `fix_blocks` (see `with_fixes`) go into every model after the first; `recalibrate_bn` is a
-    number of batches; `cka` also takes the CKA between the depths of the first model and of each other (`cross_cka`), into the
-    other's findings. `watch` follows the images, `report(line)` is called before each longer step; the rest is as for
-    `analyze`.
-    Raises DataError for subjects on different images, naming the first difference, and for models without data.
+    `analyze`; findings need none. `checkpoint_key`, `partial`, `pretrained`, `model_kwargs`, `img_size` and `blocks_pattern`
+    are for all models, see `resolve`. `fixes` and `fix_blocks` (see `with_fixes`) go into every model after the first;
+    `recalibrate_bn` is a number of batches; `cka` also takes the CKA between the depths of the first model and of each other
+    (`cross_cka`), into the other's findings. `watch` follows the images, `report(line)` is called before each longer step; the
+    rest is as for `analyze`. Raises DataError for subjects on different images, naming the first difference, and for models
+    without data.
     """
     settings = RunSettings(
         device=device,
@@ -118,6 +119,7 @@ def compare(
         pretrained=pretrained,
         model_kwargs=model_kwargs or {},
         img_size=img_size,
+        blocks_pattern=blocks_pattern,
         fixes=tuple(fixes),
         fix_blocks=None if fix_blocks is None else tuple(fix_blocks),
         seed=seed,

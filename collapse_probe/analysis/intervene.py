@@ -54,6 +54,7 @@ def intervene(
     pretrained: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: Size | None = None,
+    blocks_pattern: str | None = None,
     batch_size: int = 64,
     workers: int = 0,
     device: str = "auto",
@@ -110,6 +111,7 @@ def intervene(
                 pretrained=pretrained,
                 model_kwargs=model_kwargs,
                 img_size=img_size,
+                blocks_pattern=blocks_pattern,
                 seed=seed,
             )
         )

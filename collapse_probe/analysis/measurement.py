@@ -158,7 +158,8 @@ def with_input(subject: Subject, images: ImageSet | OwnImages | None) -> Subject
 def plan_of(subject: Subject, device: str, seed: int) -> Plan:
     """Move the subject's model to the device, in eval mode, and probe it with noise of the size and channels of its images."""
     model = moved(subject.model, choose_device(device)).eval()
-    return discover_plan(model, subject.preprocess.size, subject.preprocess.channels, seed)
+    made = subject.preprocess
+    return discover_plan(model, made.size, made.channels, seed, blocks=subject.blocks_pattern)
 
 
 def read_matrices(model: nn.Module, plan: Plan, seed: int = 0) -> Matrices:

@@ -35,6 +35,7 @@ class ModelOptions:
     pretrained: bool | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     img_size: Size | None = None
+    blocks_pattern: str | None = None
     fixes: tuple[str, ...] = ()
     fix_blocks: tuple[int, ...] | None = None
     seed: int = 0
@@ -90,6 +91,7 @@ class SubjectSpec:
             partial=options.partial,
             model_kwargs=kwargs,
             img_size=options.img_size,
+            blocks_pattern=options.blocks_pattern,
         )
 
 

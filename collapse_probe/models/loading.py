@@ -27,7 +27,8 @@ class Subject:
     """A model under analysis: in eval mode, with its provenance.
 
     `source` is the key of the table of sources, `name` the name there, `weights` says which weights it holds (a tag, or
-    "random (seed 0)", or "checkpoint"). `img_size` is the size that was asked for, None where the model's own is taken.
+    "random (seed 0)", or "checkpoint"). `img_size` is the size that was asked for, None where the model's own is taken;
+    `blocks_pattern`, as in a shell, names the paths of its blocks where they are not found.
     `fresh(seed)` makes the same architecture with fresh weights, in eval mode; None where
     that is not possible. `loading` says what of a checkpoint went into `model`, by the names of `model`.
     """
@@ -44,6 +45,7 @@ class Subject:
     loading: LoadReport | None = None
     notes: tuple[str, ...] = ()
     img_size: Size | None = None
+    blocks_pattern: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def resolve(
     pretrained: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: Size | None = None,
+    blocks_pattern: str | None = None,
     seed: int = 0,
     partial: bool = False,
 ) -> Subject:
@@ -140,8 +143,9 @@ def resolve(
     A bare name is looked up in `BARE`; `SCHEME:NAME` names an entry of `SOURCES`; an nn.Module is taken as it is, out of its
     wrappers (a checkpoint then loads into that very module). `pretrained` None means published weights unless a checkpoint is
     given. Fresh weights are drawn under `seed`, and the global generators stay as they were. `model_kwargs` go to the model's
-    constructor, `img_size` sets its input side [pixels], or (height, width), `partial` lets a checkpoint load in part,
-    `checkpoint_key` names the weights that are meant in a file with several (`state_dict_ema`, `teacher`, `base_encoder`).
+    constructor, `img_size` sets its input side [pixels], or (height, width), `blocks_pattern` names its blocks where they are
+    not found, `partial` lets a checkpoint load in part, `checkpoint_key` names the weights that are meant in a file with
+    several (`state_dict_ema`, `teacher`, `base_encoder`).
 
     Fixes whose parameters the checkpoint holds are known by their keys and put in; `fixes`, see `with_fixes`, may add settings
     that no key shows. Other `fixes` are put into `blocks` as well, and stay as they were made: a note says so.
@@ -174,6 +178,7 @@ def resolve(
         fresh=fresh if blueprint.remakable else None,
         notes=notes,
         img_size=img_size,
+        blocks_pattern=blocks_pattern,
     )
     check_blocks(fixes, blocks)
     if checkpoint is None:

@@ -105,3 +105,9 @@ def test_the_package_can_be_imported_where_the_system_does_not_tell_its_memory()
         "sys.exit(d.peak_memory(torch.device('cpu')) is not None)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_pattern_names_the_blocks(run):
+    words = ("doctor", *VIT, "--model-kwargs", f"img_size=32 {SMALL}")
+    assert json.loads(run(*words)[1])["blocks"] == 2
+    assert json.loads(run(*words, "--blocks-pattern", "blocks.1")[1])["blocks"] == 1
