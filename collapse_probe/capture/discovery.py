@@ -153,7 +153,7 @@ def _notes(
     if lost:
         owners = ", ".join(dict.fromkeys(e.attention.owner for e in lost[:3]))
         notes.append(
-            f"the softmax in {owners}{' and others' if len(lost) > 3 else ''} runs over {lost[0].lost} more than "
+            f"the softmax in {owners}{' and others' if len(lost) > 3 else ''} runs over {lost[0].lost} key more than "
             "multiplies values (an attention sink): the rows of what multiplies them sum to less than one"
         )
     if latents:
