@@ -37,6 +37,7 @@ BATCHED_PRODUCTS = operators("bmm", "baddbmm")
 MATRIX_PRODUCTS = operators("mm", "addmm")
 PRODUCTS = BATCHED_PRODUCTS | MATRIX_PRODUCTS
 SUM = operators("sum")
+SUMS = operators("add", "sub", "rsub")
 PADS = operators("constant_pad_nd")
 JOINS = PADS | operators("cat", "stack")
 MOVES = JOINS | operators("repeat", "index_select", "roll", "flip", "_reshape_copy", "index", "gather")

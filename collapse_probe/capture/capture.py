@@ -303,7 +303,9 @@ def _plan_of(model: nn.Module, log: PassLog, again: PassLog, blocks: str | None 
     if not plan.map_layers:
         owner = heard[0].attention.owner or type(model).__name__
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in plan.layers if layer.reason))
-        way_out = "name the paths of the blocks by a pattern (--blocks-pattern 'stages.*.*')"
+        way_out = "name the paths of the blocks by a pattern (blocks_pattern, --blocks-pattern 'stages.*.*')"
+        if not heard[0].attention.owner:
+            way_out = "it ran in no module that the model registers: keep the blocks in an nn.ModuleList"
         raise NoAttentionFoundError(
             f"attention was found in {owner}, but in no block that attends between its own tokens"
             + (f" ({reasons})" if reasons else f"; {way_out}")

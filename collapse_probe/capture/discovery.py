@@ -147,14 +147,14 @@ def _notes(
         owners = ", ".join(dict.fromkeys(e.attention.owner for e in merged[:3]))
         notes.append(
             f"what multiplies the values in {owners}{' and others' if len(merged) > 3 else ''} is made of "
-            f"{merged[0].softmaxes} softmax maps: `weights` is what they become, `probs` is the first of them alone"
+            f"{merged[0].softmaxes} softmax maps: `weights` is what they become, `probs` is one of them alone"
         )
     lost = [e for e in log.events if e.lost]
     if lost:
         owners = ", ".join(dict.fromkeys(e.attention.owner for e in lost[:3]))
         notes.append(
             f"the softmax in {owners}{' and others' if len(lost) > 3 else ''} runs over {lost[0].lost} key more than "
-            "multiplies values (an attention sink): the rows of what multiplies them sum to less than one"
+            "multiplies values: the rows of what multiplies them sum to less than one"
         )
     if latents:
         notes.append("the tokens of the first block do not come from the image (latents): they are no patches")

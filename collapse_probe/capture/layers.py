@@ -58,9 +58,7 @@ def call_groups(log: PassLog, again: PassLog) -> list[CallGroup]:
         for (lead_axes, _, keys), some in list(alike.items()):
             together = [e for e in events if len(e.attention.shape) - 2 == lead_axes and e.attention.shape[-1] == keys]
             lengths = tuple(e.attention.shape[-2] for e in together)
-            if (
-                some[0] is together[0] and len(together) > 1 and sum(lengths) == keys and 1 not in lengths
-            ):  # parts of the queries
+            if some[0] is together[0] and len(together) > 1 and sum(lengths) == keys:  # parts of the queries
                 axes = [axes_of(*_samples([e], again)) for e in together]
                 if axes[0] is not None and all(a == axes[0] for a in axes):
                     groups.append(CallGroup(frame, together, lengths, axes[0]))
@@ -157,6 +155,13 @@ def by_blocks(layers: Sequence[Layer], blocks: int) -> list[Layer]:
         inside = [
             replace(layer, reason=f"cross attention: {layer.queries} tokens attend to {layer.keys} others")
             if square and not layer.reason and layer.queries != layer.keys
+            else layer
+            for layer in inside
+        ]
+        readers = {layer.queries for layer in inside if layer.reason}  # latents that read the tokens
+        inside = [
+            replace(layer, reason=f"attention to {layer.keys} latents that read the tokens, not between the tokens")
+            if not layer.reason and layer.queries != layer.keys and layer.keys in readers
             else layer
             for layer in inside
         ]

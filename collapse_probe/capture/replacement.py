@@ -225,8 +225,8 @@ class MapReplacer:
         fits = any(part.keys == keys and queries in part.queries for part in mine)
         if not fits and (mine or frame not in self.plan.frames):
             raise CaptureError(
-                f"attention call {event.index}, in {frame[0] or 'the model'}, has {queries} queries and {keys} keys, as none had "
-                "in the probe; replace maps in a model whose depth does not depend on the data, on images of the probe's size"
+                f"attention call {event.index}, in {frame[0] or 'the model'}, has {queries} queries and {keys} keys, as none "
+                "had in the probe; replace maps in a model whose depth does not depend on the data, and on images of its size"
             )
         return index
 

@@ -7,6 +7,7 @@ keys were left out on the way, however the map was turned, folded, sliced or cop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +39,8 @@ class Softmax:
     `places` maps a storage to the entries of the softmax that stand there ([memory], −1 where there is none), None where that
     is not known; in `exact` storages the values are the softmax's own, and `joined` ones hold others beside them. `broadcast`
     has what was multiplied elementwise into values: their shape, and the map. `direct` says that its logits are no product of
-    activations. `memory` keeps the storages from being used again.
+    activations. `memory` keeps the storages from being used again. It `leads` where it went into a sum or difference of maps
+    as it was.
     """
 
     probs: Tensor
@@ -53,6 +55,7 @@ class Softmax:
     joined: set[int] = field(default_factory=set)
     broadcast: dict[int, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
     handed_up: int = 0
+    leads: bool = False
 
     def entries(self, x: Tensor) -> Tensor | None:
         """Which entry of the softmax stands at each place of `x`, in the shape of `x`."""
@@ -156,6 +159,8 @@ class Softmaxes:
             # maps that were merged into this one are parts of one effective map
             merged = storage_of(found.operand)
             with_it = [s for s in self.pending if s is not softmax and merged in s.places]
+            if not softmax.leads and any(s.leads for s in with_it):
+                continue  # the one that leads comes later
             self.pending = [s for s in self.pending if s is not softmax and s not in with_it]
             found.softmaxes += len(with_it)
             heard.append(found)
@@ -214,14 +219,17 @@ class Softmaxes:
             sorted(set(torch.unravel_index(along, shape)[dim].tolist())), dtype=torch.long, device=probs.device
         )
         lost = shape[dim] - len(indices) if len(along) else 0
-        weights = None
+        weights, heads = None, dict[int, Tensor]()
         square = query is not None and shape[query] == shape[dim]
         if storage_of(x) not in softmax.exact or (lost and square):
             weights = self._scattered(softmax, x)
+            heads = {} if x.numel() == probs.numel() else self._covered(softmax, x, (dim, query))
 
         def matrix(t: Tensor, cut: bool) -> Tensor:
             if cut and lost and not square:
                 t = t.index_select(dim, indices)
+            for axis, kept in heads.items():
+                t = t.index_select(axis, kept)
             if query is None:
                 return four_axes(t.movedim(dim, -1).unsqueeze(-2))
             order = [axis for axis in range(len(shape)) if axis not in (query, dim)]
@@ -231,7 +239,21 @@ class Softmaxes:
             "", "softmax", probs=matrix(probs, True), weights=None if weights is None else matrix(weights, True)
         )
         sample = None if softmax.sample is None else matrix(softmax.sample, False)
-        return Heard(attention, softmax.stack, softmax.holder, x, values, sample, softmax.direct, lost=lost)
+        parts = math.prod(shape[axis] // len(kept) for axis, kept in heads.items())
+        return Heard(attention, softmax.stack, softmax.holder, x, values, sample, softmax.direct, softmaxes=parts, lost=lost)
+
+    @staticmethod
+    def _covered(softmax: Softmax, x: Tensor, but: tuple[int | None, ...]) -> dict[int, Tensor]:
+        """By axis of the softmax, but queries and keys, the indices that a map takes up where these are not all: half of the
+        heads."""
+        entries = softmax.entries(x)
+        assert entries is not None
+        covered = {}
+        for axis, index in enumerate(torch.unravel_index(entries[entries >= 0].long(), softmax.probs.shape)):
+            kept = torch.tensor(sorted(set(index.tolist())), dtype=torch.long, device=x.device)
+            if axis not in but and 0 < len(kept) < softmax.probs.shape[axis]:
+                covered[axis] = kept
+        return covered
 
     @staticmethod
     def _scattered(softmax: Softmax, x: Tensor) -> Tensor:
@@ -317,6 +339,7 @@ class Softmaxes:
                 softmax.joined |= {storage_of(result)} if call.func in attention_operators.JOINS else set()
             return
         copied = exact and call.func in attention_operators.COPIES
+        softmax.leads |= exact and call.func in attention_operators.SUMS
         alike = next((y for y in touched if softmax.entries(y) is not None), None)
         for result in results:
             same = next((y for y in touched if y.shape == result.shape), None)
