@@ -490,3 +490,10 @@ def test_a_partial_load_says_which_blocks_are_not_from_the_file(path):
     report = load_checkpoint(vit(2), path, partial=True)
     assert report.notes[0] == "checkpoint: 32 of 44 tensors of the model came from the file; 2 of 3 blocks whole, not blocks.1"
     assert len(report.not_loaded) == 12
+
+
+def test_blocks_of_another_name_are_no_prefix(path):
+    state = {name.replace("blocks.", "layers."): tensor for name, tensor in vit(1).state_dict().items()}
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=r"--partial for the 8 of 44 tensors that fit: 0 of 3 blocks whole, not blocks.0"):
+        load_checkpoint(vit(2), path)
