@@ -34,6 +34,8 @@ OUTPUT_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 FLOAT32_TOLERANCE = {"highest": 2e-4, "high": 5e-3, "medium": 5e-2}
 """By torch.get_float32_matmul_precision, which may replace float32 by TensorFloat32 or bfloat16."""
 CHECKED_ROWS = 8
+MOST_ROWS = 0.5
+"""Of the queries of the first block, that change with one patch of the image; where more do, tokens are not told from channels."""
 
 
 class Recording:
@@ -194,8 +196,63 @@ def _probe(
             raise CaptureError("the model is in training mode and draws at random (dropout or random drops): call eval() first")
         recorded(other_args, other_kwargs)
     plan = _plan_of(model, logs[0], logs[1], blocks)
+    if doubtful := _as_many_channels_as_tokens(model, plan, logs[0]):
+        with torch.inference_mode(False), torch.no_grad():
+            recorded(*_one_patch_changed(plan, args, kwargs))
+        plan = _without_channels(plan, doubtful, logs[0], logs[-1])
     drawn = "the model draws random numbers in eval mode too: what it shows of an image changes from pass to pass"
     return replace(plan, notes=(*plan.notes, drawn)) if random else plan
+
+
+def _as_many_channels_as_tokens(model: nn.Module, plan: Plan, log: PassLog) -> list[int]:
+    """The layers whose maps could run over channels by their shape: a head is as wide as there are queries.
+
+    Not those of a class that attends between tokens elsewhere in the model, where the numbers differ.
+    """
+    sure, doubtful = set(), []
+    for index in plan.token_layers:
+        layer = plan.layers[index]
+        calls = [e.attention for e in log.events if frame_of(e) == layer.parts[0].frame]
+        widths = {a.q.shape[-1] for a in calls if a.q is not None} or {plan.width // max(layer.heads, 1)}
+        if layer.queries == layer.keys and layer.queries in widths:
+            doubtful.append(index)
+        else:
+            sure.add(type(model.get_submodule(layer.owner)))
+    return [i for i in doubtful if type(model.get_submodule(plan.layers[i].owner)) not in sure]
+
+
+def _one_patch_changed(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The probe's input with other noise in the first patch of the second image."""
+    rows, columns = plan.grid or (2, 2)
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
+            return x
+        changed = x.clone()
+        changed[1, :, : x.shape[2] // rows, : x.shape[3] // columns] *= -1
+        return changed
+
+    leaves, spec = tree_flatten((args, kwargs))
+    changed: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten([one(x) for x in leaves], spec)
+    return changed
+
+
+def _without_channels(plan: Plan, doubtful: list[int], log: PassLog, near: PassLog) -> Plan:
+    """The plan without layers whose maps change everywhere with one patch, before anything mixed the tokens: channels do."""
+    first = plan.layers[doubtful[0]]
+    rows = []
+    for before, after in zip(log.events, near.events, strict=True):
+        if frame_of(before) == first.parts[0].frame:
+            moved = (before.sample[0] != after.sample[0]).any(-1)
+            rows.append(moved.flatten(0, -2).any(0).float().mean())
+    if rows and float(max(rows)) <= MOST_ROWS:
+        return plan
+    why = (
+        f"its maps of {first.queries} × {first.keys} may be of tokens or of channels, of which there are as many; "
+        "probe it with images of another size"
+    )
+    layers = [replace(layer, reason=why) if i in doubtful else layer for i, layer in enumerate(plan.layers)]
+    return replace(plan, layers=tuple(layers), adjacent=(False,) * len(plan.adjacent))
 
 
 def _plan_for(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:

@@ -193,7 +193,7 @@ def _reason(group: CallGroup, queries: int, keys: int, tokens: int | None, owner
         return "a pooling query, not token attention"
     q, fits = group.events[0].attention.q, tokens is None or tokens <= queries <= tokens + MOST_ADDED_TOKENS
     named = any(word in owner_class.lower() for word in _CHANNEL_ATTENTION)
-    if named or (not fits and q is not None and q.shape[-1] == tokens):
+    if named or (queries != tokens and q is not None and q.shape[-1] == tokens):
         return f"channel attention (maps of {queries} × {keys} channels)"
     if not fits:
         return f"attention between {queries} × {keys} positions, not between the block's {tokens} tokens"
