@@ -256,6 +256,8 @@ def _patch_shape(tokens_BND: Tensor | None, tokens: int, prefix: tuple[int, ...]
 
 def _grid(patches: int, log: PassLog, before: int) -> tuple[int, int] | None:
     """Rows and columns of the patches, as some module made them before block 0 or from the image's shape."""
+    if log.input is not None and any(_is_film(call.input, log.input) for call in log.calls[:before]):
+        return None
     for call in reversed(log.calls[:before]):
         x = call.output
         if isinstance(x, Tensor) and x.ndim == 4 and len(x) == log.images:
@@ -263,6 +265,11 @@ def _grid(patches: int, log: PassLog, before: int) -> tuple[int, int] | None:
                 if shape[0] * shape[1] == patches:
                     return int(shape[0]), int(shape[1])
     return _rectangle(patches, log.input)
+
+
+def _is_film(x: Tensor | None, images: Tensor) -> bool:
+    """Whether a module took the images as the frames of films: the patches of several frames form no rectangle."""
+    return x is not None and x.ndim == 5 and x.shape[-2:] == images.shape[-2:]
 
 
 def _rectangle(patches: int, images: Tensor | None) -> tuple[int, int] | None:

@@ -124,6 +124,11 @@ FAMILIES = {
         lambda: crop(hf.VivitImageProcessor),
         ("VivitModel", 33, 1),
     ),
+    "timesformer": (
+        lambda: hf.TimesformerModel(hf.TimesformerConfig(**ViT, num_frames=4)),
+        lambda: crop(hf.VideoMAEImageProcessor),
+        ("TimesformerModel", 65, 1),
+    ),
     "yolos": (
         lambda: hf.YolosForObjectDetection(hf.YolosConfig(**{**ViT, "image_size": [64, 64]}, num_detection_tokens=5)),
         lambda: hf.YolosImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}),
@@ -156,6 +161,7 @@ def test_a_folder_is_resolved_probed_and_analysed(name, folder, photos):
     assert subject.preprocess.size == (64, 64)
     plan = plan_of(subject, "cpu", 0)
     assert (plan.tokens, len(plan.prefix)) == (tokens, prefix)
+    assert (plan.grid is None) == (name in ("videomae", "vivit", "timesformer"))
     found = cp.analyze(subject, photos, metrics=("patch-diversity",), null_images=2, device="cpu")
     assert found.summary["images"] == 6
     assert np.isfinite(found.metrics["patch-diversity"].values).any()
@@ -208,7 +214,8 @@ def test_patches_are_cut_as_the_processor_cuts_them():
 
 
 def test_a_film_is_the_picture_in_every_frame_and_their_number_is_said(folder):
-    subject = resolve(f"hf:{folder('vivit')}")
+    subject = resolve(f"hf:{folder('vivit')}", img_size=(64, 96), pretrained=False)
+    assert plan_of(subject, "cpu", 0).grid is None
     assert "each picture is shown as a film of 4 equal frames" in subject.notes
     films = subject.model.inputs(torch.arange(24.0).reshape(1, 3, 2, 4))["pixel_values"]
     assert films.shape == (1, 4, 3, 2, 4)
