@@ -182,7 +182,8 @@ class Entropy:
     @property
     def unit(self) -> str:
         """What 1 stands for: log 50, or log N where blocks differ."""
-        return f"log {self.keys[0]:.0f}" if len(set(self.keys.tolist())) == 1 else "log N"
+        sizes = set(self.keys[np.isfinite(self.mean)].tolist())
+        return f"log {sizes.pop():.0f}" if len(sizes) == 1 else "log N"
 
 
 def entropy_share(findings: Findings) -> Entropy | None:

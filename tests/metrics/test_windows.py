@@ -140,3 +140,20 @@ def test_tokens_that_are_left_out_are_not_those_of_a_window():
     plan = replace(windowed_plan(), prefix=(0,))
     assert "attention inside windows" in make("attention-similarity@patches", plan).inapplicable()
     assert not make("attention-similarity@patches", windowed_plan()).inapplicable()
+
+
+def test_metrics_that_take_no_windows_read_the_whole_maps_beside_them():
+    plan, maps, names = windowed_plan(), maps_of(), ["distance-from-image-mean", "attention-distance", "whole-map-similarity"]
+    whole = replace(plan.layers[2], windows=1, reason="", queries=plan.tokens, keys=plan.tokens)
+    mixed = replace(plan, layers=(*plan.layers[:2], whole), grid=(4, 6), image_size=(64, 96))
+    trace = trace_of(maps, mixed)
+    large = torch.as_tensor(random_maps((IMAGES, HEADS, plan.tokens, plan.tokens), seed=7))
+    attention = (*trace.attention[:2], Attention(whole.owner, "softmax", probs=large))
+    found = readings([replace(trace, attention=attention)], names)
+    alone = replace(mixed, blocks=mixed.blocks[:1], layers=(replace(whole, block=0),), adjacent=())
+    expected = readings([replace(trace, plan=alone, attention=attention[2:])], names)
+    for name in names:
+        values = found[name].array
+        assert np.isnan(values[:2]).all()
+        last = values[2, 2] if values.shape == (BLOCKS, BLOCKS) else values[2]
+        np.testing.assert_allclose(last, np.ravel(expected[name].array), atol=1e-6)
