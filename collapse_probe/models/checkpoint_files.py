@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import pickle
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from datetime import date, datetime, timedelta
+from pathlib import Path, PosixPath, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from collapse_probe.errors import CheckpointError
 
+NUMPY_PARTS: Any = (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0])
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # `.pth.tar` ends in .tar
+PLAIN_VALUES: list[Any] = [  # of training files: settings, the best accuracy, dates, paths; making one of these runs no code
+    *(argparse.Namespace, SimpleNamespace, PosixPath, PurePosixPath, date, datetime, timedelta, slice),
+    *(np.ndarray, np.dtype, *(kind for kind in vars(np.dtypes).values() if isinstance(kind, type))),
+    *((part, f"numpy.{core}.multiarray.{part.__name__}") for part in NUMPY_PARTS for core in ("core", "_core")),
+]
 INDEX = ".index.json"  # lists the parts of a checkpoint in several files, as transformers and accelerate write them
 NO_WEIGHTS = re.compile(r"(optim|sched|lr_|scaler|rng_state|random_states|sampler|training_args|custom_checkpoint)")
+NEWER, OLDER = "model.safetensors", "pytorch_model.bin"
 PART = re.compile(r"-\d+-of-\d+$")
 
 
@@ -36,6 +45,8 @@ def _own_files(folder: Path) -> list[Path]:
     indices = [file for file in files if file.name.endswith(INDEX)]
     parts = {folder / name for index in indices for name in _parts_of(index)}
     own = [f for f in files if f.suffix.lower() in SUFFIXES and not NO_WEIGHTS.match(f.name.lower()) and f not in parts]
+    if folder / NEWER in own:  # transformers reads this one of the two
+        own = [file for file in own if file.name != OLDER]
     return sorted(own + indices)
 
 
@@ -80,8 +91,8 @@ def read_checkpoint(file: Path) -> Mapping[str, Any]:
 
 
 def read_file(file: Path) -> Mapping[str, Any]:
-    """The content of one file. Nothing in it is executed: torch reads it with `weights_only`, and of all Python classes only
-    `argparse.Namespace` (the settings in timm's training files) is allowed. Raises CheckpointError.
+    """The content of one file. Nothing in it is executed: torch reads it with `weights_only`, and of other Python classes only
+    PLAIN_VALUES are allowed. Raises CheckpointError.
     """
     try:
         if file.suffix.lower() == ".safetensors":
@@ -89,8 +100,7 @@ def read_file(file: Path) -> Mapping[str, Any]:
 
             content: Any = load_file(file)
         else:
-            allow = getattr(torch.serialization, "safe_globals", None)  # since torch 2.5
-            with warnings.catch_warnings(), allow([argparse.Namespace]) if allow else contextlib.nullcontext():
+            with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN_VALUES):
                 warnings.simplefilter("ignore")  # on pickles of other protocols
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

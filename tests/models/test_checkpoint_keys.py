@@ -445,6 +445,14 @@ def trainer_folder(folder, state, weights="model.safetensors"):
     return folder
 
 
+def test_of_the_same_weights_in_two_formats_the_newer(tmp_path):
+    trainer_folder(tmp_path, vit(2).state_dict(), "pytorch_model.bin")
+    trainer_folder(tmp_path, vit(1).state_dict())
+    model = vit(3)
+    load_checkpoint(model, tmp_path)
+    assert equal(model, vit(1).state_dict())
+
+
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin", "model.pt"])
 def test_a_trainers_folder_is_its_weights(tmp_path, weights):
     model = vit(2)

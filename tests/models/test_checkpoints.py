@@ -4,7 +4,11 @@ import argparse
 import hashlib
 import os
 import pickle
+from datetime import datetime
+from pathlib import PosixPath
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -100,6 +104,25 @@ def test_a_teacher_backbone_fits(path):
 
 def test_the_settings_of_a_training_file_are_allowed(path):
     torch.save({"state_dict": filled(1.0), "args": argparse.Namespace(lr=0.1, model="deepvit_s")}, path)
+    assert load_checkpoint(small(), path).complete
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.float64(0.5),
+        np.int64(3),
+        np.ones(3, dtype=np.float32),
+        PosixPath("runs/a"),
+        argparse.Namespace(accuracy=np.float32(0.5)),
+        datetime(2026, 11, 1),
+        SimpleNamespace(lr=0.1),
+        slice(1, 3),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_plain_values_beside_the_weights_are_allowed(path, value):
+    torch.save({"state_dict": filled(1.0), "best": value}, path)
     assert load_checkpoint(small(), path).complete
 
 
