@@ -15,6 +15,7 @@ from factories import plan_for, random_maps, readings, small_vit, trace_of
 from collapse_probe.analysis import analyze as analyzing
 from collapse_probe.analysis.intervene import intervene
 from collapse_probe.analysis.measurement import plan_of
+from collapse_probe.analysis.pairing import pair_up
 from collapse_probe.capture.capture import discover_plan
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.replacement import refusal, source_of
@@ -22,6 +23,7 @@ from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.coverage import places_of_blocks, uncompared
 from collapse_probe.metrics.metric import make
 from collapse_probe.registry import METRICS
+from collapse_probe.report.comparison.verdict import verdict_of_pair
 from collapse_probe.report.findings.page import render
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import adjacent
@@ -121,6 +123,18 @@ def test_a_folder_keeps_who_is_a_neighbour(apart, tmp_path):
     with (tmp_path / "kept" / "blocks.csv").open() as file:
         blocks = [row["block"] for row in csv.DictReader(file) if row["metric"] == "attention-similarity"]
     assert blocks == ["1", "3"]
+
+
+def test_a_comparison_pairs_neighbours_alone_and_names_what_was_not_heard(whole, apart):
+    pair = pair_up(whole, apart, ("chain", "towers"))
+    raw = pair.differences["attention-similarity"]
+    assert raw.paired.images.tolist() == [6, 0, 6]
+    assert raw.overall.difference[0] == pytest.approx(0.0, abs=1e-12)
+    hole = [{"where": "blocks.1", "why": NOT_HEARD, "blocks": [1]}]
+    unheard_too = replace(apart, model={**apart.model, "left_out": hole})
+    caveats = verdict_of_pair(pair, whole, unheard_too).caveats
+    assert "towers: Block blocks.1 was not heard: its neighbours are not compared." in caveats
+    assert not [text for text in caveats if "left out of its pairs" in text]
 
 
 def test_findings_without_neighbours_take_all_for_them(whole):
