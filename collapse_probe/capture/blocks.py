@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -51,7 +51,7 @@ def block_paths(model: nn.Module, log: PassLog, owners: Sequence[str], pattern: 
         return paths
     for stage in {path for path in paths.values() if path}:
         inside = [owner for owner in owners if paths[owner] == stage]
-        below = {owner: child for owner in inside if (child := _child_below(owner, stage, modules)) is not None}
+        below = {owner: child for owner in inside if (child := _child_below(owner, stage, modules, has_mlp)) is not None}
         if len(set(below.values())) > 1 and _one_after_another(list(dict.fromkeys(below.values())), log):
             paths |= below
     classes = Counter(type(modules[path]) for path in dict.fromkeys(loose.values()))
@@ -68,12 +68,13 @@ def _matches(path: str, pattern: str) -> bool:
     return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
-def _child_below(owner: str, stage: str, modules: dict[str, nn.Module]) -> str | None:
-    """The outermost child of a container inside a stage that the owner is in or is."""
+def _child_below(owner: str, stage: str, modules: dict[str, nn.Module], has_mlp: Callable[[str], bool]) -> str | None:
+    """The outermost child of a container, or module with an MLP, inside a stage that the owner is in or is."""
     parts = owner.split(".")
     for n in range(stage.count(".") + 2, len(parts) + 1):
-        if isinstance(modules[".".join(parts[: n - 1])], _CONTAINERS):
-            return ".".join(parts[:n])
+        path = ".".join(parts[:n])
+        if isinstance(modules[path.rpartition(".")[0]], _CONTAINERS) or (has_mlp(path) and path != owner):
+            return path
     return None
 
 

@@ -35,7 +35,8 @@ FLOAT32_TOLERANCE = {"highest": 2e-4, "high": 5e-3, "medium": 5e-2}
 """By torch.get_float32_matmul_precision, which may replace float32 by TensorFloat32 or bfloat16."""
 CHECKED_ROWS = 8
 MOST_ROWS = 0.5
-"""Of the queries of the first block, that change with one patch of the image; where more do, tokens are not told from channels."""
+"""Of the queries of the first block, that change with one patch of the image; where more do, tokens are not told from
+channels."""
 
 
 class Recording:
@@ -348,7 +349,7 @@ def same(a: Any, b: Any) -> bool:
 
 def _plan_of(model: nn.Module, log: PassLog, again: PassLog, blocks: str | None = None) -> Plan:
     """The plan of a thorough recording, after every check that it can be trusted."""
-    heard = [event for event in log.events if is_attention(event, log)]
+    heard = [event for event in log.events if is_attention(event, log) or event.attention.shape[-1] > 1]
     if not heard:
         raise NoAttentionFoundError(_nothing_heard(model, log))
     if [(frame_of(a), a.attention.shape) for a in log.events] != [(frame_of(b), b.attention.shape) for b in again.events]:

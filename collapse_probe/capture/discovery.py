@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -15,6 +16,8 @@ from collapse_probe.capture.recorder import AttentionEvent, PassLog, steady_toke
 from collapse_probe.capture.softmax_tracking import BY_HAND
 from collapse_probe.errors import CaptureError
 
+LONGEST_PATCH = 4
+"""How many times as long as wide a patch may be, for a module's output to be taken for the grid of patches."""
 _SEQUENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "BND": lambda x: x,
     "NBD": lambda x: x.transpose(0, 1),
@@ -74,14 +77,15 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
     started = {call: i for i, call in enumerate((c.path, c.number) for c in log.calls)}
     frames = sorted(dict.fromkeys([*heard, *unheard]), key=lambda f: started[_first_call(f, log)])
     blocks, feeds = chains(frames, log)
-    inputs = {f: _tap(model, f, _input_place(f, log), log) for f in {*blocks, *(f for f in around.values() if f)}}
+    places = {*blocks, *(f for f in around.values() if f)}
+    inputs = {f: _tap(model, f, _input_place(f, log), log) for f in places}
+    after = {f: _tap(model, f, _output_place(f, log), log) for f in places}
     layers: list[Layer] = []
     for group in groups:
         frame = around[id(group)]
-        tokens_BND = _tokens_at(inputs[frame], log) if frame else None
-        length = None if tokens_BND is None else tokens_BND.shape[1]
         block = blocks.index(frame) if frame in blocks and not is_pool(group) else None
-        layers.append(layer_of(model, group, block, length, log))
+        before, later = (_lengths_at(inputs[frame], log), _lengths_at(after[frame], log)) if frame else ([], [])
+        layers.append(layer_of(model, group, block, before, later[0] if later else None))
     layers += [
         Layer(path, number, blocks.index((path, number)), "", 0, 0, 0, reason=f"not heard: {why}")
         for (path, number), why in unheard.items()
@@ -93,7 +97,7 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
         heard_at[i] and heard_at[i + 1] and a.block is not None and b.block == a.block + 1 and feeds[a.block]
         for i, (a, b) in enumerate(itertools.pairwise(axis))
     )
-    outputs = [_tap(model, frame, _output_place(frame, log), log) for frame in blocks]
+    outputs = [after[frame] for frame in blocks]
     taps = (inputs[blocks[0]], *outputs) if blocks else ()
     first = _tokens_at(taps[0], log) if taps else None
     steady = _steady_at(taps[0], log) if taps else None
@@ -130,13 +134,8 @@ def _notes(
 ) -> list[str]:
     notes = []
     for event in log.events:
-        if not is_attention(event, log):
-            what = (
-                "a gate over one element"
-                if event.attention.shape[-1] == 1
-                else "linear attention (a softmax of queries or keys)"
-            )
-            notes.append(f"{event.attention.owner or 'the model'} computes {what}, which has no attention map")
+        if not is_attention(event, log) and event.attention.shape[-1] == 1:
+            notes.append(f"{event.attention.owner or 'the model'} computes a gate over one element, which is no attention")
     several = [layer for layer in layers if len(layer.parts) > 1]
     if several:
         owners = ", ".join(part.frame[0] for part in several[0].parts)
@@ -193,6 +192,17 @@ def read_tap(tap: Tap, log: PassLog) -> object:
 
 def _tokens_at(tap: Tap, log: PassLog) -> Tensor | None:
     return as_tokens(read_tap(tap, log), log.images, tap.layout)
+
+
+def _lengths_at(tap: Tap, log: PassLog) -> list[int]:
+    """How many tokens pass where the tap points, in all; and in each group, where they come in groups [B · groups, N, D]."""
+    value = read_tap(tap, log)
+    if (tokens_BND := as_tokens(value, log.images, tap.layout)) is not None:
+        return [tokens_BND.shape[1]]
+    for x in value if isinstance(value, tuple) else (value,):
+        if isinstance(x, Tensor) and x.ndim == 3 and log.images and len(x) % log.images == 0:
+            return [len(x) // log.images * x.shape[1], x.shape[1]]
+    return []
 
 
 def _block_call(event: AttentionEvent, path: str | None) -> Frame | None:
@@ -258,12 +268,19 @@ def _grid(patches: int, log: PassLog, before: int) -> tuple[int, int] | None:
     """Rows and columns of the patches, as some module made them before block 0 or from the image's shape."""
     if log.input is not None and any(_is_film(call.input, log.input) for call in log.calls[:before]):
         return None
+    shapes = []
     for call in reversed(log.calls[:before]):
         x = call.output
         if isinstance(x, Tensor) and x.ndim == 4 and len(x) == log.images:
-            for shape in (x.shape[2:], x.shape[1:3]):
-                if shape[0] * shape[1] == patches:
-                    return int(shape[0]), int(shape[1])
+            sides = [(int(rows), int(columns)) for rows, columns in (x.shape[2:], x.shape[1:3])]
+            shapes += [(rows, columns) for rows, columns in sides if rows * columns == patches]
+    if shapes and log.input is not None and log.input.ndim == 4:
+        height, width = log.input.shape[-2:]
+        longer = [
+            abs(math.log(height * columns / (rows * width))) for rows, columns in shapes
+        ]  # of a patch's sides, to the other
+        if min(longer) <= math.log(LONGEST_PATCH):
+            return shapes[longer.index(min(longer))]
     return _rectangle(patches, log.input)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from collapse_probe.capture.layout import axes_of, with_windows
 from collapse_probe.capture.plan import HEAD, WINDOW, Axis, Frame, Layer, Part
 from collapse_probe.capture.recorder import AttentionEvent, PassLog
+from collapse_probe.capture.softmax_tracking import LINEAR
 
 MOST_ADDED_TOKENS = 8
 """A block may add this many tokens of its own (a class token) before it attends."""
@@ -40,16 +41,20 @@ class CallGroup:
     events: list[AttentionEvent]
     queries: tuple[int, ...]
     axes: tuple[Axis, ...] | None
+    linear: bool = False
 
 
 def call_groups(log: PassLog, again: PassLog) -> list[CallGroup]:
     """The attention calls by module call and shape, with their axes; `again` is a pass in which the second image was
     another."""
     by_frame: dict[Frame, list[AttentionEvent]] = {}
+    halves: dict[Frame, CallGroup] = {}
     for event in log.events:
         if is_attention(event, log):
             by_frame.setdefault(frame_of(event), []).append(event)
-    groups = []
+        elif event.attention.shape[-1] > 1 and frame_of(event) not in halves:
+            halves[frame_of(event)] = CallGroup(frame_of(event), [event], (event.attention.shape[-2],), None, linear=True)
+    groups = [group for frame, group in halves.items() if frame not in by_frame]
     for frame, events in by_frame.items():
         alike: dict[tuple[int, int, int], list[AttentionEvent]] = {}
         for event in events:
@@ -72,8 +77,11 @@ def _samples(events: Sequence[AttentionEvent], again: PassLog) -> tuple[list[tup
     return [event.sample for event in events], [again.events[event.index].sample for event in events]
 
 
-def layer_of(model: nn.Module, group: CallGroup, block: int | None, tokens: int | None, log: PassLog) -> Layer:
-    """One layer of a group of calls: its heads, its windows, and why it is no attention between a block's tokens."""
+def layer_of(model: nn.Module, group: CallGroup, block: int | None, tokens: Sequence[int], after: int | None) -> Layer:
+    """One layer of a group of calls: its heads, its windows, and why it is no attention between a block's tokens.
+
+    `tokens` are how many tokens enter the block, in all and (where they come in groups) in each group; `after` leave it.
+    """
     (owner, number), event, (queries, keys) = (
         group.frame,
         group.events[0],
@@ -81,18 +89,22 @@ def layer_of(model: nn.Module, group: CallGroup, block: int | None, tokens: int 
     )
     mixed = any(e.attention.mixed for e in group.events)
     layer = Layer(owner, number, block, event.attention.operation, 0, queries, keys, mixed)
+    if group.linear:
+        return replace(layer, heads=1, reason=f"{LINEAR} (a softmax of queries or keys alone), which has no map between tokens")
     if group.axes is None:
         why = "its maps cannot be told apart by image: they change with another image than their own"
         return replace(layer, heads=1, reason=why)
     part = Part(group.frame, group.queries, keys, group.axes)
     others = part.of(HEAD)
-    if is_pool(group) or tokens is None or not _has_windows(model, part, owner, tokens, queries):
+    length = next((n for n in (*tokens[:1], *filter(None, [after])) if _has_windows(model, part, owner, n, queries)), None)
+    if is_pool(group) or length is None:
         why = _reason(group, queries, keys, tokens, module_class(model, owner))
         return replace(layer, heads=others, reason=why, parts=(part,))
     reason = f"attention inside windows ({others} maps of {queries} × {keys} for each image)"
-    windows = _windows(model, part, owner, tokens, queries)
-    if windows is None:
-        return replace(layer, heads=others, reason=reason, parts=(part,))
+    windows = _windows(model, part, owner, length, queries)
+    if windows is None:  # windows and heads share an axis, and it cannot be told which come first
+        heads = next((n for n in _stated_heads(model, owner) if others % n == 0), others)
+        return replace(layer, heads=heads, reason=f"{reason}, in an order of windows and heads that is not known")
     part = replace(part, axes=windows)
     partition = _partition(model, owner) if part.of(WINDOW) > 1 else ""
     return replace(layer, heads=part.of(HEAD), reason=reason, windows=part.of(WINDOW), partition=partition, parts=(part,))
@@ -105,7 +117,7 @@ def _has_windows(model: nn.Module, part: Part, owner: str, tokens: int, queries:
         return False
     apart = [axis for axis in part.axes if any(role == HEAD for role, _ in axis)]
     folded = any(len(axis) > 1 for axis in apart)
-    return folded or len(apart) > 1 or bool(part.axes[0])
+    return folded or len(apart) > 1 or len(part.axes) > 3 or bool(part.axes[0])
 
 
 def _windows(model: nn.Module, part: Part, owner: str, tokens: int, queries: int) -> tuple[Axis, ...] | None:
@@ -114,7 +126,8 @@ def _windows(model: nn.Module, part: Part, owner: str, tokens: int, queries: int
     stated = _stated_heads(model, owner)
     fewest = max(1, -(-(tokens - MOST_ADDED_TOKENS) // queries))
     counts = [others // n for n in stated if others % n == 0 and others // n >= fewest]
-    counts += [n for n in range(fewest, others + 1) if others % n == 0]
+    if not stated:
+        counts = [n for n in range(fewest, others + 1) if others % n == 0]
     for windows in counts:
         if (axes := with_windows(part.axes, windows)) is not None:
             return axes
@@ -184,21 +197,22 @@ def by_blocks(layers: Sequence[Layer], blocks: int) -> list[Layer]:
 
 
 def is_pool(group: CallGroup) -> bool:
-    return group.queries == (1,) and group.events[0].attention.shape[-1] > 1
+    return not group.linear and group.queries == (1,) and group.events[0].attention.shape[-1] > 1
 
 
-def _reason(group: CallGroup, queries: int, keys: int, tokens: int | None, owner_class: str) -> str:
+def _reason(group: CallGroup, queries: int, keys: int, tokens: Sequence[int], owner_class: str) -> str:
     """Why maps are not between a block's tokens; empty where they are."""
     if is_pool(group):
         return "a pooling query, not token attention"
-    q, fits = group.events[0].attention.q, tokens is None or tokens <= queries <= tokens + MOST_ADDED_TOKENS
+    q = group.events[0].attention.q
+    fitting = [n for n in tokens if n <= queries <= n + MOST_ADDED_TOKENS]
     named = any(word in owner_class.lower() for word in _CHANNEL_ATTENTION)
-    if named or (queries != tokens and q is not None and q.shape[-1] == tokens):
+    if named or (tokens and queries not in tokens and q is not None and q.shape[-1] in tokens):
         return f"channel attention (maps of {queries} × {keys} channels)"
-    if not fits:
-        return f"attention between {queries} × {keys} positions, not between the block's {tokens} tokens"
-    if tokens is not None and keys > tokens + MOST_ADDED_TOKENS:
-        return f"cross attention: the block's {tokens} tokens attend to {keys} others"
+    if tokens and not fitting:
+        return f"attention between {queries} × {keys} positions, not between the block's {tokens[0]} tokens"
+    if tokens and keys > max(fitting) + MOST_ADDED_TOKENS:
+        return f"cross attention: the block's {max(fitting)} tokens attend to {keys} others"
     return ""
 
 

@@ -239,7 +239,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.counts[path] = number + 1
         call, log = ModuleCall(path, number, self.frames()), self.log
         kept = self.thorough or (path, number) in self.watched
-        first = next((x.detach() for x in tensors_in(args)), None) if kept or log.input is None else None
+        given = [x.detach() for x in tensors_in(args)] if kept or log.input is None else []
+        first = next(
+            (x for x in given if log.images and not x.is_nested and x.ndim > 2 and log.images in x.shape[:2]),
+            given[0] if given else None,
+        )
         if log.input is None:
             log.input, log.images = first, 0 if first is None else len(first)
         if kept:

@@ -151,9 +151,9 @@ def test_patches_leave_the_class_token_out_after_merging_too():
 
 
 def test_tokens_with_channels_first():
-    model = make("maxvit_pico_rw_256", img_size=64)
+    model = make("coatnet_pico_rw_224", img_size=64)
     plan = discover_plan(model, (64, 64))
-    assert plan.patch_shapes[:4] == ((1024, 32), (256, 32), (256, 32), (64, 64))
+    assert plan.patch_shapes[:4] == ((64, 128), (16, 256), (16, 256), (16, 256))
     assert plan.taps[1].layout == "BDhw"
     with torch.no_grad(), record(model, plan) as recording:
         model(images(2, size=(64, 64)))
