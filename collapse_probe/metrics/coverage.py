@@ -11,6 +11,7 @@ from collapse_probe.results.text import spans
 NOT_HEARD = "not heard"
 """How the reason of a block begins whose attention could not be captured."""
 MOST_NAMED = 3  # layers that are named one by one
+MOST_REASONS = 2  # why layers are left out, beside each metric's numbers
 NO_PATCHES = "the tokens do not come from the image"
 
 
@@ -119,6 +120,8 @@ def covered(plan: Plan, measured: Collection[int]) -> str:
     windowed = [place for place in sorted(measured) if plan.layers[plan.map_layers[place]].windows > 1]
     if windowed:
         parts.append(f"per window, averaged over the windows of an image, in {_blocks(windowed)}")
+    if len(left) > MOST_REASONS:
+        left = [*left[:MOST_REASONS], f"and {len(left) - MOST_REASONS} more"]
     return "; ".join([*parts, *([f"left out: {'; '.join(left)}"] if left else [])])
 
 

@@ -20,7 +20,7 @@ from collapse_probe.capture.capture import discover_plan
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.replacement import refusal, source_of
 from collapse_probe.capture.trace import Trace
-from collapse_probe.metrics.coverage import places_of_blocks, uncompared
+from collapse_probe.metrics.coverage import covered, places_of_blocks, uncompared
 from collapse_probe.metrics.metric import make
 from collapse_probe.registry import METRICS
 from collapse_probe.report.comparison.verdict import verdict_of_pair
@@ -239,6 +239,15 @@ def test_blocks_with_maps_of_two_kinds_say_whose_numbers_are_whose():
     assert sentence.endswith("axis of blocks: 0–2 (blocks.0.w … blocks.2.w); 3–5 (blocks.0.g … blocks.2.g)")
     assert plan.adjacent_blocks == (True, True)
     assert places_of_blocks(plan_for(6, 2, 9)) == []
+
+
+def test_beside_a_number_stand_two_reasons_and_how_many_more():
+    plan = plan_for(6, 2, 9)
+    layers = [replace(layer, reason=f"reason {i}" if i < 4 else "") for i, layer in enumerate(plan.layers)]
+    plan = replace(plan, layers=tuple(layers))
+    expected = "over 2 of 6 blocks; left out: blocks.0.attn: reason 0; blocks.1.attn: reason 1; and 2 more"
+    assert covered(plan, [4, 5]) == expected
+    assert covered(plan_for(2, 2, 9), [0, 1]) == ""
 
 
 def test_class_attention_is_listed_with_its_reason(monkeypatch):
