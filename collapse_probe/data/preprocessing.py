@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -147,15 +149,16 @@ def input_channels(module: nn.Module) -> int | None:
 def of_module(module: nn.Module, img_size: Size | None = None) -> tuple[Preprocess, tuple[str, ...]]:
     """The preprocessing that a module brings along, and notes on what had to be assumed.
 
-    In this order: the attribute `preprocess` (a Preprocess, or a transform from picture to tensor), a
-    timm-style `pretrained_cfg` or `default_cfg`, and else ImageNet's mean and std. `img_size` [pixels]
-    overrides what the module declares; without either it is 224.
+    In this order: the attribute `preprocess` (a Preprocess, or a transform from picture to tensor; a method of that name that
+    takes something else is passed over), a timm-style `pretrained_cfg` or `default_cfg`, and else ImageNet's mean and std.
+    `img_size` [pixels] overrides what the module declares; without either it is 224.
     """
     own = getattr(module, "preprocess", None)
     if isinstance(own, Preprocess):
         return own, ()
     if callable(own):
-        return from_callable(own, {"transform": repr(own)[:500]}), ()
+        with contextlib.suppress(ModelError) if inspect.ismethod(own) else contextlib.nullcontext():
+            return from_callable(own, {"transform": repr(own)[:500]}), ()
     size = img_size or _declared_size(module)
     config = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
     if config:

@@ -87,6 +87,23 @@ def test_a_later_batch_of_another_size_is_refused(verb):
         verb([pixels(4, 3, 64, 64), pixels(4, 3, 96, 64)])
 
 
+def test_a_size_that_the_models_own_preprocessing_does_not_give_is_refused(photos):
+    model = Shared()
+    model.preprocess = lambda picture: torch.ones(3, 48, 48) * picture.getpixel((0, 0))[0] / 255
+    with pytest.raises(SettingError, match="img_size is 32 × 32, but the model's own preprocessing gives 48 × 48"):
+        analyze(model, photos, img_size=32)
+    assert analyze(model, [pixels(2, 3, 32, 32)], img_size=32).model["tokens"] == 5
+
+
+class WithMethod(Shared):
+    def preprocess(self, images):
+        return images - images.mean((1, 2, 3), keepdim=True)
+
+
+def test_a_method_called_preprocess_that_takes_tensors_is_no_preprocessing_of_pictures():
+    assert analyze(WithMethod(), data=[pixels(4, 3, 32, 32)]).model["tokens"] == 5
+
+
 def test_what_comes_after_the_first_batch_is_not_lost_and_an_iterator_runs_once():
     once = OwnImages(iter([pixels(2, 3, 8, 8), pixels(3, 3, 8, 8)]))
     assert (once.shape, once.once) == ((3, 8, 8), True)
