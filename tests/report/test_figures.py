@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from factories import TOKENS, make_gallery, synthetic
 from matplotlib.axes import Axes
-from matplotlib.collections import PolyCollection, QuadMesh
+from matplotlib.collections import LineCollection, PolyCollection, QuadMesh
 from matplotlib.figure import Figure
 
 from collapse_probe.report.findings.curves import adjacent_blocks, entropy, per_block, similar_blocks
@@ -25,7 +25,7 @@ from collapse_probe.report.findings.figures import (
 )
 from collapse_probe.report.gallery import Layout, attention_gallery, overlay, spread_of, times_uniform
 from collapse_probe.report.heatmaps import SIGNED, UNSIGNED, scale_of, short
-from collapse_probe.report.style import ROLES, png, printable, save, svg, whole_ticks
+from collapse_probe.report.style import ROLES, curve, png, printable, save, svg, whole_ticks
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import adjacent
 
@@ -414,3 +414,13 @@ def test_ticks_thin_out() -> None:
     assert whole_ticks(12) == list(range(12))
     assert whole_ticks(32) == list(range(0, 32, 2))
     assert whole_ticks(33, 8) == [0, 8, 16, 24, 32]
+
+
+def test_a_number_between_two_gaps_is_marked() -> None:
+    axes = Figure().subplots()
+    values = np.array([np.nan, 0.4, np.nan, 0.5, 0.6])
+    curve(axes, np.arange(5.0), values, ROLES["other_token"], np.stack([values - 0.1, values + 0.1], -1))
+    marks = [line for line in axes.lines if line.get_marker() == "_"]
+    assert [mark.get_xdata().tolist() for mark in marks] == [[1.0]]
+    (ends,) = [part for part in axes.collections if isinstance(part, LineCollection)]
+    np.testing.assert_allclose(ends.get_segments()[0], [[1.0, 0.3], [1.0, 0.5]])
