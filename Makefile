@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check test-lowest format lock bench bundled clean
+.PHONY: demo test coverage check test-lowest format lock bench bundled clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,6 +18,10 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n 2
+
+# Every family of models in every precision, and docs/coverage.md.
+coverage: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.coverage --write --processes 2
 
 check: test
 

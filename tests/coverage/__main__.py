@@ -1,35 +1,68 @@
-"""`python -m tests.coverage handwritten|library [words]`: the table of what is heard, with what is wrong first."""
+"""`python -m tests.coverage [words]`: one line for each model, what is wrong first; with `--write`, docs/coverage.md.
+
+Words pick the models whose library, family or name holds one of them ("handwritten" and "library" pick those suites).
+"""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from bench import check, table  # noqa: E402
+from bench import DTYPES, WRONG, check, table  # noqa: E402
 from handwritten import SIZE, cases  # noqa: E402
+from library import rows  # noqa: E402
+from page import page  # noqa: E402
+from reference import check_row  # noqa: E402
+
+PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
+
+
+def verdict_of(job):
+    """One model in one precision, in a process of its own thread."""
+    suite, name, precision = job
+    warnings.simplefilter("ignore")
+    logging.disable()
+    torch.set_num_threads(1)
+    if suite == "handwritten":
+        return check(name, cases()[name], SIZE, precision)
+    return check_row(next(row for row in rows() if f"{row.library} {row.family} {row.name}" == name), precision)
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("suite", choices=["handwritten", "library"])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("words", nargs="*")
-    parser.add_argument("--precision", nargs="*", default=["float32"])
+    parser.add_argument("--precision", nargs="*", default=["float32"], choices=list(DTYPES))
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="all models in all precisions, and the page")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    verdicts = []
-    for name, case in cases().items():
-        if asked.words and not any(word in name for word in asked.words):
-            continue
-        for precision in asked.precision:
-            verdicts.append(check(name, case, SIZE, precision))
-    print(table(verdicts))
+    names = [("library", f"{row.library} {row.family} {row.name}") for row in rows()]
+    names += [("handwritten", name) for name in cases()]
+    words, precisions = ([], list(DTYPES)) if asked.write else (asked.words, asked.precision)
+    jobs = [
+        (suite, name, precision)
+        for suite, name in names
+        if not words or any(word in f"{suite} {name}" for word in words)
+        for precision in precisions
+    ]
+    with ProcessPoolExecutor(asked.processes) as pool:
+        verdicts = []
+        for verdict in pool.map(verdict_of, jobs):
+            verdicts.append(verdict)
+            sys.stdout.write(table([verdict]).splitlines()[0] + "\n")
+            sys.stdout.flush()
+    sys.stdout.write("\n" + table(verdicts) + "\n")
+    if asked.write:
+        PAGE.write_text(page(verdicts), encoding="utf-8")
+    return int(any(v.outcome == WRONG for v in verdicts))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

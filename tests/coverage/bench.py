@@ -17,7 +17,7 @@ from collapse_probe.errors import CollapseProbeError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 BATCHES = (1, 3, 5)
-RIGHT, REFUSED, WRONG = "right", "refused", "WRONG"
+RIGHT, REFUSED, WRONG, ABSENT = "right", "refused", "WRONG", "does not run"
 
 
 @dataclass
@@ -170,7 +170,8 @@ def check_batch(verdict, model, plan, images, dtype):
     truth = {}
     for block, probs, weights in own_maps(model, images):
         truth.setdefault(block, []).append((probs, weights))
-    truth = [truth[block] for block in sorted(truth)]
+    places = range(len(plan.blocks)) if max(truth) == len(plan.blocks) - 1 else sorted(truth)  # some blocks may have no maps
+    truth = [truth.get(block, []) for block in places]
     try:
         with torch.no_grad(), record(model, plan) as recording:
             model(images)
@@ -200,6 +201,9 @@ def check_batch(verdict, model, plan, images, dtype):
         for point, index in (("weights", 1), ("probs", 0)):
             if not layers:
                 continue
+            if not entries:
+                verdict.wrong(f"block {place} has no maps, and some were heard")
+                return
             measured = [trace.maps(layer, point) for layer in layers]
             expected = [entry[index] for entry in entries]
             error = close(measured, expected)
@@ -272,10 +276,10 @@ def check_unchanged(verdict, model, plan, images):
 
 def table(verdicts):
     """One line a verdict, what is wrong first."""
-    order = {WRONG: 0, REFUSED: 1, RIGHT: 2}
+    order = {WRONG: 0, ABSENT: 1, REFUSED: 2, RIGHT: 3}
     lines = []
     for v in sorted(verdicts, key=lambda v: (order[v.outcome], v.name)):
-        mark = {WRONG: "✗", REFUSED: "–", RIGHT: " "}[v.outcome]
-        lines.append(f"{mark} {v.outcome:8} {v.name:45} {v.precision:9} {v.heard:16} {'; '.join(v.why)[:300]}")
+        mark = {WRONG: "✗", ABSENT: "?", REFUSED: "–", RIGHT: " "}[v.outcome]
+        lines.append(f"{mark} {v.outcome:12} {v.name:45} {v.precision:9} {v.heard:16} {'; '.join(v.why)[:300]}")
     counts = {outcome: sum(v.outcome == outcome for v in verdicts) for outcome in order}
     return "\n".join([*lines, " ".join(f"{outcome}: {count}" for outcome, count in counts.items())])

@@ -1,4 +1,8 @@
-"""What the capture hears in many kinds of models is right, or it is refused with a sentence: never silently wrong."""
+"""What the capture hears in many kinds of models is right, or it is refused with a sentence: never silently wrong.
+
+Every hand-written model and one model of each kind of library run by default; all rows in all precisions by `make coverage`,
+which also writes docs/coverage.md.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +11,53 @@ import warnings
 import pytest
 from bench import WRONG, check
 from handwritten import SIZE, cases
+from library import FAST, TIMM, WITHOUT, rows
+from reference import check_row
 
-CASES = cases()
+CASES, ROWS = cases(), {f"{row.library}: {row.name}": row for row in rows()}
 FAILING = {  # heard wrongly today
-    "a loop over heads",
     "channels attend",
+    "differential in one softmax",
     "differential, the second first",
-    "heads split off and put along the batch",
-    "linear attention, softmax of q and of k",
-    "map [H*B,N,N]",
-    "model: plain blocks with one of: a learned sink logit",
-    "model: plain blocks with one of: map [B,N,N,H]",
-    "model: plain blocks with one of: multiplied elementwise",
-    "model: siamese, one encoder called twice",
-    "model: two towers side by side",
-    "model: two towers, block by block",
-    "one module a head",
     "tokens read 5 latents",
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_handwritten(name):
+@pytest.fixture(autouse=True)
+def _quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        verdict = check(name, CASES[name], SIZE, "float32")
+        yield
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_handwritten(name):
+    verdict = check(name, CASES[name], SIZE, "float32")
     assert verdict.outcome != WRONG or name in FAILING, verdict.why
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name in FAST])
+def test_library(name):
+    verdict = check_row(ROWS[name], "float32", batches=(3,))
+    assert verdict.outcome not in (WRONG, "does not run"), verdict.why
+
+
+def test_every_family_of_timm_is_known():
+    import timm
+
+    new = set(timm.list_modules()) - set(TIMM) - set(WITHOUT)
+    assert not new, f"new families of timm: give each a small model in library.TIMM, or name it in WITHOUT: {sorted(new)}"
+    listed = {name for models in TIMM.values() for name, _, _ in models}
+    assert all(models for models in TIMM.values())
+    assert listed <= set(timm.list_models()), "timm no longer has these"
+
+
+def test_the_reference_sees_a_wrong_map():
+    """The bench itself: a map of other heads, images or keys is not taken for the model's own."""
+    import torch
+    from reference import Softmax, error_of
+
+    maps = torch.rand(3, 4, 7, 7, dtype=torch.float64)
+    assert error_of(maps.float(), Softmax("", maps, True)) < 1e-6
+    for wrong in (maps.flip(0), maps.flip(1), maps.mT, maps.reshape(1, 12, 7, 7)):
+        assert error_of(wrong.float(), Softmax("", maps.clone(), True)) > 0.1
