@@ -48,9 +48,9 @@ def main():
     words, precisions = ([], list(DTYPES)) if asked.write else (asked.words, asked.precision)
     jobs = [
         (suite, name, precision)
+        for precision in precisions
         for suite, name in names
         if not words or any(word in f"{suite} {name}" for word in words)
-        for precision in precisions
     ]
     with ProcessPoolExecutor(asked.processes) as pool:
         verdicts = []

@@ -174,7 +174,6 @@ TRANSFORMERS: dict[str, tuple[dict[str, Any], int]] = {
     "CLIPVision": (VIT, 32),
     "MetaClip2Vision": (VIT, 32),
     "SiglipVision": (VIT, 32),
-    "Siglip2Vision": (VIT | {"num_patches": 16}, 32),
     "Aimv2Vision": (VIT, 32),
     "MLCDVision": (VIT | {"num_key_value_groups": 1}, 32),
     "Pixio": (VIT, 32),
