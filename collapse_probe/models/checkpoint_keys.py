@@ -176,7 +176,8 @@ def _under_prefixes(own: Shapes, state: dict[str, Tensor], entry: str, key: str 
     most = [pair for pair, count in fits.items() if 2 * count > len(own)]
     pairs = [pair for pair in most if not pair[1]] or sorted(most, key=lambda pair: -fits[pair])[:1]
     if not pairs:
-        pairs = [(cut, "") for cut in {*_shared(state, len(state)), *([f"{bare(key)}."] if key else [])}]
+        asked = [f"{bare(key)}."] if key and any(name.startswith(f"{bare(key)}.") for name in state) else []
+        pairs = [(cut, "") for cut in {*_shared(state, len(state)), *asked}]
     return [_under(own, state, entry, *pair) for pair in pairs]
 
 

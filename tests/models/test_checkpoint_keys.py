@@ -191,6 +191,10 @@ def test_two_entries_of_unknown_names_are_asked_about(path):
 
 
 def test_a_key_that_the_file_does_not_have_is_answered_with_those_it_has(path):
+    state = prefixed("module.base_encoder.", vit(1).state_dict())
+    torch.save({"state_dict": state, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}, path)
+    with pytest.raises(CheckpointError, match=r"no weights under 'nonsense'; it holds state_dict\.base_encoder"):
+        load_checkpoint(vit(2), path, key="nonsense")
     torch.save({"model": vit(1).state_dict()}, path)
     with pytest.raises(CheckpointError, match="no weights under 'teacher'; it holds model"):
         load_checkpoint(vit(2), path, key="teacher")
