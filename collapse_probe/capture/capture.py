@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from collapse_probe.capture.blocks import attention_like
 from collapse_probe.capture.discovery import as_tokens, call_frames, make_plan, read_tap
 from collapse_probe.capture.layers import frame_of, is_attention, module_class
 from collapse_probe.capture.layout import joined, read_part
-from collapse_probe.capture.plan import Frame, Part, Plan, SelfCheck
+from collapse_probe.capture.plan import Frame, Layer, Part, Plan, SelfCheck
 from collapse_probe.capture.recorder import AttentionEvent, PassLog, Recorder
 from collapse_probe.capture.softmax_tracking import LINEAR
 from collapse_probe.capture.trace import Attention, Trace
@@ -85,12 +86,6 @@ class Recording:
                 "(channels, height, width); make a plan for this shape, and give every batch in it"
             )
         attention = read_layers(self.plan, log)
-        for a, layer in zip(attention, self.plan.layers, strict=True):
-            if layer.parts and a.signature != layer.signature:
-                raise CaptureError(
-                    f"{layer.owner} has {a.signature} heads, queries and keys in this batch, {layer.signature} in the "
-                    "probe; probe the model with images of the batch's own size"
-                )
         tokens = tuple(as_tokens(read_tap(tap, log), log.images, tap.layout) for tap in self.plan.taps)
         self._last = Trace(self.plan, log.images, tokens, attention, log.output)
 
@@ -201,8 +196,47 @@ def _probe(
         with torch.inference_mode(False), torch.no_grad():
             recorded(*_one_patch_changed(plan, args, kwargs))
         plan = _without_channels(plan, doubtful, logs[0], logs[-1])
+    args, kwargs = _three_images((args, kwargs), (other_args, other_kwargs))
+    plan = _at_another_batch_size(model, plan, args, kwargs, nested)
     drawn = "the model draws random numbers in eval mode too: what it shows of an image changes from pass to pass"
     return replace(plan, notes=(*plan.notes, drawn)) if random else plan
+
+
+def _three_images(first: Any, second: Any) -> Any:
+    """The probe's input, and one image more."""
+    leaves, spec = tree_flatten(first)
+    both = [
+        torch.cat([x, y[1:]]) if isinstance(x, Tensor) and x.ndim and len(x) == 2 else x
+        for x, y in zip(leaves, tree_flatten(second)[0], strict=True)
+    ]
+    return tree_unflatten(both, spec)
+
+
+def _at_another_batch_size(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], nested: bool) -> Plan:
+    """The plan without layers whose maps are read otherwise when a third image joins: attention between images, say."""
+    logs: list[PassLog] = []
+
+    def shapes_alone(call: OperatorCall, events: list[AttentionEvent]) -> None:
+        for event in events:
+            event.sketch()
+
+    with torch.inference_mode(False), torch.no_grad(), torch_seeded(0):
+        try:
+            with Recorder(model, logs.append, by_hand=plan.by_hand, on_operator=shapes_alone).attached(nested):
+                model(*args, **kwargs)
+        except Exception:  # a model that takes two images alone
+            return plan
+    layers = []
+    for layer in plan.layers:
+        try:
+            read_layers(replace(plan, layers=(replace(layer, reason=""),)), logs[0])
+            layers.append(layer)
+        except CaptureError:
+            why = layer.reason or "its maps do not follow the images of a batch: another number of images gives other ones"
+            layers.append(replace(layer, reason=why, windows=1, partition="", parts=()))
+    there = [bool(layer.parts) for layer in layers if layer.on_axis and layer.block is not None]
+    adjacent = tuple(fed and all(pair) for fed, pair in zip(plan.adjacent, itertools.pairwise(there), strict=True))
+    return replace(plan, layers=tuple(layers), adjacent=adjacent)
 
 
 def _as_many_channels_as_tokens(model: nn.Module, plan: Plan, log: PassLog) -> list[int]:
@@ -315,6 +349,8 @@ def read_layers(plan: Plan, log: PassLog) -> tuple[Attention, ...]:
             "a model whose depth depends on the data (early exit, random drops) cannot be analysed"
         )
 
+    unheard = Attention("", "not heard", probs=torch.empty(0, 0, 0, 0))
+
     def read(part: Part) -> Attention:
         calls = [a for a in by_frame[part.frame] if a.shape[-1] == part.keys and a.shape[-2] in part.queries]
         expected = part.calls or log.images * math.prod(n for _, n in part.axes[0] if n)
@@ -325,8 +361,23 @@ def read_layers(plan: Plan, log: PassLog) -> tuple[Attention, ...]:
             )
         return read_part(part, calls, log.images)
 
-    unheard = Attention("", "not heard", probs=torch.empty(0, 0, 0, 0))
-    return tuple(joined([read(part) for part in layer.parts]) if layer.parts else unheard for layer in plan.layers)
+    def of(layer: Layer) -> Attention:
+        if not layer.parts:
+            return unheard
+        try:
+            attention = joined([read(part) for part in layer.parts])
+            if attention.signature != layer.signature:
+                raise CaptureError(
+                    f"{layer.owner} has {attention.signature} heads, queries and keys in this batch, {layer.signature} in the "
+                    "probe; probe the model with images of the batch's own size"
+                )
+        except CaptureError:
+            if layer.reason and layer.windows == 1:
+                return unheard  # maps that are not measured may follow the batch
+            raise
+        return attention
+
+    return tuple(map(of, plan.layers))
 
 
 def noise(model: nn.Module, size: tuple[int, int], channels: int, seed: int) -> Tensor:
