@@ -166,18 +166,19 @@ def test_what_the_page_says_is_what_the_findings_keep(pictures):
 
 
 def test_not_applicable_says_why(pictures):
-    found = measured_swin(pictures)
+    found = measured_xcit(pictures)
     answer = judge(found)
     assert answer.case == "not-applicable"
-    assert "window" in answer.sentences[0]
+    assert "channel attention" in answer.sentences[0]
+    assert answer.collapsed is None
 
 
-def measured_swin(pictures):
+def measured_xcit(pictures):
     from collapse_probe.analysis.measurement import RunSettings
     from collapse_probe.data.images import open_data
     from collapse_probe.models.loading import resolve
 
-    subject = resolve("timm:maxvit_nano_rw_256", pretrained=False)
+    subject = resolve("timm:xcit_nano_12_p16_224", pretrained=False, model_kwargs={"depth": 2})
     return measure(subject, open_data(pictures, limit=2), RunSettings(null_images=0, gallery_images=0))
 
 
