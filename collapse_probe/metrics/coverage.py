@@ -61,11 +61,11 @@ def _why_not(plan: Plan, first: Layer, second: Layer, adjacent: bool) -> str:
     missing = [_name(plan, layer) for layer in (first, second) if layer.reason.startswith(NOT_HEARD)]
     if missing:
         return f"{' and '.join(missing)} {'was' if len(missing) == 1 else 'were'} not heard"
-    if not adjacent:
-        return "the output of one is not the input of the other"
     for layer in (first, second):
         if layer.reason and layer.windows == 1:
             return layer.reason
+    if not adjacent:
+        return "the output of one is not the input of the other"
     if first.windows > 1 or second.windows > 1:
         return "their windows do not hold the same tokens"
     return "their maps have other shapes"

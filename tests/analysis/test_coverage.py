@@ -221,6 +221,9 @@ def test_pairs_are_counted_by_why_they_are_not_compared():
     layers[1] = replace(layers[1], heads=0, queries=0, keys=0, reason=NOT_HEARD)
     layers[5] = replace(layers[5], heads=4)
     plan = replace(plan, layers=tuple(layers), adjacent=(False, False, True, False, True))
+    channels = replace(layers[3], reason="channel attention")
+    unlike = replace(plan, layers=(*layers[:3], channels, *layers[4:]))
+    assert uncompared(unlike)["channel attention"] == [3, 4]  # what is not compared at all is no matter of neighbours
     assert uncompared(plan) == {
         "blocks.1 was not heard": [1, 2],
         "the output of one is not the input of the other": [4],
