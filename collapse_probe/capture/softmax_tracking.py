@@ -105,6 +105,7 @@ class Softmaxes:
         self.pending: list[Softmax] = []
         self.refused: list[tuple[tuple[Frame, ...], str]] = []
         self._counting: dict[tuple[int, torch.device], Tensor] = {}
+        self._moved: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def begin(self, call: OperatorCall, stack: tuple[Frame, ...], holder: str, direct: bool, sampled: bool) -> None:
         """A softmax was computed: follow it, unless it has one axis."""
@@ -139,9 +140,13 @@ class Softmaxes:
         if entries is not None and entries.is_contiguous() and x.is_contiguous() and x.numel() == size:
             softmax.places[storage] = entries.reshape(-1)
         elif entries is not None:
-            memory = torch.full((size,), -1, dtype=entries.dtype, device=entries.device)
-            memory.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(entries)
-            softmax.places[storage] = memory
+            geometry = (x.shape, x.stride(), x.storage_offset(), size)
+            key = (entries.data_ptr(), entries.shape, entries.stride(), *geometry)
+            if key not in self._moved:  # the same in every layer with maps of this shape
+                memory = torch.full((size,), -1, dtype=entries.dtype, device=entries.device)
+                memory.as_strided(*geometry[:3]).copy_(entries)
+                self._moved[key] = entries, memory
+            softmax.places[storage] = self._moved[key][1]
         else:
             softmax.places[storage] = None
 
@@ -258,12 +263,11 @@ class Softmaxes:
     @staticmethod
     def _scattered(softmax: Softmax, x: Tensor) -> Tensor:
         """What multiplies values in the shape of the softmax, zero where nothing does."""
-        entries, memory, whole = softmax.entries(x), softmax.places[storage_of(x)], softmax.places[storage_of(softmax.probs)]
+        entries, shape = softmax.entries(x), softmax.probs.shape
         assert entries is not None
-        assert memory is not None
-        assert whole is not None
-        if entries.is_contiguous() and entries.numel() == memory.numel() and memory.data_ptr() == whole.data_ptr():
-            return x.reshape(softmax.probs.shape).detach()  # laid out as the softmax is
+        for turned in (entries, entries.transpose(-1, -2)):
+            if entries.numel() == softmax.probs.numel() and _counts_up(turned):  # laid out as the softmax is
+                return (x if turned is entries else x.transpose(-1, -2)).reshape(shape).detach()
         flat, kept = entries.reshape(-1).long(), x.detach().reshape(-1)
         weights = torch.zeros(softmax.probs.numel() + 1, dtype=x.dtype, device=x.device)
         weights[flat] = kept  # −1 is the spare last place
@@ -367,6 +371,12 @@ class Softmaxes:
                         storage_of(softmax.probs), self._numbers(softmax.probs.numel(), softmax.probs.device)
                     )
                 softmax.exact -= storages
+
+
+def _counts_up(entries: Tensor) -> bool:
+    """Whether entries are 0, 1, 2, … in their order, by a sample: what moves data moves it regularly."""
+    some = torch.linspace(0, entries.numel() - 1, 64, device=entries.device, dtype=torch.float64).long()
+    return bool((entries[torch.unravel_index(some, entries.shape)] == some).all())
 
 
 def is_normalised(x: Tensor, axis: int) -> bool:
