@@ -328,8 +328,18 @@ def test_packed_matrices_are_declined(places, lost, adapter):
         assert any("packed_linear" in found.missing[0][name] for name in lost.split())
 
 
+def test_frozen_weights_kept_as_buffers():
+    model = toy()
+    for module in list(model.modules()):
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                del module._parameters[name]
+                module.register_buffer(name, parameter.detach())
+    agree(matrices(model), 1, **effective(model, 1))
+
+
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", ["flat", 1, 2])
 def test_sharded_matrices_are_read_while_they_are_whole(version):
     from torch import distributed
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -339,8 +349,8 @@ def test_sharded_matrices_are_read_while_they_are_whole(version):
     try:
         model = toy()
         expected = effective(model)
-        if version == 1:
-            model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+        if version != 2:
+            model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=version == 1)
         else:
             for block in model.blocks:
                 fully_shard(block, mesh=distributed.init_device_mesh("cpu", (1,)))

@@ -112,12 +112,15 @@ def single(maps, queries, keys):
     return maps.movedim(axes[-1], -2).reshape(-1, queries, keys) if axes else None
 
 
-def error_of(measured, softmax):
+def error_of(measured, softmax, images=1):
     """How far measured maps [B(·windows), H, N, N] are from a softmax's, whatever the order of its leading axes."""
     queries, keys = measured.shape[-2:]
     own, true = measured.reshape(-1, queries, keys).double(), softmax.maps
     if single(true, queries, keys) is None or true.numel() != own.numel():
         return math.inf
+    if 3 < true.ndim < 6 and images > 1 and len(true) % images == 0 and len(true) > images:  # [B·H, …], [B·windows, …]
+        apart = Softmax(softmax.owner, true.unflatten(0, (images, -1)), softmax.kernel)
+        return min(error_of(measured, softmax), error_of(measured, apart))
     if true.ndim > 3 and measured.shape[1] not in true.shape[:-1]:  # windows or images that were taken for heads
         return math.inf
     if true.shape[-2] != queries:
@@ -127,14 +130,14 @@ def error_of(measured, softmax):
     return min(float((own - true.permute(*o, -2, -1).reshape(own.shape)).abs().max()) for o in orders)
 
 
-def parts_error(measured, free, tolerance):
+def parts_error(measured, free, tolerance, images):
     """The same where a layer's heads come from several softmaxes, one after the other."""
     worst, first, owners = 0.0, 0, set()
     while first < measured.shape[1]:
         before = dict(free)
         sizes = {s.maps.numel() // (len(measured) * math.prod(measured.shape[2:])) for s in free.values()}
         sizes = [size for size in sorted(sizes) if 0 < size <= measured.shape[1] - first]
-        errors = ((nearest(measured[:, first : first + size], free, tolerance), size) for size in sizes)
+        errors = ((nearest(measured[:, first : first + size], free, tolerance, images), size) for size in sizes)
         found = next(((error, size) for error, size in errors if error <= tolerance), None)
         owners |= {re.sub(r"\d+", "#", s.owner) for i, s in before.items() if i not in free}
         if found is None or len(owners) > 1:  # modules of other names are no heads of one attention
@@ -143,11 +146,11 @@ def parts_error(measured, free, tolerance):
     return worst
 
 
-def nearest(measured, free, tolerance):
+def nearest(measured, free, tolerance, images):
     """The error against the first softmax that is within the tolerance, which is then no longer free; else the least error."""
     least = math.inf
     for i, softmax in free.items():
-        least = min(least, error := error_of(measured, softmax))
+        least = min(least, error := error_of(measured, softmax, images))
         if error <= tolerance:
             del free[i]
             return error
@@ -206,9 +209,9 @@ def check_maps(verdict, model, plan, images, dtype):
             if not layer.reason:
                 verdict.wrong(f"batch of {len(images)}, {layer.owner}: nothing was heard, and no reason is given")
             continue
-        error = nearest(measured, free, TOLERANCE[dtype])
+        error = nearest(measured, free, TOLERANCE[dtype], len(images))
         if error > TOLERANCE[dtype]:
-            error = min(error, parts_error(measured, free, TOLERANCE[dtype]))
+            error = min(error, parts_error(measured, free, TOLERANCE[dtype], len(images)))
         if error > TOLERANCE[dtype]:
             off = "no softmax of this shape" if error == math.inf else f"off by {error:.1e}"
             verdict.wrong(f"batch of {len(images)}, {layer.owner}: {off}, maps {list(measured.shape)} {layer.reason}")
