@@ -15,11 +15,11 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from bench import DTYPES, WRONG, check, table  # noqa: E402
+from coverage_bench import DTYPES, WRONG, check, table  # noqa: E402
+from coverage_page import page  # noqa: E402
 from handwritten import SIZE, cases  # noqa: E402
 from library import rows  # noqa: E402
-from page import page  # noqa: E402
-from reference import check_row  # noqa: E402
+from library_maps import check_row  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 

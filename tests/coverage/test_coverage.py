@@ -9,10 +9,10 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from bench import WRONG, check
+from coverage_bench import WRONG, check
 from handwritten import SIZE, cases
 from library import FAST, TIMM, WITHOUT, rows
-from reference import check_row
+from library_maps import check_row
 
 CASES, ROWS = cases(), {f"{row.library}: {row.name}": row for row in rows()}
 FAILING = {"channels attend"}  # heard wrongly today: the reason speaks of positions
@@ -50,7 +50,7 @@ def test_every_family_of_timm_is_known():
 def test_the_reference_sees_a_wrong_map():
     """The bench itself: a map of other heads, images or keys is not taken for the model's own."""
     import torch
-    from reference import Softmax, error_of
+    from library_maps import Softmax, error_of
 
     maps = torch.rand(3, 4, 7, 7, dtype=torch.float64)
     assert error_of(maps.float(), Softmax("", maps, True)) < 1e-6

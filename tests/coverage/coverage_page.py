@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections import Counter
 
-from bench import ABSENT, REFUSED, RIGHT, WRONG
+from coverage_bench import ABSENT, REFUSED, RIGHT, WRONG
 
 HEAD = """# What is heard in which model
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from bench import REFUSED, TOLERANCE, WRONG, Verdict, check_unchanged, pictures, probed, residue
+from coverage_bench import REFUSED, TOLERANCE, WRONG, Verdict, check_unchanged, pictures, probed, residue
 from torch import Tensor
 
 from collapse_probe.capture.capture import record
