@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
 
-from collapse_probe.capture.blocks import block_paths, chains, unheard_blocks
+from collapse_probe.capture.blocks import Span, block_paths, chains, unheard_blocks
 from collapse_probe.capture.layers import MOST_ADDED_TOKENS, by_blocks, call_groups, frame_of, is_attention, is_pool, layer_of
 from collapse_probe.capture.plan import Frame, Layer, Plan, SelfCheck, Tap
 from collapse_probe.capture.recorder import AttentionEvent, PassLog, steady_tokens
@@ -85,12 +84,13 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
         frame = around[id(group)]
         block = blocks.index(frame) if frame in blocks and not is_pool(group) else None
         before, later = (_lengths_at(inputs[frame], log), _lengths_at(after[frame], log)) if frame else ([], [])
+        before += [n for n in [_own_length(group.frame, log)] if n is not None and n not in before]
         layers.append(layer_of(model, group, block, before, later[0] if later else None))
     layers += [
         Layer(path, number, blocks.index((path, number)), "", 0, 0, 0, reason=f"not heard: {why}")
         for (path, number), why in unheard.items()
     ]
-    layers = by_blocks(layers, len(blocks))
+    layers = by_blocks(layers, blocks)
     axis = [layer for layer in layers if layer.on_axis]
     heard_at = [bool(layer.parts) for layer in axis]
     adjacent = tuple(
@@ -101,14 +101,17 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
     taps = (inputs[blocks[0]], *outputs) if blocks else ()
     first = _tokens_at(taps[0], log) if taps else None
     steady = _steady_at(taps[0], log) if taps else None
-    latents = steady is not None and all(steady)
-    prefix = () if steady is None or latents else tuple(i for i, same in enumerate(steady) if same)
+    latents = _of_latents(blocks, feeds, inputs, log)
+    prefix = () if steady is None or latents[0] else tuple(i for i, same in enumerate(steady) if same)
     tokens, width = (0, 0) if first is None else (first.shape[1], first.shape[2])
     event_bytes = sum(event.held_bytes() for event in log.events)
     names = [path for path, _ in blocks]
     images = log.input if log.input is not None and log.input.ndim == 4 else None
-    grid = _grid(tokens - len(prefix), log, _calls_in(blocks[0], log)[0]) if blocks and not latents else None
-    shapes = tuple(_patch_shape(_tokens_at(tap, log), tokens, prefix, log) for tap in taps)
+    grid = _grid(tokens - len(prefix), log, _calls_in(blocks[0], log)[0]) if blocks and not latents[0] else None
+    shapes = tuple(
+        None if of_latents else _patch_shape(_tokens_at(tap, log), tokens, prefix, log)
+        for tap, of_latents in zip(taps, [*latents[:1], *latents], strict=True)
+    )
     return Plan(
         blocks=tuple(f"{path} (call {number + 1})" if names.count(path) > 1 else path for path, number in blocks),
         layers=tuple(layers),
@@ -116,7 +119,7 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
         prefix=prefix,
         tokens=tokens,
         width=width,
-        patch_shapes=tuple(None for _ in taps) if latents else shapes,
+        patch_shapes=shapes,
         grid=grid,
         bytes_per_image=event_bytes // max(log.images, 1) + len(taps) * tokens * width * 4,
         check=check,
@@ -130,7 +133,12 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
 
 
 def _notes(
-    model: nn.Module, log: PassLog, layers: Sequence[Layer], latents: bool, feeds: Sequence[bool], blocks: Sequence[Frame]
+    model: nn.Module,
+    log: PassLog,
+    layers: Sequence[Layer],
+    latents: Sequence[bool],
+    feeds: Sequence[bool],
+    blocks: Sequence[Frame],
 ) -> list[str]:
     notes = []
     for event in log.events:
@@ -155,14 +163,20 @@ def _notes(
             f"the softmax in {owners}{' and others' if len(lost) > 3 else ''} runs over {lost[0].lost} key more than "
             "multiplies values: the rows of what multiplies them sum to less than one"
         )
-    if latents:
-        notes.append("the tokens of the first block do not come from the image (latents): they are no patches")
+    if any(latents):
+        first = blocks[latents.index(True)][0]
+        notes.append(
+            f"the tokens of {first} and the blocks that it feeds do not come from the image (latents): they are no patches"
+        )
     if not all(feeds):
         stacks = [0, *(i + 1 for i, fed in enumerate(feeds) if not fed)]
         parts = [
             " … ".join(dict.fromkeys((blocks[a][0], blocks[b - 1][0]))) for a, b in itertools.pairwise([*stacks, len(blocks)])
         ]
-        notes.append(f"{len(stacks)} stacks of blocks do not feed one another and are no neighbours: {'; '.join(parts)}")
+        notes.append(
+            f"{len(stacks)} stacks of blocks do not feed one another and are no neighbours: {'; '.join(parts)}; what is said of the "
+            "last block is said of the last stack"
+        )
     return list(dict.fromkeys(notes))
 
 
@@ -194,6 +208,21 @@ def _tokens_at(tap: Tap, log: PassLog) -> Tensor | None:
     return as_tokens(read_tap(tap, log), log.images, tap.layout)
 
 
+def _of_latents(blocks: Sequence[Frame], feeds: Sequence[bool], inputs: dict[Frame, Tap], log: PassLog) -> list[bool]:
+    """For each block whether its tokens are latents: a sequence that is the same for all images until it attends to them."""
+    of_latents: list[bool] = []
+    for i, frame in enumerate(blocks):
+        if i and feeds[i - 1]:
+            of_latents.append(of_latents[-1])
+            continue
+        steady, tokens = _steady_at(inputs[frame], log), _lengths_at(inputs[frame], log)
+        reads, before = Span.of(*frame, log).read, log.calls[: _calls_in(frame, log)[0]]
+        attending = {f for event in log.events for f in event.stack}
+        readers = [c for c in before if c.steady and all(c.steady) and c.bit & reads and (c.path, c.number) in attending]
+        of_latents.append(bool(steady and all(steady)) or any(len(c.steady or ()) in tokens for c in readers))
+    return of_latents
+
+
 def _lengths_at(tap: Tap, log: PassLog) -> list[int]:
     """How many tokens pass where the tap points, in all; and in each group, where they come in groups [B · groups, N, D]."""
     value = read_tap(tap, log)
@@ -203,6 +232,12 @@ def _lengths_at(tap: Tap, log: PassLog) -> list[int]:
         if isinstance(x, Tensor) and x.ndim == 3 and log.images and len(x) % log.images == 0:
             return [len(x) // log.images * x.shape[1], x.shape[1]]
     return []
+
+
+def _own_length(frame: Frame, log: PassLog) -> int | None:
+    """How many tokens enter the attention's own module: fewer than the block's, where that carries several streams of them."""
+    x = next((call.input for call in log.calls if (call.path, call.number) == frame), None)
+    return x.shape[1] if isinstance(x, Tensor) and not x.is_nested and x.ndim == 3 and len(x) == log.images else None
 
 
 def _block_call(event: AttentionEvent, path: str | None) -> Frame | None:
@@ -224,7 +259,14 @@ def _calls_in(frame: Frame, log: PassLog) -> list[int]:
 
 def _tap(model: nn.Module, frame: Frame, place: Tap, log: PassLog) -> Tap:
     """A place with the layout of what passed there."""
-    return replace(place, layout=layout_of(model.get_submodule(frame[0]), read_tap(place, log), log.images))
+    value = read_tap(place, log)
+    layout = layout_of(model.get_submodule(frame[0]), value, log.images)
+    if len(layout) == 4 and log.input is not None and log.input.ndim == 4:
+        sides = next(x.shape for x in (value if isinstance(value, tuple) else (value,)) if _fits(x, layout, log.images))
+        rows, columns = sides[layout.index("h")], sides[layout.index("w")]
+        if not _like_the_image(rows, columns, log.input):
+            layout = ""  # a map of something else, such as tokens and streams
+    return replace(place, layout=layout)
 
 
 def _input_place(frame: Frame, log: PassLog) -> Tap:
@@ -275,11 +317,8 @@ def _grid(patches: int, log: PassLog, before: int) -> tuple[int, int] | None:
             sides = [(int(rows), int(columns)) for rows, columns in (x.shape[2:], x.shape[1:3])]
             shapes += [(rows, columns) for rows, columns in sides if rows * columns == patches]
     if shapes and log.input is not None and log.input.ndim == 4:
-        height, width = log.input.shape[-2:]
-        longer = [
-            abs(math.log(height * columns / (rows * width))) for rows, columns in shapes
-        ]  # of a patch's sides, to the other
-        if min(longer) <= math.log(LONGEST_PATCH):
+        longer = [_longer_side(rows, columns, log.input) for rows, columns in shapes]
+        if min(longer) <= LONGEST_PATCH:
             return shapes[longer.index(min(longer))]
     return _rectangle(patches, log.input)
 
@@ -287,6 +326,16 @@ def _grid(patches: int, log: PassLog, before: int) -> tuple[int, int] | None:
 def _is_film(x: Tensor | None, images: Tensor) -> bool:
     """Whether a module took the images as the frames of films: the patches of several frames form no rectangle."""
     return x is not None and x.ndim == 5 and x.shape[-2:] == images.shape[-2:]
+
+
+def _longer_side(rows: int, columns: int, images: Tensor) -> float:
+    """How many times the longer side of a patch is the shorter one, where a grid of patches covers the images."""
+    ratio = images.shape[-2] * columns / (rows * images.shape[-1])
+    return max(ratio, 1 / ratio)
+
+
+def _like_the_image(rows: int, columns: int, images: Tensor) -> bool:
+    return _longer_side(rows, columns, images) <= LONGEST_PATCH
 
 
 def _rectangle(patches: int, images: Tensor | None) -> tuple[int, int] | None:

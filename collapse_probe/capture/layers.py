@@ -158,16 +158,16 @@ def _partition(model: nn.Module, owner: str) -> str:
     return f"{kind}: " + ", ".join(f"{name}={value}" for name, value in sorted(said.items())) if said else ""
 
 
-def by_blocks(layers: Sequence[Layer], blocks: int) -> list[Layer]:
+def by_blocks(layers: Sequence[Layer], blocks: Sequence[Frame]) -> list[Layer]:
     """The layers in the order of their blocks, calls that are one block's heads together, and which of them stand on the
     axis."""
     ordered: list[list[Layer]] = []
-    for block in range(blocks):
+    for block, frame in enumerate(blocks):
         inside = [layer for layer in layers if layer.block == block]
         square = any(not layer.reason and layer.queries == layer.keys for layer in inside)
         inside = [
             replace(layer, reason=f"cross attention: {layer.queries} tokens attend to {layer.keys} others")
-            if square and not layer.reason and layer.queries != layer.keys
+            if (square or (layer.owner, layer.call) == frame) and not layer.reason and layer.queries != layer.keys
             else layer
             for layer in inside
         ]
