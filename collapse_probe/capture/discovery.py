@@ -85,7 +85,9 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
         block = blocks.index(frame) if frame in blocks and not is_pool(group) else None
         before, later = (_lengths_at(inputs[frame], log), _lengths_at(after[frame], log)) if frame else ([], [])
         before += [n for n in [_own_length(group.frame, log)] if n is not None and n not in before]
-        layers.append(layer_of(model, group, block, before, later[0] if later else None))
+        entering = _tokens_at(inputs[frame], log) if frame else None
+        width = 0 if entering is None else entering.shape[2]
+        layers.append(layer_of(model, group, block, before, later[0] if later else None, width))
     layers += [
         Layer(path, number, blocks.index((path, number)), "", 0, 0, 0, reason=f"not heard: {why}")
         for (path, number), why in unheard.items()
@@ -174,8 +176,8 @@ def _notes(
             " … ".join(dict.fromkeys((blocks[a][0], blocks[b - 1][0]))) for a, b in itertools.pairwise([*stacks, len(blocks)])
         ]
         notes.append(
-            f"{len(stacks)} stacks of blocks do not feed one another and are no neighbours: {'; '.join(parts)}; what is said of the "
-            "last block is said of the last stack"
+            f"{len(stacks)} stacks of blocks do not feed one another and are no neighbours: {'; '.join(parts)}; what is said "
+            "of the last block is said of the last stack"
         )
     return list(dict.fromkeys(notes))
 

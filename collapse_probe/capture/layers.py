@@ -77,10 +77,13 @@ def _samples(events: Sequence[AttentionEvent], again: PassLog) -> tuple[list[tup
     return [event.sample for event in events], [again.events[event.index].sample for event in events]
 
 
-def layer_of(model: nn.Module, group: CallGroup, block: int | None, tokens: Sequence[int], after: int | None) -> Layer:
+def layer_of(
+    model: nn.Module, group: CallGroup, block: int | None, tokens: Sequence[int], after: int | None, width: int
+) -> Layer:
     """One layer of a group of calls: its heads, its windows, and why it is no attention between a block's tokens.
 
-    `tokens` are how many tokens enter the block, in all and (where they come in groups) in each group; `after` leave it.
+    `tokens` are how many tokens enter the block, in all and (where they come in groups) in each group; `after` leave it. They
+    are `width` wide.
     """
     (owner, number), event, (queries, keys) = (
         group.frame,
@@ -98,7 +101,7 @@ def layer_of(model: nn.Module, group: CallGroup, block: int | None, tokens: Sequ
     others = part.of(HEAD)
     length = next((n for n in (*tokens[:1], *filter(None, [after])) if _has_windows(model, part, owner, n, queries)), None)
     if is_pool(group) or length is None:
-        why = _reason(group, queries, keys, tokens, module_class(model, owner))
+        why = _reason(group, queries, keys, tokens, width // others, module_class(model, owner))
         return replace(layer, heads=others, reason=why, parts=(part,))
     reason = f"attention inside windows ({others} maps of {queries} × {keys} for each image)"
     windows = _windows(model, part, owner, length, queries)
@@ -200,14 +203,15 @@ def is_pool(group: CallGroup) -> bool:
     return not group.linear and group.queries == (1,) and group.events[0].attention.shape[-1] > 1
 
 
-def _reason(group: CallGroup, queries: int, keys: int, tokens: Sequence[int], owner_class: str) -> str:
+def _reason(group: CallGroup, queries: int, keys: int, tokens: Sequence[int], head_width: int, owner_class: str) -> str:
     """Why maps are not between a block's tokens; empty where they are."""
     if is_pool(group):
         return "a pooling query, not token attention"
     q = group.events[0].attention.q
     fitting = [n for n in tokens if n <= queries <= n + MOST_ADDED_TOKENS]
     named = any(word in owner_class.lower() for word in _CHANNEL_ATTENTION)
-    if named or (tokens and queries not in tokens and q is not None and q.shape[-1] in tokens):
+    across = q.shape[-1] in tokens if q is not None else not fitting and queries == keys == head_width
+    if named or (tokens and queries not in tokens and across):
         return f"channel attention (maps of {queries} × {keys} channels)"
     if tokens and not fitting:
         return f"attention between {queries} × {keys} positions, not between the block's {tokens[0]} tokens"
