@@ -73,7 +73,8 @@ def _child_below(owner: str, stage: str, modules: dict[str, nn.Module], has_mlp:
     parts = owner.split(".")
     for n in range(stage.count(".") + 2, len(parts) + 1):
         path = ".".join(parts[:n])
-        if isinstance(modules[path.rpartition(".")[0]], _CONTAINERS) or (has_mlp(path) and path != owner):
+        part = path != owner and has_mlp(path) and not isinstance(modules[path], _CONTAINERS)
+        if part or isinstance(modules[path.rpartition(".")[0]], _CONTAINERS):
             return path
     return None
 
