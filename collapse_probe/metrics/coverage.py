@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from collapse_probe.capture.plan import Layer, MapGroup, Plan
-from collapse_probe.results.text import spans
+from collapse_probe.results.text import no_neighbours, numbered, spans
 
 NOT_HEARD = "not heard"
 """How the reason of a block begins whose attention could not be captured."""
@@ -45,7 +45,7 @@ def no_pair(plan: Plan) -> str:
         return ""
     if len(plan.map_layers) < 2:
         return "there is one block, and none before it"
-    return "; ".join(["no two neighbouring blocks can be compared", *uncompared(plan)])
+    return no_neighbours(uncompared(plan))
 
 
 def uncompared(plan: Plan) -> dict[str, list[int]]:
@@ -119,7 +119,7 @@ def covered(plan: Plan, measured: Collection[int]) -> str:
         parts.append(f"over {len(measured)}{of} blocks")
     windowed = [place for place in sorted(measured) if plan.layers[plan.map_layers[place]].windows > 1]
     if windowed:
-        parts.append(f"per window, averaged over the windows of an image, in {_blocks(windowed)}")
+        parts.append(f"per window, averaged over the windows of an image, in {numbered(windowed)}")
     if len(left) > MOST_REASONS:
         left = [*left[:MOST_REASONS], f"and {len(left) - MOST_REASONS} more"]
     return "; ".join([*parts, *([f"left out: {'; '.join(left)}"] if left else [])])
@@ -130,7 +130,7 @@ def covered_pairs(plan: Plan) -> str:
     pairs = compared_pairs(plan)
     if all(pairs):
         return ""
-    which = _blocks([place for place, compared in enumerate(pairs, start=1) if compared])
+    which = numbered([place for place, compared in enumerate(pairs, start=1) if compared])
     return f"over {sum(pairs)} of {len(pairs)} pairs of consecutive blocks: {which} with the block before"
 
 
@@ -145,7 +145,3 @@ def places_of_blocks(plan: Plan) -> list[str]:
     spans_of = [range(start, end) for start, end in zip(starts, [*starts[1:], len(layers)], strict=True)]
     parts = [f"{spans(list(each))} ({layers[each[0]].owner} … {layers[each[-1]].owner})" for each in spans_of]
     return [f"blocks have maps of several kinds, each with a number on the axis of blocks: {'; '.join(parts)}"]
-
-
-def _blocks(numbers: list[int]) -> str:
-    return f"{'block' if len(numbers) == 1 else 'blocks'} {spans(numbers)}"

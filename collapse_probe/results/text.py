@@ -12,6 +12,7 @@ from collapse_probe.statistics.intervals import Array
 
 DASH = "–"
 MOST_ITEMS = 32
+MOST_REASONS = 4  # why blocks are not compared
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -47,7 +48,7 @@ def p_value(p: float | None) -> str:
     return "< 0.001" if p is not None and p < 0.001 else number(p)
 
 
-def spans(numbers: list[int]) -> str:
+def spans(numbers: Sequence[int]) -> str:
     """Block numbers as spans.
 
     >>> spans([3, 4, 5, 9])
@@ -60,6 +61,23 @@ def spans(numbers: list[int]) -> str:
         else:
             runs.append([n, n])
     return ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in runs)
+
+
+def with_reasons(reasons: Mapping[str, Sequence[int]]) -> str:
+    """Blocks by the reason, each followed by it; after a few reasons only that there are more."""
+    which = "; ".join(f"{numbered(blocks)} ({why})" for why, blocks in list(reasons.items())[:MOST_REASONS])
+    return f"{which}; …" if len(reasons) > MOST_REASONS else which
+
+
+def no_neighbours(reasons: Mapping[str, Sequence[int]]) -> str:
+    """That no block is compared with the one before, and which blocks for which reason."""
+    which = f" ({next(iter(reasons))})" if len(reasons) == 1 else f": {with_reasons(reasons)}" if reasons else ""
+    return f"no two neighbouring blocks can be compared{which}"
+
+
+def numbered(blocks: Sequence[int]) -> str:
+    """Numbers of blocks as words: "block 3", "blocks 1–4, 7"."""
+    return f"{'block' if len(blocks) == 1 else 'blocks'} {spans(blocks)}"
 
 
 def plain(value: Any) -> str:

@@ -12,7 +12,7 @@ from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.outcomes import Outcome, Pairs, kinds_of, pairs_of, share_of_kinds, verdict_table
 from collapse_probe.results.readings import adjacent, mean, not_loaded, null_of, result_of, weights_only
 from collapse_probe.results.rules import BY_NAME
-from collapse_probe.results.text import interval, number, sentence_case, spans
+from collapse_probe.results.text import interval, no_neighbours, number, numbered, sentence_case, with_reasons
 
 Sentence = tuple[str, str]
 """A sentence, and the name of the rule behind it."""
@@ -21,7 +21,6 @@ Depth = tuple[str, bool | None, list[Sentence]]
 WEIGHTS_ONLY, NOT_JUDGED = "weights-only", "not-judged"
 LEVELS = {"attention": "Attention", "tokens": "Tokens", "weights": "Weights"}
 MOST_LISTED = 2  # rules or metrics that are named one by one
-MOST_REASONS = 4  # why blocks are not compared
 OPEN = {
     WEIGHTS_ONLY: "Only the weights were measured, without images: how alike attention maps or tokens are is not judged here.",
     NOT_JUDGED: "Whether attention has collapsed across depth is not judged here: attention-similarity was not asked for.",
@@ -102,8 +101,7 @@ def _not_applicable(findings: Findings, similarity: MetricResult) -> str:
         return similarity.not_applicable or "it has no values"
     if np.isfinite(pairs_of(findings).raw).any():
         return ""
-    reasons = [str(each["why"]) for each in findings.model.get("uncompared") or ()]
-    return "; ".join(["no two neighbouring blocks can be compared", *reasons[:MOST_REASONS]])
+    return no_neighbours(_reasons(findings))
 
 
 def not_heard(findings: Findings) -> list[str]:
@@ -119,15 +117,16 @@ def not_heard(findings: Findings) -> list[str]:
 
 def _uncompared(findings: Findings, kinds: tuple[str, ...]) -> list[Sentence]:
     """Which pairs of consecutive blocks are not compared, and why; empty where all are."""
-    reasons = [(list(each["blocks"]), str(each["why"])) for each in findings.model.get("uncompared") or ()]
-    if not reasons:
+    if not (reasons := _reasons(findings)):
         return []
     compared = sum(kind != "undefined" for kind in kinds)
-    which = "; ".join(f"{_blocks(blocks)} ({why})" for blocks, why in reasons[:MOST_REASONS])
-    which += "; …" if len(reasons) > MOST_REASONS else ""
-    return [
-        (f"{compared} of {len(kinds)} pairs of consecutive blocks are compared; without the block before: {which}.", "shared")
-    ]
+    few = f"{compared} of {len(kinds)} pairs of consecutive blocks are compared"
+    return [(f"{few}; without the block before: {with_reasons(reasons)}.", "shared")]
+
+
+def _reasons(findings: Findings) -> dict[str, list[int]]:
+    """The blocks that are not compared with the block before, by the reason."""
+    return {str(each["why"]): list(each["blocks"]) for each in findings.model.get("uncompared") or ()}
 
 
 def _across_depth(findings: Findings, pairs: Pairs, kinds: tuple[str, ...], outcomes: Mapping[str, Outcome]) -> Depth:
@@ -153,7 +152,7 @@ def _shared(pairs: Pairs, kinds: tuple[str, ...], shared: list[int], total: int)
     by_row = all(kinds[i] == "shared-row" for i in shared)
     first = (
         f"Attention has collapsed across depth in {len(shared)} of {_compared_pairs(total, kinds)}: "
-        f"{_blocks([i + 1 for i in shared])} attend{'s' if len(shared) == 1 else ''} like the block before"
+        f"{numbered([i + 1 for i in shared])} attend{'s' if len(shared) == 1 else ''} like the block before"
         f"{', every query with the same row' if by_row else ''}."
     )
     if by_row:
@@ -190,7 +189,7 @@ def _undecided(findings: Findings, pairs: Pairs, unsure: Mapping[str, list[int]]
     blocks = sorted({block for blocks in unsure.values() for block in blocks})
     first = (
         f"It cannot be told from these images whether attention has collapsed across depth: in {len(blocks)} of {total} "
-        f"neighbouring pairs ({_blocks(blocks)} with the block before) the interval is missing or includes the threshold."
+        f"neighbouring pairs ({numbered(blocks)} with the block before) the interval is missing or includes the threshold."
     )
     rule = next(name for name, at in unsure.items() if at)
     return "undecided", None, [(first, rule), (_on_average(findings, pairs), "shared")]
@@ -241,7 +240,7 @@ def _other_rules(outcomes: Mapping[str, Outcome]) -> list[Sentence]:
     for name, outcome in outcomes.items():
         rule, blocks = outcome.rule, outcome.at("yes") if outcome.axis == "block" else []
         if rule.spoken and outcome.answer == "yes":
-            where = f", {_blocks(blocks)}" if blocks else ""
+            where = f", {numbered(blocks)}" if blocks else ""
             value = f"{rule.quantity}: {number(outcome.value)}, {rule.direction} {rule.threshold:g}"
             sentences.append((f"{LEVELS[rule.level]}: {rule.says} ({value}{where}).", name))
     return sentences
@@ -306,7 +305,7 @@ def _caveats(outcomes: Mapping[str, Outcome], maps: bool) -> list[Sentence]:
         rule, unsure = outcome.rule, outcome.at("undecided")
         if name in ("shared", "shared-row") and unsure:
             what = "κ" if name == "shared" else "rows against heads"
-            where = f"For {_blocks(unsure)} the interval of {what} is missing or includes {rule.threshold:g}"
+            where = f"For {numbered(unsure)} the interval of {what} is missing or includes {rule.threshold:g}"
             caveats.append((f"{where}: more images are needed.", name))
         elif rule.spoken and outcome.answer == "undecided":
             number_of = f"{rule.quantity}: {number(outcome.value)}"
@@ -316,10 +315,6 @@ def _caveats(outcomes: Mapping[str, Outcome], maps: bool) -> list[Sentence]:
         elif name == "mixed-maps" and outcome.answer == "yes" and maps:
             caveats.append((f"{sentence_case(rule.says)}.", name))
     return [*caveats, *([(BY_NAME["shared"].does_not_say, "shared")] if maps else [])]
-
-
-def _blocks(numbers: list[int]) -> str:
-    return f"{'block' if len(numbers) == 1 else 'blocks'} {spans(numbers)}"
 
 
 def _percent(value: float) -> str:

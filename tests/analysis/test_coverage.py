@@ -170,8 +170,8 @@ def test_without_any_neighbours_depth_is_not_judged(monkeypatch):
     assert found.answer["case"] == "not-applicable"
     assert found.answer["collapsed"] is None
     assert found.answer["sentences"][0] == (
-        "Whether attention has collapsed across depth cannot be judged here: no two neighbouring blocks can be compared; the "
-        "output of one is not the input of the other."
+        "Whether attention has collapsed across depth cannot be judged here: no two neighbouring blocks can be compared (the "
+        "output of one is not the input of the other)."
     )
     assert not [text for text in found.answer["sentences"] if "collapse between" in text or "not collapse" in text]
     assert "no two neighbouring blocks" in str(found.metrics["similar-blocks"].not_applicable)

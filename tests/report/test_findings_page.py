@@ -229,6 +229,22 @@ def test_key_numbers_are_means_over_adjacent_pairs() -> None:
     assert key_numbers(replace(findings, metrics={}, summary={})) == []
 
 
+def test_where_no_neighbours_are_compared_kappa_says_so_and_no_curve_is_drawn() -> None:
+    findings = synthetic(3)
+    similarity = findings.metrics["attention-similarity"]
+    apart = np.where(np.eye(3, dtype=bool), 1.0, np.nan)
+    assert similarity.nulls is not None
+    nulls = replace(similarity.nulls, values={**similarity.nulls.values, "kappa": apart})
+    changed = replace(
+        findings, metrics={**findings.metrics, "attention-similarity": replace(similarity, values=apart, nulls=nulls)}
+    )
+    (card,) = [card for card in key_numbers(changed) if card.label.startswith("κ")]
+    assert (card.value, card.detail) == ("–", "no two neighbouring blocks are compared")
+    names = ["attention-similarity", "attention-adjacent"]
+    assert list(draw_all(changed, names=names)) == names[:1]
+    assert list(draw_all(findings, names=names)) == names
+
+
 def test_what_does_not_apply_is_named_with_its_reason() -> None:
     findings = synthetic(3)
     gone = replace(findings.metrics["attention-entropy"], values=None, not_applicable="rows do not sum to one")

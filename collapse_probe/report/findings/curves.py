@@ -54,9 +54,9 @@ OVER_BLOCKS = {
 
 @drawn
 def adjacent_blocks(findings: Findings, narrow: bool = False) -> Figure | None:
-    """Similarity of each block with the one before, with nulls and thresholds; kappa beneath."""
+    """Similarity of each block with the one before, with nulls and thresholds; kappa beneath. None where none is compared."""
     result = result_of(findings, "attention-similarity")
-    if result is None or len(result.array) < 2:
+    if result is None or not np.isfinite(adjacent(result, result.array)).any():
         return None
     x, kappa = np.arange(1.0, len(result.array)), null_of(result, "kappa")
     rows = 1 if kappa is None else 2

@@ -26,7 +26,7 @@ from collapse_probe.results.readings import (
     result_of,
 )
 from collapse_probe.results.rules import KAPPA_ABOVE, RAW_ABOVE
-from collapse_probe.results.text import DASH, interval, number, p_value, plain, sentence_case, spans
+from collapse_probe.results.text import DASH, interval, number, numbered, p_value, plain, sentence_case
 from collapse_probe.statistics.estimates import HEADLINES
 from collapse_probe.statistics.intervals import Array
 from collapse_probe.statistics.permutation import LEVEL
@@ -80,7 +80,7 @@ def _similarity_cards(findings: Findings) -> list[Card]:
     detail = _mean_interval(findings, result, "kappa_adjacent", null_ci95(result, "kappa"))
     beside = f"undefined for {undefined} of {compared} pairs" if undefined else ""
     if mean(kappa) is None:
-        detail, beside = _why_no_null(result, "kappa"), ""
+        detail, beside = _why_no_null(result, "kappa") if compared else "no two neighbouring blocks are compared", ""
     token = mean(adjacent(result, null_of(result, "other_token")))
     return [
         Card("similarity of adjacent blocks, raw", number(mean(raw)), raw_ends, _beside_twin(fresh)),
@@ -113,8 +113,7 @@ def _why_no_null(result: MetricResult, role: str) -> str:
 def uncompared(findings: Findings) -> list[str]:
     """Which blocks are not compared with the block before, and why."""
     stored = [(list(each["blocks"]), each["why"]) for each in findings.model.get("uncompared") or ()]
-    which = [f"{'Block' if len(blocks) == 1 else 'Blocks'} {spans(blocks)}" for blocks, _ in stored]
-    return [f"{who}: not compared with the block before ({why})" for who, (_, why) in zip(which, stored, strict=True)]
+    return [f"{sentence_case(numbered(blocks))}: not compared with the block before ({why})" for blocks, why in stored]
 
 
 def per_block(findings: Findings) -> Table:
