@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, cached_property
 from typing import Any
 
@@ -88,12 +88,16 @@ class KernelCall:
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among some values, and in lists and tuples among them."""
+    """The tensors among some values, and in lists, tuples, dicts and dataclasses among them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
             yield from tensors_in(value)
+        elif isinstance(value, dict):
+            yield from tensors_in(value.values())
+        elif is_dataclass(value):
+            yield from tensors_in(getattr(value, field.name) for field in fields(value))
 
 
 def storage_of(tensor: Tensor) -> int:

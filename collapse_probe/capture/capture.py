@@ -18,7 +18,7 @@ from collapse_probe.capture.blocks import attention_like
 from collapse_probe.capture.discovery import as_tokens, call_frames, make_plan, read_tap
 from collapse_probe.capture.layers import frame_of, is_attention, module_class
 from collapse_probe.capture.layout import joined, read_part
-from collapse_probe.capture.plan import Frame, Layer, Part, Plan, SelfCheck
+from collapse_probe.capture.plan import IMAGE, Frame, Layer, Part, Plan, SelfCheck
 from collapse_probe.capture.recorder import AttentionEvent, PassLog, Recorder
 from collapse_probe.capture.softmax_tracking import LINEAR
 from collapse_probe.capture.trace import Attention, Trace
@@ -354,6 +354,9 @@ def read_layers(plan: Plan, log: PassLog) -> tuple[Attention, ...]:
     def read(part: Part) -> Attention:
         calls = [a for a in by_frame[part.frame] if a.shape[-1] == part.keys and a.shape[-2] in part.queries]
         expected = part.calls or log.images * math.prod(n for _, n in part.axes[0] if n)
+        if len(calls) > expected:  # others of as many queries and keys have other heads
+            shape = [math.prod(log.images if role == IMAGE else n for role, n in axis) for axis in part.axes[1:]]
+            calls = [a for a in calls if list(a.shape[:-2]) == shape]
         if len(calls) != expected:
             raise CaptureError(
                 f"{part.frame[0]} made {len(calls)} attention calls of {part.queries} queries and {part.keys} keys in this "

@@ -294,7 +294,8 @@ def _output_place(frame: Frame, log: PassLog) -> Tap:
 
 
 def _patch_shape(tokens_BND: Tensor | None, tokens: int, prefix: tuple[int, ...], log: PassLog) -> tuple[int, int] | None:
-    """Patches and width, without prefix tokens and those that were added on the way.
+    """Patches and width, without prefix tokens and those that were added on the way in front; None where the patches cannot be
+    told from other tokens.
 
     Where patches were merged on the way, their grid tells if the prefix is still there.
     """
@@ -302,10 +303,14 @@ def _patch_shape(tokens_BND: Tensor | None, tokens: int, prefix: tuple[int, ...]
         return None
     _, here, width = tokens_BND.shape
     patches, without = tokens - len(prefix), here - len(prefix)
-    if patches <= here <= max(tokens, patches + MOST_ADDED_TOKENS):
+    if here in (tokens, patches):
         return patches, width
-    merged = not _rectangle(here, log.input) and _rectangle(without, log.input)
-    return (without if merged else here), width
+    if tokens < here <= patches + MOST_ADDED_TOKENS:
+        joining = [call.steady for call in log.calls if call.steady and len(call.steady) == here]
+        return None if any(any(steady[here - patches :]) for steady in joining) else (patches, width)
+    if not prefix:
+        return here, width
+    return (without, width) if not _rectangle(here, log.input) and _rectangle(without, log.input) else None
 
 
 def _grid(patches: int, log: PassLog, before: int) -> tuple[int, int] | None:

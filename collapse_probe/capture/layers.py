@@ -68,8 +68,12 @@ def call_groups(log: PassLog, again: PassLog) -> list[CallGroup]:
                 if axes[0] is not None and all(a == axes[0] for a in axes):
                     groups.append(CallGroup(frame, together, lengths, axes[0]))
                     alike = {key: rest for key, rest in alike.items() if rest[0] not in together}
-        for (_, queries, _), some in alike.items():
-            groups.append(CallGroup(frame, some, (queries,), axes_of(*_samples(some, again))))
+        for (_, queries, _), same in alike.items():
+            by_shape: dict[tuple[int, ...], list[AttentionEvent]] = {}
+            for event in same:
+                by_shape.setdefault(event.attention.shape, []).append(event)
+            for some in by_shape.values():
+                groups.append(CallGroup(frame, some, (queries,), axes_of(*_samples(some, again))))
     return sorted(groups, key=lambda group: group.events[0].index)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,6 @@ from collapse_probe.capture.softmax_tracking import (
     SAMPLED,
     Products,
     Softmaxes,
-    copy_before_write,
     is_normalised,
     read_operand,
 )
@@ -264,14 +263,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.softmaxes.hand_up(path, self._holder())
         if path in self.holders:
             self.products.forget(path)
-        for result in tensors_in((output.values() if isinstance(output, dict) else output,)) if self.thorough else ():
+        for result in tensors_in((output,)) if self.thorough else ():
             self.lineage[storage_of(result)] = self.lineage.get(storage_of(result), 0) | call.bit
         if self.thorough or (path, call.number) in self.watched:
             call.output = _detached(output) if self.on_operator is None else sketch(_detached(output))
         if not self.stack and sys.exc_info()[1] is self.error_before:
             self.log.output, log = output, self.log
             log.again = self.products.again
-            log.suspects += self.softmaxes.refused
+            log.suspects[:0] = self.softmaxes.refused
             self._reset()
             if self.on_forward is not None:
                 self.on_forward(log)
@@ -394,6 +393,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 call.output = tuple(x.clone() if storage_of(x) in storages else x for x in call.output)
 
 
+CAPTURED = ("q", "k", "bias", "probs", "weights", "logsumexp")
+
+
+def copy_before_write(holder: Any, storages: set[int], names: Iterable[str] = CAPTURED) -> None:
+    """Replace those of the named tensors that live in `storages` by copies."""
+    for name in names:
+        tensor = getattr(holder, name)
+        if isinstance(tensor, Tensor) and storage_of(tensor) in storages:
+            setattr(holder, name, tensor.clone())
+
+
 def _sample_of(attention: Attention) -> tuple[Tensor, ...]:
     """A few channels of every query and key."""
     assert attention.q is not None
@@ -402,8 +412,7 @@ def _sample_of(attention: Attention) -> tuple[Tensor, ...]:
 
 
 def _detached(value: Any) -> Any:
-    """A module's output: a tensor, or the tensors in a list, tuple or dict as a tuple."""
+    """A module's output: a tensor, or all tensors in it as a tuple."""
     if isinstance(value, Tensor):
         return value.detach()
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return tuple(x.detach() for x in tensors_in(inside)) or None
+    return tuple(x.detach() for x in tensors_in((value,))) or None

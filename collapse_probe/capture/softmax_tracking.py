@@ -8,7 +8,6 @@ keys were left out on the way, however the map was turned, folded, sliced or cop
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,6 +152,8 @@ class Softmaxes:
     def follow(self, call: OperatorCall) -> list[Heard]:
         """Follow what an operator made from softmaxes; return those that multiplied values."""
         inputs, heard = list(tensors_in(call.args)), []
+        if call.func in attention_operators.BATCHED_PRODUCTS and self._composed(call, *inputs[-2:]):
+            return []
         for softmax in list(self.pending):
             touched = [x for x in inputs if storage_of(x) in softmax.places]
             if not touched or softmax not in self.pending:
@@ -172,6 +173,24 @@ class Softmaxes:
         return heard
 
     # ---- products ----
+
+    def _composed(self, call: OperatorCall, left: Tensor, right: Tensor) -> bool:
+        """Whether the operator multiplies two softmaxes with each other: over the keys of both, their product is a map."""
+        first, second = (next((s for s in self.pending if storage_of(x) in s.exact), None) for x in (left, right))
+        if first is None or second is None:
+            return False
+        over_keys = [
+            entries is not None and softmax.dim in softmax.axes_along(entries, -1)[0]
+            for softmax, entries in ((first, first.entries(left)), (second, second.entries(right)))
+        ]
+        if not (all(over_keys) and is_normalised(out := call.out.detach(), -1)):
+            self.refused.append((second.stack, "a product of softmaxes that is no map over the keys of both"))
+            return True
+        few = None if second.sample is None else out[..., :SAMPLED].clone()
+        product = Softmax(out, out.ndim - 1, second.stack, second.holder, few, first.direct and second.direct)
+        self._track(product, out, self._numbers(out.numel(), out.device).view(out.shape), exact=True)
+        self.pending.append(product)
+        return True
 
     def _contracted(self, softmax: Softmax, call: OperatorCall, inputs: list[Tensor], touched: list[Tensor]) -> Heard | None:
         """The map, where this operator sums values over its keys."""
@@ -203,10 +222,22 @@ class Softmaxes:
             keys = [dim]
         if dim in keys:
             queries, _ = softmax.axes_along(entries, kept)
-            return self._heard(softmax, x, values, self._query_axis(softmax, queries), along)
+            folded = self._unfolded(softmax, x, entries, values, contracted)
+            return folded or self._heard(softmax, x, values, self._query_axis(softmax, queries), along)
         if len(keys) == 1 and {keys[0], dim} == {softmax.probs.ndim - 1, softmax.probs.ndim - 2}:
             return self._normalised(softmax, x, values, contracted, "summed over another axis than that of its softmax")
         return None
+
+    def _unfolded(self, softmax: Softmax, x: Tensor, entries: Tensor, values: Tensor, contracted: int) -> Heard | None:
+        """A map whose softmax ran over a matrix with the queries of all heads and images as its rows, as it is multiplied."""
+        shape, last = softmax.probs.shape, contracted == -1 and softmax.dim == softmax.probs.ndim - 1
+        same_keys = x.shape[-1] == shape[-1] and x.shape[-2] < shape[-2] and x.numel() == shape.numel()
+        if not (last and same_keys and _counts_up(entries)):
+            return None
+        attention = Attention("", "softmax", probs=four_axes(softmax.probs.reshape(x.shape)))
+        attention.weights = None if storage_of(x) in softmax.exact else four_axes(x)
+        few = None if softmax.sample is None else four_axes(softmax.sample.reshape(*x.shape[:-1], -1))
+        return Heard(attention, softmax.stack, softmax.holder, x, values, few, softmax.direct)
 
     def _query_axis(self, softmax: Softmax, candidates: list[int]) -> int | None:
         """The axis of the queries among those that a product keeps; heads may be folded into them."""
@@ -220,9 +251,8 @@ class Softmaxes:
 
     def _heard(self, softmax: Softmax, x: Tensor, values: Tensor | None, query: int | None, along: Tensor) -> Heard:
         shape, dim, probs = softmax.probs.shape, softmax.dim, softmax.probs
-        indices = torch.tensor(
-            sorted(set(torch.unravel_index(along, shape)[dim].tolist())), dtype=torch.long, device=probs.device
-        )
+        met = list(dict.fromkeys(torch.unravel_index(along, shape)[dim].tolist()))  # in the order of the values
+        indices = torch.tensor(met, dtype=torch.long, device=probs.device)
         lost = shape[dim] - len(indices) if len(along) else 0
         weights, heads = None, dict[int, Tensor]()
         square = query is not None and shape[query] == shape[dim]
@@ -231,7 +261,7 @@ class Softmaxes:
             heads = {} if x.numel() == probs.numel() else self._covered(softmax, x, (dim, query))
 
         def matrix(t: Tensor, cut: bool) -> Tensor:
-            if cut and lost and not square:
+            if cut and ((lost and not square) or (not lost and met != sorted(met))):
                 t = t.index_select(dim, indices)
             for axis, kept in heads.items():
                 t = t.index_select(axis, kept)
@@ -286,9 +316,10 @@ class Softmaxes:
     def _by_shape(self, softmax: Softmax, x: Tensor, values: Tensor, contracted: int) -> Heard | None:
         """A map whose way cannot be followed, told by its shape: as many entries, and the same last two sizes."""
         probs = softmax.probs
-        if probs.ndim < 3 or softmax.dim != probs.ndim - 1 or x.numel() != probs.numel():
+        if probs.ndim < 3 or softmax.dim != probs.ndim - 1 or x.shape[-2:] not in (probs.shape[-2:], probs.shape[-2:][::-1]):
             return None
-        if x.shape[-2:] not in (probs.shape[-2:], probs.shape[-2:][::-1]):
+        if x.numel() != probs.numel():
+            self.refused.append((softmax.stack, "maps that are mixed into another number of heads than their softmax has"))
             return None
         turned = contracted == -2 if probs.shape[-1] == probs.shape[-2] else x.shape[-2:] != probs.shape[-2:]
         weights = (x.transpose(-1, -2) if turned else x).reshape(probs.shape).detach()
@@ -467,14 +498,3 @@ class Products:
     def forget(self, holder: str) -> None:
         """A module ends."""
         self.made = {key: made for key, made in self.made.items() if made.holder != holder}
-
-
-CAPTURED = ("q", "k", "bias", "probs", "weights", "logsumexp")
-
-
-def copy_before_write(holder: Any, storages: set[int], names: Iterable[str] = CAPTURED) -> None:
-    """Replace those of the named tensors that live in `storages` by copies."""
-    for name in names:
-        tensor = getattr(holder, name)
-        if isinstance(tensor, Tensor) and storage_of(tensor) in storages:
-            setattr(holder, name, tensor.clone())

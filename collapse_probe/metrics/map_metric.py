@@ -130,7 +130,8 @@ class HeadMetric(MapMetric):
 
 
 def patch_places(plan: Plan, layer: Layer) -> list[int] | None:
-    """Positions of the patches among the keys of a layer; None where there are fewer keys than the model's patches.
+    """Positions of the patches among the keys of a layer; None where there are fewer keys than the model's patches, or where
+    others are among them at places that are not known.
 
     Tokens that a block adds of its own come first, as in `Trace.patches`. Tokens that do not come from the image are no
     patches; in windows of a model that has prefix tokens nobody knows which are.
@@ -142,6 +143,8 @@ def patch_places(plan: Plan, layer: Layer) -> list[int] | None:
         return None
     if tokens == plan.tokens:
         return [t for t in range(tokens) if t not in plan.prefix]
+    if layer.queries != tokens or layer.block is None or plan.patch_shapes[layer.block + 1] is None:
+        return None  # keys of its own, which may come first or last
     return list(range(tokens - patches, tokens))
 
 

@@ -94,6 +94,40 @@ def test_a_class_token_that_comes_later_is_no_patch():
     assert not torch.equal(recording.last.maps(0, "probs"), own)
 
 
+class Changing(nn.Module):
+    """Plain blocks, before the second of which `change` makes other tokens of the tokens; a class token comes first."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.patches, self.cls = nn.Conv2d(3, 24, 8, 8), nn.Parameter(torch.randn(1, 1, 24))
+        layer = nn.TransformerEncoderLayer(24, 3, 48, batch_first=True)
+        self.blocks, self.change = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).layers, change
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = self.blocks[0](torch.cat([self.cls.expand(len(x), -1, -1), x], 1))
+        x = self.change(x, torch.ones_like(x[:, :2]))
+        return self.blocks[2](self.blocks[1](x))
+
+
+@pytest.mark.parametrize(
+    ("change", "patches"),
+    [
+        (lambda x, more: torch.cat([x[:, :1], more, x[:, 1:]], 1), (12, 24)),
+        (lambda x, more: torch.cat([x, more], 1), None),  # registers at the end
+        (lambda x, more: x[:, :9], None),  # 8 patches are kept, and 9 tokens are a grid of 3 × 3
+        (lambda x, more: x[:, :11], None),  # nor does the number of 10 patches say anything
+        (lambda x, more: torch.cat([x[:, :1], x[:, 1:7] + x[:, 7:]], 1), (6, 24)),
+        (lambda x, more: x[:, 1:], (12, 24)),
+    ],
+)
+def test_where_patches_cannot_be_told_there_are_none(change, patches):
+    torch.manual_seed(0)
+    plan = discover_plan(Changing(change).eval(), (32, 24))
+    assert plan.patch_shapes == ((12, 24), (12, 24), patches, patches)
+    assert plan.prefix == (0,)
+
+
 def test_windows_have_reasons():
     swin = make(
         "swin_tiny_patch4_window7_224",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -328,6 +329,39 @@ class _(Net):
 
     def call(self, block, x):
         return block(x)[0]
+
+
+class DictBlock(Block):
+    def forward(self, state):
+        return {"tokens": super().forward(state["tokens"])}
+
+
+@model("blocks that take and return dicts")
+class _(Net):
+    def __init__(self):
+        super().__init__(block=DictBlock)
+
+    def run(self, x):
+        return super().run({"tokens": x})["tokens"]
+
+
+@dataclass
+class State:
+    tokens: torch.Tensor
+
+
+class StateBlock(Block):
+    def forward(self, state):
+        return State(super().forward(state.tokens))
+
+
+@model("blocks that take and return dataclasses")
+class _(Net):
+    def __init__(self):
+        super().__init__(block=StateBlock)
+
+    def run(self, x):
+        return super().run(State(x)).tokens
 
 
 @model("blocks called by keyword")

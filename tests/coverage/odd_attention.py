@@ -338,6 +338,21 @@ def _(self, q, k, v):
     return (a.unsqueeze(-1) * v.unsqueeze(2)).sum(dim=-2)
 
 
+@kind("softmax over a matrix of the rows of all maps")
+def _(self, q, k, v):
+    x = scores(q, k)
+    a = F.softmax(x.view(-1, x.shape[-1]), dim=1).view(x.shape)
+    note(a)
+    return a @ v
+
+
+@kind("keys in another order, put back after the softmax")
+def _(self, q, k, v):
+    a = scores(q, k.flip(2)).softmax(-1)[..., torch.arange(TOKENS - 1, -1, -1)]
+    note(a)
+    return a @ v
+
+
 @kind("vmap over images and heads")
 def _(self, q, k, v):
     a = scores(q, k).softmax(-1)
@@ -603,6 +618,20 @@ class _(Attention):
         return w @ v
 
 
+@kind("talking heads, more after than before")
+class _(Attention):
+    def setup(self):
+        self.after, self.values = nn.Conv2d(HEADS, 2 * HEADS, 1), nn.Linear(WIDTH, 2 * WIDTH)
+        self.out = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        q, k, _ = (by_head(y) for y in self.qkv(x).chunk(3, -1))
+        a = scores(q, k).softmax(-1)
+        w = self.after(a)
+        note(a, w)
+        return self.out(joined(w @ by_head(self.values(x), 2 * HEADS)))
+
+
 @kind("re-attention with batch norm")
 class _(Attention):
     def setup(self):
@@ -714,6 +743,22 @@ def _(self, q, k, v):
     a = scores(q, k).softmax(-1)
     note(a)
     return a @ (a @ v)
+
+
+@kind("a map squared")
+def _(self, q, k, v):
+    a = scores(q, k).softmax(-1)
+    a = a @ a
+    note(a)
+    return a @ v
+
+
+@kind("agents between tokens, their maps multiplied")
+def _(self, q, k, v):
+    agents = q.unflatten(2, (1, -1)).mean(2)[:, :, ::3]
+    a = scores(q, agents).softmax(-1) @ scores(agents, k).softmax(-1)
+    note(a)
+    return a @ v
 
 
 @kind("map and values, residual in values")
@@ -906,6 +951,24 @@ class _(nn.Module):
 
     def forward(self, x):
         return self.one(x) + self.two(x)
+
+
+class Unlike(Attention):
+    """Three heads, and two more in a call of their own."""
+
+    fused = False
+
+    def mix(self, q, k, v):
+        out = []
+        for query, key, value in ((q, k, v), (k[:, :2], q[:, :2], v[:, :2])):
+            a = scores(query, key).softmax(-1)
+            note(exact(query, key) if self.fused else a)
+            out.append(F.scaled_dot_product_attention(query, key, value) if self.fused else a @ value)
+        return out[0] + F.pad(out[1], (0, 0, 0, 0, 0, 1))
+
+
+KINDS["two branches of unlike heads in one module"] = Unlike
+KINDS["two branches of unlike heads in one module, sdpa"] = type("FusedUnlike", (Unlike,), {"fused": True})
 
 
 @kind("two attentions, one after the other")
