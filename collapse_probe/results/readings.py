@@ -149,8 +149,8 @@ def corrected_count(findings: Findings, name: str = "similar-blocks") -> Count |
         value = findings.summary.get("similar_blocks_corrected")
     if value is None:
         return None
-    ends = stored.get("ci95")
-    ci95 = None if ends is None or None in ends else np.asarray(ends, dtype=np.float64)
+    ends = np.asarray(stored.get("ci95") or (), dtype=np.float64)
+    ci95 = ends if len(ends) and np.isfinite(ends).all() else None
     return Count(float(value), float(stored.get("kappa_above", KAPPA_ABOVE)), ci95)
 
 

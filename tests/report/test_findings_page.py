@@ -245,6 +245,18 @@ def test_where_no_neighbours_are_compared_kappa_says_so_and_no_curve_is_drawn() 
     assert list(draw_all(findings, names=names)) == names
 
 
+@pytest.mark.parametrize("undefined", [None, np.nan])
+def test_a_count_whose_interval_is_undefined_has_none(undefined: float | None) -> None:
+    findings = synthetic(5)
+    count = findings.metrics["similar-blocks"]
+    details = {**count.details, "corrected": {"kappa_above": 0.5, "value": 0.0, "ci95": [undefined, undefined]}}
+    changed = replace(findings, metrics={**findings.metrics, "similar-blocks": replace(count, details=details)})
+    (card,) = [card for card in key_numbers(changed) if card.label.startswith("similar blocks")]
+    assert card.value.endswith("/ 0")
+    assert card.reference.startswith("95 %: raw")
+    assert "κ" not in card.reference
+
+
 def test_what_does_not_apply_is_named_with_its_reason() -> None:
     findings = synthetic(3)
     gone = replace(findings.metrics["attention-entropy"], values=None, not_applicable="rows do not sum to one")
