@@ -41,7 +41,7 @@ from collapse_probe.metrics.coverage import omissions, places_of_blocks, uncompa
 from collapse_probe.metrics.metric import Metric
 from collapse_probe.metrics.presets import records, with_presets
 from collapse_probe.models.checkpoints import holds_any
-from collapse_probe.models.loading import Subject, resolve
+from collapse_probe.models.loading import Subject, library_module, resolve
 from collapse_probe.provenance import names_sha256, versions
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.verdict import with_verdict
@@ -207,6 +207,7 @@ def gallery_names(images: Images | None, settings: RunSettings) -> frozenset[str
 def model_facts(subject: Subject, plan: Plan) -> dict[str, Any]:
     """The section `model`: provenance, and the shape that the probe found."""
     heads = [plan.layers[i].heads for i in plan.map_layers]
+    own = type(library_module(subject.model))
     return {
         "address": subject.address,
         "source": subject.source,
@@ -215,7 +216,7 @@ def model_facts(subject: Subject, plan: Plan) -> dict[str, Any]:
         "checkpoint": subject.checkpoint,
         "checkpoint_sha256": subject.checkpoint_sha256,
         **loading_facts(subject, plan),
-        "class": f"{type(subject.model).__module__}.{type(subject.model).__qualname__}",
+        "class": f"{own.__module__}.{own.__qualname__}",
         "parameters": sum(p.numel() for p in subject.model.parameters()),
         "blocks": len(plan.blocks),
         "heads": heads[0] if len(set(heads)) == 1 else heads,

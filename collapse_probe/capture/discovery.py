@@ -107,7 +107,8 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
     prefix = () if steady is None or latents[0] else tuple(i for i, same in enumerate(steady) if same)
     tokens, width = (0, 0) if first is None else (first.shape[1], first.shape[2])
     event_bytes = sum(event.held_bytes() for event in log.events)
-    names = [path for path, _ in blocks]
+    called = [path for path, _ in blocks]
+    titles = [f"{path} (call {number + 1})" if called.count(path) > 1 else path for path, number in blocks]
     images = log.input if log.input is not None and log.input.ndim == 4 else None
     grid = _grid(tokens - len(prefix), log, _calls_in(blocks[0], log)[0]) if blocks and not latents[0] else None
     shapes = tuple(
@@ -115,7 +116,7 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
         for tap, of_latents in zip(taps, [*latents[:1], *latents], strict=True)
     )
     return Plan(
-        blocks=tuple(f"{path} (call {number + 1})" if names.count(path) > 1 else path for path, number in blocks),
+        blocks=tuple(titles),
         layers=tuple(layers),
         taps=taps,
         prefix=prefix,
@@ -125,7 +126,7 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
         grid=grid,
         bytes_per_image=event_bytes // max(log.images, 1) + len(taps) * tokens * width * 4,
         check=check,
-        notes=tuple(_notes(model, log, layers, latents, feeds, blocks)),
+        notes=tuple(_notes(log, layers, latents, feeds, titles)),
         image_size=None if images is None else (images.shape[-2], images.shape[-1]),
         adjacent=adjacent,
         frames=tuple(dict.fromkeys(frame_of(event) for event in log.events)),
@@ -135,12 +136,7 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
 
 
 def _notes(
-    model: nn.Module,
-    log: PassLog,
-    layers: Sequence[Layer],
-    latents: Sequence[bool],
-    feeds: Sequence[bool],
-    blocks: Sequence[Frame],
+    log: PassLog, layers: Sequence[Layer], latents: Sequence[bool], feeds: Sequence[bool], blocks: Sequence[str]
 ) -> list[str]:
     notes = []
     for event in log.events:
@@ -166,15 +162,13 @@ def _notes(
             "multiplies values: the rows of what multiplies them sum to less than one"
         )
     if any(latents):
-        first = blocks[latents.index(True)][0]
+        first = blocks[latents.index(True)]
         notes.append(
             f"the tokens of {first} and the blocks that it feeds do not come from the image (latents): they are no patches"
         )
     if not all(feeds):
         stacks = [0, *(i + 1 for i, fed in enumerate(feeds) if not fed)]
-        parts = [
-            " … ".join(dict.fromkeys((blocks[a][0], blocks[b - 1][0]))) for a, b in itertools.pairwise([*stacks, len(blocks)])
-        ]
+        parts = [" … ".join(dict.fromkeys((blocks[a], blocks[b - 1]))) for a, b in itertools.pairwise([*stacks, len(blocks)])]
         notes.append(
             f"{len(stacks)} stacks of blocks do not feed one another and are no neighbours: {'; '.join(parts)}; what is said "
             "of the last block is said of the last stack"

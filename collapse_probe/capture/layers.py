@@ -97,7 +97,10 @@ def layer_of(
     mixed = any(e.attention.mixed for e in group.events)
     layer = Layer(owner, number, block, event.attention.operation, 0, queries, keys, mixed)
     if group.linear:
-        return replace(layer, heads=1, reason=f"{LINEAR} (a softmax of queries or keys alone), which has no map between tokens")
+        heads = next(iter(_stated_heads(model, owner)), 1)
+        return replace(
+            layer, heads=heads, reason=f"{LINEAR} (a softmax of queries or keys alone), which has no map between tokens"
+        )
     if group.axes is None:
         why = "its maps cannot be told apart by image: they change with another image than their own"
         return replace(layer, heads=1, reason=why)

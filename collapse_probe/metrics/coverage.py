@@ -135,7 +135,7 @@ def covered_pairs(plan: Plan) -> str:
 
 
 def places_of_blocks(plan: Plan) -> list[str]:
-    """A sentence on which places of the `block` axis are whose, where blocks have maps of several kinds; else none."""
+    """A sentence on which places of the `block` axis are whose, where blocks have attention of several kinds; else none."""
     if len(plan.map_layers) == len(plan.blocks):
         return []
     layers, starts = [plan.layers[index] for index in plan.map_layers], [0]
@@ -144,4 +144,4 @@ def places_of_blocks(plan: Plan) -> list[str]:
             starts.append(place)
     spans_of = [range(start, end) for start, end in zip(starts, [*starts[1:], len(layers)], strict=True)]
     parts = [f"{spans(list(each))} ({layers[each[0]].owner} … {layers[each[-1]].owner})" for each in spans_of]
-    return [f"blocks have maps of several kinds, each with a number on the axis of blocks: {'; '.join(parts)}"]
+    return [f"blocks have attention of several kinds, each with a number on the axis of blocks: {'; '.join(parts)}"]

@@ -105,7 +105,7 @@ class MapMetric(Metric):
         """Pooled and channel attention has no map over the image's tokens, and tokens of their own are no patches."""
         if not self.measured:
             reasons = dict.fromkeys(layer.reason for layer in self.layers)
-            return "no block has attention between all of an image's tokens: " + "; ".join(reasons)
+            return "no block has maps between all of an image's tokens that can be taken: " + "; ".join(reasons)
         return NO_PATCHES if self.settings.get("prefix") is False and not has_patches(self.plan) else ""
 
     def result(self, values: Array | None, **facts: Any) -> MetricResult:

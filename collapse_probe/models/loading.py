@@ -121,6 +121,11 @@ class ImageTower(nn.Module):
         return self.answer(self.wrapped(pixels) if self.inputs is None else self.wrapped(**self.inputs(pixels)))
 
 
+def library_module(model: nn.Module) -> nn.Module:
+    """The library's own module, where an ImageTower stands around it."""
+    return model.wrapped if isinstance(model, ImageTower) else model
+
+
 BARE = ("ours", "torchvision", "timm")  # where a name without a scheme is looked up, in this order
 
 
@@ -183,7 +188,7 @@ def resolve(
     check_blocks(fixes, blocks)
     if checkpoint is None:
         return with_fixes(plain, fixes, blocks, seed)
-    inner: Any = model.wrapped if isinstance(model, ImageTower) else model
+    inner = library_module(model)
     weights = read_weights(inner, checkpoint, checkpoint_key)
     known, others = _fixes_of(weights, model, fixes, blocks)
     try:

@@ -22,6 +22,7 @@ from collapse_probe.capture.replacement import refusal, source_of
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.coverage import covered, places_of_blocks, uncompared
 from collapse_probe.metrics.metric import make
+from collapse_probe.models.loading import ImageTower
 from collapse_probe.registry import METRICS
 from collapse_probe.report.comparison.verdict import verdict_of_pair
 from collapse_probe.report.findings.page import render
@@ -295,3 +296,9 @@ def test_latents_are_no_patches(monkeypatch):
     page = render(found)
     assert "the tokens do not come from the image" in page
     assert found.summary["patch_diversity_last"] is None
+
+
+def test_the_class_of_a_model_is_the_librarys_own():
+    own = small_vit()
+    found = analyzing.analyze(ImageTower(own, lambda answer: answer), pictures(2), metrics=["patch-diversity"], null_images=0)
+    assert found.model["class"] == f"{type(own).__module__}.{type(own).__qualname__}"

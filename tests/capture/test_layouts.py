@@ -205,7 +205,9 @@ def test_stacks_side_by_side_are_no_depth(twice):
     plan = discover_plan(Towers(twice).eval(), SIZE)
     assert len(plan.blocks) == 4
     assert plan.adjacent == (True, False, True)
-    assert any("2 stacks of blocks do not feed one another" in note for note in plan.notes)
+    (note,) = [note for note in plan.notes if "2 stacks of blocks do not feed one another" in note]
+    assert f"{plan.blocks[0]} … {plan.blocks[1]}; {plan.blocks[2]} … {plan.blocks[3]};" in note
+    assert len(set(plan.blocks)) == 4
 
 
 class Attributes(nn.Module):
@@ -269,6 +271,8 @@ def test_blocks_by_a_pattern():
 class SoftQueries(ToyAttention):
     """Efficient attention: a softmax of the queries over channels, one of the keys over tokens, and no map between tokens."""
 
+    num_heads = HEADS
+
     def mix(self, q, k, v):
         return q.softmax(-1) @ (k.softmax(-2).transpose(-1, -2) @ v)
 
@@ -278,6 +282,7 @@ def test_half_of_linear_attention_is_no_map():
         plan = discover_plan(ToyViT([Block(ToyAttention()), Block(SoftQueries())]), size)
         assert [plan.layers[i].owner for i in plan.token_layers] == ["blocks.0.attn"]
         assert plan.layers[1].reason.startswith("linear attention")
+        assert plan.layers[1].heads == HEADS
         assert plan.adjacent == (False,)
 
 
