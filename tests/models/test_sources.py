@@ -473,9 +473,11 @@ def saved_vit(tmp_path_factory):
     return folder, model
 
 
-def test_a_transformers_folder(saved_vit):
+def test_a_transformers_folder(saved_vit, capsys):
     folder, model = saved_vit
+    capsys.readouterr()
     subject = resolve(f"hf:{folder}")
+    assert capsys.readouterr() == ("", "")
     assert isinstance(subject.model, ImageTower)
     pixels = subject.preprocess.transform(picture())[None]
     with torch.no_grad():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -171,12 +172,28 @@ def _fetched(request: Request, load: Callable[[Any], T]) -> T:
     except ImportError as error:
         raise ModelError(f"{request.address!r} needs transformers ({error}); pip install transformers") from error
     try:
-        with fetching(repr(request.address), ModelError, WAY_OUT, hub=not Path(request.name).expanduser().is_dir()):
+        with (
+            fetching(repr(request.address), ModelError, WAY_OUT, hub=not Path(request.name).expanduser().is_dir()),
+            _bars_on_terminals(transformers.utils.logging),
+        ):
             return load(transformers)
     except CollapseProbeError:
         raise
     except Exception as error:  # configurations of other kinds of model fail in many ways
         raise ModelError(f"transformers cannot make {request.address!r}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _bars_on_terminals(logging: Any) -> Iterator[None]:
+    """Without the library's progress bars where nobody watches them."""
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _processed(processor: Any, picture: Image) -> Tensor:
