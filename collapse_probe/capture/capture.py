@@ -17,7 +17,7 @@ from collapse_probe.capture.attention_operators import OperatorCall, tensors_in
 from collapse_probe.capture.blocks import attention_like
 from collapse_probe.capture.discovery import as_tokens, call_frames, make_plan, read_tap
 from collapse_probe.capture.layers import frame_of, is_attention, module_class
-from collapse_probe.capture.layout import joined, read_part
+from collapse_probe.capture.layout import DEPENDS, joined, read_part
 from collapse_probe.capture.plan import IMAGE, Frame, Layer, Part, Plan, SelfCheck
 from collapse_probe.capture.recorder import AttentionEvent, PassLog, Recorder
 from collapse_probe.capture.softmax_tracking import LINEAR
@@ -294,6 +294,11 @@ def _plan_for(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """The plan for a caller's own input: noise of the same shapes and types, two images of it, in place of its numbers."""
     leaves, spec = tree_flatten((args, kwargs))
     first = next((x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1), None)
+    if any(isinstance(x, (list, tuple)) and len({y.shape for y in x if isinstance(y, Tensor)}) > 1 for x in args):
+        why = (
+            "images of several sizes in one call are packed or nested in the model, and its maps cannot be told apart by image"
+        )
+        raise CaptureError(f"{why}; give images of one size, as one tensor")
     if first is None:
         raise CaptureError("the model was called without a tensor of images: attention of its images cannot be told apart")
     count = len(first)
@@ -346,7 +351,7 @@ def read_layers(plan: Plan, log: PassLog) -> tuple[Attention, ...]:
     if [*by_frame] != [*plan.frames]:
         raise CaptureError(
             f"this batch ran attention in {len(by_frame)} module calls, the probe in {len(plan.frames)}, or in another order; "
-            "a model whose depth depends on the data (early exit, random drops) cannot be analysed"
+            f"{DEPENDS}"
         )
 
     unheard = Attention("", "not heard", probs=torch.empty(0, 0, 0, 0))
@@ -360,7 +365,7 @@ def read_layers(plan: Plan, log: PassLog) -> tuple[Attention, ...]:
         if len(calls) != expected:
             raise CaptureError(
                 f"{part.frame[0]} made {len(calls)} attention calls of {part.queries} queries and {part.keys} keys in this "
-                f"batch, where the probe makes {expected} expected; probe the model with images of the batch's own size"
+                f"batch, where the probe on inputs of the same shape makes {expected} expected; {DEPENDS}"
             )
         return read_part(part, calls, log.images)
 
@@ -372,7 +377,7 @@ def read_layers(plan: Plan, log: PassLog) -> tuple[Attention, ...]:
             if attention.signature != layer.signature:
                 raise CaptureError(
                     f"{layer.owner} has {attention.signature} heads, queries and keys in this batch, {layer.signature} in the "
-                    "probe; probe the model with images of the batch's own size"
+                    f"probe on inputs of the same shape; {DEPENDS}"
                 )
         except CaptureError:
             if layer.reason and layer.windows == 1:

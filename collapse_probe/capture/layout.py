@@ -17,6 +17,7 @@ from collapse_probe.capture.plan import HEAD, IMAGE, WINDOW, Axis, Part
 from collapse_probe.capture.trace import Attention
 from collapse_probe.errors import CaptureError
 
+DEPENDS = "a model whose attention depends on the data or on their number (early exit, pruned tokens) cannot be analysed"
 Samples = Sequence[tuple[Tensor, ...]]
 """Of each of some equal attention calls: a part of its logits, or of its q and its k, [leading axes …, N, few]."""
 
@@ -86,25 +87,26 @@ def with_windows(axes: tuple[Axis, ...], windows: int) -> tuple[Axis, ...] | Non
     )
 
 
-def arranged(x: Tensor, axes: Sequence[Axis], images: int, tail: int, shared: bool = False) -> Tensor:
+def arranged(x: Tensor, axes: Sequence[Axis], images: int, tail: int, shared: bool = False, few: bool = False) -> Tensor:
     """A tensor [calls, leading axes …, tail axes …] as [images · windows, heads, tail axes …].
 
-    Where `shared`, an axis that is the same for all images and windows, or for all heads, may stay of size one.
+    Where `shared`, an axis that is the same for all images and windows, or for all heads, may stay of size one; where `few`, as
+    of keys, several heads may share one.
     """
     factors = [(role, images if role == IMAGE else size) for axis in axes for role, size in axis]
     sizes: list[int] = []
     for size, axis in zip(x.shape, axes, strict=False):
         expected = [images if role == IMAGE else n for role, n in axis]
-        if size == 1:
+        if size == 1 and (shared or few):
             expected = [1] * len(axis)
         elif size != math.prod(expected):
             heads = [i for i, (role, _) in enumerate(axis) if role == HEAD]
             others = math.prod(expected) // math.prod(expected[i] for i in heads)
-            if len(heads) != 1 or size % others:
+            if not few or len(heads) != 1 or size % others:
                 came = " × ".join(map(str, expected)) or "1"
                 raise CaptureError(
                     f"an attention call came with an axis of {size} where the probe found {came} (images, windows, heads); "
-                    "probe the model with images of the batch's own size"
+                    f"{DEPENDS}"
                 )
             expected[heads[0]] = size // others  # keys that several heads share
         sizes += expected
@@ -130,7 +132,7 @@ def is_plain(part: Part) -> bool:
 
 def read_part(part: Part, calls: Sequence[Attention], images: int) -> Attention:
     """The attention of equal calls of one module, or of one call, with the axes [B·W, H, N, …]."""
-    if is_plain(part):
+    if is_plain(part) and calls[0].shape[0] == images:
         return calls[0]
     first = calls[0]
     if len(part.queries) > 1:
@@ -146,11 +148,11 @@ def _arranged(part: Part, calls: Sequence[Attention], images: int) -> Attention:
     fused = first.q is not None
     changed = any(call.mixed for call in calls)
 
-    def put(tensors: Sequence[Tensor | None], tail: int, shared: bool = False) -> Tensor | None:
+    def put(tensors: Sequence[Tensor | None], tail: int, shared: bool = False, few: bool = False) -> Tensor | None:
         there = [t for t in tensors if t is not None]
         if len(there) < len(calls):
             return None
-        return arranged(there[0].unsqueeze(0) if len(there) == 1 else torch.stack(there), part.axes, images, tail, shared)
+        return arranged(there[0].unsqueeze(0) if len(there) == 1 else torch.stack(there), part.axes, images, tail, shared, few)
 
     bias = None
     if first.q is not None and first.bias is not None:
@@ -159,7 +161,7 @@ def _arranged(part: Part, calls: Sequence[Attention], images: int) -> Attention:
         first.owner,
         first.operation,
         q=put([call.q for call in calls], 2) if fused else None,
-        k=put([call.k for call in calls], 2) if fused else None,
+        k=put([call.k for call in calls], 2, few=True) if fused else None,
         bias=bias,
         causal=first.causal,
         scale=first.scale,

@@ -119,6 +119,21 @@ def test_attention_between_images_is_left_out():
     assert "image" in plan.layers[1].reason
 
 
+class HalfTheImages(Matmul):
+    """Two calls for the halves of any batch: of two images, one call each."""
+
+    def mix(self, q, k, v):
+        parts = zip(*(x.tensor_split(2) for x in (q, k, v)), strict=True)
+        return torch.cat([super(HalfTheImages, self).mix(*part) for part in parts])
+
+
+def test_calls_that_follow_the_number_of_images_otherwise_are_left_out():
+    plan = discover_plan(ToyViT([Block(Matmul()), Block(HalfTheImages())]), SIZE)
+    assert [plan.layers[i].owner for i in plan.token_layers] == ["blocks.0.attn"]
+    assert "another number of images" in plan.layers[1].reason
+    assert plan.adjacent == (False,)
+
+
 class OneImageAtATime(Matmul):
     def mix(self, q, k, v):
         return torch.cat([super(OneImageAtATime, self).mix(*(x[i : i + 1] for x in (q, k, v))) for i in range(len(q))])
