@@ -87,10 +87,12 @@ def _one_after_another(paths: Sequence[str], log: PassLog) -> bool:
 
 @dataclass(frozen=True)
 class Span:
-    """The module calls that make up one call of a block, as bits, and the calls whose results they read."""
+    """The module calls that make up one call of a block, as bits, the calls whose results they read, and those from whose
+    results its input was made."""
 
     bits: int
     read: int
+    entered: int = 0
 
     @classmethod
     def of(cls, path: str, number: int | None, log: PassLog) -> Span:
@@ -100,17 +102,22 @@ class Span:
         bits, read = 0, 0
         for call in own:
             bits, read = bits | call.bit, read | call.read
-        return cls(bits, read)
+        first = log.calls.index(own[0]) if own else 0
+        inside = (c for c in log.calls[first:] if c in own or c.path.startswith(path + "."))
+        entered = next((c.entered for c in inside if c.input is not None), read)
+        return cls(bits, read, entered)
 
 
 def chains(frames: Sequence[Frame], log: PassLog) -> tuple[list[Frame], list[bool]]:
     """The blocks with those after one another that feed each other, and for each two whether the first one feeds the second.
 
-    A block feeds another where the other reads what was made from its output, and no further block stands between.
+    A block feeds another where what enters the other was made from its output, and no further block stands between; what a
+    decoder reads of an encoder beside its own tokens does not count.
     """
     spans = {frame: Span.of(*frame, log) for frame in frames}
-    before = {f: [e for e in frames if e != f and spans[f].read & spans[e].bits & ~spans[f].bits] for f in frames}
-    nearest = {f: [e for e in before[f] if not any(e in before[k] for k in before[f] if k != e)] for f in frames}
+    reads = {f: [e for e in frames if e != f and spans[f].read & spans[e].bits & ~spans[f].bits] for f in frames}
+    before = {f: [e for e in reads[f] if spans[f].entered & spans[e].bits] for f in frames}
+    nearest = {f: [e for e in before[f] if not any(e in reads[k] for k in before[f] if k != e)] for f in frames}
     chains: list[list[Frame]] = []
     for frame in frames:
         fed_by = nearest[frame][0] if len(nearest[frame]) == 1 else None

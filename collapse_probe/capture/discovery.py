@@ -9,7 +9,16 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from collapse_probe.capture.blocks import Span, block_paths, chains, unheard_blocks
-from collapse_probe.capture.layers import MOST_ADDED_TOKENS, by_blocks, call_groups, frame_of, is_attention, is_pool, layer_of
+from collapse_probe.capture.layers import (
+    MOST_ADDED_TOKENS,
+    attends_elsewhere,
+    by_blocks,
+    call_groups,
+    frame_of,
+    is_attention,
+    is_pool,
+    layer_of,
+)
 from collapse_probe.capture.plan import Frame, Layer, Plan, SelfCheck, Tap
 from collapse_probe.capture.recorder import AttentionEvent, PassLog, steady_tokens
 from collapse_probe.capture.softmax_tracking import BY_HAND
@@ -87,7 +96,10 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
         before += [n for n in [_own_length(group.frame, log)] if n is not None and n not in before]
         entering = _tokens_at(inputs[frame], log) if frame else None
         width = 0 if entering is None else entering.shape[2]
-        layers.append(layer_of(model, group, block, before, later[0] if later else None, width))
+        layer = layer_of(model, group, block, before, later[0] if later else None, width)
+        if not layer.reason and attends_elsewhere(group, log):
+            layer = replace(layer, reason=f"cross attention: {layer.queries} tokens attend to {layer.keys} others")
+        layers.append(layer)
     layers += [
         Layer(path, number, blocks.index((path, number)), "", 0, 0, 0, reason=f"not heard: {why}")
         for (path, number), why in unheard.items()

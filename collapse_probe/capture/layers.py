@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from collapse_probe.capture.layout import axes_of, with_windows
-from collapse_probe.capture.plan import HEAD, WINDOW, Axis, Frame, Layer, Part
+from collapse_probe.capture.plan import HEAD, IMAGE, WINDOW, Axis, Frame, Layer, Part
 from collapse_probe.capture.recorder import AttentionEvent, PassLog
 from collapse_probe.capture.softmax_tracking import LINEAR
 
@@ -81,6 +81,13 @@ def _samples(events: Sequence[AttentionEvent], again: PassLog) -> tuple[list[tup
     return [event.sample for event in events], [again.events[event.index].sample for event in events]
 
 
+def attends_elsewhere(group: CallGroup, log: PassLog) -> bool:
+    """Whether the queries of a kernel are made from other attention than its keys: those of a decoder and of its encoder."""
+    owners = {frame_of(event) for event in log.events}
+    attention = sum(call.bit for call in log.calls if (call.path, call.number) in owners)
+    return any(queries & attention != keys & attention for queries, keys in (event.sources for event in group.events))
+
+
 def layer_of(
     model: nn.Module, group: CallGroup, block: int | None, tokens: Sequence[int], after: int | None, width: int
 ) -> Layer:
@@ -109,6 +116,8 @@ def layer_of(
     length = next((n for n in (*tokens[:1], *filter(None, [after])) if _has_windows(model, part, owner, n, queries)), None)
     if is_pool(group) or length is None:
         why = _reason(group, queries, keys, tokens, width // others, module_class(model, owner))
+        if is_pool(group) and tokens and others >= tokens[0] - MOST_ADDED_TOKENS > 1:
+            why = f"every token attends to {keys} keys of its own, not all tokens to the same"
         return replace(layer, heads=others, reason=why, parts=(part,))
     reason = f"attention inside windows ({others} maps of {queries} × {keys} for each image)"
     windows = _windows(model, part, owner, length, queries)
@@ -138,10 +147,10 @@ def _windows(model: nn.Module, part: Part, owner: str, tokens: int, queries: int
     counts = [others // n for n in stated if others % n == 0 and others // n >= fewest]
     if not stated:
         counts = [n for n in range(fewest, others + 1) if others % n == 0]
-    for windows in counts:
-        if (axes := with_windows(part.axes, windows)) is not None:
-            return axes
-    return None
+    found = {n: axes for n in counts if (axes := with_windows(part.axes, n)) is not None}
+    exact = [n for n in found if n * queries == tokens] or list(found)  # windows that cover the tokens
+    folded = [n for n in exact if not any(WINDOW in dict(axis) and IMAGE not in dict(axis) for axis in found[n])]
+    return found[(folded or exact)[0]] if found else None
 
 
 def _stated_heads(model: nn.Module, owner: str) -> list[int]:

@@ -65,7 +65,7 @@ class AttentionEvent:
     the tensor that held an eager map when it multiplied V; `errors` are the self-check's (rows, output, logsumexp). A thorough
     recording also keeps a `sample` of the logits (or of q and k), and knows whether they are `direct`, no product of
     activations, and whether the values are `made` from such a product. `softmaxes` were merged into the map, and `lost` keys
-    multiply nothing.
+    multiply nothing. `sources` are the module calls from whose outputs the queries and the keys of a kernel were made.
     """
 
     attention: Attention
@@ -80,6 +80,7 @@ class AttentionEvent:
     made: bool = False
     softmaxes: int = 1
     lost: int = 0
+    sources: tuple[int, int] = (0, 0)
 
     def sketch(self) -> None:
         """Keep only the shapes of the tensors, and in `memory` the bytes that they took."""
@@ -100,7 +101,8 @@ class ModuleCall:
     """One call of a module, with its first input tensor and its output where these were asked for.
 
     In a sketch both have no memory, and `steady` says which token positions of the input are the same for all images. `bit`
-    stands for the call in masks: `read` are the calls from whose outputs something was made that this one read.
+    stands for the call in masks: `read` are the calls from whose outputs something was made that this one read, `entered` those
+    from whose outputs its input was made.
     """
 
     path: str
@@ -108,6 +110,7 @@ class ModuleCall:
     stack: tuple[Frame, ...]
     bit: int = 0
     read: int = 0
+    entered: int = 0
     input: Tensor | None = None
     output: Any = None
     steady: list[bool] | None = None
@@ -247,6 +250,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             log.input, log.images = first, 0 if first is None else len(first)
         if kept:
             call.input = first
+            call.entered = 0 if first is None else self.lineage.get(storage_of(first), 0)
             if self.on_operator is not None:
                 call.steady, call.input = steady_tokens(first, log.images), sketch(first)
             call.bit = 1 << len(log.calls)
@@ -322,8 +326,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func in attention_operators.ENCODER_LAYER:  # which stands for its attention module without calling it
                 holder = f"{holder}.self_attn".removeprefix(".")
                 stack = (*stack, (holder, stack[-1][1]))
-            sample = _sample_of(kernel.attention) if self.thorough else ()
-            self._add_event(kernel.attention, holder, stack, kernel=kernel if self.thorough else None, sample=sample)
+            more: dict[str, Any] = {}
+            if self.thorough:
+                q, k = (
+                    0 if x is None else self.lineage.get(storage_of(x), 0) for x in (kernel.attention.q, kernel.attention.k)
+                )
+                more = {"kernel": kernel, "sample": _sample_of(kernel.attention), "sources": (q, k)}
+            self._add_event(kernel.attention, holder, stack, **more)
         elif func in attention_operators.SOFTMAX:
             direct = self.thorough and not self.products.made_from(call.bound["self"])
             self.softmaxes.begin(call, self.frames(), holder, direct, sampled=self.thorough)

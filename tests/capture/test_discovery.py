@@ -128,6 +128,28 @@ def test_where_patches_cannot_be_told_there_are_none(change, patches):
     assert plan.prefix == (0,)
 
 
+class EncoderDecoder(nn.Module):
+    def __init__(self, queries):
+        super().__init__()
+        self.patches, self.queries = nn.Conv2d(3, 24, 8, 8), nn.Parameter(torch.randn(1, queries, 24))
+        self.model = nn.Transformer(24, 3, 2, 2, 48, batch_first=True)
+
+    def forward(self, x):
+        return self.model(self.patches(x).flatten(2).transpose(1, 2), self.queries.expand(len(x), -1, -1))
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("queries", [5, 12])
+def test_a_decoder_is_no_neighbour_of_its_encoder(queries):
+    """Also where it has as many queries as there are patches: what reads the encoder is no head of self-attention."""
+    torch.manual_seed(0)
+    plan = discover_plan(EncoderDecoder(queries).eval(), (32, 24))
+    assert plan.adjacent == (True, False, True)
+    assert [plan.layers[i].signature for i in plan.map_layers] == [(3, 12, 12)] * 2 + [(3, queries, queries)] * 2
+    assert plan.patch_shapes == ((12, 24),) * 3 + (None,) * 2
+    assert [entry.why for entry in plan.left_out] == [f"cross attention: {queries} tokens attend to 12 others"]
+
+
 def test_windows_have_reasons():
     swin = make(
         "swin_tiny_patch4_window7_224",

@@ -36,6 +36,7 @@ SAYS = {
     "windows by hand": "window",
     "windows by hand, sdpa": "window",
     "windows on an axis of their own": "window",
+    "windows that look over their borders": "window",
     "rows, then columns": "",
 }
 
@@ -383,6 +384,25 @@ class Variant(Net):
 MODELS["attention and mlp in parallel"] = type("ParallelNet", (Variant,), {"kind": Parallel})
 MODELS["norm after"] = type("PostNet", (Variant,), {"kind": PostNorm})
 MODELS["the stream written in place"] = type("InPlaceNet", (Variant,), {"kind": InPlaceStream})
+
+
+@model("two frames: attention over time, then over space")
+class _(Net):
+    """The upper and the lower half of the image are the frames; each of the 6 places attends to itself over time."""
+
+    class SpaceTime(Block):
+        def __init__(self, attention):
+            super().__init__(attention)
+            self.over_time = KINDS["matmul"]()
+
+        def forward(self, x):
+            x = x.unflatten(1, (2, 6))
+            x = x + self.over_time(self.norm1(x).transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, 6)).transpose(1, 2)
+            x = x + self.attn(self.norm1(x).flatten(0, 1)).unflatten(0, (-1, 2))
+            return (x + self.mlp(self.norm2(x))).flatten(1, 2)
+
+    def __init__(self):
+        super().__init__(block=self.SpaceTime, cls=False)
 
 
 @model("no class token")

@@ -1075,6 +1075,29 @@ class _(Windows):
         return torch.cat([torch.zeros_like(x[:, :1]), y], 1)
 
 
+@kind("windows that look over their borders")
+class _(Attention):
+    """Four windows of 3 queries, each of 9 keys."""
+
+    def forward(self, x):
+        q, k, v = self.qkv(x[:, 1:]).chunk(3, -1)
+        q = by_head(q.reshape(-1, 3, WIDTH))
+        k, v = (by_head(F.pad(y, (0, 0, 3, 3)).unfold(1, 9, 3).transpose(2, 3).reshape(-1, 9, WIDTH)) for y in (k, v))
+        a = scores(q, k).softmax(-1)
+        note(a)
+        return self.proj(torch.cat([x[:, :1], joined(a @ v).reshape(len(x), 12, WIDTH)], 1))
+
+
+@kind("three keys around each token")
+class _(Attention):
+    def forward(self, x):
+        q, k, v = (by_head(y) for y in self.qkv(x).chunk(3, -1))
+        k, v = (F.pad(y, (0, 0, 1, 1)).unfold(2, 3, 1) for y in (k, v))  # [B, H, N, K, 3]
+        a = torch.einsum("bhnd,bhndk->bhnk", q, k).softmax(-1)
+        note(a)
+        return self.proj(joined(torch.einsum("bhnk,bhndk->bhnd", a, v)))
+
+
 @kind("rows, then columns")
 class _(nn.Module):
     def __init__(self):
