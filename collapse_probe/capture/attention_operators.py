@@ -101,8 +101,11 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Which memory a tensor lives in; 0 where it has no single one (sparse)."""
-    return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else 0
+    """Which memory a tensor lives in, also inside a vmap; 0 where it has no single one (sparse)."""
+    try:
+        return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else 0
+    except NotImplementedError:  # a batched tensor stands for the one that it wraps
+        return storage_of(torch._C._functorch.get_unwrapped(tensor))
 
 
 @cache

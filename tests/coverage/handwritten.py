@@ -300,6 +300,16 @@ class _(Net):
         return checkpoint(block, x, use_reentrant=False)
 
 
+@model("every image by itself in a vmap")
+class _(Net):
+    def each(self):
+        return [block if TRUTH[0] is not None else self.mapped(block) for block in self.blocks]
+
+    @staticmethod
+    def mapped(block):
+        return torch.func.vmap(lambda x: block(x[None])[0])
+
+
 @model("block.forward called directly")
 class _(Net):
     def call(self, block, x):
