@@ -301,7 +301,7 @@ def test_half_of_linear_attention_is_no_map():
         assert plan.adjacent == (False,)
 
 
-class Channels(ToyAttention):
+class Crossed(ToyAttention):
     """Attention between the channels of a head."""
 
     def mix(self, q, k, v):
@@ -309,18 +309,18 @@ class Channels(ToyAttention):
         return super().mix(q, k, v).transpose(-1, -2)
 
 
-class EagerChannels(Channels, Matmul):
+class EagerCrossed(Crossed, Matmul):
     pass
 
 
-@pytest.mark.parametrize("kind", [Channels, EagerChannels])
+@pytest.mark.parametrize("kind", [Crossed, EagerCrossed])
 def test_as_many_channels_as_tokens(kind):
     for size in ((16, 24), (8, 56)):  # 7 and 8 tokens; heads are 8 wide
         plan = discover_plan(toy(kind), size)
         assert not plan.token_layers
         assert all("channel" in layer.reason for layer in plan.layers)
     for size in ((16, 24), (8, 56)):
-        assert len(discover_plan(toy(Matmul if kind is EagerChannels else ToyAttention), size).token_layers) == 2
+        assert len(discover_plan(toy(Matmul if kind is EagerCrossed else ToyAttention), size).token_layers) == 2
 
 
 class Reads(nn.Module):
