@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from collapse_probe.capture.layers import is_attention, module_class
-from collapse_probe.capture.plan import Frame
+from collapse_probe.capture.plan import Frame, Plan
 from collapse_probe.capture.recorder import ModuleCall, PassLog, weights_of
 from collapse_probe.capture.softmax_tracking import LINEAR
 
@@ -187,3 +187,44 @@ def attention_like(model: nn.Module, calls: Sequence[ModuleCall]) -> list[str]:
         if ("attn" in name or "attention" in name) and next(weights_of(model.get_submodule(path)), None) is not None:
             paths.append(path)
     return paths
+
+
+def nothing_heard(model: nn.Module, log: PassLog) -> str:
+    """Why no attention of a model can be heard."""
+    name, like = type(model).__name__, [path for path in attention_like(model, log.calls) if path]
+    if log.opaque:
+        stack, operator = log.opaque[0]
+        owner = stack[-1][0]
+        return (
+            f"the attention of {owner or 'the model'} ({module_class(model, owner)}) runs inside {operator}, "
+            "which cannot be recorded; switch the model to PyTorch's scaled_dot_product_attention or to eager "
+            "attention (transformers: attn_implementation='sdpa')"
+        )
+    if log.suspects or log.events:
+        stack, kind = log.suspects[0] if log.suspects else (log.events[0].stack, LINEAR)
+        owner = next((path for path, _ in reversed(stack) if path in like), stack[-1][0])
+        what = kind if kind != LINEAR else f"{kind}, which has no attention map"
+        return (
+            f"{name} has no softmax attention that can be recorded: {owner or name} ({module_class(model, owner)}) "
+            f"computes {what}; analyse a model with softmax attention"
+        )
+    if like:
+        return (
+            f"{name} has no token attention that can be recorded; {like[0]} ({module_class(model, like[0])}) "
+            "ran without a softmax whose result multiplies values; analyse a model with softmax attention"
+        )
+    return f"{name} has no attention: no softmax multiplied any values in it; analyse a Vision Transformer"
+
+
+def notes_beside(model: nn.Module, log: PassLog, plan: Plan) -> list[str]:
+    """Notes on what was computed outside all blocks and might be attention."""
+    told = {layer.owner for layer in plan.layers}
+    notes = []
+    for stack, kind in (*log.opaque, *log.suspects):
+        owner = stack[-1][0]
+        if not any(path in told for path, _ in stack):
+            what = "products of products (linear attention?)" if kind == LINEAR else kind
+            notes.append(
+                f"{owner or 'the model'} ({module_class(model, owner)}) computes {what}; it is not counted as attention"
+            )
+    return list(dict.fromkeys(notes))

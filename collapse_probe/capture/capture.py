@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from collapse_probe.capture.attention_operators import OperatorCall, tensors_in
-from collapse_probe.capture.blocks import attention_like
+from collapse_probe.capture.blocks import notes_beside, nothing_heard
 from collapse_probe.capture.discovery import as_tokens, call_frames, make_plan, read_tap
-from collapse_probe.capture.layers import frame_of, is_attention, module_class
-from collapse_probe.capture.layout import DEPENDS, joined, read_part
-from collapse_probe.capture.plan import IMAGE, Frame, Layer, Part, Plan, SelfCheck
+from collapse_probe.capture.layers import frame_of, is_attention, read_layers
+from collapse_probe.capture.plan import Plan, SelfCheck
 from collapse_probe.capture.recorder import AttentionEvent, PassLog, Recorder
-from collapse_probe.capture.softmax_tracking import LINEAR
-from collapse_probe.capture.trace import Attention, Trace
+from collapse_probe.capture.trace import Trace
 from collapse_probe.devices import floating_like
 from collapse_probe.distributed import unwrap
 from collapse_probe.errors import CaptureError, ModelError, NoAttentionFoundError
@@ -343,51 +341,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def read_layers(plan: Plan, log: PassLog) -> tuple[Attention, ...]:
-    """The attention of every layer of the plan in a forward pass; CaptureError where other calls ran than in the probe."""
-    by_frame: dict[Frame, list[Attention]] = {}
-    for event in log.events:
-        by_frame.setdefault(frame_of(event), []).append(event.attention)
-    if [*by_frame] != [*plan.frames]:
-        raise CaptureError(
-            f"this batch ran attention in {len(by_frame)} module calls, the probe in {len(plan.frames)}, or in another order; "
-            f"{DEPENDS}"
-        )
-
-    unheard = Attention("", "not heard", probs=torch.empty(0, 0, 0, 0))
-
-    def read(part: Part) -> Attention:
-        calls = [a for a in by_frame[part.frame] if a.shape[-1] == part.keys and a.shape[-2] in part.queries]
-        expected = part.calls or log.images * math.prod(n for _, n in part.axes[0] if n)
-        if len(calls) > expected:  # others of as many queries and keys have other heads
-            shape = [math.prod(log.images if role == IMAGE else n for role, n in axis) for axis in part.axes[1:]]
-            calls = [a for a in calls if list(a.shape[:-2]) == shape]
-        if len(calls) != expected:
-            raise CaptureError(
-                f"{part.frame[0]} made {len(calls)} attention calls of {part.queries} queries and {part.keys} keys in this "
-                f"batch, where the probe on inputs of the same shape makes {expected} expected; {DEPENDS}"
-            )
-        return read_part(part, calls, log.images)
-
-    def of(layer: Layer) -> Attention:
-        if not layer.parts:
-            return unheard
-        try:
-            attention = joined([read(part) for part in layer.parts])
-            if attention.signature != layer.signature:
-                raise CaptureError(
-                    f"{layer.owner} has {attention.signature} heads, queries and keys in this batch, {layer.signature} in the "
-                    f"probe on inputs of the same shape; {DEPENDS}"
-                )
-        except CaptureError:
-            if layer.reason and layer.windows == 1:
-                return unheard  # maps that are not measured may follow the batch
-            raise
-        return attention
-
-    return tuple(map(of, plan.layers))
-
-
 def noise(model: nn.Module, size: tuple[int, int], channels: int, seed: int) -> Tensor:
     """Two seeded noise images on the model's device and in its dtype."""
     like = floating_like(model)
@@ -410,7 +363,7 @@ def _plan_of(model: nn.Module, log: PassLog, again: PassLog, blocks: str | None 
     """The plan of a thorough recording, after every check that it can be trusted."""
     heard = [event for event in log.events if is_attention(event, log) or event.attention.shape[-1] > 1]
     if not heard:
-        raise NoAttentionFoundError(_nothing_heard(model, log))
+        raise NoAttentionFoundError(nothing_heard(model, log))
     if [(frame_of(a), a.attention.shape) for a in log.events] != [(frame_of(b), b.attention.shape) for b in again.events]:
         raise CaptureError(
             "another image made the model run other attention calls; a model whose depth depends on the data (early exit, "
@@ -427,48 +380,7 @@ def _plan_of(model: nn.Module, log: PassLog, again: PassLog, blocks: str | None 
             f"attention was found in {owner}, but in no block that attends between its own tokens"
             + (f" ({reasons})" if reasons else f"; {way_out}")
         )
-    return replace(plan, notes=(*plan.notes, *_beside(model, log, plan)))
-
-
-def _nothing_heard(model: nn.Module, log: PassLog) -> str:
-    """Why no attention of a model can be heard."""
-    name, like = type(model).__name__, [path for path in attention_like(model, log.calls) if path]
-    if log.opaque:
-        stack, operator = log.opaque[0]
-        owner = stack[-1][0]
-        return (
-            f"the attention of {owner or 'the model'} ({module_class(model, owner)}) runs inside {operator}, "
-            "which cannot be recorded; switch the model to PyTorch's scaled_dot_product_attention or to eager "
-            "attention (transformers: attn_implementation='sdpa')"
-        )
-    if log.suspects or log.events:
-        stack, kind = log.suspects[0] if log.suspects else (log.events[0].stack, LINEAR)
-        owner = next((path for path, _ in reversed(stack) if path in like), stack[-1][0])
-        what = kind if kind != LINEAR else f"{kind}, which has no attention map"
-        return (
-            f"{name} has no softmax attention that can be recorded: {owner or name} ({module_class(model, owner)}) "
-            f"computes {what}; analyse a model with softmax attention"
-        )
-    if like:
-        return (
-            f"{name} has no token attention that can be recorded; {like[0]} ({module_class(model, like[0])}) "
-            "ran without a softmax whose result multiplies values; analyse a model with softmax attention"
-        )
-    return f"{name} has no attention: no softmax multiplied any values in it; analyse a Vision Transformer"
-
-
-def _beside(model: nn.Module, log: PassLog, plan: Plan) -> list[str]:
-    """Notes on what was computed outside all blocks and might be attention."""
-    told = {layer.owner for layer in plan.layers}
-    notes = []
-    for stack, kind in (*log.opaque, *log.suspects):
-        owner = stack[-1][0]
-        if not any(path in told for path, _ in stack):
-            what = "products of products (linear attention?)" if kind == LINEAR else kind
-            notes.append(
-                f"{owner or 'the model'} ({module_class(model, owner)}) computes {what}; it is not counted as attention"
-            )
-    return list(dict.fromkeys(notes))
+    return replace(plan, notes=(*plan.notes, *notes_beside(model, log, plan)))
 
 
 # ---- the self-check ----

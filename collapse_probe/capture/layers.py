@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
-from collapse_probe.capture.layout import axes_of, with_windows
-from collapse_probe.capture.plan import HEAD, IMAGE, WINDOW, Axis, Frame, Layer, Part
+from collapse_probe.capture.layout import DEPENDS, axes_of, joined, read_part, with_windows
+from collapse_probe.capture.plan import HEAD, IMAGE, WINDOW, Axis, Frame, Layer, Part, Plan
 from collapse_probe.capture.recorder import AttentionEvent, PassLog
 from collapse_probe.capture.softmax_tracking import LINEAR
+from collapse_probe.capture.trace import Attention
+from collapse_probe.errors import CaptureError
 
 MOST_ADDED_TOKENS = 8
 """A block may add this many tokens of its own (a class token) before it attends."""
@@ -239,3 +243,48 @@ def _reason(group: CallGroup, queries: int, keys: int, tokens: Sequence[int], he
 def module_class(model: nn.Module, path: str) -> str:
     """The class name of a module, for error texts."""
     return type(model.get_submodule(path)).__name__
+
+
+def read_layers(plan: Plan, log: PassLog) -> tuple[Attention, ...]:
+    """The attention of every layer of the plan in a forward pass; CaptureError where other calls ran than in the probe."""
+    by_frame: dict[Frame, list[Attention]] = {}
+    for event in log.events:
+        by_frame.setdefault(frame_of(event), []).append(event.attention)
+    if [*by_frame] != [*plan.frames]:
+        raise CaptureError(
+            f"this batch ran attention in {len(by_frame)} module calls, the probe in {len(plan.frames)}, or in another order; "
+            f"{DEPENDS}"
+        )
+
+    unheard = Attention("", "not heard", probs=torch.empty(0, 0, 0, 0))
+
+    def read(part: Part) -> Attention:
+        calls = [a for a in by_frame[part.frame] if a.shape[-1] == part.keys and a.shape[-2] in part.queries]
+        expected = part.calls or log.images * math.prod(n for _, n in part.axes[0] if n)
+        if len(calls) > expected:  # others of as many queries and keys have other heads
+            shape = [math.prod(log.images if role == IMAGE else n for role, n in axis) for axis in part.axes[1:]]
+            calls = [a for a in calls if list(a.shape[:-2]) == shape]
+        if len(calls) != expected:
+            raise CaptureError(
+                f"{part.frame[0]} made {len(calls)} attention calls of {part.queries} queries and {part.keys} keys in this "
+                f"batch, where the probe on inputs of the same shape makes {expected} expected; {DEPENDS}"
+            )
+        return read_part(part, calls, log.images)
+
+    def of(layer: Layer) -> Attention:
+        if not layer.parts:
+            return unheard
+        try:
+            attention = joined([read(part) for part in layer.parts])
+            if attention.signature != layer.signature:
+                raise CaptureError(
+                    f"{layer.owner} has {attention.signature} heads, queries and keys in this batch, {layer.signature} in the "
+                    f"probe on inputs of the same shape; {DEPENDS}"
+                )
+        except CaptureError:
+            if layer.reason and layer.windows == 1:
+                return unheard  # maps that are not measured may follow the batch
+            raise
+        return attention
+
+    return tuple(map(of, plan.layers))
