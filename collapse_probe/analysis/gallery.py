@@ -53,7 +53,7 @@ def overlay(trace: Trace, image: int) -> Tensor:
     for place, patches in on_the_grid(plan).items():
         assert plan.grid is not None
         mean_NN = trace.map_of(plan.map_layers[place], image).mean(0)
-        received = mean_NN[plan.prefix[0]] if plan.prefix else mean_NN.mean(0)
+        received = mean_NN[plan.prefix[0]] if plan.prefix and plan.prefix[0] < len(mean_NN) else mean_NN.mean(0)
         maps.append(received[patches].reshape(plan.grid).cpu())
     return torch.stack(maps) if maps else torch.empty(0)
 

@@ -21,11 +21,11 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 def block_paths(model: nn.Module, log: PassLog, owners: Sequence[str], pattern: str | None = None) -> dict[str, str | None]:
     """For each attention owner the dotted path of its block, None where nothing around it repeats.
 
-    With a `pattern` (`stages.*.blocks.*`) the block is the innermost module around the attention whose path matches. Otherwise
-    it is the innermost child of a container that has a matrix outside all attention owners (its MLP), else the innermost child
-    of a container. Where several children of one container inside such a block attend one after the other, these are the
-    blocks, and what is around them is a stage. Blocks kept as attributes have no container: then the innermost module with an
-    MLP counts.
+    With a `pattern` (`stages.*.blocks.*`) the block is the innermost module around the attention whose path matches.
+    Otherwise it is the innermost child of a container that has a matrix outside all attention owners (its MLP), else the
+    innermost child of a container. Where several children of one container inside such a block attend one after the other,
+    these are the blocks, and what is around them is a stage; so is what has other blocks inside. Blocks kept as attributes
+    have no container: then the innermost module with an MLP counts.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     owners = list(dict.fromkeys(owners))
@@ -54,6 +54,9 @@ def block_paths(model: nn.Module, log: PassLog, owners: Sequence[str], pattern: 
         below = {owner: child for owner in inside if (child := _child_below(owner, stage, modules, has_mlp)) is not None}
         if len(set(below.values())) > 1 and _one_after_another(list(dict.fromkeys(below.values())), log):
             paths |= below
+    for owner, outer in paths.items():
+        if outer and any(other and other.startswith(f"{outer}.") for other in paths.values()):  # other blocks stand in it
+            paths[owner] = _child_below(owner, outer, modules, has_mlp) or outer
     classes = Counter(type(modules[path]) for path in dict.fromkeys(loose.values()))
     called = Counter(call.path for call in log.calls)
     for owner, path in loose.items():

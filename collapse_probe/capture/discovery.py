@@ -316,6 +316,8 @@ def _patch_shape(tokens_BND: Tensor | None, tokens: int, prefix: tuple[int, ...]
         return None if any(any(steady[here - patches :]) for steady in joining) else (patches, width)
     if not prefix:
         return here, width
+    if max(prefix) >= here:  # they stood behind the patches: none of them is there any more
+        return None
     return (without, width) if not _rectangle(here, log.input) and _rectangle(without, log.input) else None
 
 

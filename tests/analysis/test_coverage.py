@@ -302,3 +302,19 @@ def test_the_class_of_a_model_is_the_librarys_own():
     own = small_vit()
     found = analyzing.analyze(ImageTower(own, lambda answer: answer), pictures(2), metrics=["patch-diversity"], null_images=0)
     assert found.model["class"] == f"{type(own).__module__}.{type(own).__qualname__}"
+
+
+def test_tokens_that_stood_behind_the_patches_are_gone_once_these_are_merged():
+    transformers = pytest.importorskip("transformers")
+    stages = {"depths": [2, 2], "num_hidden_layers": 4, "num_group_tokens": [8, 4], "num_output_groups": [8, 4]}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
+    own = transformers.GroupViTVisionModel(transformers.GroupViTVisionConfig(**stages, **sizes)).eval()
+    tower = ImageTower(own, lambda answer: answer.pooler_output)
+    found = analyzing.analyze(tower, pictures(4), metrics=["patch-diversity", "attention-entropy"], null_images=0)
+    names = [name.rpartition("stages.")[2] for name in found.model["block_names"]]
+    assert names[:4] == ["0.layers.0", "0.layers.1", "0.downsample", "1.layers.0"]
+    assert all(found.model["adjacent"])
+    diversity = found.matrix("patch-diversity")
+    assert np.isfinite(diversity[:3]).all()
+    assert np.isnan(diversity[4:]).all()
+    assert found.gallery is not None

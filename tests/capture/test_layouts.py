@@ -273,6 +273,24 @@ def test_a_stage_is_no_block():
     assert plan.groups() == {(HEADS, TOKENS, TOKENS): [0, 1, 2]}
 
 
+class Grouping(nn.Module):
+    """Blocks, and behind them one more that is kept as an attribute: the stage is not its block."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.last = nn.Sequential(Block(ToyAttention()), Block(ToyAttention())), Block(ToyAttention())
+
+    def forward(self, x):
+        return self.last(self.layers(x))
+
+
+def test_what_has_blocks_inside_is_no_block():
+    plan = discover_plan(sharpen(ToyViT([Grouping(), Grouping()])), SIZE)
+    of_one = ("layers.0", "layers.1", "last")
+    assert plan.blocks == tuple(f"blocks.{stage}.{name}" for stage in (0, 1) for name in of_one)
+    assert plan.adjacent == (True,) * 5
+
+
 def test_blocks_by_a_pattern():
     model = sharpen(ToyViT([Stage(), Stage()]))
     assert discover_plan(model, SIZE, blocks="blocks.*").blocks == ("blocks.0", "blocks.1")
