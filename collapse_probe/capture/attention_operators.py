@@ -1,4 +1,4 @@
-"""Which operators are attention, and how each one's arguments are read into an `Attention`."""
+"""Which operators are attention, how each one's arguments are read into an `Attention`, and products that look like it."""
 
 from __future__ import annotations
 
@@ -198,3 +198,62 @@ def _projected(call: OperatorCall, x_BND: Tensor, heads: int) -> tuple[Attention
 
 def _project_out(mixed_BHNK: Tensor, bound: dict[str, Any]) -> Tensor:
     return F.linear(mixed_BHNK.transpose(1, 2).flatten(2), bound["proj_weight"], bound["proj_bias"])
+
+
+# ---- products of products ----
+
+LINEAR = "linear attention"
+NO_SOFTMAX = "weights that are no softmax (their rows do not sum to one)"
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A tensor that a product of activations went into: in which module, whether changed since, and from which attention
+    call."""
+
+    holder: str
+    changed: bool
+    tensor: Tensor
+    origin: int | None = None
+
+
+class Products:
+    """Batched products of activations, and those whose result is multiplied again in the same module without a softmax between.
+
+    `fixed` are the storages of the model's weights: products with them are layers.
+    """
+
+    def __init__(self, fixed: frozenset[int] = frozenset()) -> None:
+        self.fixed = fixed
+        self.made: dict[int, Made] = {}
+        self.again: set[int] = set()  # attention calls whose result multiplies something again
+
+    def made_from(self, x: Tensor | None) -> bool:
+        """Whether a tensor was made from a product of activations."""
+        return x is not None and storage_of(x) in self.made
+
+    def follow(self, call: OperatorCall, holder: str, origin: int | None = None) -> tuple[str, Tensor, int] | None:
+        """An operator ran, for the attention call `origin` where its result is that one's.
+
+        Says which kind of attention a product of products looks like, and gives the operand and its axis that is summed over.
+        """
+        inputs = list(tensors_in(call.args))
+        touched = [(self.made[key], i) for i, x in enumerate(inputs) if (key := storage_of(x)) in self.made]
+        if call.func in BATCHED_PRODUCTS and not any(storage_of(x) in self.fixed for x in inputs[-2:]):
+            self.made[storage_of(call.out)] = Made(holder, False, call.out, origin)
+            here = [(made, i) for made, i in touched if made.holder == holder]
+            self.again |= {made.origin for made, _ in here if made.origin is not None}
+            if not here:
+                return None
+            changed = [i for made, i in here if made.changed]
+            place = changed[0] if changed else here[0][1]
+            kind = NO_SOFTMAX if changed else LINEAR
+            return kind, inputs[place], -1 if place == len(inputs) - 2 else -2
+        for result in tensors_in((call.out,)) if touched else ():
+            from_call = next((made.origin for made, _ in touched if made.origin is not None), None)
+            self.made.setdefault(storage_of(result), Made(holder, True, result, from_call))
+        return None
+
+    def forget(self, holder: str) -> None:
+        """A module ends."""
+        self.made = {key: made for key, made in self.made.items() if made.holder != holder}

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from collapse_probe.capture.attention_operators import LINEAR
 from collapse_probe.capture.layers import is_attention, module_class
 from collapse_probe.capture.plan import Frame, Plan
 from collapse_probe.capture.recorder import ModuleCall, PassLog, weights_of
-from collapse_probe.capture.softmax_tracking import LINEAR
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from collapse_probe.capture.attention_operators import LINEAR
 from collapse_probe.capture.layout import DEPENDS, axes_of, joined, read_part, with_windows
 from collapse_probe.capture.plan import HEAD, IMAGE, WINDOW, Axis, Frame, Layer, Part, Plan
 from collapse_probe.capture.recorder import AttentionEvent, PassLog
-from collapse_probe.capture.softmax_tracking import LINEAR
 from collapse_probe.capture.trace import Attention
 from collapse_probe.errors import CaptureError
 

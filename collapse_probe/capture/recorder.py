@@ -15,12 +15,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from collapse_probe.capture import attention_operators
-from collapse_probe.capture.attention_operators import KernelCall, OperatorCall, storage_of, tensors_in
+from collapse_probe.capture.attention_operators import NO_SOFTMAX, KernelCall, OperatorCall, Products, storage_of, tensors_in
 from collapse_probe.capture.plan import Frame
 from collapse_probe.capture.softmax_tracking import (
-    NO_SOFTMAX,
     SAMPLED,
-    Products,
     Softmaxes,
     is_normalised,
     read_operand,
@@ -187,6 +185,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.counts: dict[str, int] = {}
         self.softmaxes, self.products = Softmaxes(self.fixed), Products(self.fixed)
         self.lineage: dict[int, int] = {}  # by storage: the module calls from whose outputs it was made, as bits
+        self.operands: dict[int, tuple[int, int]] = {}  # the same of the two operands of the newest product that went into it
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -357,6 +356,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 made=self.products.made_from(heard.values),
                 softmaxes=heard.softmaxes,
                 lost=heard.lost,
+                sources=(0, 0) if heard.direct else self._sources(heard.attention.probs),
             )
         if not (self.thorough or self.by_hand):
             return
@@ -369,7 +369,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kind == NO_SOFTMAX and is_normalised(operand, contracted):
             attention, sample = read_operand(operand, contracted, self.thorough)
             samples = () if sample is None else (sample,)
-            self._add_event(attention, holder, self.frames(), operand=operand if kept else None, sample=samples)
+            held, sources = operand if kept else None, self._sources(operand)
+            self._add_event(attention, holder, self.frames(), operand=held, sample=samples, sources=sources)
         elif self.thorough:
             self.log.suspects.append((self.frames(), kind))
 
@@ -377,17 +378,27 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         attention.owner = owner
         self.log.events.append(AttentionEvent(attention, stack, len(self.log.events), **more))
 
+    def _sources(self, x: Tensor | None) -> tuple[int, int]:
+        """From which module calls the two operands of the product were made from which a tensor was made."""
+        return (0, 0) if x is None else self.operands.get(storage_of(x), (0, 0))
+
     def _inherit(self, call: OperatorCall) -> None:
-        """What an operator makes stems from the module calls that its inputs stem from."""
-        inputs = {storage_of(x) for x in tensors_in((*call.args, *call.kwargs.values()))}
+        """What an operator makes stems from the module calls, and the operands of a product, that its inputs stem from."""
+        given = list(tensors_in((*call.args, *call.kwargs.values())))
+        inputs = {storage_of(x) for x in given}
         mask = 0
         for storage in inputs:
             mask |= self.lineage.get(storage, 0)
+        operands = next((self.operands[storage] for storage in map(storage_of, given) if storage in self.operands), (0, 0))
+        if call.func in attention_operators.BATCHED_PRODUCTS:
+            left, right = (self.lineage.get(storage_of(x), 0) for x in given[-2:])
+            operands = left, right
         for running in self.stack:
             running.read |= mask
         for result in tensors_in((call.out,)):
             storage = storage_of(result)
             self.lineage[storage] = mask | (self.lineage.get(storage, 0) if storage in inputs else 0)
+            self.operands[storage] = operands
 
     def _protect(self, storages: set[int]) -> None:
         """Before an operator writes into tensors that were captured, copy what was captured there."""

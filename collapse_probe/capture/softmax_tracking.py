@@ -25,8 +25,6 @@ ROW_SUM = 1e-3
 """How far from one the rows of a map may sum that was changed after its softmax and yet counts as normalised."""
 BY_HAND = "normalised over the keys"
 """The operation of a map that is heard because it sums to one over what is contracted."""
-LINEAR = "linear attention"
-NO_SOFTMAX = "weights that are no softmax (their rows do not sum to one)"
 MOST_HANDED_UP = 3
 """How many modules up from where it is made a softmax may multiply values."""
 
@@ -177,6 +175,12 @@ class Softmaxes:
     def _composed(self, call: OperatorCall, left: Tensor, right: Tensor) -> bool:
         """Whether the operator multiplies two softmaxes with each other: over the keys of both, their product is a map."""
         first, second = (next((s for s in self.pending if storage_of(x) in s.exact), None) for x in (left, right))
+        square = right.shape[-1] == right.shape[-2] == left.shape[-1]
+        changed = square and second is None and any(storage_of(right) in s.places for s in self.pending if s is not first)
+        if first is not None and changed:  # by an inverse, say
+            self.refused.append((first.stack, "a product of maps of which one was changed"))
+            self.pending.remove(first)
+            return True
         if first is None or second is None:
             return False
         over_keys = [
@@ -445,56 +449,3 @@ def _replayed(call: OperatorCall, softmax: Softmax) -> list[Tensor | None]:
         return list(tensors_in((call.func(*args),)))
     except Exception:  # an operator that takes no integers, or has settings by name
         return [None] * len(list(tensors_in((call.out,))))
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """A tensor that a product of activations went into: in which module, whether changed since, and from which attention
-    call."""
-
-    holder: str
-    changed: bool
-    tensor: Tensor
-    origin: int | None = None
-
-
-class Products:
-    """Batched products of activations, and those whose result is multiplied again in the same module without a softmax between.
-
-    `fixed` are the storages of the model's weights: products with them are layers.
-    """
-
-    def __init__(self, fixed: frozenset[int] = frozenset()) -> None:
-        self.fixed = fixed
-        self.made: dict[int, Made] = {}
-        self.again: set[int] = set()  # attention calls whose result multiplies something again
-
-    def made_from(self, x: Tensor | None) -> bool:
-        """Whether a tensor was made from a product of activations."""
-        return x is not None and storage_of(x) in self.made
-
-    def follow(self, call: OperatorCall, holder: str, origin: int | None = None) -> tuple[str, Tensor, int] | None:
-        """An operator ran, for the attention call `origin` where its result is that one's.
-
-        Says which kind of attention a product of products looks like, and gives the operand and its axis that is summed over.
-        """
-        inputs = list(tensors_in(call.args))
-        touched = [(self.made[key], i) for i, x in enumerate(inputs) if (key := storage_of(x)) in self.made]
-        if call.func in attention_operators.BATCHED_PRODUCTS and not any(storage_of(x) in self.fixed for x in inputs[-2:]):
-            self.made[storage_of(call.out)] = Made(holder, False, call.out, origin)
-            here = [(made, i) for made, i in touched if made.holder == holder]
-            self.again |= {made.origin for made, _ in here if made.origin is not None}
-            if not here:
-                return None
-            changed = [i for made, i in here if made.changed]
-            place = changed[0] if changed else here[0][1]
-            kind = NO_SOFTMAX if changed else LINEAR
-            return kind, inputs[place], -1 if place == len(inputs) - 2 else -2
-        for result in tensors_in((call.out,)) if touched else ():
-            from_call = next((made.origin for made, _ in touched if made.origin is not None), None)
-            self.made.setdefault(storage_of(result), Made(holder, True, result, from_call))
-        return None
-
-    def forget(self, holder: str) -> None:
-        """A module ends."""
-        self.made = {key: made for key, made in self.made.items() if made.holder != holder}

@@ -426,3 +426,47 @@ def test_an_eager_softmax_in_half_precision(dtype):
     with torch.no_grad(), record(model, plan) as recording:
         model(images().to(dtype))
     assert recording.last.maps(0).sum(-1).sub(1).abs().max() < 4e-2
+
+
+class Decoding(nn.Module):
+    """Self-attention, then attention to as many tokens of another stack."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.own, self.other, self.fused = (ToyAttention if fused else Matmul)(), Reads(), fused
+        self.norm, self.mlp = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, tokens, memory):
+        tokens = tokens + self.own(tokens)
+        if self.fused:
+            tokens = self.other(tokens, memory)
+        else:
+            q, (k, v) = heads_of(self.other.q(tokens)), (heads_of(x) for x in self.other.kv(memory).chunk(2, -1))
+            mixed = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1) @ v
+            tokens = tokens + mixed.transpose(1, 2).flatten(2)
+        return tokens + self.mlp(self.norm(tokens))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_as_many_tokens_of_another_stack_are_no_further_heads(fused):
+    class Decoder(ToyViT):
+        def __init__(self):
+            super().__init__([Block(ToyAttention()) for _ in range(2)])
+            self.decoder = nn.ModuleList([Decoding(fused) for _ in range(2)])
+            self.wanted = nn.Parameter(torch.zeros(1, TOKENS, WIDTH))
+            sharpen(self)
+
+        def forward(self, x):
+            memory = self.embed(x)
+            for block in self.blocks:
+                memory = block(memory)
+            tokens = self.wanted.expand(len(x), -1, -1)
+            for block in self.decoder:
+                tokens = block(tokens, memory)
+            return self.head(tokens.mean(1))
+
+    plan = discover_plan(Decoder(), SIZE)
+    assert plan.groups() == {(HEADS, TOKENS, TOKENS): [0, 1, 2, 3]}
+    assert plan.adjacent == (True, False, True)
+    assert sum("cross attention" in layer.reason for layer in plan.layers) == 2
+    assert plan.patch_shapes[3:] == (None, None)
