@@ -31,8 +31,14 @@ def block_paths(model: nn.Module, log: PassLog, owners: Sequence[str], pattern: 
     owners = list(dict.fromkeys(owners))
     attention = {id(w) for owner in owners if owner for w in weights_of(modules[owner])}
 
+    def matrices(path: str) -> int:
+        return sum(w.ndim >= 2 and id(w) not in attention for w in weights_of(modules[path]))
+
     def has_mlp(path: str) -> bool:
-        return any(w.ndim >= 2 and id(w) not in attention for w in weights_of(modules[path]))
+        return matrices(path) > 0
+
+    def is_whole(path: str) -> bool:  # more than what projects the result of its attention
+        return matrices(path) > 1
 
     paths: dict[str, str | None] = {}
     loose: dict[str, str] = {}
@@ -51,12 +57,12 @@ def block_paths(model: nn.Module, log: PassLog, owners: Sequence[str], pattern: 
         return paths
     for stage in {path for path in paths.values() if path}:
         inside = [owner for owner in owners if paths[owner] == stage]
-        below = {owner: child for owner in inside if (child := _child_below(owner, stage, modules, has_mlp)) is not None}
+        below = {owner: child for owner in inside if (child := _child_below(owner, stage, modules, is_whole)) is not None}
         if len(set(below.values())) > 1 and _one_after_another(list(dict.fromkeys(below.values())), log):
             paths |= below
     for owner, outer in paths.items():
         if outer and any(other and other.startswith(f"{outer}.") for other in paths.values()):  # other blocks stand in it
-            paths[owner] = _child_below(owner, outer, modules, has_mlp) or outer
+            paths[owner] = _child_below(owner, outer, modules, is_whole) or outer
     classes = Counter(type(modules[path]) for path in dict.fromkeys(loose.values()))
     called = Counter(call.path for call in log.calls)
     for owner, path in loose.items():
@@ -71,12 +77,12 @@ def _matches(path: str, pattern: str) -> bool:
     return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
-def _child_below(owner: str, stage: str, modules: dict[str, nn.Module], has_mlp: Callable[[str], bool]) -> str | None:
+def _child_below(owner: str, stage: str, modules: dict[str, nn.Module], is_whole: Callable[[str], bool]) -> str | None:
     """The outermost child of a container, or module with an MLP, inside a stage that the owner is in or is."""
     parts = owner.split(".")
     for n in range(stage.count(".") + 2, len(parts) + 1):
         path = ".".join(parts[:n])
-        part = path != owner and has_mlp(path) and not isinstance(modules[path], _CONTAINERS)
+        part = path != owner and is_whole(path) and not isinstance(modules[path], _CONTAINERS)
         if part or isinstance(modules[path.rpartition(".")[0]], _CONTAINERS):
             return path
     return None

@@ -314,8 +314,8 @@ def _patch_shape(tokens_BND: Tensor | None, tokens: int, prefix: tuple[int, ...]
     if tokens < here <= patches + MOST_ADDED_TOKENS:
         joining = [call.steady for call in log.calls if call.steady and len(call.steady) == here]
         return None if any(any(steady[here - patches :]) for steady in joining) else (patches, width)
-    if not prefix:
-        return here, width
+    if not prefix:  # where patches were merged they form a grid again; with a token that joined them they form none
+        return (here, width) if _rectangle(here, log.input) else None
     if max(prefix) >= here:  # they stood behind the patches: none of them is there any more
         return None
     return (without, width) if not _rectangle(here, log.input) and _rectangle(without, log.input) else None
