@@ -38,14 +38,17 @@ def verdict_of(job):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("words", nargs="*")
-    parser.add_argument("--precision", nargs="*", default=["float32"], choices=list(DTYPES))
+    parser.add_argument("--precision", nargs="*", choices=list(DTYPES))
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--write", action="store_true", help="all models in all precisions, and the page")
+    parser.add_argument(
+        "--write", action="store_true", help="all models, in all precisions unless some are named, and the page"
+    )
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     names = [("library", f"{row.library} {row.family} {row.name}") for row in rows()]
     names += [("handwritten", name) for name in cases()]
-    words, precisions = ([], list(DTYPES)) if asked.write else (asked.words, asked.precision)
+    words = [] if asked.write else asked.words
+    precisions = asked.precision or (list(DTYPES) if asked.write else ["float32"])
     jobs = [
         (suite, name, precision)
         for precision in precisions

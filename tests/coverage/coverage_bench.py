@@ -15,7 +15,7 @@ from collapse_probe.capture.capture import discover_plan, record
 from collapse_probe.errors import CollapseProbeError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}  # logits of about 20 are rounded to 8 or 11 bits
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 8e-2, torch.float16: 1e-2}  # logits of about 20, rounded to 8 or 11 bits
 BATCHES = (1, 3, 5)
 RIGHT, REFUSED, WRONG, ABSENT = "right", "refused", "WRONG", "does not run"
 
