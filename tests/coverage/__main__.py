@@ -40,9 +40,7 @@ def main():
     parser.add_argument("words", nargs="*")
     parser.add_argument("--precision", nargs="*", choices=list(DTYPES))
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument(
-        "--write", action="store_true", help="all models, in all precisions or those named, and the page"
-    )
+    parser.add_argument("--write", action="store_true", help="all models, in all precisions or those named, and the page")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     names = [("library", f"{row.library} {row.family} {row.name}") for row in rows()]
