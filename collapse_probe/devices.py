@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -44,6 +45,17 @@ def floating_like(model: nn.Module) -> Tensor:
     """
     tensors = (t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point() and t.element_size() > 1)
     return next(tensors, torch.empty(()))
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """After the `with` every module is in the mode, training or eval, in which it came."""
+    modes = {part: part.training for part in model.modules() if hasattr(part, "training")}  # frozen TorchScript has none
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def moved(model: nn.Module, device: torch.device) -> nn.Module:

@@ -34,7 +34,7 @@ from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import budget_line, tile_bytes
 from collapse_probe.data.images import ImageSet, OwnImages, looked_at, open_data, seeded_order
 from collapse_probe.data.preprocessing import Size
-from collapse_probe.devices import choose_device, device_name, floating_like, moved, peak_memory
+from collapse_probe.devices import choose_device, device_name, floating_like, modes_kept, moved, peak_memory
 from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import DataError
 from collapse_probe.metrics.coverage import omissions, places_of_blocks, uncompared
@@ -130,13 +130,11 @@ def restored(model: object) -> Iterator[None]:
     if not isinstance(module, nn.Module):
         yield
         return
-    training = {part: part.training for part in module.modules() if hasattr(part, "training")}  # frozen TorchScript has no mode
     device = next((t.device for t in chain(module.parameters(), module.buffers())), None)
     try:
-        yield
+        with modes_kept(module):
+            yield
     finally:
-        for part, flag in training.items():
-            part.training = flag
         if device is not None and device.type != "meta":
             moved(module, device)
 

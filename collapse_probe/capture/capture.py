@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,11 +20,12 @@ from collapse_probe.capture.layers import frame_of, is_attention, read_layers
 from collapse_probe.capture.plan import Plan, SelfCheck
 from collapse_probe.capture.recorder import AttentionEvent, PassLog, Recorder
 from collapse_probe.capture.trace import Trace
-from collapse_probe.devices import floating_like
+from collapse_probe.devices import floating_like, modes_kept
 from collapse_probe.distributed import unwrap
+from collapse_probe.downloads import first_line
 from collapse_probe.errors import CaptureError, ModelError, NoAttentionFoundError
 from collapse_probe.input_errors import why_failed
-from collapse_probe.seeding import torch_seeded
+from collapse_probe.seeding import random_kept, random_states, seed_all
 
 ROW_SUM_TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 5e-3}
 """By the type of an eager softmax, whose entries are rounded to it; in float32 the rows sum to one within FLOAT32_ROW_SUM."""
@@ -70,7 +71,8 @@ class Recording:
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the model: without a plan, make one with noise of the kind of this very input."""
         if self.plan is None and not self.recorder.resting:
-            with self.recorder.paused(), eval_mode(model):
+            with self.recorder.paused(), modes_kept(model):
+                model.eval()
                 self._follow(_plan_for(model, args, kwargs))
 
     def _on_forward(self, log: PassLog) -> None:
@@ -114,26 +116,19 @@ def discover_plan(
     channels: int = 3,
     seed: int = 0,
     *,
-    inputs: Tensor | None = None,
     blocks: str | None = None,
 ) -> Plan:
     """Run two noise images [2, channels, *size] through the model, plainly and captured; check the capture.
 
-    With `inputs`, a batch of the caller's, the noise has the shape of its images and its type. `blocks` is a pattern, as in a
-    shell, for the paths of the modules that are blocks, where these are not found. The outputs must be equal bit for bit, rows
-    of every softmax must sum to one, and A·V and the logsumexp must agree with what each fused kernel returned; a third pass,
-    in which the second image is another one, tells whose maps are whose. All passes draw the same random numbers. Raises
-    CaptureError with the number where anything disagrees, and ModelError where the model itself fails.
+    `blocks` is a pattern (`stages.*.blocks.*`) for the paths of the modules that are blocks, where these are not found. The
+    outputs must be equal bit for bit, rows of every softmax must sum to one, and A·V and the logsumexp must agree with what
+    each fused kernel returned. A pass in which the second image is another one tells whose maps are whose, and in a pass over
+    three images they must be read in the same way. All passes draw the same random numbers, and leave the generators as they
+    were. Raises CaptureError with the number where anything disagrees, and ModelError where the model itself fails.
     """
     model = unwrap(model)
     check_module(model)
-    if inputs is None:
-        images = noise(model, size, channels, seed)
-        other = noise(model, size, channels, seed + 1)
-    else:
-        shape = tuple(inputs.shape[1:])
-        first, second = (torch.randn(2, *shape, generator=torch.Generator().manual_seed(s)) for s in (seed, seed + 1))
-        images, other = (x.to(inputs.device, inputs.dtype) for x in (first, second))
+    images, other = (noise(model, size, channels, s) for s in (seed, seed + 1))
     return _probe(model, (images,), {}, (torch.stack([images[0], other[1]]),), {}, seed, blocks)
 
 
@@ -162,9 +157,9 @@ def _probe(
     logs: list[PassLog] = []
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
-        with torch_seeded(seed):
-            before = torch.get_rng_state()
-            return model(*args, **kwargs), not torch.equal(before, torch.get_rng_state())
+        with _seeded(model, seed):
+            before = random_states()
+            return model(*args, **kwargs), not same(random_states(), before)
 
     def recorded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with Recorder(model, logs.append, thorough=True, on_operator=_check_and_sketch).attached(nested):
@@ -200,6 +195,14 @@ def _probe(
     return replace(plan, notes=(*plan.notes, drawn)) if random else plan
 
 
+@contextmanager
+def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Seed what a model may draw from, on its device too, and leave the generators as they were."""
+    with random_kept(floating_like(model).device):
+        seed_all(seed)
+        yield
+
+
 def _three_images(first: Any, second: Any) -> Any:
     """The probe's input, and one image more."""
     leaves, spec = tree_flatten(first)
@@ -218,12 +221,14 @@ def _at_another_batch_size(model: nn.Module, plan: Plan, args: tuple[Any, ...], 
         for event in events:
             event.sketch()
 
-    with torch.inference_mode(False), torch.no_grad(), torch_seeded(0):
+    with torch.inference_mode(False), torch.no_grad(), _seeded(model, 0):
         try:
             with Recorder(model, logs.append, by_hand=plan.by_hand, on_operator=shapes_alone).attached(nested):
                 model(*args, **kwargs)
-        except Exception:  # a model that takes two images alone
-            return plan
+        except Exception as error:  # a model that takes two images alone
+            why = f"the model did not run on three images ({first_line(error)})"
+            note = f"{why}: whether its maps follow the number of images could not be checked"
+            return replace(plan, notes=(*plan.notes, note))
     layers = []
     for layer in plan.layers:
         try:
@@ -246,7 +251,10 @@ def _as_many_channels_as_tokens(model: nn.Module, plan: Plan, log: PassLog) -> l
     for index in plan.token_layers:
         layer = plan.layers[index]
         calls = [e.attention for e in log.events if frame_of(e) == layer.parts[0].frame]
-        widths = {a.q.shape[-1] for a in calls if a.q is not None} or {plan.width // max(layer.heads, 1)}
+        widths = {a.q.shape[-1] for a in calls if a.q is not None}
+        if not widths and layer.block is not None:  # of what enters the block, or leaves it
+            around = [plan.width, *(shape[1] for shape in plan.patch_shapes[layer.block : layer.block + 2] if shape)]
+            widths = {width // max(layer.heads, 1) for width in around}
         if layer.queries == layer.keys and layer.queries in widths:
             doubtful.append(index)
         else:
@@ -278,14 +286,14 @@ def _without_channels(plan: Plan, doubtful: list[int], log: PassLog, near: PassL
         if frame_of(before) == first.parts[0].frame:
             moved = (before.sample[0] != after.sample[0]).any(-1)
             rows.append(moved.flatten(0, -2).any(0).float().mean())
-    if rows and float(max(rows)) <= MOST_ROWS:
+    if rows and 0 < float(max(rows)) <= MOST_ROWS:
         return plan
     why = (
         f"its maps of {first.queries} × {first.keys} may be of tokens or of channels, of which there are as many; "
         "probe it with images of another size"
     )
     layers = [replace(layer, reason=why) if i in doubtful else layer for i, layer in enumerate(plan.layers)]
-    return replace(plan, layers=tuple(layers), adjacent=(False,) * len(plan.adjacent))
+    return replace(plan, layers=tuple(layers))
 
 
 def _plan_for(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
@@ -308,8 +316,7 @@ def _plan_for(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             if not isinstance(x, Tensor) or x.ndim == 0 or len(x) != count:
                 return x
             if noisy and x.is_floating_point():
-                drawn = torch.randn(2, *x.shape[1:], generator=torch.Generator().manual_seed(seed))
-                return drawn.to(x.device, x.dtype)
+                return _two(x.shape[1:], x, seed)
             return x[:2] if count > 1 else x[:1].expand(2, *x.shape[1:])
 
         return tree_unflatten([one(x) for x in leaves], spec)
@@ -329,23 +336,14 @@ def _plan_for(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return _probe(model, args_one, kwargs_one, args_two, kwargs_two, nested=True)
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, each module back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def noise(model: nn.Module, size: tuple[int, int], channels: int, seed: int) -> Tensor:
     """Two seeded noise images on the model's device and in its dtype."""
-    like = floating_like(model)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, channels, *size, generator=generator).to(like.device, like.dtype)
+    return _two((channels, *size), floating_like(model), seed)
+
+
+def _two(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
+    """Two inputs of seeded noise, on the device and in the dtype of a tensor."""
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed)).to(like.device, like.dtype)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -14,6 +14,7 @@ from collapse_probe.capture.layers import (
     attends_elsewhere,
     by_blocks,
     call_groups,
+    cross_attention,
     frame_of,
     is_attention,
     is_pool,
@@ -98,7 +99,7 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
         width = 0 if entering is None else entering.shape[2]
         layer = layer_of(model, group, block, before, later[0] if later else None, width)
         if not layer.reason and attends_elsewhere(group, log):
-            layer = replace(layer, reason=f"cross attention: {layer.queries} tokens attend to {layer.keys} others")
+            layer = replace(layer, reason=cross_attention(layer.queries, layer.keys))
         layers.append(layer)
     layers += [
         Layer(path, number, blocks.index((path, number)), "", 0, 0, 0, reason=f"not heard: {why}")
@@ -171,7 +172,7 @@ def _notes(
         owners = ", ".join(dict.fromkeys(e.attention.owner for e in lost[:3]))
         notes.append(
             f"the softmax in {owners}{' and others' if len(lost) > 3 else ''} runs over {lost[0].lost} key more than "
-            "multiplies values: the rows of what multiplies them sum to less than one"
+            "multiplies values: the rows of what is left sum to less than one, and entropy is taken of these"
         )
     if any(latents):
         first = blocks[latents.index(True)]

@@ -181,6 +181,11 @@ def _partition(model: nn.Module, owner: str) -> str:
     return f"{kind}: " + ", ".join(f"{name}={value}" for name, value in sorted(said.items())) if said else ""
 
 
+def cross_attention(queries: int, keys: int) -> str:
+    """The reason why attention to another sequence is left out."""
+    return f"cross attention: {queries} tokens attend to {keys} others"
+
+
 def by_blocks(layers: Sequence[Layer], blocks: Sequence[Frame]) -> list[Layer]:
     """The layers in the order of their blocks, calls that are one block's heads together, and which of them stand on the
     axis."""
@@ -189,7 +194,7 @@ def by_blocks(layers: Sequence[Layer], blocks: Sequence[Frame]) -> list[Layer]:
         inside = [layer for layer in layers if layer.block == block]
         square = any(not layer.reason and layer.queries == layer.keys for layer in inside)
         inside = [
-            replace(layer, reason=f"cross attention: {layer.queries} tokens attend to {layer.keys} others")
+            replace(layer, reason=cross_attention(layer.queries, layer.keys))
             if (square or (layer.owner, layer.call) == frame) and not layer.reason and layer.queries != layer.keys
             else layer
             for layer in inside
@@ -236,7 +241,7 @@ def _reason(group: CallGroup, queries: int, keys: int, tokens: Sequence[int], he
     if tokens and not fitting:
         return f"attention between {queries} × {keys} positions, not between the block's {tokens[0]} tokens"
     if tokens and keys > max(fitting) + MOST_ADDED_TOKENS:
-        return f"cross attention: the block's {max(fitting)} tokens attend to {keys} others"
+        return cross_attention(max(fitting), keys)
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -149,6 +150,33 @@ def test_a_model_that_draws_at_random():
     assert torch.equal(before, torch.get_rng_state())
     with pytest.raises(CaptureError, match=r"training mode and draws at random.*eval\(\)"):
         discover_plan(model.train(), SIZE)
+
+
+def test_all_generators_are_seeded_in_the_probe_and_left_alone():
+    class Masking(ToyViT):
+        """Drops patches at random, drawn from NumPy."""
+
+        def embed(self, x):
+            kept = np.random.permutation(12)[:8] + 1  # noqa: NPY002
+            return super().embed(x)[:, [0, *kept.tolist()]]
+
+    model = Masking([Block(ToyAttention())]).eval()
+    before = np.random.get_state()[1].tolist()  # noqa: NPY002
+    plan = discover_plan(model, SIZE)
+    assert np.random.get_state()[1].tolist() == before  # noqa: NPY002
+    assert "draws random numbers" in plan.notes[0]
+    assert (plan.tokens, plan.prefix) == (9, (0,))
+
+
+def test_a_model_of_two_images_alone_is_said_to_be_unchecked():
+    class Pair(ToyViT):
+        def forward(self, x):
+            if len(x) > 2:
+                raise ValueError("two images at most")
+            return super().forward(x)
+
+    plan = discover_plan(Pair([Block(ToyAttention())]).eval(), SIZE)
+    assert "did not run on three images (ValueError: two images at most)" in plan.notes[0]
 
 
 def test_a_model_that_is_not_deterministic():

@@ -341,6 +341,20 @@ def test_as_many_channels_as_tokens(kind):
         assert len(discover_plan(toy(Matmul if kind is EagerCrossed else ToyAttention), size).token_layers) == 2
 
 
+def test_channels_of_inputs_without_a_picture_cannot_be_told_from_tokens():
+    class OfPatches(ToyViT):
+        """Takes patches [B, N, D], of which none can be changed alone by its place in a picture."""
+
+        def embed(self, x):
+            return x
+
+    for kind in (EagerCrossed, Matmul):
+        model = OfPatches([Block(kind())]).eval()
+        with torch.no_grad(), record(model) as recording:
+            model(torch.randn(3, 8, WIDTH))  # 8 tokens; heads are 8 wide
+        assert "may be of tokens or of channels" in recording.last.plan.layers[0].reason
+
+
 class Reads(nn.Module):
     """Latents attend to the tokens."""
 

@@ -168,24 +168,30 @@ def probed(verdict, model, size, channels):
     return plan
 
 
+def recorded(verdict, model, plan, images):
+    """The trace of one batch; None, and the verdict, where it is refused or fails."""
+    try:
+        with torch.no_grad(), record(model, plan) as recording:
+            model(images)
+        return recording.last
+    except CollapseProbeError as error:
+        verdict.outcome = REFUSED
+        verdict.why.append(f"batch of {len(images)}: {error}")
+    except Exception as error:
+        verdict.wrong(f"batch of {len(images)}: traceback: {type(error).__name__}: {error}")
+    return None
+
+
 def check_batch(verdict, model, plan, images, dtype):
     truth = {}
     for block, probs, weights in own_maps(model, images):
         truth.setdefault(block, []).append((probs, weights))
     places = range(len(plan.blocks)) if max(truth) == len(plan.blocks) - 1 else sorted(truth)  # some blocks may have no maps
     truth = [truth.get(block, []) for block in places]
-    try:
-        with torch.no_grad(), record(model, plan) as recording:
-            model(images)
-        trace = recording.last
-        blocks = places_of(trace.plan)
-    except CollapseProbeError as error:
-        verdict.outcome = REFUSED
-        verdict.why.append(f"batch of {len(images)}: {error}")
+    trace = recorded(verdict, model, plan, images)
+    if trace is None:
         return
-    except Exception as error:
-        verdict.wrong(f"batch of {len(images)}: traceback: {type(error).__name__}: {error}")
-        return
+    blocks = places_of(trace.plan)
     if len(blocks) != len(truth):
         listed = sum(len(entry.where.split(", ")) for entry in trace.plan.left_out)
         if len(blocks) + listed < len(truth):

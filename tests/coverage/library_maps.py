@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from coverage_bench import REFUSED, TOLERANCE, WRONG, Verdict, check_unchanged, pictures, probed, residue
+from coverage_bench import TOLERANCE, WRONG, Verdict, check_unchanged, pictures, probed, recorded, residue
 from torch import Tensor
 
 from collapse_probe.capture.capture import record
@@ -191,16 +191,8 @@ def check_maps(verdict, model, plan, images, dtype):
     with torch.no_grad(), softmaxes(model) as true:
         model(images)
     torch.manual_seed(1)
-    try:
-        with torch.no_grad(), record(model, plan) as recording:
-            model(images)
-        trace = recording.last
-    except CollapseProbeError as error:
-        verdict.outcome = REFUSED
-        verdict.why.append(f"batch of {len(images)}: {error}")
-        return
-    except Exception as error:
-        verdict.wrong(f"batch of {len(images)}: traceback: {type(error).__name__}: {error}")
+    trace = recorded(verdict, model, plan, images)
+    if trace is None:
         return
     free = dict(enumerate(true))
     for index, layer in enumerate(trace.plan.layers):
