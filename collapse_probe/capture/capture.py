@@ -34,6 +34,9 @@ OUTPUT_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 FLOAT32_TOLERANCE = {"highest": 2e-4, "high": 5e-3, "medium": 5e-2}
 """By torch.get_float32_matmul_precision, which may replace float32 by TensorFloat32 or bfloat16."""
 CHECKED_ROWS = 8
+HIDDEN = -60.0
+"""A logit below which a key has no weight that float32 could hold beside others; masks add −100, the type's least number or
+−∞."""
 MOST_ROWS = 0.5
 """Of the queries of the first block, that change with one patch of the image; where more do, tokens are not told from
 channels."""
@@ -387,8 +390,16 @@ def _plan_of(model: nn.Module, log: PassLog, again: PassLog, blocks: str | None 
 def _check_and_sketch(call: OperatorCall, events: list[AttentionEvent]) -> None:
     """Check an event while its tensors are there, then keep only their shapes: a probe holds no batch of maps."""
     for event in events:
-        event.errors = _errors(event)
+        event.errors, event.masked = _errors(event), _is_masked(event)
         event.sketch()
+
+
+def _is_masked(event: AttentionEvent) -> bool:
+    """Whether some keys are hidden from some queries: by the kernel's mask, or by logits that leave them no weight."""
+    a = event.attention
+    if a.causal or a.q is None:
+        return a.causal or any(bool((logits < HIDDEN).any()) for logits in event.sample)
+    return a.bias is not None and bool((~a.bias if a.bias.dtype == torch.bool else a.bias < HIDDEN).any())
 
 
 @torch.no_grad()

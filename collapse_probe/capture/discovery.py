@@ -174,6 +174,13 @@ def _notes(
             f"the softmax in {owners}{' and others' if len(lost) > 3 else ''} runs over {lost[0].lost} key more than "
             "multiplies values: the rows of what is left sum to less than one, and entropy is taken of these"
         )
+    masked = list(dict.fromkeys(e.attention.owner for e in log.events if e.masked))
+    if masked:
+        notes.append(
+            f"{len(masked)} attention layers hide keys by a mask ({masked[0] or 'the model'}"
+            f"{' and others' if masked[1:] else ''}): where two blocks hide the same ones that is agreement too, also in kappa and "
+            "without any training, and a share of log N counts the hidden keys in N"
+        )
     if any(latents):
         first = blocks[latents.index(True)]
         notes.append(

@@ -484,3 +484,24 @@ def test_as_many_tokens_of_another_stack_are_no_further_heads(fused):
     assert plan.adjacent == (True, False, True)
     assert sum("cross attention" in layer.reason for layer in plan.layers) == 2
     assert plan.patch_shapes[3:] == (None, None)
+
+
+class Causal(ToyAttention):
+    def mix(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class CausalByHand(ToyAttention):
+    def mix(self, q, k, v):
+        hidden = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
+        return self.logits(q, k).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+
+def test_a_mask_that_blocks_share_is_said():
+    for kind in (Causal, CausalByHand):
+        notes = discover_plan(toy(kind), SIZE).notes
+        assert notes[0].startswith("2 attention layers hide keys by a mask (blocks.0.attn and others)")
+    assert discover_plan(toy(), SIZE).notes == discover_plan(toy(Matmul), SIZE).notes == ()
+    sizes = {"img_size": 64, "depths": (2,), "num_heads": (2,), "embed_dim": 16, "window_size": 4}
+    notes = discover_plan(make("swin_tiny_patch4_window7_224", **sizes), (64, 64)).notes
+    assert notes[0].startswith("1 attention layers hide keys by a mask (layers.0.blocks.1.attn)")
