@@ -178,8 +178,8 @@ def _notes(
     if masked:
         notes.append(
             f"{len(masked)} attention layers hide keys by a mask ({masked[0] or 'the model'}"
-            f"{' and others' if masked[1:] else ''}): where two blocks hide the same ones that is agreement too, also in kappa and "
-            "without any training, and a share of log N counts the hidden keys in N"
+            f"{' and others' if masked[1:] else ''}): where two blocks hide the same ones that is agreement too, in kappa, "
+            "and with no training; a share of log N counts the hidden keys in N"
         )
     if any(latents):
         first = blocks[latents.index(True)]
