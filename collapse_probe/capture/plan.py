@@ -109,9 +109,9 @@ class MapGroup:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What token attention is not measured of: `where` names blocks or modules, `why` is the reason."""
+    """Blocks or modules, by their `names`, of which token attention is not measured, and why."""
 
-    where: str
+    names: tuple[str, ...]
     why: str
 
 
@@ -152,7 +152,7 @@ class Plan:
             why = layer.reason or ("outside the blocks" if layer.block is None else "")
             if why:
                 places.setdefault(why, []).append(layer.owner or "the model")
-        return tuple(LeftOut(", ".join(dict.fromkeys(where)), why) for why, where in places.items())
+        return tuple(LeftOut(tuple(dict.fromkeys(names)), why) for why, names in places.items())
 
     @property
     def token_layers(self) -> list[int]:

@@ -102,7 +102,7 @@ def omissions(plan: Plan, measured: Collection[int] | None = None) -> Iterator[O
     places = {plan.layers[index].owner: place for place, index in enumerate(plan.map_layers)}
     blocks = {layer.owner: _name(plan, layer) for layer in plan.layers if layer.reason.startswith(NOT_HEARD)}
     for each in plan.left_out:
-        names = [name for name in each.where.split(", ") if places.get(name) not in (measured or ())]
+        names = [name for name in each.names if places.get(name) not in (measured or ())]
         here = tuple(places[name] for name in names if name in places)
         part = measured is None and here and all(plan.layers[plan.map_layers[place]].windows > 1 for place in here)
         if names:

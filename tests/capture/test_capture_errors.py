@@ -90,7 +90,7 @@ def test_a_block_that_cannot_be_heard_is_listed_and_is_no_neighbour(attention, w
     assert plan.adjacent == (False, False, True)
     assert "not heard: blocks.1.attn" in plan.layers[1].reason
     assert words in plan.layers[1].reason
-    assert [left.where for left in plan.left_out] == ["blocks.1"]
+    assert [left.names for left in plan.left_out] == [("blocks.1",)]
 
 
 class Sometimes(ToyAttention):

@@ -101,7 +101,7 @@ def close(measured, truth):
 
 
 def left_out(plan):
-    return tuple(f"{entry.where}: {entry.why}" for entry in plan.left_out)
+    return tuple(f"{', '.join(entry.names)}: {entry.why}" for entry in plan.left_out)
 
 
 def places_of(plan):
@@ -193,7 +193,7 @@ def check_batch(verdict, model, plan, images, dtype):
         return
     blocks = places_of(trace.plan)
     if len(blocks) != len(truth):
-        listed = sum(len(entry.where.split(", ")) for entry in trace.plan.left_out)
+        listed = sum(len(entry.names) for entry in trace.plan.left_out)
         if len(blocks) + listed < len(truth):
             verdict.wrong(f"{len(blocks)} blocks of {len(truth)}, {listed} listed")
             return

@@ -208,7 +208,8 @@ def check_maps(verdict, model, plan, images, dtype):
             off = "no softmax of this shape" if error == math.inf else f"off by {error:.1e}"
             verdict.wrong(f"batch of {len(images)}, {layer.owner}: {off}, maps {list(measured.shape)} {layer.reason}")
             return
-    said = " ".join([*(entry.where for entry in plan.left_out), *plan.notes, *(layer.owner for layer in plan.layers)])
+    listed = [name for entry in plan.left_out for name in entry.names]
+    said = " ".join([*listed, *plan.notes, *(layer.owner for layer in plan.layers)])
     for softmax in free.values():
         attends = softmax.kernel or ("att" in softmax.owner.lower() and softmax.maps.ndim > 2 and softmax.maps.shape[-2] > 1)
         names = [softmax.owner, *(softmax.owner.rpartition(".")[0],)]
