@@ -77,5 +77,5 @@ def answer(findings: Findings) -> str:
         lines.append(f"  {name:<{width}}  {'undefined' if value is None else f'{value:.6g}'}")
     if skipped := findings.data.get("skipped"):
         first = f"{skipped[0]['name']} ({skipped[0]['reason']})"
-        lines.append(f"\n{len(skipped)} unreadable images were skipped, the first: {first}")
+        lines.append(f"\n{len(skipped)} images were skipped, the first: {first}")
     return "\n".join(lines)

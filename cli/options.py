@@ -199,6 +199,14 @@ running = _all(
     click.option("--amp", is_flag=True, help="Run the model in automatic mixed precision; maps and cosines stay in float32."),
     click.option("--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True),
     click.option("--seed", type=int, default=0, show_default=True, metavar="N"),
+    click.option(
+        "--on-nonfinite",
+        type=click.Choice(["fail", "skip"]),
+        default="fail",
+        show_default=True,
+        help="Where weights or activations are NaN or infinite: stop and name the place; or go on, leave such images out of "
+        "every number, and say so first.",
+    ),
 )
 measuring = _all(
     click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Only these metrics; see `ls metrics`."),

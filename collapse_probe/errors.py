@@ -16,6 +16,14 @@ class ModelError(CollapseProbeError):
     """A model that cannot be made, or is not what the operation needs."""
 
 
+class NonFiniteError(ModelError):
+    """Weights or activations that are NaN or infinite, from which no number may be taken; `place`: where that is first seen."""
+
+    def __init__(self, text: str, place: str = "") -> None:
+        super().__init__(text)
+        self.place = place
+
+
 class CheckpointError(CollapseProbeError):
     """A checkpoint that cannot be read safely, or does not fit the model."""
 

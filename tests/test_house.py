@@ -159,7 +159,7 @@ def test_public_names():
 MODEL = "-m --model --checkpoint --checkpoint-key --partial --pretrained --model-kwargs --img-size --blocks-pattern"
 TALK = "--config -v --verbose -q --quiet -h --help"
 PLUGIN = f"--plugin {TALK}"
-RUN = "-b --batch-size -j --workers --device --amp --amp-dtype --seed --metric --null-images"
+RUN = "-b --batch-size -j --workers --device --amp --amp-dtype --seed --on-nonfinite --metric --null-images"
 GIVEN = "--fix --fix-blocks --data --split --limit"
 KEPT = f"-o --output --json --fail-on {PLUGIN}"
 TRAINED = "--fix --penalty --set --seed --steps --device -j --workers --monitor-every --stop-after"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from itertools import chain
@@ -14,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from collapse_probe.analysis.gallery import gallery_of, spread_out, thumbnails
-from collapse_probe.analysis.loop import FEWEST, Outputs, PassOptions, Progress, Stopper, image_table
+from collapse_probe.analysis.loop import FAIL, FEWEST, Outputs, PassOptions, Progress, Stopper, image_table
 from collapse_probe.analysis.measurement import (
     GALLERY_IMAGES,
     NULL_IMAGES,
@@ -36,9 +37,10 @@ from collapse_probe.data.images import ImageSet, OwnImages, looked_at, open_data
 from collapse_probe.data.preprocessing import Size
 from collapse_probe.devices import choose_device, device_name, floating_like, modes_kept, moved, peak_memory
 from collapse_probe.distributed import rank_and_world
-from collapse_probe.errors import DataError
+from collapse_probe.errors import DataError, NonFiniteError
 from collapse_probe.metrics.coverage import omissions, places_of_blocks, uncompared
 from collapse_probe.metrics.metric import Metric
+from collapse_probe.metrics.nonfinite import nonfinite_weights, some
 from collapse_probe.metrics.presets import records, with_presets
 from collapse_probe.models.checkpoints import holds_any
 from collapse_probe.models.loading import Subject, library_module, resolve
@@ -46,6 +48,8 @@ from collapse_probe.provenance import names_sha256, versions
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.verdict import with_verdict
 from collapse_probe.statistics.estimates import per_image_values
+
+NOT_FINITE = "its activations are not finite"
 
 
 def analyze(
@@ -73,6 +77,7 @@ def analyze(
     null_seeds: int = 1,
     until_ci: float | None = None,
     gallery_images: int = GALLERY_IMAGES,
+    on_nonfinite: str = FAIL,
     command: str = "",
     progress: Progress | None = None,
     report: Report | None = None,
@@ -84,9 +89,10 @@ def analyze(
     `presets` are names, by default a fixed set. `split` and `limit` are for a data address, see `open_data`; `checkpoint`,
     `checkpoint_key`, `partial`, `pretrained`, `model_kwargs`, `img_size` and `blocks_pattern` for a model that is no Subject,
     see `resolve`. `null_images` is the number of images that each of `null_seeds` untrained twins sees (0 leaves them out);
-    `until_ci` the half-width at which every headline mean's interval is narrow enough to stop. `progress(done, skipped)` is
-    called after each batch, `report(line)` before each longer step; `command` is stored. Raises CollapseProbeError where the
-    input cannot be analysed.
+    `until_ci` the half-width at which every headline mean's interval is narrow enough to stop. NaN or infinite weights or
+    activations raise NonFiniteError; with `on_nonfinite` "skip" the weights are named, and images whose activations are not
+    finite are left out of everything, counted and named. `progress(done, skipped)` is called after each batch, `report(line)`
+    before each longer step; `command` is stored. Raises CollapseProbeError where the input cannot be analysed.
     """
     settings = RunSettings(
         device=device,
@@ -101,6 +107,7 @@ def analyze(
         null_seeds=null_seeds,
         until_ci=until_ci,
         gallery_images=gallery_images,
+        on_nonfinite=on_nonfinite,
         command=command,
     )
     images = open_data(data, split=split, limit=limit, seed=seed) if isinstance(data, (str, Path)) else data
@@ -147,32 +154,45 @@ def measure(
     progress: Progress | None = None,
     report: Report | None = None,
     outputs: Outputs | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> Findings:
-    """Measure the subject and its untrained twins; see `analyze`. `outputs` takes what the model returns for each batch."""
+    """Measure the subject and its untrained twins; see `analyze`. `outputs` takes what the model returns for each batch;
+    `left_out` are images, by name, that are counted as not finite without being run, each with the place.
+    """
     say, device = report or (lambda text: None), choose_device(settings.device)
     images = None if images is None else looked_at(images)
     subject = with_input(subject, images)
+    ill_weights = _checked_weights(subject, settings)
     plan = plan_of(subject, settings.device, settings.seed)
     metrics = make_metrics(plan, with_presets(settings.metrics, settings.presets))
     images, notes = _images_needed(images, metrics)
     heads = np.array([plan.layers[i].heads for i in plan.map_layers], dtype=np.float64)
     stopper = None if settings.until_ci is None or images is None else Stopper(settings.until_ci, metrics, heads)
     say(f"reading the weights of {len(plan.blocks)} blocks" if images is None else budget_line(plan, device))
-    options = PassOptions(gallery_names(images, settings), progress, outputs, stopper)
+    options = PassOptions(gallery_names(images, settings), progress, outputs, stopper, left_out=left_out or {})
     measured = measure_model(subject, plan, metrics, images, settings, options)
-    results, twin_notes = with_untrained(measured.results, subject, metrics, images, settings, say)
+    seen = measured.images
     stopping = None if stopper is None else stopper.facts(len(images) if isinstance(images, ImageSet) else None)
-    left_out = places_of_blocks(plan) + [f"left out: {each.where}: {each.why}" for each in omissions(plan)]
+    images = without(images, dict(seen.nonfinite))
+    results, twin_notes = with_untrained(measured.results, subject, metrics, images, settings, say)
+    nonfinite = nonfinite_facts(ill_weights, seen.nonfinite, len(seen.names))
+    not_measured = places_of_blocks(plan) + [f"left out: {each.where}: {each.why}" for each in omissions(plan)]
     stopped = [] if stopping is None else [stopping["sentence"]]
-    notes = [*subject.notes, *plan.notes, *left_out, *measured.notes, *notes, *twin_notes, *stopped]
-    seen, table = measured.images, image_table(metrics, measured.images)
+    ill = [] if nonfinite is None else [nonfinite["sentence"]]
+    notes = [*ill, *subject.notes, *plan.notes, *not_measured, *measured.notes, *notes, *twin_notes, *stopped]
+    table = image_table(metrics, seen)
     values = per_image_values(table, heads)
     class_names = images.class_names if isinstance(images, ImageSet) else ()
     sure = sureness(values, table, results, seen.labels, class_names, settings.seed)
     findings = Findings(
         model=model_facts(subject, plan),
-        data=data_facts(images, seen.names, seen.skipped),
-        run={**run_facts(subject.model, plan, settings, measured), "until_ci": stopping, "notes": notes},
+        data=data_facts(images, seen.names, [*seen.skipped, *((n, f"{NOT_FINITE}: {why}") for n, why in seen.nonfinite)]),
+        run={
+            **run_facts(subject.model, plan, settings, measured),
+            "until_ci": stopping,
+            "nonfinite": nonfinite,
+            "notes": notes,
+        },
         metrics=results,
         summary=summarise(results, values),
         images=table,
@@ -182,6 +202,47 @@ def measure(
         sureness=sure,
     )
     return with_verdict(findings)
+
+
+def _checked_weights(subject: Subject, settings: RunSettings) -> list[str]:
+    """The weights that are not finite, where the run is to go on with them; else NonFiniteError, with where they are felt."""
+    ill = nonfinite_weights(subject.model)
+    if not ill or settings.on_nonfinite != FAIL:
+        return ill
+    what = f"{_tensors(ill)} NaN or infinite numbers: {some(ill)}"
+    try:
+        plan_of(subject, settings.device, settings.seed)
+    except NonFiniteError as error:
+        where = f"; noise images show it {error.place}; give other weights"
+        raise NonFiniteError(f"{what}{where}", error.place) from None
+    raise NonFiniteError(
+        f"{what}; noise images do not show it; give other weights, or go on (--on-nonfinite skip, on_nonfinite='skip')"
+    )
+
+
+def without(images: Images | None, names: Collection[str]) -> Images | None:
+    """An ImageSet without some images, so that twins and others see none that the numbers are not of; else as it came."""
+    if not names or not isinstance(images, ImageSet):
+        return images
+    return images.only([i for i, name in enumerate(images.names) if name not in names])
+
+
+def nonfinite_facts(weights: Sequence[str], images: Sequence[tuple[str, str]], finite: int) -> dict[str, Any] | None:
+    """What the findings say of weights and images that are not finite; None where all are."""
+    if not weights and not images:
+        return None
+    total = len(images) + finite
+    said = [f"{_tensors(weights)} NaN or infinite numbers ({some(weights)})"] if weights else []
+    if images:
+        places = [f"{count} × {place}" for place, count in Counter(place for _, place in images).most_common()]
+        verb = "is" if len(images) == 1 else "are"
+        why = f"activations that are not finite ({some(places)})"
+        said.append(f"{len(images)} of {total} images {verb} left out of every number, because of {why}")
+    return {"weights": [*weights], "images": len(images), "of": total, "sentence": f"{'; '.join(said)}."}
+
+
+def _tensors(names: Sequence[str]) -> str:
+    return "1 of the model's tensors holds" if len(names) == 1 else f"{len(names)} of the model's tensors hold"
 
 
 def _images_needed(images: Images | None, metrics: Mapping[str, Metric]) -> tuple[Images | None, list[str]]:

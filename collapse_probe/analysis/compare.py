@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from collapse_probe.analysis.analyze import measure, restored
+from collapse_probe.analysis.analyze import NOT_FINITE, measure, restored, without
 from collapse_probe.analysis.cross_cka import NAME, cross_cka
-from collapse_probe.analysis.loop import Progress
+from collapse_probe.analysis.loop import FAIL, Progress
 from collapse_probe.analysis.measurement import GALLERY_IMAGES, NULL_IMAGES, Images, Report, RunSettings, with_input
 from collapse_probe.analysis.outputs import ModelOutputs, OutputCollector, labels_for, mean_kl
 from collapse_probe.analysis.pairing import pair_up
 from collapse_probe.analysis.subjects import Candidate, ModelOptions, SubjectSpec, open_subjects
 from collapse_probe.data.images import ImageSet, OwnImages, looked_at, open_data
 from collapse_probe.data.preprocessing import Size
-from collapse_probe.errors import DataError, SettingError
+from collapse_probe.errors import DataError, NonFiniteError, SettingError
 from collapse_probe.models.batchnorm import recalibrated
 from collapse_probe.models.cost import measure_cost
 from collapse_probe.models.loading import Subject
@@ -36,13 +36,14 @@ Watch = Callable[[str, "int | None"], AbstractContextManager["Progress | None"]]
 
 @dataclass(frozen=True)
 class ComparisonRun:
-    """What all subjects of one comparison share."""
+    """What all subjects of one comparison share; `left_out` are images whose activations are not finite in one of them."""
 
     images: ImageSet | OwnImages | None
     settings: RunSettings
     recalibrate_bn: int
     watch: Watch
     say: Report
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def compare(
     null_images: int = NULL_IMAGES,
     null_seeds: int = 1,
     gallery_images: int = GALLERY_IMAGES,
+    on_nonfinite: str = FAIL,
     command: str = "",
     watch: Watch | None = None,
     report: Report | None = None,
@@ -110,6 +112,7 @@ def compare(
         null_images=null_images,
         null_seeds=null_seeds,
         gallery_images=gallery_images,
+        on_nonfinite=on_nonfinite,
         command=command,
     )
     options = ModelOptions(
@@ -155,6 +158,11 @@ def _compare_all(specs: Sequence[SubjectSpec], run: ComparisonRun, cka: bool) ->
     for spec in specs:
         run.say(f"subject {spec.label}")
         current = measure_subject(spec, run)
+        if spec.is_model and (ill := _newly_ill(current, run)):
+            run = replace(run, left_out={**run.left_out, **ill})
+            if first is not None:  # the subjects before have seen these images
+                run.say(f"once more, without {len(ill)} images whose activations are not finite in {spec.label}")
+                return _compare_all(specs, run, cka)
         if first is None:
             first = current if cka else replace(current, subject=None)
         else:
@@ -163,6 +171,16 @@ def _compare_all(specs: Sequence[SubjectSpec], run: ComparisonRun, cka: bool) ->
             current = with_cka(current, first, run)
         findings[spec.label] = current.findings
     return findings, pairs
+
+
+def _newly_ill(subject: MeasuredSubject, run: ComparisonRun) -> dict[str, str]:
+    """The images whose activations are not finite in this subject, and were in none before; each with the place."""
+    skipped = {str(each["name"]): str(each["reason"]) for each in subject.findings.data["skipped"]}
+    return {
+        name: f"in {subject.label}, {reason.removeprefix(f'{NOT_FINITE}: ')}"
+        for name, reason in skipped.items()
+        if reason.startswith(NOT_FINITE) and name not in run.left_out
+    }
 
 
 def measure_subject(spec: SubjectSpec, run: ComparisonRun) -> MeasuredSubject:
@@ -178,7 +196,9 @@ def measure_subject(spec: SubjectSpec, run: ComparisonRun) -> MeasuredSubject:
         run.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
         collector = OutputCollector()
         with run.watch(spec.label, len(images) if isinstance(images, ImageSet) else None) as progress:
-            findings = measure(subject, images, settings, progress=progress, report=run.say, outputs=collector)
+            findings = measure(
+                subject, images, settings, progress=progress, report=run.say, outputs=collector, left_out=run.left_out
+            )
         outputs = collector.outputs(findings.images["names"].tolist())
         shape = (subject.preprocess.channels, *subject.preprocess.size)
         cost = measure_cost(subject.model, shape, min(COST_BATCH, settings.batch_size))
@@ -216,7 +236,10 @@ def with_cka(current: MeasuredSubject, first: MeasuredSubject, run: ComparisonRu
     if first.subject is None or current.subject is None:
         return current
     run.say(f"CKA between {first.label} and {current.label}")
-    assert run.images is not None
+    images = without(run.images, run.left_out)
+    assert images is not None
+    if run.left_out and not isinstance(images, ImageSet):
+        raise NonFiniteError("CKA can leave images out of a data address or an ImageSet alone; these came from a loader")
     settings = run.settings
     with restored(first.subject), restored(current.subject):
         first.subject.model.eval()
@@ -224,7 +247,7 @@ def with_cka(current: MeasuredSubject, first: MeasuredSubject, run: ComparisonRu
         result = cross_cka(
             first.subject,
             current.subject,
-            run.images,
+            images,
             batch_size=settings.batch_size,
             device=settings.device,
             workers=settings.workers,

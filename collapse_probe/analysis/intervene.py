@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from collapse_probe.analysis.analyze import measure, restored
-from collapse_probe.analysis.loop import Progress, model_input
+from collapse_probe.analysis.loop import FAIL, Progress, all_ill, model_input, nonfinite_error
 from collapse_probe.analysis.measurement import Images, Report, RunSettings, plan_of, with_input
-from collapse_probe.analysis.outputs import kl_divergence, labels_for, logits_in
+from collapse_probe.analysis.outputs import Bounds, kl_divergence, labels_for, logits_in
 from collapse_probe.capture.capture import same
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.replacement import KINDS, Branch, Replacement, branches_of, refusal, replacements_for, replacing
@@ -25,11 +26,12 @@ from collapse_probe.data.images import Batch, OwnImages, batches_of, looked_at, 
 from collapse_probe.data.preprocessing import Size
 from collapse_probe.devices import autocast, choose_device, floating_like
 from collapse_probe.distributed import gathered
-from collapse_probe.errors import CaptureError, DataError, ModelError, SettingError
+from collapse_probe.errors import CaptureError, DataError, ModelError, NonFiniteError, SettingError
 from collapse_probe.models.loading import Subject, resolve
 from collapse_probe.results.findings import Findings, plain
 from collapse_probe.results.intervention import Effect, Ends, Interventions
 from collapse_probe.results.readings import adjacent
+from collapse_probe.results.text import numbered
 from collapse_probe.statistics.intervals import Array
 from collapse_probe.statistics.paired import Sides, compare_sides
 
@@ -61,6 +63,7 @@ def intervene(
     amp: bool = False,
     amp_dtype: str = "float16",
     seed: int = 0,
+    on_nonfinite: str = FAIL,
     command: str = "",
     progress: Progress | None = None,
     report: Report | None = None,
@@ -92,6 +95,7 @@ def intervene(
         metrics=(SIMILARITY,),
         null_images=0,
         gallery_images=0,
+        on_nonfinite=on_nonfinite,
         command=command,
     )
     images = open_data(data, split=split, limit=limit, seed=seed) if isinstance(data, (str, Path)) else data
@@ -115,31 +119,39 @@ def intervene(
                 seed=seed,
             )
         )
-        say("measuring the similarity of the maps")
-        findings = measure(subject, images, settings, report=say)
-        subject = with_input(subject, images)
+        subject, ill = with_input(subject, images), dict[str, str]()
         made = subject.preprocess
-        plan = plan_of(subject, device, seed)
-        branches = branches_of(subject.model, plan, made.size, made.channels, seed) if "skip" in kinds else {}
-        runner = ReplacementRunner(subject, plan, choose_device(device), settings, branches)
-        grid = condition_grid(runner, kinds, blocks)
-        if grid.able.get("mean"):
-            say("gathering each block's mean map")
-            runner.means.update(mean_maps(runner, images, grid.able["mean"]))
-        say(f"{len(grid.conditions)} runs with maps replaced, beside the plain one, over every image")
-        outputs = run_conditions(runner, images, grid.conditions, progress)
+        while True:  # once more without the images whose logits a replacement makes NaN or infinite, where that is asked for
+            say("measuring the similarity of the maps")
+            findings = measure(subject, images, settings, report=say, left_out=ill)
+            plan = plan_of(subject, device, seed)
+            branches = branches_of(subject.model, plan, made.size, made.channels, seed) if "skip" in kinds else {}
+            skipped = frozenset(str(each["name"]) for each in findings.data["skipped"])
+            runner = ReplacementRunner(subject, plan, choose_device(device), settings, branches, skipped)
+            grid = condition_grid(runner, kinds, blocks)
+            if grid.able.get("mean"):
+                say("gathering each block's mean map")
+                runner.means.update(mean_maps(runner, images, grid.able["mean"]))
+            say(f"{len(grid.conditions)} runs with maps replaced, beside the plain one, over every image")
+            outputs = run_conditions(runner, images, grid.conditions, progress)
+            if not outputs.nonfinite:
+                break
+            ill |= dict(outputs.nonfinite)
     return _interventions(findings, grid, outputs, images, seed)
 
 
 @dataclass(frozen=True)
 class ReplacementRunner:
-    """A model ready for runs with maps replaced; `means` holds the mean map [H, N, N] of the layers that need it."""
+    """A model ready for runs with maps replaced, over all images but those `left_out` by name; `means` holds the mean map
+    [H, N, N] of the layers that need it.
+    """
 
     subject: Subject
     plan: Plan
     device: torch.device
     settings: RunSettings
     branches: Mapping[int, Branch]
+    left_out: frozenset[str] = frozenset()
     means: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -151,13 +163,14 @@ class ReplacementRunner:
         """This process's batches of the images."""
         return batches_of(images, self.subject.preprocess, self.settings.batch_size, self.settings.workers)
 
-    def parts(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
-        """A batch in parts whose maps fit the memory."""
+    def parts(self, batch: Batch) -> Iterator[tuple[list[int], Tensor]]:
+        """The rows of a batch that are to be run, in parts whose maps fit the memory."""
         largest = max(layer.heads * layer.queries * layer.keys * 4 for layer in self.plan.layers)
         step = max(1, TRACE_BYTES[self.device.type] // (MAPS_HELD * largest))
         like = torch.empty(0, dtype=floating_like(self.model).dtype, device=self.device)
-        for first in range(0, len(batch.names), step):
-            part = slice(first, first + step)
+        rows = [i for i, name in enumerate(batch.names) if name not in self.left_out]
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step]
             yield part, model_input(batch.pixels[part], self.plan, like)
 
     def run(self, images: Tensor, replacements: Mapping[int, Replacement]) -> Any:
@@ -186,6 +199,8 @@ class ConditionGrid:
 class ConditionOutputs:
     """Of every image in the data's order the top answer, `plain` [images] and under each condition `top1` [conditions, images],
     and the KL divergence `kl` [conditions, images] from the plain softmax; `labels` by name where the batches had them.
+    `spread` is how much a logit varies over the images at most, over the largest logit, `nonfinite` the images left out because
+    a condition makes their logits NaN or infinite.
     """
 
     names: list[str]
@@ -194,6 +209,8 @@ class ConditionOutputs:
     plain: Classes
     top1: Classes
     kl: Array
+    spread: float = math.inf
+    nonfinite: tuple[tuple[str, str], ...] = ()
 
 
 def condition_grid(runner: ReplacementRunner, kinds: Sequence[str], blocks: Sequence[int] | None) -> ConditionGrid:
@@ -233,7 +250,7 @@ def mean_maps(runner: ReplacementRunner, images: Images, blocks: Sequence[int]) 
         for part, pixels in runner.parts(batch):
             with replacing(runner.model, runner.plan, {}, gather=add), autocast(runner.device, runner.settings.amp_as):
                 runner.model(pixels)
-            count += len(batch.names[part])
+            count += len(part)
     everywhere = gathered((sums, count))
     images_of_all = sum(n for _, n in everywhere)
     wholes = {layer: torch.stack([some[layer] for some, _ in everywhere if layer in some]).sum(0) for layer in layers}
@@ -249,7 +266,9 @@ def run_conditions(
     indices: list[int] = []
     labels: dict[str, int] = {}
     chunks: list[tuple[Any, Any, Any]] = []
+    nonfinite: list[tuple[str, str]] = []
     classes, skipped = 0, 0
+    bounds = Bounds()
     for batch in runner.batches(images):
         for part, pixels in runner.parts(batch):
             output = runner.run(pixels, {})
@@ -257,38 +276,54 @@ def run_conditions(
                 raise CaptureError(
                     "the model with nothing replaced differs from itself; is it deterministic? call eval() first"
                 )
-            plain_logits = _logits(output, len(pixels), ("nothing", ()))
-            changed = [_logits(runner.run(pixels, r), len(pixels), c) for r, c in zip(replacements, conditions, strict=True)]
+            plain_logits = _logits(output, len(pixels))
+            changed = [_logits(runner.run(pixels, r), len(pixels)) for r in replacements]
+            part_names, ill = [batch.names[i] for i in part], _nonfinite(plain_logits, changed, conditions)
+            nonfinite += [(part_names[i], why) for i, why in ill.items()]
+            if ill and runner.settings.on_nonfinite == FAIL:
+                raise NonFiniteError(nonfinite_error(nonfinite, len(names) + len(part), runner.settings.amp_as))
+            keep = [i for i in range(len(part)) if i not in ill]
+            plain_logits, changed = plain_logits[keep], [logits[keep] for logits in changed]
             kl = np.stack([kl_divergence(plain_logits, logits) for logits in changed])
             top1 = np.stack([logits.argmax(1).numpy() for logits in changed])
             chunks.append((plain_logits.argmax(1).numpy(), top1, kl))
-            names += batch.names[part]
+            bounds.take(plain_logits)
+            names += [part_names[i] for i in keep]
+            indices += [batch.indices[part[i]] for i in keep]
             classes = plain_logits.shape[1]
-        indices += batch.indices
         labels |= {} if batch.labels is None else dict(zip(batch.names, batch.labels.tolist(), strict=True))
         skipped += len(batch.skipped)
         if progress is not None:
             progress(len(names), skipped)
-    parts = [part for part in gathered((names, indices, labels, chunks, classes)) if part[0]]
+    everywhere = gathered((names, indices, labels, chunks, classes, nonfinite, bounds))
+    parts, ill_everywhere = [part for part in everywhere if part[0]], [each for part in everywhere for each in part[5]]
     if not parts:
-        raise DataError("no image could be read")
+        raise NonFiniteError(all_ill(ill_everywhere)) if ill_everywhere else DataError("no image could be read")
     order = np.argsort([i for part in parts for i in part[1]], kind="stable")
     names = [name for part in parts for name in part[0]]
     columns = zip(*(chunk for part in parts for chunk in part[3]), strict=True)
     plain_top1, top1, kl = (np.concatenate(column, axis=-1)[..., order] for column in columns)
     labels = {name: label for part in parts for name, label in part[2].items()}
-    return ConditionOutputs([names[i] for i in order], labels, parts[0][4], plain_top1, top1, kl)
+    spread = Bounds.of(part[6] for part in parts).spread
+    names = [names[i] for i in order]
+    return ConditionOutputs(names, labels, parts[0][4], plain_top1, top1, kl, spread, tuple(sorted(ill_everywhere)))
 
 
-def _logits(output: Any, images: int, condition: Condition) -> Tensor:
-    """The logits [B, classes] in a model's output, float64 on the CPU; ModelError where there are none or not finite ones."""
+def _logits(output: Any, images: int) -> Tensor:
+    """The logits [B, classes] in a model's output, float64 on the CPU; ModelError where there are none."""
     logits = logits_in(output, images)
     if isinstance(logits, str):
         raise ModelError(f"interventions are judged by a classifier's logits [images, classes]; the model's output is {logits}")
-    if not torch.isfinite(logits).all():
-        kind, blocks = condition
-        raise ModelError(f"with {kind} in blocks {list(blocks)} the logits are not finite; run it in float32, without --amp")
     return logits.detach().cpu().to(torch.float64)
+
+
+def _nonfinite(plain: Tensor, changed: Sequence[Tensor], conditions: Sequence[Condition]) -> dict[int, str]:
+    """The images of which some logits are NaN or infinite, each with the first condition under which they are."""
+    ill = dict.fromkeys(torch.nonzero(~torch.isfinite(plain).all(1)).flatten().tolist(), "its logits, with nothing replaced")
+    for (kind, blocks), logits in zip(conditions, changed, strict=True):
+        for i in torch.nonzero(~torch.isfinite(logits).all(1)).flatten().tolist():
+            ill.setdefault(i, f"its logits, with {kind} in {numbered(blocks)}")
+    return ill
 
 
 def effects_of(
@@ -355,6 +390,8 @@ def _interventions(
             "accuracy": None if labels is None else float(np.mean(outputs.plain == labels)),
             "reason": reason,
             "classes": outputs.classes,
+            "answers": len(np.unique(outputs.plain)),
+            "logit_spread": outputs.spread,
             "conditions": [{"kind": kind, "blocks": list(blocks)} for kind, blocks in grid.conditions],
         },
         single={kind: tuple(effects[kind, (block,)] for block in grid.blocks) for kind in grid.able},

@@ -19,9 +19,10 @@ from collapse_probe.capture.trace import TILE_BYTES, Trace, micro_batch
 from collapse_probe.data.images import Batch
 from collapse_probe.devices import autocast, floating_like
 from collapse_probe.distributed import gathered
-from collapse_probe.errors import DataError, SettingError
+from collapse_probe.errors import DataError, NonFiniteError, SettingError
 from collapse_probe.metrics.accumulators import Accumulator
 from collapse_probe.metrics.metric import Metric
+from collapse_probe.metrics.nonfinite import nonfinite_images
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.estimates import DIVERSITY, ENTROPY, SIMILARITY, PerImageValues, per_image_values
 from collapse_probe.statistics.intervals import Array
@@ -89,6 +90,9 @@ class Stopper:
         }
 
 
+FAIL, SKIP = "fail", "skip"
+ON_NONFINITE = (FAIL, SKIP)
+"""What to do where activations are not finite: stop with an error, or leave these images out of everything and name them."""
 Progress = Callable[[int, int], None]
 Outputs = Callable[[Sequence[str], Any], None]
 """Takes the names of some images and what the model returned for them."""
@@ -98,13 +102,15 @@ Outputs = Callable[[Sequence[str], Any], None]
 class PassResult:
     """What one pass over the images gathered: sums by key, and of each image its name and values, in the order of the data.
 
-    `records` holds the per-image values of every accumulator, in chunks, by key and name.
+    `records` holds the per-image values of every accumulator, in chunks, by key and name. `nonfinite` are images left out of
+    everything because their activations are not finite, each with the place.
     """
 
     accumulators: dict[Hashable, Accumulator] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    nonfinite: list[tuple[str, str]] = field(default_factory=list)
     records: dict[Hashable, dict[str, list[Array]]] = field(default_factory=dict)
     pictures: dict[str, Glimpse] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
@@ -115,6 +121,7 @@ class PassResult:
         self.names += other.names
         self.indices += other.indices
         self.skipped += other.skipped
+        self.nonfinite += other.nonfinite
         self.pictures |= other.pictures
         self.labels |= other.labels
         self.seconds = max(self.seconds, other.seconds)
@@ -126,13 +133,17 @@ class PassResult:
 @dataclass(frozen=True)
 class PassOptions:
     """What a pass does besides adding up: it keeps the pictures of the images named in `gallery`, reports `progress` after
-    each batch, hands the model's outputs to `outputs`, and ends early where `stopper` says so.
+    each batch, hands the model's outputs to `outputs`, and ends early where `stopper` says so. `on_nonfinite` says what an
+    image is whose activations are not finite: an error, or left out and named; those of `left_out`, by name, each with the
+    place, are known to be.
     """
 
     gallery: frozenset[str] = frozenset()
     progress: Progress | None = None
     outputs: Outputs | None = None
     stopper: Stopper | None = None
+    on_nonfinite: str = FAIL
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def model_input(pixels: Tensor, plan: Plan, like: Tensor) -> Tensor:
@@ -160,26 +171,56 @@ def one_pass(
     start, like = time.perf_counter(), torch.empty(0, dtype=floating_like(model).dtype, device=device)
     with torch.no_grad():
         for batch in batches:
-            newest = PassResult(run.accumulators, indices=[*batch.indices], skipped=[*batch.skipped])
+            newest = PassResult(run.accumulators, skipped=[*batch.skipped])
             if batch.labels is not None:
                 newest.labels = dict(zip(batch.names, batch.labels.tolist(), strict=True))
-            step = micro_batch(plan, device, len(batch.names))
-            for first in range(0, len(batch.names), step):
-                names, pixels = batch.names[first : first + step], batch.pixels[first : first + step]
-                with record(model, plan) as recordings, autocast(device, amp):
-                    output = model(model_input(pixels, plan, like))
-                if options.outputs is not None:
-                    options.outputs(names, output)
-                absorb(newest, recordings.take(), names, pixels, TILE_BYTES[device.type], options.gallery)
+            newest.nonfinite = [(name, options.left_out[name]) for name in batch.names if name in options.left_out]
+            wanted = [i for i, name in enumerate(batch.names) if name not in options.left_out]
+            step = micro_batch(plan, device, len(wanted))
+            for first in range(0, len(wanted), step):
+                rows = wanted[first : first + step]
+                while rows:
+                    names, pixels = [batch.names[i] for i in rows], batch.pixels[rows]
+                    with record(model, plan) as recordings, autocast(device, amp):
+                        output = model(model_input(pixels, plan, like))
+                    trace = recordings.take()
+                    ill = nonfinite_images(trace, pixels)
+                    if not ill:
+                        newest.indices += [batch.indices[i] for i in rows]
+                        if options.outputs is not None:
+                            options.outputs(names, output)
+                        absorb(newest, trace, names, pixels, TILE_BYTES[device.type], options.gallery)
+                        break
+                    newest.nonfinite += [(names[i], place) for i, place in ill.items()]
+                    if options.on_nonfinite == FAIL:
+                        seen = len(run.names) + len(newest.names) + len(rows)
+                        raise NonFiniteError(nonfinite_error(newest.nonfinite, seen, amp))
+                    rows = [row for i, row in enumerate(rows) if i not in ill]  # once more without them
             run.extend(newest)
             if options.progress is not None:
-                options.progress(len(run.names), len(run.skipped))
+                options.progress(len(run.names), len(run.skipped) + len(run.nonfinite))
             if options.stopper is not None and options.stopper.enough(image_table(metrics, newest)):
                 break
         if options.stopper is not None:
             options.stopper.drain()
     run.seconds = time.perf_counter() - start
     return _joined(run)
+
+
+def nonfinite_error(ill: Sequence[tuple[str, str]], seen: int, amp: str | None) -> str:
+    """What is said where the activations of images are not finite and this is not to happen; `seen` images were run so far."""
+    ways = [f"try it without {amp} (--amp)"] if amp else []
+    if len(ill) < seen:
+        ways.append("leave such images out and count them (--on-nonfinite skip, on_nonfinite='skip')")
+    return (
+        f"the activations of {len(ill)} of the {seen} images read so far are not finite, first of {ill[0][0]} ({ill[0][1]}); "
+        + (", or ".join(ways) or "check the model's weights and its precision")
+    )
+
+
+def all_ill(ill: Sequence[tuple[str, str]]) -> str:
+    """What is said where the activations of no image are finite."""
+    return f"the activations of all {len(ill)} images are not finite, first of {ill[0][0]} ({ill[0][1]})"
 
 
 def accumulators_for(metrics: Mapping[str, Metric], device: torch.device) -> dict[Hashable, Accumulator]:
@@ -215,6 +256,7 @@ def _joined(run: PassResult) -> PassResult:
     order = np.argsort(whole.indices, kind="stable")
     whole.names = [whole.names[i] for i in order]
     whole.skipped.sort()
+    whole.nonfinite.sort()
     whole.records = {
         key: {name: [np.concatenate(chunks)[order]] for name, chunks in parts.items()} for key, parts in whole.records.items()
     }

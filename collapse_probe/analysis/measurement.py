@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from collapse_probe.analysis.loop import PassOptions, PassResult, one_pass, result_of
+from collapse_probe.analysis.loop import FAIL, ON_NONFINITE, PassOptions, PassResult, all_ill, one_pass, result_of
 from collapse_probe.capture.capture import discover_plan, noise
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.weights.matrices import NAMES, Matrices
@@ -18,7 +18,7 @@ from collapse_probe.data.images import ImageSet, OwnImages, batches_of, seeded_o
 from collapse_probe.data.preprocessing import ASSUMED, given_pixels, shown, sides_of
 from collapse_probe.devices import choose_device, moved
 from collapse_probe.distributed import unwrap
-from collapse_probe.errors import DataError, SettingError
+from collapse_probe.errors import DataError, NonFiniteError, SettingError
 from collapse_probe.metrics.metric import Metric, make
 from collapse_probe.metrics.weight_metric import WeightMetric
 from collapse_probe.models.loading import Subject
@@ -60,6 +60,7 @@ class RunSettings:
     until_ci: float | None = None
     gallery_images: int = GALLERY_IMAGES
     command: str = ""
+    on_nonfinite: str = FAIL
 
     @property
     def amp_as(self) -> str | None:
@@ -74,6 +75,8 @@ class RunSettings:
         ):
             if value < low:
                 raise SettingError(f"{name} must be {low} or more, not {value}")
+        if self.on_nonfinite not in ON_NONFINITE:
+            raise SettingError(f"on_nonfinite must be {' or '.join(ON_NONFINITE)}, not {self.on_nonfinite!r}")
         if self.until_ci is not None and not self.until_ci > 0:
             raise SettingError(f"the half-width to stop at must be above 0, not {self.until_ci}")
         if self.amp_dtype not in ("float16", "bfloat16"):
@@ -123,7 +126,10 @@ def measure_model(
         drawn = settings.until_ci is not None or not all(metric.any_order for metric in metrics.values())
         order = seeded_order(images, settings.seed) if drawn and isinstance(images, ImageSet) else None
         batches = batches_of(images, subject.preprocess, settings.batch_size, settings.workers, order)
-        run = one_pass(model, plan, metrics, batches, device, settings.amp_as, options or PassOptions())
+        options = replace(options or PassOptions(), on_nonfinite=settings.on_nonfinite)
+        run = one_pass(model, plan, metrics, batches, device, settings.amp_as, options)
+        if not run.names and run.nonfinite:
+            raise NonFiniteError(f"no image is left to measure: {all_ill(run.nonfinite)}")
         if not run.names:
             why = f": {len(run.skipped)} were skipped, the first ({': '.join(run.skipped[0])})" if run.skipped else ""
             raise DataError(f"no image could be read{why}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,39 @@ class ModelOutputs:
     def top1(self) -> NDArray[np.int64] | None:
         """The class of the largest logit of every image."""
         return None if self.logits is None else self.logits.argmax(1).astype(np.int64)
+
+
+class Bounds:
+    """The least and the largest logit of each class over images: whether a model's output varies at all."""
+
+    def __init__(self) -> None:
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
+
+    def take(self, logits: Tensor) -> None:
+        """Take finite logits [B, classes]."""
+        if len(logits):
+            low, high = torch.aminmax(logits.double(), dim=0)
+            self.low = low if self.low is None else torch.minimum(self.low, low)
+            self.high = high if self.high is None else torch.maximum(self.high, high)
+
+    @classmethod
+    def of(cls, parts: Iterable[Bounds]) -> Bounds:
+        """Those of all images of some parts."""
+        whole = cls()
+        for part in parts:
+            for ends in (part.low, part.high):
+                if ends is not None:
+                    whole.take(ends[None])
+        return whole
+
+    @property
+    def spread(self) -> float:
+        """How much a logit varies over the images at most, over the largest logit there is; 0 where all are 0."""
+        if self.low is None or self.high is None:
+            return 0.0
+        largest = float(torch.maximum(self.low.abs(), self.high.abs()).max())
+        return float((self.high - self.low).max()) / largest if largest else 0.0
 
 
 class OutputCollector:

@@ -19,11 +19,11 @@ from collapse_probe.capture.discovery import as_tokens, call_frames, make_plan, 
 from collapse_probe.capture.layers import frame_of, is_attention, read_layers
 from collapse_probe.capture.plan import Plan, SelfCheck
 from collapse_probe.capture.recorder import AttentionEvent, PassLog, Recorder
-from collapse_probe.capture.trace import Trace
+from collapse_probe.capture.trace import Trace, expand_heads
 from collapse_probe.devices import floating_like, modes_kept
 from collapse_probe.distributed import unwrap
 from collapse_probe.downloads import first_line
-from collapse_probe.errors import CaptureError, ModelError, NoAttentionFoundError
+from collapse_probe.errors import CaptureError, ModelError, NoAttentionFoundError, NonFiniteError
 from collapse_probe.input_errors import why_failed
 from collapse_probe.seeding import random_kept, random_states, seed_all
 
@@ -127,7 +127,8 @@ def discover_plan(
     outputs must be equal bit for bit, rows of every softmax must sum to one, and A·V and the logsumexp must agree with what
     each fused kernel returned. A pass in which the second image is another one tells whose maps are whose, and in a pass over
     three images they must be read in the same way. All passes draw the same random numbers, and leave the generators as they
-    were. Raises CaptureError with the number where anything disagrees, and ModelError where the model itself fails.
+    were. Raises CaptureError with the number where anything disagrees, ModelError where the model itself fails, and
+    NonFiniteError where the model's numbers are NaN or infinite.
     """
     model = unwrap(model)
     check_module(model)
@@ -176,11 +177,15 @@ def _probe(
         captured = recorded(args, kwargs)
         if not logs:
             raise CaptureError("the model's forward was not called through its own __call__: nothing could be recorded")
+        if place := _nonfinite_place(logs[0], plain):
+            raise NonFiniteError(
+                f"{type(model).__name__} gives NaN or infinite numbers for the probe's noise images: {place}; check its "
+                "weights and its precision",
+                place,
+            )
         if not same(plain, captured):
             if same(plain, run(args, kwargs)[0]):
                 why = "the recording changed the model's output; please report this model"
-            elif any(bool(torch.isnan(x).any()) for x in tensors_in((plain,))):
-                why = "the model's output holds NaN; check its weights and its precision"
             else:
                 why = "the model does not give the same output for the same images and the same random seed"
             raise CaptureError(f"two passes over the same images differ: {why}")
@@ -390,7 +395,8 @@ def _plan_of(model: nn.Module, log: PassLog, again: PassLog, blocks: str | None 
 def _check_and_sketch(call: OperatorCall, events: list[AttentionEvent]) -> None:
     """Check an event while its tensors are there, then keep only their shapes: a probe holds no batch of maps."""
     for event in events:
-        event.errors, event.masked = _errors(event), _is_masked(event)
+        event.nonfinite, event.masked = _nonfinite_heads(event), _is_masked(event)
+        event.errors = (0.0, math.nan, math.nan) if event.nonfinite else _errors(event)
         event.sketch()
 
 
@@ -414,28 +420,62 @@ def _errors(event: AttentionEvent) -> tuple[float, float, float]:
     queries = a.shape[-2]
     rows = slice(0, queries if kernel is not None and kernel.finish else min(CHECKED_ROWS, queries))
     logits = a.logits(rows=rows)
-    probs = torch.softmax(logits, -1).nan_to_num(0.0)
+    blind = (logits == -torch.inf).all(-1)  # queries that may see nothing
+    probs = torch.softmax(logits, -1).masked_fill(blind[..., None], 0.0)
     if a.logsumexp is not None:
         expected = a.logsumexp[:, :, rows]
-        logsumexp = _worst((torch.logsumexp(logits, -1) - expected) / expected.abs().clamp_min(1.0))
+        logsumexp = _worst((torch.logsumexp(logits, -1) - expected) / expected.abs().clamp_min(1.0), blind)
     if kernel is not None:
         mixed, expected = kernel.mixed(probs), kernel.out.float()
         if kernel.finish is not None:
-            mixed = kernel.finish(mixed.to(kernel.value.dtype)).float()
+            mixed, blind = kernel.finish(mixed.to(kernel.value.dtype)).float(), blind.any(1)
         else:
             expected = expected[:, :, rows]
-        output = _worst(mixed - expected) / max(float(expected.abs().max()), 1e-12)
+        largest = expected.masked_fill(blind[..., None], 0.0).abs().max()
+        output = _worst(mixed - expected, blind) / max(float(largest), 1e-12)
     return _row_error(probs), output, logsumexp
 
 
 def _row_error(probs: Tensor) -> float:
     sums = probs.sum(-1)
-    return _worst(torch.where(sums == 0, torch.ones_like(sums), sums) - 1)
+    return _worst(sums - 1, (sums == 0) | ~torch.isfinite(sums))
 
 
-def _worst(difference: Tensor) -> float:
-    difference = difference[torch.isfinite(difference)]
-    return float(difference.abs().max()) if difference.numel() else 0.0
+def _worst(difference: Tensor, blind: Tensor) -> float:
+    """The largest of some differences, but for the queries that may see nothing, of which kernels answer as they like."""
+    difference = difference[~blind]
+    return float(difference.abs().nan_to_num(torch.inf).max()) if difference.numel() else 0.0
+
+
+@torch.no_grad()
+def _nonfinite_heads(event: AttentionEvent) -> tuple[int, ...]:
+    """The heads whose products of q and k, or whose maps where these were not captured, are not finite."""
+    a = event.attention
+    if len(a.shape) != 4:
+        return ()
+    if a.q is None:
+        assert a.probs is not None
+        bad = ~torch.isfinite(a.probs).all(-1)
+        hidden = bad.all(1, keepdim=True) & ~bad.flatten(1).all(1)[:, None, None]  # a mask hides keys in all heads
+        bad = (bad & ~hidden).any(-1)
+    else:
+        assert a.k is not None
+        q, k = (torch.linalg.vector_norm(x.float(), dim=(2, 3)) for x in (a.q, expand_heads(a.k, a.q.shape[1])))
+        bad = ~torch.isfinite(q * k * a.scale)  # no logit is larger
+        if a.bias is not None and a.bias.is_floating_point():
+            bad = bad | (torch.isnan(a.bias) | torch.isposinf(a.bias)).any(-1).any(-1)
+    return tuple(torch.nonzero(bad.any(0)).flatten().tolist())
+
+
+def _nonfinite_place(log: PassLog, output: Any) -> str:
+    """Where numbers are first seen not to be finite in a pass of the probe; empty where all are."""
+    for event in log.events:
+        if event.nonfinite:
+            what = "map" if event.attention.q is None else "attention logits"
+            heads = f"head{'s' if len(event.nonfinite) > 1 else ''} {', '.join(map(str, event.nonfinite))}"
+            return f"first in the {what} of {event.attention.owner or 'the model'}, {heads}"
+    floating = (x for x in tensors_in((output,)) if x.is_floating_point() and not x.is_nested)
+    return "in its output" if any(bool((torch.isnan(x) | torch.isposinf(x)).any()) for x in floating) else ""
 
 
 def _self_check(events: list[AttentionEvent]) -> SelfCheck:

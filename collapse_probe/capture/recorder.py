@@ -60,11 +60,11 @@ class AttentionEvent:
     """One attention call: its maps as the model laid them out, the modules that were running, and what the self-check needs.
 
     `index` counts the events of the forward pass; `kernel` is the call of a fused kernel in a thorough recording; `operand` is
-    the tensor that held an eager map when it multiplied V; `errors` are the self-check's (rows, output, logsumexp), and
-    `masked` its finding that keys are hidden. A thorough recording also keeps a `sample` of the logits (or of q and k), and
-    knows whether they are `direct`, no product of activations, and whether the values are `made` from such a product.
-    `softmaxes` were merged into the map, and `lost` keys multiply nothing. `sources` are the module calls from whose outputs
-    the queries and the keys of a kernel were made.
+    the tensor that held an eager map when it multiplied V; `errors` are the self-check's (rows, output, logsumexp), `masked`
+    its finding that keys are hidden, `nonfinite` the heads with numbers that are not finite. A thorough recording also keeps a
+    `sample` of the logits (or of q and k), and knows whether they are `direct`, no product of activations, and whether the
+    values are `made` from such a product. `softmaxes` were merged into the map, and `lost` keys multiply nothing. `sources` are
+    the module calls from whose outputs the queries and the keys of a kernel were made.
     """
 
     attention: Attention
@@ -80,6 +80,7 @@ class AttentionEvent:
     softmaxes: int = 1
     lost: int = 0
     masked: bool = False
+    nonfinite: tuple[int, ...] = ()
     sources: tuple[int, int] = (0, 0)
 
     def sketch(self) -> None:

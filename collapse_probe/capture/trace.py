@@ -114,15 +114,18 @@ class Attention:
             assert self.probs is not None
             probs = self.probs[images, heads, rows, columns].float()
         else:
-            logits = self.logits(images, heads, rows, columns)
+            logits, masked = self.logits(images, heads, rows, columns), self.bias is not None or self.causal
             if sums is None:
                 probs = torch.softmax(logits, dim=-1)
+                highest = logits.amax(-1, keepdim=True) if masked else None
             else:
                 if columns == slice(0, self.shape[-1]):
                     sums[:, heads, rows] = torch.logsumexp(logits, dim=-1, keepdim=True)
-                probs = logits.sub_(sums[:, heads, rows]).exp_()
-            if self.bias is not None or self.causal:
-                probs = probs.nan_to_num(0.0)  # a query that may see nothing attends to nothing
+                highest = sums[:, heads, rows]
+                probs = logits.sub_(highest).exp_()
+            if masked:
+                assert highest is not None
+                probs = probs.masked_fill(highest == -torch.inf, 0.0)  # a query that may see nothing attends to nothing
         return {
             "probs": probs,
             "weights": probs if self.weights is None else self.weights[images, heads, rows, columns].float(),

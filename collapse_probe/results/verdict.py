@@ -88,6 +88,8 @@ def judge(findings: Findings, table: Sequence[Outcome] | None = None) -> Verdict
         sentences = [*((text, "shared") for text in not_heard(findings)), *sentences]
     if part := not_loaded(findings.model):
         sentences.insert(0, (f"{part}.", "loaded-in-part"))
+    if ill := findings.run.get("nonfinite"):
+        sentences.insert(0, (str(ill["sentence"]), "shared"))
     caveats = _caveats(outcomes, maps=bool(kinds))
     caveats += [(ONE_SET, "shared")] if case == WEIGHTS_ONLY else []
     texts, rules = zip(*sentences, strict=True)

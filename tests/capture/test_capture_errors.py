@@ -14,7 +14,7 @@ from torch import nn
 from toy_models import SIZE, WIDTH, Block, ToyAttention, ToyViT, images, toy
 
 from collapse_probe.capture.capture import discover_plan, record
-from collapse_probe.errors import CaptureError, ModelError, NoAttentionFoundError
+from collapse_probe.errors import CaptureError, ModelError, NoAttentionFoundError, NonFiniteError
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +195,7 @@ def test_a_model_that_gives_nan():
     model = toy()
     with torch.no_grad():
         model.head.weight.fill_(torch.nan)
-    with pytest.raises(CaptureError, match="NaN; check its weights"):
+    with pytest.raises(NonFiniteError, match="in its output; check its weights"):
         discover_plan(model, SIZE)
 
 

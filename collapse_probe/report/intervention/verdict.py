@@ -13,6 +13,9 @@ from collapse_probe.results.text import interval, number
 from collapse_probe.results.verdict import Verdict
 
 SPARED, ONLY_ALONE, USED, MIXED = "spared", "spared only one at a time", "used", "used in some blocks"
+NOT_READABLE = "nothing can be read"
+ROUNDING = 1e-5
+"""Of the largest logit: what varies less over the images is rounding."""
 TEXTS = {  # what is done; what it means where it costs little; what it does not say
     "share": (
         "Using the map of the block before",
@@ -63,6 +66,8 @@ def keeps(effect: Effect) -> bool:
 
 
 def _verdict(interventions: Interventions, kind: str) -> Verdict:
+    if silent := not_readable(interventions):
+        return Verdict(NOT_READABLE, (*said_first(interventions), silent), label=kind)
     single, whole = [e for e in interventions.single[kind] if e.kl is not None], interventions.cumulative[kind][-1]
     case, count, cheap = case_of(single, whole), len(single), sum(map(keeps, single))
     largest = max(single, key=lambda e: e.kl or 0.0)
@@ -83,9 +88,25 @@ def _verdict(interventions: Interventions, kind: str) -> Verdict:
             USED: "most of these blocks use what was replaced",
         }
         second = f"In all {count} together {_numbers(whole)}: {meaning[case]}."
-    part = not_loaded(interventions.model)
-    sentences = (*([f"{part}."] if part else []), first, second)
+    sentences = (*said_first(interventions), first, second)
     return Verdict(case, sentences, tuple(_caveats(interventions, kind, not_said)), label=kind)
+
+
+def said_first(interventions: Interventions) -> list[str]:
+    """What stands above all answers: images and weights that are not finite, a checkpoint that was loaded in part."""
+    ill, part = interventions.run.get("nonfinite"), not_loaded(interventions.model)
+    return [*([str(ill["sentence"])] if ill else []), *([f"{part}."] if part else [])]
+
+
+def not_readable(interventions: Interventions) -> str:
+    """Why the answers of the model say nothing about its attention: they do not vary; empty where they do."""
+    spread, images = interventions.plain.get("logit_spread"), int(interventions.data["images"])
+    if spread is None or spread > ROUNDING or images < 2:
+        return ""
+    return (
+        f"Nothing can be read from replacing attention here: the model gives the same logits for all {images} images (they differ "
+        f"by {spread:.0e} of the largest at most), as a head that was never trained does, so that no answer can change."
+    )
 
 
 def _numbers(effect: Effect) -> str:
@@ -100,7 +121,11 @@ def _numbers(effect: Effect) -> str:
 
 
 def _caveats(interventions: Interventions, kind: str, not_said: str) -> list[str]:
-    caveats = [not_said]
+    caveats, answers = [not_said], interventions.plain.get("answers")
+    if answers == 1 and int(interventions.data["images"]) > 1:
+        caveats.insert(
+            0, "The plain model gives one and the same answer to every image: that it stays says little; read the KL."
+        )
     if is_untrained(interventions.model):
         caveats.insert(0, "The weights are random: what is kept or lost here is no evidence about a trained model.")
     raw, kappa = (mean(np.array(interventions.similarity.get(name, ()), np.float64)) for name in ("raw", "kappa"))
