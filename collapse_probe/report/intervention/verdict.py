@@ -104,8 +104,8 @@ def not_readable(interventions: Interventions) -> str:
     if spread is None or spread > ROUNDING or images < 2:
         return ""
     return (
-        f"Nothing can be read from replacing attention here: the model gives the same logits for all {images} images (they differ "
-        f"by {spread:.0e} of the largest at most), as a head that was never trained does, so that no answer can change."
+        f"Nothing can be read from replacing attention here: the model gives the same logits for all {images} images (they "
+        f"differ by {spread:.0e} of the largest at most), as a head that was never trained does, so that no answer can change."
     )
 
 
@@ -123,9 +123,7 @@ def _numbers(effect: Effect) -> str:
 def _caveats(interventions: Interventions, kind: str, not_said: str) -> list[str]:
     caveats, answers = [not_said], interventions.plain.get("answers")
     if answers == 1 and int(interventions.data["images"]) > 1:
-        caveats.insert(
-            0, "The plain model gives one and the same answer to every image: that it stays says little; read the KL."
-        )
+        caveats.insert(0, "The plain model gives the same answer to every image: that it stays says little; read the KL.")
     if is_untrained(interventions.model):
         caveats.insert(0, "The weights are random: what is kept or lost here is no evidence about a trained model.")
     raw, kappa = (mean(np.array(interventions.similarity.get(name, ()), np.float64)) for name in ("raw", "kappa"))
