@@ -24,14 +24,14 @@ SHARING_IMAGES = 96
 def command(output: str, quiet: bool, verbose: int) -> None:
     """Compare the trained pairs that ship with the package, on digits that they have not seen; needs no network."""
     from collapse_probe.cli.console import Talk
+    from collapse_probe.cli.output import prepare
 
-    from collapse_probe.files import check_writable, new_folder
+    from collapse_probe.files import PAGE, new_folder
     from collapse_probe.models.sources.ours import FOLDER
     from collapse_probe.report.demo import chapters, write_demonstration
-    from collapse_probe.report.html import PAGE
 
     folder = Path(output)
-    check_writable(folder)
+    prepare(folder, quiet)
     demonstration = demonstrate(Talk(quiet).say)
     with new_folder(folder) as inside:
         write_demonstration(demonstration, inside, json.loads((FOLDER / "spread.json").read_text(encoding="utf-8")))

@@ -13,14 +13,29 @@ Summary = Mapping[str, "float | int | None"]
 
 
 def output_folder(output: str | None, as_json: bool, default: Path) -> Path | None:
-    """The folder to write, which must be writable; None where JSON on stdout is all that was asked for."""
-    from collapse_probe.files import check_writable
-
+    """The folder to write, which must take a run's files; None where JSON on stdout is all that was asked for."""
     if as_json and output is None:
         return None
     folder = Path(output or default)
-    check_writable(folder)
+    prepare(folder)
     return folder
+
+
+def prepare(folder: str | Path, quiet: bool = False) -> None:
+    """Raise OutputError unless a folder can take a run's files; clear what dead runs left there, and say so on stderr."""
+    from collapse_probe.files import check_output
+
+    say_tidied(folder, quiet)
+    check_output(folder)
+
+
+def say_tidied(folder: str | Path, quiet: bool = False) -> None:
+    """Put in order what stopped runs left of their work on a folder, and say so on stderr."""
+    from collapse_probe.files import tidy
+
+    for line in tidy(folder):
+        if not quiet:
+            click.echo(line, err=True)
 
 
 def deliver(result: Any, folder: Path | None, page: Callable[..., object], text: str, as_json: bool) -> None:

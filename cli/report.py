@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 from collapse_probe.cli import options
@@ -13,33 +15,36 @@ from collapse_probe.cli import options
 @options.talking
 def command(folder: str, quiet: bool, verbose: int) -> None:
     """Rebuild figures and page from what DIR holds (findings, a comparison, interventions, a sweep); needs no model."""
-    from collapse_probe.files import new_folder
+    from collapse_probe.cli.output import say_tidied
 
+    from collapse_probe.files import PAGE, page_folder
+
+    say_tidied(folder, quiet)
     place = Path(folder)
-    with new_folder(place) as inside:
-        _write(place, inside)
-    click.echo(f"report: {place / 'report.html'}")
+    numbers, write = _opened(place)
+    with page_folder(place) as inside:
+        write(numbers, inside)
+    click.echo(f"report: {place / PAGE}")
 
 
-def _write(folder: Path, inside: Path) -> None:
-    """Draw what `folder` holds into `inside`."""
+def _opened(folder: Path) -> tuple[Any, Callable[[Any, Path], object]]:
+    """The numbers in `folder`, and what draws their page."""
     if (folder / "comparison.json").exists():
         from collapse_probe.report.comparison.page import write_comparison
         from collapse_probe.results.comparison import Comparison
 
-        write_comparison(Comparison.load(folder), inside)
-    elif (folder / "interventions.json").exists():
+        return Comparison.load(folder), write_comparison
+    if (folder / "interventions.json").exists():
         from collapse_probe.report.intervention.page import write_interventions
         from collapse_probe.results.intervention import Interventions
 
-        write_interventions(Interventions.load(folder), inside)
-    elif (folder / "sweep.json").exists():
+        return Interventions.load(folder), write_interventions
+    if (folder / "sweep.json").exists():
         from collapse_probe.report.sweep.page import write_sweep
         from collapse_probe.results.sweep import Sweep
 
-        write_sweep(Sweep.load(folder), inside)
-    else:
-        from collapse_probe.report.findings.page import write_report
-        from collapse_probe.results.findings import Findings
+        return Sweep.load(folder), write_sweep
+    from collapse_probe.report.findings.page import write_report
+    from collapse_probe.results.findings import Findings
 
-        write_report(Findings.load(folder), inside)
+    return Findings.load(folder), write_report

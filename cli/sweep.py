@@ -67,6 +67,7 @@ def run(
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.options import command_line
 
+    from collapse_probe.files import PAGE, write_with_page
     from collapse_probe.registry import RECIPES
     from collapse_probe.report.sweep.page import write_sweep
     from collapse_probe.training.sweep import sweep
@@ -94,8 +95,10 @@ def run(
     except KeyboardInterrupt:
         click.echo(f"interrupted; the same command with -o {folder} goes on", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
-    page = write_sweep(result, folder)
-    click.echo(json.dumps(result.to_json(), allow_nan=False) if as_json else f"{answer_text(result)}\n\nreport: {page}")
+    write_with_page(folder, result, write_sweep)
+    click.echo(
+        json.dumps(result.to_json(), allow_nan=False) if as_json else f"{answer_text(result)}\n\nreport: {folder / PAGE}"
+    )
     if result.failed:
         first = result.failed[0]
         line = f"error: {len(result.failed)} of {len(result.cells)} cells failed, the first: {first.name} ({first.reason})"

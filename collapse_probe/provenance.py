@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import secrets
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from importlib import import_module, metadata
+from typing import Any
 
 from collapse_probe.errors import ModelError
 
@@ -21,6 +24,12 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return installed
+
+
+def stamp() -> dict[str, Any]:
+    """What makes a run this one: an `id` of its own, the versions of the software, and the time, in UTC."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"id": secrets.token_hex(8), "versions": versions(), "created": now}
 
 
 def require_torchvision() -> None:

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ from collapse_probe.metrics.nonfinite import nonfinite_weights, some
 from collapse_probe.metrics.presets import records, with_presets
 from collapse_probe.models.checkpoints import holds_any
 from collapse_probe.models.loading import Subject, library_module, resolve
-from collapse_probe.provenance import names_sha256, versions
+from collapse_probe.provenance import names_sha256, stamp
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.verdict import with_verdict
 from collapse_probe.statistics.estimates import per_image_values
@@ -330,8 +329,7 @@ def run_facts(model: nn.Module, plan: Plan, settings: RunSettings, measured: Mea
         "images_per_second": round(len(measured.images.names) / max(measured.images.seconds, 1e-9), 2),
         "peak_memory_bytes": peak_memory(device),
         "command": settings.command,
-        "versions": versions(),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **stamp(),
         "self_check": {name: None if math.isnan(value) else value for name, value in vars(plan.check).items()},
         "tile_bytes": tile_bytes(plan, device),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from collapse_probe.errors import DataError, NonFiniteError, SettingError
 from collapse_probe.models.batchnorm import recalibrated
 from collapse_probe.models.cost import measure_cost
 from collapse_probe.models.loading import Subject
-from collapse_probe.provenance import versions
+from collapse_probe.provenance import stamp
 from collapse_probe.results.comparison import LABELS, TOP1, Comparison, Pair
 from collapse_probe.results.findings import Findings
 
@@ -136,8 +135,7 @@ def compare(
     facts = {
         "command": command,
         "seed": seed,
-        "versions": versions(),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **stamp(),
     }
     return Comparison(findings, tuple(pairs), trajectory, facts)
 

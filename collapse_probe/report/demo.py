@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from collapse_probe.files import PAGE
 from collapse_probe.report.comparison.figures import FIGURES
 from collapse_probe.report.comparison.page import write_comparison
-from collapse_probe.report.html import PAGE, Caption, Plate, Table, paper, plate_of, plates_of, write_page
+from collapse_probe.report.html import Caption, Plate, Table, paper, plate_of, plates_of, write_page
 from collapse_probe.report.intervention.page import write_interventions
 from collapse_probe.report.style import DISTINCT, MARKERS, NARROW, WIDE, Role, curve, drawn, over_blocks, sheet
 from collapse_probe.results.comparison import Comparison

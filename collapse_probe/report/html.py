@@ -15,6 +15,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from PIL import Image
 
+from collapse_probe.files import PAGE
 from collapse_probe.report.style import pixels, save, svg
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import weights_only
@@ -52,7 +53,6 @@ class Table:
     words: frozenset[int] = frozenset()
 
 
-PAGE = "report.html"
 NARROW_DPI, WIDE_DPI, PHOTOGRAPH_DPI = 160, 150, 150
 PHOTOGRAPH_MOST = 333_000  # letters of its data URL
 LINES_MOST = 80_000  # letters of an svg as data URL beyond which pixels are tried

@@ -23,6 +23,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from collapse_probe.files import FIGURE_FOLDER
 from collapse_probe.results.readings import NULLS, Count
 from collapse_probe.statistics.intervals import Array
 
@@ -303,7 +304,7 @@ NULL_LABELS = {**{role: ROLES[role].label for role in NULLS}, "kappa": "κ"}
 
 def save(figures: Mapping[str, Figure], folder: str | Path) -> None:
     """Write each figure as figures/NAME.png and figures/NAME.svg into `folder`."""
-    inside = Path(folder) / "figures"
+    inside = Path(folder) / FIGURE_FOLDER
     inside.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         (inside / f"{name}.png").write_bytes(png(figure))

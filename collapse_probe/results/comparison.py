@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from collapse_probe.files import Numbers, read_document, write_document
+from collapse_probe.errors import OutputError
+from collapse_probe.files import SUBJECT_FOLDER, Numbers, read_document, write_document
 from collapse_probe.results.findings import Findings, plain
 from collapse_probe.statistics.paired import BCA_IMAGES, RESAMPLES, SAME, Paired
 
@@ -190,15 +191,17 @@ class Comparison(Numbers):
         write_document(inside / FILE, self.to_json())
         folders = _folders(self.subjects)
         for label, findings in self.subjects.items():
-            place = inside / folders[label]
-            place.mkdir(parents=True)
-            findings.write(place)
+            findings.save(inside / folders[label])
 
     @classmethod
     def load(cls, folder: str | Path) -> Comparison:
         """Read a comparison's folder back; OutputError where it is none or of another schema."""
         content = read_document(folder, FILE, schema=SCHEMA, refusal="is no comparison", command="compare")
-        subjects = {s["label"]: Findings.load(Path(folder) / s["folder"]) for s in content["subjects"]}
+        subjects = {}
+        for entry in content["subjects"]:
+            subjects[entry["label"]] = findings = Findings.load(Path(folder) / entry["folder"])
+            if entry.get("run") != findings.run.get("id"):
+                raise OutputError(f"{Path(folder) / entry['folder']} is of another run than {FILE}: compare again")
         return cls(subjects, tuple(map(Pair.from_json, content["pairs"])), content["trajectory"], content["run"])
 
 
@@ -207,9 +210,9 @@ def _folders(labels: Iterable[str]) -> dict[str, str]:
     folders: dict[str, str] = {}
     for label in labels:
         name = re.sub(r"[^A-Za-z0-9._+-]+", "-", label).strip("-. ") or "subject"
-        folder, number = f"subjects/{name}", 2
+        folder, number = f"{SUBJECT_FOLDER}/{name}", 2
         while folder.casefold() in map(str.casefold, folders.values()):
-            folder, number = f"subjects/{name}-{number}", number + 1
+            folder, number = f"{SUBJECT_FOLDER}/{name}-{number}", number + 1
         folders[label] = folder
     return folders
 
@@ -220,6 +223,7 @@ def _subject(findings: Findings) -> dict[str, Any]:
     return {
         **{key: model.get(key) for key in SUBJECT_FACTS},
         **{key: data.get(key) for key in ("images", "names_sha256")},
+        "run": run.get("id"),
         "notes": run.get("notes", []),
         **{key: run.get(key) for key in ("cost", "outputs")},
         "summary": plain(findings.summary),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from collapse_probe.errors import OutputError
-from collapse_probe.files import read_document, write_document, write_whole
+from collapse_probe.files import Numbers, read_document, write_document
 from collapse_probe.results.findings import plain
 from collapse_probe.statistics.intervals import interval
 
@@ -147,7 +147,7 @@ def trend(points: Points, key: str) -> Trend | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep:
+class Sweep(Numbers):
     """The results of a grid: `varied` maps each varied name to its values, `recipe` is the one that was varied."""
 
     recipe: Mapping[str, Any]
@@ -220,11 +220,10 @@ class Sweep:
         parts = {key: plain(getattr(self, key)) for key in PARTS}
         return {"schema": SCHEMA, **parts, "published": PUBLISHED, "cells": [cell.to_json() for cell in self.cells]}
 
-    def write(self, folder: str | Path) -> None:
-        """Write sweep.json and table.csv into a folder, each whole or not at all. Raises OutputError."""
-        write_document(Path(folder) / FILE, self.to_json())
-        table = self.table.to_csv(index=False).encode()
-        write_whole(Path(folder) / TABLE, lambda stream: stream.write(table))
+    def write(self, inside: Path) -> None:
+        """Write sweep.json and table.csv into an existing folder."""
+        write_document(inside / FILE, self.to_json())
+        self.table.to_csv(inside / TABLE, index=False)
 
     @classmethod
     def load(cls, folder: str | Path) -> Sweep:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from collapse_probe.errors import SettingError
 from collapse_probe.files import check_writable, write_document, write_whole
 from collapse_probe.models.batchnorm import recalibrated
 from collapse_probe.models.loading import resolve
-from collapse_probe.provenance import versions
+from collapse_probe.provenance import stamp
 from collapse_probe.registry import RECIPES, load_plugin, loaded_plugins
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.sweep import FAILED, FINISHED, CellResult, Sweep
@@ -113,15 +112,14 @@ def sweep(
             "threads": torch.get_num_threads(),
             "jobs": jobs,
             "command": command,
-            "versions": versions(),
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **stamp(),
         },
         cells=tuple(_result(cell) for cell in grid),
         notes=tuple(notes),
     )
     for done in _results(grid, folder, conditions, jobs, watch, say):
         result = replace(result, cells=tuple(done if cell.name == done.name else cell for cell in result.cells))
-        result.write(folder)
+        result.save(folder)
     return result
 
 

@@ -51,7 +51,7 @@ def test_two_checkpoints(run, photos, checkpoints):
     assert [s["label"] for s in content["subjects"]] == ["epoch-1", "epoch-10"]
     assert content["subjects"][0]["checkpoint_sha256"] != content["subjects"][1]["checkpoint_sha256"]
     assert content["run"]["command"].startswith("collapse-probe ")
-    assert {"comparison.json", "report.html", "figures", "subjects"} == {p.name for p in Path("out").iterdir()}
+    assert {"comparison.json", "manifest.json", "report.html", "figures", "subjects"} == {p.name for p in Path("out").iterdir()}
     assert Path("out/subjects/epoch-10/findings.json").exists()
     assert out.splitlines()[0].endswith(".")
     assert "kappa_adjacent" in out

@@ -33,7 +33,7 @@ def test_it_writes_a_folder_for_each_cell_one_table_and_one_page_and_keeps_what_
     assert "report: out/report.html" in out
     assert "cell 2 of 2: depth=3,seed=0" in err
     here = {p.name for p in Path("out").iterdir()}
-    assert here == {"depth=2,seed=0", "depth=3,seed=0", "figures", "report.html", "sweep.json", "table.csv"}
+    assert here == {"depth=2,seed=0", "depth=3,seed=0", "figures", "manifest.json", "report.html", "sweep.json", "table.csv"}
     cell = {p.name for p in Path("out/depth=2,seed=0").iterdir()}
     assert {"model.safetensors", "training.json", "recipe.json", "cell.json", "findings", "untrained"} <= cell
     assert json.loads(Path("out/sweep.json").read_text())["run"]["command"].startswith("collapse-probe")

@@ -7,7 +7,7 @@ import pytest
 from factories import findings_of
 
 from collapse_probe.errors import OutputError
-from collapse_probe.files import write_with_page
+from collapse_probe.files import Numbers, write_with_page
 from collapse_probe.results.findings import Findings
 
 
@@ -43,11 +43,13 @@ def test_an_interrupt_while_drawing_is_passed_on_and_keeps_the_numbers(found, tm
 
 
 def test_where_the_numbers_fail_nothing_is_left(tmp_path):
-    class Broken:
+    class Broken(Numbers):
+        run = {}  # noqa: RUF012
+
         def write(self, inside):
             (inside / "findings.json").write_text("{")
             raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OutputError, match="disk full; free space, or choose another folder"):
         write_with_page(tmp_path / "out", Broken(), lambda numbers, inside: None)
     assert list(tmp_path.iterdir()) == []

@@ -27,7 +27,7 @@ def found(photos):
 def test_the_folder_holds_the_schema(found, tmp_path):
     found.save(tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"findings.json", "blocks.csv", "matrices.npz", "images.npz", "gallery.npz"}
+    assert names == {"findings.json", "blocks.csv", "matrices.npz", "images.npz", "gallery.npz", "manifest.json"}
     content = json.loads((tmp_path / "out" / "findings.json").read_text())
     assert content["schema"] == "collapse-probe/findings/1"
     parts = {"schema", "model", "data", "run", "metrics", "summary", "presets", "sureness", "verdict", "answer"}
