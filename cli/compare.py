@@ -13,7 +13,7 @@ from collapse_probe.cli import options
 @click.argument("subjects", nargs=-1, required=True, metavar="SUBJECT...")
 @click.option("-m", "--model", metavar="ADDRESS", help="The architecture of the subjects that are checkpoints.")
 @options.architecture
-@click.option("--data", metavar="ADDRESS", help="The images; findings folders need none.")
+@options.data_address("--data", "The images; findings folders need none.")
 @options.part_of_data
 @click.option("--cka", is_flag=True, help="Also the CKA between each model's depths and the first's.")
 @options.running

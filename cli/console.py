@@ -75,7 +75,11 @@ def answer(findings: Findings) -> str:
     width = max(len(name) for name in findings.summary)
     for name, value in findings.summary.items():
         lines.append(f"  {name:<{width}}  {'undefined' if value is None else f'{value:.6g}'}")
-    if skipped := findings.data.get("skipped"):
+    left_out = findings.data.get("left_out", {})
+    skipped = [each for each in findings.data.get("skipped") or () if each["reason"] not in left_out]
+    if skipped:
         first = f"{skipped[0]['name']} ({skipped[0]['reason']})"
         lines.append(f"\n{len(skipped)} images were skipped, the first: {first}")
+    if left_out:
+        lines.append(f"\nLeft out of the data: {', '.join(f'{count:,} × {reason}' for reason, count in left_out.items())}")
     return "\n".join(lines)

@@ -45,6 +45,13 @@ def keywords(ctx: click.Context, parameter: click.Parameter, values: tuple[str, 
         raise click.BadParameter(str(error), ctx, parameter) from error
 
 
+def address(ctx: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    """A data address as it was given; wrong usage where it is empty, as an unset variable is."""
+    if text is not None and not text.strip():
+        raise click.BadParameter("it is empty (an unset variable?); give a data address", ctx, parameter)
+    return text
+
+
 def block_numbers(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
     """The blocks that a flag names, None where it was not given."""
     return None if text is None else blocks_in(text)
@@ -70,8 +77,9 @@ def open_subject(data: str | None, flags: dict[str, Any]) -> tuple[Any, Any]:
     from collapse_probe.models.batchnorm import recalibrated
     from collapse_probe.models.loading import resolve
 
-    seed, split, limit, batches = flags["seed"], flags.pop("split"), flags.pop("limit"), flags.pop("recalibrate_bn")
-    images = None if data is None else open_data(data, split=split, limit=limit, seed=seed)
+    seed, batches = flags["seed"], flags.pop("recalibrate_bn")
+    part = {key: flags.pop(key) for key in ("split", "limit", "max_pixels")}
+    images = None if data is None else open_data(data, seed=seed, **part)
     keys = ("checkpoint", "checkpoint_key", "partial", "pretrained", "model_kwargs", "img_size", "blocks_pattern", "fixes")
     named = {key: flags.pop(key) for key in keys}
     subject = resolve(flags.pop("model"), blocks=flags.pop("fix_blocks"), seed=seed, **named)
@@ -97,7 +105,9 @@ def command_line() -> str:
     """The command as it was typed."""
     context = click.get_current_context(silent=True)
     words = None if context is None else context.find_root().obj
-    return shlex.join(["collapse-probe", *(sys.argv[1:] if words is None else words)])
+    from collapse_probe.provenance import escaped
+
+    return escaped(shlex.join(["collapse-probe", *(sys.argv[1:] if words is None else words)]))
 
 
 def configuration(ctx: click.Context, parameter: click.Parameter, path: str | None) -> None:
@@ -168,14 +178,22 @@ model = _all(
     click.option("--checkpoint", metavar="FILE|DIR", help="Weights to load: .safetensors, .pth, .ckpt, …; a folder of one."),
     architecture,
 )
-DATA_HELP = "A folder of images, a .tar, hfds/ORG/NAME, wds/…, torch/NAME, bundled:photos, …"
+DATA_HELP = "A folder of images, a .tar or .zip, a list of paths, 'photos/*.jpg', hfds/ORG/NAME, torch/NAME, bundled:photos, …"
 part_of_data = _all(
     click.option("--split", metavar="NAME", help="A subfolder, or a split of the data set."),
     count("--limit", least=1, says="A seeded subset.  [default: everything]"),
+    count("--max-pixels", least=1, says="The most pixels of a picture.  [default: where Pillow stops, about 179 million]"),
 )
-data = _all(click.option("--data", required=True, metavar="ADDRESS", help=DATA_HELP), part_of_data)
+
+
+def data_address(name: str, says: str, required: bool = False) -> Decorator:
+    """A flag that takes a data address."""
+    return click.option(name, required=required, callback=address, metavar="ADDRESS", help=says)
+
+
+data = _all(data_address("--data", DATA_HELP, required=True), part_of_data)
 data_if_needed = _all(
-    click.option("--data", metavar="ADDRESS", help=f"{DATA_HELP}  [needed unless all metrics are of the weights]"),
+    data_address("--data", f"{DATA_HELP}  [needed unless all metrics are of the weights]"),
     part_of_data,
 )
 level = click.option(

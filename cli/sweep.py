@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from collapse_probe.cli import options
 from collapse_probe.cli.train import INTERRUPTED, duration, training
 
 FAILED = 1
@@ -23,7 +24,7 @@ FAILED = 1
     help="Values of a field of the recipe or its model, or of fix: depth=8,16,24, width=32,64, fix=none,re-attention.",
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Runs of every cell.")
-@click.option("--eval-data", metavar="ADDRESS", help="Images to measure on.  [default: the held-out ones]")
+@options.data_address("--eval-data", "Images to measure on.  [default: the held-out ones]")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Measure a seeded draw of them.  [default: all]")
 @click.option(
     "--null-images",

@@ -25,8 +25,8 @@ def _penalties(ctx: click.Context, parameter: click.Parameter, words: tuple[str,
 
 
 TRAINING = (
-    click.option("--data", metavar="ADDRESS", help="Labelled images to train on.  [default: the recipe's own]"),
-    click.option("--val-data", metavar="ADDRESS", help="Held-out images, where they do not lie in DATA/val."),
+    options.data_address("--data", "Labelled images to train on.  [default: the recipe's own]"),
+    options.data_address("--val-data", "Held-out images, where they do not lie in DATA/val."),
     options.output,
     click.option(
         "--set",

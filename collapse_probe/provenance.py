@@ -48,3 +48,15 @@ def require_torchvision() -> None:
 def names_sha256(names: Sequence[str]) -> str:
     """A fingerprint of an image set: SHA-256 of the names in their order, one a line."""
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+
+
+def escaped(name: str) -> str:
+    """A name that can be written anywhere: bytes that were no UTF-8 and control characters as escapes.
+
+    >>> escaped("caf\\udce9.png")
+    'caf\\\\xe9.png'
+    """
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").translate(CONTROLS)

@@ -32,8 +32,9 @@ from collapse_probe.analysis.summary import summarise, sureness
 from collapse_probe.analysis.untrained_twins import with_untrained
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import budget_line, tile_bytes
-from collapse_probe.data.images import ImageSet, OwnImages, looked_at, open_data, seeded_order
+from collapse_probe.data.images import ImageSet, OwnImages, images_from, seeded_order
 from collapse_probe.data.preprocessing import Size
+from collapse_probe.data.readers import LeftOut
 from collapse_probe.devices import choose_device, device_name, floating_like, modes_kept, moved, peak_memory
 from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import DataError, NonFiniteError
@@ -59,6 +60,7 @@ def analyze(
     presets: Sequence[str] = (),
     split: str | None = None,
     limit: int | None = None,
+    max_pixels: int | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_key: str | None = None,
     partial: bool = False,
@@ -83,9 +85,10 @@ def analyze(
 ) -> Findings:
     """Measure the collapse of one model over images: the main job.
 
-    `model` is an address, a module or a Subject; `data` an address, an ImageSet or any iterable of image batches [B, channels,
-    H, W] of one size, whose first batch the probe follows, or None where all metrics are of the weights. `metrics` and
-    `presets` are names, by default a fixed set. `split` and `limit` are for a data address, see `open_data`; `checkpoint`,
+    `model` is an address, a module or a Subject; `data` an address, an ImageSet, one tensor [n, channels, H, W], a data set of
+    (image, label) or any iterable of image batches [B, channels, H, W] of one size, whose first batch the probe follows, or
+    None where all metrics are of the weights. `metrics` and `presets` are names, by default a fixed set. `split`, `limit` and
+    `max_pixels` are for a data address, see `open_data`; `checkpoint`,
     `checkpoint_key`, `partial`, `pretrained`, `model_kwargs`, `img_size` and `blocks_pattern` for a model that is no Subject,
     see `resolve`. `null_images` is the number of images that each of `null_seeds` untrained twins sees (0 leaves them out);
     `until_ci` the half-width at which every headline mean's interval is narrow enough to stop. NaN or infinite weights or
@@ -109,7 +112,11 @@ def analyze(
         on_nonfinite=on_nonfinite,
         command=command,
     )
-    images = open_data(data, split=split, limit=limit, seed=seed) if isinstance(data, (str, Path)) else data
+    images = None
+    if data is not None:
+        images = images_from(data, split=split, limit=limit, seed=seed, max_pixels=max_pixels)
+        for note in images.notes:
+            (report or (lambda text: None))(note)
     with restored(model):
         subject = (
             model
@@ -159,7 +166,7 @@ def measure(
     `left_out` are images, by name, that are counted as not finite without being run, each with the place.
     """
     say, device = report or (lambda text: None), choose_device(settings.device)
-    images = None if images is None else looked_at(images)
+    images = None if images is None else images_from(images)
     subject = with_input(subject, images)
     ill_weights = _checked_weights(subject, settings)
     plan = plan_of(subject, settings.device, settings.seed)
@@ -178,7 +185,8 @@ def measure(
     not_measured = places_of_blocks(plan) + [f"left out: {each.where}: {each.why}" for each in omissions(plan)]
     stopped = [] if stopping is None else [stopping["sentence"]]
     ill = [] if nonfinite is None else [nonfinite["sentence"]]
-    notes = [*ill, *subject.notes, *plan.notes, *not_measured, *measured.notes, *notes, *twin_notes, *stopped]
+    said = [*subject.notes, *data_notes(images, seen.remarks), *plan.notes, *not_measured, *measured.notes]
+    notes = [*ill, *said, *notes, *twin_notes, *stopped]
     table = image_table(metrics, seen)
     values = per_image_values(table, heads)
     class_names = images.class_names if isinstance(images, ImageSet) else ()
@@ -304,16 +312,25 @@ def loading_facts(subject: Subject, plan: Plan) -> dict[str, Any]:
 
 
 def data_facts(images: Images | None, names: Sequence[str], skipped: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """The section `data`; where no image was used, no address and 0 images."""
+    """The section `data`; where no image was used, no address and 0 images. What was not read has its number in `left_out`."""
     came = images.batches if isinstance(images, OwnImages) else images
     address = images.address if isinstance(images, ImageSet) else f"an iterable ({type(came).__name__})"
+    left_out = images.left_out if isinstance(images, ImageSet) else LeftOut()
     return {
         "address": None if images is None else address,
         "images": len(names),
-        "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
+        "skipped": [{"name": name, "reason": reason} for name, reason in [*skipped, *left_out.entries()]],
         "names_sha256": None if images is None else names_sha256(names),
         "bundled": isinstance(images, ImageSet) and images.bundled,
+        **({"left_out": left_out.counts} if left_out.counts else {}),
+        **({"content_sha256": images.content_sha256} if isinstance(images, ImageSet) and images.content_sha256 else {}),
     }
+
+
+def data_notes(images: Images | None, remarks: Mapping[str, int]) -> list[str]:
+    """How the data were read, what of them was not, and what was done to how many images."""
+    notes = images.notes if isinstance(images, ImageSet) else ()
+    return [*notes, *(f"{count:,} image{'s' * (count > 1)}: {remark}" for remark, count in sorted(remarks.items()))]
 
 
 def run_facts(model: nn.Module, plan: Plan, settings: RunSettings, measured: Measurement) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collapse_probe.analysis.measurement import GALLERY_IMAGES, NULL_IMAGES, Ima
 from collapse_probe.analysis.outputs import ModelOutputs, OutputCollector, labels_for, mean_kl
 from collapse_probe.analysis.pairing import pair_up
 from collapse_probe.analysis.subjects import Candidate, ModelOptions, SubjectSpec, open_subjects
-from collapse_probe.data.images import ImageSet, OwnImages, looked_at, open_data
+from collapse_probe.data.images import ImageSet, OwnImages, images_from
 from collapse_probe.data.preprocessing import Size
 from collapse_probe.errors import DataError, NonFiniteError, SettingError
 from collapse_probe.models.batchnorm import recalibrated
@@ -64,6 +64,7 @@ def compare(
     cka: bool = False,
     split: str | None = None,
     limit: int | None = None,
+    max_pixels: int | None = None,
     model: str | None = None,
     checkpoint_key: str | None = None,
     partial: bool = False,
@@ -91,13 +92,13 @@ def compare(
     """Measure every subject that is a model, take the findings of the others, and pair all with the first, image by image.
 
     `subjects` maps labels to addresses, modules, Subjects, checkpoint files (of the architecture `model`), folders of
-    checkpoints, findings folders or Findings; a sequence gets labels from their names. `data`, `split` and `limit` as for
-    `analyze`; findings need none. `checkpoint_key`, `partial`, `pretrained`, `model_kwargs`, `img_size` and `blocks_pattern`
-    are for all models, see `resolve`. `fixes` and `fix_blocks` (see `with_fixes`) go into every model after the first;
-    `recalibrate_bn` is a number of batches; `cka` also takes the CKA between the depths of the first model and of each other
-    (`cross_cka`), into the other's findings. `watch` follows the images, `report(line)` is called before each longer step; the
-    rest is as for `analyze`. Raises DataError for subjects on different images, naming the first difference, and for models
-    without data.
+    checkpoints, findings folders or Findings; a sequence gets labels from their names. `data`, `split`, `limit` and
+    `max_pixels` as for `analyze`; findings need none. `checkpoint_key`, `partial`, `pretrained`, `model_kwargs`, `img_size`
+    and `blocks_pattern` are for all models, see `resolve`. `fixes` and `fix_blocks` (see `with_fixes`) go into every model
+    after the first; `recalibrate_bn` is a number of batches; `cka` also takes the CKA between the depths of the first model
+    and of each other (`cross_cka`), into the other's findings. `watch` follows the images, `report(line)` is called before
+    each longer step; the rest is as for `analyze`. Raises DataError for subjects on different images, naming the first
+    difference, and for models without data.
     """
     settings = RunSettings(
         device=device,
@@ -128,9 +129,12 @@ def compare(
     )
     specs, trajectory = open_subjects(subjects, options)
     _check_specs(specs, data, cka)
-    images = open_data(data, split=split, limit=limit, seed=seed) if isinstance(data, (str, Path)) else data
-    images = looked_at(images) if images is not None and any(spec.is_model for spec in specs) else None
     watch, say = watch or (lambda label, total: nullcontext()), report or (lambda text: None)
+    images = None
+    if data is not None and any(spec.is_model for spec in specs):
+        images = images_from(data, split=split, limit=limit, seed=seed, max_pixels=max_pixels)
+        for note in images.notes:
+            say(note)
     findings, pairs = _compare_all(specs, ComparisonRun(images, settings, recalibrate_bn, watch, say), cka)
     facts = {
         "command": command,

@@ -14,9 +14,9 @@ from collapse_probe.analysis.measurement import plan_of, with_input
 from collapse_probe.capture.capture import record
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import micro_batch
-from collapse_probe.data.images import Batch, ImageSet, batches_of, from_loader, looked_at, seeded_order
+from collapse_probe.data.images import Batch, ImageSet, batches_of, from_loader, images_from, seeded_order
 from collapse_probe.devices import autocast, choose_device, floating_like
-from collapse_probe.errors import DataError, SettingError
+from collapse_probe.errors import DataError
 from collapse_probe.metrics.minibatch_cka import STRIDE, MinibatchHSIC, minibatch_for
 from collapse_probe.models.loading import Subject
 from collapse_probe.results.findings import MetricResult
@@ -56,11 +56,7 @@ def cross_cka(
     captured.
     """
     place, subjects = choose_device(device), (first, second)
-    if limit is not None:
-        if not isinstance(images, ImageSet):
-            raise SettingError("a limit is drawn from a set of images: give a data address or an ImageSet, not an iterable")
-        images = images.subset(limit, seed)
-    images = looked_at(images)
+    images = images_from(images, limit=limit, seed=seed)
     subjects = with_input(first, images), with_input(second, images)
     models = [subject.model for subject in subjects]
     plans = [plan_of(subject, device, seed) for subject in subjects]

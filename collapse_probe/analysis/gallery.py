@@ -127,10 +127,10 @@ def thumbnails(extremes: Mapping[str, Any], images: object, preprocess: Preproce
     small = {}
     for name in (str(image["name"]) for end in ("highest", "lowest") for image in ends[1][end]):
         try:
-            picture = images[places[name]]
+            pixels = images.pixels(places[name], preprocess)
         except Exception:  # gone since the run read it; Pillow has no common base for its errors
             continue
-        seen = as_seen(preprocess.transform(picture).float(), preprocess.description)
+        seen = as_seen(pixels, preprocess.description)
         scale = min(1.0, LONGEST / max(seen.shape[:2]))
         height, width = (max(round(side * scale), 1) for side in seen.shape[:2])
         small[name] = np.asarray(Image.fromarray(seen).resize((width, height), Image.Resampling.LANCZOS), dtype=np.uint8)

@@ -22,7 +22,7 @@ from collapse_probe.capture.capture import same
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.replacement import KINDS, Branch, Replacement, branches_of, refusal, replacements_for, replacing
 from collapse_probe.capture.trace import TRACE_BYTES
-from collapse_probe.data.images import Batch, OwnImages, batches_of, looked_at, open_data
+from collapse_probe.data.images import Batch, OwnImages, batches_of, images_from
 from collapse_probe.data.preprocessing import Size
 from collapse_probe.devices import autocast, choose_device, floating_like
 from collapse_probe.distributed import gathered
@@ -50,6 +50,7 @@ def intervene(
     *,
     split: str | None = None,
     limit: int | None = None,
+    max_pixels: int | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_key: str | None = None,
     partial: bool = False,
@@ -98,11 +99,12 @@ def intervene(
         on_nonfinite=on_nonfinite,
         command=command,
     )
-    images = open_data(data, split=split, limit=limit, seed=seed) if isinstance(data, (str, Path)) else data
-    images = looked_at(images)
+    images = images_from(data, split=split, limit=limit, seed=seed, max_pixels=max_pixels)
     if isinstance(images, OwnImages) and images.once:
         raise DataError("the images are run through more than once: give an address, an ImageSet, a list or a DataLoader")
     say = report or (lambda text: None)
+    for note in images.notes:
+        say(note)
     with restored(model):
         subject = (
             model

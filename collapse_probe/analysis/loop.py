@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -103,7 +104,8 @@ class PassResult:
     """What one pass over the images gathered: sums by key, and of each image its name and values, in the order of the data.
 
     `records` holds the per-image values of every accumulator, in chunks, by key and name. `nonfinite` are images left out of
-    everything because their activations are not finite, each with the place.
+    everything because their activations are not finite, each with the place. `remarks` counts what was done to images besides
+    decoding.
     """
 
     accumulators: dict[Hashable, Accumulator] = field(default_factory=dict)
@@ -111,6 +113,7 @@ class PassResult:
     indices: list[int] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     nonfinite: list[tuple[str, str]] = field(default_factory=list)
+    remarks: Counter[str] = field(default_factory=Counter)
     records: dict[Hashable, dict[str, list[Array]]] = field(default_factory=dict)
     pictures: dict[str, Glimpse] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
@@ -122,6 +125,7 @@ class PassResult:
         self.indices += other.indices
         self.skipped += other.skipped
         self.nonfinite += other.nonfinite
+        self.remarks += other.remarks
         self.pictures |= other.pictures
         self.labels |= other.labels
         self.seconds = max(self.seconds, other.seconds)
@@ -171,7 +175,7 @@ def one_pass(
     start, like = time.perf_counter(), torch.empty(0, dtype=floating_like(model).dtype, device=device)
     with torch.no_grad():
         for batch in batches:
-            newest = PassResult(run.accumulators, skipped=[*batch.skipped])
+            newest = PassResult(run.accumulators, skipped=[*batch.skipped], remarks=batch.remarks)
             if batch.labels is not None:
                 newest.labels = dict(zip(batch.names, batch.labels.tolist(), strict=True))
             newest.nonfinite = [(name, options.left_out[name]) for name in batch.names if name in options.left_out]

@@ -144,17 +144,18 @@ def measure_model(
 
 
 def with_input(subject: Subject, images: ImageSet | OwnImages | None) -> Subject:
-    """The subject as it takes these images: those of a caller's own loader are made ready already.
+    """The subject as it takes these images: those that came as tensors are made ready already.
 
     Raises SettingError where another img_size was asked for than they have.
     """
-    if isinstance(images, OwnImages):
-        channels, height, width = images.shape
+    shape = None if images is None else images.shape
+    if shape is not None:
+        channels, height, width = shape
         notes = tuple(note for note in subject.notes if not note.startswith(ASSUMED))
         subject = replace(subject, preprocess=given_pixels(channels, (height, width)), notes=notes)
     size = subject.preprocess.size
     if subject.img_size is not None and sides_of(subject.img_size) != size:
-        whose = "the images given are" if isinstance(images, OwnImages) else "the model's own preprocessing gives"
+        whose = "the images given are" if shape is not None else "the model's own preprocessing gives"
         raise SettingError(
             f"img_size is {shown(sides_of(subject.img_size))}, but {whose} {shown(size)} (height × width): "
             "leave img_size out, or give images of that size"

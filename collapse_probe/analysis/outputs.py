@@ -114,13 +114,13 @@ def labels_for(
 ) -> tuple[NDArray[np.int64] | None, str]:
     """The label of every image [images], or None and why accuracy cannot be told.
 
-    The labels of an ImageSet are positions among its own classes, so these must be as many as the `classes` of the output.
+    The labels of an ImageSet with named classes are places among these, which must be as many as the `classes` of the output.
     `loader_labels` came with a caller's own batches, and must be among the output's classes.
     """
     labels = loader_labels or {}
     if isinstance(images, ImageSet) and images.labels is not None:
-        count = len(images.class_names) or max(images.labels) + 1
-        if count != classes:
+        count = len(images.class_names)
+        if count not in (0, classes):
             return None, f"the data have {count} classes, the output {classes}"
         labels = dict(zip(images.names, images.labels, strict=True))
     if not labels or any(name not in labels for name in names):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, islice
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -16,23 +19,42 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from collapse_probe.data.addresses import pictures_at
+from collapse_probe.data.objects import LABEL_KEYS, PIXEL_KEYS, is_dataset, of_dataset, of_tensor
 from collapse_probe.data.preprocessing import Preprocess
-from collapse_probe.data.readers import LIBRARIES, Pictures, bundled, in_folder, in_tar, in_timm
+from collapse_probe.data.readers import (
+    EIGHT_BITS,
+    REMARK,
+    LeftOut,
+    Pictures,
+    Skipped,
+    Unreadable,
+    decode,
+    is_deep,
+    opened,
+    rgb,
+    significant_bits,
+)
 from collapse_probe.distributed import gathered, rank_and_world
-from collapse_probe.errors import DataError, SettingError
+from collapse_probe.errors import CollapseProbeError, DataError, SettingError
+from collapse_probe.provenance import escaped
 
-Skipped = tuple[str, str]  # name, reason
+LOOKED_AT = 64  # pictures that may have more than 8 bits and tell how many all have
 
 
 class ImageSet(Dataset[Image]):
     """The pictures at one address: item i is a PIL image in RGB, its name `names[i]`, its class `labels[i]`.
 
     Names are paths relative to the root, with forward slashes; `labels` is None where there are none. Reading
-    a damaged picture raises what Pillow raises; `batches` skips it and says so.
+    a damaged picture raises what Pillow raises; `batches` skips it and says so. Where `shape` is not None the items are
+    float tensors [channels, height, width] that need no preprocessing. `max_pixels` is the most that a picture may have,
+    by default where Pillow stops.
     """
 
-    def __init__(self, address: str, pictures: Pictures, places: Sequence[int] | None = None) -> None:
-        self.address = address
+    def __init__(
+        self, address: str, pictures: Pictures, places: Sequence[int] | None = None, max_pixels: int | None = None
+    ) -> None:
+        self.address, self.max_pixels = escaped(address), max_pixels
         self._pictures = pictures
         self._places = range(len(pictures.names)) if places is None else places
 
@@ -40,7 +62,45 @@ class ImageSet(Dataset[Image]):
         return len(self._places)
 
     def __getitem__(self, index: int) -> Image:
-        return self._pictures.read(self._places[index])
+        picture: Image = self.read(index)[0]
+        return picture
+
+    def pixels(self, index: int, preprocess: Preprocess) -> Tensor:
+        """The picture as the model's input [channels, height, width], float32."""
+        picture = self[index]
+        return picture.float() if isinstance(picture, Tensor) else preprocess.pixels_of(picture)
+
+    def read(self, index: int) -> tuple[Any, int | None]:
+        """The picture (a float tensor where there is a `shape`), and the label that came with it alone, if any."""
+        came = self._pictures.open(self._places[index])
+        picture, label = came if isinstance(came, tuple) else (came, None)
+        if isinstance(picture, Tensor):
+            return picture, label
+        if isinstance(picture, Image):
+            return rgb(picture, self.bits), label
+        with picture:
+            return decode(picture, self.max_pixels, self.bits), label
+
+    @functools.cached_property
+    def bits(self) -> int:
+        """The bits of grey that all pictures are read with that have more than 8; see `rgb`.
+
+        They are those of the deepest among LOOKED_AT pictures, evenly spaced over all at the address.
+        """
+        names = self._pictures.names
+        able = [i for i, name in enumerate(names) if PurePosixPath(name).suffix.lower() not in EIGHT_BITS]
+        deepest = 8
+        for place in able[:: max(len(able) // LOOKED_AT, 1)][:LOOKED_AT] if self.shape is None else ():
+            try:
+                came = self._pictures.open(place)
+                picture = came[0] if isinstance(came, tuple) else came
+                with picture if not isinstance(picture, Image) else contextlib.nullcontext():
+                    picture = picture if isinstance(picture, Image) else opened(picture, self.max_pixels)
+                    if is_deep(picture) and picture.mode != "F":
+                        deepest = max(deepest, significant_bits(picture))
+            except Exception:  # skipped when its turn comes; Pillow has no common base for its errors
+                continue
+        return deepest
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -63,9 +123,29 @@ class ImageSet(Dataset[Image]):
         """Whether the pictures come with a package rather than from the user."""
         return self._pictures.bundled
 
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """(channels, height, width) of items that are tensors, made ready by the caller."""
+        return self._pictures.shape
+
+    @property
+    def content_sha256(self) -> str | None:
+        """A fingerprint of images that came as one tensor."""
+        return self._pictures.content_sha256
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What else lies at the address and is not read."""
+        return self._pictures.left_out
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How the address was read, and what of it was not."""
+        return (*self._pictures.notes, *self.left_out.notes())
+
     def only(self, places: Sequence[int]) -> ImageSet:
         """The pictures at these places, in this order, as a set of their own."""
-        return ImageSet(self.address, self._pictures, [self._places[i] for i in places])
+        return ImageSet(self.address, self._pictures, [self._places[i] for i in places], self.max_pixels)
 
     def subset(self, count: int, seed: int = 0) -> ImageSet:
         """`count` pictures drawn without replacement under `seed`, in the set's order; at most all.
@@ -89,7 +169,7 @@ class Batch:
     """Some pictures made ready: `pixels` [B, channels, height, width] float32; row b is picture `indices[b]`.
 
     `labels` [B] int64 or None. `skipped` are the pictures of this batch that could not be read, each with its
-    reason; they have no row, so B may be 0.
+    reason; they have no row, so B may be 0. `remarks` counts what was done to pictures besides decoding.
     """
 
     indices: tuple[int, ...]
@@ -97,48 +177,67 @@ class Batch:
     pixels: Tensor
     labels: Tensor | None = None
     skipped: tuple[Skipped, ...] = ()
+    remarks: Counter[str] = field(default_factory=Counter)
 
 
-def open_data(address: str | Path, *, split: str | None = None, limit: int | None = None, seed: int = 0) -> ImageSet:
+def open_data(
+    address: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    max_pixels: int | None = None,
+) -> ImageSet:
     """The pictures at a data address; nothing is decoded yet.
 
-    A folder, flat or with class folders; a `.tar`; `bundled:digits` (1797 images) or `bundled:photos` (53);
-    `hfds/ORG/NAME`, `hfids/…`, `wds/FOLDER`, `tfds/…`, `torch/NAME` as timm reads them. `split` is a
+    A folder, flat or with class folders, Tiny-ImageNet's too; one picture; a pattern of files (`photos/**/*.jpg`); an
+    uncompressed tar or a zip; a CSV or text file that lists paths, with labels or without; `bundled:digits` (1797 images) or
+    `bundled:photos` (53); `hfds/ORG/NAME`, `hfids/…`, `wds/FOLDER`, `tfds/…`, `torch/NAME` as timm reads them. `split` is a
     subfolder, or timm's split. `limit` takes that many pictures at random under `seed`; of a stream (hfids,
-    wds, tfds) the first.
+    wds, tfds) the first. `max_pixels` is the most that a picture may have.
 
-    Raises DataError where nothing can be read there, SettingError if `limit` < 1, UnknownNameError for
-    unknown bundled data.
+    Every real file is read once, hidden ones and those of operating systems are not; `notes` and `left_out` say what is left
+    out. Raises DataError where nothing can be read there, SettingError if `limit` < 1 or `max_pixels` < 1, UnknownNameError
+    for unknown bundled data.
     """
     if limit is not None:
         check_count(limit)
-    name, path = str(address), Path(address).expanduser()
-    if name.startswith("bundled:") or (path.suffix.lower() == ".tar" and not path.is_dir()):
-        if split is not None:
-            raise DataError(f"{address} has no splits, so {split!r} cannot be taken; leave --split out")
-        pictures = bundled(name.removeprefix("bundled:")) if name.startswith("bundled:") else in_tar(path)
-    elif name.partition("/")[0] in LIBRARIES and not path.exists():
-        pictures = in_timm(name, split, limit)
-    else:
-        pictures = in_folder(path, split)
+    check_max_pixels(max_pixels)
+    name = os.fspath(address)
+    pictures = pictures_at(name, split, limit)
     if not pictures.names:
         raise DataError(f"{address} holds no image")
-    images = ImageSet(name, pictures)
+    images = ImageSet(name, pictures, max_pixels=max_pixels)
     return images if limit is None else images.subset(limit, seed)
 
 
-class _Prepared(Dataset[tuple[int, Tensor | str]]):
-    """Item i is (i, pixels), or (i, the reason) for a picture that cannot be read."""
+def check_max_pixels(max_pixels: int | None) -> None:
+    """Raise SettingError for a limit of pixels below 1."""
+    if max_pixels is not None and max_pixels < 1:
+        raise SettingError(f"max_pixels, the most that a picture may have, must be at least 1, not {max_pixels}")
 
-    def __init__(self, images: ImageSet, transform: Callable[[Image], Tensor]) -> None:
-        self.images, self.transform = images, transform
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+class _Prepared(Dataset[Any]):
+    """Item i is (i, pixels, label, remark), or (i, the reason, None, "") for a picture that cannot be used."""
+
+    def __init__(self, images: ImageSet, preprocess: Preprocess) -> None:
+        self.images, self.preprocess = images, preprocess
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str, int | None, str]:
         try:
-            picture = self.images[index]
-        except Exception as error:  # Pillow has no common base for its errors
-            return index, " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return index, self.transform(picture).float()
+            picture, label = self.images.read(index)
+            pixels = picture.float() if isinstance(picture, Tensor) else self.preprocess.pixels_of(picture)
+            return index, pixels, label, "" if isinstance(picture, Tensor) else str(picture.info.get(REMARK, ""))
+        except CollapseProbeError:  # of the model's, not of this picture
+            raise
+        except Exception as error:  # neither Pillow nor transforms have a common base for their errors
+            return index, reason_of(error), None, ""
+
+
+def reason_of(error: Exception) -> str:
+    """Why a picture is skipped, on one line."""
+    text = str(error) if isinstance(error, Unreadable) else f"{type(error).__name__}: {error}"
+    return escaped(" ".join(text.split()))[:200]
 
 
 def batches(
@@ -156,8 +255,8 @@ def batches(
     Process `rank` of `world` takes the pictures rank, rank + world, … of that order.
 
     Nothing is padded or repeated, so processes may get different numbers of pictures. One that cannot be
-    read (damaged, empty, a decompression bomb) is in the batch's `skipped` instead of its rows. `workers` are
-    processes that decode.
+    read (damaged, empty, a decompression bomb) or preprocessed is in the batch's `skipped` instead of its rows. `workers`
+    are processes that decode.
 
     Raises SettingError for impossible settings, and DataError at the end of a single process' pass in which
     no picture could be read.
@@ -167,11 +266,12 @@ def batches(
     if workers < 0 or not 0 <= rank < world:
         raise SettingError(f"expected workers ≥ 0 and 0 ≤ rank < world, not {workers}, {rank}, {world}")
     places = (range(len(images)) if order is None else order)[rank::world]
+    images.bits  # noqa: B018  # looked for once, not in every worker
     collate = functools.partial(_collate, images.names, images.labels, (preprocess.channels, *preprocess.size))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # more workers than cores
         loader: DataLoader[Any] = DataLoader(
-            _Prepared(images, preprocess.transform),
+            _Prepared(images, preprocess),
             batch_size=batch_size,
             sampler=places,
             num_workers=workers,
@@ -193,7 +293,11 @@ def _read_all(loader: DataLoader[Any], address: str, count: int, alone: bool) ->
         skipped += batch.skipped
         yield batch
     if alone and not read:
-        example = f", for example {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
+        reasons: dict[str, str] = {}
+        for name, reason in skipped:
+            reasons.setdefault(reason, name)
+        first = "; ".join(f"{name} ({reason})" for reason, name in islice(reasons.items(), 3))
+        example = f", for example {first}" if skipped else ""
         raise DataError(f"no image of {address} can be read: {len(skipped)} of {count} failed{example}")
 
 
@@ -220,16 +324,18 @@ def _collate(
     names: Sequence[str],
     labels: Sequence[int] | None,
     shape: tuple[int, int, int],
-    items: Sequence[tuple[int, Tensor | str]],
+    items: Sequence[tuple[int, Tensor | str, int | None, str]],
 ) -> Batch:
-    rows = [(i, pixels) for i, pixels in items if isinstance(pixels, Tensor)]
-    indices = tuple(i for i, _ in rows)
+    rows = [(i, pixels, label) for i, pixels, label, _ in items if isinstance(pixels, Tensor)]
+    indices = tuple(i for i, _, _ in rows)
+    own = [label for _, _, label in rows] if labels is None else [labels[i] for i in indices]
     return Batch(
         indices,
         tuple(names[i] for i in indices),
-        torch.stack([pixels for _, pixels in rows]) if rows else torch.empty(0, *shape),
-        None if labels is None else torch.tensor([labels[i] for i in indices], dtype=torch.int64),
-        tuple((names[i], reason) for i, reason in items if isinstance(reason, str)),
+        torch.stack([pixels for _, pixels, _ in rows]) if rows else torch.empty(0, *shape),
+        None if None in own or (labels is None and not own) else torch.tensor(own, dtype=torch.int64),
+        tuple((names[i], reason) for i, reason, _, _ in items if isinstance(reason, str)),
+        Counter(remark for _, _, _, remark in items if remark),
     )
 
 
@@ -239,6 +345,8 @@ class OwnImages:
     `shape` is (channels, height, width) of its images, the same in all processes; `once` says that it is an iterator, which
     can be run through only once. Raises DataError where no process has an image, or where their shapes differ.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self.batches = batches
@@ -259,13 +367,32 @@ class OwnImages:
         return iter(self.batches) if begun is None else begun
 
 
-def looked_at(images: ImageSet | OwnImages | Iterable[Any]) -> ImageSet | OwnImages:
-    """A set of pictures as it is, anything else as `OwnImages`."""
-    return images if isinstance(images, (ImageSet, OwnImages)) else OwnImages(images)
+def images_from(
+    data: Any, *, split: str | None = None, limit: int | None = None, seed: int = 0, max_pixels: int | None = None
+) -> ImageSet | OwnImages:
+    """The images behind whatever a caller gives: an address (see `open_data`), an ImageSet, one tensor of images made ready
+    [n, channels, height, width], a data set of (image, label), or an iterable of batches (see `from_loader`).
 
-
-PIXEL_KEYS = ("pixel_values", "image", "images", "pixels")
-LABEL_KEYS = ("labels", "label", "target", "targets")
+    Raises SettingError where `split`, `limit` or `max_pixels` cannot be taken of it.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        return open_data(data, split=split, limit=limit, seed=seed, max_pixels=max_pixels)
+    check_max_pixels(max_pixels)
+    images: ImageSet | OwnImages
+    if isinstance(data, Tensor):
+        images = ImageSet(f"a tensor {list(data.shape)}", of_tensor(data), max_pixels=max_pixels)
+    elif isinstance(data, (ImageSet, OwnImages)):
+        images = data
+    elif is_dataset(data):
+        images = ImageSet(f"a data set ({type(data).__name__})", of_dataset(data), max_pixels=max_pixels)
+    else:
+        images = OwnImages(data)
+    asked = {"split": split, "limit": limit, "max_pixels": max_pixels}
+    takes = ("limit",) if isinstance(images, ImageSet) else ()
+    wrong = [name for name, value in asked.items() if value is not None and name not in takes]
+    if wrong and not (wrong == ["max_pixels"] and images is not data):
+        raise SettingError(f"{wrong[0]} belongs to a data address, and {type(data).__name__} is given; leave it out")
+    return images.subset(limit, seed) if isinstance(images, ImageSet) and limit is not None else images
 
 
 def from_loader(loader: Iterable[Any]) -> Iterator[Batch]:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from PIL import Image
 from torch import Tensor, nn
 
+from collapse_probe.data.readers import Unreadable
 from collapse_probe.errors import DataError, ModelError, SettingError
 
 
@@ -28,7 +29,24 @@ class Preprocess:
     description: dict[str, Any]
     channels: int = 3
 
+    def pixels_of(self, picture: Image.Image) -> Tensor:
+        """A picture (RGB) as the model's input [channels, height, width], float32.
 
+        Raises Unreadable for a picture so thin that resizing its shorter side to the input would take gigabytes, and where the
+        transform gives another shape; and what the transform raises.
+        """
+        short, long = sorted(picture.size)
+        if max(self.size) ** 2 * long / max(short, 1) > MOST_RESIZED:
+            sides = f"{picture.width:,} × {picture.height:,} pixels (width × height)"
+            raise Unreadable(f"it has {sides}: too thin to be resized to {shown(self.size)}")
+        pixels = self.transform(picture)
+        if tuple(pixels.shape) != (self.channels, *self.size):
+            expected = [self.channels, *self.size]
+            raise Unreadable(f"preprocessing gave {list(pixels.shape)} instead of {expected} (channels, height, width)")
+        return pixels.float()
+
+
+MOST_RESIZED = 2**26  # pixels of a picture whose shorter side is as long as the input's: a quarter of a gigabyte in Pillow
 Size = int | tuple[int, int]
 """Pixels of a side, or of (height, width)."""
 ASSUMED = "preprocessing assumed"

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
+from collapse_probe.data.folders import SPLITS
 from collapse_probe.data.images import ImageSet, open_data
-from collapse_probe.data.readers import SPLITS, Pictures
+from collapse_probe.data.readers import Pictures
 from collapse_probe.errors import DataError
 from collapse_probe.seeding import seed_of
 

@@ -13,7 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from collapse_probe.data.images import ImageSet, batches
+from collapse_probe.data.images import ImageSet, batches, reason_of
 from collapse_probe.data.preprocessing import Preprocess, from_timm_config
 from collapse_probe.data.splits import SPLIT_SEED, Split
 from collapse_probe.errors import DataError, SettingError
@@ -189,10 +189,10 @@ class SeededPictures(Dataset[tuple[Tensor, int]]):
         epoch, index = key
         try:
             picture = self.images[index]
-        except Exception as error:  # Pillow has no common base for its errors
-            raise unreadable(self.images.names[index], f"{type(error).__name__}: {error}") from error
-        with seeded(self.seed, PICTURE, epoch, index):
-            return self.transform(picture), self.labels[index]
+            with seeded(self.seed, PICTURE, epoch, index):
+                return self.transform(picture), self.labels[index]
+        except Exception as error:  # neither Pillow nor transforms have a common base for their errors
+            raise unreadable(self.images.names[index], reason_of(error)) from error
 
 
 class DecodedData(TrainingData):

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from collapse_probe.analysis.analyze import measure, restored
 from collapse_probe.analysis.measurement import RunSettings
-from collapse_probe.data.images import ImageSet, check_count, open_data
+from collapse_probe.data.images import ImageSet, check_count, images_from
 from collapse_probe.data.preprocessing import Preprocess, from_callable, given_pixels
 from collapse_probe.distributed import alone
 from collapse_probe.errors import DataError, ModelError, SettingError
@@ -26,27 +26,6 @@ from collapse_probe.seeding import random_kept
 
 Log = Callable[[int, dict[str, float]], None]
 Transform = Callable[[Image], Tensor]
-PARTS = 32  # images of a tensor that are handed over at a time
-
-
-@dataclass(frozen=True)
-class GivenPixels:
-    """Images that came as a tensor [n, 3, height, width], made ready by the caller; can be run through again."""
-
-    pixels: Tensor
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(torch.split(self.pixels, PARTS))
-
-    def preprocess(self) -> Preprocess:
-        """The preprocessing of images that need none."""
-        channels, height, width = self.pixels.shape[1:]
-        return given_pixels(channels, (height, width))
-
-    def facts(self) -> dict[str, Any]:
-        """What findings record of their origin; the names are numbers, so the content is identified by its SHA-256."""
-        content = hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()
-        return {"address": f"a tensor {list(self.pixels.shape)}", "content_sha256": content}
 
 
 class Monitor:
@@ -57,12 +36,12 @@ class Monitor:
             ...
             monitor.step(model, step)
 
-    `data` is a data address or an ImageSet (of which a seeded subset of `limit` images is taken), or images made ready as a
-    float tensor [n, 3, height, width] (the first `limit`). `metrics` are names as in `analyze`, by default its default set; no
-    untrained twin is measured, which would be the same at every step. `preprocess` is a Preprocess or a transform from picture
-    to tensor; by default what the model declares. With a `folder` each measurement becomes a findings folder,
-    `folder/step-0001000`; `collapse-probe compare folder` draws all of them over the training. `log(step, summary)` takes the
-    defined numbers of the summary; for TensorBoard:
+    `data` is a data address, an ImageSet or a data set of (image, label), of which a seeded subset of `limit` images is
+    taken, or images made ready as a float tensor [n, 3, height, width] (the first `limit`). `metrics` are names as in
+    `analyze`, by default its default set; no untrained twin is measured, which would be the same at every step.
+    `preprocess` is a Preprocess or a transform from picture to tensor; by default what the model declares. With a `folder`
+    each measurement becomes a findings folder, `folder/step-0001000`; `collapse-probe compare folder` draws all of them
+    over the training. `log(step, summary)` takes the defined numbers of the summary; for TensorBoard:
     `log=lambda step, numbers: [writer.add_scalar(name, n, step) for name, n in numbers.items()]`.
 
     The training goes on as if the monitor were not there: train and eval modes, random states, buffers, gradients and autocast
@@ -73,7 +52,7 @@ class Monitor:
 
     def __init__(
         self,
-        data: str | Path | ImageSet | Tensor,
+        data: str | Path | ImageSet | Tensor | Dataset[Any],
         *,
         every: int,
         folder: str | Path | None = None,
@@ -117,8 +96,6 @@ class Monitor:
             if self.preprocess is not None:
                 subject = replace(subject, preprocess=self.preprocess, notes=())
             findings = measure(subject, self.images, settings)
-        if isinstance(self.images, GivenPixels):
-            findings = replace(findings, data={**findings.data, **self.images.facts()})
         return findings.with_run(step=step)
 
 
@@ -152,23 +129,22 @@ def _device(model: nn.Module) -> torch.device:
     return devices.pop()
 
 
-def _images(data: str | Path | ImageSet | Tensor, limit: int | None, seed: int) -> ImageSet | GivenPixels:
-    if isinstance(data, Tensor):
-        if data.ndim != 4 or not data.is_floating_point() or not len(data):
-            raise DataError(f"expected float images [n, channels, height, width], came {data.dtype} {list(data.shape)}")
-        if limit is not None:
-            check_count(limit)
-        return GivenPixels(data[:limit].detach().to("cpu", torch.float32).clone())
-    if isinstance(data, ImageSet):
-        return data if limit is None else data.subset(limit, seed)
-    return open_data(data, limit=limit, seed=seed)
+def _images(data: Any, limit: int | None, seed: int) -> ImageSet:
+    if isinstance(data, Tensor) and limit is not None:
+        check_count(limit)
+        data, limit = data[:limit], None
+    images = images_from(data, limit=limit, seed=seed)
+    if not isinstance(images, ImageSet):
+        raise DataError("a monitor measures the same images again and again: give an address, a tensor or a data set")
+    return images
 
 
-def _preprocess(given: Preprocess | Transform | None, images: ImageSet | GivenPixels) -> Preprocess | None:
-    if isinstance(images, GivenPixels):
+def _preprocess(given: Preprocess | Transform | None, images: ImageSet) -> Preprocess | None:
+    if images.shape is not None:
         if given is not None:
             raise SettingError("images that come as a tensor are made ready already; leave preprocess out")
-        return images.preprocess()
+        channels, *size = images.shape
+        return given_pixels(channels, (size[0], size[1]))
     if given is None or isinstance(given, Preprocess):
         return given
     return from_callable(given, {"transform": repr(given)[:500]})

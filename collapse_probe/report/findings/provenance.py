@@ -90,9 +90,11 @@ def provenance(findings: Findings) -> list[Entry]:
     if weights_only(findings):
         run = {key: value for key, value in findings.run.items() if key not in OF_IMAGES}
         return [model, Entry("Run", "", (("images", "none: the metrics are of the weights alone"), *_facts("run", run)))]
-    skipped_images = ("skipped images", f"{len(findings.data.get('skipped') or ()):,}")
-    data = {key: value for key, value in findings.data.items() if key != "skipped"}
-    return [model, Entry("Data", "", (*_facts("data", data), skipped_images)), Entry("Run", "", _facts("run", findings.run))]
+    left_out = findings.data.get("left_out") or {}
+    unreadable = [image for image in findings.data.get("skipped") or () if image.get("reason") not in left_out]
+    counts = [("skipped images", f"{len(unreadable):,}"), ("files that were not read", f"{sum(left_out.values()):,}")]
+    data = {key: value for key, value in findings.data.items() if key not in ("skipped", "left_out")}
+    return [model, Entry("Data", "", (*_facts("data", data), *counts)), Entry("Run", "", _facts("run", findings.run))]
 
 
 def _facts(section: str, stored: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -113,7 +115,7 @@ def _fact(key: str, value: Any) -> str:
 
 
 def skipped(findings: Findings) -> tuple[list[tuple[str, str]], int]:
-    """The first skipped images with their reasons, and how many more there are."""
+    """The first skipped images and files with their reasons, and how many more there are."""
     images = list(findings.data.get("skipped") or ())
     listed = [(plain(image.get("name")), plain(image.get("reason"))) for image in images[:MOST_SKIPPED]]
     return listed, len(images) - len(listed)

@@ -1,0 +1,190 @@
+"""The pictures that come with a package, and those that a library of data sets reads, with their names and classes."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from collapse_probe.data.folders import open_file
+from collapse_probe.data.readers import Pictures, written
+from collapse_probe.downloads import fetching, first_line
+from collapse_probe.errors import DataError, UnknownNameError
+
+Pixels = npt.NDArray[np.uint8]
+SIDE = 224  # no crop of a photograph is smaller, in pixels
+GRID = (2, 3)  # and no photograph is cut finer: rows, columns
+SCIKIT_IMAGE = "astronaut brick camera cat coffee coins grass gravel hubble_deep_field moon rocket"
+SCIKIT_LEARN = "china flower"
+
+
+def _from_array(arrays: Sequence[Pixels], index: int) -> Image.Image:
+    """A picture out of arrays [height, width] or [height, width, 3]."""
+    return Image.fromarray(np.ascontiguousarray(arrays[index])).convert("RGB")
+
+
+def digits() -> Pictures:
+    """scikit-learn's 1797 handwritten digits, 8×8 greys stretched from 0..16 to 0..255, with their labels."""
+    from sklearn.datasets import load_digits
+
+    stored = load_digits()
+    greys = np.round(stored.images * (255 / 16)).astype(np.uint8)
+    labels = tuple(int(label) for label in stored.target)
+    names = tuple(f"{label}/{i:04d}.png" for i, label in enumerate(labels))
+    return Pictures(names, partial(_from_array, tuple(greys)), labels, tuple(map(str, stored.target_names)), bundled=True)
+
+
+def photos() -> Pictures:
+    """53 square crops, at least 224 pixels wide, of 13 photographs; no labels.
+
+    Each photograph gives its largest centred square, then the squares of a grid of at most 2×3 cells (fewer
+    where a cell would fall under 224 pixels): two scales, and no overlap within one.
+    """
+    crops = [(f"{name}/{i}.png", crop) for name, photo in photographs() for i, crop in enumerate(_squares(photo))]
+    names, arrays = zip(*crops, strict=True)
+    return Pictures(names, partial(_from_array, arrays), bundled=True)
+
+
+def photographs() -> Iterator[tuple[str, Pixels]]:
+    """Name and pixels of the photographs that come with scikit-image and scikit-learn."""
+    import skimage.data
+    from sklearn.datasets import load_sample_image
+
+    for name in SCIKIT_IMAGE.split():
+        yield name, getattr(skimage.data, name)()
+    for name in SCIKIT_LEARN.split():
+        yield name, load_sample_image(f"{name}.jpg")
+
+
+def _squares(photo: Pixels) -> Iterator[Pixels]:
+    height, width = photo.shape[:2]
+    fine = (min(GRID[0], height // SIDE), min(GRID[1], width // SIDE))
+    for rows, columns in [(1, 1)] + [fine] * (fine != (1, 1)):
+        side = min(height // rows, width // columns)
+        for row, column in itertools.product(range(rows), range(columns)):
+            top = (2 * row + 1) * height // (2 * rows) - side // 2
+            left = (2 * column + 1) * width // (2 * columns) - side // 2
+            yield photo[top : top + side, left : left + side]
+
+
+BUNDLED: dict[str, Callable[[], Pictures]] = {"digits": digits, "photos": photos}
+
+
+def bundled(name: str) -> Pictures:
+    """The bundled set of that name. Raises UnknownNameError, or DataError without the extra `demo`."""
+    if name not in BUNDLED:
+        raise UnknownNameError(f"no bundled data called {name!r}; there are {', '.join(BUNDLED)}")
+    try:
+        return BUNDLED[name]()
+    except ImportError as error:
+        way_out = 'pip install "collapse-probe[demo]"'
+        raise DataError(f"bundled:{name} needs scikit-learn and scikit-image ({error}); {way_out}") from error
+    except OSError as error:  # scikit-image would have to download
+        raise DataError(f"bundled:{name} cannot be loaded: {error}") from error
+
+
+LIBRARIES = {  # prefix: the library that it needs, how to install it
+    "hfds": ("datasets", "pip install datasets"),
+    "hfids": ("datasets", "pip install datasets"),
+    "wds": ("webdataset", "pip install webdataset"),
+    "tfds": ("tensorflow_datasets", "pip install tensorflow tensorflow-datasets"),
+    "torch": ("torchvision", "pip install torchvision"),
+}
+STREAMS = ("hfids", "wds", "tfds")  # can only be read from the beginning on
+WAY_OUT = "fetch it where there is network, or give a folder of images or bundled:photos"
+
+
+def in_timm(address: str, split: str | None, limit: int | None) -> Pictures:
+    """The data set at one of timm's addresses; `split` is timm's default, "validation", where None.
+
+    A stream cannot be read by index, so its pictures (the first `limit` where one is given) are first written
+    to a temporary folder, without loss. `torch/…` keeps its files in `datasets` in torch's hub folder.
+    Raises DataError where the library is missing or the data cannot be fetched.
+    """
+    prefix = address.partition("/")[0]
+    library, command = LIBRARIES[prefix]
+    if importlib.util.find_spec(library) is None:
+        raise DataError(f"{address} needs the library {library}; {command}")
+    try:
+        with fetching(address, DataError, WAY_OUT, hub=prefix in ("hfds", "hfids")):
+            dataset = _create(address, prefix, split or "validation")
+            if prefix in STREAMS:
+                return _spooled(itertools.islice(iter(dataset), limit))
+            return _from_torch(dataset) if prefix == "torch" else _from_reader(dataset.reader)
+    except DataError:
+        raise
+    except Exception as error:  # each library has errors of its own
+        raise DataError(f"cannot open {address}: {first_line(error)}") from error
+
+
+def _create(address: str, prefix: str, split: str) -> Any:
+    import timm.data
+    import torch
+
+    if prefix in STREAMS and torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise DataError(f"{address} is a stream, which one process alone can read; run without torchrun")
+    root = {"torch": str(Path(torch.hub.get_dir()) / "datasets"), "wds": address.partition("/")[2]}.get(prefix)
+    factory: Any = timm.data  # untyped
+    return factory.create_dataset(address, root=root, split=split, download=prefix in ("torch", "tfds"))
+
+
+def _open_timm(reader: Any, index: int) -> Any:
+    return reader[index][0]
+
+
+def _from_reader(reader: Any) -> Pictures:
+    """hfds: the reader's data set is random access; a picture without a path is named by its number."""
+    count = len(reader)
+    paths = [reader.filename(i) for i in range(count)]
+    if not all(isinstance(path, str) for path in paths) or len(set(paths)) < count:
+        paths = [*map(str, range(count))]
+    with_labels = reader.label_key in getattr(reader.dataset, "column_names", ())
+    labels = _labels(reader.dataset[reader.label_key]) if with_labels else None
+    ordered = sorted(reader.class_to_idx, key=reader.class_to_idx.get) if labels else []
+    return Pictures(written(paths), partial(_open_timm, reader), labels, written(map(str, ordered)))
+
+
+def _open_torch(dataset: Any, index: int) -> Any:
+    return dataset[index][0]
+
+
+def _from_torch(dataset: Any) -> Pictures:
+    labels = _labels(getattr(dataset, "targets", ()))
+    classes = written(map(str, getattr(dataset, "classes", ()))) if labels else ()
+    return Pictures(tuple(map(str, range(len(dataset)))), partial(_open_torch, dataset), labels, classes)
+
+
+def _spooled(stream: Iterable[tuple[Image.Image, Any]]) -> Pictures:
+    """The pictures of a stream, written to a temporary folder that goes when they are no longer used here."""
+    folder, targets = tempfile.mkdtemp(prefix="collapse-probe-"), []
+    try:
+        for i, (picture, target) in enumerate(stream):
+            picture.convert("RGB").save(Path(folder, f"{i}.png"), compress_level=1)
+            targets.append(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    numbers = tuple(map(str, range(len(targets))))
+    read = partial(open_file, tuple(Path(folder, f"{number}.png") for number in numbers))
+    pictures = Pictures(numbers, read, _labels(targets))
+    weakref.finalize(pictures, shutil.rmtree, folder, ignore_errors=True)
+    return pictures
+
+
+def _labels(targets: Iterable[Any]) -> tuple[int, ...] | None:
+    """Class numbers, or None where there are none or they are not single numbers."""
+    try:
+        labels = tuple(int(target) for target in targets)
+    except (TypeError, ValueError):
+        return None
+    return labels if labels and min(labels) >= 0 else None
