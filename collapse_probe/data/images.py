@@ -380,17 +380,17 @@ def images_from(
     check_max_pixels(max_pixels)
     images: ImageSet | OwnImages
     if isinstance(data, Tensor):
-        images = ImageSet(f"a tensor {list(data.shape)}", of_tensor(data), max_pixels=max_pixels)
+        images = ImageSet(f"a tensor {list(data.shape)}", of_tensor(data))
     elif isinstance(data, (ImageSet, OwnImages)):
         images = data
     elif is_dataset(data):
-        images = ImageSet(f"a data set ({type(data).__name__})", of_dataset(data), max_pixels=max_pixels)
+        images = ImageSet(f"a data set ({type(data).__name__})", of_dataset(data))
     else:
         images = OwnImages(data)
     asked = {"split": split, "limit": limit, "max_pixels": max_pixels}
     takes = ("limit",) if isinstance(images, ImageSet) else ()
     wrong = [name for name, value in asked.items() if value is not None and name not in takes]
-    if wrong and not (wrong == ["max_pixels"] and images is not data):
+    if wrong:
         raise SettingError(f"{wrong[0]} belongs to a data address, and {type(data).__name__} is given; leave it out")
     return images.subset(limit, seed) if isinstance(images, ImageSet) and limit is not None else images
 

@@ -92,8 +92,11 @@ def _columns(rows: Sequence[Row], folder: Path) -> tuple[int, int | None, list[s
     if pathlike or len(rows) < 2:
         path = pathlike[0] if pathlike else 0
         others = [at for at in range(len(first)) if at != path]
-        note = f"the list has {len(first)} columns without names: column {path + 1} was read as path, {others[0] + 1} as label"
-        return path, others[0] if others else None, [note] if len(others) > 1 else [], 0
+        label = others[0] if others else None
+        said = (
+            f"the list has {len(first)} columns without names: column {path + 1} was read as path, {(label or 0) + 1} as label"
+        )
+        return path, label, [said] if len(others) > 1 else [], 0
     names = [cell.lower() for cell in first]
     known = [names.index(name) for name in PATHS if name in names]
     second = [at for at, cell in enumerate(rows[1]) if _suffix(cell) or (folder / cell.strip()).is_file()]
@@ -103,9 +106,8 @@ def _columns(rows: Sequence[Row], folder: Path) -> tuple[int, int | None, list[s
     label = next((names.index(name) for name in LABELS if name in names and names.index(name) != path), None)
     notes = []
     if label is None and len(first) > 1:
-        notes = [
-            f"the list has the columns {', '.join(map(escaped, first))}: none is called {' or '.join(LABELS[:3])}, so no labels"
-        ]
+        names = [escaped(cell) for cell in first]
+        notes = [f"the list has the columns {', '.join(names)}: none is called label or class, so there are no labels"]
     return path, label, notes, 1
 
 
