@@ -322,7 +322,7 @@ def data_facts(images: Images | None, names: Sequence[str], skipped: Iterable[tu
         "skipped": [{"name": name, "reason": reason} for name, reason in [*skipped, *left_out.entries()]],
         "names_sha256": None if images is None else names_sha256(names),
         "bundled": isinstance(images, ImageSet) and images.bundled,
-        **({"left_out": left_out.counts} if left_out.counts else {}),
+        **({"left_out": dict(sorted(left_out.counts.items()))} if left_out.counts else {}),
         **({"content_sha256": images.content_sha256} if isinstance(images, ImageSet) and images.content_sha256 else {}),
     }
 
