@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from collapse_probe.distributed import rank_and_world
 from collapse_probe.results.findings import Findings
+from collapse_probe.results.readings import trained_on
 from collapse_probe.results.verdict import verdict_of
 
 PLAIN_WIDTH = 160
@@ -70,8 +71,9 @@ def table() -> Console:
 def answer(findings: Findings) -> str:
     """The verdict and the summary as text."""
     verdict = verdict_of(findings)
+    known = [f"Note: {text}"] if (text := trained_on(findings.data)) else []
     left_out = [f"Left out: {each['where']}: {each['why']}" for each in findings.model.get("left_out", ())]
-    lines = [*verdict.sentences, *(f"Note: {caveat}" for caveat in verdict.caveats), *left_out, ""]
+    lines = [*verdict.sentences, *(f"Note: {caveat}" for caveat in verdict.caveats), *known, *left_out, ""]
     width = max(len(name) for name in findings.summary)
     for name, value in findings.summary.items():
         lines.append(f"  {name:<{width}}  {'undefined' if value is None else f'{value:.6g}'}")

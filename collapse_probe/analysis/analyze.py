@@ -35,6 +35,7 @@ from collapse_probe.capture.trace import budget_line, tile_bytes
 from collapse_probe.data.images import ImageSet, OwnImages, images_from, seeded_order
 from collapse_probe.data.preprocessing import Size
 from collapse_probe.data.readers import LeftOut
+from collapse_probe.data.splits import split_data, whole_picture
 from collapse_probe.devices import choose_device, device_name, floating_like, modes_kept, moved, peak_memory
 from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import DataError, NonFiniteError
@@ -46,6 +47,7 @@ from collapse_probe.models.checkpoints import holds_any
 from collapse_probe.models.loading import Subject, library_module, resolve
 from collapse_probe.provenance import names_sha256, stamp
 from collapse_probe.results.findings import Findings
+from collapse_probe.results.readings import trained_on
 from collapse_probe.results.verdict import with_verdict
 from collapse_probe.statistics.estimates import per_image_values
 
@@ -185,15 +187,17 @@ def measure(
     not_measured = places_of_blocks(plan) + [f"left out: {each.where}: {each.why}" for each in omissions(plan)]
     stopped = [] if stopping is None else [stopping["sentence"]]
     ill = [] if nonfinite is None else [nonfinite["sentence"]]
+    data = data_facts(subject, images, seen.names, [*seen.skipped, *((n, f"{NOT_FINITE}: {why}") for n, why in seen.nonfinite)])
+    known = [text] if (text := trained_on(data)) else []
     said = [*subject.notes, *data_notes(images, seen.remarks), *plan.notes, *not_measured, *measured.notes]
-    notes = [*ill, *said, *notes, *twin_notes, *stopped]
+    notes = [*ill, *known, *said, *notes, *twin_notes, *stopped]
     table = image_table(metrics, seen)
     values = per_image_values(table, heads)
     class_names = images.class_names if isinstance(images, ImageSet) else ()
     sure = sureness(values, table, results, seen.labels, class_names, settings.seed)
     findings = Findings(
         model=model_facts(subject, plan),
-        data=data_facts(images, seen.names, [*seen.skipped, *((n, f"{NOT_FINITE}: {why}") for n, why in seen.nonfinite)]),
+        data=data,
         run={
             **run_facts(subject.model, plan, settings, measured),
             "until_ci": stopping,
@@ -311,7 +315,9 @@ def loading_facts(subject: Subject, plan: Plan) -> dict[str, Any]:
     }
 
 
-def data_facts(images: Images | None, names: Sequence[str], skipped: Iterable[tuple[str, str]]) -> dict[str, Any]:
+def data_facts(
+    subject: Subject, images: Images | None, names: Sequence[str], skipped: Iterable[tuple[str, str]]
+) -> dict[str, Any]:
     """The section `data`; where no image was used, no address and 0 images. What was not read has its number in `left_out`."""
     came = images.batches if isinstance(images, OwnImages) else images
     address = images.address if isinstance(images, ImageSet) else f"an iterable ({type(came).__name__})"
@@ -322,6 +328,7 @@ def data_facts(images: Images | None, names: Sequence[str], skipped: Iterable[tu
         "skipped": [{"name": name, "reason": reason} for name, reason in [*skipped, *left_out.entries()]],
         "names_sha256": None if images is None else names_sha256(names),
         "bundled": isinstance(images, ImageSet) and images.bundled,
+        "trained_on": images_trained_on(subject, images, names),
         **({"left_out": dict(sorted(left_out.counts.items()))} if left_out.counts else {}),
         **({"content_sha256": images.content_sha256} if isinstance(images, ImageSet) and images.content_sha256 else {}),
     }
@@ -331,6 +338,17 @@ def data_notes(images: Images | None, remarks: Mapping[str, int]) -> list[str]:
     """How the data were read, what of them was not, and what was done to how many images."""
     notes = images.notes if isinstance(images, ImageSet) else ()
     return [*notes, *(f"{count:,} image{'s' * (count > 1)}: {remark}" for remark, count in sorted(remarks.items()))]
+
+
+def images_trained_on(subject: Subject, images: Images | None, names: Sequence[str]) -> int | None:
+    """How many of the images the model was trained on; None where that is not known: of weights whose training is not
+    recorded, and of data that do not come with the package, whose names do not say whether they are the same images.
+    """
+    trained = subject.training_data
+    if trained is None or not isinstance(images, ImageSet) or not images.bundled or images.address != trained["address"]:
+        return None
+    of_training = {whole_picture(name) for name in split_data(**trained).train.names}
+    return sum(whole_picture(name) in of_training for name in names)
 
 
 def run_facts(model: nn.Module, plan: Plan, settings: RunSettings, measured: Measurement) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from collapse_probe.analysis.analyze import NOT_FINITE, measure, restored, without
 from collapse_probe.analysis.cross_cka import NAME, cross_cka
 from collapse_probe.analysis.loop import FAIL, Progress
 from collapse_probe.analysis.measurement import GALLERY_IMAGES, NULL_IMAGES, Images, Report, RunSettings, with_input
-from collapse_probe.analysis.outputs import ModelOutputs, OutputCollector, labels_for, mean_kl
+from collapse_probe.analysis.outputs import Bounds, ModelOutputs, OutputCollector, labels_for, mean_kl
 from collapse_probe.analysis.pairing import pair_up
 from collapse_probe.analysis.subjects import Candidate, ModelOptions, SubjectSpec, open_subjects
 from collapse_probe.data.images import ImageSet, OwnImages, images_from
@@ -217,8 +218,13 @@ def with_accuracy(findings: Findings, outputs: ModelOutputs, images: Images) -> 
         table[TOP1] = top1
         if labels is not None:
             table[LABELS], accuracy = labels, float(np.mean(top1 == labels))
+    facts = {"classes": outputs.classes, "accuracy": accuracy, "reason": reason}
+    if outputs.logits is not None:
+        bounds = Bounds()
+        bounds.take(torch.from_numpy(outputs.logits))
+        facts["logit_spread"] = bounds.spread
     return replace(
-        findings.with_run(outputs={"classes": outputs.classes, "accuracy": accuracy, "reason": reason}),
+        findings.with_run(outputs=facts),
         images=table,
         summary={**findings.summary, "accuracy": accuracy},
     )

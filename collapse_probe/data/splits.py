@@ -114,6 +114,11 @@ def photograph_tiles(photos: ImageSet) -> Split:
     return Split(_tiled(photos, train, classes), _tiled(photos, held_out, classes), classes)
 
 
+def whole_picture(name: str) -> str:
+    """The name of the picture that a tile was cut from; of a picture its own."""
+    return name.partition("#")[0]
+
+
 def _tiled(photos: ImageSet, crops: Sequence[tuple[int, int]], classes: tuple[str, ...]) -> ImageSet:
     names = tuple(f"{photos.names[i]}#{place}" for _, i in crops for place in range(TILES**2))
     labels = tuple(label for label, _ in crops for _ in range(TILES**2))

@@ -30,7 +30,8 @@ class Subject:
     "random (seed 0)", or "checkpoint"). `img_size` is the size that was asked for, None where the model's own is taken;
     `blocks_pattern`, as in a shell, names the paths of its blocks where they are not found.
     `fresh(seed)` makes the same architecture with fresh weights, in eval mode; None where
-    that is not possible. `loading` says what of a checkpoint went into `model`, by the names of `model`.
+    that is not possible. `loading` says what of a checkpoint went into `model`, by the names of `model`; `training_data`
+    on what its weights were trained, as `split_data` takes it, None where that is not known.
     """
 
     address: str
@@ -46,6 +47,7 @@ class Subject:
     notes: tuple[str, ...] = ()
     img_size: Size | None = None
     blocks_pattern: str | None = None
+    training_data: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Blueprint:
     `make(trained)` makes it with its published weights, or with fresh ones drawn from torch's CPU generator.
     `preprocess(model)` gives its preprocessing, and notes on what had to be assumed. `trained` is the tag of the published
     weights, None where there are none. `fixed` is set where the weights cannot be chosen here, and says whose they are.
-    `remakable` is False where `make` cannot give a second, fresh model.
+    `remakable` is False where `make` cannot give a second, fresh model. `training_data`: see `Subject`.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Blueprint:
     trained: str | None = None
     fixed: str | None = None
     remakable: bool = True
+    training_data: Mapping[str, Any] | None = None
 
 
 class Source(ABC):
@@ -184,6 +187,7 @@ def resolve(
         notes=notes,
         img_size=img_size,
         blocks_pattern=blocks_pattern,
+        training_data=blueprint.training_data if trained and checkpoint is None else None,
     )
     check_blocks(fixes, blocks)
     if checkpoint is None:

@@ -44,6 +44,16 @@ def not_loaded(model: Mapping[str, Any]) -> str:
     return f"{where} {what}{which}: the checkpoint was loaded in part, {came} of the model came from it"
 
 
+def trained_on(data: Mapping[str, Any]) -> str:
+    """How many of the images of a run its model was trained on, in a sentence; empty where that is not known."""
+    count, images = data.get("trained_on"), data.get("images")
+    if count is None:
+        return ""
+    if not count:
+        return f"None of these {images} images was trained on: they were held out."
+    return f"The model was trained on {count} of these {images} images: numbers and accuracy are not those of unseen images."
+
+
 def weights_only(findings: Findings) -> bool:
     """Whether all that was measured is about the weights, without images."""
     return bool(findings.metrics) and all(r.description.level == "weights" for r in findings.metrics.values())

@@ -236,6 +236,8 @@ COUNT_THRESHOLDS = (0.8, RAW_ABOVE, 0.95)  # the mean cosines above which simila
 NOTABLE = 0.1  # a difference of similarity, or of kappa, that a sentence names
 FALSE_DISCOVERY_RATE = 0.05  # over the blocks of a metric, at which a difference counts
 OF_ARCHITECTURE = 0.5  # share of a contrast that untrained twins show as well, from which on it is the architecture's
+ROUNDING = 1e-5
+"""A model whose logits vary less than this over the images, as a share of the largest, gives the same output for all."""
 KEEPS_ANSWERS = 0.95  # share of unchanged top answers from which on a replacement costs little
 MOST_BLOCKS = 0.5  # share of the blocks
 CONTROL_COLLAPSED = 0.9  # of the positive control: κ, and with Re-attention the raw cosine at the softmax

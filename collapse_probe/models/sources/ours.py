@@ -69,7 +69,14 @@ class OurSource(Source):
         def make(trained: bool) -> Any:
             return load_model(path)[0] if trained else card.architecture.build(int(torch.randint(2**31, ())))
 
-        return Blueprint(label, make, lambda model: (card.preprocess(), tuple(notes)), trained=f"trained: {label}")
+        data = {"address": card.facts.get("data"), "val_data": card.facts.get("val_data"), "share": recipe.get("val_share")}
+        return Blueprint(
+            label,
+            make,
+            lambda model: (card.preprocess(), tuple(notes)),
+            trained=f"trained: {label}",
+            training_data=None if None in (data["address"], data["share"]) else data,
+        )
 
 
 SOURCES.add("ours", OurSource())

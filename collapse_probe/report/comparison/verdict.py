@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from collapse_probe.results.comparison import ACCURACY, KAPPA, PROBS, Comparison, Difference, Pair
 from collapse_probe.results.findings import Findings
-from collapse_probe.results.readings import adjacent, is_untrained, mean, not_loaded, null_of, weights_only
-from collapse_probe.results.rules import FALSE_DISCOVERY_RATE, NOTABLE, OF_ARCHITECTURE, RAW_ABOVE
+from collapse_probe.results.readings import adjacent, is_untrained, mean, not_loaded, null_of, trained_on, weights_only
+from collapse_probe.results.rules import FALSE_DISCOVERY_RATE, NOTABLE, OF_ARCHITECTURE, RAW_ABOVE, ROUNDING
 from collapse_probe.results.text import DASH, interval, number, p_value, sentence_case, spans
 from collapse_probe.results.verdict import MEANS, MOST_LISTED, Verdict, not_heard
 from collapse_probe.statistics.paired import Paired
@@ -64,14 +64,17 @@ def verdict_of_pair(pair: Pair, first: Findings, second: Findings) -> Verdict:
             sentences.append(f"Before the mixing, at the softmax (probs), {who} are {_both(probs)}.")
         sentences.append(_outputs(pair))
     caveats = tuple(_caveats(case, pair, first, second))
-    sentences = [*_not_loaded({pair.first: first, pair.second: second}), *filter(None, sentences)]
+    sentences = [*_said_first({pair.first: first, pair.second: second}), *filter(None, sentences)]
     return Verdict(case, tuple(sentences), caveats, label=f"{pair.second} compared with {pair.first}")
 
 
-def _not_loaded(subjects: Mapping[str, Findings]) -> list[str]:
-    """A sentence for each subject whose checkpoint lacks weights of blocks."""
+def _said_first(subjects: Mapping[str, Findings]) -> list[str]:
+    """What stands above all: weights and images that are not finite, and each subject whose checkpoint lacks weights."""
+    ill = {label: str(f.run["nonfinite"]["sentence"]) for label, f in subjects.items() if f.run.get("nonfinite")}
+    alike = len({*ill.values()}) == 1 and len(ill) == len(subjects)
+    said = [*{*ill.values()}] if alike else [f"{label}: {text}" for label, text in ill.items()]
     parts = {label: not_loaded(findings.model) for label, findings in subjects.items()}
-    return [f"{label}: {part}." for label, part in parts.items() if part]
+    return [*said, *(f"{label}: {part}." for label, part in parts.items() if part)]
 
 
 def _case(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:
@@ -247,7 +250,14 @@ def _caveats(case: str, pair: Pair, first: Findings, second: Findings) -> list[s
     if untrained and case != "without-training":
         who = f"{untrained[0]} is" if len(untrained) == 1 else f"{' and '.join(untrained)} are"
         caveats.append(f"{who} untrained: the numbers describe architecture and initialisation, nothing learned.")
-    caveats += [f"{label}: {text}" for label, f in ((pair.first, first), (pair.second, second)) for text in not_heard(f)]
+    both = ((pair.first, first), (pair.second, second))
+    caveats += [f"{label}: {text}" for label, f in both if (text := trained_on(f.data))]
+    caveats += [
+        f"{label} gives the same logits for all images: its answers, their agreement and their accuracy say nothing of it."
+        for label, f in both
+        if (f.run.get("outputs") or {}).get("logit_spread", 1.0) <= ROUNDING
+    ]
+    caveats += [f"{label}: {text}" for label, f in both for text in not_heard(f)]
     left_out = {name: int(d.paired.left_out[d.paired.images > 0].max(initial=0)) for name, d in pair.differences.items()}
     if any(left_out.values()):
         most = max(left_out, key=lambda name: left_out[name])
@@ -271,5 +281,5 @@ def over_training(comparison: Comparison) -> Verdict:
     first = f"From {labels[0]} to {labels[-1]}, over {len(labels)} checkpoints: {', '.join(head)}."
     caveats = ("This is one training run: another seed may take another course.", SEED_CAVEAT)
     label = f"{labels[-1]} compared with {labels[0]}"
-    sentences = [*_not_loaded(comparison.subjects), *filter(None, (first, " ".join(counts), _outputs(pair)))]
+    sentences = [*_said_first(comparison.subjects), *filter(None, (first, " ".join(counts), _outputs(pair)))]
     return Verdict("course", tuple(sentences), caveats, label=label)

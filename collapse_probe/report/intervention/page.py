@@ -36,7 +36,7 @@ def render(interventions: Interventions, figures: Mapping[str, Figure] | None = 
         name=plain(interventions.model.get("name")),
         images=plain(interventions.data.get("images")),
         data=plain(interventions.data.get("address")),
-        plain_accuracy=f"not known: {interventions.plain['reason']}" if accuracy is None else f"{accuracy:.1%}",
+        plain_accuracy=_plain_accuracy(interventions),
         verdicts=verdicts(interventions),
         keeps=f"{KEEPS_ANSWERS:.0%}",
         plates=plates_of(FIGURES, interventions, figures),
@@ -46,6 +46,14 @@ def render(interventions: Interventions, figures: Mapping[str, Figure] | None = 
         definitions=DEFINITIONS,
         provenance=[(part, facts(getattr(interventions, part))) for part in ("model", "data", "run")],
     )
+
+
+def _plain_accuracy(interventions: Interventions) -> str:
+    """The accuracy of the model itself, and how many of its images were trained on; or why there is none."""
+    accuracy, count = interventions.plain["accuracy"], interventions.data.get("trained_on")
+    if accuracy is None:
+        return f"not known: {interventions.plain['reason']}"
+    return f"{accuracy:.1%}" + (f" ({count} of the {interventions.data['images']} images were trained on)" if count else "")
 
 
 def _row(effect: Effect, accurate: bool) -> tuple[str, ...]:

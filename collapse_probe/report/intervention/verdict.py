@@ -7,15 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from collapse_probe.results.intervention import Effect, Interventions
-from collapse_probe.results.readings import is_untrained, mean, not_loaded
-from collapse_probe.results.rules import KEEPS_ANSWERS, MOST_BLOCKS
+from collapse_probe.results.readings import is_untrained, mean, not_loaded, trained_on
+from collapse_probe.results.rules import KEEPS_ANSWERS, MOST_BLOCKS, ROUNDING
 from collapse_probe.results.text import interval, number
 from collapse_probe.results.verdict import Verdict
 
 SPARED, ONLY_ALONE, USED, MIXED = "spared", "spared only one at a time", "used", "used in some blocks"
 NOT_READABLE = "nothing can be read"
-ROUNDING = 1e-5
-"""Of the largest logit: what varies less over the images is rounding."""
 TEXTS = {  # what is done; what it means where it costs little; what it does not say
     "share": (
         "Using the map of the block before",
@@ -124,6 +122,8 @@ def _caveats(interventions: Interventions, kind: str, not_said: str) -> list[str
     caveats, answers = [not_said], interventions.plain.get("answers")
     if answers == 1 and int(interventions.data["images"]) > 1:
         caveats.insert(0, "The plain model gives the same answer to every image: that it stays says little; read the KL.")
+    if known := trained_on(interventions.data):
+        caveats.insert(0, known)
     if is_untrained(interventions.model):
         caveats.insert(0, "The weights are random: what is kept or lost here is no evidence about a trained model.")
     raw, kappa = (mean(np.array(interventions.similarity.get(name, ()), np.float64)) for name in ("raw", "kappa"))
