@@ -16,14 +16,14 @@ from collapse_probe.statistics.breakdowns import classes_of, convergence_of, ext
 from collapse_probe.statistics.estimates import PerImageValues
 from collapse_probe.statistics.intervals import Array
 from collapse_probe.statistics.paired import controlled
-from collapse_probe.statistics.permutation import ASSUMPTION, LEVEL, NULL, SignFlips, sign_flips
+from collapse_probe.statistics.permutation import ASSUMPTION, LEVEL, NULL, ROUNDING, SignFlips, above_rounding, sign_flips
 
 
 def pair_tests(table: Mapping[str, NDArray[Any]], results: Mapping[str, MetricResult], seed: int = 0) -> dict[str, Any]:
     """The tests of every block × block similarity whose single images were kept with their null, as plain data by metric.
 
     Adjacent pairs by `sign_flips`; all pairs by the paired t test of the run's sums. `q` is p with the false discovery rate
-    controlled (Benjamini–Hochberg) over the pairs of the metric.
+    controlled (Benjamini–Hochberg) over the pairs of the metric. A difference within rounding has p = 1 (`above_rounding`).
     """
     differences = {
         name: np.asarray(values - table[name + NULL], dtype=np.float64)
@@ -44,10 +44,15 @@ def pair_tests(table: Mapping[str, NDArray[Any]], results: Mapping[str, MetricRe
 
 def _adjacent_pairs(differences: Array, flips: SignFlips) -> dict[str, Any]:
     """One metric's test of adjacent pairs, with what its images could have shown at most."""
-    images, q = int(np.isfinite(differences).any(1).sum()), controlled(flips.p)
+    known = np.isfinite(differences)
+    means = np.where(known, differences, 0.0).sum(0) / known.sum(0).clip(1)
+    flips, images = replace(flips, p=above_rounding(flips.p, means)), int(known.any(1).sum())
+    q, rounded = controlled(flips.p), int((np.isfinite(flips.p) & (np.abs(means) <= ROUNDING)).sum())
     smallest = float(np.nanmin(flips.smallest, initial=1.0))
     significant, tested = int((q <= LEVEL).sum()), int(np.isfinite(flips.p).sum())
     sentence = f"{significant} of {tested} neighbouring pairs are more alike than with the wrong tokens (FDR {LEVEL:g})."
+    if rounded:
+        sentence += f" In {rounded} the difference is within the rounding of float32 ({ROUNDING:g}): none is found there."
     if smallest > LEVEL:
         sentence = f"Too few images to tell: with {images} the smallest p-value is {smallest:.2g}, above {LEVEL:g}."
     return {
@@ -63,6 +68,8 @@ def _adjacent_pairs(differences: Array, flips: SignFlips) -> dict[str, Any]:
         "level": LEVEL,
         "significant": significant,
         "tested": tested,
+        "rounding": ROUNDING,
+        "within_rounding": rounded,
         "smallest_p": smallest,
         "enough_images": smallest <= LEVEL,
         "assumption": ASSUMPTION,
@@ -74,7 +81,8 @@ def _all_pairs(result: MetricResult) -> dict[str, Any] | None:
     """p and q [blocks, blocks] of the paired t test of every pair of different blocks; None where the sums were not kept."""
     if result.nulls is None or result.nulls.beyond_p is None:
         return None
-    p = result.nulls.beyond_p.copy()
+    token = result.nulls.values["other_token"]
+    p = above_rounding(result.nulls.beyond_p, result.array - (np.nan if token is None else token))
     np.fill_diagonal(p, np.nan)
     q, (rows, columns) = np.full(p.shape, np.nan), np.tril_indices(len(p), -1)
     q[rows, columns] = q[columns, rows] = controlled(p[rows, columns])

@@ -66,7 +66,11 @@ class CellResult:
     untrained: Mapping[str, float | None] = field(default_factory=dict)
 
     def number(self, key: str) -> float:
-        """`accuracy`, a name of the summary, or `untrained.NAME`; NaN where the cell has none."""
+        """`accuracy`, a name of the summary, SHARE, or `untrained.NAME`; NaN where the cell has none."""
+        if key.endswith(SHARE):
+            before = key.removesuffix(SHARE)
+            pairs = self.number(f"{before}pairs")
+            return self.number(f"{before}similar_blocks") / pairs if pairs > 0 else math.nan
         numbers = {**self.numbers, "accuracy": self.accuracy, "loss": self.loss}
         value = self.untrained.get(key.removeprefix(UNTRAINED)) if key.startswith(UNTRAINED) else numbers.get(key)
         return math.nan if value is None else float(value)
@@ -85,6 +89,8 @@ class CellResult:
             raise OutputError(f"these values describe no cell of a sweep: {error}") from error
 
 
+SHARE = "similar_share"
+"""Similar blocks over the adjacent pairs that were compared: unlike the count, it does not grow with the depth alone."""
 Points = Sequence[tuple[Any, Sequence[CellResult]]]
 """The values of an axis, each with its cells, one a seed."""
 
@@ -113,6 +119,7 @@ def estimate(values: Iterable[float]) -> Estimate:
 
 
 RISES, FALLS, FLAT, UNCLEAR = "rises", "falls", "stays the same", "shows no clear trend"
+ONE_SEED = "shows no trend that one seed could tell"
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ def trend(points: Points, key: str) -> Trend | None:
     """Whether a number rises or falls along an axis of numbers; None with fewer than two places where it is defined.
 
     A straight line is fitted to each seed that has all places. With two seeds or more the number rises where the
-    interval of the mean slope lies above 0 and falls where it lies below; with one, where no step goes the other way.
+    interval of the mean slope lies above 0 and falls where it lies below. One seed ranks nothing: another may go the other way.
     """
     places = [(float(x), {cell.seed: cell.number(key) for cell in cells}) for x, cells in points]
     places = [(x, by_seed) for x, by_seed in sorted(places, key=lambda p: p[0]) if any(map(math.isfinite, by_seed.values()))]
@@ -137,13 +144,11 @@ def trend(points: Points, key: str) -> Trend | None:
     x = np.array([place for place, _ in places])
     lines = [np.array([by_seed[seed] for _, by_seed in places]) for seed in seeds]
     slope = estimate(float(np.polyfit(x, line, 1)[0]) for line in lines)
+    if all(np.ptp(line) == 0 for line in lines):
+        return Trend(FLAT, slope)
     if slope.ci95 is None:
-        steps = np.diff(lines[0])
-        rises, falls = bool((steps >= 0).all()), bool((steps <= 0).all())
-    else:
-        rises, falls = slope.ci95[0] > 0, slope.ci95[1] < 0
-    flat = all(np.ptp(line) == 0 for line in lines)
-    return Trend(FLAT if flat else RISES if rises else FALLS if falls else UNCLEAR, slope)
+        return Trend(ONE_SEED, slope)
+    return Trend(RISES if slope.ci95[0] > 0 else FALLS if slope.ci95[1] < 0 else UNCLEAR, slope)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,8 @@ FLIPPED = 1000
 FLIPS_AT_ONCE = 2_000_000
 TIE = 1e-12
 NULL = "/other_token"
+ROUNDING = 1e-5
+"""Cosines are taken in float32: a mean difference of no more than this is not told from its rounding, however many images."""
 ASSUMPTION = (
     "If two blocks agreed on nothing, the similarity of an image's right tokens and that of its wrong tokens could be "
     "exchanged, so that their difference would be as likely to have either sign, image by image and independently (the images "
@@ -63,6 +65,15 @@ def sign_flips(differences: Array, *, seed: int = 0, permutations: int = PERMUTA
     smallest = floor if exact else np.maximum(floor, 1 / (1 + permutations))
     known = defined.any(0)
     return SignFlips(np.where(known, p, np.nan), np.where(known, smallest, np.nan), 2**images if exact else permutations, exact)
+
+
+def above_rounding(p: Array, difference: Array) -> Array:
+    """One-sided p-values, 1 where the mean difference is no larger than `ROUNDING`; NaN stays.
+
+    >>> above_rounding(np.array([0.001, 0.001, np.nan]), np.array([0.2, 2e-6, 0.0])).tolist()
+    [0.001, 1.0, nan]
+    """
+    return np.where(np.isfinite(p) & ~(difference > ROUNDING), 1.0, p)
 
 
 def _grouped(differences: Array) -> Array:

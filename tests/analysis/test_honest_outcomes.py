@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from collapse_probe.cli.console import answer
@@ -11,6 +12,7 @@ from collapse_probe.cli.console import answer
 from collapse_probe.analysis.analyze import analyze
 from collapse_probe.analysis.compare import compare
 from collapse_probe.analysis.intervene import intervene
+from collapse_probe.analysis.summary import pair_tests
 from collapse_probe.data.images import open_data
 from collapse_probe.data.splits import split_data
 from collapse_probe.models.loading import resolve
@@ -18,6 +20,7 @@ from collapse_probe.report.comparison.verdict import verdicts as comparison_verd
 from collapse_probe.report.intervention.page import render
 from collapse_probe.report.intervention.verdict import NOT_READABLE
 from collapse_probe.report.intervention.verdict import verdicts as intervention_verdicts
+from collapse_probe.results.findings import MetricResult, Nulls
 from tests.factories import small_vit
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -120,3 +123,22 @@ def test_comparison_intervention_and_terminal_say_it_too():
     compared = replace(compared, subjects={label: known(findings) for label, findings in compared.subjects.items()})
     assert sum(said in caveat for caveat in comparison_verdicts(compared)[0].caveats) == 2
     assert f"Note: {said}" in answer(compared.subjects["one"])
+
+
+@pytest.mark.parametrize(("difference", "significant"), [(3e-6, 0), (-3e-6, 0), (1e-4, 2)])
+def test_differences_within_the_rounding_of_float32_are_never_found(difference, significant):
+    rng = np.random.default_rng(0)
+    null = rng.uniform(0.2, 0.9, (64, 2))
+    table = {
+        "attention-similarity": null + difference + rng.normal(0, 1e-7, null.shape),
+        "attention-similarity/other_token": null,
+    }
+    real, token = (np.full((3, 3), np.nan) for _ in range(2))
+    real[[1, 2], [0, 1]], token[[1, 2], [0, 1]] = table["attention-similarity"].mean(0), null.mean(0)
+    nulls = Nulls({"other_token": token}, None, {}, beyond_p=np.full((3, 3), 1e-6))
+    result = MetricResult(("block", "block"), "", values=real, nulls=nulls)
+    test = pair_tests(table, {"attention-similarity": result})["attention-similarity"]
+    assert test["tested"] == 2
+    assert test["significant"] == test["all_pairs"]["significant"] == significant
+    assert test["within_rounding"] == (2 if not significant else 0)
+    assert ("within the rounding of float32" in test["sentence"]) == (not significant)

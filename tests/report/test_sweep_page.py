@@ -27,6 +27,7 @@ from collapse_probe.results.sweep import (
     FALLS,
     FINISHED,
     FLAT,
+    ONE_SEED,
     PUBLISHED,
     RISES,
     UNCLEAR,
@@ -64,9 +65,9 @@ def sweep_of(cells, varied, notes=()):
 
 
 def deep(raw, seeds=2, fixes=(None, "re-attention"), **numbers):
-    """A sweep over depth 8, 16, 24 whose raw counts are `raw` in every curve, jittered by the seed where there are several."""
+    """A sweep over depth 8, 16, 24 whose raw counts are `raw` in every curve, a seventh of the pairs more with each seed."""
     cells = [
-        outcome({"depth": depth, "fix": fix}, seed, raw=count + seed, **numbers)
+        outcome({"depth": depth, "fix": fix}, seed, raw=count + seed * (depth - 1) / 7, **numbers)
         for seed in range(seeds)
         for depth, count in zip((8, 16, 24), raw, strict=True)
         for fix in fixes
@@ -98,11 +99,11 @@ def test_fewer_than_two_seeds_have_no_interval(values, mean):
 @pytest.mark.parametrize(
     ("values", "case"),
     [
-        ({8: [0.1], 16: [0.2], 24: [0.2]}, RISES),
-        ({8: [0.3], 16: [0.2], 24: [0.1]}, FALLS),
-        ({8: [0.1], 16: [0.3], 24: [0.2]}, UNCLEAR),
+        ({8: [0.1], 16: [0.2], 24: [0.2]}, ONE_SEED),
+        ({8: [0.3], 16: [0.2], 24: [0.1]}, ONE_SEED),
+        ({8: [0.1], 16: [0.3], 24: [0.2]}, ONE_SEED),
         ({8: [0.2], 16: [0.2], 24: [0.2]}, FLAT),
-        ({24: [0.2], 8: [0.1], 16: [0.15]}, RISES),
+        ({24: [0.2, 0.21], 8: [0.1, 0.11], 16: [0.15, 0.16]}, RISES),
         ({8: [0.1, 0.11, 0.1], 16: [0.2, 0.21, 0.2], 24: [0.3, 0.31, 0.31]}, RISES),
         ({8: [0.3, 0.3, 0.3], 16: [0.2, 0.2, 0.21], 24: [0.1, 0.11, 0.1]}, FALLS),
         ({8: [0.1, 0.9], 16: [0.5, 0.5], 24: [0.9, 0.2]}, UNCLEAR),
@@ -143,12 +144,11 @@ def test_the_untrained_twin_has_its_case(pairs, case):
 
 def test_the_sentences_turn_with_the_numbers():
     up, down = deep((2.0, 9.0, 20.0), fresh=1.0), deep((20.0, 9.0, 2.0), fresh=30.0)
-    assert "the raw count of similar blocks rises in both curves" in headline(up)
-    assert "the raw count of similar blocks falls in both curves" in headline(down)
+    assert "the share of adjacent blocks that are similar by the raw cosine rises in both curves" in headline(up)
+    assert "the share of adjacent blocks that are similar by the raw cosine falls in both curves" in headline(down)
     first = verdicts(up)[0]
     assert first.label == "no fix"
-    assert "rises: 2.5 at depth 8, 20.5 at depth 24" in first.sentences[0]
-    assert "36% and 89% of the adjacent pairs" in first.sentences[0]  # 2.5 of 7, 20.5 of 23
+    assert "rises: 0.357 at depth 8, 0.941 at depth 24 (2.5 of 7 and 21.6 of 23 pairs)" in first.sentences[0]
     assert "over 2 seeds" in first.sentences[0]
     assert "count fewer everywhere (1, 1, 1)" in first.sentences[1]
     assert "no collapse that training brought" in verdicts(down)[0].sentences[1]
@@ -156,18 +156,32 @@ def test_the_sentences_turn_with_the_numbers():
 
 def test_curves_that_differ_are_named_or_counted():
     def told(fixes):
-        cells = [outcome({"depth": d, "fix": fix}, raw=d * (at == 0)) for d in (8, 16) for at, fix in enumerate(fixes)]
+        cells = [
+            outcome({"depth": d, "fix": fix}, seed, raw=(d - 7 + 0.1 * seed) * (at == 0))
+            for d in (8, 16)
+            for at, fix in enumerate(fixes)
+            for seed in range(2)
+        ]
         return headline(sweep_of(cells, {"depth": [8, 16], "fix": fixes}))
 
-    assert "similar blocks rises (no fix), stays the same (a)" in told([None, "a"])
-    assert "similar blocks rises in 1 of 4 curves, stays the same in 3 of 4 curves" in told([None, "a", "b", "c"])
+    assert "raw cosine rises (no fix), stays the same (a)" in told([None, "a"])
+    assert "raw cosine rises in 1 of 4 curves, stays the same in 3 of 4 curves" in told([None, "a", "b", "c"])
+
+
+def test_a_count_that_grows_with_the_depth_alone_is_no_trend():
+    same_share = [outcome({"depth": d}, seed, raw=0.5 * (d - 1)) for d in (9, 17, 25) for seed in range(2)]
+    text = headline(sweep_of(same_share, {"depth": [9, 17, 25]}))
+    assert "similar by the raw cosine stays the same" in text
+    fewer = [outcome({"depth": d}, seed, raw=2 + 0.05 * (d + seed)) for d in (9, 17, 25) for seed in range(2)]
+    assert "similar by the raw cosine falls" in headline(sweep_of(fewer, {"depth": [9, 17, 25]}))
 
 
 def test_one_seed_is_told_as_one_seed():
     alone = deep((2.0, 9.0, 20.0), seeds=1)
-    assert "one seed: no interval" in headline(alone)
-    assert "one seed, no interval" in verdicts(alone)[0].sentences[0]
-    assert any(text.startswith("One seed") for text in caveats(alone))
+    assert "one seed each, which ranks nothing" in headline(alone)
+    assert "one seed each, no interval" in verdicts(alone)[0].sentences[0]
+    assert any(text.startswith("One seed each") for text in caveats(alone))
+    assert not any(word in text for text in [headline(alone), *verdicts(alone)[0].sentences] for word in ("rises", "falls"))
     assert not any("95 %" in sentence for answer in verdicts(alone) for sentence in answer.sentences)
     assert "One seed: no intervals." in drawings(alone)["similar-blocks-by-depth"].seen
 
@@ -203,7 +217,7 @@ def test_the_curves_hold_means_and_intervals_of_the_cells():
     raw = draw_all(found)["similar-blocks-by-depth"].axes[0]
     container = next(c for c in raw.containers if c.get_label() == "no fix")
     line, _, bars = container
-    assert line.get_ydata() == pytest.approx([2.5, 9.5, 20.5])
+    assert line.get_ydata() == pytest.approx([2.5, 9 + 15 / 14, 20 + 23 / 14])
     low, high = estimate([2.0, 3.0]).ci95
     assert [y for _, y in bars[0].get_segments()[0]] == pytest.approx([low, high])
     labels = {c.get_label() for c in raw.containers}

@@ -38,7 +38,10 @@ SUMMARIES = {  # by their names, with decimals
     "accuracy": (ACCURACY, 3),
 }
 NO_SAMPLE = "A model is no sample of weights: these differences have no interval and no p-value."
-SEED_CAVEAT = "Intervals and tests cover the choice of images, not the training run: another seed may differ by more."
+SEED_CAVEAT = (
+    "One training run each: intervals and tests cover the choice of images, not the run. It ranks no way of training above "
+    "another, because another seed may differ by more."
+)
 
 
 def verdicts(comparison: Comparison) -> tuple[Verdict, ...]:

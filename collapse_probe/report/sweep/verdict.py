@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from collapse_probe.results.sweep import UNTRAINED, CellResult, Points, Sweep, estimate, trend
-from collapse_probe.results.text import DASH, interval, number
+from collapse_probe.results.sweep import SHARE, UNTRAINED, CellResult, Points, Sweep, estimate, trend
+from collapse_probe.results.text import interval, number
 from collapse_probe.results.verdict import Verdict
 
 BEYOND, EXPLAINED, PARTLY, NEITHER, GONE = "beyond", "explained", "partly", "neither", "gone"
 MOST_VERDICTS, MOST_NAMED = 6, 3
 NUMBERS = {  # by their names, with decimals
-    "similar_blocks": ("raw count of similar blocks", 1),
+    SHARE: ("share of adjacent blocks that are similar by the raw cosine", 3),
     "kappa_adjacent": ("mean κ of adjacent blocks", 3),
     "accuracy": ("accuracy on the held-out images", 3),
 }
@@ -30,7 +30,7 @@ def headline(sweep: Sweep) -> str:
     axis = _numeric_axis(sweep)
     if not sweep.finished:
         return f"None of the {len(sweep.cells)} cells is finished."
-    seeds = "1 seed" if len(sweep.seeds) == 1 else f"{len(sweep.seeds)} seeds"
+    seeds = "one seed each, which ranks nothing" if len(sweep.seeds) == 1 else f"{len(sweep.seeds)} seeds"
     if axis is None:
         return f"{len(sweep.groups)} kinds of network, {seeds}; no number was varied, so there is no trend."
     curves, parts = sweep.series(axis), []
@@ -40,7 +40,7 @@ def headline(sweep: Sweep) -> str:
             parts.append(f"the {name} {_counted(cases)}")
     if not parts:
         return f"Too few cells are finished for a trend along {axis}."
-    return f"Along {axis}{' (one seed: no interval)' if len(sweep.seeds) == 1 else ''}, {'; '.join(parts)}."
+    return f"Along {axis}{' (one seed each, which ranks nothing)' if len(sweep.seeds) == 1 else ''}, {'; '.join(parts)}."
 
 
 def verdicts(sweep: Sweep) -> list[Verdict]:
@@ -49,7 +49,8 @@ def verdicts(sweep: Sweep) -> list[Verdict]:
     if axis is None:
         levels = []
         for label, cells in list(sweep.groups.items())[:MOST_VERDICTS]:
-            counts = f"{mean(cells, 'similar_blocks', 1)} adjacent blocks count as similar by the raw cosine"
+            pairs = mean(cells, "pairs", 0).partition(" ")[0]
+            counts = f"{mean(cells, 'similar_blocks', 1)} of {pairs} adjacent pairs count as similar by the raw cosine"
             corrected, kappa = mean(cells, "similar_blocks_corrected", 1), mean(cells, "kappa_adjacent", 3)
             text = f"{counts}, {corrected} by κ; mean κ {kappa}, accuracy {mean(cells, 'accuracy', 3)}."
             levels.append(Verdict("levels", (text,), label=label))
@@ -86,20 +87,19 @@ def _along(axis: str, points: Points) -> list[str]:
         if slope is None:
             sentences.append(f"The {name} is known at fewer than two values of {axis}.")
             continue
-        digits = 0 if key == "similar_blocks" and slope.slope.seeds == 1 else digits
         first, last = (f"{number(_mean(cells, key), digits)} at {axis} {value}" for value, cells in (points[0], points[-1]))
         more = ""
-        if key == "similar_blocks":  # more blocks leave more to count
-            more = f", {_share_of_pairs(points[0][1])} and {_share_of_pairs(points[-1][1])} of the adjacent pairs"
+        if key == SHARE:
+            more = f" ({_count_of_pairs(points[0][1])} and {_count_of_pairs(points[-1][1])} pairs)"
         untrained = [_mean(cells, UNTRAINED + key) for _, cells in (points[0], points[-1])]
         if key == "kappa_adjacent" and any(map(math.isfinite, untrained)):
             more = f", untrained {number(untrained[0])} and {number(untrained[1])}"
-        sure = "one seed, no interval"
+        sure = "one seed each, no interval"
         if (along := slope.slope).ci95 is not None:
             sure = f"slope over {axis} {number(along.mean, 4)}, 95 % {interval(along.ci95, 4)} over {along.seeds} seeds"
         sentences.append(f"The {name} {slope.case}: {first}, {last}{more} ({sure}).")
-        if key == "similar_blocks" and (case := against_twin(points)):
-            counts = [_mean(cells, UNTRAINED + key) for _, cells in points]
+        if key == SHARE and (case := against_twin(points)):
+            counts = [_mean(cells, UNTRAINED + "similar_blocks") for _, cells in points]
             words = ", ".join(number(count, 0 if count == round(count) else 1) for count in counts)
             sentences.append(f"Untrained networks of the same architecture {TWINS[case]} ({words}).")
     return sentences
@@ -125,9 +125,9 @@ def _mean(cells: Sequence[CellResult], key: str) -> float:
     return estimate(cell.number(key) for cell in cells).mean
 
 
-def _share_of_pairs(cells: Sequence[CellResult]) -> str:
-    share = estimate(c.number("similar_blocks") / c.number("pairs") for c in cells if c.number("pairs") > 0).mean
-    return f"{share:.0%}" if math.isfinite(share) else DASH
+def _count_of_pairs(cells: Sequence[CellResult]) -> str:
+    numbers = [_mean(cells, key) for key in ("similar_blocks", "pairs")]
+    return " of ".join(number(each, 1).removesuffix(".0") for each in numbers)
 
 
 def caveats(sweep: Sweep) -> list[str]:
@@ -135,7 +135,8 @@ def caveats(sweep: Sweep) -> list[str]:
     texts = [
         "Intervals are over seeds: initial weights, order and augmentation of the images. The data are split alike in all."
         if len(sweep.seeds) > 1
-        else "One seed: no interval is given, and any difference may be chance. --seeds N adds seeds; finished cells are kept."
+        else "One seed each: no interval is given, and any difference between cells may be that of the seeds, so that none of "
+        "them is ranked above another. --seeds N adds seeds; finished cells are kept."
     ]
     if "depth" in sweep.axes:
         texts.append(
