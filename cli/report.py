@@ -17,13 +17,20 @@ def command(folder: str, quiet: bool, verbose: int) -> None:
     """Rebuild figures and page from what DIR holds (findings, a comparison, interventions, a sweep); needs no model."""
     from collapse_probe.cli.output import say_tidied
 
-    from collapse_probe.files import PAGE, page_folder
+    from collapse_probe.errors import CollapseProbeError, OutputError
+    from collapse_probe.files import PAGE, changed_since, page_folder
 
     say_tidied(folder, quiet)
     place = Path(folder)
     numbers, write = _opened(place)
     with page_folder(place) as inside:
-        write(numbers, inside)
+        try:
+            write(numbers, inside)
+        except (CollapseProbeError, OSError):
+            raise
+        except Exception as error:
+            why = f"the page of {folder} cannot be drawn from its numbers ({type(error).__name__}: {error})"
+            raise OutputError(f"{why}; {changed_since(place)}") from error
     click.echo(f"report: {place / PAGE}")
 
 

@@ -56,11 +56,19 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise OutputError(f"{path} cannot be written: {error}; free space, or choose another folder") from error
 
 
-def read_document(folder: str | Path, file: str, *, schema: str, refusal: str, command: str) -> dict[str, Any]:
+def read_document(
+    folder: str | Path,
+    file: str,
+    *,
+    schema: str,
+    refusal: str,
+    command: str,
+    check: Callable[[Any, str], None] = lambda content, where: None,
+) -> dict[str, Any]:
     """The content of `file` in `folder`, as `command` writes it.
 
-    OutputError where there is none (`folder`, then `refusal`, such as "holds no sweep"), it has another schema, or the folder
-    holds files of two runs.
+    OutputError where there is none (`folder`, then `refusal`, such as "holds no sweep"), it has another schema, `check(content,
+    file)` raises ValueError, or the folder holds files of two runs.
     """
     settle(folder)
     path = Path(folder) / file
@@ -72,8 +80,17 @@ def read_document(folder: str | Path, file: str, *, schema: str, refusal: str, c
     if not isinstance(content, dict) or content.get("schema") != schema:
         came = content.get("schema") if isinstance(content, dict) else type(content).__name__
         raise OutputError(f"{path} has schema {came!r:.80}; expected {schema!r}: {command} again")
+    try:
+        check(content, file)
+    except (ValueError, RecursionError) as error:
+        why = str(error).removeprefix(f"{file}.")
+        raise OutputError(f"{path} is damaged ({why}); {_again(command)}") from error
     _check_run(Path(folder), content, command)
     return content
+
+
+def _again(command: str) -> str:
+    return f"take the folder from where it was written, or {command} again"
 
 
 def _finite(text: str) -> float:
@@ -352,7 +369,7 @@ def _check_run(folder: Path, document: Mapping[str, Any], command: str) -> None:
     manifest = _manifest(folder)
     if manifest is None:
         return
-    advice = f"take the folder from where it was written, or {command} again"
+    advice = _again(command)
     run = document.get("run")
     if manifest["run"] != (run.get("id") if isinstance(run, dict) else None):
         raise OutputError(f"{folder} holds files of two runs: its numbers are of another than {MANIFEST}; {advice}")
@@ -368,6 +385,15 @@ def _check_run(folder: Path, document: Mapping[str, Any], command: str) -> None:
             raise OutputError(f"{folder / name} cannot be read ({error.strerror}); {advice}") from error
         if not same:
             raise OutputError(f"{folder / name} is not as this run wrote it: damaged, changed or of another run; {advice}")
+
+
+def changed_since(folder: Path) -> str:
+    """What is known of documents that were changed after their run wrote them, and what to do."""
+    numbers = (_manifest(folder) or {"numbers": {}})["numbers"]
+    changed = [name for name in DOCUMENTS if name in numbers and _sha256(folder / name) != numbers[name]]
+    if changed:
+        return f"{changed[0]} was changed after the run wrote it: take it from where it was written"
+    return "please report this" if numbers else "the folder has no list of its files: take it from where it was written"
 
 
 def check_writable(target: str | Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from collapse_probe.errors import OutputError
 from collapse_probe.files import SUBJECT_FOLDER, Numbers, read_document, write_document
+from collapse_probe.results import checks
 from collapse_probe.results.findings import Findings, plain
 from collapse_probe.statistics.paired import BCA_IMAGES, RESAMPLES, SAME, Paired
 
@@ -196,7 +197,9 @@ class Comparison(Numbers):
     @classmethod
     def load(cls, folder: str | Path) -> Comparison:
         """Read a comparison's folder back; OutputError where it is none or of another schema."""
-        content = read_document(folder, FILE, schema=SCHEMA, refusal="is no comparison", command="compare")
+        content = read_document(
+            folder, FILE, schema=SCHEMA, refusal="is no comparison", command="compare", check=checks.comparison
+        )
         subjects = {}
         for entry in content["subjects"]:
             subjects[entry["label"]] = findings = Findings.load(Path(folder) / entry["folder"])

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collapse_probe.errors import UnknownNameError
+from collapse_probe.errors import OutputError, UnknownNameError
 from collapse_probe.files import Numbers, read_document, write_document
+from collapse_probe.results import checks
 from collapse_probe.statistics.intervals import Array
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def _description(name: str, entry: Mapping[str, Any]) -> Description:
         of_weights = "matrix" in entry["dims"] or "matrices" in entry["settings"]
         base, *suffixes = name.split("@")
         return Description(base, level="weights" if of_weights else "other", panel="; ".join(suffixes) or base)
-    return Description(**{**stored, "reference": stored["reference"] and tuple(stored["reference"])})
+    return Description(**{**stored, "reference": stored.get("reference") and tuple(stored["reference"])})
 
 
 def _array(value: Any) -> Array | None:
@@ -231,12 +232,22 @@ def _cell(parts: tuple[Array, Array, Array], *at: int) -> list[float]:
     return [float(values[at]), float(stderr[at]), float(ci95[at][0]), float(ci95[at][1])]
 
 
+AGAIN = "take the folder from where it was written, or measure again"
+
+
 def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The content of an npz file; empty where there is no such file."""
+    """The content of an npz file; empty where there is no such file. OutputError for one that is damaged."""
     if not path.exists():
         return {}
-    with np.load(path, allow_pickle=False) as stored:
-        return {key: stored[key] for key in stored.files}
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {key: np.asarray(stored[key]) for key in stored.files}
+    except Exception as error:  # damaged files fail in many ways, an empty one with EOFError
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise OutputError(f"{path} cannot be read as arrays of NumPy ({why}); {AGAIN}") from error
+    if strange := [key for key, values in arrays.items() if values.dtype.kind not in "biufU"]:
+        raise OutputError(f"{path} holds {strange[0]!r}, which is no array of numbers or names; {AGAIN}")
+    return arrays
 
 
 def write_gallery(path: Path, gallery: Gallery | None, thumbnails: Mapping[str, NDArray[np.uint8]]) -> None:
@@ -255,8 +266,14 @@ def write_gallery(path: Path, gallery: Gallery | None, thumbnails: Mapping[str, 
 
 
 def load_gallery(path: Path) -> tuple[Gallery | None, dict[str, NDArray[np.uint8]]]:
-    """The gallery (None where there is none) and the thumbnails by name out of gallery.npz, which may not exist."""
+    """The gallery (None where there is none) and the thumbnails by name out of gallery.npz, which may not exist.
+
+    OutputError where its arrays do not fit each other.
+    """
     stored = load_arrays(path)
+    if not _fits(stored):
+        came = ", ".join(f"{key} {values.dtype} {list(values.shape)}" for key, values in stored.items())
+        raise OutputError(f"{path} is no gallery: its arrays do not fit each other ({came}); {AGAIN}")
     thumbnails = dict(zip(map(str, stored.get("thumbnail_names", ())), stored.get("thumbnails", ()), strict=True))
     if "maps" not in stored:
         return None, thumbnails
@@ -264,6 +281,44 @@ def load_gallery(path: Path) -> tuple[Gallery | None, dict[str, NDArray[np.uint8
     names, maps = tuple(map(str, stored["names"])), stored["maps"].astype(np.float64)
     blocks = tuple(int(block) for block in stored.get("blocks", ()))
     return Gallery(names, stored["pictures"], maps, str(stored["query"]), rollouts, blocks), thumbnails
+
+
+def _fits(stored: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether the arrays of a gallery, and of thumbnails, have the shapes and types of `Gallery`."""
+
+    def pictures(names: str, key: str) -> bool:
+        text, seen = stored.get(names), stored.get(key)
+        if text is None or seen is None:
+            return text is None and seen is None
+        shaped = text.ndim == 1 and seen.ndim == 4 and len(text) == len(seen) and seen.shape[3] == 3 and seen.size > 0
+        return shaped and text.dtype.kind == "U" and seen.dtype == np.uint8
+
+    if not pictures("thumbnail_names", "thumbnails") or not pictures("names", "pictures"):
+        return False
+    if ("maps" in stored) != ("pictures" in stored):
+        return False
+    if "maps" not in stored:
+        return "rollouts" not in stored
+    maps, blocks, query = stored["maps"], stored.get("blocks", np.zeros(0, int)), stored.get("query")
+    layers = maps.shape[1] if maps.ndim == 4 else 0
+    shaped = layers and len(maps) == len(stored["names"]) and stored.get("rollouts", maps).shape == maps.shape
+    numbered = blocks.ndim == 1 and blocks.dtype.kind == "i" and len(blocks) in (0, layers)
+    finite = all(values.dtype.kind == "f" and np.isfinite(values).all() for values in (maps, stored.get("rollouts", maps)))
+    return bool(shaped and numbered and finite and query is not None and query.ndim == 0 and query.dtype.kind == "U")
+
+
+def load_images(path: Path, images: int) -> dict[str, NDArray[Any]]:
+    """The per-image table out of images.npz, which may not exist; OutputError where it is not one row for each of `images`."""
+    stored = load_arrays(path)
+    names = stored.get("names")
+    if names is not None and (names.ndim != 1 or names.dtype.kind != "U" or len(names) != images):
+        raise OutputError(f"{path} names {list(names.shape)} images, the findings are of {images}; {AGAIN}")
+    for key, values in stored.items():
+        if values.ndim < 1 or len(values) != images or (key != "names" and values.dtype.kind == "U"):
+            raise OutputError(
+                f"{path} holds {key!r} {values.dtype} {list(values.shape)}, not a row for each of {images} images; {AGAIN}"
+            )
+    return stored
 
 
 @dataclass(frozen=True)
@@ -332,11 +387,23 @@ class Findings(Numbers):
     def load(cls, folder: str | Path) -> Findings:
         """Read a findings folder back; raises OutputError where it is none or of another schema."""
         folder = Path(folder)
-        content = read_document(folder, "findings.json", schema=SCHEMA, refusal="is not a findings folder", command="analyze")
+        content = read_document(
+            folder,
+            "findings.json",
+            schema=SCHEMA,
+            refusal="is not a findings folder",
+            command="analyze",
+            check=checks.FINDINGS,
+        )
         parts = {part: content[part] for part in PARTS if part in content}
         parts["metrics"] = {name: result_from_json(name, entry) for name, entry in content["metrics"].items()}
         gallery, thumbnails = load_gallery(folder / "gallery.npz")
-        return cls(**parts, images=load_arrays(folder / "images.npz"), gallery=gallery, thumbnails=thumbnails)
+        return cls(
+            **parts,
+            images=load_images(folder / "images.npz", content["data"]["images"]),
+            gallery=gallery,
+            thumbnails=thumbnails,
+        )
 
     def with_run(self, **facts: Any) -> Findings:
         """The same findings with more facts about the run."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collapse_probe.files import Numbers, read_document, write_document
+from collapse_probe.results import checks
 from collapse_probe.results.findings import load_arrays
 from collapse_probe.results.findings import plain as json_values
 
@@ -93,7 +94,9 @@ class Interventions(Numbers):
     @classmethod
     def load(cls, folder: str | Path) -> Interventions:
         """Read a folder back; raises OutputError where it is none or of another schema."""
-        content = read_document(folder, FILE, schema=SCHEMA, refusal="holds no interventions", command="intervene")
+        content = read_document(
+            folder, FILE, schema=SCHEMA, refusal="holds no interventions", command="intervene", check=checks.interventions
+        )
         parts = {part: content[part] for part in PARTS} | {part: _each(content[part], _effect) for part in EFFECTS}
         return cls(**parts, images=load_arrays(Path(folder) / IMAGES))
 

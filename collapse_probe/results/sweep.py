@@ -13,6 +13,7 @@ import numpy as np
 
 from collapse_probe.errors import OutputError
 from collapse_probe.files import Numbers, read_document, write_document
+from collapse_probe.results import checks
 from collapse_probe.results.findings import plain
 from collapse_probe.statistics.intervals import interval
 
@@ -84,9 +85,10 @@ class CellResult:
     def from_json(cls, content: Mapping[str, Any]) -> CellResult:
         """What `to_json` wrote; OutputError for anything else."""
         try:
-            return cls(**content)
-        except TypeError as error:
+            checks.CELL(content, "cell")
+        except ValueError as error:
             raise OutputError(f"these values describe no cell of a sweep: {error}") from error
+        return cls(**content)
 
 
 SHARE = "similar_share"
@@ -233,10 +235,7 @@ class Sweep(Numbers):
     @classmethod
     def load(cls, folder: str | Path) -> Sweep:
         """Read a folder back; raises OutputError where it is none or of another schema."""
-        content = read_document(folder, FILE, schema=SCHEMA, refusal="holds no sweep", command="sweep")
-        missing = [key for key in (*PARTS, "cells") if key not in content]
-        if missing:
-            raise OutputError(f"{Path(folder) / FILE} lacks {', '.join(missing)}: sweep again")
+        content = read_document(folder, FILE, schema=SCHEMA, refusal="holds no sweep", command="sweep", check=checks.sweep)
         parts = {key: content[key] for key in PARTS} | {"notes": tuple(content["notes"])}
         return cls(**parts, cells=tuple(map(CellResult.from_json, content["cells"])))
 

@@ -116,7 +116,8 @@ def run(number):
     """Findings of one run with a gallery."""
     made = synthetic(3 + number)
     images = {"names": np.array(["cat.png", "sea.png"]), "label": np.full(2, number)}
-    return replace(made, run={**made.run, "id": f"run-{number}", "seed": number}, images=images)
+    facts = {"data": {**made.data, "images": 2}, "run": {**made.run, "id": f"run-{number}", "seed": number}}
+    return replace(made, **facts, images=images)
 
 
 def comparison(number):
