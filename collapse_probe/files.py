@@ -85,7 +85,7 @@ def read_document(
     except (ValueError, RecursionError) as error:
         why = str(error).removeprefix(f"{file}.")
         raise OutputError(f"{path} is damaged ({why}); {_again(command)}") from error
-    _check_run(Path(folder), content, command)
+    _check_run(path, content, command)
     return content
 
 
@@ -360,19 +360,20 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_run(folder: Path, document: Mapping[str, Any], command: str) -> None:
-    """Raise OutputError where the files beside a document are not those of its run.
+def _check_run(path: Path, document: Mapping[str, Any], command: str) -> None:
+    """Raise OutputError where the files beside the document at `path` are not those of its run.
 
     Documents are known by the run's id, which stands in them, other files by their SHA-256. A folder without a manifest is
     taken as it is.
     """
+    folder = path.parent
     manifest = _manifest(folder)
     if manifest is None:
         return
     advice = _again(command)
     run = document.get("run")
     if manifest["run"] != (run.get("id") if isinstance(run, dict) else None):
-        raise OutputError(f"{folder} holds files of two runs: its numbers are of another than {MANIFEST}; {advice}")
+        raise OutputError(f"{folder} holds files of two runs: {path.name} and {MANIFEST} name different ones; {advice}")
     for name in ARRAYS:
         if name not in manifest["numbers"] and (folder / name).exists():
             raise OutputError(f"{folder / name} is of another run than the numbers beside it; remove it, or {advice}")

@@ -240,7 +240,7 @@ def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.exists():
         return {}
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             arrays = {key: np.asarray(stored[key]) for key in stored.files}
     except Exception as error:  # damaged files fail in many ways, an empty one with EOFError
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
