@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import mmap
 import os
 import posixpath
 import stat
@@ -34,6 +35,9 @@ from collapse_probe.errors import DataError
 MOST_BYTES = 2**30  # of one picture in an archive, unpacked
 MOST_LINKS = 40  # that lead from one to the next, as in Linux
 BLOCK = tarfile.BLOCKSIZE
+MAGIC = b"ustar"  # in every header of a tar since 1988
+LOCAL = b"PK\3\4"  # before every file in a zip, of a header of LOCAL_SIZE bytes and a name
+LOCAL_SIZE = 30
 Part = tuple[int, int, int]
 """A part of a file in a tar: where in the file it begins, how many bytes, where they lie in the archive."""
 TarPlace = tuple[int, tuple[Part, ...]]
@@ -201,13 +205,24 @@ def _check_end(stream: IO[bytes], end: int, size: int, left_out: LeftOut, folder
         raise DataError(f"the header at byte {end:,} is damaged")
     while block and not block.strip(b"\0"):
         block = stream.read(BLOCK)
-    if block:
-        try:
-            tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.TarError:
-            left_out.add(f"{folder or '.'}/", "bytes behind the end mark of a tar")
-        else:
-            raise DataError("another archive begins behind its end mark (tar -i unpacks both)")
+    more = bool(block) and _is_header(block)
+    if block and not more:
+        left_out.add(f"{folder or '.'}/", "bytes behind the end mark of a tar")
+    while block and not more:
+        more = MAGIC in block
+        part = stream.read(1 << 20)
+        block = block[-len(MAGIC) :] + part if part else b""
+    if more:
+        what = "another archive begins behind its end mark (tar -i unpacks both)"
+        raise DataError(f"{what}, or a damaged member looks like that mark")
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return False
+    return True
 
 
 def _parts(member: tarfile.TarInfo, start: int) -> tuple[Part, ...]:
@@ -253,6 +268,7 @@ def in_zip(file: Path) -> Pictures:
         with zipfile.ZipFile(file) as archive:
             for member in archive.infolist():
                 _add_member(archive, member, members)
+            _count_unlisted(archive, left_out)
             places = members.pictures(lambda member: _head(archive, member))
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise DataError(f"{file} is no whole zip: {error}; make it or fetch it again") from error
@@ -275,6 +291,22 @@ def _add_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, members: Memb
         members.add(path, target=_clean(posixpath.join(posixpath.dirname(path), target)))
     else:
         members.add(path, place=member)
+
+
+def _count_unlisted(archive: zipfile.ZipFile, left_out: LeftOut) -> None:
+    """Count files that lie between those in the list of a zip: its list is cut, or it is several zips in one."""
+    gaps, at = [], 0
+    for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
+        gaps.append((at, member.header_offset))
+        name = member.orig_filename.encode() if member.flag_bits & 0x800 else member.orig_filename
+        at = member.header_offset + LOCAL_SIZE + len(name) + len(member.extra) + member.compress_size
+    gaps = [(start, end) for start, end in (*gaps, (at, archive.start_dir)) if end - start > LOCAL_SIZE]
+    if not gaps or archive.fp is None:
+        return
+    with mmap.mmap(archive.fp.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for start, end in gaps:
+            while (start := content.find(LOCAL, start, end) + 1) > 0:
+                left_out.add(f"byte {start - 1:,}", "a file in the zip that its list of files does not name")
 
 
 def _head(archive: zipfile.ZipFile, member: zipfile.ZipInfo, count: int = HEAD) -> bytes:

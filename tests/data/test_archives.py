@@ -81,6 +81,29 @@ def test_bytes_behind_the_end_are_said_and_a_second_archive_is_an_error(eight, t
         open_data(tmp_path / "twice.tar")
 
 
+def test_a_member_that_looks_like_the_end_mark_is_an_error(eight, tmp_path):
+    content = bytearray(eight.read_bytes())
+    start = offsets(eight)[3]
+    for more in (b"", b"x"):  # in its place, and all that follows a byte later
+        (tmp_path / "bad.tar").write_bytes(content[:start] + bytes(1024) + b"pixels" * 200 + more + content[start + 512 :])
+        with pytest.raises(DataError, match="or a damaged member looks like that mark"):
+            open_data(tmp_path / "bad.tar")
+
+
+def test_files_that_the_list_of_a_zip_does_not_name_are_counted(tmp_path):
+    parts = []
+    for count in (2, 3):
+        with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+            for i in range(count):
+                archive.writestr(f"é{i}.png", picture(i))
+        parts.append((tmp_path / "t.zip").read_bytes())
+        assert open_data(tmp_path / "t.zip").left_out.counts == {}
+    (tmp_path / "t.zip").write_bytes(b"".join(parts))
+    images = open_data(tmp_path / "t.zip")
+    assert len(images) == 3
+    assert images.left_out.counts == {"a file in the zip that its list of files does not name": 2}
+
+
 def test_a_damaged_tar_inside_is_an_error(eight, tmp_path):
     inner = eight.read_bytes()
     path = tarred(tmp_path / "outer.tar", [member("a.tar", inner), member("b.tar", inner[:3000])])
