@@ -194,7 +194,7 @@ def measure(
     table = image_table(metrics, seen)
     values = per_image_values(table, heads)
     class_names = images.class_names if isinstance(images, ImageSet) else ()
-    sure = sureness(values, table, results, seen.labels, class_names, settings.seed)
+    sure = sureness(values, results, seen.labels, class_names, settings.seed)
     findings = Findings(
         model=model_facts(subject, plan),
         data=data,

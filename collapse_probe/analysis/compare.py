@@ -169,7 +169,7 @@ def _compare_all(specs: Sequence[SubjectSpec], run: ComparisonRun, cka: bool) ->
         if first is None:
             first = current if cka else replace(current, subject=None)
         else:
-            pair = pair_up(first.findings, current.findings, (first.label, current.label), run.settings.seed)
+            pair = pair_up(first.findings, current.findings, (first.label, current.label))
             pairs.append(with_divergence(pair, first.outputs, current.outputs))
             current = with_cka(current, first, run)
         findings[spec.label] = current.findings

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from collapse_probe.results.readings import adjacent
 from collapse_probe.results.text import numbered
 from collapse_probe.statistics.intervals import Array
 from collapse_probe.statistics.paired import Sides, compare_sides
+from collapse_probe.statistics.proportions import wilson
 
 MAPS_HELD = 6  # of one layer: the map before, the map in its place, their copies in other types
 SIMILARITY = "attention-similarity"
@@ -139,7 +139,7 @@ def intervene(
             if not outputs.nonfinite:
                 break
             ill |= dict(outputs.nonfinite)
-    return _interventions(findings, grid, outputs, images, seed)
+    return _interventions(findings, grid, outputs, images)
 
 
 @dataclass(frozen=True)
@@ -334,18 +334,17 @@ def effects_of(
     plain: Classes,
     replaced: Classes,
     labels: Classes | None,
-    seed: int,
 ) -> list[Effect]:
     """The effects of all conditions, from per-image numbers: `kl` and `replaced` (top answers) [conditions, images], `plain`
     (top answers) and `labels` [images].
     """
     if not conditions:
         return []
-    divergence = compare_sides(Sides(np.zeros_like(kl.T), kl.T), seed=seed)
+    divergence = compare_sides(Sides(np.zeros_like(kl.T), kl.T))
     right = None
     if labels is not None:
         before, after = (np.broadcast_to(answers == labels, kl.shape).T.astype(np.float64) for answers in (plain, replaced))
-        right = compare_sides(Sides(before, after), seed=seed)
+        right = compare_sides(Sides(before, after, answers=True))
     effects = []
     for i, (kind, blocks) in enumerate(conditions):
         same = int((replaced[i] == plain).sum())
@@ -353,7 +352,7 @@ def effects_of(
             "kl": float(divergence.difference[i]),
             "kl_ci95": _ends(divergence.ci95[i]),
             "agreement": same / kl.shape[1],
-            "agreement_ci95": _wilson(same, kl.shape[1]),
+            "agreement_ci95": wilson(same, kl.shape[1]),
         }
         if right is not None:
             numbers |= {
@@ -365,22 +364,13 @@ def effects_of(
     return effects
 
 
-def _wilson(successes: int, trials: int) -> Ends:
-    if trials < 2:
-        return None
-    ends = scipy.stats.binomtest(successes, trials).proportion_ci(method="wilson")
-    return float(ends.low), float(ends.high)
-
-
 def _ends(pair: Array) -> Ends:
     return (float(pair[0]), float(pair[1])) if np.isfinite(pair).all() else None
 
 
-def _interventions(
-    findings: Findings, grid: ConditionGrid, outputs: ConditionOutputs, images: Images, seed: int
-) -> Interventions:
+def _interventions(findings: Findings, grid: ConditionGrid, outputs: ConditionOutputs, images: Images) -> Interventions:
     labels, reason = labels_for(outputs.names, images, outputs.classes, outputs.labels)
-    measured = effects_of(grid.conditions, outputs.kl, outputs.plain, outputs.top1, labels, seed)
+    measured = effects_of(grid.conditions, outputs.kl, outputs.plain, outputs.top1, labels)
     effects = dict(zip(grid.conditions, measured, strict=True))
     effects |= {(kind, (block,)): Effect(kind, (block,), not_applicable=why) for (kind, block), why in grid.refused.items()}
     table = {"names": np.array(outputs.names, dtype=np.str_), "plain": outputs.plain, "kl": outputs.kl, "top1": outputs.top1}

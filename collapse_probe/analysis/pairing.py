@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -23,15 +24,16 @@ from collapse_probe.results.comparison import (
 from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.readings import adjacent
 from collapse_probe.results.rules import KAPPA_ABOVE
-from collapse_probe.statistics.intervals import Array, Parts, count_difference_bounds, mean_parts
-from collapse_probe.statistics.kappa import kappa_parts
+from collapse_probe.statistics.intervals import Array, Side, count_difference_bounds, mean_parts, parts_interval
+from collapse_probe.statistics.kappa import PairMoments, kappa_interval, kappa_parts
 from collapse_probe.statistics.paired import NO_INTERVAL, Paired, Sides, compare_sides
+from collapse_probe.statistics.proportions import wilson
 
 Both = tuple[Findings, Findings]
 Labels = tuple[str, str]
 
 
-def pair_up(first: Findings, second: Findings, labels: Labels, seed: int = 0) -> Pair:
+def pair_up(first: Findings, second: Findings, labels: Labels) -> Pair:
     """Everything that can be paired between two findings; see `Pair`. Raises DataError for other images."""
     both = with_probs(first), with_probs(aligned(first, second, labels))
     mixed = any(findings.model.get("mixes_maps", True) for findings in both)
@@ -44,10 +46,10 @@ def pair_up(first: Findings, second: Findings, labels: Labels, seed: int = 0) ->
     differences: dict[str, Difference] = {}
     for name in comparable:
         if name in both[0].images:
-            differences |= _over_images(name, both, seed)
+            differences |= _over_images(name, both)
     right = [_correct_answers(findings) for findings in both]
     if right[0] is not None and right[1] is not None:
-        differences[ACCURACY] = _difference("all", (0,), Sides(right[0], right[1]), seed)
+        differences[ACCURACY] = _difference("all", (0,), Sides(right[0], right[1], answers=True))
     for name in comparable:
         if both[0].metrics[name].description.level == "weights":
             differences |= {f"{name}{part}": each for part, each in _over_weights(*(f.metrics[name] for f in both))}
@@ -140,22 +142,21 @@ def _first_place(result: MetricResult) -> int:
     return int(len(result.dims) == 2 and result.dims[0] == result.dims[1])
 
 
-def _over_images(name: str, both: Both, seed: int) -> dict[str, Difference]:
+def _over_images(name: str, both: Both) -> dict[str, Difference]:
     """The difference of one metric over images, and as NAME/kappa that of its null-corrected values."""
     result = both[0].metrics[name]
     one, other = (np.asarray(findings.images[name], dtype=np.float64) for findings in both)
     start = _first_place(result)
     axis, places = result.dims[0], tuple(range(start, start + one.shape[1]))
-    differences = {name: _difference(axis, places, Sides(one, other), seed)}
+    differences = {name: _difference(axis, places, Sides(one, other))}
     nulls = [np.asarray(f.images[name + NULL], dtype=np.float64) for f in both if name + NULL in f.images]
     if len(nulls) == 2:
-        differences[name + KAPPA] = _difference(axis, places, Sides(one, other, (nulls[0], nulls[1])), seed)
+        differences[name + KAPPA] = _difference(axis, places, Sides(one, other, (nulls[0], nulls[1])))
     return differences
 
 
-def _difference(axis: str, places: tuple[int, ...], sides: Sides, seed: int) -> Difference:
-    whole = compare_sides(replace(sides, pooled=True), seed=seed)
-    return Difference(axis, places, compare_sides(sides, seed=seed), whole)
+def _difference(axis: str, places: tuple[int, ...], sides: Sides) -> Difference:
+    return Difference(axis, places, compare_sides(sides), compare_sides(replace(sides, pooled=True)))
 
 
 def _correct_answers(findings: Findings) -> Array | None:
@@ -186,18 +187,27 @@ def _counts_of_metric(name: str, source: str, first: Findings, second: Findings)
     real = [f.images[source] for f in (first, second) if source in f.images]
     null = [f.images[source + NULL] for f in (first, second) if source + NULL in f.images]
     for at, threshold in enumerate(one.settings["thresholds"]):
-        ends = _ends([mean_parts(values) for values in real], threshold)
+        ends = _ends([_means(values) for values in real], threshold)
         yield CountDifference(name, float(threshold), float(one.values[at]), float(other.values[at]), ends)
     counts = [result.details.get("corrected", {}).get("value") for result in (one, other)]
     if None not in counts:
-        sides = [kappa_parts(*side) for side in zip(real, null, strict=True)] if len(real) == len(null) == 2 else []
+        sides = [_kappas(*side) for side in zip(real, null, strict=True)] if len(real) == len(null) == 2 else []
         ends = _ends(sides, KAPPA_ABOVE)
         yield CountDifference(name + KAPPA, KAPPA_ABOVE, float(counts[0]), float(counts[1]), ends)
 
 
-def _ends(sides: Sequence[Parts], above: float) -> tuple[float, float]:
+def _means(values: Array) -> Side:
+    numbers = mean_parts(values)
+    return numbers, partial(parts_interval, numbers)
+
+
+def _kappas(real: Array, null: Array) -> Side:
+    return kappa_parts(real, null), partial(kappa_interval, PairMoments.of(real, null))
+
+
+def _ends(sides: Sequence[Side], above: float) -> tuple[float, float]:
     """The interval of the second's count less the first's; NaN without both, or with fewer than two images."""
-    if len(sides) != 2 or len(sides[0][1]) < 2:
+    if len(sides) != 2 or len(sides[0][0][1]) < 2:
         return float("nan"), float("nan")
     low, high = count_difference_bounds(sides[0], sides[1], above)
     return float(low), float(high)
@@ -211,7 +221,8 @@ def top1_agreement(first: Findings, second: Findings) -> OutputAgreement:
     classes = [f.run.get("outputs", {}).get("classes") for f in (first, second)]
     if classes[0] != classes[1]:
         return OutputAgreement(reason=f"the models answer with {classes[0]} and {classes[1]} classes")
-    return OutputAgreement(float(np.mean(one == other)), None, len(one), "the logits were not kept")
+    same = int((one == other).sum())
+    return OutputAgreement(same / len(one), None, len(one), "the logits were not kept", wilson(same, len(one)))
 
 
 def _over_weights(one: MetricResult, other: MetricResult) -> Iterator[tuple[str, Difference]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.distributed import rank_and_world
-from collapse_probe.statistics.intervals import Array
+from collapse_probe.statistics.intervals import Array, interval, skewness_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -107,12 +107,12 @@ class Accumulator:
 
 
 class Means(Accumulator):
-    """Means over images, with the sums for their standard errors and covariances; NaN marks an undefined value."""
+    """Means over images, with the sums for their standard errors and intervals; NaN marks an undefined value."""
 
     def add_means(self, **shapes: tuple[int, ...]) -> None:
         """New named quantities, each an array of the given shape per image."""
         for name, shape in shapes.items():
-            for part in ("count", "total", "square"):
+            for part in ("count", "total", "square", "cube"):
                 self.add_state(f"{name}_{part}", *shape)
 
     def add_images(self, name: str, values: Tensor) -> None:
@@ -123,6 +123,7 @@ class Means(Accumulator):
         self.add(f"{name}_count", defined.sum(0))
         self.add(f"{name}_total", values.sum(0))
         self.add(f"{name}_square", values.square().sum(0))
+        self.add(f"{name}_cube", values.pow(3).sum(0))
 
     def mean(self, name: str = "value") -> tuple[Array, Array, Array]:
         """Mean, standard error and number of images of a quantity; NaN where no image defined it."""
@@ -132,6 +133,14 @@ class Means(Accumulator):
             spread = np.maximum(square / n - mean**2, 0.0) * n / (n - 1)
             stderr = np.where(n > 1, np.sqrt(spread / n), np.nan)
         return mean, stderr, n
+
+    def bounds(self, name: str = "value", tail: float = 0.025) -> Array:
+        """The interval of a quantity's mean that errs with `tail` on each side, [*shape, 2]; NaN with fewer than two images."""
+        mean, stderr, n = self.mean(name)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            square, cube = self.array(f"{name}_square") / n, self.array(f"{name}_cube") / n
+        skewness = skewness_of(square - mean**2, cube - 3 * mean * square + 2 * mean**3, mean, n)
+        return interval(mean, stderr, n, skewness, tail)
 
     def array(self, name: str) -> Array:
         """A state as a NumPy array."""

@@ -14,7 +14,7 @@ from collapse_probe.metrics.coverage import depth_neighbours
 from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import Description, MetricResult
-from collapse_probe.statistics.intervals import Array, interval
+from collapse_probe.statistics.intervals import Array
 
 LEVELS = ("attention", "tokens", "weights")
 BESIDE_TWIN = "The grey dashed line is the untrained twin, the same architecture with fresh weights."
@@ -163,5 +163,5 @@ def make(name: str, plan: Plan) -> Metric:
 
 def mean_over_images(means: Means, quantity: str = "value") -> dict[str, Array]:
     """values, stderr and ci95 of a quantity, as a MetricResult takes them."""
-    mean, stderr, n = means.mean(quantity)
-    return {"values": mean, "stderr": stderr, "ci95": interval(mean, stderr, n)}
+    mean, stderr, _ = means.mean(quantity)
+    return {"values": mean, "stderr": stderr, "ci95": means.bounds(quantity)}

@@ -10,12 +10,14 @@ import numpy as np
 
 from collapse_probe.metrics.pairwise_cosine import PairwiseCosine
 from collapse_probe.results.findings import MetricResult, Nulls
-from collapse_probe.statistics.intervals import Array, beyond, interval
-from collapse_probe.statistics.kappa import kappa, kappa_stderr
+from collapse_probe.statistics.intervals import Array, beyond, closed
+from collapse_probe.statistics.kappa import kappa, kappa_interval
+from collapse_probe.statistics.pair_tests import above_rounding
 
 NO_TWIN = "no untrained twin was measured"
 ONE_IMAGE = "needs two different images"
 NO_KAPPA_INTERVAL = "undefined: how kappa's null varies with the images was not kept"
+OPEN_KAPPA = "with so few images the room that kappa's null leaves cannot be told from 0"
 NO_PAIR_INTERVAL = "none: a mean over all pairs of images, of which the run keeps one sum and not how it varies with the images"
 NO_NULL_INTERVAL = "none: how this null varies with the images was not kept"
 SAMPLED = ("other_token", "other_image", "other_head")
@@ -25,35 +27,28 @@ SAMPLED = ("other_token", "other_image", "other_head")
 def between_blocks(cosines: PairwiseCosine, no_heads: str = "") -> dict[str, Any]:
     """values, stderr, ci95, details and nulls of a block × block similarity, as a MetricResult takes them.
 
-    `no_heads` says why its vectors have no heads to confuse; empty where they have. `beyond_p` of the nulls is that of a paired
-    t test over images that the pair is more alike than with the wrong tokens.
+    `no_heads` says why its vectors have no heads to confuse; empty where they have. `beyond_p` of the nulls is that of
+    `beyond`: that the pair is more alike than with the wrong tokens.
     """
     real, real_error, n = cosines.mean("real")
-    token, token_error, _ = cosines.mean("other_token")
-    head, head_error, with_head = cosines.mean("other_head")
-    corrected = kappa(real, token)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        covariance = (cosines.cross_moment() - real * token) / (n - 1)
-    error = kappa_stderr((real, real_error), (token, token_error), covariance)
+    token, moments = cosines.mean("other_token")[0], cosines.moments()
     values: dict[str, Array | None] = {
         "untrained": None,
         "other_token": token,
         "other_image": cosines.across_images()["real"],
-        "other_head": None if no_heads else head,
-        "kappa": corrected,
+        "other_head": None if no_heads else cosines.mean("other_head")[0],
+        "kappa": kappa(real, token),
     }
-    intervals = {"other_token": interval(token, token_error, n)}
-    if not no_heads:
-        intervals["other_head"] = interval(head, head_error, with_head)
+    intervals = {name: cosines.bounds(name) for name in ("other_token", *(() if no_heads else ("other_head",)))}
     reasons = {"other_head": no_heads} if no_heads else {}
-    nulls = with_reasons(values, reasons, int(n.max(initial=0)), intervals, interval(corrected, error, n))
-    spread = np.sqrt(np.maximum(real_error**2 + token_error**2 - 2 * covariance, 0.0))
+    nulls = with_reasons(values, reasons, int(n.max(initial=0)), intervals, closed(kappa_interval(moments)))
+    more, error, skewness = moments.along(-1.0, 1.0)
     return {
         "values": real,
         "stderr": real_error,
-        "ci95": interval(real, real_error, n),
+        "ci95": cosines.bounds("real"),
         "details": {"tokens_for_other_image": [len(sample) for sample in cosines.samples]},
-        "nulls": replace(nulls, beyond_p=beyond(real - token, spread, n)),
+        "nulls": replace(nulls, beyond_p=beyond(more, error, moments.images, skewness)),
     }
 
 
@@ -75,8 +70,12 @@ def with_reasons(
             reasons.setdefault(name, ONE_IMAGE if name == "other_image" else "undefined: there is nothing to compare with")
         if name == "kappa" and values[name] is None:
             reasons[name] = "undefined: the wrong-token null is 1 itself, so that nothing is left to agree beyond it"
-    if kappa_ci95 is None and values.get("kappa") is not None:
-        reasons["kappa_ci95"] = NO_KAPPA_INTERVAL
+    if (corrected := values.get("kappa")) is not None:
+        without = np.isfinite(corrected) & ~np.isfinite(kappa_ci95).all(-1) if kappa_ci95 is not None else None
+        if without is None:
+            reasons["kappa_ci95"] = NO_KAPPA_INTERVAL
+        elif without.any():
+            reasons["kappa_ci95"] = f"{without.sum()} of {np.isfinite(corrected).sum()} have none: {OPEN_KAPPA}"
     reasons.setdefault("untrained", NO_TWIN)
     ci95 = {name: bounds for name, bounds in (intervals or {}).items() if values.get(name) is not None}
     for name in SAMPLED:
@@ -89,6 +88,14 @@ def with_reasons(
 def untrained_only() -> Nulls:
     """For a metric that is no similarity: the untrained twin is all there is to compare with."""
     return Nulls(values={"untrained": None}, images={}, reasons={"untrained": NO_TWIN})
+
+
+def _beyond_p(result: MetricResult) -> Array | None:
+    """`beyond_p` of a result's nulls, 1 where the difference is within rounding; None where it was not taken."""
+    nulls = result.nulls
+    if nulls is None or nulls.beyond_p is None or (token := nulls.values["other_token"]) is None:
+        return None
+    return above_rounding(nulls.beyond_p, result.array - token)
 
 
 def with_twins(result: MetricResult, twins: Mapping[int, MetricResult], images: int, reason: str = "") -> MetricResult:
@@ -114,6 +121,7 @@ def with_twins(result: MetricResult, twins: Mapping[int, MetricResult], images: 
     seeds = None
     if len(measured) > 1:
         seeds = {"seeds": list(twins), "sd": by_seed.std(0, ddof=1), "low": by_seed.min(0), "high": by_seed.max(0)}
+    p = [each for each in map(_beyond_p, measured) if each is not None]
     nulls = replace(
         nulls,
         values={**nulls.values, "untrained": by_seed.mean(0)},
@@ -121,5 +129,6 @@ def with_twins(result: MetricResult, twins: Mapping[int, MetricResult], images: 
         reasons={name: text for name, text in nulls.reasons.items() if name != "untrained"},
         ci95=ci95,
         untrained_seeds=seeds,
+        untrained_beyond_p=np.stack(p) if len(p) == len(measured) else None,
     )
     return replace(result, nulls=nulls)

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from collapse_probe.metrics.accumulators import GROUPS, Means, group_of
 from collapse_probe.metrics.coverage import depth_neighbours, groups_of
 from collapse_probe.metrics.functional.geometry import centred_unit, gram, unit, wide_gram
 from collapse_probe.statistics.intervals import Array, jackknife
+from collapse_probe.statistics.kappa import MONOMIALS, PairMoments
 
 STATE_BUDGET = 48 * 2**20
 """Bytes that the sum over images of one kind of vector may take; beyond it a seeded sample of tokens is summed."""
@@ -165,7 +165,7 @@ def mean_cosines(sums: Tensor, pairs: Tensor) -> dict[str, Tensor]:
 class PairwiseCosine(Means):
     """Mean cosines between blocks over all heads and tokens, real and null, for vectors that a child class supplies.
 
-    Per image: real, other_token, other_head, other_both [blocks, blocks], with the covariance of real and other_token; over
+    Per image: real, other_token, other_head, other_both [blocks, blocks], with the moments that kappa needs; over
     pairs of different images: the same four, from sums over images. `neighbours` are the consecutive blocks that are kept by
     image, undefined where the two are none.
     """
@@ -178,7 +178,8 @@ class PairwiseCosine(Means):
         self._summed = 0
         square = (self.blocks, self.blocks)
         self.add_means(real=square, other_token=square, other_head=square, other_both=square)
-        self.add_state("covariance", *square)
+        self.add_state("both_count", *square)
+        self.add_state("both", len(MONOMIALS), *square)
         self.add_state("own_sums", 4, *square)
         self.add_state("own_pairs", 4, *square)
         self.samples = []  # the tokens whose vectors are summed over images
@@ -227,14 +228,17 @@ class PairwiseCosine(Means):
         cosines = mean_cosines(self._pairs.sums, self._pairs.pairs)
         for name, values in cosines.items():
             self.add_images(name, values)
-        product = cosines["real"] * cosines["other_token"]
-        self.add("covariance", torch.where(torch.isfinite(product), product, 0.0).sum(0))
+        x, y = (1 - cosines[name].double() for name in ("real", "other_token"))
+        defined = torch.isfinite(x + y)
+        x, y = (torch.where(defined, side, 0.0) for side in (x, y))
+        self.add("both_count", defined.sum(0))
+        self.add("both", torch.stack([(x**a * y**b).sum(0) for a, b in MONOMIALS]))
         self.add("own_sums", self._own.sums.sum(1))
         self.add("own_pairs", self._own.pairs.sum(1))
         self._summed += trace.images
         if self._summed >= SUMMED_IMAGES:
             self.flush()
-        among = self.neighbours.to(product.device)
+        among = self.neighbours.to(x.device)
         adjacent = {name: torch.where(among, cosines[name].diagonal(-1, -2, -1), torch.nan) for name in ("real", "other_token")}
         return adjacent | {"within": cosines["other_head"].diagonal(0, -2, -1)}
 
@@ -258,9 +262,9 @@ class PairwiseCosine(Means):
         cosines = mean_cosines(whole.sums[:, 0] - own_sums, whole.pairs[:, 0] - own_pairs)
         return {name: values.cpu().numpy() for name, values in cosines.items()}
 
-    def cross_moment(self) -> Array:
-        """The mean over images of real × other_token."""
-        return np.asarray(self.array("covariance") / self.array("other_token_count").clip(1))
+    def moments(self) -> PairMoments:
+        """Those of real and other_token over images, for kappa."""
+        return PairMoments.of_sums(self.array("both_count"), self.array("both"))
 
 
 class MapPairwiseCosine(PairwiseCosine):

@@ -14,7 +14,7 @@ from collapse_probe.errors import OutputError
 from collapse_probe.files import SUBJECT_FOLDER, Numbers, read_document, write_document
 from collapse_probe.results import checks
 from collapse_probe.results.findings import Findings, plain
-from collapse_probe.statistics.paired import BCA_IMAGES, RESAMPLES, SAME, Paired
+from collapse_probe.statistics.paired import NO_INTERVAL, OF_KAPPAS, OF_MEANS, OF_SHARES, SAME, Paired
 
 SCHEMA = "collapse-probe/comparison/1"
 FILE = "comparison.json"
@@ -25,16 +25,18 @@ NULL, KAPPA = "/other_token", "/kappa"  # behind a metric's name: its null in im
 METHODS = {
     "difference": "second − first, the mean over the images that both define; of kappa: kappa of the mean "
     "values and nulls, second − first",
-    "ci95": f"bootstrap over images, {RESAMPLES} resamples, all blocks of one image together "
-    "(scipy.stats.bootstrap); `interval` is BCa, percentile where BCa is undefined or there are more "
-    f"than {BCA_IMAGES} images, exact where every image has the same value on both sides",
-    "p": "two-sided Wilcoxon signed-rank test over images (scipy.stats.wilcoxon), on each image's own "
-    "difference; 1 where nothing differs",
+    "ci95": f"95 % over images; `interval` is its kind. {OF_MEANS}: of a mean difference, the paired t interval, wider on the "
+    f"side of the longer tail (Hall's correction of skewness). {OF_KAPPAS}: of a difference of kappas, from Fieller's interval "
+    f"of each, corrected in the same way (Zou and Donner's method). {OF_SHARES}: of answers right or wrong, Tango's score "
+    f"interval. {SAME}: every image has the same value on both sides. {NO_INTERVAL}: too few images, or the same difference in "
+    "all of them, of which no sampling error can be taken",
+    "p": "two-sided test over images that belongs to the interval: below 0.05 just where that leaves out 0. The paired t test; "
+    "of answers McNemar's; 1 where nothing differs",
     "q": "p with the false discovery rate controlled over the blocks of the metric (Benjamini–Hochberg, "
     "scipy.stats.false_discovery_control)",
     "effect": "matched-pairs rank-biserial correlation, −1 (every image falls) … 1 (every image rises)",
     "overall": "the mean over blocks",
-    "counts": "similar blocks; the interval of second − first is what one-sided t bounds over images of each pair of blocks, "
+    "counts": "similar blocks; the interval of second − first is what one-sided bounds over images of each pair of blocks, "
     "in the first, in the second and of their difference, leave open, each at 5 % over the number of bounds (Bonferroni): at "
     "least 95 % coverage",
     "weights": "second − first of the two models; no interval and no test, for a model is no sample",
@@ -65,9 +67,8 @@ class Difference:
     @property
     def equal(self) -> bool:
         """Whether both sides are the same at every place, in every image; undefined on both sides counts as the same."""
-        if self.unsampled:
-            return np.array_equal(self.paired.first, self.paired.second, equal_nan=True)
-        return set(self.paired.interval) == {SAME}
+        one, other = self.paired.first, self.paired.second
+        return np.array_equal(one, other, equal_nan=True) and not np.nan_to_num(self.paired.effect).any()
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Difference:
@@ -84,7 +85,8 @@ def _paired(entry: Mapping[str, Any]) -> Paired:
 
 @dataclass(frozen=True)
 class OutputAgreement:
-    """How often two subjects give the same top answer, and the mean KL divergence from the first to the second in nats.
+    """How often two subjects give the same top answer (with its Wilson interval), and the mean KL divergence from the first to
+    the second in nats.
 
     None where it is not known; `reason` says why.
     """
@@ -93,6 +95,7 @@ class OutputAgreement:
     kl: float | None = None
     images: int = 0
     reason: str = ""
+    top1_ci95: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,11 +141,13 @@ class Pair:
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Pair:
         """What `to_json` wrote."""
+        agreement = entry["agreement"]
+        ends = agreement.get("top1_ci95")
         return cls(
             **{key: entry[key] for key in ("first", "second", "images", "not_comparable")},
             differences={name: Difference.from_json(difference) for name, difference in entry["metrics"].items()},
             counts=tuple(CountDifference.from_json(count) for count in entry["counts"]),
-            agreement=OutputAgreement(**entry["agreement"]),
+            agreement=OutputAgreement(**{**agreement, "top1_ci95": ends and tuple(ends)}),
         )
 
 

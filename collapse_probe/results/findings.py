@@ -26,8 +26,9 @@ class Nulls:
 
     `values` maps untrained, other_token, other_image, other_head and kappa to arrays with the metric's dims, or to None where
     `reasons` says why; `images` says on how many images each was taken. `ci95` holds intervals [..., 2] of nulls by name,
-    `kappa_ci95` that of kappa; `beyond_p` the one-sided p of every pair being more alike than its null; `untrained_seeds` the
-    `seeds` of several untrained twins and how these spread (`sd`, `low`, `high`).
+    `kappa_ci95` that of kappa; `beyond_p` the one-sided p of every pair being more alike than its null, `untrained_beyond_p`
+    that in every untrained twin [seeds, ...]; `untrained_seeds` the `seeds` of several untrained twins and how these spread
+    (`sd`, `low`, `high`).
     """
 
     values: Mapping[str, Array | None]
@@ -36,6 +37,7 @@ class Nulls:
     kappa_ci95: Array | None = None
     ci95: Mapping[str, Array] = field(default_factory=dict)
     beyond_p: Array | None = None
+    untrained_beyond_p: Array | None = None
     untrained_seeds: Mapping[str, Any] | None = None
 
 
@@ -118,7 +120,7 @@ STORED = (
     "not_applicable",
 )
 PARTS = ("model", "data", "run", "metrics", "summary", "presets", "sureness", "verdict", "answer")
-SPREAD, CI95 = ("beyond_p", "untrained_seeds"), "_ci95"
+SPREAD, CI95 = ("beyond_p", "untrained_beyond_p", "untrained_seeds"), "_ci95"
 NO_NULLS = ("kappa_ci95", "images", "reasons", "spread")
 """What stands beside the nulls themselves in their entry."""
 
@@ -175,6 +177,7 @@ def result_from_json(name: str, entry: Mapping[str, Any]) -> MetricResult:
             reasons=stored["reasons"],
             kappa_ci95=_array(stored["kappa_ci95"]),
             beyond_p=_array(spread.pop("beyond_p", None)),
+            untrained_beyond_p=_array(spread.pop("untrained_beyond_p", None)),
             untrained_seeds=spread.pop("untrained_seeds", None),
             ci95={key.removesuffix(CI95): np.array(bounds, dtype=np.float64) for key, bounds in spread.items()},
         )

@@ -20,11 +20,11 @@ FILE, IMAGES = "interventions.json", "images.npz"
 PARTS, EFFECTS = ("model", "data", "run", "kinds", "plain", "similarity"), ("single", "cumulative")
 Ends = tuple[float, float] | None
 DEFINITIONS = {
-    "kl": "mean over images of KL(softmax of the plain logits ‖ softmax of the logits with maps replaced), in nats; bootstrap "
-    "interval over images (BCa up to 5000 images, else percentile)",
+    "kl": "mean over images of KL(softmax of the plain logits ‖ softmax of the logits with maps replaced), in nats; t interval "
+    "over images, wider on the side of the longer tail",
     "agreement": "share of images whose top answer stays the same; Wilson interval",
     "accuracy": "share of images whose top answer is their label, with maps replaced",
-    "accuracy_change": "that share less the plain model's on the same images; paired bootstrap interval over images",
+    "accuracy_change": "that share less the plain model's on the same images; Tango's score interval",
 }
 
 
@@ -32,8 +32,8 @@ DEFINITIONS = {
 class Effect:
     """What happened when the maps of `blocks` were replaced by `kind`; see DEFINITIONS.
 
-    Intervals are 95 % over images, None with fewer than two. Accuracy is None where no labels fit the output. Where nothing
-    could be replaced, `not_applicable` says why and there are no numbers.
+    Intervals are 95 % over images, None where images are too few or show no spread. Accuracy is None where no labels fit the
+    output. Where nothing could be replaced, `not_applicable` says why and there are no numbers.
     """
 
     kind: str

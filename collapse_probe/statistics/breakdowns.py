@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import scipy
 
 from collapse_probe.statistics.estimates import HEADLINES, SIMILARITY, Estimate, PerImageValues
-from collapse_probe.statistics.intervals import Array, count_bounds, mean_parts, parts_stderr
+from collapse_probe.statistics.intervals import Array, count_bounds, mean_parts, parts_interval
+from collapse_probe.statistics.pair_tests import FEWEST_IMAGES
 from collapse_probe.statistics.paired import controlled
 
 FEWEST = 2
 """Images that a class must have for an interval."""
+MOST_OF_VARIANCE, FEW_EFFECTIVE = 0.5, 3.0
 TEST = (
     "Welch's t test of a class against all other images, two-sided, on what each image contributes; q: Benjamini–Hochberg over "
     "the classes of a number"
@@ -24,8 +27,8 @@ TEST = (
 def classes_of(per_image: PerImageValues, labels: Mapping[str, int] | None, class_names: Sequence[str] = ()) -> dict[str, Any]:
     """Every class' headline numbers, as plain data; {} where there are no labels or just one class.
 
-    `names` and `images` of the classes; by number `value`, `ci_low`, `ci_high` (95 % t interval over the images of the
-    class; kappa by the delta method), `p` and `q` of the class against the rest. NaN where a class has fewer than two images.
+    `names` and `images` of the classes; by number `value`, `ci_low`, `ci_high` (95 % over the images of the class), `p` and `q`
+    of the class against the rest. NaN where a class has too few images.
     """
     if labels is None:
         return {}
@@ -117,8 +120,30 @@ def convergence_of(per_image: PerImageValues, count_above: float, seed: int = 0)
         "sizes": sizes,
         "order": f"the first images of a shuffle with seed {seed}, so that a sorted data set does not bend the curves",
         "numbers": curves,
-        "sentences": [text for name, curve in curves.items() if (text := _sentence(name, curve, len(per_image)))],
+        "sentences": [
+            *(text for name, curve in curves.items() if (text := _sentence(name, curve, len(per_image)))),
+            *(text for name, one in running[-1].items() if one and (text := heavy_tail(name, one, per_image.names))),
+        ],
     }
+
+
+def heavy_tail(name: str, estimate: Estimate, names: Sequence[str]) -> str:
+    """That a few images make most of how a headline number varies, which no interval can be trusted with; empty where not.
+
+    One image makes more than half of the variance, or the images count for fewer than `FEW_EFFECTIVE` (1 over the sum of their
+    squared shares): of 16 normal ones either happens in about two samples of a hundred.
+    """
+    shares = estimate.shares
+    if estimate.images < FEWEST_IMAGES or not np.isfinite(shares).all():
+        return ""
+    words, most, effective = HEADLINES[name].words, int(np.argmax(shares)), 1 / np.square(shares).sum()
+    if shares[most] > MOST_OF_VARIANCE:
+        what = f"one image, {names[most]}, makes {shares[most]:.0%} of the variance of the {words} over images"
+    elif effective < FEW_EFFECTIVE:
+        what = f"about {effective:.0f} of {estimate.images} images make the variance of the {words} over images"
+    else:
+        return ""
+    return f"Heavy tail: {what}, so that its interval may be too narrow: look at the images at both ends."
 
 
 def _curve(name: str, running: list[Estimate | None]) -> dict[str, Any]:
@@ -139,9 +164,9 @@ def _count_curve(steps: list[PerImageValues], count_above: float) -> dict[str, A
     """The count of similar blocks with the bounds that similar-blocks has."""
     values, ends = [], []
     for step in steps:
-        means, parts, defined = mean_parts(step.values[SIMILARITY])
-        values.append(float((means > count_above).sum()))
-        ends.append(count_bounds(means, parts_stderr(parts, defined.sum(0)), defined.sum(0), count_above).tolist())
+        numbers = mean_parts(step.values[SIMILARITY])
+        values.append(float((numbers[0] > count_above).sum()))
+        ends.append(count_bounds(numbers[0], partial(parts_interval, numbers), count_above).tolist())
     low, high = ends[-1]
     return {
         "value": values,

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collapse_probe.statistics.intervals import Array, interval, mean_parts, parts_stderr
-from collapse_probe.statistics.kappa import kappa, kappa_parts
+from collapse_probe.statistics.intervals import Array, Parts, combined, mean_parts, parts_interval, place_weights, pooled
+from collapse_probe.statistics.kappa import PairMoments, kappa, kappa_interval, kappa_parts
 
 Indices = NDArray[np.int64]
 
@@ -43,13 +43,14 @@ SIMILARITY, NULL, DIVERSITY, ENTROPY = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and `parts` [images]: what every image moves it by, to first order; they sum to 0.
+    """A number, its 95 % interval `ci95` and `parts` [images]: what every image moves it by, to first order; they sum to 0.
 
-    Its standard error is √(n/(n − 1) · Σ parts²): s/√n for a mean, the delta method for a function of means (kappa). Images
-    that define nothing (`defined` [images]) have a part of 0 and do not count in n.
+    Images that define nothing (`defined` [images]) have a part of 0 and do not count. The interval is NaN with fewer than two
+    images, and where they are too few for one.
     """
 
     value: float
+    ci95: tuple[float, float]
     parts: Array
     defined: NDArray[np.bool_]
 
@@ -59,15 +60,11 @@ class Estimate:
         return int(self.defined.sum())
 
     @property
-    def stderr(self) -> float:
-        """The standard error over images; NaN with fewer than two."""
-        return float(parts_stderr(self.parts, self.images))
-
-    @property
-    def ci95(self) -> tuple[float, float]:
-        """The 95 % t interval; NaN with fewer than two images."""
-        low, high = interval(np.array(self.value), np.array(self.stderr), self.images)
-        return float(low), float(high)
+    def shares(self) -> Array:
+        """Each image's share [images] of the variance of the number over images; NaN where it does not vary."""
+        squares = np.square(self.parts)
+        with np.errstate(invalid="ignore"):
+            return np.asarray(squares / squares.sum())
 
     @property
     def half_width(self) -> float:
@@ -132,26 +129,28 @@ def mean_of(values: Array, weights: Array | None = None) -> Estimate | None:
     >>> mean_of(np.array([[1.0, 3.0], [3.0, 5.0]])).value
     3.0
     """
-    return _over_places(*mean_parts(values), weights)
+    numbers = mean_parts(values)
+    return None if (weight := place_weights(numbers[0], weights)) is None else _estimate(pooled(numbers, weight))
 
 
 def kappa_of(real: Array, null: Array) -> Estimate | None:
     """The mean over places of (r − t)/(1 − t), r and t the means over images of two [images, places]; None where undefined.
 
+    Its interval comes from those of the places (`kappa_interval`) by `combined`.
+
     >>> kappa_of(np.array([[0.9], [0.7]]), np.array([[0.6], [0.6]])).value
     0.5000000000000001
     """
-    return _over_places(*kappa_parts(real, null), None)
-
-
-def _over_places(means: Array, parts: Array, defined: NDArray[np.bool_], weights: Array | None) -> Estimate | None:
-    places = np.isfinite(means)
-    if not places.any():
+    numbers = kappa_parts(real, null)
+    if (weight := place_weights(numbers[0])) is None:
         return None
-    weight = np.ones(len(means)) if weights is None else np.asarray(weights, dtype=np.float64)
-    weight = np.where(places, weight, 0.0) / weight[places].sum()
-    whole = np.where(places, parts, 0.0) @ weight
-    return Estimate(float(means[places] @ weight[places]), whole, np.asarray(defined[:, places].any(1)))
+    return _estimate(pooled(numbers, weight), combined(numbers, kappa_interval(PairMoments.of(real, null)), weight))
+
+
+def _estimate(whole: Parts, ci95: Array | None = None) -> Estimate:
+    (value,), parts, defined = whole
+    low, high = parts_interval(whole)[0] if ci95 is None else ci95
+    return Estimate(float(value), (float(low), float(high)), parts[:, 0], defined[:, 0])
 
 
 def _row_means(values: Array, weights: Array | None = None) -> Array:

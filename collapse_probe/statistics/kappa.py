@@ -1,13 +1,21 @@
-"""Kappa: the share of what could agree beyond the wrong-token null that does, with its error over images."""
+"""Kappa: the share of what could agree beyond the wrong-token null that does, with its interval over images."""
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
+from math import comb, pi
 
-from collapse_probe.statistics.intervals import Array, Parts, mean_parts
+import numpy as np
+import scipy
+from numpy.typing import NDArray
+
+from collapse_probe.statistics.intervals import Array, Parts, corrected, mean_parts, skewness_of
 
 UNDEFINED_KAPPA = 1e-5
 """Where the wrong-token null is nearer to one than this, kappa is a quotient of rounding errors."""
+MONOMIALS = tuple((order - power, power) for order in (1, 2, 3) for power in range(order + 1))
+"""The powers of x = 1 − real and y = 1 − null whose sums over images the moments need: x, y, x², xy, y², x³, x²y, xy², y³."""
+HALVINGS = 40
 
 
 def kappa(real: Array, other_token: Array) -> Array:
@@ -18,15 +26,6 @@ def kappa(real: Array, other_token: Array) -> Array:
     room = 1 - other_token
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(room > UNDEFINED_KAPPA, (real - other_token) / room, np.nan)
-
-
-def kappa_stderr(real: tuple[Array, Array], null: tuple[Array, Array], covariance: Array) -> Array:
-    """Standard error of kappa by the delta method, from (mean, stderr) of both and the covariance of the two means."""
-    (r, r_error), (t, t_error) = real, null
-    with np.errstate(divide="ignore", invalid="ignore"):
-        by_real, by_null = 1 / (1 - t), -(1 - r) / (1 - t) ** 2
-        variance = by_real**2 * r_error**2 + by_null**2 * t_error**2 + 2 * by_real * by_null * covariance
-        return np.where(1 - t > UNDEFINED_KAPPA, np.sqrt(np.maximum(variance, 0.0)), np.nan)
 
 
 def kappa_parts(real: Array, null: Array) -> Parts:
@@ -40,3 +39,83 @@ def kappa_parts(real: Array, null: Array) -> Parts:
     with np.errstate(invalid="ignore"):
         parts = (r_parts - (1 - ratio) * t_parts) / room
     return ratio, np.where(np.isfinite(parts), parts, 0.0), defined | also
+
+
+@dataclass(frozen=True)
+class PairMoments:
+    """Moments over images of x = 1 − real and y = 1 − null, place by place: kappa = 1 − mean x / mean y.
+
+    `images` [...] define both; `central` [9, ...] holds by `MONOMIALS` the means of x and y, then their second and third
+    central moments (over n, not n − 1).
+    """
+
+    images: Array
+    central: Array
+
+    @classmethod
+    def of(cls, real: Array, null: Array) -> PairMoments:
+        """From the values of single images, two of [images, ...]."""
+        defined = np.isfinite(real) & np.isfinite(null)
+        n = defined.sum(0)
+        x, y = (np.where(defined, 1 - side, 0.0) for side in (real, null))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = [x.sum(0) / n, y.sum(0) / n]
+            x, y = (np.where(defined, side - mean, 0.0) for side, mean in zip((x, y), means, strict=True))
+            return cls(n.astype(np.float64), np.stack([*means, *((x**a * y**b).sum(0) / n for a, b in MONOMIALS[2:])]))
+
+    @classmethod
+    def of_sums(cls, images: Array, sums: Array) -> PairMoments:
+        """From the sums [9, ...] over so many images of the `MONOMIALS`."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            raw = {(0, 0): np.ones_like(images), **dict(zip(MONOMIALS, sums / images, strict=True))}
+        x, y = raw[1, 0], raw[0, 1]
+        central = [
+            sum(
+                comb(a, i) * comb(b, j) * raw[i, j] * (-x) ** (a - i) * (-y) ** (b - j)
+                for i in range(a + 1)
+                for j in range(b + 1)
+            )
+            for a, b in MONOMIALS[2:]
+        ]
+        return cls(images, np.stack([x, y, *central]))
+
+    def along(self, by_x: Array | float, by_y: Array | float) -> tuple[Array, Array, Array]:
+        """Mean, standard error and skewness of by_x · x + by_y · y."""
+        x, y, xx, xy, yy, *third = self.central
+        second: Array = by_x**2 * xx + 2 * by_x * by_y * xy + by_y**2 * yy
+        cube = sum(comb(3, i) * by_x ** (3 - i) * by_y**i * part for i, part in enumerate(third))
+        scale = np.abs(by_x * x) + np.abs(by_y * y)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            stderr = np.where(self.images > 1, np.sqrt(np.maximum(second, 0.0) / (self.images - 1)), np.nan)
+        return by_x * x + by_y * y, stderr, skewness_of(second, np.asarray(cube), scale, self.images)
+
+
+def kappa_interval(moments: PairMoments, tail: Array | float = 0.025) -> Array:
+    """The interval [..., 2] of kappa over images that errs with `tail` on each side (95 %): Fieller's, minding skewness.
+
+    All k for which the tests of `interval` do not reject that x − (1 − k) y has the mean 0. So it holds however much the room
+    1 − null varies over images, and is above 0 just where `beyond` finds the real similarity above its null. The lower end is
+    −∞ where the images are too few to tell the room from 0; NaN where kappa is undefined or there are fewer than two images.
+    """
+    x, y = moments.central[:2]
+    middle = np.arctan2(x, y)  # the quotient as an angle, so that an infinite one is a place like others
+    far = np.stack([np.full_like(middle, pi / 2), np.minimum(middle, 0.0)])
+    sign = np.array([-1.0, 1.0]).reshape(-1, *[1] * middle.ndim)
+    reach = scipy.stats.t.ppf(1 - np.asarray(tail), np.maximum(moments.images - 1, 1))
+
+    def inside(angle: Array) -> NDArray[np.bool_]:
+        mean, stderr, skewness = moments.along(np.cos(angle), -np.sin(angle))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = np.where(stderr > 0, mean / stderr, np.copysign(np.inf, mean)) * sign
+            held = np.minimum(t, corrected(t, sign * skewness, moments.images)) <= reach
+        return np.asarray(np.where(stderr > 0, held, mean == 0))
+
+    near, out, is_open = np.stack([middle, middle]), far, inside(far)
+    for _ in range(HALVINGS):
+        half = (near + out) / 2
+        held = inside(half)
+        near, out = np.where(held, half, near), np.where(held, out, half)
+    ends = 1 - np.where(is_open, np.where(sign < 0, np.inf, np.tan(far)), np.tan(near))
+    known = (y > UNDEFINED_KAPPA) & (moments.images > 1)
+    found: Array = np.moveaxis(np.where(known, ends, np.nan), 0, -1)
+    return found

@@ -1,29 +1,36 @@
 """Two sets of numbers on the same images: the difference, its interval, a test and an effect size, place by place.
 
 A place is a block, or a pair of neighbouring blocks. Images where either side is undefined are left out of that place.
+Interval and test are two readings of one calculation: p is below 0.05 just where the 95 % interval leaves out 0.
 """
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from collapse_probe.statistics.intervals import Array
-from collapse_probe.statistics.kappa import kappa
+from collapse_probe.statistics.intervals import (
+    Array,
+    beyond,
+    combined,
+    mean_parts,
+    parts_interval,
+    parts_skewness,
+    parts_stderr,
+    place_weights,
+    pooled,
+)
+from collapse_probe.statistics.kappa import PairMoments, kappa, kappa_interval, kappa_parts
+from collapse_probe.statistics.proportions import paired_shares
 
 Indices = NDArray[np.int64]
 
-RESAMPLES = 2000
-BCA_IMAGES = 5000
-"""Up to so many images the interval is BCa: its correction falls with their root, its cost grows with their square."""
-AT_ONCE = 4_000_000  # image counts of resamples held at a time
-Method = Literal["BCa", "percentile"]
-SAME, NO_INTERVAL = "exact", "none"
+OF_MEANS, OF_KAPPAS, OF_SHARES, SAME, NO_INTERVAL = "paired t", "Fieller", "Tango", "identical", "none"
+"""Kinds of intervals; see `compare_sides`."""
+SMALLEST_TAIL, HALVINGS = 1e-12, 24
 
 
 @dataclass(frozen=True)
@@ -32,43 +39,40 @@ class Sides:
 
     A plain quantity's difference is the mean over images of second − first. Kappa's is kappa of the mean values and nulls of
     the second less that of the first: the number that findings report, not a mean of ratios. `pooled` takes the mean over the
-    places, as one place.
+    places, as one place. `answers`: the values are 0 or 1, and the difference is that of two shares of images.
     """
 
     first: Array
     second: Array
     nulls: tuple[Array, Array] | None = None
     pooled: bool = False
+    answers: bool = False
+
+    def complete(self) -> Sides:
+        """The same, NaN in every part wherever an image lacks one."""
+        defined = np.all([np.isfinite(part) for part in self._parts()], axis=0)
+        first, second, *nulls = (np.where(defined, part, np.nan) for part in self._parts())
+        return replace(self, first=first, second=second, nulls=(nulls[0], nulls[1]) if nulls else None)
 
     def each(self) -> Array:
-        """The difference of every image by itself [images, places], NaN where undefined; what the test ranks."""
-        one, other = self._single()
+        """The difference of every image by itself [images, places], NaN where undefined; what the effect size ranks."""
+        one, other = self.first, self.second
+        if self.nulls is not None:
+            one, other = kappa(one, self.nulls[0]), kappa(other, self.nulls[1])
         return _averaged(other - one) if self.pooled else other - one
 
-    def of_all(self, counts: Array) -> tuple[Array, Array]:
-        """Both sides over images drawn `counts` times each, [draws, images] -> two of [draws, places]."""
-        one, other = self._single()
-        used = np.isfinite(other - one)
-        total = counts @ used
-        parts = [self.first, self.second, *(self.nulls or ())]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means = [(counts @ np.where(used, part, 0.0)) / total for part in parts]
-        both = means if self.nulls is None else [kappa(means[i], means[i + 2]) for i in (0, 1)]
-        if self.pooled:
-            defined = np.isfinite(both[0] + both[1])
-            both = [_averaged(np.where(defined, side, np.nan)) for side in both]
-        return both[0], both[1]
-
     def same(self) -> NDArray[np.bool_]:
-        """The places where every defined image has the same numbers on both sides, to the last bit; [places]."""
-        sides = [(self.first, self.second), *([self.nulls] if self.nulls else [])]
-        equal = np.all([(a == b) | np.isnan(a) | np.isnan(b) for a, b in sides], axis=(0, 1))
-        return np.atleast_1d(equal.all()) if self.pooled else equal
+        """The places where every defined image has the same numbers on both sides, to the last bit, and they vary; [places].
 
-    def _single(self) -> tuple[Array, Array]:
-        if self.nulls is None:
-            return self.first, self.second
-        return kappa(self.first, self.nulls[0]), kappa(self.second, self.nulls[1])
+        A number that is the same in all images (a share of 0, a cosine of 1) may be so on both sides by chance.
+        """
+        pairs = [(self.first, self.second), *([self.nulls] if self.nulls else [])]
+        equal = np.all([(a == b) | np.isnan(a) | np.isnan(b) for a, b in pairs], axis=(0, 1))
+        varies = np.any([_varies(part) for part in self._parts()], axis=0)
+        return np.atleast_1d(equal.all() & varies.any()) if self.pooled else np.asarray(equal & varies)
+
+    def _parts(self) -> list[Array]:
+        return [self.first, self.second, *(self.nulls or ())]
 
 
 def _averaged(values: Array) -> Array:
@@ -78,14 +82,19 @@ def _averaged(values: Array) -> Array:
     return np.where(count > 0, np.where(defined, values, 0.0).sum(-1, keepdims=True) / np.maximum(count, 1), np.nan)
 
 
+def _varies(values: Array) -> NDArray[np.bool_]:
+    """Whether the defined values are not all the same, [images, places] -> [places]."""
+    return np.asarray(np.fmax.reduce(values) > np.fmin.reduce(values))
+
+
 @dataclass(frozen=True)
 class Paired:
     """What the images say about second − first, each [places] unless said otherwise.
 
-    `ci95` [places, 2] with its kind in `interval`; `p` of the Wilcoxon signed-rank test, `q` the same with the false discovery
-    rate controlled over the places (Benjamini–Hochberg); `effect` the matched rank-biserial correlation, −1 … 1: the rank sum
-    of the images that rise less that of those that fall, over the whole. `images` entered, `left_out` did not. Undefined
-    numbers are NaN.
+    `ci95` [places, 2] with its kind in `interval`, and `p` of the test that belongs to it, two-sided; `q` is p with the false
+    discovery rate controlled over the places (Benjamini–Hochberg); `effect` the matched rank-biserial correlation, −1 … 1: the
+    rank sum of the images that rise less that of those that fall, over the whole. `images` entered, `left_out` did not.
+    Undefined numbers are NaN.
     """
 
     first: Array
@@ -105,29 +114,104 @@ class Paired:
         return len(self.difference)
 
 
-def compare_sides(sides: Sides, *, seed: int = 0, resamples: int = RESAMPLES) -> Paired:
-    """All numbers of one quantity; where every image has the same value on both sides: 0, [0, 0] and p = 1, exactly."""
+@dataclass(frozen=True)
+class _Change:
+    """Both sides, how sure their difference is, and the kind of its interval where that is defined."""
+
+    first: Array
+    second: Array
+    ci95: Array
+    p: Array
+    kind: str
+
+
+def compare_sides(sides: Sides) -> Paired:
+    """All numbers of one quantity, with the interval and the test of its kind.
+
+    `OF_MEANS`: a mean difference with its `interval` and `beyond`. `OF_KAPPAS`: a difference of kappas, `combined` out of the
+    intervals of both. `OF_SHARES`: of answers, `paired_shares`. `SAME`: every image has the same value on both sides: 0,
+    [0, 0] and p = 1. `NO_INTERVAL`: fewer than two images, too few for the interval of a kappa, or the same difference in
+    all images, of which no sampling error can be taken.
+    """
+    sides = sides.complete()
     each = sides.each()
-    used = np.isfinite(each)
-    images = used.sum(0)
-    same = sides.same() & (images > 0)
-    first, second = (side[0] for side in sides.of_all(np.ones((1, len(each)))))
-    difference = np.where(same, 0.0, second - first)
-    ci95, kinds = _intervals(sides, difference, same, images, seed, resamples)
-    tests = [_signed_ranks(each[used[:, place], place]) for place in range(each.shape[1])]
-    p = np.array([p for p, _ in tests])
+    defined = np.isfinite(sides.first)
+    images = defined.any(1).sum(keepdims=True) if sides.pooled else defined.sum(0)
+    change = _shares(sides) if sides.answers else _means(sides) if sides.nulls is None else _kappas(sides)
+    same = sides.same() & (images > 0) & (not sides.answers)
+    ci95, p = np.where(same[:, None], 0.0, change.ci95), np.where(same, 1.0, change.p)
+    kinds = np.where(same, SAME, np.where(np.isfinite(ci95).all(1), change.kind, NO_INTERVAL))
     return Paired(
-        first=first,
-        second=np.where(same, first, second),
-        difference=difference,
+        first=change.first,
+        second=np.where(same, change.first, change.second),
+        difference=np.where(same, 0.0, change.second - change.first),
         ci95=ci95,
-        interval=kinds,
+        interval=tuple(kinds.tolist()),
         p=p,
         q=controlled(p),
-        effect=np.array([effect for _, effect in tests]),
+        effect=np.array([_rank_biserial(column[np.isfinite(column)]) for column in each.T]),
         images=images.astype(np.int64),
         left_out=(len(each) - images).astype(np.int64),
     )
+
+
+def _means(sides: Sides) -> _Change:
+    numbers, varies = mean_parts(sides.second - sides.first), _varies(sides.second - sides.first)
+    one, other = (mean_parts(side)[0] for side in (sides.first, sides.second))
+    if sides.pooled:
+        weight = place_weights(numbers[0])
+        if weight is None:
+            return _nothing(OF_MEANS)
+        numbers, varies = pooled(numbers, weight), np.atleast_1d(varies.any())
+        one, other = (np.atleast_1d(np.nansum(side * weight)) for side in (one, other))
+    difference, parts, defined = numbers
+    n = defined.sum(0)
+    stderr, skewness = np.where(varies, parts_stderr(parts, n), np.nan), parts_skewness(parts, n)
+    p = 2 * np.minimum(beyond(difference, stderr, n, skewness), beyond(-difference, stderr, n, -skewness))
+    ci95 = np.where(varies[:, None], parts_interval(numbers), np.nan)
+    return _Change(one, other, ci95, np.minimum(p, 1.0), OF_MEANS)
+
+
+def _shares(sides: Sides) -> _Change:
+    ci95, p = paired_shares(sides.first, sides.second)
+    return _Change(mean_parts(sides.first)[0], mean_parts(sides.second)[0], ci95, p, OF_SHARES)
+
+
+def _kappas(sides: Sides) -> _Change:
+    """p by halving: the error at which the interval just reaches 0."""
+    assert sides.nulls is not None
+    real, null = (np.concatenate(both, axis=1) for both in ((sides.first, sides.second), sides.nulls))
+    numbers, moments = kappa_parts(real, null), PairMoments.of(real, null)
+    one, other = np.split(numbers[0], 2)
+    weights = np.eye(len(one))
+    if sides.pooled:
+        weight = place_weights(one + other)
+        if weight is None:
+            return _nothing(OF_KAPPAS)
+        weights = weight[None]
+        one, other = (np.atleast_1d(np.nansum(side * weight)) for side in (one, other))
+    varies = (_varies(real) | _varies(null)).reshape(2, -1).any(0)
+    known = ((weights != 0) @ varies) & np.isfinite(one + other)
+
+    def ends(tail: Array) -> Array:
+        """The interval of each difference that errs with its `tail` on each side."""
+        bounds = kappa_interval(moments, np.tile(np.broadcast_to(tail, weights.shape[1]), 2))
+        rows = zip(np.concatenate([-weights, weights], axis=1), known, strict=True)
+        return np.array([combined(numbers, bounds, row) if at else np.full(2, np.nan) for row, at in rows])
+
+    inside, out = np.full(len(weights), np.log(SMALLEST_TAIL)), np.full(len(weights), np.log(0.5))
+    for _ in range(HALVINGS):
+        half = (inside + out) / 2
+        low, high = ends(np.exp(half)).T
+        reached = ~((low > 0) | (high < 0))
+        inside, out = np.where(reached, half, inside), np.where(reached, out, half)
+    return _Change(one, other, ends(np.full(len(weights), 0.025)), np.where(known, 2 * np.exp(inside), np.nan), OF_KAPPAS)
+
+
+def _nothing(kind: str) -> _Change:
+    """What there is where no place is defined."""
+    unknown = np.full(1, np.nan)
+    return _Change(unknown, unknown, np.full((1, 2), np.nan), unknown, kind)
 
 
 def controlled(p: Array) -> Array:
@@ -143,73 +227,10 @@ def controlled(p: Array) -> Array:
     return q
 
 
-def _signed_ranks(differences: Array) -> tuple[float, float]:
-    """The two-sided Wilcoxon p-value and the matched rank-biserial correlation; (1, 0) where nothing differs."""
+def _rank_biserial(differences: Array) -> float:
+    """The matched rank-biserial correlation; 0 where nothing differs."""
     if not len(differences):
-        return float("nan"), float("nan")
+        return float("nan")
     moved = differences[differences != 0]
-    if not len(moved):
-        return 1.0, 0.0
     ranks = scipy.stats.rankdata(np.abs(moved))
-    effect = float((ranks * np.sign(moved)).sum() / ranks.sum())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on ties and zeros in few images, where scipy takes the normal approximation
-        p = float(scipy.stats.wilcoxon(moved, method="auto").pvalue)
-    return p, effect
-
-
-def _intervals(
-    sides: Sides, difference: Array, same: NDArray[np.bool_], images: Indices, seed: int, resamples: int
-) -> tuple[Array, tuple[str, ...]]:
-    """Bootstrap intervals [places, 2] and the kind of each; all images stay together in a draw."""
-    places = len(difference)
-    ci95 = np.where(same[:, None], 0.0, np.full((places, 2), np.nan))
-    kinds = [SAME if place else NO_INTERVAL for place in same]
-    open_places = np.flatnonzero(~same & (images > 1) & np.isfinite(difference))
-    if not len(open_places):
-        return ci95, tuple(kinds)
-    part = sides if sides.pooled else _only(sides, open_places)
-    method: Method = "BCa" if len(sides.first) <= BCA_IMAGES else "percentile"
-    bounds, drawn = _bootstrap(part, method, seed, resamples)
-    plain = np.nanquantile(drawn, [0.025, 0.975], axis=-1).T
-    for row, place in enumerate(open_places):
-        sound = method == "BCa" and np.isfinite(bounds[row]).all()
-        ci95[place] = bounds[row] if sound else plain[row]
-        kinds[place] = "BCa" if sound else "percentile"
-    return ci95, tuple(kinds)
-
-
-def _only(sides: Sides, places: NDArray[np.intp]) -> Sides:
-    nulls = None if sides.nulls is None else (sides.nulls[0][:, places], sides.nulls[1][:, places])
-    return Sides(sides.first[:, places], sides.second[:, places], nulls)
-
-
-def _bootstrap(sides: Sides, method: Method, seed: int, resamples: int) -> tuple[Array, Array]:
-    """Bounds [places, 2] of `method` (NaN where it is undefined) and the drawn differences [places, resamples]."""
-    count = len(sides.first)
-
-    def statistic(drawn: Indices, axis: int) -> Array:
-        first, second = sides.of_all(_counts(np.atleast_2d(drawn).astype(np.int64), count))
-        differences = (second - first).T
-        return differences[:, 0] if drawn.ndim == 1 else differences
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scipy warns where BCa is undefined; the kind of interval says so
-        result: Any = scipy.stats.bootstrap(
-            (np.arange(count),),
-            statistic,
-            n_resamples=resamples,
-            batch=max(1, AT_ONCE // count),
-            vectorized=True,
-            method=method,
-            rng=np.random.default_rng(seed),
-        )
-    bounds = np.stack([result.confidence_interval.low, result.confidence_interval.high], axis=-1)
-    return bounds, np.asarray(result.bootstrap_distribution)
-
-
-def _counts(drawn: Indices, images: int) -> Array:
-    """How often each image was drawn, [draws, drawn] -> [draws, images]."""
-    rows = np.arange(len(drawn))[:, None] * images
-    flat = np.bincount((drawn + rows).ravel(), minlength=len(drawn) * images)
-    return flat.reshape(len(drawn), images).astype(np.float64)
+    return float((ranks * np.sign(moved)).sum() / ranks.sum()) if len(moved) else 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -17,10 +19,10 @@ from collapse_probe.statistics.intervals import (
     count_difference_bounds,
     interval,
     mean_parts,
-    parts_stderr,
+    parts_interval,
     quotient_bounds,
 )
-from collapse_probe.statistics.kappa import kappa, kappa_stderr
+from collapse_probe.statistics.kappa import PairMoments, kappa, kappa_interval
 
 DRAWS = 500
 LEAST, MOST = 0.92, 0.98
@@ -60,15 +62,17 @@ def test_the_interval_of_a_headline_kappa_contains_the_truth():
     assert LEAST <= share(contains) <= MOST
 
 
-def test_the_interval_of_kappa_from_the_sums_of_a_run_contains_the_truth():
+def test_the_interval_of_kappa_of_a_pair_contains_the_truth():
     def contains(generator):
-        real, null, r, t = (part[..., 0] for part in similarities(generator, 60))
-        n, (means, errors) = len(real), zip(*((x.mean(), x.std(ddof=1) / np.sqrt(len(x))) for x in (real, null)), strict=True)
-        covariance = np.cov(real, null)[0, 1] / n
-        error = kappa_stderr((means[0], errors[0]), (means[1], errors[1]), covariance)
-        return within(interval(kappa(*means), error, n), kappa(r, t))
+        real, null, r, t = similarities(generator, 60)
+        return within(kappa_interval(PairMoments.of(real, null))[0], kappa(r, t)[0])
 
     assert LEAST <= share(contains) <= MOST
+
+
+def side(values):
+    numbers = mean_parts(values)
+    return numbers, partial(parts_interval, numbers)
 
 
 NEAR = 0.9 + 0.02 / np.sqrt(40) * np.array([0.5] * 11)
@@ -80,9 +84,8 @@ NEAR = 0.9 + 0.02 / np.sqrt(40) * np.array([0.5] * 11)
 def test_the_interval_of_the_count_of_similar_blocks_contains_the_truth(truth, common):
     def contains(generator):
         own, effect = generator.normal(size=(40, len(truth))), generator.normal(size=(40, 1))
-        means, parts, _ = mean_parts(truth + 0.02 * (np.sqrt(1 - common) * own + np.sqrt(common) * effect))
-        n = np.full(len(truth), 40)
-        return within(count_bounds(means, parts_stderr(parts, n), n, 0.9), (truth > 0.9).sum())
+        (means, *_), bounds = side(truth + 0.02 * (np.sqrt(1 - common) * own + np.sqrt(common) * effect))
+        return within(count_bounds(means, bounds, 0.9), (truth > 0.9).sum())
 
     assert share(contains) >= LEAST  # whole numbers that are seldom near the threshold are covered more often
 
@@ -99,7 +102,7 @@ def test_the_interval_of_the_difference_of_two_counts_contains_the_truth(first, 
     def contains(generator):
         own, shared = generator.normal(size=(2, 40, len(first))), generator.normal(size=(40, len(first)))
         noise = 0.02 * (np.sqrt(1 - common) * own + np.sqrt(common) * shared)
-        return within(count_difference_bounds(mean_parts(first + noise[0]), mean_parts(second + noise[1]), 0.9), truth)
+        return within(count_difference_bounds(side(first + noise[0]), side(second + noise[1]), 0.9), truth)
 
     assert share(contains) >= LEAST
 
@@ -120,8 +123,8 @@ RATIOS = np.array([0.9] * 3 + [0.905] * 4 + [0.6, 0.99])
 def test_the_interval_of_the_count_of_similarity_ratios_contains_the_truth():
     def contains(generator):
         ratios = generator.binomial(200, RATIOS, size=(40, len(RATIOS))) / 200
-        spread = ratios.std(0, ddof=1) / np.sqrt(len(ratios))
-        (row,) = sensitivity((ratios.mean(0)[None], spread[None], np.full((1, len(RATIOS)), len(ratios))), [Choice()])
+        (means, *_), bounds = side(ratios)
+        (row,) = sensitivity(means[None], lambda tail: bounds(tail)[None], [Choice()])
         return within(row["ci95"], (RATIOS > 0.9).sum())
 
     assert share(contains) >= LEAST

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from factories import findings_of
 
 from collapse_probe.analysis.pairing import count_differences
 from collapse_probe.results.findings import MetricResult
-from collapse_probe.statistics.intervals import count_difference_bounds, mean_parts
-from collapse_probe.statistics.kappa import kappa, kappa_parts
+from collapse_probe.statistics.intervals import count_difference_bounds, mean_parts, parts_interval
+from collapse_probe.statistics.kappa import PairMoments, kappa, kappa_interval, kappa_parts
 
 IMAGES = 20
 THRESHOLDS = [0.8, 0.9, 0.95]
@@ -47,9 +48,11 @@ def test_each_threshold_and_the_corrected_count_have_their_own_interval():
     ]
     assert [(c.first, c.second) for c in found[:3]] == [(3, 3), (FIRST[0].mean(0).__gt__(0.9).sum(), 2), (1, 0)]
     for count in found[:3]:
-        ends = count_difference_bounds(mean_parts(FIRST[0]), mean_parts(SECOND[0]), count.threshold)
+        numbers = [mean_parts(real) for real, _ in (FIRST, SECOND)]
+        ends = count_difference_bounds(*((each, partial(parts_interval, each)) for each in numbers), count.threshold)
         assert count.ci95 == tuple(ends)
-    assert found[3].ci95 == tuple(count_difference_bounds(kappa_parts(*FIRST), kappa_parts(*SECOND), 0.5))
+    kappas = ((kappa_parts(*side), partial(kappa_interval, PairMoments.of(*side))) for side in (FIRST, SECOND))
+    assert found[3].ci95 == tuple(count_difference_bounds(*kappas, 0.5))
     for count in found:
         assert count.ci95[0] <= count.second - count.first <= count.ci95[1]
 

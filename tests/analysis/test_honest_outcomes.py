@@ -129,15 +129,12 @@ def test_comparison_intervention_and_terminal_say_it_too():
 def test_differences_within_the_rounding_of_float32_are_never_found(difference, significant):
     rng = np.random.default_rng(0)
     null = rng.uniform(0.2, 0.9, (64, 2))
-    table = {
-        "attention-similarity": null + difference + rng.normal(0, 1e-7, null.shape),
-        "attention-similarity/other_token": null,
-    }
     real, token = (np.full((3, 3), np.nan) for _ in range(2))
-    real[[1, 2], [0, 1]], token[[1, 2], [0, 1]] = table["attention-similarity"].mean(0), null.mean(0)
-    nulls = Nulls({"other_token": token}, None, {}, beyond_p=np.full((3, 3), 1e-6))
-    result = MetricResult(("block", "block"), "", values=real, nulls=nulls)
-    test = pair_tests(table, {"attention-similarity": result})["attention-similarity"]
+    token[[1, 2], [0, 1]] = null.mean(0)
+    real[[1, 2], [0, 1]] = (null + difference + rng.normal(0, 1e-7, null.shape)).mean(0)
+    p = np.where(np.isfinite(real), 1e-6, np.nan)
+    nulls = Nulls({"other_token": token}, {"other_token": 64}, {}, beyond_p=p)
+    test = pair_tests({"x": MetricResult(("block", "block"), "", values=real, nulls=nulls)})["x"]
     assert test["tested"] == 2
     assert test["significant"] == test["all_pairs"]["significant"] == significant
     assert test["within_rounding"] == (2 if not significant else 0)

@@ -148,12 +148,12 @@ def test_the_page_stands_alone(found, tmp_path):
     assert "there is no block before it" in page
 
 
-def test_one_image_and_one_block_have_no_intervals(model, digits):
+def test_one_image_and_one_block_have_intervals_of_shares_alone(model, digits):
     one = cp.intervene(model, digits.subset(1), "identity", blocks=[1])
     effect = one.single["identity"][0]
     assert effect.kl is not None
     assert effect.kl_ci95 is None
-    assert effect.agreement_ci95 is None
+    assert effect.agreement_ci95 == pytest.approx((0.206549, 1.0), abs=1e-5)
     assert len(verdicts(one)[0].sentences) == 2
     assert "one-at-a-time" in draw_all(one)
     assert "cumulative" not in draw_all(one)
@@ -191,11 +191,14 @@ def test_the_sentences_follow_the_numbers(found):
 def test_effects_against_numbers_worked_by_hand():
     kl = np.array([[0.0, 0.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4]])
     plain, replaced, labels = np.array([0, 1, 2, 1]), np.array([[0, 1, 2, 1], [0, 1, 1, 2]]), np.array([0, 1, 2, 1])
-    same, other = effects_of([("mean", (0,)), ("mean", (1,))], kl, plain, replaced, labels, seed=0)
-    assert (same.kl, same.kl_ci95, same.agreement, same.accuracy, same.accuracy_change) == (0, (0, 0), 1, 1, 0)
+    same, other = effects_of([("mean", (0,)), ("mean", (1,))], kl, plain, replaced, labels)
+    assert (same.kl, same.kl_ci95, same.agreement, same.accuracy, same.accuracy_change) == (0, None, 1, 1, 0)
     assert (other.kl, other.agreement, other.accuracy, other.accuracy_change) == (pytest.approx(0.25), 0.5, 0.5, -0.5)
     # Wilson for 2 of 4: (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n), z = 1.959964
     assert other.agreement_ci95 == pytest.approx((0.150036, 0.849964), abs=1e-5)
+    assert same.agreement_ci95 == pytest.approx((4 / (4 + 1.959964**2), 1), abs=1e-5)
+    # Tango's interval without a discordant image: ± z²/(n + z²)
+    assert same.accuracy_change_ci95 == pytest.approx((-0.489891, 0.489891), abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,9 @@ def stored(**parts) -> Findings:
 
 def outcome_of(q, enough=True):
     return {
-        "q": q, "level": 0.05, "significant": sum(x <= 0.05 for x in q), "tested": len(q), "smallest_p": 2.0**-12,
-        "images": 12, "enough_images": enough, "test": "sign flips", "assumption": "signs could be exchanged",
+        "q": q, "level": 0.05, "significant": sum(x <= 0.05 for x in q), "tested": len(q),
+        "untrained": {"significant": [1, 2], "tested": 2, "images": 64},
+        "images": 12, "enough_images": enough, "test": "paired t", "assumption": "of one set of weights",
         "sentence": "Too few images to tell.", "all_pairs": {"significant": 2, "tested": 3, "test": "paired t"},
     }  # fmt: skip
 
@@ -40,7 +41,8 @@ def test_the_tests_say_how_many_pairs_are_beyond_their_null():
     assert first["largest q among them"] == "< 0.001"
     assert second["largest q among them"] == "0.040"
     assert first["all pairs"] == "2 of 3 (paired t)"
-    assert table.notes == ("signs could be exchanged",)
+    assert first["untrained twin"] == "1, 2 of 2 (64 images)"
+    assert table.notes == ("of one set of weights",)
 
 
 def test_too_few_images_are_no_negative_result():

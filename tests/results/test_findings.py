@@ -15,6 +15,7 @@ import collapse_probe as cp
 from collapse_probe.errors import OutputError, UnknownNameError
 from collapse_probe.files import check_writable, new_folder
 from collapse_probe.results.findings import CSV_COLUMNS, Description, Findings, MetricResult
+from collapse_probe.statistics.intervals import mean_parts, parts_interval
 
 NULL_NAMES = {"untrained", "other_token", "other_image", "other_head", "kappa"}
 
@@ -123,8 +124,11 @@ def test_intervals_are_those_of_the_mean(found):
     reading, n = found.metrics["attention-similarity"], len(values)
     stderr = values.std(0, ddof=1) / math.sqrt(n)
     assert np.diag(reading.stderr, -1) == pytest.approx(stderr, rel=1e-5)
+    low, high = (np.diag(reading.ci95[..., end], -1) for end in (0, 1))
+    ends = parts_interval(mean_parts(values))
+    assert (low, high) == (pytest.approx(ends[:, 0], rel=1e-4), pytest.approx(ends[:, 1], rel=1e-4))
     reach = 2.5705818 * stderr  # the t distribution with 5 degrees of freedom
-    assert np.diag(reading.ci95[..., 1], -1) == pytest.approx(values.mean(0) + reach, rel=1e-5)
+    assert np.minimum(values.mean(0) - low, high - values.mean(0)) == pytest.approx(reach, rel=1e-3)
 
 
 def test_unknown_metric_names_those_that_are_there(found):

@@ -19,10 +19,12 @@ from collapse_probe.errors import SettingError
 from collapse_probe.metrics.metric import of_level
 from collapse_probe.metrics.nulls import untrained_only, with_twins
 from collapse_probe.registry import METRICS
-from collapse_probe.results.findings import MetricResult
+from collapse_probe.results.findings import MetricResult, Nulls
 from collapse_probe.results.rules import RAW_ABOVE
 from collapse_probe.statistics.breakdowns import classes_of, convergence_of, extremes_of, sizes_for
 from collapse_probe.statistics.estimates import HEADLINES, PerImageValues, per_image_values
+from collapse_probe.statistics.intervals import beyond, mean_parts, parts_interval
+from collapse_probe.statistics.kappa import PairMoments
 
 TINY = {"pretrained": False, "img_size": 32, "model_kwargs": {"depth": 3, "embed_dim": 24, "num_heads": 3}, "device": "cpu"}
 NAME = "timm:vit_tiny_patch16_224"
@@ -56,12 +58,12 @@ def test_headline_estimates_are_the_numbers_of_the_summary(found):
         assert estimate.ci95 == pytest.approx((low, high))
 
 
-def test_the_interval_of_a_mean_over_blocks_is_the_t_interval_of_its_images():
+def test_the_interval_of_a_mean_over_blocks_is_that_of_its_images():
     kept = per_image_values(table())
     each = kept.values["attention-similarity"].mean(1)
-    reach = stats.t.ppf(0.975, 29) * stats.sem(each)
     found = kept.estimates()["attention_similarity_adjacent"].ci95
-    assert found == pytest.approx((each.mean() - reach, each.mean() + reach))
+    assert found == pytest.approx(tuple(parts_interval(mean_parts(each[:, None]))[0]))
+    assert found == pytest.approx(stats.t.interval(0.95, 29, each.mean(), stats.sem(each)), abs=1e-3)
 
 
 def test_entropies_are_weighed_by_heads():
@@ -132,26 +134,79 @@ def test_neighbouring_pairs_are_tested_and_all_pairs_too(found):
         whole = test["all_pairs"]
         nearest = np.diagonal(np.asarray(whole["p"], dtype=float), -1)
         each = found.images[name] - found.images[f"{name}/other_token"]
-        assert nearest == pytest.approx(stats.ttest_1samp(each, 0, alternative="greater").pvalue, abs=1e-3)
+        assert nearest == pytest.approx(test["p"])
+        plain = stats.ttest_1samp(each, 0, alternative="greater").pvalue
+        assert nearest == pytest.approx(np.maximum(plain, nearest), abs=1e-3), "never less than of the plain t test"
+
+
+def beside_null(real, null, twins=(), twin_images=40):
+    """The tests of what `between_blocks` would give for these similarities [images, pairs], beside those of untrained twins."""
+
+    def p_of(real, null):
+        p = np.full((real.shape[1] + 1,) * 2, np.nan)
+        mean, error, skewness = PairMoments.of(real, null).along(-1.0, 1.0)
+        p[np.arange(1, len(p)), np.arange(len(p) - 1)] = beyond(mean, error, len(real), skewness)
+        return p
+
+    twin_p = np.stack([p_of(*twin) for twin in twins]) if twins else None
+    nulls = Nulls(
+        {}, {"other_token": len(real), "untrained": twin_images}, beyond_p=p_of(real, null), untrained_beyond_p=twin_p
+    )
+    return pair_tests({"x": MetricResult(("block", "block"), "", p_of(real, null), nulls=nulls)})["x"]
+
+
+def some_alike(images, alike, seed=0):
+    """Similarities of six pairs, of which so many are more alike than their null."""
+    generator = np.random.default_rng(seed)
+    null = 0.5 + 0.05 * generator.normal(size=(images, 6))
+    return null + 0.03 * generator.normal(size=(images, 6)) + 0.05 * (np.arange(6) < alike), null
 
 
 def test_alike_pairs_are_found_and_chance_is_not():
-    generator = np.random.default_rng(0)
-    null = 0.5 + 0.05 * generator.normal(size=(60, 6))
-    real = null + 0.03 * generator.normal(size=(60, 6))
-    real[:, :2] += 0.05
-    test = pair_tests({"names": np.arange(60).astype(str), "x": real, "x/other_token": null}, {})["x"]
-    assert (np.array(test["q"]) <= 0.05).tolist() == [True, True, False, False, False, False]
-    assert test["sentence"].startswith("2 of 6")
+    test = beside_null(*some_alike(60, 2))
+    assert (test["q"] <= 0.05).tolist() == [True, True, False, False, False, False]
+    assert test["sentence"].startswith("2 of 6 neighbouring pairs")
+    assert "no untrained twin was tested" in test["sentence"]
+
+
+def test_the_untrained_twins_stand_beside_the_test():
+    one, other, few = some_alike(40, 3, seed=1), some_alike(40, 5, seed=2), some_alike(8, 5, seed=3)
+    assert "in the untrained twin 3 of 6 (40 images)" in beside_null(*some_alike(60, 2), [one])["sentence"]
+    both = beside_null(*some_alike(60, 2), [one, other])
+    assert both["untrained"] == {"significant": [3, 5], "tested": 6, "images": 40}
+    assert "in the untrained twins of 2 seeds 3 to 5 of 6" in both["sentence"]
+    assert "too few images for the test" in beside_null(*some_alike(60, 2), [few], 8)["sentence"]
 
 
 def test_a_few_images_cannot_show_anything():
-    held = {"names": np.array(["a", "b", "c"]), "x": np.ones((3, 2)), "x/other_token": np.zeros((3, 2))}
-    test = pair_tests(held, {})["x"]
-    assert test["smallest_p"] == 0.125
+    test = beside_null(*some_alike(15, 6))
     assert not test["enough_images"]
     assert test["significant"] == 0
-    assert "Too few images to tell" in test["sentence"]
+    assert np.isnan(test["q"]).all()
+    assert (test["p"] < 0.01).all()
+    assert np.isnan(test["all_pairs"]["q"]).all()
+    assert "Too few images to tell: 15" in test["sentence"]
+
+
+def test_untrained_twins_are_tested_like_the_model(found):
+    nulls = found.metrics["attention-similarity"].nulls
+    assert nulls.untrained_beyond_p.shape == (1, 3, 3)
+    assert np.isfinite(nulls.untrained_beyond_p[0, 1, 0])
+    assert found.sureness["tests"]["attention-similarity"]["untrained"] is None, "six images"
+
+
+def test_one_image_that_makes_most_of_the_spread_is_named():
+    held = table(40)
+    assert not [said for said in convergence_of(per_image_values(held), RAW_ABOVE)["sentences"] if "Heavy tail" in said]
+    held["patch-diversity"][17, -1] += 5.0
+    (said,) = [said for said in convergence_of(per_image_values(held), RAW_ABOVE)["sentences"] if "Heavy tail" in said]
+    assert "one image, 0017, makes 9" in said
+    assert "patch diversity" in said
+    held["patch-diversity"][3, -1] += 5.0
+    (said,) = [said for said in convergence_of(per_image_values(held), RAW_ABOVE)["sentences"] if "Heavy tail" in said]
+    assert "about 2 of 40 images make the variance" in said
+    few = {key: values[10:25] for key, values in held.items()}
+    assert not [said for said in convergence_of(per_image_values(few), RAW_ABOVE)["sentences"] if "Heavy tail" in said]
 
 
 def test_extremes_are_the_outermost_images():
@@ -180,9 +235,8 @@ def test_classes_are_measured_by_themselves_and_against_the_rest():
     of_class = np.array([labels[name] for name in held["names"]])
     for label in range(3):
         mine, rest = (held["patch-diversity"][where, -1] for where in (of_class == label, of_class != label))
-        reach = stats.t.ppf(0.975, len(mine) - 1) * stats.sem(mine)
         assert number["value"][label] == pytest.approx(mine.mean())
-        assert number["ci_high"][label] == pytest.approx(mine.mean() + reach)
+        assert number["ci_high"][label] == pytest.approx(parts_interval(mean_parts(mine[:, None]))[0, 1])
         assert number["p"][label] == pytest.approx(stats.ttest_ind(mine, rest, equal_var=False).pvalue)
     assert number["q"] == pytest.approx(stats.false_discovery_control(number["p"]))
     assert number["q"][0] < 1e-6
@@ -218,10 +272,10 @@ def test_a_loaders_whole_numbers_are_its_labels(labels, kept):
 def test_labels_by_name_make_the_classes_of_a_loader():
     held = table(40)
     labels = {name: i % 3 for i, name in enumerate(held["names"])}
-    found = sureness(per_image_values(held), held, {}, labels)["classes"]
+    found = sureness(per_image_values(held), {}, labels)["classes"]
     assert found["names"] == ["0", "1", "2"]
     np.testing.assert_equal(found["numbers"], classes_of(per_image_values(held), labels)["numbers"])
-    assert sureness(per_image_values(held), held, {}, {})["classes"] == {}
+    assert sureness(per_image_values(held), {}, {})["classes"] == {}
 
 
 def test_a_callers_own_loader_with_labels_has_its_classes():
@@ -306,9 +360,11 @@ def test_every_null_has_an_interval_or_a_reason(everything, name):
             assert null in ("kappa", "other_token", "other_image", "other_head")
             assert nulls.reasons[f"{null}_ci95"]
         else:
-            assert f"{null}_ci95" not in nulls.reasons
             known = np.isfinite(values)
-            assert np.isfinite(bounds[known]).all()
+            without = known & ~np.isfinite(bounds).all(-1)
+            assert null == "kappa" or not without.any()
+            assert (f"{null}_ci95" in nulls.reasons) == without.any()
+            known &= ~without
             assert (bounds[known, 0] <= values[known] + 1e-12).all()
             assert (values[known] <= bounds[known, 1] + 1e-12).all()
 
@@ -327,17 +383,17 @@ def test_the_interval_of_a_null_is_that_of_its_images(null):
     name = "attention-similarity@row"
     values = np.stack([readings([trace_of(one[None])], [name])[name].nulls.values[null] for one in maps])
     nulls = readings([trace_of(maps)], [name])[name].nulls
-    reach = stats.t.ppf(0.975, 5) * stats.sem(values, axis=0)
     assert nulls.values[null] == pytest.approx(values.mean(0), abs=1e-6)
-    expected = np.stack([values.mean(0) - reach, values.mean(0) + reach], -1)
-    assert nulls.ci95[null] == pytest.approx(expected, abs=1e-6)
+    expected = parts_interval(mean_parts(values.reshape(6, -1))).reshape(3, 3, 2)
+    assert nulls.ci95[null] == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_twins_own_interval_is_kept_with_its_values(everything):
     settings = {"limit": 40, "metrics": ("patch-diversity",), "gallery_images": 0, **TINY}
     nulls = cp.analyze(NAME, "bundled:digits", null_images=32, **settings).metrics["patch-diversity"].nulls
-    assert np.mean(nulls.ci95["untrained"], axis=-1) == pytest.approx(nulls.values["untrained"])
-    assert (np.diff(nulls.ci95["untrained"], axis=-1) > 0).all()
+    low, high = nulls.ci95["untrained"].T
+    assert (low < nulls.values["untrained"]).all()
+    assert (nulls.values["untrained"] < high).all()
     alone = cp.analyze(NAME, "bundled:digits", null_images=0, **settings).metrics["patch-diversity"].nulls
     assert "untrained" not in alone.ci95
     assert "untrained" not in everything.metrics["weight-rank"].nulls.ci95
@@ -387,5 +443,5 @@ def test_impossible_settings_are_refused(wrong):
 
 def test_without_labels_or_maps_there_is_little_to_say():
     table = {"names": np.array(["a", "b"])}
-    found = sureness(per_image_values(table), table, {})
+    found = sureness(per_image_values(table), {})
     assert found == {"tests": {}, "convergence": {}, "extremes": {}, "classes": {}}

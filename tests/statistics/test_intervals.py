@@ -8,94 +8,112 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, special, stats
 
 from collapse_probe.statistics.intervals import (
     beyond,
+    combined,
     count_bounds,
     count_difference_bounds,
+    interval,
     jackknife,
     mean_parts,
+    parts_interval,
+    parts_skewness,
     parts_stderr,
     quotient_bounds,
+    skewness_of,
 )
-from collapse_probe.statistics.kappa import kappa, kappa_parts, kappa_stderr
-from collapse_probe.statistics.permutation import PERMUTATIONS, sign_flips
+from collapse_probe.statistics.kappa import kappa_parts
 
 
 def draws(images, places, shift=0.0, seed=0):
     return np.random.default_rng(seed).normal(shift, 1.0, (images, places))
 
 
-def flipped_by_hand(differences):
-    """The share of all sign patterns whose sum is at least the one seen, one image at a time."""
-    seen, counted = sum(differences), 0
-    for signs in product((1, -1), repeat=len(differences)):
-        counted += sum(s * d for s, d in zip(signs, differences, strict=True)) >= seen - 1e-9
-    return counted / 2 ** len(differences)
+def one_sided(values, mean, sign=1):
+    """p that the mean is above (sign 1) or below (−1) `mean`: the larger of Student's and Hall's, one sample at a time."""
+    x = sign * (np.asarray(values) - mean)
+    n, middle = len(x), sum(x) / len(x)
+    second, third = (sum((each - middle) ** power for each in x) / n for power in (2, 3))
+    skewness, u = third / second**1.5, middle / np.sqrt(second * n / (n - 1))
+    hall = u + skewness * u**2 / 3 + skewness**2 * u**3 / 27 + skewness / (6 * n)
+    return special.stdtr(n - 1, -np.sqrt(n) * min(u, hall))
 
 
-def test_few_images_are_flipped_in_every_way():
-    differences = draws(7, 4, 0.5)
-    found = sign_flips(differences)
-    assert found.exact
-    assert found.permutations == 128
-    assert found.p == pytest.approx([flipped_by_hand(column) for column in differences.T])
+def ends_by_hand(values, tail=0.025):
+    """Where the one-sided tests just reject, by halving."""
+    middle, ends = np.mean(values), []
+    for sign in (1, -1):
+        far = middle - sign * 1e3 * np.std(values)
+        ends.append(optimize.brentq(lambda mean, sign=sign: one_sided(values, mean, sign) - tail, far, middle))
+    return ends
 
 
-@pytest.mark.parametrize("images", [6, 40])
-def test_sign_flips_agree_with_scipy(images):
-    differences = draws(images, 3, 0.2, seed=2)
-    ours = sign_flips(differences, seed=1).p
-    for place, p in enumerate(ours):
-        result = stats.permutation_test(
-            (differences[:, place],),
-            lambda x, axis: x.mean(axis=axis),
-            permutation_type="samples",
-            alternative="greater",
-            n_resamples=PERMUTATIONS,
-            vectorized=True,
-            rng=np.random.default_rng(3),
-        )
-        assert p == pytest.approx(result.pvalue, abs=1e-9 if images == 6 else 0.02)
+@pytest.mark.parametrize("images", [3, 5, 16, 60])
+@pytest.mark.parametrize("tail", [0.025, 0.001])
+def test_an_interval_ends_where_both_tests_stop_rejecting(images, tail):
+    skewed = np.exp(draws(images, 5, seed=images))
+    skewed[:, 1] *= -1
+    numbers = mean_parts(skewed)
+    for values, (low, high) in zip(skewed.T, parts_interval(numbers, tail), strict=True):
+        assert (low, high) == pytest.approx(ends_by_hand(values, tail))
 
 
-def test_random_flips_are_seeded_and_never_zero():
-    differences = draws(200, 2, 3.0)
-    one, again, other = (sign_flips(differences, seed=s) for s in (5, 5, 6))
-    assert not one.exact
-    assert one.p.tolist() == again.p.tolist() == [1 / (1 + PERMUTATIONS)] * 2
-    weak = draws(200, 2, 0.05)
-    assert sign_flips(weak, seed=5).p.tolist() != sign_flips(weak, seed=6).p.tolist()
-    assert (other.smallest == 1 / (1 + PERMUTATIONS)).all()
+def test_without_skewness_it_is_the_t_interval_and_never_narrower():
+    values = draws(9, 40)
+    means, parts, _ = numbers = mean_parts(values)
+    plain = np.transpose(stats.t.interval(0.95, 8, means, stats.sem(values)))
+    assert interval(means, parts_stderr(parts, 9), 9) == pytest.approx(plain)
+    ours = parts_interval(numbers)
+    assert (ours[:, 0] <= plain[:, 0] + 1e-12).all()
+    assert (ours[:, 1] >= plain[:, 1] - 1e-12).all()
+    left = stats.skew(values) < 0
+    assert (ours[left, 0] < plain[left, 0]).all()
+    assert (ours[~left, 1] > plain[~left, 1]).all()
 
 
-@pytest.mark.parametrize("images", [1, 3, 10])
-def test_the_smallest_p_value_is_two_to_the_minus_images(images):
-    found = sign_flips(np.ones((images, 1)))
-    assert found.p == pytest.approx([2.0**-images])
-    assert found.smallest == pytest.approx([2.0**-images])
+def test_one_image_has_no_interval_and_two_have_the_t_interval():
+    assert np.isnan(parts_interval(mean_parts(np.array([[1.0]])))).all()
+    assert parts_interval(mean_parts(np.array([[1.0], [3.0]])))[0] == pytest.approx(stats.t.interval(0.95, 1, 2.0, 1.0))
 
 
-def test_many_images_are_flipped_in_groups_which_changes_little():
-    differences = draws(2500, 6, 0.02, seed=4)
-    found = sign_flips(differences)
-    assert found.permutations == PERMUTATIONS
-    assert found.smallest.tolist() == [1 / (1 + PERMUTATIONS)] * 6
-    assert found.p == pytest.approx(stats.ttest_1samp(differences, 0, alternative="greater").pvalue, abs=0.03)
+def test_the_skewness_of_what_rounding_made_is_none():
+    second, third = np.array([1e-10, 1e-2]), np.array([1e-15, 1e-3])
+    assert skewness_of(second, third, np.ones(2), 100).tolist() == pytest.approx([0.0, 1.0])
+    assert skewness_of(second, third, np.zeros(2), 100).tolist() == pytest.approx([1.0, 1.0])
+    assert skewness_of(second, 1e9 * third, np.zeros(2), 5) == pytest.approx(3 / 2), "of one value apart from four equal ones"
 
 
-def test_p_values_are_uniform_where_nothing_is_there():
-    p = sign_flips(draws(12, 2000)).p
-    for level in (0.05, 0.2, 0.5):
-        assert (p <= level).mean() == pytest.approx(level, abs=0.03)
+def test_the_paired_test_rejects_just_where_the_interval_leaves_out_0():
+    each = np.exp(draws(12, 300, seed=3)) - 1.2
+    means, parts, defined = numbers = mean_parts(each)
+    n = defined.sum(0)
+    p = beyond(means, parts_stderr(parts, n), n, parts_skewness(parts, n))
+    assert p[:20] == pytest.approx([one_sided(values, 0) for values in each.T[:20]])
+    assert 0 < (p <= 0.025).sum() < 300
+    assert ((p <= 0.025) == (parts_interval(numbers)[:, 0] > 0)).all()
 
 
-def test_undefined_images_are_left_out_and_equal_ones_say_nothing():
-    differences = np.array([[1.0, np.nan, 0.0], [2.0, 1.0, 0.0], [1.0, 3.0, 0.0], [np.nan] * 3])
-    found = sign_flips(np.concatenate([differences, np.full((4, 1), np.nan)], 1))
-    assert found.p.tolist() == pytest.approx([1 / 8, 1 / 4, 1.0, np.nan], nan_ok=True)
-    assert found.smallest.tolist() == pytest.approx([1 / 8, 1 / 4, 1.0, np.nan], nan_ok=True)
+def test_a_sum_of_one_number_has_its_interval_and_one_of_independent_numbers_the_usual():
+    values = draws(400, 2) @ np.array([[1.0, 0.6], [0.0, 0.8]])
+    numbers = mean_parts(values)
+    n = np.full(2, 400)
+    bounds = interval(numbers[0], parts_stderr(numbers[1], n), n)
+    assert combined(numbers, bounds, np.array([0.0, 1.0])) == pytest.approx(bounds[1])
+    for weights in (np.array([0.5, 0.5]), np.array([-1.0, 1.0]), np.array([-2.0, -1.0])):
+        whole = values @ weights
+        assert combined(numbers, bounds, weights) == pytest.approx(stats.t.interval(0.95, 399, whole.mean(), stats.sem(whole)))
+
+
+def test_a_sum_reaches_as_far_as_the_ends_that_move_it():
+    numbers = np.array([0.5, 0.3]), np.array([[1.0, 1.0], [-1.0, -1.0]]), np.ones((2, 2), dtype=bool)
+    bounds = np.array([[0.1, 0.6], [0.2, 0.9]])  # wholly correlated: reaches add
+    assert combined(numbers, bounds, np.array([1.0, 1.0])) == pytest.approx([0.3, 1.5])
+    assert combined(numbers, bounds, np.array([-1.0, 1.0])) == pytest.approx([-0.2, 0.0])
+    bounds[0, 0] = -np.inf
+    assert np.isnan(combined(numbers, bounds, np.array([1.0, 1.0]))).all()
+    assert combined(numbers, bounds, np.array([0.0, 1.0])) == pytest.approx([0.2, 0.9])
 
 
 def test_the_paired_t_test_is_that_of_scipy():
@@ -120,16 +138,6 @@ def test_parts_give_the_standard_error_of_a_mean_place_by_place():
     assert np.isnan(parts_stderr(np.zeros((1, 2)), np.ones(2))).all()
 
 
-def test_parts_give_the_delta_method_error_of_kappa():
-    real, null = 0.8 + 0.02 * draws(50, 4), 0.6 + 0.03 * draws(50, 4, seed=1)
-    values, parts, defined = kappa_parts(real, null)
-    errors = [x.std(0, ddof=1) / np.sqrt(50) for x in (real, null)]
-    covariance = np.array([np.cov(real[:, p], null[:, p])[0, 1] for p in range(4)]) / 50
-    slow = kappa_stderr((real.mean(0), errors[0]), (null.mean(0), errors[1]), covariance)
-    assert values == pytest.approx(kappa(real.mean(0), null.mean(0)))
-    assert parts_stderr(parts, defined.sum(0)) == pytest.approx(slow)
-
-
 def test_parts_say_what_leaving_an_image_out_does():
     real, null = 0.8 + 0.02 * draws(200, 1), 0.6 + 0.03 * draws(200, 1, seed=1)
     whole, parts, _ = kappa_parts(real, null)
@@ -143,52 +151,66 @@ def test_kappa_next_to_a_null_of_one_has_no_part():
     assert (parts == 0).all()
 
 
+def counted(means, error, images, above=0.9):
+    values = np.asarray(means)
+    return count_bounds(values, lambda tail: interval(values, np.asarray(error), images, tail=tail), above)
+
+
 def test_a_count_is_bounded_by_the_pairs_that_are_sure():
-    means, error = np.array([0.97, 0.905, 0.895, 0.5, np.nan]), np.array([0.005, 0.01, 0.01, 0.01, np.nan])
-    assert count_bounds(means, error, np.full(5, 100), 0.9).tolist() == [1.0, 3.0]
-    assert count_bounds(means[:4], np.zeros(4), np.full(4, 100), 0.9).tolist() == [2.0, 2.0]
-    assert np.isnan(count_bounds(means[:2], np.full(2, np.nan), np.ones(2), 0.9)).all()
-    assert np.isnan(count_bounds(np.full(2, np.nan), error[:2], np.ones(2), 0.9)).all()
+    means, error = [0.97, 0.905, 0.895, 0.5, np.nan], [0.005, 0.01, 0.01, 0.01, np.nan]
+    assert counted(means, error, 100).tolist() == [1.0, 3.0]
+    assert counted(means[:4], np.zeros(4), 100).tolist() == [2.0, 2.0]
+    assert np.isnan(counted(means[:2], [np.nan] * 2, 1)).all()
+    assert np.isnan(counted([np.nan] * 2, error[:2], 1)).all()
+    ends = np.array([[-np.inf, 0.95], [0.91, 1.0]])
+    assert count_bounds(np.array([0.7, 0.95]), lambda tail: ends, 0.9).tolist() == [1.0, 2.0], "an open end is no missing one"
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0.5, 1.0), min_size=1, max_size=12), st.floats(0.0, 0.1), st.integers(2, 500))
 def test_a_count_lies_within_its_bounds_which_widen_with_the_error(means, error, images):
-    values, n = np.array(means), np.full(len(means), images)
-    low, high = count_bounds(values, np.full(len(means), error), n, 0.9)
-    wide_low, wide_high = count_bounds(values, np.full(len(means), 2 * error), n, 0.9)
+    values = np.array(means)
+    low, high = counted(values, np.full(len(means), error), images)
+    wide_low, wide_high = counted(values, np.full(len(means), 2 * error), images)
     assert 0 <= wide_low <= low <= (values > 0.9).sum() <= high <= wide_high <= len(means)
 
 
+def side(values):
+    numbers = mean_parts(np.asarray(values))
+    return numbers, lambda tail: parts_interval(numbers, tail)
+
+
 def differing(first, second):
-    return count_difference_bounds(mean_parts(np.asarray(first)), mean_parts(np.asarray(second)), 0.9).tolist()
+    return count_difference_bounds(side(first), side(second), 0.9).tolist()
 
 
 def bounds_by_hand(first, second):
     """Place by place: every combination of sides that the three bounds leave open."""
-    reach = stats.t.ppf(1 - 0.05 / (3 * first.shape[1]), len(first) - 1)
+    tail = 0.05 / (3 * first.shape[1])
     low = high = 0
     for one, other in zip(first.T, second.T, strict=True):
-        sides, (apart, error) = [], ((other - one).mean(), stats.sem(other - one))
-        for values in (one, other):
-            mean, stderr = values.mean(), stats.sem(values)
-            sides.append({bool(mean + sign * reach * stderr > 0.9) for sign in (-1, 1)})
+        ends, means = [ends_by_hand(values, tail) for values in (one, other)], [one.mean(), other.mean()]
+        sides = [{bool(end > 0.9) for end in each} for each in ends]
         combinations = [b - a for a, b in product(*sides)]
-        if apart - reach * error >= 0:
+        together = np.corrcoef(one, other)[0, 1]
+        down, up = (means[0] - ends[0][1], means[1] - ends[1][0]), (ends[0][0] - means[0], ends[1][1] - means[1])
+        reach = [np.sqrt(a**2 + b**2 + 2 * together * a * b) for a, b in (down, up)]
+        if means[1] - means[0] - reach[0] >= 0:
             combinations = [c for c in combinations if c >= 0]
-        if apart + reach * error <= 0:
+        if means[1] - means[0] + reach[1] <= 0:
             combinations = [c for c in combinations if c <= 0]
         low, high = low + min(combinations), high + max(combinations)
     return [low, high]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("together", [0.0, 0.99])
 def test_the_difference_of_counts_is_bounded_by_what_three_bounds_leave_open(seed, together):
     first = 0.9 + 0.01 * draws(20, 6, seed=seed)
     second = 0.9 + 0.01 * (together * (first - 0.9) / 0.01 + (1 - together) * draws(20, 6, 0.3, seed + 50))
-    assert differing(first, second) == bounds_by_hand(first, second)
-    assert differing(second, first) == [-end for end in bounds_by_hand(first, second)[::-1]]
+    low, high = bounds_by_hand(first, second)
+    assert differing(first, second) == [low, high]
+    assert differing(second, first) == [-high, -low]
 
 
 def test_a_subject_differs_from_itself_by_nothing_and_a_sure_rise_loses_no_block():

@@ -8,6 +8,7 @@ from scipy import stats
 
 from collapse_probe.statistics.kappa import kappa
 from collapse_probe.statistics.paired import Sides, compare_sides, controlled
+from collapse_probe.statistics.proportions import paired_shares
 
 
 @pytest.fixture
@@ -15,20 +16,58 @@ def rng():
     return np.random.default_rng(7)
 
 
-def test_the_numbers_are_those_of_scipy(rng):
+def test_the_numbers_are_those_of_the_paired_t_test_but_for_skewness(rng):
     first, second = rng.normal(size=(2, 40, 3))
     second += np.array([0.0, 0.5, 1.5])
-    found = compare_sides(Sides(first, second), seed=3)
-    each = second - first
-    np.testing.assert_allclose(found.difference, each.mean(0))
-    for place in range(3):
-        assert found.p[place] == pytest.approx(stats.wilcoxon(second[:, place], first[:, place]).pvalue)
-        reference = stats.bootstrap((each[:, place],), np.mean, method="BCa", n_resamples=4000, rng=np.random.default_rng(1))
-        ends = reference.confidence_interval
-        np.testing.assert_allclose(found.ci95[place], (ends.low, ends.high), atol=0.03)
+    each = np.concatenate([second - first, first - second])  # no skewness
+    found = compare_sides(Sides(np.zeros_like(each), each + 0.1))
+    np.testing.assert_allclose(found.difference, 0.1)
+    reference = stats.ttest_1samp(each + 0.1, 0)
+    np.testing.assert_allclose(found.p, reference.pvalue)
+    np.testing.assert_allclose(found.ci95.T, reference.confidence_interval())
     np.testing.assert_allclose(found.q, stats.false_discovery_control(found.p))
-    assert found.interval == ("BCa",) * 3
-    assert found.images.tolist() == [40] * 3
+    assert found.interval == ("paired t",) * 3
+    assert found.images.tolist() == [80] * 3
+    skewed = compare_sides(Sides(np.zeros((40, 3)), np.exp(second)))
+    plain = np.transpose(stats.ttest_1samp(np.exp(second), 0).confidence_interval())
+    assert (skewed.ci95[:, 1] > plain[:, 1] + 1e-3).all(), "wider where the tail is"
+    np.testing.assert_allclose(skewed.ci95[:, 0], plain[:, 0])
+
+
+def some_sides(rng, images, nulls=False, pooled=False):
+    one, other = rng.uniform(0.5, 0.9, (2, images, 6))
+    other += rng.uniform(-0.1, 0.1, 6)
+    of = (one - rng.uniform(0.1, 0.3, one.shape), other - rng.uniform(0.1, 0.3, one.shape)) if nulls else None
+    return Sides(one, other, of, pooled)
+
+
+@pytest.mark.parametrize("images", [2, 8, 30])
+@pytest.mark.parametrize("nulls", [False, True])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_p_is_below_a_twentieth_just_where_the_interval_leaves_out_0(rng, images, nulls, pooled):
+    seen = set()
+    for _ in range(6 if nulls else 12):
+        found = compare_sides(some_sides(rng, images, nulls, pooled))
+        known = np.isfinite(found.ci95).all(1)
+        apart = (found.ci95[:, 0] > 0) | (found.ci95[:, 1] < 0)
+        assert (apart[known] == (found.p < 0.05)[known]).all()
+        assert (found.p[~known & np.isfinite(found.p)] >= 0.05).all(), "open: nothing is left out"
+        seen |= set(apart[known].tolist())
+    assert images < 8 or seen == {True, False}
+
+
+def test_answers_right_and_wrong_have_the_interval_and_test_of_shares(rng):
+    first, second = (rng.random((2, 30, 3)) < 0.8).astype(float)
+    found = compare_sides(Sides(first, second, answers=True))
+    ci95, p = paired_shares(first, second)
+    np.testing.assert_array_equal(found.ci95, ci95)
+    np.testing.assert_array_equal(found.p, p)
+    assert found.interval == ("Tango",) * 3
+    same = compare_sides(Sides(first, first, answers=True))
+    assert (same.ci95[:, 0] < -0.1).all()
+    assert (same.ci95[:, 1] > 0.1).all()
+    assert (same.p == 1).all()
+    assert same.interval == ("Tango",) * 3
 
 
 def test_the_effect_is_the_matched_rank_biserial_correlation():
@@ -46,12 +85,14 @@ def test_the_same_on_both_sides_is_exactly_nothing(rng, images):
     for sides in (Sides(values, values.copy()), Sides(values, values.copy(), (null, null.copy()))):
         for pooled in (False, True):
             found = compare_sides(Sides(sides.first, sides.second, sides.nulls, pooled))
-            there = found.images > 0
+            there, known = found.images > 0, found.images > 1
             assert (found.difference[there] == 0).all()
-            assert (found.ci95[there] == 0).all()
-            assert (found.p[there] == 1).all()
+            assert (found.ci95[known] == 0).all()
+            assert (found.p[known] == 1).all()
+            assert np.isnan(found.ci95[~known]).all()
+            assert np.isnan(found.p[~known]).all()
             assert (found.effect[there] == 0).all()
-            assert set(np.array(found.interval)[there]) == {"exact"}
+            assert found.interval == tuple("identical" if at else "none" for at in known)
 
 
 def test_kappa_is_of_the_means_and_not_a_mean_of_ratios(rng):
@@ -84,28 +125,26 @@ def test_a_place_that_no_image_defines_is_undefined(rng):
     found = compare_sides(Sides(first, second))
     assert np.isnan([found.difference[0], found.p[0], found.q[0], *found.ci95[0]]).all()
     assert found.q[1] == found.p[1]
-    assert found.interval == ("none", "BCa")
+    assert found.interval == ("none", "paired t")
 
 
 def test_one_image_has_no_interval(rng):
     found = compare_sides(Sides(*rng.normal(size=(2, 1, 2))))
     assert np.isnan(found.ci95).all()
     assert found.interval == ("none", "none")
-    assert (found.p == 1).all()
+    assert np.isnan(found.p).all()
 
 
-def test_a_constant_difference_has_an_interval_of_no_width_that_says_its_kind():
-    found = compare_sides(Sides(np.zeros((9, 1)), np.full((9, 1), 0.5)))
-    np.testing.assert_array_equal(found.ci95, [[0.5, 0.5]])
-    assert found.interval[0] in ("BCa", "percentile")
-    assert found.p[0] == pytest.approx(2 / 2**9)
-
-
-def test_many_images_get_the_percentile_interval(rng):
-    first = rng.normal(size=(5001, 1))
-    found = compare_sides(Sides(first, first + rng.normal(0.1, 1, size=(5001, 1))), resamples=200)
-    assert found.interval == ("percentile",)
-    assert found.ci95[0, 0] < found.difference[0] < found.ci95[0, 1]
+def test_a_difference_that_does_not_vary_has_no_interval(rng):
+    """Nothing is known of how it would vary: a share of 0 against one of 1 in every image, or 0 on both sides."""
+    for first, second in ((0.0, 0.5), (0.0, 0.0), (1.0, 1.0)):
+        found = compare_sides(Sides(np.full((9, 1), first), np.full((9, 1), second)))
+        assert found.difference == second - first
+        assert np.isnan(found.ci95).all()
+        assert np.isnan(found.p).all()
+        assert found.interval == ("none",)
+    values = rng.uniform(0.2, 0.9, (9, 1))
+    assert compare_sides(Sides(values, values)).interval == ("identical",)
 
 
 def test_the_pooled_place_is_the_mean_over_places(rng):
@@ -113,15 +152,20 @@ def test_the_pooled_place_is_the_mean_over_places(rng):
     found = compare_sides(Sides(first, second, pooled=True))
     assert found.places == 1
     assert found.difference[0] == pytest.approx((second - first).mean())
-    assert found.p[0] == pytest.approx(stats.wilcoxon((second - first).mean(1)).pvalue)
+    one = (second - first).mean(1)
+    alone = compare_sides(Sides(np.zeros((25, 1)), one[:, None]))
+    np.testing.assert_allclose(found.ci95, alone.ci95)
+    np.testing.assert_allclose(found.p, alone.p)
 
 
-def test_seeds_repeat_and_swapping_turns_the_sign(rng):
-    first, second = rng.normal(size=(2, 20, 2))
-    one, again = (compare_sides(Sides(first, second), seed=5) for _ in range(2))
-    back = compare_sides(Sides(second, first), seed=5)
-    np.testing.assert_array_equal(one.ci95, again.ci95)
+@pytest.mark.parametrize("nulls", [False, True])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_swapping_turns_the_sign(rng, nulls, pooled):
+    sides = some_sides(rng, 20, nulls, pooled)
+    turned = Sides(sides.second, sides.first, sides.nulls and sides.nulls[::-1], pooled)
+    one, back = compare_sides(sides), compare_sides(turned)
     np.testing.assert_allclose(back.difference, -one.difference)
+    np.testing.assert_allclose(back.ci95, -one.ci95[:, ::-1])
     np.testing.assert_allclose(back.p, one.p)
 
 

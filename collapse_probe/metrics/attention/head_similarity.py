@@ -13,7 +13,7 @@ from collapse_probe.metrics.nulls import with_reasons
 from collapse_probe.metrics.pairwise_cosine import MapPairwiseCosine
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
-from collapse_probe.statistics.intervals import Array, interval
+from collapse_probe.statistics.intervals import Array
 from collapse_probe.statistics.kappa import kappa
 
 
@@ -57,7 +57,8 @@ class HeadSimilarity(MapMetric):
         """The diagonal of the cosines with the wrong head."""
         (cosines,) = accumulators
         mean, stderr, n = (np.diagonal(a).copy() for a in cosines.mean("other_head"))
-        token, token_error, _ = (np.diagonal(a).copy() for a in cosines.mean("other_both"))
+        token = np.diagonal(cosines.mean("other_both")[0]).copy()
+        bounds, token_bounds = (np.diagonal(cosines.bounds(of)).T.copy() for of in ("other_head", "other_both"))
         values: dict[str, Array | None] = {
             "untrained": None,
             "other_token": token,
@@ -66,8 +67,8 @@ class HeadSimilarity(MapMetric):
             "kappa": kappa(mean, token),
         }
         reasons = {"other_head": "the metric itself compares heads"}
-        nulls = with_reasons(values, reasons, int(n.max(initial=0)), {"other_token": interval(token, token_error, n)})
-        return self.result(mean, stderr=stderr, ci95=interval(mean, stderr, n), nulls=nulls)
+        nulls = with_reasons(values, reasons, int(n.max(initial=0)), {"other_token": token_bounds})
+        return self.result(mean, stderr=stderr, ci95=bounds, nulls=nulls)
 
 
 METRICS.add(HeadSimilarity.name, HeadSimilarity)

@@ -17,8 +17,8 @@ from collapse_probe.metrics.pairwise_cosine import MapPairwiseCosine
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.results.rules import COUNT_THRESHOLDS, KAPPA_ABOVE
-from collapse_probe.statistics.intervals import Array, Parts, bootstrap, count_bounds, mean_parts, parts_stderr
-from collapse_probe.statistics.kappa import kappa, kappa_parts
+from collapse_probe.statistics.intervals import Array, bootstrap, count_bounds, mean_parts, parts_interval
+from collapse_probe.statistics.kappa import PairMoments, kappa, kappa_interval
 
 
 def count_above(adjacent: Array, threshold: float) -> Array:
@@ -69,7 +69,7 @@ class SimilarBlocks(MapMetric):
             f"above the threshold ({self.settings['axis']}s, at {self.settings['point']}). DeepViT does not define its count; "
             f"this is our reading. The corrected count asks for kappa above {KAPPA_ABOVE:g} instead. Standard errors: "
             "bootstrap over images (scipy.stats.bootstrap). Intervals: from the pairs surely above the threshold to those not "
-            "surely below it, by one-sided t bounds at 5 % over the number of pairs (Bonferroni), which cover at least 95 %."
+            "surely below it, by one-sided bounds at 5 % over the number of pairs (Bonferroni), which cover at least 95 %."
         )
 
     def accumulators(self) -> list[Need]:
@@ -80,16 +80,17 @@ class SimilarBlocks(MapMetric):
         """Counts with their intervals; the corrected count and its interval stand in the details."""
         real, null = (records[0][name].T for name in ("real", "other_token"))
         thresholds, images = self.settings["thresholds"], real.shape[-1]
+        numbers, moments = mean_parts(real.T), PairMoments.of(real.T, null.T)
         errors = [float(bootstrap(partial(_above, real, t), images)[0]) if images > 1 else float("nan") for t in thresholds]
         corrected = {
             "kappa_above": KAPPA_ABOVE,
             "value": float(count_corrected(real, null)),
-            "ci95": _bounds(kappa_parts(real.T, null.T), KAPPA_ABOVE).tolist(),
+            "ci95": count_bounds(kappa(_mean(real), _mean(null)), partial(kappa_interval, moments), KAPPA_ABOVE).tolist(),
         }
         return self.result(
             np.array([count_above(real, t) for t in thresholds]),
             stderr=np.array(errors),
-            ci95=np.array([_bounds(mean_parts(real.T), t) for t in thresholds]),
+            ci95=np.array([count_bounds(numbers[0], partial(parts_interval, numbers), t) for t in thresholds]),
             covers=covered_pairs(self.plan),
             details={"pairs": int(np.isfinite(_mean(real)).sum()), "corrected": corrected},
             nulls=untrained_only(),
@@ -101,12 +102,6 @@ class SimilarBlocks(MapMetric):
 
 def _above(real: Array, threshold: float, images: NDArray[np.int64]) -> Array:
     return count_above(real[:, images], threshold)
-
-
-def _bounds(of_pairs: Parts, above: float) -> Array:
-    """The interval of the count, from the pairs' means and what each image contributes; NaN with one image."""
-    means, parts, defined = of_pairs
-    return count_bounds(means, parts_stderr(parts, defined.sum(0)), defined.sum(0), above)
 
 
 METRICS.add(SimilarBlocks.name, SimilarBlocks)

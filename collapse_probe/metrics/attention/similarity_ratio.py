@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -22,7 +23,7 @@ from collapse_probe.metrics.nulls import untrained_only
 from collapse_probe.metrics.pairwise_cosine import unit_vectors
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
-from collapse_probe.statistics.intervals import Array, count_bounds, interval
+from collapse_probe.statistics.intervals import Array, count_bounds
 
 DIRECTIONS = ("before", "both")
 NEAREST = (1, 2, 3, 5)
@@ -92,18 +93,19 @@ def share_above(similarity: Tensor, threshold: float | str) -> Tensor:
     return torch.where(n > 0, (above & defined).sum(-1).double() / n.clamp_min(1), torch.nan)
 
 
-def sensitivity(ratios: tuple[Array, Array, Array], choices: Sequence[Choice] = CHOICES) -> list[dict[str, Any]]:
+def sensitivity(ratios: Array, bounds: Callable[[float], Array], choices: Sequence[Choice] = CHOICES) -> list[dict[str, Any]]:
     """How many blocks are similar under each choice, with the interval of that count, as plain numbers.
 
-    `ratios` are means over images, standard errors and numbers of images, each [choices, blocks]; the interval is None with
+    `ratios` are means over images [choices, blocks] and `bounds(tail)` their intervals; that of the count is None with
     one image. A ratio can also equal `SIMILAR_ABOVE`: nine of ten vectors are not more than 0.9, however rounded.
 
-    >>> sensitivity((np.array([[np.nan, 0.95, 0.4]]), np.full((1, 3), 0.1), np.full((1, 3), 9)), [Choice(1, 0.9, "before")])
+    >>> ends = np.array([[[np.nan, np.nan], [0.8, 1.0], [0.3, 0.5]]])
+    >>> sensitivity(np.array([[np.nan, 0.95, 0.4]]), lambda tail: ends, [Choice(1, 0.9, "before")])
     [{'k': 1, 'threshold': 0.9, 'direction': 'before', 'similar_blocks': 1, 'blocks': 2, 'ci95': [0.0, 1.0]}]
     """
     rows = []
-    for choice, mean, stderr, n in zip(choices, *ratios, strict=True):
-        ci95 = count_bounds(mean, stderr, n, SIMILAR_ABOVE + ROUNDING)
+    for at, (choice, mean) in enumerate(zip(choices, ratios, strict=True)):
+        ci95 = count_bounds(mean, partial(_of_choice, bounds, at), SIMILAR_ABOVE + ROUNDING)
         row = {
             "similar_blocks": int((mean - SIMILAR_ABOVE > ROUNDING).sum()),
             "blocks": int(np.isfinite(mean).sum()),
@@ -111,6 +113,10 @@ def sensitivity(ratios: tuple[Array, Array, Array], choices: Sequence[Choice] = 
         }
         rows.append({**asdict(choice), **row})
     return rows
+
+
+def _of_choice(bounds: Callable[[float], Array], at: int, tail: float) -> Array:
+    return np.asarray(bounds(tail)[at])
 
 
 class NeighbourCosines(Means):
@@ -209,7 +215,7 @@ class SimilarityRatio(MapMetric):
             f"{self.settings['point']}, whose mean cosine with the same {self.settings['axis']} of the {self.choice.k} nearest "
             f"block(s) {sides} is {above}; per image, then averaged over images. DeepViT (arXiv 2103.11886, Fig. 3a) leaves "
             "number, side and threshold open: these are our readings. details.similar_blocks counts the blocks with a ratio "
-            f"above {SIMILAR_ABOVE} (interval: from those surely above it to those not surely below it, by one-sided t bounds "
+            f"above {SIMILAR_ABOVE} (interval: from those surely above it to those not surely below it, by one-sided bounds "
             "at 5 % over the number of blocks), and details.sensitivity that count, with such an interval, under every other "
             "choice. With the mean as threshold maps that are alike or not by chance give about one half."
         )
@@ -220,14 +226,15 @@ class SimilarityRatio(MapMetric):
 
     def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
         """The ratios under this choice; how many blocks that makes similar, under this choice and all others."""
-        mean, stderr, n = accumulators[0].mean("ratio")
-        at, table = CHOICES.index(self.choice), sensitivity((mean, stderr, n))
+        (means,) = accumulators
+        mean, stderr, _ = means.mean("ratio")
+        at, table = CHOICES.index(self.choice), sensitivity(mean, lambda tail: means.bounds("ratio", tail))
         count = {"value": float(table[at]["similar_blocks"]), "ci95": table[at]["ci95"]}
         details = {"ratio_above": SIMILAR_ABOVE, "similar_blocks": count, "sensitivity": table}
         facts: dict[str, Any] = {
             "covers": covered_pairs(self.plan),
             "stderr": stderr[at],
-            "ci95": interval(mean[at], stderr[at], n[at]),
+            "ci95": means.bounds("ratio")[at],
         }
         return self.result(mean[at], **facts, details=details, nulls=untrained_only())
 

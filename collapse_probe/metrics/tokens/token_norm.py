@@ -16,7 +16,7 @@ from collapse_probe.metrics.functional.geometry import SMALLEST_SPREAD
 from collapse_probe.metrics.metric import CURVE, Need, Variant
 from collapse_probe.metrics.token_metric import TokenMetric, in_parts, sequence
 from collapse_probe.registry import METRICS
-from collapse_probe.statistics.intervals import Array, interval
+from collapse_probe.statistics.intervals import Array
 
 DEVIATIONS = 6.0
 """Six median absolute deviations are four standard deviations of a normal distribution."""
@@ -134,11 +134,10 @@ class TokenNorm(TokenMetric):
 
     def details(self, accumulator: NormSums) -> dict[str, Any]:
         """The share of outliers by depth, and at which places of the grid they are."""
-        share, stderr, n = accumulator.mean("share")
         return {
             "prefix": False,
-            "outlier_share": share,
-            "outlier_share_ci95": interval(share, stderr, n),
+            "outlier_share": accumulator.mean("share")[0],
+            "outlier_share_ci95": accumulator.bounds("share"),
             "outlier_map": accumulator.where(self.plan.grid),
             "intervals": NO_INTERVAL,
         }

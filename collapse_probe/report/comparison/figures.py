@@ -145,8 +145,8 @@ FIGURES: dict[str, Drawing] = {
     ),
     "paired-differences": Drawing(
         "Paired differences, block by block",
-        "Subject less the first subject on the same images, with 95 % bootstrap intervals. Filled marks: the Wilcoxon "
-        "signed-rank test with the false discovery rate held at 5 % over the blocks.",
+        "Subject less the first subject on the same images, with 95 % intervals over images. Filled marks: the test that "
+        "belongs to the interval, with the false discovery rate held at 5 % over the blocks.",
         "With many images a filled mark can be a tiny difference. The intervals do not cover another training run.",
         paired_differences,
     ),

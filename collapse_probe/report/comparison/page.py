@@ -119,7 +119,8 @@ def agreement(pair: Pair, comparison: Comparison) -> str:
         weights = all(weights_only(comparison.subjects[label]) for label in (pair.first, pair.second))
         return "none, for the weights alone were compared, without images" if weights else f"not known: {outputs.reason}"
     kl = f"mean KL {outputs.kl:.3g} nats" if outputs.kl is not None else f"KL not known: {outputs.reason}"
-    return f"the same top answer on {100 * outputs.top1:.1f} % of {outputs.images} images; {kl}"
+    ends = "" if outputs.top1_ci95 is None else f" (95 %: {interval([100 * end for end in outputs.top1_ci95], 1)})"
+    return f"the same top answer on {100 * outputs.top1:.1f} % of {outputs.images} images{ends}; {kl}"
 
 
 def write_comparison(comparison: Comparison, folder: str | Path) -> Path:

@@ -232,7 +232,9 @@ def _outputs(pair: Pair) -> str:
         parts.append(f"accuracy {_both(accuracy)} ({_change(accuracy.overall, 0, 'p')})")
     if pair.agreement.top1 is not None:
         kl = "" if pair.agreement.kl is None else f", KL {pair.agreement.kl:.3g} nats"
-        parts.append(f"the same top answer on {100 * pair.agreement.top1:.1f} % of the images{kl}")
+        ends = pair.agreement.top1_ci95
+        sure = "" if ends is None else f" (95 % {interval([100 * end for end in ends], 1)})"
+        parts.append(f"the same top answer on {100 * pair.agreement.top1:.1f} % of the images{sure}{kl}")
     return f"Outputs: {'; '.join(parts)}." if parts else ""
 
 

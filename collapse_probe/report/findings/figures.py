@@ -20,7 +20,7 @@ from collapse_probe.report.style import drawn
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import null_of, result_of
 from collapse_probe.results.rules import KAPPA_ABOVE
-from collapse_probe.statistics.permutation import LEVEL, SHOWN, beyond_null, pairs_tested
+from collapse_probe.statistics.pair_tests import LEVEL, SHOWN, beyond_null, pairs_tested
 
 MARK = f"dot (below the diagonal): more alike than with the wrong tokens, q ≤ {LEVEL:g}"
 

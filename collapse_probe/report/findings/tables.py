@@ -29,7 +29,7 @@ from collapse_probe.results.rules import KAPPA_ABOVE, RAW_ABOVE
 from collapse_probe.results.text import DASH, interval, number, numbered, p_value, plain, sentence_case
 from collapse_probe.statistics.estimates import HEADLINES
 from collapse_probe.statistics.intervals import Array
-from collapse_probe.statistics.permutation import LEVEL
+from collapse_probe.statistics.pair_tests import LEVEL
 
 
 @dataclass(frozen=True)
@@ -279,8 +279,8 @@ def pair_tests_table(findings: Findings) -> Table | None:
             "metric": name,
             "pairs above their null": f"{test['significant']} of {test['tested']}",
             "largest q among them": p_value(max(passed)) if passed else DASH,
-            "smallest p possible": f"{test['smallest_p']:.2g}",
             "images": str(test["images"]),
+            "untrained twin": _twins_test(test.get("untrained")),
             "all pairs": DASH if whole is None else f"{whole['significant']} of {whole['tested']} ({whole['test']})",
             "test": str(test["test"]),
         }
@@ -289,6 +289,13 @@ def pair_tests_table(findings: Findings) -> Table | None:
     notes = (*sentences, *dict.fromkeys(str(test["assumption"]) for test in tests.values()))
     title = "Is a pair of blocks more alike than with the wrong tokens?"
     return Table(tuple(rows[0]), tuple(tuple(row.values()) for row in rows), notes, title, words=frozenset((6,)))
+
+
+def _twins_test(twins: Mapping[str, Any] | None) -> str:
+    """How many pairs of each untrained twin pass the same test."""
+    if not twins:
+        return DASH
+    return f"{', '.join(map(str, twins['significant']))} of {twins['tested']} ({twins['images']} images)"
 
 
 def extremes_tables(findings: Findings) -> list[Table]:
