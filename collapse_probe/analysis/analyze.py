@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from collapse_probe.metrics.presets import records, with_presets
 from collapse_probe.models.checkpoints import holds_any
 from collapse_probe.models.loading import Subject, library_module, resolve
 from collapse_probe.provenance import names_sha256, stamp
-from collapse_probe.results.findings import Findings
+from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.readings import trained_on
 from collapse_probe.results.verdict import with_verdict
 from collapse_probe.statistics.estimates import per_image_values
@@ -190,7 +190,7 @@ def measure(
     data = data_facts(subject, images, seen.names, [*seen.skipped, *((n, f"{NOT_FINITE}: {why}") for n, why in seen.nonfinite)])
     known = [text] if (text := trained_on(data)) else []
     said = [*subject.notes, *data_notes(images, seen.remarks), *plan.notes, *not_measured, *measured.notes]
-    notes = [*ill, *known, *said, *notes, *twin_notes, *stopped]
+    notes = [*ill, *known, *said, *left_out_vectors(measured.results), *notes, *twin_notes, *stopped]
     table = image_table(metrics, seen)
     values = per_image_values(table, heads)
     class_names = images.class_names if isinstance(images, ImageSet) else ()
@@ -256,6 +256,19 @@ def _tensors(names: Sequence[str]) -> str:
     return "1 of the model's tensors holds" if len(names) == 1 else f"{len(names)} of the model's tensors hold"
 
 
+def left_out_vectors(results: Mapping[str, MetricResult]) -> list[str]:
+    """A note for each similarity of maps from which rows or columns without a direction are left out."""
+    notes = []
+    for name, result in results.items():
+        share = np.asarray(result.details.get("left_out", ()), dtype=np.float64)
+        if share.any():
+            blocks = ", ".join(f"block {i}: {100 * each:.3g} %" for i, each in enumerate(share) if each)
+            notes.append(
+                f"{name}: {result.settings['axis']}s that are zero in float32 have no direction and are left out ({blocks})"
+            )
+    return notes
+
+
 def _images_needed(images: Images | None, metrics: Mapping[str, Metric]) -> tuple[Images | None, list[str]]:
     """The images, None where no metric needs any, and a note where they are not used; DataError where they are missing."""
     names = need_images(metrics)
@@ -298,10 +311,19 @@ def model_facts(subject: Subject, plan: Plan) -> dict[str, Any]:
         "attention_layers": [plan.layers[i].owner for i in plan.map_layers],
         "mixes_maps": any(plan.layers[i].mixed for i in plan.map_layers),
         "adjacent": list(plan.adjacent),
+        "shares_weights": shares_weights(subject.model, plan),
         "places": places_of_blocks(plan),
         "uncompared": [{"why": why, "blocks": blocks} for why, blocks in uncompared(plan).items()],
         "left_out": [{"where": each.where, "why": each.why, "blocks": list(each.places)} for each in omissions(plan)],
     }
+
+
+def shares_weights(model: nn.Module, plan: Plan) -> list[bool]:
+    """Whether the attention of each block and of the block before is made with the same tensors, mostly; [blocks − 1]."""
+    owners = [plan.layers[i].owner for i in plan.map_layers]
+    sizes = [{id(p): p.numel() for p in model.get_submodule(owner).parameters()} if owner else {} for owner in owners]
+    common = [sum(size for tensor, size in one.items() if tensor in other) for one, other in pairwise(sizes)]
+    return [2 * shared > sum(one.values()) for shared, one in zip(common, sizes[1:], strict=True)]
 
 
 def loading_facts(subject: Subject, plan: Plan) -> dict[str, Any]:

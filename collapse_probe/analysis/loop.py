@@ -281,14 +281,19 @@ def records_of(metric: Metric, run: PassResult) -> list[dict[str, Array]]:
     return [{name: parts[0] if len(parts) == 1 else np.concatenate(parts) for name, parts in r.items()} for r in records]
 
 
+NULLS_BY_IMAGE = ("other_token", "other_head", "other_key")
+"""The nulls that images.npz holds beside the values of neighbouring blocks; the last two for rows of maps."""
+
+
 def image_table(metrics: Mapping[str, Metric], run: PassResult) -> dict[str, Any]:
-    """What images.npz holds: the names, the per-image values of every metric that has some, and the null that is theirs."""
+    """What images.npz holds: the names, the per-image values of every metric that has some, and the nulls that are theirs."""
     table: dict[str, Any] = {"names": np.array(run.names, dtype=np.str_)}
     for name, metric in metrics.items():
         records = [] if metric.inapplicable() or not run.names else records_of(metric, run)
         values = metric.per_image(records)
         if values is not None:
             table[name] = values
-            nulls = [r["other_token"] for r in records if "other_token" in r and values is r.get("real")]
-            table |= {f"{name}/other_token": null for null in nulls}
+            of_values = [record for record in records if values is record.get("real")]
+            kept = NULLS_BY_IMAGE if metric.settings.get("axis") == "row" else NULLS_BY_IMAGE[:1]
+            table |= {f"{name}/{null}": record[null] for record in of_values for null in kept if null in record}
     return table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from collapse_probe.analysis.measurement import (
@@ -20,8 +20,12 @@ from collapse_probe.errors import ModelError
 from collapse_probe.metrics.metric import Metric
 from collapse_probe.metrics.nulls import with_twins
 from collapse_probe.models.loading import Subject
-from collapse_probe.results.findings import MetricResult
+from collapse_probe.results.findings import Findings, MetricResult
+from collapse_probe.results.quantities import SHARED_BY, kinds_of, pairs_of
 from collapse_probe.results.readings import against_seeds
+
+DECIDING, DECIDING_SEEDS = ("attention-similarity", "attention-similarity@row"), 5
+"""The metrics by which blocks share their attention, and how many untrained twins these have where the answer hangs on them."""
 
 
 def with_untrained(
@@ -40,20 +44,30 @@ def with_untrained(
     reasons = {name: _no_twin(subject, images, settings, name in on_images) for name in metrics}
     names = [name for name, reason in reasons.items() if not reason]
     twins: dict[int, Measurement] = {}
+    more: dict[int, Measurement] = {}
+    first = settings.seed + 1
     try:
         if names:
-            twins = measure_twins(subject, names, images if set(names) & set(on_images) else None, settings, say)
+            few = images if set(names) & set(on_images) else None
+            twins = measure_twins(subject, names, few, settings, range(first, first + settings.null_seeds), say)
+            deciding = [name for name in DECIDING if name in names]
+            if deciding and hangs_on_twins(results):
+                more = measure_twins(subject, deciding, few, settings, range(first + len(twins), first + DECIDING_SEEDS), say)
     except ModelError as error:
         reasons |= dict.fromkeys(names, str(error))
     seen = max((len(twin.images.names) for twin in twins.values()), default=0)
     paired = {}
     for name, result in results.items():
-        of_twins = {seed: twin.results[name] for seed, twin in twins.items() if name in twin.results}
+        of_twins = {seed: twin.results[name] for seed, twin in (twins | more).items() if name in twin.results}
         paired[name] = with_twins(result, of_twins, seen if name in on_images else 0, reasons[name])
     if not twins:
         return paired, []
     which, seeds = ("twins", f"seeds {[*twins]}") if len(twins) > 1 else ("twin", f"seed {next(iter(twins))}")
     notes = [f"untrained {which}: fresh weights with {seeds} on {seen} images"] if seen else []
+    if more:
+        notes.append(
+            f"{' and '.join(deciding)}: also those of seeds {[*more]}, because whether attention has collapsed hangs on them"
+        )
     notes += filter(None, [against_seeds(result) for name, result in paired.items() if name == "attention-similarity"])
     if set(names) - set(on_images):
         notes.append(f"untrained {which} of the weights: fresh weights with {seeds}")
@@ -69,17 +83,26 @@ def _no_twin(subject: Subject, images: Images | None, settings: RunSettings, on_
     return "" if subject.fresh is not None else "the model came as an object, and its architecture cannot be made anew"
 
 
+def hangs_on_twins(results: Mapping[str, MetricResult]) -> bool:
+    """Whether some neighbouring blocks share their attention by value: then twins must tell whether untrained ones do too."""
+    similarity = results.get("attention-similarity")
+    if similarity is None or similarity.values is None:
+        return False
+    bare = Findings(model={}, data={}, run={}, metrics=dict(results), summary={})
+    return any(kind in SHARED_BY for kind in kinds_of(pairs_of(bare)))
+
+
 def measure_twins(
-    subject: Subject, names: Sequence[str], images: Images | None, settings: RunSettings, say: Report
+    subject: Subject, names: Sequence[str], images: Images | None, settings: RunSettings, seeds: Iterable[int], say: Report
 ) -> dict[int, Measurement]:
-    """The same architecture with fresh weights of the `null_seeds` seeds after the run's own, by seed, one model at a time.
+    """The same architecture with fresh weights of some seeds, by seed, one model at a time.
 
     A twin sees a seeded subset of the images, the same for all. Raises ModelError where the weights cannot be made anew.
     """
     assert subject.fresh is not None
     few = images.subset(settings.null_images, settings.seed) if isinstance(images, ImageSet) else None
     twins: dict[int, Measurement] = {}
-    for seed in range(settings.seed + 1, settings.seed + 1 + settings.null_seeds):
+    for seed in seeds:
         say(f"measuring the untrained twin of seed {seed}" + ("" if few is None else f" on {len(few)} images"))
         twin = replace(subject, model=subject.fresh(seed))
         plan = plan_of(twin, settings.device, settings.seed)

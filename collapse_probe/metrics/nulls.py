@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,9 @@ NO_KAPPA_INTERVAL = "undefined: how kappa's null varies with the images was not 
 OPEN_KAPPA = "with so few images the room that kappa's null leaves cannot be told from 0"
 NO_PAIR_INTERVAL = "none: a mean over all pairs of images, of which the run keeps one sum and not how it varies with the images"
 NO_NULL_INTERVAL = "none: how this null varies with the images was not kept"
-SAMPLED = ("other_token", "other_image", "other_head")
+BEYOND = ("other_token", "other_head", "other_key")
+"""The nulls beyond which blocks can agree."""
+SAMPLED = ("other_token", "other_image", "other_head", "other_key")
 """The nulls that are means over images or pairs of images."""
 
 
@@ -39,7 +41,9 @@ def between_blocks(cosines: PairwiseCosine, no_heads: str = "") -> dict[str, Any
         "other_head": None if no_heads else cosines.mean("other_head")[0],
         "kappa": kappa(real, token),
     }
-    intervals = {name: cosines.bounds(name) for name in ("other_token", *(() if no_heads else ("other_head",)))}
+    if cosines.by_rows_of_maps:
+        values["other_key"] = cosines.mean("other_key")[0]
+    intervals = {name: cosines.bounds(name) for name in BEYOND if values.get(name) is not None}
     reasons = {"other_head": no_heads} if no_heads else {}
     nulls = with_reasons(values, reasons, int(n.max(initial=0)), intervals, closed(kappa_interval(moments)))
     more, error, skewness = moments.along(-1.0, 1.0)
@@ -104,7 +108,8 @@ def with_twins(result: MetricResult, twins: Mapping[int, MetricResult], images: 
     `ci95["untrained"]` of the nulls is the twins' interval over their images. They saw the same images, so that the mean of
     their intervals is taken, which is never too narrow; it says nothing of seeds. With several twins `untrained_seeds` holds
     the `seeds`, the standard deviation `sd` (n − 1) and the range `low`, `high` over them, with the metric's dims. Seeds are
-    few: look at the range before the deviation.
+    few: look at the range before the deviation. `untrained_beyond` holds, for each null that the twins have themselves, the
+    highest over the twins of their own (real − null)/(1 − null).
     """
     if result.nulls is None:
         return result
@@ -130,5 +135,17 @@ def with_twins(result: MetricResult, twins: Mapping[int, MetricResult], images: 
         ci95=ci95,
         untrained_seeds=seeds,
         untrained_beyond_p=np.stack(p) if len(p) == len(measured) else None,
+        untrained_beyond=_beyond_of(measured),
     )
     return replace(result, nulls=nulls)
+
+
+def _beyond_of(twins: Sequence[MetricResult]) -> dict[str, Array]:
+    """For each null of the twins the highest (real − null)/(1 − null) over them, NaN where all are undefined."""
+    highest = {}
+    for name in BEYOND:
+        each = [(twin.array, twin.nulls.values.get(name)) for twin in twins if twin.nulls is not None]
+        shares = [kappa(real, null) for real, null in each if null is not None]
+        if shares:
+            highest[name] = np.fmax.reduce(shares)
+    return highest

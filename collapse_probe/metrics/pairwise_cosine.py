@@ -10,17 +10,21 @@ block and y[h, t] those of another:
 
 so that T2 − T1 is the sum over all wrong tokens: the exact mean of the wrong-token null over every permutation without
 fixed points, with no permutation drawn. The same sums over images (vectors added over images first) give the wrong-image null.
-The same formulas over the number of defined vectors give the number of defined pairs.
+The same formulas over the number of defined vectors give the number of defined pairs. With the sums of the entries of single
+vectors, <1, x_ht> <1, y_ht> − <x_ht, y_ht> is in the same way the sum over all wrong keys.
 """
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
@@ -29,11 +33,13 @@ from collapse_probe.metrics.accumulators import GROUPS, Means, group_of
 from collapse_probe.metrics.coverage import depth_neighbours, groups_of
 from collapse_probe.metrics.functional.geometry import centred_unit, gram, unit, wide_gram
 from collapse_probe.statistics.intervals import Array, jackknife
-from collapse_probe.statistics.kappa import MONOMIALS, PairMoments
+from collapse_probe.statistics.kappa import MONOMIALS, PairMoments, kappa
 
 STATE_BUDGET = 48 * 2**20
 """Bytes that the sum over images of one kind of vector may take; beyond it a seeded sample of tokens is summed."""
 SAMPLED_TOKENS = 16
+BY_IMAGE = ("real", "other_token", "other_head", "other_key")
+"""What is kept of every image for neighbouring blocks."""
 SPARE_BYTES = 8 * 2**20
 SUMMED_IMAGES = 32
 """Vectors are added over at least this many images in float32 before they go into the run's float64 sums."""
@@ -100,6 +106,7 @@ class PairSums:
         wide = torch.float64 if device.type != "mps" else torch.float32
         self.sums = torch.zeros(4, images, blocks, blocks, dtype=wide, device=device)
         self.pairs = torch.zeros_like(self.sums)
+        self.other_keys = torch.zeros_like(self.sums[0])
         self._over_heads: dict[str, Tensor] = {}
         self._over_tokens: dict[tuple[str, int], Tensor] = {}
 
@@ -108,10 +115,15 @@ class PairSums:
         images, or the windows of the first image, then those of the next.
         """
         valid = valid.to(vectors.dtype)
-        self._add("vectors", self.sums, part, vectors, vectors.sum(token_dim))
+        same = self._add("vectors", self.sums, part, vectors, vectors.sum(token_dim))
         self._add("valid", self.pairs, part, valid, valid.sum(-1, keepdim=True))
+        key_dim = -3 - token_dim
+        if (keys := vectors.shape[key_dim]) > 1:
+            over_keys = vectors.sum(key_dim, dtype=self.sums.dtype)
+            self._into(self.other_keys, part, (gram(over_keys).sum(1) - same) / (keys - 1))
 
-    def _add(self, kind: str, target: Tensor, part: Part, x: Tensor, over_tokens: Tensor) -> None:
+    def _add(self, kind: str, target: Tensor, part: Part, x: Tensor, over_tokens: Tensor) -> Tensor:
+        """Add to T1 … T4 in `target`; returns what went into T1, [b, L, L]."""
         x = x.flatten(3)
         same = wide_gram(x).sum(1)
         self._into(target[0], part, same)
@@ -125,13 +137,14 @@ class PairSums:
         over_tokens = _plus(self._over_tokens.pop((kind, part.heads.start), None), over_tokens.to(target.dtype))
         if not part.last_tokens:
             self._over_tokens[kind, part.heads.start] = over_tokens
-            return
+            return same
         self._into(target[1], part, gram(over_tokens).sum(1))
         over_both = _plus(self._over_heads.pop(kind + " and tokens", None), over_tokens.sum(1))
         if part.last_heads:
             self._into(target[3], part, gram(over_both))
         else:
             self._over_heads[kind + " and tokens"] = over_both
+        return same
 
     def _into(self, target: Tensor, part: Part, value: Tensor) -> None:
         if part.windows > 1:
@@ -147,12 +160,13 @@ def _plus(total: Tensor | None, more: Tensor) -> Tensor:
     return more if total is None else total.add_(more)
 
 
+def ratio(total: Tensor, number: Tensor) -> Tensor:
+    """A sum over a number of pairs; NaN where there is no pair."""
+    return torch.where(number > 0.5, total / number.clamp_min(0.5), torch.nan)
+
+
 def mean_cosines(sums: Tensor, pairs: Tensor) -> dict[str, Tensor]:
     """From T1 … T4 [4, …] and their numbers of pairs: the mean cosines by which of head and token differ."""
-
-    def ratio(total: Tensor, number: Tensor) -> Tensor:
-        return torch.where(number > 0.5, total / number.clamp_min(0.5), torch.nan)
-
     (t1, t2, t3, t4), (n1, n2, n3, n4) = sums, pairs
     return {
         "real": ratio(t1, n1),
@@ -165,10 +179,12 @@ def mean_cosines(sums: Tensor, pairs: Tensor) -> dict[str, Tensor]:
 class PairwiseCosine(Means):
     """Mean cosines between blocks over all heads and tokens, real and null, for vectors that a child class supplies.
 
-    Per image: real, other_token, other_head, other_both [blocks, blocks], with the moments that kappa needs; over
-    pairs of different images: the same four, from sums over images. `neighbours` are the consecutive blocks that are kept by
+    Per image: real, other_token, other_head, other_both, other_key [blocks, blocks], with the moments that kappa needs; over
+    pairs of different images: the first four, from sums over images. `neighbours` are the consecutive blocks that are kept by
     image, undefined where the two are none.
     """
+
+    by_rows_of_maps: bool = False
 
     def __init__(self, neighbours: Sequence[bool], groups: Sequence[VectorGroup], axis: str) -> None:
         super().__init__()
@@ -177,9 +193,11 @@ class PairwiseCosine(Means):
         self._recent: list[tuple[Tensor, Tensor]] = []
         self._summed = 0
         square = (self.blocks, self.blocks)
-        self.add_means(real=square, other_token=square, other_head=square, other_both=square)
+        self.add_means(real=square, other_token=square, other_head=square, other_both=square, other_key=square)
         self.add_state("both_count", *square)
         self.add_state("both", len(MONOMIALS), *square)
+        self.add_state("defined_vectors", self.blocks)
+        self.add_state("images", 1)
         self.add_state("own_sums", 4, *square)
         self.add_state("own_pairs", 4, *square)
         self.samples = []  # the tokens whose vectors are summed over images
@@ -226,6 +244,7 @@ class PairwiseCosine(Means):
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         cosines = mean_cosines(self._pairs.sums, self._pairs.pairs)
+        cosines["other_key"] = ratio(self._pairs.other_keys, self._pairs.pairs[0])
         for name, values in cosines.items():
             self.add_images(name, values)
         x, y = (1 - cosines[name].double() for name in ("real", "other_token"))
@@ -233,13 +252,15 @@ class PairwiseCosine(Means):
         x, y = (torch.where(defined, side, 0.0) for side in (x, y))
         self.add("both_count", defined.sum(0))
         self.add("both", torch.stack([(x**a * y**b).sum(0) for a, b in MONOMIALS]))
+        self.add("defined_vectors", self._pairs.pairs[0].diagonal(0, -2, -1).sum(0))
         self.add("own_sums", self._own.sums.sum(1))
         self.add("own_pairs", self._own.pairs.sum(1))
+        self.add("images", torch.tensor([float(trace.images)]))
         self._summed += trace.images
         if self._summed >= SUMMED_IMAGES:
             self.flush()
         among = self.neighbours.to(x.device)
-        adjacent = {name: torch.where(among, cosines[name].diagonal(-1, -2, -1), torch.nan) for name in ("real", "other_token")}
+        adjacent = {name: torch.where(among, cosines[name].diagonal(-1, -2, -1), torch.nan) for name in BY_IMAGE}
         return adjacent | {"within": cosines["other_head"].diagonal(0, -2, -1)}
 
     def flush(self) -> None:
@@ -268,16 +289,24 @@ class PairwiseCosine(Means):
 
 
 class MapPairwiseCosine(PairwiseCosine):
-    """Cosines between the rows or columns of attention maps; of maps inside windows within each window."""
+    """Cosines between the rows or columns of attention maps; of maps inside windows within each window.
+
+    Sums over images of the cosines between every head of a block and every head of the next tell whether the two have the
+    same maps under other head numbers; they are taken of tiles that hold all heads.
+    """
 
     def __init__(self, plan: Plan, point: str, axis: str, centred: bool, without: tuple[int, ...] = ()) -> None:
         self.point, self.axis, self.centred, self.without = point, axis, centred, without
+        self.by_rows_of_maps = axis == "row"
         self.windowed, groups = not without, []
         for group in groups_of(plan, self.windowed):
             rows, columns = ([t for t in range(size) if t not in without] for size in (group.queries, group.keys))
             tokens, length = (rows, len(columns)) if axis == "row" else (columns, len(rows))
             groups.append(VectorGroup(group.heads, length, tokens, group.positions, group.windows))
         super().__init__(plan.adjacent, groups, axis)
+        self.most_heads = max((group.heads for group in groups), default=1)
+        if not centred and not without:
+            self.add_state("between_heads", 4, self.blocks - 1, self.most_heads, self.most_heads)
 
     def add_tile(self, tile: MapTile) -> None:
         """Take the vectors of a tile that holds them whole."""
@@ -286,6 +315,59 @@ class MapPairwiseCosine(PairwiseCosine):
             tokens = tile.tokens(self.axis, self.without)
             part = Part(tile.images, tile.positions, tile.heads, tile.last_heads, tile.last_tokens, tile.windows)
             self.absorb(part, tokens, vectors)
+            if "between_heads" in self.states and tile.heads == slice(0, tile.group.heads) and tile.group.heads > 1:
+                self._add_heads(tile.positions, *vectors)
+
+    def _add_heads(self, positions: list[int], vectors: Tensor, valid: Tensor) -> None:
+        """Add, for each block and the one after it, the sums over same tokens and over any, and how many of both there are."""
+        pairs = [i for i, (one, other) in enumerate(itertools.pairwise(positions)) if other == one + 1]
+        if not pairs:
+            return
+        heads, later = vectors.shape[1], [i + 1 for i in pairs]
+        sums = self.state("between_heads")[:, [positions[i] for i in pairs], :heads, :heads]
+        by_block = vectors.transpose(1, 2)
+        defined = valid.to(vectors.dtype).transpose(1, 2)
+        each = (by_block.flatten(3), by_block.sum(self.token_dim), defined, defined.sum(-1, keepdim=True))
+        for kind, x in enumerate(each):
+            sums[kind] += (x[:, pairs] @ x[:, later].mT).sum(0).to(sums)
+        self.state("between_heads")[:, [positions[i] for i in pairs], :heads, :heads] = sums
+
+    def left_out(self) -> Array:
+        """The share of every block's vectors that have no direction, [blocks]; 0 for a block without any."""
+        total = np.zeros(self.blocks)
+        for group in self.groups:
+            total[group.positions] = group.windows * group.heads * len(group.tokens)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share: Array = np.where(total > 0, 1 - self.array("defined_vectors") / (total * self.array("images")), 0.0)
+        return share
+
+    def best_order(self) -> tuple[Array, Array] | None:
+        """Whether neighbouring blocks have the same maps under other head numbers: the share [blocks − 1] and the order.
+
+        The order [blocks − 1, heads] gives every head of a block its own in the next block, so that their cosines sum to the
+        most; −1 where there is no head. The share is what (real − null)/(1 − null) is then: for columns the null is that of
+        other tokens, for rows that of the heads that are not paired. NaN where the best order is that of the heads' numbers.
+        None where no tile held all heads, or there is one head.
+        """
+        if "between_heads" not in self.states or not self.array("between_heads")[2].any():
+            return None
+        shares, orders = np.full(self.blocks - 1, np.nan), np.full((self.blocks - 1, self.most_heads), -1)
+        for pair, of_pair in enumerate(np.moveaxis(self.array("between_heads"), 1, 0)):
+            heads = int(of_pair[2].any(1).sum())
+            same, total, number, any_number = of_pair[:, :heads, :heads]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                cosines = np.nan_to_num(same / number)
+            rows, order = linear_sum_assignment(-cosines)
+            orders[pair, rows] = order
+            if (order == rows).all():
+                continue
+            paired = np.zeros_like(number, dtype=np.bool_)
+            paired[rows, order] = True
+            null = cosines[~paired].mean()
+            if self.axis == "column":
+                null = (total - same)[paired].sum() / (any_number - number)[paired].sum()
+            shares[pair] = kappa(cosines[paired].mean(), null)
+        return shares, orders
 
 
 class TokenPairwiseCosine(PairwiseCosine):

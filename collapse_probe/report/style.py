@@ -82,6 +82,7 @@ ROLES: dict[str, Role] = {
     "other_token": Role("other token", "#d55e00", (0, (1.2, 1.2)), width=1.8),
     "other_image": Role("other image", "#01855f", (0, (6, 1.5, 1.2, 1.5))),
     "other_head": Role("other head", "#b5579b", (0, (3, 1.2))),
+    "other_key": Role("other key", "#8a6d00", (0, (2, 1, 1, 1, 1, 1))),
 }
 
 

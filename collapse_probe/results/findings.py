@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 class Nulls:
     """What a metric would read with nothing to find.
 
-    `values` maps untrained, other_token, other_image, other_head and kappa to arrays with the metric's dims, or to None where
-    `reasons` says why; `images` says on how many images each was taken. `ci95` holds intervals [..., 2] of nulls by name,
-    `kappa_ci95` that of kappa; `beyond_p` the one-sided p of every pair being more alike than its null, `untrained_beyond_p`
-    that in every untrained twin [seeds, ...]; `untrained_seeds` the `seeds` of several untrained twins and how these spread
-    (`sd`, `low`, `high`).
+    `values` maps untrained, other_token, other_image, other_head, kappa and (of rows of maps) other_key to arrays with the
+    metric's dims, or to None where `reasons` says why; `images` says on how many images each was taken. `ci95` holds intervals
+    [..., 2] of nulls by name, `kappa_ci95` that of kappa; `beyond_p` the one-sided p of every pair being more alike than its
+    null, `untrained_beyond_p` that in every untrained twin [seeds, ...]; `untrained_seeds` the `seeds` of several untrained
+    twins and how these spread (`sd`, `low`, `high`); `untrained_beyond`, by null, the highest over the untrained twins of their
+    own (real − null)/(1 − null).
     """
 
     values: Mapping[str, Array | None]
@@ -39,6 +40,7 @@ class Nulls:
     beyond_p: Array | None = None
     untrained_beyond_p: Array | None = None
     untrained_seeds: Mapping[str, Any] | None = None
+    untrained_beyond: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ STORED = (
     "not_applicable",
 )
 PARTS = ("model", "data", "run", "metrics", "summary", "presets", "sureness", "verdict", "answer")
-SPREAD, CI95 = ("beyond_p", "untrained_beyond_p", "untrained_seeds"), "_ci95"
+SPREAD, CI95 = ("beyond_p", "untrained_beyond_p", "untrained_seeds", "untrained_beyond"), "_ci95"
 NO_NULLS = ("kappa_ci95", "images", "reasons", "spread")
 """What stands beside the nulls themselves in their entry."""
 
@@ -152,7 +154,7 @@ def result_to_json(result: MetricResult) -> dict[str, Any]:
             "reasons": nulls.reasons,
             "spread": {
                 **{f"{name}{CI95}": bounds for name, bounds in nulls.ci95.items()},
-                **{name: getattr(nulls, name) for name in SPREAD if getattr(nulls, name) is not None},
+                **{name: value for name in SPREAD if (value := getattr(nulls, name)) is not None and len(value)},
             },
         }
     if result.head_mean is not None:
@@ -179,6 +181,9 @@ def result_from_json(name: str, entry: Mapping[str, Any]) -> MetricResult:
             beyond_p=_array(spread.pop("beyond_p", None)),
             untrained_beyond_p=_array(spread.pop("untrained_beyond_p", None)),
             untrained_seeds=spread.pop("untrained_seeds", None),
+            untrained_beyond={
+                key: np.array(shares, dtype=np.float64) for key, shares in (spread.pop("untrained_beyond", None) or {}).items()
+            },
             ci95={key.removesuffix(CI95): np.array(bounds, dtype=np.float64) for key, bounds in spread.items()},
         )
     if mean is not None:

@@ -16,7 +16,7 @@ from collapse_probe.statistics.intervals import Array
 Summary = dict[str, "float | int | None"]
 RANDOM, IN_PART = "random", "in part, over "
 """How the weights of a model are described that are random, and those of a checkpoint that was loaded over others."""
-NULLS = ("other_token", "other_image", "other_head", "untrained")
+NULLS = ("other_token", "other_image", "other_head", "other_key", "untrained")
 
 
 class Absent(Exception):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+ROWS = "attention-similarity@row"
 OURS = "our convention"
 FACT = "a fact of the run"
 TWIN_HALF = f"{OURS}: half of what the same architecture has with fresh weights"
@@ -49,28 +50,61 @@ RULES = (
         0.5,
     ),
     Rule(
-        "query-independent",
+        "shared-row",
+        ROWS,
+        "(row similarity − wrong-head null) / (1 − wrong-head null)",
+        "the two blocks share where each head attends, beyond what different heads share",
+        "That tokens matter: rows may agree although they hardly depend on the query.",
+        0.5,
+    ),
+    Rule(
+        "same-row",
+        ROWS,
+        "(row similarity − wrong-key null) / (1 − wrong-key null), where neither queries nor heads differ",
+        "every query of every head attends with the same row in both blocks",
+        "That heads or tokens have anything of their own to share: nothing is left to tell that from.",
+        0.5,
+    ),
+    Rule(
+        "other-order",
+        ROWS,
+        "(row similarity − that of other heads) / (1 − that of other heads), heads paired as they are most alike",
+        "the two blocks have the same maps under other head numbers",
+        "That no heads are alike where it does not hold: heads paired as they are most alike agree somewhat in any maps.",
+        0.9,
+    ),
+    Rule(
+        "beyond-untrained",
+        "attention-similarity",
+        "(share − that of untrained twins) / (1 − that of untrained twins), in pairs that share their attention",
+        "the two blocks share more than blocks of untrained twins do",
+        "Whether training or its starting point did it.",
+        0.5,
+        source=f"{OURS}: half of what untrained twins leave",
+    ),
+    Rule(
+        "columns-alike",
         "attention-similarity",
         "wrong-token null with the block before (columns)",
-        "columns are alike whichever tokens are compared: every query attends alike, or nearly uniformly",
-        "Whether two blocks attend to the same tokens; the row version against its wrong-head null says that.",
+        "columns are alike whichever tokens are compared, so that rows alone can tell whether blocks share them",
+        "Whether two blocks attend to the same tokens.",
+        0.9,
+    ),
+    Rule(
+        "query-independent",
+        ROWS,
+        "cosine between the rows of different queries, the lower of the two blocks'",
+        "every query attends alike, or nearly uniformly",
+        "Whether two blocks attend to the same tokens; the rows against their wrong-head null say that.",
         0.98,
     ),
     Rule(
         "same-everywhere",
-        "attention-similarity@row",
+        ROWS,
         "wrong-head null with the block before (rows)",
         "all heads of both blocks attend with nearly the same row",
-        "That two blocks share more than any two heads do: nothing is left to tell that from.",
+        "That two blocks share more than any two heads do: the rows against their wrong-key null say that.",
         0.98,
-    ),
-    Rule(
-        "shared-row",
-        "attention-similarity@row",
-        "(row similarity − wrong-head null) / (1 − wrong-head null), where maps are query-independent",
-        "the two blocks share one row of attention, more than different heads do",
-        "Anything about maps that depend on the query.",
-        0.5,
     ),
     Rule(
         "high-raw",
@@ -231,6 +265,9 @@ BY_NAME = {rule.name: rule for rule in RULES}
 RAW_ABOVE = BY_NAME["high-raw"].threshold  # a block counts as similar to the one before where the mean cosine is above this
 KAPPA_ABOVE = BY_NAME["shared"].threshold  # the same, corrected for chance
 COUNT_THRESHOLDS = (0.8, RAW_ABOVE, 0.95)  # the mean cosines above which similar-blocks counts
+
+FEWEST_IMAGES = 16  # below this nothing is judged of maps or tokens; docs/intervals.md has the simulations
+BEYOND_WEIGHTS = 4.0  # how many times the root mean square of a model's negative shares a share must exceed (Fisher's z)
 
 # Conventions of comparisons, interventions and the demonstration; all are ours.
 NOTABLE = 0.1  # a difference of similarity, or of kappa, that a sentence names

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from collapse_probe.results.findings import Findings, MetricResult
-from collapse_probe.results.outcomes import Outcome, Pairs, kinds_of, pairs_of, share_of_kinds, verdict_table
+from collapse_probe.results.outcomes import Outcome, verdict_table
+from collapse_probe.results.quantities import SHARED_BY, Pairs, kinds_of, pairs_of, share_of_kinds
 from collapse_probe.results.readings import adjacent, mean, not_loaded, null_of, result_of, weights_only
-from collapse_probe.results.rules import BY_NAME
+from collapse_probe.results.rules import BY_NAME, FEWEST_IMAGES
 from collapse_probe.results.text import interval, no_neighbours, number, numbered, sentence_case, with_reasons
 
 Sentence = tuple[str, str]
@@ -20,6 +21,13 @@ Depth = tuple[str, bool | None, list[Sentence]]
 """Whether attention has collapsed across depth: the case, the answer and its two sentences."""
 WEIGHTS_ONLY, NOT_JUDGED = "weights-only", "not-judged"
 LEVELS = {"attention": "Attention", "tokens": "Tokens", "weights": "Weights"}
+ILLNESSES = {
+    "parallel-patches": "Collapse within the image",
+    "constant-tokens": "Collapse within the image",
+    "constant-tokens-composite": "Collapse within the image",
+    "entropy-collapse": "Collapse of the attention entropy",
+}
+"""The rules that are a collapse of their own, and in which sense; without one across depth they are said first."""
 MOST_LISTED = 2  # rules or metrics that are named one by one
 OPEN = {
     WEIGHTS_ONLY: "Only the weights were measured, without images: how alike attention maps or tokens are is not judged here.",
@@ -83,14 +91,17 @@ def judge(findings: Findings, table: Sequence[Outcome] | None = None) -> Verdict
         case, collapsed, across_depth = _across_depth(findings, pairs, kinds, outcomes)
         compared = _uncompared(findings, kinds)
         most = sum(kind != "undefined" for kind in kinds) > len(kinds) / 2  # else it is said first of how few pairs this is
-        sentences = [*across_depth, *compared, *others] if most else [*compared, *across_depth, *others]
+        own = [] if collapsed else [each for each in others if each[1] in ILLNESSES]
+        rest = [each for each in others if each not in own]
+        sentences = [*own, *([*across_depth, *compared] if most else [*compared, *across_depth]), *rest]
     if any(result.description.level == "attention" for result in findings.metrics.values()) or similarity is not None:
         sentences = [*((text, "shared") for text in not_heard(findings)), *sentences]
     if part := not_loaded(findings.model):
         sentences.insert(0, (f"{part}.", "loaded-in-part"))
     if ill := findings.run.get("nonfinite"):
         sentences.insert(0, (str(ill["sentence"]), "shared"))
-    caveats = _caveats(outcomes, maps=bool(kinds))
+    few = case != WEIGHTS_ONLY and (findings.data.get("images") or 0) < FEWEST_IMAGES
+    caveats = _caveats(outcomes, bool(kinds), few)
     caveats += [(ONE_SET, "shared")] if case == WEIGHTS_ONLY else []
     texts, rules = zip(*sentences, strict=True)
     notes, note_rules = zip(*caveats, strict=True) if caveats else ((), ())
@@ -133,16 +144,31 @@ def _reasons(findings: Findings) -> dict[str, list[int]]:
 
 def _across_depth(findings: Findings, pairs: Pairs, kinds: tuple[str, ...], outcomes: Mapping[str, Outcome]) -> Depth:
     total = sum(kind != "undefined" for kind in kinds)
-    shared = [i for i, k in enumerate(kinds) if k in ("shared", "shared-row") and i + 1 in outcomes[k].at("yes")]
+    images = findings.data.get("images") or 0
+    if images < FEWEST_IMAGES:
+        first = (
+            f"Too few images to tell whether attention has collapsed across depth: {images}, and at least {FEWEST_IMAGES} are "
+            "needed."
+        )
+        return "undecided", None, [(first, "shared"), (_on_average(findings, pairs), "shared")]
+    shared = [i for i, kind in enumerate(kinds) if kind in SHARED_BY and i + 1 in outcomes[kind].at("yes")]
+    tied = set(np.flatnonzero(findings.model.get("shares_weights") or ()))
+    untrained = set(outcomes["beyond-untrained"].at("no")) - {i + 1 for i in tied}
+    if own := [i for i in shared if i + 1 not in untrained]:
+        more = _as_untrained(kinds, [i for i in shared if i not in own], total, "Besides, ")
+        if set(outcomes["beyond-untrained"].at("no")) & {i + 1 for i in own if i in tied}:
+            more.append(("Untrained twins share their attention as much: it comes with the architecture.", "beyond-untrained"))
+        return _shared(pairs, kinds, own, total, [i for i in own if i in tied], more)
     if shared:
-        return _shared(pairs, kinds, shared, total)
-    unsure = {name: outcomes[name].at("undecided") for name in ("shared", "shared-row")}
-    ignoring = share_of_kinds(kinds, "query-independent", "same-everywhere")
-    if BY_NAME["mostly-query-independent"].holds(ignoring) and not unsure["shared"]:
-        return _query_independent(pairs, kinds, total, sure=not unsure["shared-row"])
-    if any(unsure.values()):
-        return _undecided(findings, pairs, unsure, total)
-    return _not_shared(findings, pairs, kinds, total)
+        why = _as_untrained(kinds, shared, total, "It cannot be told from the architecture whether attention has collapsed: ")
+        return "as-untrained", None, [*why, (_on_average(findings, pairs), "shared")]
+    unsure = {name: outcomes[name].at("undecided") for name in SHARED_BY}
+    untold = [i + 1 for i, kind in enumerate(kinds) if kind == "untold"]
+    if not any(unsure.values()) and not untold:
+        if BY_NAME["mostly-query-independent"].holds(share_of_kinds(kinds, "query-independent", "same-everywhere")):
+            return _query_independent(pairs, kinds, total)
+        return _not_shared(findings, pairs, kinds, total)
+    return _undecided(findings, pairs, outcomes, unsure, untold, total)
 
 
 def _compared_pairs(total: int, kinds: tuple[str, ...]) -> str:
@@ -150,50 +176,105 @@ def _compared_pairs(total: int, kinds: tuple[str, ...]) -> str:
     return pairs if total == len(kinds) else f"the {pairs} that can be compared"
 
 
-def _shared(pairs: Pairs, kinds: tuple[str, ...], shared: list[int], total: int) -> Depth:
-    by_row = all(kinds[i] == "shared-row" for i in shared)
-    first = (
-        f"Attention has collapsed across depth in {len(shared)} of {_compared_pairs(total, kinds)}: "
-        f"{numbered([i + 1 for i in shared])} attend{'s' if len(shared) == 1 else ''} like the block before"
-        f"{', every query with the same row' if by_row else ''}."
-    )
-    if by_row:
-        second = (
-            "There the maps do not depend on the query, so that columns cannot tell tokens apart; the rows of the two blocks "
-            f"agree at {number(mean(pairs.row[shared]))}, those of different heads at {number(mean(pairs.row_head[shared]))}."
-        )
-        return "query-independent", True, [(first, "shared-row"), (second, "shared-row")]
-    at = [i for i in shared if kinds[i] == "shared"]
-    second = f"There the raw similarity is {_beyond_chance(pairs, at)}"
-    return "shared", True, [(first, "shared"), (second, "shared")]
+def _shared(
+    pairs: Pairs, kinds: tuple[str, ...], shared: list[int], total: int, tied: list[int], more: list[Sentence]
+) -> Depth:
+    """Pairs that share their attention: how many, by what, and what is the same by construction (`tied`)."""
+    names = list(dict.fromkeys(kinds[i] for i in shared))
+    ways = {
+        "shared-row": ", every head with a row of its own kind",
+        "same-row": ", every query of every head with the same row",
+        "other-order": ", under other head numbers",
+    }
+    ignoring = all(BY_NAME["query-independent"].holds(float(pairs.queries[i])) for i in shared) and "shared" not in names
+    by_row = ", every query with the same row" if ignoring else ways.get(names[0], "") if len(names) == 1 else ""
+    what = f"{numbered([i + 1 for i in shared])} attend{'s' if len(shared) == 1 else ''} like the block before{by_row}"
+    where = f"in {len(shared)} of {_compared_pairs(total, kinds)}"
+    first = f"Attention has collapsed across depth {where}: {what}."
+    if len(tied) == len(shared):
+        first = f"Attention is the same across depth by construction {where}, which share their weights: {what}."
+    sentences = [(first, names[0])]
+    for name in names:
+        at = [i for i in shared if kinds[i] == name]
+        which = "There" if len(names) == 1 else f"In {numbered([i + 1 for i in at])}"
+        sentences.append((f"{which} {_numbers_of(name, pairs, at)}", name))
+    if tied and len(tied) < len(shared):
+        sentences.append((f"Of these, {numbered([i + 1 for i in tied])} share their weights with the block before.", "shared"))
+    return "query-independent" if ignoring else "shared", True, [*sentences, *more]
 
 
-def _query_independent(pairs: Pairs, kinds: tuple[str, ...], total: int, sure: bool) -> Depth:
+def _numbers_of(kind: str, pairs: Pairs, at: list[int]) -> str:
+    """The numbers by which the pairs `at`, of one kind, share their attention."""
+    row, head, key, order = (number(mean(part[at])) for part in (pairs.row, pairs.row_head, pairs.row_key, pairs.order))
+    return {
+        "shared": f"the raw similarity is {_beyond_chance(pairs, at)}",
+        "shared-row": f"rows agree at {row} between the same heads of the two blocks, and at {head} between other heads.",
+        "same-row": f"rows agree at {row} whichever queries and heads are compared, and at {key} between wrong keys.",
+        "other-order": (
+            f"heads of the same number agree at {row} by rows; paired as they are most alike, they reach {order} of what other "
+            "heads leave."
+        ),
+    }[kind]
+
+
+def _as_untrained(kinds: tuple[str, ...], at: list[int], total: int, start: str) -> list[Sentence]:
+    """What is said, after `start`, of pairs that share their attention, and in untrained twins do so as well."""
+    if not at:
+        return []
+    blocks = f"{numbered([i + 1 for i in at])} attend{'s' if len(at) == 1 else ''} like the block before"
+    where = f"in {len(at)} of {_compared_pairs(total, kinds)} {blocks}"
+    return [(f"{start}{where}, and in untrained twins, whose weights are fresh, they do so about as much.", "beyond-untrained")]
+
+
+def _query_independent(pairs: Pairs, kinds: tuple[str, ...], total: int) -> Depth:
     at = [i for i, k in enumerate(kinds) if k in ("query-independent", "same-everywhere")]
     everywhere = kinds.count("same-everywhere") > len(at) / 2
-    if everywhere:
-        rest = "all heads and blocks with nearly the same one"
-    else:
-        rest = "each block with a row of its own" if sure else "more images must tell whether blocks share it"
+    rest = "all heads and blocks with nearly the same one" if everywhere else "each block with a row of its own"
     first = (
         f"Attention ignores the query in {len(at)} of {_compared_pairs(total, kinds)}: every token attends with the same "
         f"row, and {rest}."
     )
     second = (
-        f"Columns and κ say nothing there, because even the wrong tokens are alike at {number(mean(pairs.null[at]))}; rows "
-        f"agree at {number(mean(pairs.row[at]))} between blocks and at {number(mean(pairs.row_head[at]))} between heads."
+        f"The rows of different queries of a block agree at {number(mean(pairs.queries[at]))}; across depth rows agree at "
+        f"{number(mean(pairs.row[at]))} between the same heads of neighbouring blocks and at "
+        f"{number(mean(pairs.row_head[at]))} between other heads."
     )
     rule = "same-everywhere" if everywhere else "query-independent"
-    return "query-independent", None if everywhere or not sure else False, [(first, "mostly-query-independent"), (second, rule)]
+    return "query-independent", None if everywhere else False, [(first, "mostly-query-independent"), (second, rule)]
 
 
-def _undecided(findings: Findings, pairs: Pairs, unsure: Mapping[str, list[int]], total: int) -> Depth:
+def _undecided(
+    findings: Findings,
+    pairs: Pairs,
+    outcomes: Mapping[str, Outcome],
+    unsure: Mapping[str, list[int]],
+    untold: list[int],
+    total: int,
+) -> Depth:
+    if untold and not any(unsure.values()):
+        measured = bool(np.isfinite(pairs.row).any())
+        first = (
+            f"It cannot be told whether attention has collapsed across depth: in {len(untold)} of {total} neighbouring pairs "
+            f"({numbered(untold)} with the block before) "
+            + (
+                "rows agree more than keys explain, and there is one head, so that nothing tells what any two heads share."
+                if measured
+                else "columns are alike whichever tokens are compared, and attention-similarity@row was not measured."
+            )
+        )
+        return (
+            "undecided",
+            None,
+            [(first, "same-row" if measured else "columns-alike"), (_on_average(findings, pairs), "shared")],
+        )
     blocks = sorted({block for blocks in unsure.values() for block in blocks})
-    first = (
-        f"It cannot be told from these images whether attention has collapsed across depth: in {len(blocks)} of {total} "
-        f"neighbouring pairs ({numbered(blocks)} with the block before) the interval is missing or includes the threshold."
-    )
     rule = next(name for name, at in unsure.items() if at)
+    of_rules = [outcomes[name].reason for name, at in unsure.items() if at]
+    reasons = dict.fromkeys(reason.partition(": ")[2] or reason for reason in of_rules)
+    first = (
+        f"It cannot be told whether attention has collapsed across depth: {len(blocks)} of {total} neighbouring pairs "
+        f"({numbered(blocks)} with the block before) are undecided ({'; '.join(reasons)})."
+    )
     return "undecided", None, [(first, rule), (_on_average(findings, pairs), "shared")]
 
 
@@ -206,13 +287,13 @@ def _not_shared(findings: Findings, pairs: Pairs, kinds: tuple[str, ...], total:
             entropy = _percent(mean(pairs.share) or 0.0)
             case, why = "near-uniform", f": each query attends to nearly all tokens (entropy {entropy} of uniform)"
         first = (
-            f"This is not collapse: {uniform + explained} of {_compared_pairs(total, kinds)} score above "
+            f"This is not collapse across depth: {uniform + explained} of {_compared_pairs(total, kinds)} score above "
             f"{BY_NAME['high-raw'].threshold:g} in raw similarity, but no more than chance would give{why}."
         )
         return case, False, [(first, "mostly-explained"), (_on_average(findings, pairs), "shared")]
     some = " that can be compared" if total < len(kinds) else ""
     first = (
-        f"No collapse between neighbouring blocks{some}: their attention maps are distinct "
+        f"No collapse across depth: the attention maps of neighbouring blocks{some} are distinct "
         f"(κ above {BY_NAME['shared'].threshold:g} in 0 of {total} pairs)."
     )
     return "distinct", False, [(first, "shared"), (_on_average(findings, pairs), "shared")]
@@ -244,7 +325,7 @@ def _other_rules(outcomes: Mapping[str, Outcome]) -> list[Sentence]:
         if rule.spoken and outcome.answer == "yes":
             where = f", {numbered(blocks)}" if blocks else ""
             value = f"{rule.quantity}: {number(outcome.value)}, {rule.direction} {rule.threshold:g}"
-            sentences.append((f"{LEVELS[rule.level]}: {rule.says} ({value}{where}).", name))
+            sentences.append((f"{ILLNESSES.get(name, LEVELS[rule.level])}: {rule.says} ({value}{where}).", name))
     return sentences
 
 
@@ -300,22 +381,23 @@ def _mean_of_weights(result: MetricResult) -> str:
     return f"{own} ({twin} {fresh[0]})" if fresh else own
 
 
-def _caveats(outcomes: Mapping[str, Outcome], maps: bool) -> list[Sentence]:
+def _caveats(outcomes: Mapping[str, Outcome], maps: bool, few: bool) -> list[Sentence]:
     """What the sentences do not mean; `maps`: whether they speak of attention maps."""
     caveats = []
     for name, outcome in outcomes.items():
         rule, unsure = outcome.rule, outcome.at("undecided")
-        if name in ("shared", "shared-row") and unsure:
-            what = "κ" if name == "shared" else "rows against heads"
-            where = f"For {numbered(unsure)} the interval of {what} is missing or includes {rule.threshold:g}"
-            caveats.append((f"{where}: more images are needed.", name))
-        elif rule.spoken and outcome.answer == "undecided":
+        if name in SHARED_BY and unsure and not few:
+            where = f"For {numbered(unsure)} it is undecided whether {rule.says} ({rule.quantity}: {number(outcome.value)})"
+            caveats.append((f"{where}: {outcome.reason}.", name))
+        elif rule.spoken and outcome.answer == "undecided" and not few:
             number_of = f"{rule.quantity}: {number(outcome.value)}"
             caveats.append((f"It is undecided whether {rule.says} ({number_of}): {outcome.reason}.", name))
         elif name == "untrained" and outcome.answer == "yes":
             caveats.insert(0, (f"{sentence_case(rule.says)}.", name))
         elif name == "mixed-maps" and outcome.answer == "yes" and maps:
             caveats.append((f"{sentence_case(rule.says)}.", name))
+    if few:
+        caveats.append((f"No rule about maps or tokens is judged with fewer than {FEWEST_IMAGES} images.", "shared"))
     return [*caveats, *([(BY_NAME["shared"].does_not_say, "shared")] if maps else [])]
 
 

@@ -34,7 +34,7 @@ NOT_HEARD = "not heard: its softmax is over another axis"
 EVERYTHING = tuple(name for name, kind in METRICS.items() if kind.level != "weights")
 
 
-def pictures(count=6, side=64):
+def pictures(count=16, side=64):
     return [torch.randn(count // 2, 3, side, side, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
 
 
@@ -129,7 +129,7 @@ def test_a_folder_keeps_who_is_a_neighbour(apart, tmp_path):
 def test_a_comparison_pairs_neighbours_alone_and_names_what_was_not_heard(whole, apart):
     pair = pair_up(whole, apart, ("chain", "towers"))
     raw = pair.differences["attention-similarity"]
-    assert raw.paired.images.tolist() == [6, 0, 6]
+    assert raw.paired.images.tolist() == [16, 0, 16]
     assert raw.overall.difference[0] == pytest.approx(0.0, abs=1e-12)
     hole = [{"where": "blocks.1", "why": NOT_HEARD, "blocks": [1]}]
     unheard_too = replace(apart, model={**apart.model, "left_out": hole})

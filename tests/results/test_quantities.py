@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from collapse_probe.results.findings import Findings, MetricResult, Nulls
-from collapse_probe.results.outcomes import NO_INTERVAL_OF_NULL, READERS, ROW_ALONE, TWIN_EXACT, outcome
+from collapse_probe.results.outcomes import READERS, outcome
+from collapse_probe.results.quantities import NO_INTERVAL_OF_NULL, ONE_SIDE, TWIN_EXACT, chance_of_weights
 from collapse_probe.results.rules import BY_NAME
 
 BLOCKS = 3
@@ -60,15 +61,33 @@ def test_the_wrong_head_null_has_its_interval():
 
 def test_the_wrong_token_null_has_its_interval_without_the_single_images():
     pair = ("block", "block")
-    ci95 = {"other_token": around(square(0.985), 0.01)}
-    given = findings({COLUMN: reading(square(0.99), 0, {"other_token": square(0.985)}, ci95, pair)})
-    assert READERS["query-independent"](given, COLUMN).ci95[:, 0] == pytest.approx([0.975] * 2)
-    assert outcome(BY_NAME["query-independent"], given).answer == "undecided"
+    ci95 = {"other_token": around(square(0.905), 0.01)}
+    given = findings({COLUMN: reading(square(0.99), 0, {"other_token": square(0.905)}, ci95, pair)})
+    assert READERS["columns-alike"](given, COLUMN).ci95[:, 0] == pytest.approx([0.895] * 2)
+    assert outcome(BY_NAME["columns-alike"], given).answer == "undecided"
+
+
+def test_chance_of_the_weights_is_measured_by_the_shares_below_zero():
+    shares = np.array([[9.0, 9.0, 9.0], [-0.2, 9.0, 9.0], [0.9, 0.1, 9.0]])
+    assert chance_of_weights(shares) == pytest.approx(np.tanh(4 * np.arctanh(0.2)))
+    assert chance_of_weights(np.abs(shares)) == 0
+    shares[2] = [-3.0, np.nan, 9.0]
+    assert chance_of_weights(shares) == pytest.approx(np.tanh(4 * np.sqrt((np.arctanh(0.2) ** 2 + np.arctanh(0.99) ** 2) / 2)))
+
+
+@pytest.mark.parametrize(("elsewhere", "answer"), [(0.3, "yes"), (-0.1, "yes"), (-0.3, "undecided")])
+def test_a_share_within_chance_of_the_weights_is_undecided(elsewhere, answer):
+    shares = square(elsewhere)
+    shares[1, 0] = 0.7
+    nulls = {"other_token": square(0.0), "kappa": shares}
+    found = outcome(BY_NAME["shared"], findings({COLUMN: reading(shares, 0.01, nulls, dims=("block", "block"))}))
+    assert found.answer == answer
+    assert ("chance agreement of the weights reaches 0.8" in found.reason) == (answer == "undecided")
 
 
 def test_rows_beyond_the_heads_count_both_errors():
     exact = READERS["shared-row"](rows(), ROW)
-    assert exact.note == ROW_ALONE
+    assert exact.note == ONE_SIDE
     assert exact.ci95[:, 1] - exact.values == pytest.approx([0.05 / 0.6] * 2)
     both = READERS["shared-row"](rows(head_reach=0.3), ROW)
     by_row, by_head = 1 / (1 - 0.4), (1 - 0.9) / (1 - 0.4) ** 2  # derivatives of (r − h)/(1 − h)

@@ -46,8 +46,10 @@ def reading(values, reach=0.0, dims=("depth",), nulls=None, **facts):
     return MetricResult(dims, "", values, stderr=values * 0, ci95=around(values, reach), nulls=given, **facts)
 
 
-def similarity(raw=0.5, null=0.4, kappa=0.1, reach=0.0, row=0.5, head=0.4, share=0.5, **facts):
-    """Findings of maps: columns with their null and kappa, rows with their wrong-head null, entropies."""
+def similarity(
+    raw=0.5, null=0.4, kappa=0.1, reach=0.0, row=0.5, head=0.4, key=0.3, queries=0.4, order=0.0, share=0.5, twin=None, **facts
+):
+    """Findings of maps: columns with their null and kappa, rows with their nulls and the best order of heads, entropies."""
     pair = ("block", "block")
     nulls = {"other_token": square(null), "kappa": square(kappa)}
     log = np.log(10)
@@ -64,11 +66,14 @@ def similarity(raw=0.5, null=0.4, kappa=0.1, reach=0.0, row=0.5, head=0.4, share
     )
     spread = np.array([[-1.0], [1.0]]) * reach
     by_image = {"attention-similarity/other_token": np.tile(null + spread, (10, BLOCKS - 1))}
-    metrics = {
-        "attention-similarity": reading(square(raw), reach, pair, nulls, kappa_ci95=around(square(kappa), reach)),
-        "attention-similarity@row": reading(square(row), reach, pair, {"other_head": square(head)}),
-        "attention-entropy": entropy,
-    }
+    columns = reading(square(raw), reach, pair, nulls, kappa_ci95=around(square(kappa), reach))
+    if twin is not None:
+        columns = replace(columns, nulls=replace(columns.nulls, untrained_beyond={"other_token": square(twin)}))
+    of_rows = {"other_head": square(head), "other_key": square(key), "other_token": np.eye(BLOCKS) * queries}
+    rows = reading(square(row), reach, pair, of_rows, details={"head_order_share": [order] * (BLOCKS - 1)})
+    ends = np.moveaxis(np.eye(BLOCKS)[None] * (queries + np.array([-1, 1])[:, None, None] * reach), 0, -1)
+    rows = replace(rows, nulls=replace(rows.nulls, ci95={"other_token": ends}))
+    metrics = {"attention-similarity": columns, "attention-similarity@row": rows, "attention-entropy": entropy}
     return findings(metrics, by_image=by_image, **facts)
 
 
@@ -86,12 +91,16 @@ def weights(metric, value):
 
 CASES = {
     "shared": (lambda v, r: similarity(kappa=v, reach=r), 0.6, 0.4, 0.2),
-    "query-independent": (lambda v, r: similarity(null=v, reach=r), 0.99, 0.97, 0.2),
+    "shared-row": (lambda v, r: similarity(head=0.0, row=v, reach=r), 0.6, 0.4, 0.2),
+    "same-row": (lambda v, r: similarity(queries=0.99, head=0.99, key=0.0, row=v, reach=r), 0.6, 0.4, 0.2),
+    "other-order": (lambda v, r: similarity(order=v), 0.95, 0.85, None),
+    "beyond-untrained": (lambda v, r: similarity(kappa=0.9, twin=1 - 0.1 / (1 - v)), 0.6, 0.4, None),
+    "columns-alike": (lambda v, r: similarity(null=v, reach=r), 0.95, 0.85, 0.2),
+    "query-independent": (lambda v, r: similarity(queries=v, reach=r), 0.99, 0.97, 0.2),
     "same-everywhere": (lambda v, r: similarity(head=v), 0.99, 0.97, None),
-    "shared-row": (lambda v, r: similarity(null=0.99, kappa=np.nan, head=0.0, row=v, reach=r), 0.6, 0.4, 0.2),
     "high-raw": (lambda v, r: similarity(raw=v, reach=r), 0.95, 0.85, 0.2),
     "near-uniform": (lambda v, r: similarity(share=v, reach=r), 0.95, 0.85, 0.2),
-    "mostly-query-independent": (lambda v, r: similarity(null=v, kappa=np.nan), 0.99, 0.97, None),
+    "mostly-query-independent": (lambda v, r: similarity(queries=v, kappa=np.nan), 0.99, 0.97, None),
     "mostly-explained": (lambda v, r: similarity(raw=v), 0.95, 0.85, None),
     "entropy-collapse": (lambda v, r: similarity(share=v, reach=r), 0.05, 0.15, 0.2),
     "parallel-patches": (lambda v, r: depths("patch-diversity", 1 - v, r), 0.8, 0.6, 0.3),
@@ -173,7 +182,7 @@ def test_the_interval_of_a_null_comes_from_the_single_images():
     null = square(0.6)
     null[2, 1] = 0.9
     metrics = {"attention-similarity": reading(square(0.5), 0, ("block", "block"), {"other_token": null})}
-    found = READERS["query-independent"](findings(metrics, by_image=by_image), "attention-similarity")
+    found = READERS["columns-alike"](findings(metrics, by_image=by_image), "attention-similarity")
     reach = 4.302652729911275 * 0.1 / np.sqrt(3)  # Student's t with two degrees of freedom
     assert found.ci95[:, 0] == pytest.approx([0.6 - reach, 0.9])
     assert found.ci95[:, 1] == pytest.approx([0.6 + reach, 0.9])
@@ -253,9 +262,16 @@ def test_an_illness_that_is_found_is_said_and_one_that_is_not_is_left_out(name):
         ({"kappa": 0.4}, "distinct", False, "shared"),
         ({"raw": 0.95}, "explained", False, "mostly-explained"),
         ({"raw": 0.95, "share": 0.95}, "near-uniform", False, "mostly-explained"),
-        ({"null": 0.99, "kappa": np.nan, "head": 0.0, "row": 0.9}, "query-independent", True, "shared-row"),
-        ({"null": 0.99, "kappa": np.nan, "head": 0.0, "row": 0.2}, "query-independent", False, "mostly-query-independent"),
-        ({"null": 0.99, "kappa": np.nan, "head": 0.99}, "query-independent", None, "mostly-query-independent"),
+        ({"head": 0.0, "row": 0.9}, "shared", True, "shared-row"),
+        ({"queries": 0.99, "kappa": np.nan, "head": 0.0, "row": 0.9}, "query-independent", True, "shared-row"),
+        ({"queries": 0.99, "kappa": np.nan, "head": 0.0, "row": 0.2}, "query-independent", False, "mostly-query-independent"),
+        ({"queries": 0.99, "head": 0.99, "row": 0.99, "key": 0.1}, "query-independent", True, "same-row"),
+        ({"queries": 0.99, "head": 0.99, "row": 0.3}, "query-independent", None, "mostly-query-independent"),
+        ({"order": 0.95}, "shared", True, "other-order"),
+        ({"kappa": 0.9, "twin": 0.2}, "shared", True, "shared"),
+        ({"kappa": 0.9, "twin": 0.9}, "as-untrained", None, "beyond-untrained"),
+        ({"kappa": 0.9, "twin": 0.9, "shares_weights": [True] * (BLOCKS - 1)}, "shared", True, "shared"),
+        ({"kappa": 0.9, "images": 15}, "undecided", None, "shared"),
     ],
 )
 def test_the_first_sentence_follows_from_its_rule(numbers, case, collapsed, rule):
@@ -267,7 +283,7 @@ def test_other_illnesses_are_said_where_maps_were_not_measured():
     answer = judge(depths("patch-diversity", 0.2))
     assert (answer.case, answer.collapsed) == ("not-judged", None)
     assert answer.rules == ("parallel-patches", "shared")
-    assert answer.sentences[0].startswith("Tokens: the patches of an image have become nearly parallel")
+    assert answer.sentences[0].startswith("Collapse within the image: the patches of an image have become nearly parallel")
     assert "0.800, above 0.7" in answer.sentences[0]
     assert "not judged here: attention-similarity was not asked for" in answer.sentences[1]
 

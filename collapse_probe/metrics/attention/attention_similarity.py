@@ -51,7 +51,18 @@ class AttentionSimilarity(MapMetric):
         return [(("maps", *key), lambda: MapPairwiseCosine(self.plan, *key))]
 
     def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
-        return self.result(**between_blocks(accumulators[0]))
+        """Similarities with their nulls; the details say what the best order of heads gives and how many vectors are left out.
+
+        `head_order_share` and `head_order` are those of `MapPairwiseCosine.best_order`; `left_out` [blocks] is the share of
+        the vectors that have no direction.
+        """
+        (cosines,) = accumulators
+        facts = between_blocks(cosines)
+        if (left_out := cosines.left_out()).any():
+            facts["details"] |= {"left_out": left_out}
+        if (best := cosines.best_order()) is not None:
+            facts["details"] |= dict(zip(("head_order_share", "head_order"), best, strict=True))
+        return self.result(**facts)
 
 
 METRICS.add(AttentionSimilarity.name, AttentionSimilarity)

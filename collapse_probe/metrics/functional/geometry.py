@@ -22,13 +22,14 @@ MANY_SPANS = 8
 def unit(vectors: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
     """Vectors along `dim` scaled to length one, and which of them have a length: same shape, and bool without `dim`.
 
-    A zero vector has no direction: it stays zero and is marked False.
+    A zero vector has no direction: it becomes zero and is marked False, and so is one whose largest entry is subnormal, which
+    holds only a few of its bits.
 
     >>> vectors, valid = unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     >>> vectors.tolist(), valid.tolist()
     ([[0.6000000238418579, 0.800000011920929], [0.0, 0.0]], [True, False])
     """
-    length = _length(vectors, dim)
+    vectors, length = _with_length(vectors, dim)
     valid = length > 0
     return vectors / torch.where(valid, length, 1.0), valid.squeeze(dim)
 
@@ -38,10 +39,9 @@ def centred_unit(vectors: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
 
     A constant vector (spread below `SMALLEST_SPREAD` of its length) has no direction left: zero, marked False.
     """
-    mean = vectors.mean(dim, keepdim=True)
-    centred = vectors - mean
-    length = _length(centred, dim)
-    whole = (length * length + vectors.shape[dim] * mean * mean).sqrt()
+    vectors, whole = _with_length(vectors, dim)
+    centred = vectors - vectors.mean(dim, keepdim=True)
+    length = (centred * centred).sum(dim, keepdim=True).sqrt()
     valid = length > SMALLEST_SPREAD * whole
     scale = torch.where(valid, length, torch.inf)
     return centred / scale if centred.requires_grad else centred.div_(scale), valid.squeeze(dim)
@@ -70,8 +70,20 @@ def wide_gram(vectors: Tensor) -> Tensor:
     return torch.stack(grams).reshape(*vectors.shape[:-1], n)
 
 
-def _length(vectors: Tensor, dim: int) -> Tensor:
-    return (vectors * vectors).sum(dim, keepdim=True).sqrt()
+def _with_length(vectors: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Vectors along `dim` and their lengths, same shape and one entry along `dim`.
+
+    Where squares would leave the range of the dtype the vector is divided by its largest entry first, which keeps its
+    direction; where that entry is subnormal, it is zero and so is its length.
+    """
+    length = (vectors * vectors).sum(dim, keepdim=True).sqrt()
+    limits = torch.finfo(vectors.dtype)
+    outside = (length < limits.tiny**0.25) | (length > limits.max**0.25)
+    if not outside.any():
+        return vectors, length
+    largest = vectors.detach().abs().amax(dim, keepdim=True)
+    scaled = torch.where(outside, torch.where(largest < limits.tiny, 0.0, vectors / largest.clamp_min(limits.tiny)), vectors)
+    return scaled, (scaled * scaled).sum(dim, keepdim=True).sqrt()
 
 
 def cosines(first: Tensor, second: Tensor) -> Tensor:
