@@ -298,6 +298,10 @@ def _nulls(value: Mapping[str, Any], where: str, shape: tuple[int, ...], span: t
         place = f"{where}.spread.{name}"
         if name == "beyond_p":
             numbers(part, place, shape, (0.0, 1.0))
+        elif name == "untrained_beyond_p":
+            each(lambda p, at: numbers(p, at, shape, (0.0, 1.0)))(part, place)
+        elif name == "untrained_beyond":
+            table(lambda shares, at: numbers(shares, at, shape))(part, place)
         elif name == "untrained_seeds":
             record({"seeds": each(count)})(part, place)
             for side in ("sd", "low", "high"):
@@ -352,7 +356,9 @@ PAIR = record(
         "metrics": table(difference),
         "counts": each(record({"name": text, "threshold": number(), "first": number(0), "second": number(0), "ci95": ENDS})),
         "not_comparable": table(text),
-        "agreement": record({}, {"top1": SHARE, "kl": maybe(number(0)), "images": count, "reason": text}, more=False),
+        "agreement": record(
+            {}, {"top1": SHARE, "kl": maybe(number(0)), "images": count, "reason": text, "top1_ci95": ENDS}, more=False
+        ),
     }
 )
 SUBJECT = record({"label": text, "folder": text}, {"run": maybe(text)})
