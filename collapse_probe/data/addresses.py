@@ -32,11 +32,12 @@ def pictures_at(address: str, split: str | None = None, limit: int | None = None
     """The pictures at a data address, see `open_data`; `limit` is for streams alone. Raises DataError and UnknownNameError."""
     if not address.strip():
         raise DataError(f"the data address is empty (an unset variable?); expected {EXPECTED}")
-    path, mode = Path(address).expanduser(), 0
+    path, mode = Path(address), 0
     why: Exception | None = None
     try:
+        path = path.expanduser()
         mode = path.stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte in the name; no home folder
         why = error
     if stat.S_ISDIR(mode):
         return in_folder(path, split)

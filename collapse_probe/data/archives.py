@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import mmap
@@ -10,7 +11,7 @@ import posixpath
 import stat
 import tarfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -28,11 +29,13 @@ from collapse_probe.data.readers import (
     is_hidden,
     is_picture,
     no_picture,
+    suffix_of,
     written,
 )
 from collapse_probe.errors import DataError
 
 MOST_BYTES = 2**30  # of one picture in an archive, unpacked
+REPLACED = "replaced by another file of the same name in the archive"
 MOST_LINKS = 40  # that lead from one to the next, as in Linux
 BLOCK = tarfile.BLOCKSIZE
 MAGIC = b"ustar"  # in every header of a tar since 1988
@@ -62,7 +65,7 @@ class Members(Generic[P]):
     def add(self, name: str, place: P | None = None, target: str | None = None, hard: bool = False) -> None:
         """A file at a place, or a link to a target, which is a path in the archive."""
         if name in self.files or name in self.links:
-            self.left_out.add(name, "replaced by a later file of the same name in the archive")
+            self.left_out.add(name, REPLACED)
         self.files.pop(name, None)
         self.links.pop(name, None)
         self.hard.discard(name)
@@ -105,7 +108,7 @@ class Members(Generic[P]):
         if any(map(is_hidden, name.split("/"))):
             self.left_out.add(name, HIDDEN)
             return False
-        if PurePosixPath(name).suffix.lower() in SUFFIXES or is_picture(head(place)):
+        if suffix_of(name) in SUFFIXES or is_picture(head(place)):
             return True
         self.left_out.add(name, no_picture(name))
         return False
@@ -150,9 +153,9 @@ def _in_tar(stream: IO[bytes], size: int, start: int, folder: str, left_out: Lef
     """
     members = Members[TarPlace].none(left_out)
     inner: dict[str, TarPlace] = {}
-    with _tar(stream) as tar:
+    with _damage_told(), tarfile.open(fileobj=stream, mode="r:", encoding="utf-8") as tar:
         before = -1
-        while (member := _next(tar)) is not None:
+        while (member := tar.next()) is not None:
             if member.size < 0 or tar.offset <= before:
                 raise DataError(f"the header at byte {before} has an impossible size")
             before = tar.offset
@@ -166,33 +169,35 @@ def _in_tar(stream: IO[bytes], size: int, start: int, folder: str, left_out: Lef
                 left_out.add(path, "no regular file, but a pipe, a socket or a device")
             elif member.size > MOST_BYTES and not path.lower().endswith(".tar"):
                 left_out.add(path, f"a file of more than {MOST_BYTES:,} bytes in an archive")
-            elif not path.lower().endswith(".tar") or is_hidden(PurePosixPath(path).name):
+            elif not path.lower().endswith(".tar") or any(map(is_hidden, path.split("/"))):
                 members.add(path, place=(member.size, _parts(member, start)))
             elif member.issparse():
                 left_out.add(path, "a sparse archive in an archive")
             elif content := tar.extractfile(member):
                 inside = str(PurePosixPath(path).with_suffix(""))
-                inner |= _in_tar(content, member.size, start + member.offset_data, inside, left_out)
+                found = _in_tar(content, member.size, start + member.offset_data, inside, left_out)
+                _count_replaced(inner, found, left_out)
+                inner |= found
         _check_end(stream, tar.offset, size, left_out, folder)
 
-    def head(place: TarPlace) -> bytes:
-        return _content(stream, place, HEAD, start)
+    with _damage_told():
+        own = members.pictures(lambda place: _content(stream, place, HEAD, start))
+    _count_replaced(inner, own, left_out)
+    return {**inner, **own}
 
-    return {**inner, **members.pictures(head)}
+
+def _count_replaced(earlier: Collection[str], later: Collection[str], left_out: LeftOut) -> None:
+    for name in sorted(set(earlier) & set(later)):
+        left_out.add(name, REPLACED)
 
 
-def _tar(stream: IO[bytes]) -> tarfile.TarFile:
+@contextlib.contextmanager
+def _damage_told() -> Iterator[None]:
+    """What tarfile raises for a damaged archive becomes a DataError."""
     try:
-        return tarfile.open(fileobj=stream, mode="r:", encoding="utf-8")
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        raise DataError(" ".join(str(error).split())) from error
-
-
-def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
-    try:
-        return tar.next()
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        raise DataError(f"{' '.join(str(error).split()) or type(error).__name__} at byte {tar.offset:,}") from error
+        yield
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, Unreadable) as error:
+        raise DataError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def _check_end(stream: IO[bytes], end: int, size: int, left_out: LeftOut, folder: str) -> None:

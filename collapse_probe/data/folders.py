@@ -21,6 +21,7 @@ from collapse_probe.data.readers import (
     is_hidden,
     is_picture,
     no_picture,
+    suffix_of,
     written,
 )
 from collapse_probe.errors import DataError
@@ -33,13 +34,13 @@ SPLITS: tuple[tuple[str, ...], ...] = (
 )
 ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet: a file name and its class a line
 IRREGULAR = "no regular file, but a pipe, a socket or a device"
-Place = tuple[str, Path]
+Place = tuple[str, str]
 """A name, and the path to open."""
 
 
-def open_file(paths: Sequence[Path], index: int) -> IO[bytes]:
+def open_file(paths: Sequence[str], index: int) -> IO[bytes]:
     """The file of a picture."""
-    return paths[index].open("rb")
+    return Path(paths[index]).open("rb")
 
 
 def kind_of_error(error: OSError) -> str:
@@ -60,7 +61,7 @@ class Sieve:
         self.hard_links = 0
         self._files: set[tuple[int, int]] = set()
 
-    def file(self, name: str, path: Path, status: os.stat_result) -> None:
+    def file(self, name: str, path: str, status: os.stat_result) -> None:
         """One file that is no link."""
         if not stat.S_ISREG(status.st_mode):
             self.left_out.add(name, IRREGULAR)
@@ -72,10 +73,10 @@ class Sieve:
         if self._picture(name, path, status):
             self.hard_links += again
 
-    def link(self, name: str, path: Path) -> None:
+    def link(self, name: str, path: str) -> None:
         """One link to a file, or to nothing."""
         try:
-            status = path.stat()
+            status = Path(path).stat()
         except FileNotFoundError:
             self.left_out.add(name, "a link to nothing")
         except OSError as error:
@@ -88,14 +89,14 @@ class Sieve:
             else:
                 self._picture(name, path, status)
 
-    def _picture(self, name: str, path: Path, status: os.stat_result) -> bool:
+    def _picture(self, name: str, path: str, status: os.stat_result) -> bool:
         self._files.add(_identity(status))
-        if PurePosixPath(name).name == ANNOTATIONS:
+        if name.rpartition("/")[2] == ANNOTATIONS:
             self.annotations.append((name, path))
             return False
-        if PurePosixPath(name).suffix.lower() not in SUFFIXES:
+        if suffix_of(name) not in SUFFIXES:
             try:
-                with path.open("rb") as stream:
+                with Path(path).open("rb") as stream:
                     known = is_picture(stream.read(HEAD))
             except OSError as error:
                 self.left_out.add(name, kind_of_error(error))
@@ -121,7 +122,7 @@ class Sieve:
         for name, path in self.annotations:
             folder = PurePosixPath(name).parent
             try:
-                lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+                lines = Path(path).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
             except OSError:
                 continue
             rows = [line.split("\t") for line in lines]
@@ -132,13 +133,13 @@ class Sieve:
 def walk(root: Path, sieve: Sieve) -> None:
     """Give the sieve every file below `root`, also through links, but no folder twice, none above it and no hidden one."""
     seen = {_identity(root.stat())}
-    folders: list[Place] = [("", root)]
+    folders: list[Place] = [("", str(root))]
     links_to_folders: list[Place] = []
     links: list[Place] = []
     while folders or links_to_folders:
         if not folders:  # links wait until all real folders are read
             name, path = links_to_folders.pop(0)
-            reason = _no_way(path, seen)
+            reason = _no_way(Path(path), seen)
             if reason:
                 sieve.left_out.add(f"{name}/", reason)
             else:
@@ -152,11 +153,11 @@ def walk(root: Path, sieve: Sieve) -> None:
             sieve.left_out.add(f"{name or '.'}/", f"a folder that {kind_of_error(error)}")
             continue
         for entry in entries:
-            inner, place = f"{name}/{entry.name}" if name else entry.name, path / entry.name
+            inner = f"{name}/{entry.name}" if name else entry.name
             if is_hidden(entry.name):
                 sieve.left_out.add(inner + "/" * entry.is_dir(follow_symlinks=False), HIDDEN)
             elif entry.is_symlink():
-                (links_to_folders if place.is_dir() else links).append((inner, place))
+                (links_to_folders if _leads_to_folder(entry) else links).append((inner, entry.path))
             else:
                 try:
                     status = entry.stat(follow_symlinks=False)
@@ -164,18 +165,25 @@ def walk(root: Path, sieve: Sieve) -> None:
                     sieve.left_out.add(inner, kind_of_error(error))
                     continue
                 if not stat.S_ISDIR(status.st_mode):
-                    sieve.file(inner, place, status)
+                    sieve.file(inner, entry.path, status)
                 elif _identity(status) in seen:
                     sieve.left_out.add(f"{inner}/", "a folder that is read already, through a link")
                 else:
                     seen.add(_identity(status))
-                    folders.append((inner, place))
+                    folders.append((inner, entry.path))
     for name, path in sorted(links):
         sieve.link(name, path)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
+
+
+def _leads_to_folder(link: os.DirEntry[str]) -> bool:
+    try:
+        return link.is_dir()
+    except OSError:  # a circle, or a folder without permission on the way
+        return False
 
 
 def _no_way(link: Path, seen: set[tuple[int, int]]) -> str:
@@ -232,7 +240,7 @@ def in_pattern(pattern: str) -> Pictures:
     if not matches:
         raise DataError(f"no file matches {pattern}; in quotes, * stands for a part of a name and ** for any folders")
     sieve = Sieve()
-    sift(((os.path.relpath(path, base), Path(path)) for path in matches), sieve)
+    sift(((os.path.relpath(path, base), path) for path in matches), sieve)
     return _some(sieve, f"what matches {pattern}")
 
 
@@ -241,11 +249,11 @@ def sift(places: Iterable[Place], sieve: Sieve) -> None:
     links = []
     for name, path in places:
         try:
-            status = path.lstat()
+            status, is_folder = Path(path).lstat(), Path(path).is_dir()
         except OSError as error:
             sieve.left_out.add(name, kind_of_error(error))
             continue
-        if path.is_dir():
+        if is_folder:
             sieve.left_out.add(f"{name}/", "a folder, where files are asked for")
         elif stat.S_ISLNK(status.st_mode):
             links.append((name, path))
@@ -257,4 +265,4 @@ def sift(places: Iterable[Place], sieve: Sieve) -> None:
 
 def one_picture(file: Path) -> Pictures:
     """One file that is a picture, without a label."""
-    return Pictures(written([file.name]), partial(open_file, (file,)))
+    return Pictures(written([file.name]), partial(open_file, (str(file),)))

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from collapse_probe.data.readers import (
     opened,
     rgb,
     significant_bits,
+    suffix_of,
 )
 from collapse_probe.distributed import gathered, rank_and_world
 from collapse_probe.errors import CollapseProbeError, DataError, SettingError
@@ -88,7 +88,7 @@ class ImageSet(Dataset[Image]):
         They are those of the deepest among LOOKED_AT pictures, evenly spaced over all at the address.
         """
         names = self._pictures.names
-        able = [i for i, name in enumerate(names) if PurePosixPath(name).suffix.lower() not in EIGHT_BITS]
+        able = [i for i, name in enumerate(names) if suffix_of(name) not in EIGHT_BITS]
         deepest = 8
         for place in able[:: max(len(able) // LOOKED_AT, 1)][:LOOKED_AT] if self.shape is None else ():
             try:

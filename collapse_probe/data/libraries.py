@@ -175,7 +175,7 @@ def _spooled(stream: Iterable[tuple[Image.Image, Any]]) -> Pictures:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     numbers = tuple(map(str, range(len(targets))))
-    read = partial(open_file, tuple(Path(folder, f"{number}.png") for number in numbers))
+    read = partial(open_file, tuple(str(Path(folder, f"{number}.png")) for number in numbers))
     pictures = Pictures(numbers, read, _labels(targets))
     weakref.finalize(pictures, shutil.rmtree, folder, ignore_errors=True)
     return pictures

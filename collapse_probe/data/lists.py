@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from collapse_probe.data.folders import Sieve, open_file, sift
-from collapse_probe.data.readers import SUFFIXES, Pictures, written
+from collapse_probe.data.readers import SUFFIXES, Pictures, suffix_of, written
 from collapse_probe.errors import DataError
 from collapse_probe.provenance import escaped
 
@@ -26,9 +26,11 @@ def in_list(file: Path) -> Pictures:
     their natural order. Files that are not there, that are no pictures or that come twice are left out and counted. Raises
     DataError for what is no text, and where no line leads to a picture.
     """
-    content = file.read_bytes()
-    if b"\0" in content[:4096]:
-        raise DataError(f"{file} is neither a picture, an archive nor a text that lists pictures")
+    with file.open("rb") as stream:
+        begin = stream.read(4096)
+        if b"\0" in begin:
+            raise DataError(f"{file} is neither a picture, an archive nor a text that lists pictures")
+        content = begin + stream.read()
     rows = _rows(content.decode("utf-8-sig", "surrogateescape").splitlines(), file)
     path_at, label_at, notes, header = _columns(rows, file.parent)
     rows = rows[header:]
@@ -43,7 +45,7 @@ def in_list(file: Path) -> Pictures:
             sieve.left_out.add(name, "listed more than once; the first line counts")
         else:
             seen.add(name)
-            places.append((name, file.parent / path))
+            places.append((name, str(file.parent / path)))
             labels[name] = row[label_at].strip() if label_at is not None and len(row) > label_at else ""
     sift(places, sieve)
     if not sieve.places:
@@ -82,7 +84,7 @@ def _halves(line: str) -> Row:
 
 
 def _suffix(text: str) -> bool:
-    return PurePosixPath(text.strip()).suffix.lower() in SUFFIXES
+    return suffix_of(text.strip()) in SUFFIXES
 
 
 def _columns(rows: Sequence[Row], folder: Path) -> tuple[int, int | None, list[str], int]:

@@ -35,10 +35,15 @@ def _row(pixels: Tensor, index: int) -> Tensor:
     return pixels[index]
 
 
-def is_dataset(data: object) -> bool:
-    """Whether an object is a data set with numbered items, rather than an iterable of batches."""
-    numbered = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    return numbered and (isinstance(data, Dataset) or not isinstance(data, (list, tuple, Mapping, Tensor, np.ndarray)))
+def is_dataset(data: Any) -> bool:
+    """Whether an object is a data set with numbered images, rather than an iterable of batches."""
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or isinstance(data, (list, tuple, Mapping, np.ndarray)):
+        return False
+    try:
+        image = _image_and_label(data[0])[0]
+    except Exception:  # the caller's own; the next item may do
+        return isinstance(data, Dataset)
+    return not (isinstance(image, Tensor) and image.ndim == 4)
 
 
 def of_dataset(dataset: Any) -> Pictures:

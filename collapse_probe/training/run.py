@@ -141,6 +141,8 @@ def prepare(
         raise OutputError(f"{output} already holds a run ({states[-1].name}); --resume goes on with it, or choose another -o")
     gathered(None)  # no process writes before all have looked
     split = split_data(data, val_data, share=recipe.val_share)
+    for note in dict.fromkeys((*split.train.notes, *split.held_out.notes)):
+        say(note)
     facts = {"data": data, "val_data": val_data}
     run = _assembled(recipe, split, output, accelerator, say, facts)
     run.facts = {**run.facts, "command": command, "versions": versions()}

@@ -163,7 +163,16 @@ def test_names_are_only_names(tmp_path):
 def test_the_last_of_two_members_of_one_name_counts(tmp_path):
     images = open_data(tarred(tmp_path / "t.tar", [member("a.png", picture(1)), member("a.png", picture(2))]))
     assert images[0].getpixel((0, 0)) == (2, 0, 0)
-    assert images.left_out.counts == {"replaced by a later file of the same name in the archive": 1}
+    assert images.left_out.counts == {"replaced by another file of the same name in the archive": 1}
+
+
+def test_a_name_inside_an_inner_tar_may_be_taken_and_is_counted(tmp_path):
+    inner = tarred(tmp_path / "inner", [member("1.png", picture(1))]).read_bytes()
+    images = open_data(
+        tarred(tmp_path / "t.tar", [member("a.tar", inner), member("a/1.png", picture(2)), member("a.tar", inner)])
+    )
+    assert images.names == ["a/1.png"]
+    assert images.left_out.counts == {"replaced by another file of the same name in the archive": 2}
 
 
 def sparse_tar(path, name, content, holes):

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import collapse_probe as cp
-from collapse_probe.data.images import ImageSet, batches, images_from
+from collapse_probe.data.images import ImageSet, batches, batches_of, images_from
 from collapse_probe.data.preprocessing import from_timm_config, given_pixels
 from collapse_probe.errors import DataError, SettingError
 
@@ -93,13 +93,19 @@ def test_an_item_that_fails_or_differs_is_skipped_and_named():
         ([], "is empty"),
         (["words"], "came str"),
         ([torch.zeros(3, 4, 4, dtype=torch.uint8)], r"float images \[channels, height, width\]; came torch.uint8"),
-        ([torch.zeros(2, 3, 4, 4)], r"came torch.float32 \[2, 3, 4, 4\]"),
+        ([torch.zeros(4, 4)], r"came torch.float32 \[4, 4\]"),
         ([OSError("gone"), OSError("gone too")], "no item of the data set can be read, the first: OSError: gone"),
     ],
 )
 def test_a_data_set_of_anything_else_is_refused(items, message):
     with pytest.raises(DataError, match=message):
         images_from(Items(items))
+
+
+def test_a_data_set_of_batches_is_read_as_a_loader():
+    images = images_from(Items([torch.zeros(2, 3, 4, 4), torch.zeros(1, 3, 4, 4)]))
+    assert not isinstance(images, ImageSet)
+    assert [len(batch.names) for batch in batches_of(images, READY, 8)] == [2, 1]
 
 
 # tensors and processes
