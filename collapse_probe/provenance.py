@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import secrets
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -50,13 +51,19 @@ def names_sha256(names: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
-CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+NOT_WRITTEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and what stands for bytes that are no UTF-8
 
 
 def escaped(name: str) -> str:
     """A name that can be written anywhere: bytes that were no UTF-8 and control characters as escapes.
 
-    >>> escaped("caf\\udce9.png")
-    'caf\\\\xe9.png'
+    >>> escaped("caf\udce9.png"), escaped("a\x1b")
+    ('caf\\xe9.png', 'a\\x1b')
     """
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").translate(CONTROLS)
+    return NOT_WRITTEN.sub(_escape, name)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    code -= 0xDC00 if 0xDC80 <= code <= 0xDCFF else 0
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"

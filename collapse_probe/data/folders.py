@@ -59,7 +59,7 @@ class Sieve:
         self.places: list[Place] = []
         self.annotations: list[Place] = []
         self.hard_links = 0
-        self._files: set[tuple[int, int]] = set()
+        self._files: set[object] = set()
 
     def file(self, name: str, path: str, status: os.stat_result) -> None:
         """One file that is no link."""
@@ -132,7 +132,7 @@ class Sieve:
 
 def walk(root: Path, sieve: Sieve) -> None:
     """Give the sieve every file below `root`, also through links, but no folder twice, none above it and no hidden one."""
-    seen = {_identity(root.stat())}
+    seen: set[object] = {_identity(root.stat())}
     folders: list[Place] = [("", str(root))]
     links_to_folders: list[Place] = []
     links: list[Place] = []
@@ -161,6 +161,8 @@ def walk(root: Path, sieve: Sieve) -> None:
             else:
                 try:
                     status = entry.stat(follow_symlinks=False)
+                    if not status.st_ino:  # Windows leaves the number out of a listing
+                        status = Path(entry.path).lstat()
                 except OSError as error:
                     sieve.left_out.add(inner, kind_of_error(error))
                     continue
@@ -175,8 +177,9 @@ def walk(root: Path, sieve: Sieve) -> None:
         sieve.link(name, path)
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
+def _identity(status: os.stat_result) -> object:
+    """What is the same for two names of one file; of a file system that does not number its files, never."""
+    return (status.st_dev, status.st_ino) if status.st_ino else object()
 
 
 def _leads_to_folder(link: os.DirEntry[str]) -> bool:
@@ -186,7 +189,7 @@ def _leads_to_folder(link: os.DirEntry[str]) -> bool:
         return False
 
 
-def _no_way(link: Path, seen: set[tuple[int, int]]) -> str:
+def _no_way(link: Path, seen: set[object]) -> str:
     """Why a link to a folder is not followed; empty, and the folder among those seen, where it is."""
     target, here = os.path.realpath(link), os.path.realpath(link.parent)
     if f"{here}{os.sep}".startswith(f"{target.rstrip(os.sep)}{os.sep}"):

@@ -87,10 +87,12 @@ class ImageSet(Dataset[Image]):
 
         They are those of the deepest among LOOKED_AT pictures, evenly spaced over all at the address.
         """
+        if self._pictures.bits is not None:
+            return self._pictures.bits
         names = self._pictures.names
         able = [i for i, name in enumerate(names) if suffix_of(name) not in EIGHT_BITS]
         deepest = 8
-        for place in able[:: max(len(able) // LOOKED_AT, 1)][:LOOKED_AT] if self.shape is None else ():
+        for place in able[:: max(len(able) // LOOKED_AT, 1)][:LOOKED_AT]:
             try:
                 came = self._pictures.open(place)
                 picture = came[0] if isinstance(came, tuple) else came

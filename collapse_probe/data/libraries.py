@@ -41,7 +41,9 @@ def digits() -> Pictures:
     greys = np.round(stored.images * (255 / 16)).astype(np.uint8)
     labels = tuple(int(label) for label in stored.target)
     names = tuple(f"{label}/{i:04d}.png" for i, label in enumerate(labels))
-    return Pictures(names, partial(_from_array, tuple(greys)), labels, tuple(map(str, stored.target_names)), bundled=True)
+    return Pictures(
+        names, partial(_from_array, tuple(greys)), labels, tuple(map(str, stored.target_names)), bundled=True, bits=8
+    )
 
 
 def photos() -> Pictures:

@@ -28,7 +28,7 @@ def of_tensor(pixels: Tensor) -> Pictures:
     channels, height, width = own.shape[1:]
     content = hashlib.sha256(own.numpy().tobytes()).hexdigest()
     names = tuple(map(str, range(len(own))))
-    return Pictures(names, partial(_row, own), shape=(channels, height, width), content_sha256=content)
+    return Pictures(names, partial(_row, own), bits=8, shape=(channels, height, width), content_sha256=content)
 
 
 def _row(pixels: Tensor, index: int) -> Tensor:
@@ -69,7 +69,7 @@ def of_dataset(dataset: Any) -> Pictures:
     labels = _labels_of(dataset, count)
     classes = getattr(dataset, "classes", ()) if labels else ()
     return Pictures(
-        tuple(map(str, range(count))), partial(_item, dataset, shape), labels, written(map(str, classes)), shape=shape
+        tuple(map(str, range(count))), partial(_item, dataset, shape), labels, written(map(str, classes)), bits=8, shape=shape
     )
 
 

@@ -96,7 +96,8 @@ class Pictures:
     """Names, class labels (or None) and a way to open: `open(i)` gives picture i, or raises.
 
     That is a stream of its encoded bytes, a PIL image, or a float tensor [channels, height, width] that needs no
-    preprocessing; alone, or before its label. `shape` is that of such tensors, else None. `open` can be pickled, so that loader
+    preprocessing; alone, or before its label. `bits` are those of greys of more than 8, where no picture is to be looked at for
+    them; `shape` is that of such tensors, else None. `open` can be pickled, so that loader
     processes can have it. Without labels `class_names` is empty; with labels that are class numbers as they stand, too.
     """
 
@@ -107,6 +108,7 @@ class Pictures:
     bundled: bool = False
     left_out: LeftOut = field(default_factory=LeftOut)
     notes: tuple[str, ...] = ()
+    bits: int | None = None
     shape: tuple[int, int, int] | None = None
     content_sha256: str | None = None
 

@@ -205,6 +205,7 @@ def test_two_names_that_are_written_alike_stay_two(tmp_path):
         saved(tmp_path / os.fsdecode(name))
     assert sorted(open_data(tmp_path).names) == [r"caf\xe9.png", r"caf\xe9.png (2)"]
     assert escaped("été.png") == "été.png"
+    assert escaped("\ud800.png") == r"\ud800.png"
 
 
 # classes
