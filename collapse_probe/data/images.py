@@ -393,7 +393,9 @@ def images_from(
     takes = ("limit",) if isinstance(images, ImageSet) else ()
     wrong = [name for name, value in asked.items() if value is not None and name not in takes]
     if wrong:
-        raise SettingError(f"{wrong[0]} belongs to a data address, and {type(data).__name__} is given; leave it out")
+        where = "a data address or a set of images" if wrong[0] == "limit" else "a data address"
+        what = "a set of images" if isinstance(images, ImageSet) else "an iterable"
+        raise SettingError(f"{wrong[0]} belongs to {where}, not {what} ({type(data).__name__}); leave it out")
     return images.subset(limit, seed) if isinstance(images, ImageSet) and limit is not None else images
 
 
