@@ -53,9 +53,8 @@ def pictures_at(address: str, split: str | None = None, limit: int | None = None
         raise DataError(f"{address} cannot be opened: {getattr(why, 'strerror', None) or why}")
     if glob.has_magic(address):
         return in_pattern(str(path))
-    raise DataError(
-        f"there is no {'tar file' if path.suffix.lower() == '.tar' else 'folder or file'} {address}; give {EXPECTED}"
-    )
+    kind = "tar file" if path.suffix.lower() == ".tar" else "file" if path.suffix else "folder"
+    raise DataError(f"there is no {kind} {address}; give {EXPECTED}")
 
 
 def _in_file(file: Path, mode: int) -> Pictures:
