@@ -60,7 +60,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 def checkpoint_file(path: Path) -> Path:
     """The one checkpoint at a path: a file, an index of several, or the only one in a folder. Raises CheckpointError."""
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint {path!s:.200} cannot be opened ({error.strerror}); name another") from error
+    if not there:
         raise CheckpointError(f"there is no checkpoint {path}; give an existing file ({', '.join(SUFFIXES)})")
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES and not path.name.endswith(INDEX):

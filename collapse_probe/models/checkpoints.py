@@ -217,12 +217,14 @@ def _is_adapter(name: str) -> bool:
 
 
 def _refuse_other_kinds(own: Mapping[str, Tensor], state: Mapping[str, Tensor], file: Path) -> None:
-    """Raise CheckpointError where the file has complex or quantised values for the model's floating-point ones."""
+    """Raise CheckpointError where the file has complex or quantised values for the model's floating-point ones, or no dense ones."""
     floating = {name: tensor for name, tensor in state.items() if name in own and own[name].is_floating_point()}
     complex_ones = [name for name, tensor in floating.items() if tensor.is_complex()]
     quantised = [name for name, tensor in floating.items() if tensor.dtype not in FLOATS and name not in complex_ones]
     quantised += [name for name in state if name not in own and (state[name].is_quantized or QUANTISED.search(name))]
+    sparse = [name for name, tensor in state.items() if name in own and (tensor.layout != torch.strided or tensor.is_meta)]
     for names, kind, way in (
+        (sparse, "sparse or missing", "save dense ones"),
         (complex_ones, "complex", "save real numbers"),
         (quantised, "quantised", "save them dequantised, as floating-point numbers"),
     ):

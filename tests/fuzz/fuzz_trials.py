@@ -18,7 +18,7 @@ from typing import Any
 
 from collapse_probe.errors import CollapseProbeError
 
-KINDS = ("images", "archives")
+KINDS = ("images", "archives", "findings", "checkpoints", "commands")
 READ, REFUSED, SKIPPED = "read", "refused", "skipped"
 
 

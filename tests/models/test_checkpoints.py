@@ -222,3 +222,18 @@ def test_no_file_and_another_kind_of_file(tmp_path):
     (tmp_path / "image.png").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="no known kind"):
         load_checkpoint(small(), tmp_path / "image.png")
+
+
+@pytest.mark.parametrize("odd", [torch.eye(5, 4).to_sparse(), torch.empty(5, 4, device="meta")], ids=["sparse", "meta"])
+def test_tensors_without_all_their_numbers_are_refused_and_the_model_stays(path, odd):
+    torch.save({**filled(1.0), "0.weight": odd}, path)
+    model = small()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"sparse or missing values \(float32: 0.weight\)"):
+        load_checkpoint(model, path)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_path_that_cannot_be_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be opened"):
+        load_checkpoint(small(), tmp_path / ("x" * 5000))
