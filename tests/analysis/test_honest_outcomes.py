@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from collapse_probe.cli.console import answer
+from factories import small_vit
 
 from collapse_probe.analysis.analyze import analyze
 from collapse_probe.analysis.compare import compare
@@ -21,7 +22,6 @@ from collapse_probe.report.intervention.page import render
 from collapse_probe.report.intervention.verdict import NOT_READABLE
 from collapse_probe.report.intervention.verdict import verdicts as intervention_verdicts
 from collapse_probe.results.findings import MetricResult, Nulls
-from tests.factories import small_vit
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DIGITS, ENTROPY = "ours:digits-tied-mhsa", {"metrics": ("attention-entropy",), "null_images": 0, "gallery_images": 0}

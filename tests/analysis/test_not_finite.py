@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from factories import small_vit, trace_of
 
 from collapse_probe.analysis.analyze import analyze
 from collapse_probe.analysis.compare import compare
@@ -14,7 +15,6 @@ from collapse_probe.capture.capture import record
 from collapse_probe.errors import NonFiniteError
 from collapse_probe.metrics.nonfinite import nonfinite_images, nonfinite_weights
 from collapse_probe.report.intervention.verdict import verdicts
-from tests.factories import small_vit, trace_of
 from tests.toy_models import SIZE, Blind, Masked, ToyAttention, toy
 
 NAN, INF = float("nan"), float("inf")

@@ -142,17 +142,20 @@ def test_neighbouring_pairs_are_tested_and_all_pairs_too(found):
 def beside_null(real, null, twins=(), twin_images=40):
     """The tests of what `between_blocks` would give for these similarities [images, pairs], beside those of untrained twins."""
 
+    def matrix(values):
+        whole = np.full((real.shape[1] + 1,) * 2, np.nan)
+        whole[np.arange(1, len(whole)), np.arange(len(whole) - 1)] = values
+        return whole
+
     def p_of(real, null):
-        p = np.full((real.shape[1] + 1,) * 2, np.nan)
         mean, error, skewness = PairMoments.of(real, null).along(-1.0, 1.0)
-        p[np.arange(1, len(p)), np.arange(len(p) - 1)] = beyond(mean, error, len(real), skewness)
-        return p
+        return matrix(beyond(mean, error, len(real), skewness))
 
     twin_p = np.stack([p_of(*twin) for twin in twins]) if twins else None
-    nulls = Nulls(
-        {}, {"other_token": len(real), "untrained": twin_images}, beyond_p=p_of(real, null), untrained_beyond_p=twin_p
-    )
-    return pair_tests({"x": MetricResult(("block", "block"), "", p_of(real, null), nulls=nulls)})["x"]
+    images = {"other_token": len(real), "untrained": twin_images}
+    token = {"other_token": matrix(null.mean(0))}
+    nulls = Nulls(token, images, beyond_p=p_of(real, null), untrained_beyond_p=twin_p)
+    return pair_tests({"x": MetricResult(("block", "block"), "", matrix(real.mean(0)), nulls=nulls)})["x"]
 
 
 def some_alike(images, alike, seed=0):

@@ -119,12 +119,14 @@ def _case(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:
             f"{who} differ in raw similarity ({_both(raw)}), but not beyond what the wrong-token null explains: κ is "
             f"{_both(kappa)}, and no block differs in it by {NOTABLE:g} or more."
         )
-    if untestable(difference).any():
+    if unsure(difference).any():
         return "too-few", _too_few(pair, difference, noun)
     ends = difference.paired.ci95[np.isfinite(difference.paired.ci95)]
-    reach = "one image is too few for intervals"
+    reach = f"{pair.images} images are too few for intervals" if pair.images > 1 else "one image is too few for intervals"
     if len(ends):
-        reach = f"the intervals of all blocks stay within ±{number(np.abs(ends).max())}"
+        without = int(np.isfinite(difference.paired.difference).sum()) - len(ends)
+        which = f"the {len(ends)} blocks that have one" if without else "all blocks"
+        reach = f"the intervals of {which} stay within ±{number(np.abs(ends).max())}"
     count = int((difference.paired.q <= FALSE_DISCOVERY_RATE).sum())
     if not count:
         return "none", f"These {pair.images} images show no difference in {noun} between {who}; {reach}."
@@ -142,16 +144,11 @@ def notable(difference: Difference) -> NDArray[np.bool_]:
 
 
 @np.errstate(invalid="ignore")
-def untestable(difference: Difference) -> NDArray[np.bool_]:
-    """Which places differ by NOTABLE or more, their interval without 0, where the images are too few for the test.
-
-    Of n images the smallest p of a signed-rank test is 2^(1 − n); corrected for all places it must be able to fall to
-    FALSE_DISCOVERY_RATE.
-    """
+def unsure(difference: Difference) -> NDArray[np.bool_]:
+    """Which places differ by NOTABLE or more with an interval without 0, but not when their number is corrected for."""
     paired = difference.paired
     excludes_zero = (paired.ci95[:, 0] > 0) | (paired.ci95[:, 1] < 0)
-    smallest = 2.0 ** (1 - paired.images.astype(np.float64)) * paired.places
-    return (np.abs(paired.difference) >= NOTABLE) & excludes_zero & (smallest > FALSE_DISCOVERY_RATE)
+    return (np.abs(paired.difference) >= NOTABLE) & excludes_zero & (paired.q > FALSE_DISCOVERY_RATE)
 
 
 def _largest(difference: Difference, among: NDArray[np.bool_]) -> int:
@@ -175,13 +172,11 @@ def _blocks(pair: Pair, difference: Difference, noun: str) -> str:
 
 def _too_few(pair: Pair, difference: Difference, noun: str) -> str:
     paired = difference.paired
-    at = _largest(difference, untestable(difference))
-    smallest = 2.0 ** (1 - int(paired.images[at]))
+    at = _largest(difference, unsure(difference))
     return (
-        f"{pair.images} images are too few for a test over {paired.places} pairs of blocks: its smallest p is "
-        f"{p_value(smallest)}, {p_value(min(1.0, smallest * paired.places))} after correction. Block {difference.places[at]} "
+        f"{pair.images} images are too few to tell over {paired.places} pairs of blocks. Block {difference.places[at]} "
         f"differs most: {noun} {number(paired.second[at])} in {pair.second} against {number(paired.first[at])} in "
-        f"{pair.first}, {_change(paired, at, 'p')}. More images are needed."
+        f"{pair.first}, {_change(paired, at, 'p')}, but q {p_value(paired.q[at])} over all pairs. More images are needed."
     )
 
 
