@@ -111,7 +111,7 @@ def test_a_sure_but_small_difference_is_called_small():
 
 @pytest.mark.parametrize(("images", "case"), [(6, "too-few"), (60, "blocks")])
 def test_a_block_that_so_few_images_show_only_by_itself_is_not_called_no_difference(images, case):
-    rise, spread = np.linspace(-0.01, 0.01, images)[:, None], np.linspace(-0.11, 0.11, images)[:, None]
+    rise, spread = np.linspace(-0.01, 0.01, images)[:, None], np.linspace(-0.09, 0.09, images)[:, None]
     one = findings_of(0.7 + rise * [1, 2, 3, 4], 0.6 + rise * [4, 3, 2, 1])
     rises = np.array([0.0, 0.0, 0.1, 0.0]) + spread * [0, 0, 1, 0]
     other = findings_of(0.7 + rises + rise * [1, -2, 3, 4], 0.6 + rise * [4, 3, -2, 1])
