@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from collapse_probe.analysis.analyze import measure, restored
+from collapse_probe.analysis.loop import SKIP
 from collapse_probe.analysis.measurement import RunSettings
 from collapse_probe.data.images import ImageSet, check_count, images_from
 from collapse_probe.data.preprocessing import Preprocess, from_callable, given_pixels
 from collapse_probe.distributed import alone
-from collapse_probe.errors import DataError, ModelError, SettingError
+from collapse_probe.errors import DataError, ModelError, NonFiniteError, SettingError
 from collapse_probe.files import check_writable
 from collapse_probe.models.loading import resolve
 from collapse_probe.results.findings import Findings
@@ -26,6 +27,7 @@ from collapse_probe.seeding import random_kept
 
 Log = Callable[[int, dict[str, float]], None]
 Transform = Callable[[Image], Tensor]
+NONFINITE = "nonfinite"
 
 
 class Monitor:
@@ -47,7 +49,9 @@ class Monitor:
     The training goes on as if the monitor were not there: train and eval modes, random states, buffers, gradients and autocast
     are as before, after errors too. The measurement itself is in eval mode, in the parameters' own precision, with the
     BatchNorm statistics of the moment (which lag behind early in a training). It runs only in the process that calls it and
-    waits for no other. Hooks of one's own on the model are called for the monitor's forward passes as well.
+    waits for no other. Hooks of one's own on the model are called for the monitor's forward passes as well. Weights and
+    activations that are NaN or infinite stop no training: images that have some are left out, and their share is in the row
+    (`nonfinite`); where nothing is left the row holds that alone, and `unmeasured` (by step) and a text in `folder` say why.
     """
 
     def __init__(
@@ -68,35 +72,57 @@ class Monitor:
         self.images = _images(data, limit, seed)
         self.metrics = tuple(metrics)
         self.preprocess = _preprocess(preprocess, self.images)
+        self.unmeasured: dict[int, str] = {}
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
             check_writable(self.folder)
 
     def step(self, model: nn.Module, step: int) -> Findings | None:
-        """Measure `model` where `step` is a multiple of `every`, write and log the findings, and return them; else None.
+        """Measure `model` where `step` is a multiple of `every`, write and log the findings, and return them; None at other
+        steps, and where the model is not finite.
 
         `model` may be wrapped in DistributedDataParallel or torch.compile. Raises ModelError for parameters that are spread
         over devices or processes, CollapseProbeError where the model cannot be measured.
         """
         if step % self.every:
             return None
-        findings = self.measure(model, step)
+        try:
+            findings = self.measure(model, step)
+        except NonFiniteError as error:
+            self._say_why(step, str(error))
+            return None
         if self.folder is not None:
             findings.save(self.folder / f"step-{step:07d}")
         if self.log is not None:
-            self.log(step, {name: float(value) for name, value in findings.summary.items() if value is not None})
+            self.log(step, row_of(findings))
         return findings
+
+    def _say_why(self, step: int, why: str) -> None:
+        """Nothing could be measured at `step`: into the log, and beside the findings of other steps."""
+        self.unmeasured[step] = why
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / f"step-{step:07d}.txt").write_text(f"not measured: {why}\n", encoding="utf-8")
+        if self.log is not None:
+            self.log(step, {NONFINITE: 1.0})
 
     def measure(self, model: nn.Module, step: int) -> Findings:
         """The findings of `model` now, at any `step`; nothing is written or logged."""
         device = _device(model)
-        settings = RunSettings(device=str(device), seed=self.seed, metrics=self.metrics, null_images=0)
+        settings = RunSettings(device=str(device), seed=self.seed, metrics=self.metrics, null_images=0, on_nonfinite=SKIP)
         with undisturbed(model, device), alone():
             subject = replace(resolve(model), weights=f"in training, at step {step}")
             if self.preprocess is not None:
                 subject = replace(subject, preprocess=self.preprocess, notes=())
             findings = measure(subject, self.images, settings)
         return findings.with_run(step=step)
+
+
+def row_of(findings: Findings) -> dict[str, float]:
+    """The defined numbers of the summary, and the share of images that were left out because they are not finite, if any."""
+    ill = findings.run.get("nonfinite") or {}
+    share = {NONFINITE: ill["images"] / ill["of"]} if ill.get("images") else {}
+    return {**share, **{name: float(value) for name, value in findings.summary.items() if value is not None}}
 
 
 @contextmanager

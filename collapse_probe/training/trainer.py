@@ -16,7 +16,7 @@ from collapse_probe.devices import autocast, peak_memory
 from collapse_probe.distributed import gathered, rank_and_world
 from collapse_probe.files import write_document
 from collapse_probe.seeding import random_kept
-from collapse_probe.training.monitor import Monitor
+from collapse_probe.training.monitor import NONFINITE, Monitor, row_of
 from collapse_probe.training.recipe import Recipe
 from collapse_probe.training.run import (
     Run,
@@ -154,8 +154,10 @@ def _monitor(run: Run, monitor: Any) -> None:
     step = run.train_step.done
     findings = None if monitor is None else monitor.step(run.train_step.loss.model, step)
     if findings is not None:
-        numbers = {name: value for name, value in findings.summary.items() if isinstance(value, (int, float))}
-        run.log.scalars("collapse", numbers, step)
+        run.log.scalars("collapse", row_of(findings), step)
+    elif why := getattr(monitor, "unmeasured", {}).get(step):
+        run.say(f"step {step}: nothing measured, {why}")
+        run.log.scalars("collapse", {NONFINITE: 1.0}, step)
 
 
 def _evaluate(run: Run, model: nn.Module) -> tuple[float, float]:

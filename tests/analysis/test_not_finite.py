@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from factories import small_vit, trace_of
+from toy_models import SIZE, Blind, Masked, ToyAttention, toy
 
 from collapse_probe.analysis.analyze import analyze
 from collapse_probe.analysis.compare import compare
@@ -15,7 +16,6 @@ from collapse_probe.capture.capture import record
 from collapse_probe.errors import NonFiniteError
 from collapse_probe.metrics.nonfinite import nonfinite_images, nonfinite_weights
 from collapse_probe.report.intervention.verdict import verdicts
-from tests.toy_models import SIZE, Blind, Masked, ToyAttention, toy
 
 NAN, INF = float("nan"), float("inf")
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}

@@ -300,3 +300,30 @@ def test_one_of_two_processes_measures_alone(tmp_path):
     found = cp.Findings.load(folder / "step-0000002")
     assert found.data["images"] == 6
     assert found.run["world_size"] == 1
+
+
+def test_a_training_that_diverges_is_told_in_its_row_and_goes_on(tmp_path):
+    rows, model = [], tiny()
+    monitor = Monitor(pixels(), every=1, metrics=QUICK, folder=tmp_path, log=lambda step, numbers: rows.append(numbers))
+    monitor.step(model, 0)
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight[0, 0] = torch.nan
+    assert monitor.step(model, 1) is None
+    assert rows[1] == {"nonfinite": 1.0}
+    assert "nonfinite" not in rows[0]
+    assert "blocks.1.attn" in monitor.unmeasured[1]
+    assert "head 0" in (tmp_path / "step-0000001.txt").read_text()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-0000000", "step-0000001.txt"]
+
+
+def test_a_row_holds_the_share_of_images_that_are_not_finite():
+    model, images, rows = tiny(), pixels(), []
+    images[[0, 4]] += 5
+    bright = []
+    model.register_forward_pre_hook(lambda module, args: bright.append(args[0].mean((1, 2, 3)) > 2))
+    model.blocks[0].register_forward_pre_hook(
+        lambda module, args: (torch.where(bright[-1][:, None, None], torch.inf, args[0]), *args[1:])
+    )
+    found = Monitor(images, every=1, metrics=QUICK, log=lambda step, numbers: rows.append(numbers)).step(model, 0)
+    assert found.data["images"] == 4
+    assert rows[0]["nonfinite"] == pytest.approx(2 / 6)
