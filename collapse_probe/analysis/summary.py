@@ -77,6 +77,7 @@ def _counts(result: MetricResult, key: str) -> Summary:
         f"{key}_ci_low": low,
         f"{key}_ci_high": high,
         f"{key}_corrected": int(result.details["corrected"]["value"]),
+        f"{key}_pairs": int(result.details["pairs"]),
     }
 
 

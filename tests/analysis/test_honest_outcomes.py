@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from collapse_probe.cli.console import answer
 from factories import small_vit
@@ -139,3 +140,41 @@ def test_differences_within_the_rounding_of_float32_are_never_found(difference, 
     assert test["significant"] == test["all_pairs"]["significant"] == significant
     assert test["within_rounding"] == (2 if not significant else 0)
     assert ("within the rounding of float32" in test["sentence"]) == (not significant)
+
+
+def swin(seed):
+    """A model with five pairs of consecutive blocks, of which one has maps of the same tokens."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return timm.models.SwinTransformer(
+            img_size=64, patch_size=4, window_size=4, embed_dim=24, depths=(2, 2, 2), num_heads=(1, 2, 4), num_classes=4
+        ).eval()
+
+
+def test_few_comparable_pairs_are_said_first_in_run_and_comparison():
+    given = {"metrics": ("attention-similarity", "similar-blocks"), "null_images": 0, "gallery_images": 0, "img_size": 64}
+    images = [torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))]
+    compared = compare({"one": swin(0), "other": swin(1)}, images, **given)
+    (verdict,) = comparison_verdicts(compared)
+    assert verdict.sentences[0].startswith(
+        "1 of 5 pairs of consecutive blocks can be compared; not with the block before: block"
+    )
+    own = compared.subjects["one"]
+    assert own.answer["sentences"][0].startswith("1 of 5 pairs of consecutive blocks are compared; without the block before")
+    assert own.summary["similar_blocks_pairs"] == own.metrics["similar-blocks"].details["pairs"] == 1
+    assert "similar_blocks_pairs" in answer(own)
+
+
+def test_where_no_pair_can_be_compared_no_difference_is_denied():
+    given = {"metrics": ("attention-similarity",), "null_images": 0, "gallery_images": 0, "img_size": 64}
+    models = {"one": swin(0), "other": swin(1)}
+    for model in models.values():
+        model.layers[2] = torch.nn.Identity()
+        model.norm, model.head = torch.nn.LayerNorm(48), torch.nn.Identity()
+    images = [torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))]
+    (verdict,) = comparison_verdicts(compare(models, images, **given))
+    assert verdict.case == "by-summary"
+    said = " ".join(verdict.sentences)
+    assert "0 of 3 pairs" in said
+    assert "no difference" not in said
+    assert "–" not in said.replace("1–3", "")

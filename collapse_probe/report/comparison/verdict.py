@@ -11,7 +11,7 @@ from collapse_probe.results.comparison import ACCURACY, KAPPA, PROBS, Comparison
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import adjacent, is_untrained, mean, not_loaded, null_of, trained_on, weights_only
 from collapse_probe.results.rules import FALSE_DISCOVERY_RATE, NOTABLE, OF_ARCHITECTURE, RAW_ABOVE, ROUNDING
-from collapse_probe.results.text import DASH, interval, number, p_value, sentence_case, spans
+from collapse_probe.results.text import DASH, interval, number, p_value, sentence_case, spans, with_reasons
 from collapse_probe.results.verdict import MEANS, MOST_LISTED, Verdict, not_heard
 from collapse_probe.statistics.paired import Paired
 
@@ -58,7 +58,7 @@ def verdict_of_pair(pair: Pair, first: Findings, second: Findings) -> Verdict:
     if case != "same":
         parts = []
         for noun, name in (("raw similarity", RAW), ("κ", RAW + KAPPA)):
-            if difference := pair.differences.get(name):
+            if (difference := pair.differences.get(name)) and np.isfinite(difference.paired.difference).any():
                 parts.append(f"{noun} {_both(difference)} ({_change(difference.overall, 0, 'p')})")
         sentences += [f"Mean over neighbouring blocks: {'; '.join(parts)}."] if parts else []
         probs = pair.differences.get(RAW + PROBS)
@@ -77,7 +77,24 @@ def _said_first(subjects: Mapping[str, Findings]) -> list[str]:
     alike = len({*ill.values()}) == 1 and len(ill) == len(subjects)
     said = [*{*ill.values()}] if alike else [f"{label}: {text}" for label, text in ill.items()]
     parts = {label: not_loaded(findings.model) for label, findings in subjects.items()}
+    few = {label: text for label, findings in subjects.items() if (text := _few_pairs(findings))}
+    said += (
+        [sentence_case(next(iter(few.values())))]
+        if len({*few.values()}) == 1 and len(few) == len(subjects)
+        else [f"{label}: {text}" for label, text in few.items()]
+    )
     return [*said, *(f"{label}: {part}." for label, part in parts.items() if part)]
+
+
+def _few_pairs(findings: Findings) -> str:
+    """How many pairs of consecutive blocks can be compared, and why not all; empty where all can be, or none was asked for."""
+    result = findings.metrics.get(RAW)
+    reasons = {str(each["why"]): list(each["blocks"]) for each in findings.model.get("uncompared") or ()}
+    if result is None or result.values is None or not reasons:
+        return ""
+    pairs = np.isfinite(adjacent(result, result.values))
+    compared = f"{pairs.sum()} of {len(pairs)} pairs of consecutive blocks can be compared"
+    return f"{compared}; not with the block before: {with_reasons(reasons)}."
 
 
 def _case(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:
@@ -87,7 +104,9 @@ def _case(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:
     if raw is None:
         if weights_only(first) and weights_only(second):
             return "weights", weights_sentence(pair, first, second)
-        return "by-summary", _by_summary(pair, first, second)
+        return "by-summary", _by_summary(pair, first, second, pair.not_comparable.get(RAW, "it has no values of single images"))
+    if not np.isfinite(raw.paired.difference).any():
+        return "by-summary", _by_summary(pair, first, second, "no pair of blocks has a value in both")
     if all(difference.equal for difference in pair.differences.values()):
         every = f"on {pair.images} images every number that can be paired is the same in both, in every block"
         return "same", f"There is no difference between {who}: {every} (p = 1 throughout)."
@@ -180,12 +199,11 @@ def _too_few(pair: Pair, difference: Difference, noun: str) -> str:
     )
 
 
-def _by_summary(pair: Pair, first: Findings, second: Findings) -> str:
+def _by_summary(pair: Pair, first: Findings, second: Findings, reason: str) -> str:
     parts = []
     for noun, (key, digits) in SUMMARIES.items():
         sides = [findings.summary.get(key) for findings in (first, second)]
         parts += [] if None in sides else [f"{noun} {number(sides[0], digits)} and {number(sides[1], digits)}"]
-    reason = pair.not_comparable.get(RAW, "it has no values of single images")
     return (
         f"{pair.first} and {pair.second} cannot be paired block by block ({RAW}: {reason}); by their summaries: "
         f"{', '.join(parts) or 'nothing that both have'}."
