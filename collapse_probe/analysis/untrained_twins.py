@@ -23,6 +23,7 @@ from collapse_probe.models.loading import Subject
 from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.quantities import SHARED_BY, kinds_of, pairs_of
 from collapse_probe.results.readings import against_seeds
+from collapse_probe.results.rules import FEWEST_IMAGES
 
 DECIDING, DECIDING_SEEDS = ("attention-similarity", "attention-similarity@row"), 5
 """The metrics by which blocks share their attention, and how many untrained twins these have where the answer hangs on them."""
@@ -86,7 +87,9 @@ def _no_twin(subject: Subject, images: Images | None, settings: RunSettings, on_
 def hangs_on_twins(results: Mapping[str, MetricResult]) -> bool:
     """Whether some neighbouring blocks share their attention by value: then twins must tell whether untrained ones do too."""
     similarity = results.get("attention-similarity")
-    if similarity is None or similarity.values is None:
+    if similarity is None or similarity.values is None or similarity.nulls is None:
+        return False
+    if max(similarity.nulls.images.values(), default=0) < FEWEST_IMAGES:
         return False
     bare = Findings(model={}, data={}, run={}, metrics=dict(results), summary={})
     return any(kind in SHARED_BY for kind in kinds_of(pairs_of(bare)))

@@ -217,7 +217,7 @@ def _is_adapter(name: str) -> bool:
 
 
 def _refuse_other_kinds(own: Mapping[str, Tensor], state: Mapping[str, Tensor], file: Path) -> None:
-    """Raise CheckpointError where the file has complex or quantised values for the model's floating-point ones, or no dense ones."""
+    """Raise CheckpointError where the file has complex, quantised or sparse values for the floating-point ones of the model."""
     floating = {name: tensor for name, tensor in state.items() if name in own and own[name].is_floating_point()}
     complex_ones = [name for name, tensor in floating.items() if tensor.is_complex()]
     quantised = [name for name, tensor in floating.items() if tensor.dtype not in FLOATS and name not in complex_ones]
