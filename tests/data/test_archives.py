@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import signal
 import tarfile
 import zipfile
 
@@ -113,14 +114,23 @@ def test_a_damaged_tar_inside_is_an_error(eight, tmp_path):
 
 @pytest.mark.parametrize("size", [-512, -1024])
 def test_a_negative_size_ends(tmp_path, size):
+    def stop(*_):
+        pytest.fail("the archive is read for ever")
+
     content = bytearray(tarred(tmp_path / "t.tar", [member("a.png", picture()), member("b.png", picture())]).read_bytes())
     start = offsets(tmp_path / "t.tar")[1]
     content[start + 124 : start + 136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
     content[start + 148 : start + 156] = b" " * 8
     content[start + 148 : start + 155] = b"%06o\0" % sum(content[start : start + 512])
     (tmp_path / "bad.tar").write_bytes(content)
-    with pytest.raises(DataError, match="as an uncompressed tar"):
-        open_data(tmp_path / "bad.tar")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    try:
+        with pytest.raises(DataError, match="as an uncompressed tar"):
+            open_data(tmp_path / "bad.tar")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_links_inside_are_followed_or_counted(tmp_path):
