@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage check test-lowest format lock bench bundled clean
+.PHONY: demo test coverage fuzz check test-lowest format lock bench bundled clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,10 @@ test: $(VENV)/.installed
 # Every family of models in every precision, and docs/coverage.md.
 coverage: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.coverage --write --processes 2
+
+# Hostile and unlucky input of every kind, about ten minutes; docs/fuzz.md.
+fuzz: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --processes 2
 
 check: test
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from collapse_probe.data.preprocessing import Size
-from collapse_probe.errors import CheckpointError, CollapseProbeError, SettingError
+from collapse_probe.errors import CheckpointError, CollapseProbeError, OutputError, SettingError
 from collapse_probe.models.checkpoint_files import SUFFIXES, read_checkpoint, weight_files
 from collapse_probe.models.checkpoint_keys import without_model
 from collapse_probe.models.loading import Subject, check_blocks, resolve, with_fixes
@@ -109,10 +109,13 @@ def open_subjects(
     check_blocks(options.fixes, options.fix_blocks)
     named = list(subjects.items()) if isinstance(subjects, Mapping) else [(None, subject) for subject in subjects]
     alone = len(named) == 1
-    trajectory = alone and _is_folder(named[0][1])
-    if alone and options.fixes and not trajectory:
-        named *= 2
-    specs = [spec for label, candidate in named for spec in _expand(label, candidate)]
+    try:
+        trajectory = alone and _is_folder(named[0][1])
+        if alone and options.fixes and not trajectory:
+            named *= 2
+        specs = [spec for label, candidate in named for spec in _expand(label, candidate)]
+    except OSError as error:
+        raise OutputError(f"the subject {error.filename!s:.200} cannot be opened ({error.strerror}); name another") from error
     if len(specs) < 2:
         raise SettingError(
             f"compare takes two or more subjects, came {len(specs)}: models, checkpoints, findings folders, "

@@ -321,3 +321,8 @@ def test_operations_are_counted_whether_attention_is_fused_or_not():
     attention = 4 * 2 * 2 * 17 * 17 * 64  # blocks, two products, two operations, tokens², width
     rest = 2 * 3 * 16 * 16 * 64 * 16 + 2 * 64 * 10  # patches and head
     assert found[0].flops == linear + attention + rest
+
+
+def test_a_subject_that_cannot_be_opened_is_told():
+    with pytest.raises(OutputError, match=r"the subject x+ cannot be opened \(File name too long\)"):
+        compare(["x" * 5000, "y"])

@@ -71,8 +71,8 @@ NOTHING = (
     "a b",
     "x" * 5000,
     "../..",
-    "/proc/nothing/here",
-    "a\0b",
+    "/proc/no/x",
+    "\udcff",
     "%s{}",
     "--",
     "\n",
@@ -165,13 +165,16 @@ def prepare(place: Path) -> Path:
     }
     for name, text in texts.items():
         (place / name).write_text(text)
-    findings = said_of("analyze", *_in(place, BASES["analyze"]), "-o", place / "results", "--quiet")
-    assert findings.code == 0, findings.err
+    with without_figures():
+        said = said_of(*analysis_of(place), "-o", place / "results")
+    assert said.code == 0, said.err
     return place
 
 
-def _in(place: Path, words: tuple[str, ...]) -> list[str]:
-    return [str(place / word) if word in ("photos", "results") else word for word in words]
+def analysis_of(place: Path) -> list[str]:
+    """The words of a small analysis, without its output folder."""
+    words = [str(place / word) if word == "photos" else word for word in BASES["analyze"] if word != "--json"]
+    return ["analyze", *words, "-q"]
 
 
 def _value(random: Random, parameter: click.Parameter) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from collapse_probe.errors import CollapseProbeError
 
-KINDS = ("images", "archives", "findings", "checkpoints", "commands")
+KINDS = ("images", "archives", "findings", "checkpoints", "commands", "kills", "disks")
 READ, REFUSED, SKIPPED = "read", "refused", "skipped"
 
 
