@@ -220,8 +220,10 @@ def signalled_analysis(random: Random, folder: Path, place: Path, seconds: float
 
 def prepare(place: Path) -> tuple[Path, float, list[Copied]]:
     """What an analysis needs, the seconds that one takes, and runs."""
-    start = time.monotonic()
     fuzz_commands.prepare(place)
+    start = time.monotonic()
+    with without_figures():  # a second time, without what is only read once
+        assert fuzz_commands.said_of(*fuzz_commands.analysis_of(place), "-o", place / "results").code == 0
     return place, time.monotonic() - start, runs_of(place)
 
 
