@@ -28,17 +28,25 @@ def command(
     data: str | None, output: str | None, as_json: bool, quiet: bool, verbose: int, fail_on: tuple[str, ...], **flags: Any
 ) -> None:
     """Measure the collapse of one model over a data set: one pass, all metrics, findings and report."""
-    from collapse_probe.cli.console import Talk, answer
     from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
-    from collapse_probe.cli.output import deliver, output_folder
+    from collapse_probe.cli.output import deliver, output_folder, prepare
+
+    rules = thresholds(fail_on, "analyze")
+    options.check_metrics(flags["levels"], flags["presets"], flags["metrics"], data)
+    if output is not None:
+        prepare(output, quiet)
+
+    from collapse_probe.cli.console import Talk, answer
 
     from collapse_probe.analysis.analyze import analyze
     from collapse_probe.distributed import rank_and_world
+    from collapse_probe.metrics.metric import of_level
     from collapse_probe.metrics.presets import with_presets
     from collapse_probe.report.findings.page import write_report
 
-    talk, rules = Talk(quiet), thresholds(fail_on)
-    flags["metrics"] = metric_names(flags.pop("levels"), with_presets(flags["metrics"], flags["presets"]), data)
+    talk = Talk(quiet)
+    names = (*of_level(*flags.pop("levels")), *with_presets(flags["metrics"], flags["presets"]))
+    flags["metrics"] = tuple(dict.fromkeys(names))
     images, subject = options.open_subject(data, flags)
     folder = output_folder(output, as_json, Path("findings") / subject.name.replace("/", "-"))
     talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
@@ -49,16 +57,3 @@ def command(
     if rank_and_world()[0] == 0:
         deliver(findings, folder, write_report, answer(findings), as_json)
         stop_if_tripped(rules, {"": findings.summary})
-
-
-def metric_names(levels: tuple[str, ...], metrics: tuple[str, ...], data: str | None) -> tuple[str, ...]:
-    """The metrics that --level, --preset and --metric ask for (none: the default set); wrong usage where data are missing."""
-    from collapse_probe.metrics.metric import of_level
-    from collapse_probe.registry import METRICS
-
-    names = (*of_level(*levels), *metrics)
-    on_images = [name for name in names if METRICS[name.partition("@")[0]].level != "weights"]
-    if data is None and (on_images or not names):
-        why = f"{on_images[0]} needs images" if on_images else "the default metrics need images"
-        raise click.UsageError(f"Missing option '--data': {why}; only `--level weights` and metrics of the weights do without.")
-    return tuple(dict.fromkeys(names))

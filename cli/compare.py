@@ -32,17 +32,21 @@ def command(output: str | None, as_json: bool, quiet: bool, verbose: int, fail_o
     or a folder of checkpoints: alone, its checkpoints in natural order are shown over the training. A
     --fix goes into every model after the first; one model alone is compared with itself with the fix.
     """
-    from collapse_probe.cli.console import Talk
     from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
     from collapse_probe.cli.output import answer_lines, deliver, output_folder, summary_lines
+
+    rules = thresholds(fail_on, "compare")
+    options.check_metrics((), (), flags["metrics"], flags["data"] or "")
+    folder = output_folder(output, as_json, Path("comparison"))
+
+    from collapse_probe.cli.console import Talk
 
     from collapse_probe.analysis.compare import compare
     from collapse_probe.distributed import rank_and_world
     from collapse_probe.report.comparison.page import write_comparison
     from collapse_probe.report.comparison.verdict import verdicts
 
-    talk, rules = Talk(quiet), thresholds(fail_on)
-    folder = output_folder(output, as_json, Path("comparison"))
+    talk = Talk(quiet)
     comparison = compare(
         **flags,
         watch=lambda label, total: talk.bar(total),

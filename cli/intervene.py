@@ -8,15 +8,7 @@ from typing import Any
 import click
 from collapse_probe.cli import options
 
-
-def known_kinds(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    """The kinds of replacement, each of which there must be."""
-    from collapse_probe.capture.replacement import KINDS
-
-    for value in values:
-        if value not in KINDS:
-            raise click.BadParameter(f"{value!r} is none of {', '.join(KINDS)}", ctx, parameter)
-    return values
+KINDS = ("share", "mean", "uniform", "identity", "skip")
 
 
 @click.command("intervene", context_settings={"help_option_names": ["-h", "--help"]})
@@ -27,8 +19,7 @@ def known_kinds(ctx: click.Context, parameter: click.Parameter, values: tuple[st
     multiple=True,
     default=("share",),
     show_default=True,
-    callback=known_kinds,
-    metavar="KIND",
+    type=click.Choice(KINDS),
     help="What stands in for a block's map: share (the map of the block before), mean (the block's mean map over the images), "
     "uniform (the same weight for every key), identity (every token itself), or skip: the whole attention branch is left out. "
     "May be given several times.",
@@ -48,16 +39,21 @@ def command(
     data: str, output: str | None, as_json: bool, quiet: bool, verbose: int, fail_on: tuple[str, ...], **flags: Any
 ) -> None:
     """Replace the attention maps of blocks, one at a time and from the last block down: the change in logits and accuracy."""
-    from collapse_probe.cli.console import Talk
     from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
-    from collapse_probe.cli.output import answer_lines, deliver, output_folder, summary_lines
+    from collapse_probe.cli.output import answer_lines, deliver, output_folder, prepare, summary_lines
+
+    rules = thresholds(fail_on, "intervene")
+    if output is not None:
+        prepare(output, quiet)
+
+    from collapse_probe.cli.console import Talk
 
     from collapse_probe.analysis.intervene import intervene
     from collapse_probe.distributed import rank_and_world
     from collapse_probe.report.intervention.page import write_interventions
     from collapse_probe.report.intervention.verdict import verdicts
 
-    talk, rules = Talk(quiet), thresholds(fail_on)
+    talk = Talk(quiet)
     images, subject = options.open_subject(data, flags)
     folder = output_folder(output, as_json, Path("interventions") / subject.name.replace("/", "-"))
     talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")

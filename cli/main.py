@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import click
 
@@ -27,7 +29,7 @@ COMMANDS = {
     "demo": "The main job on bundled data; needs no network.",
 }
 FAILED = 1
-INTERRUPTED = 130
+SIGNALLED, INTERRUPTED = 128, 130  # 128 and the number of the signal
 
 
 class Commands(click.Group):
@@ -65,12 +67,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if arguments is None else arguments)
     verbose = any(word == "--verbose" or (word.startswith("-v") and set(word[1:]) == {"v"}) for word in words)
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr)
+    signals: list[int] = []
     try:
-        code = group.main(args=words, prog_name="collapse-probe", standalone_mode=False, obj=tuple(words))
+        with ended_as_interrupted(signals):
+            code = group.main(args=words, prog_name="collapse-probe", standalone_mode=False, obj=tuple(words))
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
-        text = str(error.__cause__ or error)  # click raises Abort from KeyboardInterrupt
-        click.echo(f"interrupted; {text or 'no output was written'}", err=True)
-        code = INTERRUPTED
+        cause = error.__cause__ or error  # click raises Abort from KeyboardInterrupt and EOFError
+        if isinstance(cause, EOFError):
+            click.echo(f"error: EOFError: {one_line(cause)} (-v shows where)", err=True)
+            code = FAILED
+        else:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                click.echo(f"interrupted; {str(cause) or 'no output was written'}", err=True)
+            code = INTERRUPTED
     except click.ClickException as error:
         error.show()
         code = error.exit_code
@@ -84,7 +93,34 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         click.echo(f"error: {type(error).__name__}: {one_line(error)} (-v shows where)", err=True)
         code = FAILED
+    if code == INTERRUPTED and signals:
+        code = SIGNALLED + signals[0]
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def ended_as_interrupted(signals: list[int]) -> Iterator[None]:
+    """SIGTERM and SIGHUP end the work as Ctrl-C does; their numbers come into `signals`, and the second one changes nothing.
+
+    A signal that is ignored (nohup) stays ignored, and one that the caller handles stays handled.
+    """
+    before: dict[int, Any] = {}
+
+    def interrupt(number: int, frame: object) -> None:
+        signals.append(number)
+        if len(signals) == 1:
+            raise KeyboardInterrupt
+
+    try:
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                with contextlib.suppress(ValueError):  # not in the main thread
+                    before[number] = signal.signal(number, interrupt)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def one_line(error: BaseException) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import importlib
+import os
+import pkgutil
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,8 @@ def blocks_in(text: str) -> list[int]:
         ends = (first, last) if dash else (first, first)
         if not all(end.strip().isascii() and end.strip().isdigit() for end in ends):
             raise SettingError(f"{text!r} names no blocks; expected for example 6-11 or 0,2,5-7")
+        if len(largest := ends[-1].strip().lstrip("0")) > 5:
+            raise SettingError(f"{text[:60]!r} names block {largest[:20]}; no model has so many")
         numbers += range(int(ends[0]), int(ends[1]) + 1)
     if not numbers or len(set(numbers)) != len(numbers):
         raise SettingError(f"{text!r} must name blocks from low to high, each once; for example 6-11 or 0,2,5-7")
@@ -54,7 +60,10 @@ def address(ctx: click.Context, parameter: click.Parameter, text: str | None) ->
 
 def block_numbers(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
     """The blocks that a flag names, None where it was not given."""
-    return None if text is None else blocks_in(text)
+    try:
+        return None if text is None else blocks_in(text)
+    except SettingError as error:
+        raise click.BadParameter(str(error), ctx, parameter) from error
 
 
 class ImageSize(click.ParamType):  # type: ignore[type-arg]  # generic in new releases of click alone
@@ -93,6 +102,8 @@ def across_processes(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(*args: Any, **flags: Any) -> None:
+        if "MASTER_ADDR" not in os.environ:  # wrong usage is told before torch is loaded
+            return function(*args, **flags)
         from collapse_probe.distributed import joined
 
         with joined():
@@ -130,6 +141,37 @@ def configuration(ctx: click.Context, parameter: click.Parameter, path: str | No
             value = [f"{k}={v!r}" for k, v in value.items()]
         defaults[names[flag]] = value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+def levels_of_metrics() -> dict[str, str]:
+    """The level of every metric by name; of those that ship it is where their files lie, so that nothing heavy is imported."""
+    from collapse_probe.registry import METRICS
+
+    if METRICS.has_entry_points:
+        return {name: metric.level for name, metric in METRICS.items()}
+    folders = {level: importlib.import_module(f"{METRICS.package}.{level}") for level in ("attention", "tokens", "weights")}
+    ours = {m.name.replace("_", "-"): level for level, folder in folders.items() for m in pkgutil.iter_modules(folder.__path__)}
+    return ours | {name: metric.level for name, metric in METRICS.entered.items()}
+
+
+def check_metrics(levels: Sequence[str], presets: Sequence[str], metrics: Sequence[str], data: str | None) -> None:
+    """Wrong usage for metrics and presets that there are not, and where they need images and there are no data."""
+    from collapse_probe.metrics.presets import PAPERS
+    from collapse_probe.registry import PRESETS
+
+    known = levels_of_metrics()
+    packs = PRESETS if PRESETS.has_entry_points else {**{paper.name: paper for paper in PAPERS}, **PRESETS.entered}
+    for flag, names, there in (("--metric", metrics, known), ("--preset", presets, packs)):
+        for name in (name for name in names if name.partition("@")[0] not in there):
+            near = difflib.get_close_matches(name, there, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(there)}"
+            raise click.BadParameter(f"no {flag[2:]} called {name!r}; {hint}", param_hint=f"'{flag}'")
+    names = [*metrics, *(name for preset in presets for name in packs[preset].metrics)]
+    names += [name for name, level in known.items() if "all" in levels or level in levels]
+    on_images = [name for name in names if known[name.partition("@")[0]] != "weights"]
+    if data is None and (on_images or not names):
+        why = f"{on_images[0]} needs images" if on_images else "the default metrics need images"
+        raise click.UsageError(f"Missing option '--data': {why}; only `--level weights` and metrics of the weights do without.")
 
 
 def load_plugins(ctx: click.Context, parameter: click.Parameter, addresses: tuple[str, ...]) -> None:

@@ -67,6 +67,7 @@ def run(
     """Sweep, write the page, print the answer; exit with FAILED where a cell failed."""
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.options import command_line
+    from collapse_probe.cli.output import prepare
 
     from collapse_probe.files import PAGE, write_with_page
     from collapse_probe.registry import RECIPES
@@ -81,6 +82,7 @@ def run(
         click.echo(forecasts(named, vary, seeds, changes, flags["device"]))
         return
     folder = Path(output or Path("sweeps") / named.name)
+    prepare(folder, quiet)
     try:
         result = sweep(
             named,

@@ -80,6 +80,16 @@ class Registry(Mapping[str, T], Generic[T]):
         self._fill()
         return len(self._entries)
 
+    @property
+    def entered(self) -> dict[str, T]:
+        """What was entered until now, our own files perhaps not among it; imports nothing."""
+        return dict(self._entries)
+
+    @property
+    def has_entry_points(self) -> bool:
+        """Whether installed packages bring entries."""
+        return self.group is not None and bool(metadata.entry_points(group=self.group))
+
     def _fill(self) -> None:
         self._import_family()
         if self.group is not None:

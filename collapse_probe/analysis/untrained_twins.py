@@ -56,6 +56,10 @@ def with_untrained(
                 more = measure_twins(subject, deciding, few, settings, range(first + len(twins), first + DECIDING_SEEDS), say)
     except ModelError as error:
         reasons |= dict.fromkeys(names, str(error))
+    except Exception as error:  # of any kind, also out of memory: the model itself has been measured
+        why = f"the untrained twin failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        say(f"{why}; the model's own numbers are kept")
+        reasons |= dict.fromkeys(names, why)
     seen = max((len(twin.images.names) for twin in twins.values()), default=0)
     paired = {}
     for name, result in results.items():

@@ -23,7 +23,7 @@ from collapse_probe.data.splits import split_data
 from collapse_probe.devices import choose_device, device_name
 from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import SettingError
-from collapse_probe.files import check_writable, write_document, write_whole
+from collapse_probe.files import check_output, write_document, write_whole
 from collapse_probe.models.batchnorm import recalibrated
 from collapse_probe.models.loading import resolve
 from collapse_probe.provenance import stamp
@@ -98,7 +98,7 @@ def sweep(
         command=command,
     )
     _check(conditions, grid, jobs)
-    check_writable(folder)
+    check_output(folder)
     for cell in grid:
         check_same(cell, folder / cell.name, conditions)
     result = Sweep(
