@@ -9,6 +9,7 @@ import os
 import pkgutil
 import re
 import shlex
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from collapse_probe.errors import SettingError
 from collapse_probe.settings import parse_keywords, words_in
 
 Decorator = Callable[[Any], Any]
+LARGEST_CONFIG = 1 << 20
 
 
 def blocks_in(text: str) -> list[int]:
@@ -45,8 +47,14 @@ def blocks_in(text: str) -> list[int]:
 
 def keywords(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
     """`k=v` words, several in one value or one each, as a dictionary; see `words_in` and `parse_value`."""
+    words: list[str] = []
     try:
-        return parse_keywords(words_in(" ".join(values)))
+        for word in (word for value in values for word in words_in(value)):
+            if words and "=" not in word:  # the rest of a value with a space in it
+                words[-1] += f" {word}"
+            else:
+                words.append(word)
+        return parse_keywords(words)
     except SettingError as error:
         raise click.BadParameter(str(error), ctx, parameter) from error
 
@@ -60,10 +68,7 @@ def address(ctx: click.Context, parameter: click.Parameter, text: str | None) ->
 
 def block_numbers(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
     """The blocks that a flag names, None where it was not given."""
-    try:
-        return None if text is None else blocks_in(text)
-    except SettingError as error:
-        raise click.BadParameter(str(error), ctx, parameter) from error
+    return None if text is None else blocks_in(text)
 
 
 class ImageSize(click.ParamType):  # type: ignore[type-arg]  # generic in new releases of click alone
@@ -121,25 +126,73 @@ def command_line() -> str:
     return escaped(shlex.join(["collapse-probe", *(sys.argv[1:] if words is None else words)]))
 
 
+class FlagLoader(yaml.SafeLoader):
+    """Reads YAML without aliases, a few of which can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next node; an alias is refused."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name); write its value in its place")
+        return super().compose_node(parent, index)
+
+
+def read_flags(path: str) -> dict[Any, Any]:
+    """The mapping in a small YAML file; ValueError for anything else."""
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise ValueError("it is no ordinary file")
+    with Path(path).open("rb") as stream:
+        content = stream.read(LARGEST_CONFIG + 1)
+    if len(content) > LARGEST_CONFIG:
+        raise ValueError(f"it has more than {LARGEST_CONFIG} bytes")
+    flags = yaml.load(content.decode("utf-8"), FlagLoader) or {}
+    if not isinstance(flags, dict):
+        raise ValueError("it holds no mapping of flags to values")
+    return flags
+
+
+def value_for(option: click.Parameter, value: Any) -> Any:
+    """`value` as the default of an option; ValueError where it is of another type than the command line takes."""
+    repeatable = option.multiple if isinstance(option, click.Option) else False
+    if repeatable and isinstance(value, list):
+        return [one_value(option, each) for each in value]
+    return [one_value(option, value)] if repeatable else one_value(option, value)
+
+
+def one_value(option: click.Parameter, value: Any) -> Any:
+    """The same for one value of an option that may be repeated."""
+    kinds: dict[Any, Any] = {click.IntRange: (int, "a whole number"), click.FloatRange: ((int, float), "a number")}
+    wanted, noun = kinds.get(type(option.type), ((str, int, float), "a text"))
+    if option.type is click.INT or getattr(option, "count", False):
+        wanted, noun = int, "a whole number"
+    elif getattr(option, "is_flag", False):
+        wanted, noun = bool, "true or false"
+    elif isinstance(option.type, ImageSize) and isinstance(value, list):
+        return value
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise ValueError(f"expected {noun}, came {str(value)[:60]!r} ({type(value).__name__})")
+    return value
+
+
 def configuration(ctx: click.Context, parameter: click.Parameter, path: str | None) -> None:
     """Defaults from a YAML file; flags on the command line override them."""
     if path is None:
         return
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_flags(path)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise click.BadParameter(f"{path} cannot be read as YAML: {' '.join(str(error).split())}", ctx, parameter) from error
-    if not isinstance(content, dict):
-        raise click.BadParameter(f"{path} holds no mapping of flags to values", ctx, parameter)
-    names = {option.lstrip("-"): p.name for p in ctx.command.params for option in p.opts if option.startswith("--")}
+    options = {name.lstrip("-"): p for p in ctx.command.params for name in p.opts if name.startswith("--")}
     defaults = {}
     for key, value in content.items():
         flag = str(key).replace("_", "-")
-        if flag not in names or flag == "config":
-            raise click.BadParameter(f"{path} sets {key!r}, which is no flag of this command", ctx, parameter)
+        if flag not in options or flag == "config":
+            raise click.BadParameter(f"{path} sets {str(key)[:60]!r}, which is no flag of this command", ctx, parameter)
         if flag == "model-kwargs" and isinstance(value, dict):
             value = [f"{k}={v!r}" for k, v in value.items()]
-        defaults[names[flag]] = value
+        try:
+            defaults[options[flag].name] = value_for(options[flag], value)
+        except ValueError as error:
+            raise click.BadParameter(f"{path}: {flag}: {error}", ctx, parameter) from error
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
 
 

@@ -40,11 +40,44 @@ def state_path(folder: Path, step: int) -> Path:
 
 def save_state(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
     """Write the state after `step` steps, then remove all but the newest `keep`; the path of the new one."""
-    path = state_path(folder, step)
-    write_whole(path, lambda stream: torch.save({"format": FORMAT, "step": step, **state}, stream))
+    path, before = state_path(folder, step), states_in(folder)
+    try:
+        write_whole(path, lambda stream: save_whole({"format": FORMAT, "step": step, **state}, stream))
+    except OutputError as error:
+        way = f"; --resume goes on from {before[-1].name}" if before else ""
+        raise OutputError(f"{error}{way}") from error
     for old in [*states_in(folder)[:-keep], *folder.glob(f"*{PARTIAL}")]:
         old.unlink(missing_ok=True)
     return path
+
+
+class _Stream:
+    """A stream that keeps the error that writing to it raised: torch drops it, and says that a file is damaged."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> Any:
+        try:
+            return self.stream.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def save_whole(content: Any, stream: Any) -> None:
+    """torch.save that raises OSError where a stream cannot be written (a full disk)."""
+    kept: Any = _Stream(stream)
+    try:
+        torch.save(content, kept)
+    except RuntimeError as error:
+        if kept.error is not None:
+            raise kept.error from error
+        raise
 
 
 def states_in(folder: Path) -> list[Path]:

@@ -28,13 +28,13 @@ WRONG = (  # words, what is said
     (["analyze", *VIT], "Missing option '--data'"),
     (["analyze", *VIT, "--metric", "patch-diversity"], "patch-diversity needs images"),
     (["analyze", *VIT, "--preset", "deepvit"], "needs images"),
-    (["analyze", *VIT, "--data", "x", "--fix-blocks", "0-99999999999"], "names block 99999999999"),
     (["compare", "a", "b", "--fail-on", "kapa_adjacent_difference > 1"], "did you mean kappa_adjacent_difference"),
     (["compare", "a", "b", "--metric", "nonsense"], "no metric called 'nonsense'"),
     (["intervene", *VIT, "--data", "x", "--replace", "shares"], "'shares' is not one of 'share'"),
     (["intervene", *VIT, "--data", "x", "--fail-on", "share_all_kls > 1"], "no run of intervene has a number"),
 )
 CANNOT = (
+    (["analyze", *VIT, "--data", "x", "--fix-blocks", "0-99999999999"], "names block 99999999999"),
     (["analyze", *VIT, "--data", "x", "-o", "taken"], "taken is a file"),
     (["analyze", *VIT, "--data", "x", "-o", "taken/out"], "cannot be written"),
     (["analyze", *VIT, "--data", "x", "-o", "figures-is-a-file"], "figures is a file"),

@@ -11,7 +11,30 @@ import torch
 from collapse_probe.errors import CheckpointError, OutputError
 from collapse_probe.files import write_whole
 from collapse_probe.seeding import random_states, restore_random, seed_of, seeded
-from collapse_probe.training.run import load_state, save_state, states_in
+from collapse_probe.training.run import load_state, save_state, save_whole, states_in
+
+
+class Full:
+    def write(self, content):
+        raise OSError(28, "No space left on device")
+
+    def flush(self):
+        pass
+
+
+def test_a_full_disk_is_called_one_and_the_checkpoint_before_stays(tmp_path, monkeypatch):
+    first = save_state(tmp_path, 1, {"model": {"weight": torch.ones(1000)}})
+    content = first.read_bytes()
+    with pytest.raises(OSError, match="No space left on device"):
+        save_whole({"weight": torch.ones(1000)}, Full())
+    monkeypatch.setattr("collapse_probe.training.run.save_whole", lambda content, stream: save_whole(content, Full()))
+    said = (
+        r"step-00000002.pt cannot be written: .*No space left on device; free space, .*--resume goes on from step-00000001.pt"
+    )
+    with pytest.raises(OutputError, match=said):
+        save_state(tmp_path, 2, {"model": {"weight": torch.ones(1000)}})
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+    assert first.read_bytes() == content
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
