@@ -18,7 +18,7 @@ from typing import Any
 import click
 import yaml
 
-from collapse_probe.errors import SettingError
+from collapse_probe.errors import SettingError, UnknownNameError
 from collapse_probe.settings import parse_keywords, words_in
 
 Decorator = Callable[[Any], Any]
@@ -208,17 +208,17 @@ def levels_of_metrics() -> dict[str, str]:
 
 
 def check_metrics(levels: Sequence[str], presets: Sequence[str], metrics: Sequence[str], data: str | None) -> None:
-    """Wrong usage for metrics and presets that there are not, and where they need images and there are no data."""
+    """Raise UnknownNameError for metrics and presets that there are not; wrong usage where they need images and have none."""
     from collapse_probe.metrics.presets import PAPERS
     from collapse_probe.registry import PRESETS
 
     known = levels_of_metrics()
     packs = PRESETS if PRESETS.has_entry_points else {**{paper.name: paper for paper in PAPERS}, **PRESETS.entered}
-    for flag, names, there in (("--metric", metrics, known), ("--preset", presets, packs)):
+    for noun, names, there in (("metric", metrics, known), ("preset", presets, packs)):
         for name in (name for name in names if name.partition("@")[0] not in there):
             near = difflib.get_close_matches(name, there, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(there)}"
-            raise click.BadParameter(f"no {flag[2:]} called {name!r}; {hint}", param_hint=f"'{flag}'")
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(there)}"
+            raise UnknownNameError(f"no {noun} called {name!r}; {hint}")
     names = [*metrics, *(name for preset in presets for name in packs[preset].metrics)]
     names += [name for name, level in known.items() if "all" in levels or level in levels]
     on_images = [name for name in names if known[name.partition("@")[0]] != "weights"]
