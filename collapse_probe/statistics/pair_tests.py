@@ -25,7 +25,7 @@ ASSUMPTION = (
     "all images like these, of which the measured ones are an independent sample. A significant pair is more alike than "
     "chance, however little (κ says how much), and pairs of untrained networks pass as well: what counts is how many more "
     "pass than in the untrained twin, on as many images, for more images find smaller differences. From 16 images on the test "
-    "errs about as often as it says on maps of real models; where rare images far below the others decide, more often."
+    "errs little more often than it says on maps of trained models; where rare images far below the others decide, more often."
 )
 
 

