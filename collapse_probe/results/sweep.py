@@ -82,7 +82,7 @@ class CellResult:
         return content
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> CellResult:
+    def from_json(cls, content: Any) -> CellResult:
         """What `to_json` wrote; OutputError for anything else."""
         try:
             checks.CELL(content, "cell")

@@ -22,7 +22,7 @@ from collapse_probe.data.images import ImageSet, open_data
 from collapse_probe.data.splits import split_data
 from collapse_probe.devices import choose_device, device_name
 from collapse_probe.distributed import rank_and_world
-from collapse_probe.errors import SettingError
+from collapse_probe.errors import OutputError, SettingError
 from collapse_probe.files import check_output, write_document, write_whole
 from collapse_probe.models.batchnorm import recalibrated
 from collapse_probe.models.loading import resolve
@@ -317,7 +317,11 @@ def finished_result(cell: Cell, folder: Path, conditions: Conditions) -> CellRes
     content = _read(folder / RESULT)
     if content is None or content.get("measured") != conditions.measured() or not (folder / FINDINGS).is_dir():
         return None
-    return replace(CellResult.from_json(content["outcome"]), name=cell.name, values=dict(cell.values), seed=cell.seed)
+    try:
+        result = CellResult.from_json(content.get("outcome"))
+    except OutputError as error:
+        raise OutputError(f"{folder / RESULT} is damaged ({error}); remove it, and the cell is measured again") from error
+    return replace(result, name=cell.name, values=dict(cell.values), seed=cell.seed)
 
 
 def failed_result(cell: Cell, folder: Path, reason: str, trace: str = "") -> CellResult:

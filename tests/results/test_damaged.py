@@ -17,10 +17,13 @@ from factories import findings_of, synthetic
 from collapse_probe.analysis.compare import compare
 from collapse_probe.errors import CollapseProbeError, OutputError
 from collapse_probe.files import MANIFEST
+from collapse_probe.registry import RECIPES
 from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.intervention import Effect, Interventions
 from collapse_probe.results.sweep import CellResult, Sweep
+from collapse_probe.training.sweep import Conditions, finished_result
+from collapse_probe.training.sweep_grid import Cell
 
 
 def findings():
@@ -236,3 +239,15 @@ def test_a_page_that_cannot_be_drawn_says_what_was_changed(tmp_path, monkeypatch
         assert isinstance(result.exception, CollapseProbeError)
         assert "cannot be drawn from its numbers (KeyError: 'answer')" in str(result.exception)
         assert said in str(result.exception)
+
+
+@pytest.mark.parametrize("outcome", [None, [], {}, {"name": "a"}, {**sweep().cells[0].to_json(), "seed": "x"}])
+def test_a_damaged_cell_of_a_sweep_is_named(outcome, tmp_path):
+    conditions, cell = Conditions(data="d"), Cell(values={"depth": 2}, seed=0, recipe=RECIPES["digits-mhsa"]())
+    (tmp_path / "findings").mkdir()
+    content = {"measured": conditions.measured(), "outcome": sweep().cells[0].to_json()}
+    (tmp_path / "cell.json").write_text(json.dumps(content))
+    assert finished_result(cell, tmp_path, conditions).accuracy == 0.5
+    (tmp_path / "cell.json").write_text(json.dumps({**content, "outcome": outcome}))
+    with pytest.raises(OutputError, match=r"cell.json is damaged .*; remove it, and the cell is measured again"):
+        finished_result(cell, tmp_path, conditions)
