@@ -20,7 +20,7 @@ from collapse_probe.results.readings import (
     require_result,
 )
 from collapse_probe.results.rules import BEYOND_WEIGHTS, BY_NAME
-from collapse_probe.statistics.intervals import Array, half_width, interval, mean_parts, parts_stderr, quotient_bounds
+from collapse_probe.statistics.intervals import Array, half_width, quotient_bounds
 from collapse_probe.statistics.kappa import PairMoments, kappa_interval
 from collapse_probe.statistics.kappa import kappa as beyond
 
@@ -92,16 +92,7 @@ def of_null(role: str, note: str = NO_INTERVAL_OF_NULL) -> Reader:
 
 
 other_head = of_null("other_head")
-
-
-def other_token(findings: Findings, metric: str) -> Quantity:
-    """What different tokens of two neighbouring blocks agree on; its interval from the single images, where they are kept."""
-    found, by_image = of_null("other_token")(findings, metric), findings.images.get(f"{metric}/other_token")
-    if by_image is None or by_image.shape[1:] != found.values.shape:
-        return found
-    _, parts, defined = mean_parts(by_image)
-    count = defined.sum(0)
-    return _of_pairs(found.values, interval(found.values, parts_stderr(parts, count), count))
+other_token = of_null("other_token")
 
 
 def share_beyond(role: str) -> Reader:

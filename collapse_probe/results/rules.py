@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from collapse_probe.statistics.pair_tests import FEWEST_IMAGES as FEWEST_IMAGES  # below it nothing is judged of maps or tokens
+
 ROWS = "attention-similarity@row"
 OURS = "our convention"
 FACT = "a fact of the run"
@@ -266,7 +268,6 @@ RAW_ABOVE = BY_NAME["high-raw"].threshold  # a block counts as similar to the on
 KAPPA_ABOVE = BY_NAME["shared"].threshold  # the same, corrected for chance
 COUNT_THRESHOLDS = (0.8, RAW_ABOVE, 0.95)  # the mean cosines above which similar-blocks counts
 
-FEWEST_IMAGES = 16  # below this nothing is judged of maps or tokens; docs/intervals.md has the simulations
 BEYOND_WEIGHTS = 4.0  # how many times the root mean square of a model's negative shares a share must exceed (Fisher's z)
 
 # Conventions of comparisons, interventions and the demonstration; all are ours.

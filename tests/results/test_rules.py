@@ -17,14 +17,13 @@ from collapse_probe.results.verdict import Verdict, judge, verdict_of, with_verd
 BLOCKS = 3
 
 
-def findings(metrics, images=20, by_image=None, **model):
+def findings(metrics, images=20, **model):
     return Findings(
         model={"weights": "made by hand", "mixes_maps": False, **model},
         data={"images": images},
         run={},
         metrics=metrics,
         summary={},
-        images=by_image or {},
     )
 
 
@@ -64,9 +63,8 @@ def similarity(
         head_mean=(mean, mean * 0, around(mean, reach * log)),
         details={"tokens": [10] * BLOCKS},
     )
-    spread = np.array([[-1.0], [1.0]]) * reach
-    by_image = {"attention-similarity/other_token": np.tile(null + spread, (10, BLOCKS - 1))}
     columns = reading(square(raw), reach, pair, nulls, kappa_ci95=around(square(kappa), reach))
+    columns = replace(columns, nulls=replace(columns.nulls, ci95={"other_token": around(square(null), reach)}))
     if twin is not None:
         columns = replace(columns, nulls=replace(columns.nulls, untrained_beyond={"other_token": square(twin)}))
     of_rows = {"other_head": square(head), "other_key": square(key), "other_token": np.eye(BLOCKS) * queries}
@@ -74,7 +72,7 @@ def similarity(
     ends = np.moveaxis(np.eye(BLOCKS)[None] * (queries + np.array([-1, 1])[:, None, None] * reach), 0, -1)
     rows = replace(rows, nulls=replace(rows.nulls, ci95={"other_token": ends}))
     metrics = {"attention-similarity": columns, "attention-similarity@row": rows, "attention-entropy": entropy}
-    return findings(metrics, by_image=by_image, **facts)
+    return findings(metrics, **facts)
 
 
 def depths(metric, last, reach=0.0, fresh=None):
@@ -175,17 +173,6 @@ def test_one_image_leaves_every_number_undecided():
     alone = findings(dict(numbers.metrics), images=1)
     answers = {o.rule.name: o.answer for o in verdict_table(alone) if o.rule.level == "attention"}
     assert answers["same-everywhere"] == answers["mostly-explained"] == "undecided"
-
-
-def test_the_interval_of_a_null_comes_from_the_single_images():
-    by_image = {"attention-similarity/other_token": np.array([[0.5, 0.9], [0.7, 0.9], [0.6, 0.9]])}
-    null = square(0.6)
-    null[2, 1] = 0.9
-    metrics = {"attention-similarity": reading(square(0.5), 0, ("block", "block"), {"other_token": null})}
-    found = READERS["columns-alike"](findings(metrics, by_image=by_image), "attention-similarity")
-    reach = 4.302652729911275 * 0.1 / np.sqrt(3)  # Student's t with two degrees of freedom
-    assert found.ci95[:, 0] == pytest.approx([0.6 - reach, 0.9])
-    assert found.ci95[:, 1] == pytest.approx([0.6 + reach, 0.9])
 
 
 def test_an_outcome_shows_the_place_that_goes_furthest_and_all_places():
