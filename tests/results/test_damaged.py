@@ -6,6 +6,7 @@ import copy
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,8 +166,13 @@ def torch_zip(path):
     torch.save({"a": torch.ones(2)}, path)
 
 
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("exploded"),))
+
+
 def pickled(path):
-    np.savez(path, names=np.array([{"a": 1}], dtype=object))
+    np.savez(path, names=np.array([Bomb()], dtype=object))
 
 
 def cut(path):
@@ -183,7 +189,8 @@ def huge(path):
 )
 @pytest.mark.parametrize("name", ["images.npz", "gallery.npz"])
 @pytest.mark.parametrize("listed", [True, False])
-def test_damaged_arrays_are_refused_by_name_and_never_unpickled(damage, name, listed, tmp_path):
+def test_damaged_arrays_are_refused_by_name_and_never_unpickled(damage, name, listed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = findings().save(tmp_path / "out")
     damage(folder / name)
     if not listed:
@@ -192,6 +199,7 @@ def test_damaged_arrays_are_refused_by_name_and_never_unpickled(damage, name, li
     assert isinstance(result.exception, OutputError)
     assert name in str(result.exception)
     assert "take the folder from where it was written" in str(result.exception)
+    assert not Path("exploded").exists()
 
 
 @pytest.mark.parametrize(
