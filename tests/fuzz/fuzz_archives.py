@@ -22,6 +22,7 @@ from collapse_probe.data.images import open_data
 from collapse_probe.errors import DataError
 
 Files = list[tuple[str, bytes]]
+FILES = b"\x000123467"  # of a tar: files, links, pipes and devices, but no folders
 
 
 def archives(_: Path) -> list[tuple[str, bytes]]:
@@ -64,7 +65,7 @@ def _info(name: str, **facts: object) -> tarfile.TarInfo:
 
 
 def whole_in_tar(data: bytes) -> Files:
-    """Name and content of every file with a header whose checksum is right and with all of its bytes, wherever it begins."""
+    """Name and content of every file and link whose header fits its checksum and that has all its bytes, wherever it begins."""
     found, at = [], data.find(b"ustar")
     while at >= 0:
         start = at - 257
@@ -75,7 +76,7 @@ def whole_in_tar(data: bytes) -> Files:
         except ValueError:
             right = False
         content = data[start + 512 : start + 512 + size] if right else b""
-        if right and block[156:157] in b"0\0" and len(content) == size:
+        if right and block[156:157] in FILES and len(content) == size:
             found.append((block[:100].split(b"\0")[0].decode("utf-8", "replace"), content))
         at = data.find(b"ustar", at + 1)
     return found
