@@ -28,12 +28,17 @@ FILES = b"\x000123467"  # of a tar: files, links, pipes and devices, but no fold
 def archives(_: Path) -> list[tuple[str, bytes]]:
     """A suffix and the bytes of archives of every kind."""
     files = {f"{'ab'[i % 2]}/{i}.png": _png(i) for i in range(5)} | {"notes.txt": b"notes", ".hidden.png": _png(9)}
+    files |= {f"é/{'long/' * 22}6.png": _png(6)}
     made = []
     for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         for mode in ("w", "w:gz"):
             stream = io.BytesIO()
             with tarfile.open(fileobj=stream, mode=mode, format=form) as tar:
                 tar.addfile(_info("a", type=tarfile.DIRTYPE))
+                inner = io.BytesIO()
+                with tarfile.open(fileobj=inner, mode="w", format=form) as below:
+                    below.addfile(_info("7.png", size=len(_png(7))), io.BytesIO(_png(7)))
+                tar.addfile(_info("c.tar", size=len(inner.getvalue())), io.BytesIO(inner.getvalue()))
                 for name, content in files.items():
                     tar.addfile(_info(name, size=len(content)), io.BytesIO(content))
                 tar.addfile(_info("b/soft.png", type=tarfile.SYMTYPE, linkname="../a/0.png"))
@@ -79,7 +84,7 @@ def whole_in_tar(data: bytes) -> Files:
         if right and block[156:157] in FILES and len(content) == size:
             found.append((block[:100].split(b"\0")[0].decode("utf-8", "replace"), content))
         at = data.find(b"ustar", at + 1)
-    return found
+    return [(name, content) for name, content in found if not name.endswith(".tar")]  # which is its members
 
 
 def whole_in_zip(data: bytes) -> Files:
