@@ -286,8 +286,9 @@ def _add_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, members: Memb
         name = name.replace("\\", "/")
     path, mode = _clean(name), member.external_attr >> 16
     if name.endswith("/"):
-        return
-    if member.flag_bits & 1:
+        if member.file_size:
+            members.left_out.add(f"{path}/", "a folder by its name, with the bytes of a file: its name is damaged")
+    elif member.flag_bits & 1:
         members.left_out.add(path, "encrypted")
     elif member.file_size > MOST_BYTES:
         members.left_out.add(path, f"a file of more than {MOST_BYTES:,} bytes in an archive")

@@ -105,6 +105,19 @@ def test_files_that_the_list_of_a_zip_does_not_name_are_counted(tmp_path):
     assert images.left_out.counts == {"a file in the zip that its list of files does not name": 2}
 
 
+def test_a_file_in_a_zip_whose_damaged_name_is_a_folders_is_counted(tmp_path):
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+        archive.mkdir("empty")
+        archive.writestr("cat/0.png", picture(0))
+        archive.writestr("cat/1.png", picture(1))
+    content = (tmp_path / "t.zip").read_bytes()
+    at = content.rindex(b"1.png")
+    (tmp_path / "t.zip").write_bytes(content[:at] + b"\0" + content[at + 1 :])
+    images = open_data(tmp_path / "t.zip")
+    assert images.names == ["cat/0.png"]
+    assert images.left_out.counts == {"a folder by its name, with the bytes of a file: its name is damaged": 1}
+
+
 def test_a_damaged_tar_inside_is_an_error(eight, tmp_path):
     inner = eight.read_bytes()
     path = tarred(tmp_path / "outer.tar", [member("a.tar", inner), member("b.tar", inner[:3000])])

@@ -94,4 +94,4 @@ def trial(random: Random, folder: Path, made: list[tuple[str, bytes]]) -> str:
     return READ
 
 
-KIND = Kind(4000, pictures, trial)
+KIND = Kind(3000, pictures, trial)
