@@ -182,7 +182,7 @@ def page_folder(target: str | Path) -> Iterator[Path]:
 def _staged(goal: Path, created: list[Path]) -> Iterator[Path]:
     """A folder on the file system of `goal`, beside it where that can be; it and the folders `created` go where work fails."""
     near = goal if goal.exists() else goal.parent
-    inside = Path(tempfile.mkdtemp(prefix=f"{_temporary(goal)}{os.getpid()}-{platform.node()}-", dir=near))
+    inside = Path(tempfile.mkdtemp(prefix=_temporary_of_this_run(goal), dir=near))
     try:
         if near == goal:
             with contextlib.suppress(OSError):  # a mount point, or a parent that cannot be written
@@ -406,7 +406,7 @@ def check_writable(target: str | Path) -> None:
         created = _missing(goal)
         try:
             goal.mkdir(parents=True, exist_ok=True)
-            Path(tempfile.mkdtemp(prefix=_temporary(goal), dir=goal)).rmdir()
+            Path(tempfile.mkdtemp(prefix=_temporary_of_this_run(goal), dir=goal)).rmdir()
         finally:
             for folder in created:
                 with contextlib.suppress(OSError):
@@ -459,6 +459,11 @@ def tidy(target: str | Path) -> list[str]:
 def _temporary(goal: Path) -> str:
     """How the names of temporary folders for `goal` begin."""
     return f".{goal.name[:40]}.tmp-"
+
+
+def _temporary_of_this_run(goal: Path) -> str:
+    """That, with what `_is_dead` knows a process by."""
+    return f"{_temporary(goal)}{os.getpid()}-{platform.node()}-"
 
 
 def _is_dead(name: str) -> bool:

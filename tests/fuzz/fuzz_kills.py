@@ -208,7 +208,7 @@ def signalled_analysis(random: Random, folder: Path, place: Path, seconds: float
     code, text = _ended(child), said.read_text() if said.exists() else ""
     assert "Traceback" not in text, text[-1500:]
     if code not in (0, -kind):
-        assert code == 130, f"exit code {code} after {kind.name}: {text[-500:]}"
+        assert code == 128 + kind, f"exit code {code} after {kind.name}: {text[-500:]}"
         assert len([line for line in text.splitlines() if line.startswith("interrupted")]) == 1, text[-500:]
     settle(out)
     Findings.load(out)

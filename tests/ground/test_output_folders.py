@@ -19,7 +19,7 @@ from factories import findings_of, synthetic
 
 from collapse_probe.analysis.compare import compare
 from collapse_probe.errors import OutputError
-from collapse_probe.files import INCOMING, MANIFEST, check_output, new_folder, page_folder, tidy, write_with_page
+from collapse_probe.files import INCOMING, MANIFEST, TEMPORARY, check_output, new_folder, page_folder, tidy, write_with_page
 from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.findings import Findings
 
@@ -391,3 +391,12 @@ def test_a_half_moved_run_in_a_folder_that_cannot_be_written_is_told(tmp_path, m
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(OutputError, match=r"make the folder writable, then: collapse-probe report"):
         Findings.load(place)
+
+
+def test_what_a_check_leaves_when_it_is_killed_is_known_by_its_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "rmdir", lambda self: None)
+    check_output(tmp_path)
+    (left,) = tmp_path.iterdir()
+    match = TEMPORARY.fullmatch(left.name)
+    assert match is not None
+    assert match[1] == str(os.getpid())
