@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fuzz_trials import KINDS, REFUSED, Kind, mutated, run
 
-SHARES = {"images": 0.02, "archives": 0.05, "findings": 0.02, "checkpoints": 0.1, "commands": 0.02, "disks": 0.2}
+SHARES = {"images": 0.02, "archives": 0.05, "findings": 0.04, "checkpoints": 0.1, "commands": 0.04, "disks": 0.2}
 
 
 @pytest.mark.parametrize("name", SHARES)
