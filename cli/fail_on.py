@@ -52,7 +52,7 @@ SUMMARY = (
     *("images", "accuracy", "attention_entropy_share", "head_similarity_mean", "image_similarity_mean"),
     *("feature_similarity_adjacent", "attention_entropy_mean", "patch_diversity_last"),
     *(f"{name}{point}_adjacent" for name in ("attention_similarity", "other_token", "kappa") for point in POINTS),
-    *(f"similar_blocks{point}{end}" for point in ("", "_probs") for end in (*BOUNDS, "_corrected")),
+    *(f"similar_blocks{point}{end}" for point in ("", "_probs") for end in (*BOUNDS, "_corrected", "_pairs")),
 )
 OF_WEIGHTS = re.compile(r"(weight_(rank|similarity|orthogonality)|hyperspherical_energy)\w*_(mean|adjacent)(_untrained)?")
 EFFECTS = re.compile(r"images|accuracy|(share|mean|uniform|identity|skip)_(largest|all)_(kl|agreement|accuracy_change)")

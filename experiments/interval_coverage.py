@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python experiments/interval_coverage.py [DRAWS]
 
 Populations are the bundled models over all digits, of which small samples are drawn with replacement, and made-up ones. Prints
-the tables; tests/statistics/test_coverage.py asserts bounds of the same numbers with fewer draws.
+the tables; tests/statistics/test_interval_coverage.py asserts bounds of the same numbers with fewer draws.
 """
 
 from __future__ import annotations

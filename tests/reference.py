@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+from scipy import optimize, special
 
 
 def cosine(a, b):
@@ -75,3 +76,24 @@ def feature_similarity(tokens):
     """tokens [B, depth, P, D] -> [depth, depth]."""
     unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
     return np.einsum("bptv,bqtv->pq", unit, unit) / (len(tokens) * tokens.shape[2])
+
+
+def one_sided(values, mean, sign=1):
+    """p that the mean is above (sign 1) or below (−1) `mean`: the larger of Student's and Hall's, one sample at a time."""
+    x = sign * (np.asarray(values) - mean)
+    n, middle = len(x), sum(x) / len(x)
+    second, third = (sum((each - middle) ** power for each in x) / n for power in (2, 3))
+    skewness, u = third / second**1.5, middle / np.sqrt(second * n / (n - 1))
+    hall = u + skewness * u**2 / 3 + skewness**2 * u**3 / 27 + skewness / (6 * n)
+    return special.stdtr(n - 1, -np.sqrt(n) * min(u, hall))
+
+
+def interval_ends(values, tail=0.025):
+    """Where the one-sided tests just reject, by halving; the mean twice where all values are the same."""
+    if np.ptp(values) == 0:
+        return [values[0]] * 2
+    middle, ends = np.mean(values), []
+    for sign in (1, -1):
+        far = middle - sign * 1e3 * np.std(values)
+        ends.append(optimize.brentq(lambda mean, sign=sign: one_sided(values, mean, sign) - tail, far, middle))
+    return ends

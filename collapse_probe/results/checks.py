@@ -269,7 +269,7 @@ def metric(value: Any, where: str) -> None:
     if value["dims"][0] in value["dims"][1:] and len(set(shape)) > 1:
         fail(f"{where}.values", "a square matrix", list(shape))
     _errors(value, where, shape)
-    if (adjacent := value.get("adjacent")) and len(adjacent) != shape[0] - 1:
+    if (adjacent := value.get("adjacent")) and value["dims"][0] in ("block", "depth") and len(adjacent) != shape[0] - 1:
         fail(f"{where}.adjacent", f"a list of {shape[0] - 1}", adjacent)
     if (mean := value.get("head_mean")) is not None:
         record({"values": anything, "stderr": anything, "ci95": anything}, more=False)(mean, f"{where}.head_mean")

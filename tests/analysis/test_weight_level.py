@@ -35,7 +35,8 @@ def test_without_data_the_whole_folder_is_written(run):
     assert "no data: the weights alone" in err
     assert "weight_rank_mean" in out
     found = Findings.load("out")
-    assert found.data == {"address": None, "images": 0, "skipped": [], "names_sha256": None, "bundled": False}
+    none = {"address": None, "names_sha256": None, "bundled": False, "trained_on": None}
+    assert found.data == {"images": 0, "skipped": [], **none}
     assert set(found.metrics) == set(PLAIN)
     for name in PLAIN:
         reading = found.metrics[name]

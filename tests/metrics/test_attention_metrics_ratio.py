@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import reference
 from factories import random_maps, readings, trace_of
-from scipy import stats
 
 from collapse_probe.metrics.attention.similarity_ratio import CHOICES, Choice, sensitivity
 
@@ -89,8 +88,8 @@ def test_the_count_under_every_choice_has_the_interval_of_its_blocks():
     for row, choice in zip(found["sensitivity"], CHOICES, strict=True):
         ratios = slow_ratio(maps, choice)
         ratios = ratios[:, np.isfinite(ratios).all(0)]
-        reach = stats.t.ppf(1 - 0.05 / ratios.shape[1], 5) * stats.sem(ratios, axis=0)
-        ends = [int((ratios.mean(0) + side * reach > 0.9 + 1e-6).sum()) for side in (-1, 1)]
+        bounds = np.array([reference.interval_ends(each, 0.05 / ratios.shape[1]) for each in ratios.T])
+        ends = (bounds > 0.9 + 1e-6).sum(0).tolist()
         assert row["ci95"] == ends, choice
         assert ends[0] <= row["similar_blocks"] <= ends[1]
         wide += ends[0] < ends[1]
@@ -138,8 +137,9 @@ def test_one_image_has_no_interval_of_its_count():
 
 def test_a_table_from_ratios_alone():
     ratios = np.array([[np.nan, 0.91, 0.9], [np.nan, 0.2, 1.0]])
-    sure = np.zeros_like(ratios), np.full_like(ratios, 5)
-    rows = sensitivity((ratios, *sure), [Choice(1, 0.8, "before"), Choice(2, "mean", "both")])
+    rows = sensitivity(
+        ratios, lambda tail: np.stack([ratios, ratios], -1), [Choice(1, 0.8, "before"), Choice(2, "mean", "both")]
+    )
     assert [row["similar_blocks"] for row in rows] == [1, 1]
     assert [row["threshold"] for row in rows] == [0.8, "mean"]
     assert [row["ci95"] for row in rows] == [[1.0, 1.0]] * 2

@@ -6,9 +6,10 @@ from itertools import product
 
 import numpy as np
 import pytest
+import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import optimize, special, stats
+from scipy import stats
 
 from collapse_probe.statistics.intervals import (
     beyond,
@@ -31,25 +32,6 @@ def draws(images, places, shift=0.0, seed=0):
     return np.random.default_rng(seed).normal(shift, 1.0, (images, places))
 
 
-def one_sided(values, mean, sign=1):
-    """p that the mean is above (sign 1) or below (−1) `mean`: the larger of Student's and Hall's, one sample at a time."""
-    x = sign * (np.asarray(values) - mean)
-    n, middle = len(x), sum(x) / len(x)
-    second, third = (sum((each - middle) ** power for each in x) / n for power in (2, 3))
-    skewness, u = third / second**1.5, middle / np.sqrt(second * n / (n - 1))
-    hall = u + skewness * u**2 / 3 + skewness**2 * u**3 / 27 + skewness / (6 * n)
-    return special.stdtr(n - 1, -np.sqrt(n) * min(u, hall))
-
-
-def ends_by_hand(values, tail=0.025):
-    """Where the one-sided tests just reject, by halving."""
-    middle, ends = np.mean(values), []
-    for sign in (1, -1):
-        far = middle - sign * 1e3 * np.std(values)
-        ends.append(optimize.brentq(lambda mean, sign=sign: one_sided(values, mean, sign) - tail, far, middle))
-    return ends
-
-
 @pytest.mark.parametrize("images", [3, 5, 16, 60])
 @pytest.mark.parametrize("tail", [0.025, 0.001])
 def test_an_interval_ends_where_both_tests_stop_rejecting(images, tail):
@@ -57,7 +39,7 @@ def test_an_interval_ends_where_both_tests_stop_rejecting(images, tail):
     skewed[:, 1] *= -1
     numbers = mean_parts(skewed)
     for values, (low, high) in zip(skewed.T, parts_interval(numbers, tail), strict=True):
-        assert (low, high) == pytest.approx(ends_by_hand(values, tail))
+        assert (low, high) == pytest.approx(reference.interval_ends(values, tail))
 
 
 def test_without_skewness_it_is_the_t_interval_and_never_narrower():
@@ -90,7 +72,7 @@ def test_the_paired_test_rejects_just_where_the_interval_leaves_out_0():
     means, parts, defined = numbers = mean_parts(each)
     n = defined.sum(0)
     p = beyond(means, parts_stderr(parts, n), n, parts_skewness(parts, n))
-    assert p[:20] == pytest.approx([one_sided(values, 0) for values in each.T[:20]])
+    assert p[:20] == pytest.approx([reference.one_sided(values, 0) for values in each.T[:20]])
     assert 0 < (p <= 0.025).sum() < 300
     assert ((p <= 0.025) == (parts_interval(numbers)[:, 0] > 0)).all()
 
@@ -189,7 +171,7 @@ def bounds_by_hand(first, second):
     tail = 0.05 / (3 * first.shape[1])
     low = high = 0
     for one, other in zip(first.T, second.T, strict=True):
-        ends, means = [ends_by_hand(values, tail) for values in (one, other)], [one.mean(), other.mean()]
+        ends, means = [reference.interval_ends(values, tail) for values in (one, other)], [one.mean(), other.mean()]
         sides = [{bool(end > 0.9) for end in each} for each in ends]
         combinations = [b - a for a, b in product(*sides)]
         together = np.corrcoef(one, other)[0, 1]
