@@ -136,7 +136,9 @@ def load_plugin(address: str) -> None:
             sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])
         else:
-            import_also_from_here(address)
+            module = import_also_from_here(address)
+            if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
+                raise ImportError("it is a folder without an __init__.py")
     except (Exception, SystemExit) as error:
         what = f"the plug-in {address} cannot be loaded: {first_line(error)}"
         raise PluginError(f"{what}; expected the name of a module, or a file that ends in .py") from error

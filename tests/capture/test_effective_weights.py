@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -340,11 +338,12 @@ def test_frozen_weights_kept_as_buffers():
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
 @pytest.mark.parametrize("version", ["flat", 1, 2])
-def test_sharded_matrices_are_read_while_they_are_whole(version):
+def test_sharded_matrices_are_read_while_they_are_whole(version, monkeypatch):
     from torch import distributed
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29713", RANK="0", WORLD_SIZE="1")
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
     distributed.init_process_group("gloo")
     try:
         model = toy()

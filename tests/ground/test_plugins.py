@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from collapse_probe.errors import PluginError, UnknownNameError
-from collapse_probe.registry import Registry
+from collapse_probe.registry import Registry, load_plugin
 
 METRIC = '''
 from collapse_probe.metrics.token_metric import DepthMetric
@@ -269,3 +269,10 @@ def test_the_family_is_imported_once(registry, monkeypatch):
 def test_completion_shows_the_public_names_alone():
     code = "import collapse_probe as cp\ncp.Monitor, cp.sweep\nassert dir(cp) == sorted(cp.__all__), dir(cp)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parent)
+
+
+def test_a_folder_without_code_is_no_plug_in(tmp_path, monkeypatch):
+    (tmp_path / "holiday_pictures").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PluginError, match="it is a folder without an __init__.py"):
+        load_plugin("holiday_pictures")
