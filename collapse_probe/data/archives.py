@@ -275,7 +275,9 @@ def in_zip(file: Path) -> Pictures:
                 _add_member(archive, member, members)
             _count_unlisted(archive, left_out)
             places = members.pictures(lambda member: _head(archive, member))
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except NotImplementedError as error:
+        raise DataError(f"{file} is packed in a way that Python cannot unpack: {error}; unpack it, or pack it again") from error
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise DataError(f"{file} is no whole zip: {error}; make it or fetch it again") from error
     return _collected(places, left_out, "zip", file, _open_in_zip)
 

@@ -348,3 +348,15 @@ def test_a_windows_zip_keeps_its_folders(tmp_path):
             info.filename, info.create_system = name, 0
             archive.writestr(info, picture())
     assert open_data(tmp_path / "a.zip").class_names == ("cat", "dog")
+
+
+def test_a_zip_of_a_later_version_is_not_called_damaged(tmp_path):
+    path = tmp_path / "later.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("0.png", b"any")
+    content = bytearray(path.read_bytes())
+    at = content.find(b"PK\x01\x02") + 6  # the version that is needed, in the list of files
+    content[at : at + 2] = (99).to_bytes(2, "little")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="packed in a way that Python cannot unpack: zip file version"):
+        open_data(path)
