@@ -1,8 +1,9 @@
-"""The random generators of Python, NumPy and torch: seeds made of keys, seeding for a while, states kept and restored."""
+"""The random generators of Python, NumPy and torch: seeds made of keys, ranks of names, seeding for a while, states kept."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,6 +15,15 @@ import torch
 def seed_of(*key: int) -> int:
     """One seed below 2^63 out of several whole numbers from 0 up; different keys give unrelated seeds."""
     return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]) >> 1
+
+
+def rank_of_name(name: str, seed: int = 0) -> int:
+    """A pseudo-random whole number below 2^64 that follows from a name and a seed alone.
+
+    The k names of the lowest ranks are a random sample of any set of names: the same one whatever the order in which they come,
+    and that of a union is found among those of its parts.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big")
 
 
 def seed_all(*key: int) -> None:
