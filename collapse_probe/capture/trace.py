@@ -6,10 +6,12 @@ L blocks (or attention layers), R and C the queries and keys inside a tile.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,12 +87,26 @@ class Attention:
         *leading, queries, keys = self.shape
         return leading[-1] if leading else 1, queries, keys
 
+    def first(self, images: int, of: int) -> Attention:
+        """The attention of the first of `of` images; what has no axis of images (and windows) stays as it is."""
+        whole = self.probs if self.q is None else self.q
+        if whole is None or len(whole) % of:
+            return self
+        size = len(whole)
+        kept = {}
+        for name in ("q", "k", "bias", "logsumexp", "probs", "weights"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.ndim > (3 if name == "bias" else 0) and len(tensor) == size:
+                kept[name] = tensor[: images * (size // of)]
+        return replace(self, **kept)
+
     def logits(self, images: slice = ALL, heads: slice = ALL, rows: slice = ALL, columns: slice = ALL) -> Tensor:
         """The scaled, masked logits in float32 [b, h, R, C]; only where q and k were captured."""
         assert self.q is not None
         assert self.k is not None
-        k_BHNK = expand_heads(self.k[images], self.q.shape[1])
-        logits = (self.q[images, heads, rows].float() * self.scale) @ k_BHNK[:, heads, columns].float().transpose(-1, -2)
+        q = (self.q[images, heads, rows].float() * self.scale).contiguous()
+        k = expand_heads(self.k[images], self.q.shape[1])[:, heads, columns].float().contiguous()
+        logits = q @ k.transpose(-1, -2)  # of contiguous tensors: the kernel is the same for one image and for many
         if self.bias is not None:
             part = self.bias.reshape((1,) * (4 - self.bias.ndim) + self.bias.shape)
             place = (images, heads, rows, columns)
@@ -140,6 +156,26 @@ def expand_heads(x_BHNK: Tensor, heads: int) -> Tensor:
 def by_window(values: Tensor, windows: int) -> Tensor:
     """What there is of all windows of the first image, then of the next, [B·windows, ...] -> [B, windows, ...]."""
     return values.reshape(-1, windows, *values.shape[1:])
+
+
+def first_of(output: Any, images: int, of: int) -> Any:
+    """What a model returned for the first of `of` images: tensors whose first axis is the images, also in lists, tuples, dicts
+    and dataclasses; all else stays as it is.
+    """
+    if isinstance(output, Tensor):
+        return output[:images] if not output.is_nested and output.ndim and len(output) == of else output
+    if isinstance(output, dict):
+        kept = copy.copy(output)
+        for name, value in output.items():
+            kept[name] = first_of(value, images, of)
+        return kept
+    if isinstance(output, (list, tuple)):
+        parts = [first_of(value, images, of) for value in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    if is_dataclass(output) and not isinstance(output, type):
+        held = ((field.name, field.init, getattr(output, field.name)) for field in fields(output))
+        return replace(output, **{name: first_of(value, images, of) for name, init, value in held if init})
+    return output
 
 
 POINTS = ("probs", "weights")
@@ -199,6 +235,18 @@ class Trace:
     tokens: tuple[Tensor | None, ...]
     attention: tuple[Attention, ...]
     output: object
+
+    def first(self, images: int) -> Trace:
+        """The trace of the first images alone (views): what others in the batch were leaves no mark on it."""
+        if images == self.images:
+            return self
+        return Trace(
+            plan=self.plan,
+            images=images,
+            tokens=tuple(None if x is None else x[:images] for x in self.tokens),
+            attention=tuple(attention.first(images, self.images) for attention in self.attention),
+            output=first_of(self.output, images, self.images),
+        )
 
     def patches(self, depth: int) -> Tensor | None:
         """The patch tokens at `depth` in float32, [B, P, D]; prefix tokens are left out."""
