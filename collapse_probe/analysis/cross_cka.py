@@ -14,7 +14,8 @@ from collapse_probe.analysis.measurement import plan_of, with_input
 from collapse_probe.capture.capture import record
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import micro_batch
-from collapse_probe.data.images import Batch, ImageSet, batches_of, from_loader, images_from, seeded_order
+from collapse_probe.data.images import ImageSet, batches_of, from_loader, images_from, seeded_order
+from collapse_probe.data.loading import Batch
 from collapse_probe.devices import autocast, choose_device, floating_like
 from collapse_probe.errors import DataError
 from collapse_probe.metrics.minibatch_cka import STRIDE, MinibatchHSIC, minibatch_for

@@ -21,7 +21,8 @@ from collapse_probe.capture.capture import same
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.replacement import KINDS, Branch, Replacement, branches_of, refusal, replacements_for, replacing
 from collapse_probe.capture.trace import TRACE_BYTES
-from collapse_probe.data.images import Batch, OwnImages, batches_of, images_from
+from collapse_probe.data.images import OwnImages, batches_of, images_from
+from collapse_probe.data.loading import Batch
 from collapse_probe.data.preprocessing import Size
 from collapse_probe.devices import autocast, choose_device, floating_like
 from collapse_probe.distributed import gathered

@@ -17,7 +17,7 @@ from collapse_probe.analysis.gallery import Glimpse, glimpse
 from collapse_probe.capture.capture import record
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import TILE_BYTES, Trace, micro_batch
-from collapse_probe.data.images import Batch
+from collapse_probe.data.loading import Batch
 from collapse_probe.devices import autocast, floating_like
 from collapse_probe.distributed import gathered
 from collapse_probe.errors import DataError, NonFiniteError, SettingError

@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
@@ -16,9 +13,11 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from collapse_probe.data.addresses import pictures_at
+from collapse_probe.data.coverage import Coverage
+from collapse_probe.data.loading import WHOLE, Batch, Item, Part, check_share, collated, loader_of, read_all, reason_of
 from collapse_probe.data.objects import LABEL_KEYS, PIXEL_KEYS, is_dataset, of_dataset, of_tensor
 from collapse_probe.data.preprocessing import Preprocess
 from collapse_probe.data.readers import (
@@ -26,8 +25,6 @@ from collapse_probe.data.readers import (
     REMARK,
     LeftOut,
     Pictures,
-    Skipped,
-    Unreadable,
     decode,
     is_deep,
     opened,
@@ -166,22 +163,6 @@ def check_count(count: int) -> None:
         raise SettingError(f"the number of images to take must be at least 1, not {count}; leave it out for all")
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Some pictures made ready: `pixels` [B, channels, height, width] float32; row b is picture `indices[b]`.
-
-    `labels` [B] int64 or None. `skipped` are the pictures of this batch that could not be read, each with its
-    reason; they have no row, so B may be 0. `remarks` counts what was done to pictures besides decoding.
-    """
-
-    indices: tuple[int, ...]
-    names: tuple[str, ...]
-    pixels: Tensor
-    labels: Tensor | None = None
-    skipped: tuple[Skipped, ...] = ()
-    remarks: Counter[str] = field(default_factory=Counter)
-
-
 def open_data(
     address: str | os.PathLike[str],
     *,
@@ -220,26 +201,24 @@ def check_max_pixels(max_pixels: int | None) -> None:
 
 
 class _Prepared(Dataset[Any]):
-    """Item i is (i, pixels, label, remark), or (i, the reason, None, "") for a picture that cannot be used."""
+    """Item i is the picture at place i of an order."""
 
-    def __init__(self, images: ImageSet, preprocess: Preprocess) -> None:
-        self.images, self.preprocess = images, preprocess
+    def __init__(self, images: ImageSet, preprocess: Preprocess, order: Sequence[int] | None) -> None:
+        self.images, self.preprocess, self.order = images, preprocess, order
+        self.names, self.labels = images.names, images.labels
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str, int | None, str]:
+    def __getitem__(self, place: int) -> Item | CollapseProbeError:
+        index = place if self.order is None else self.order[place]
+        name, known = self.names[index], None if self.labels is None else self.labels[index]
         try:
             picture, label = self.images.read(index)
             pixels = picture.float() if isinstance(picture, Tensor) else self.preprocess.pixels_of(picture)
-            return index, pixels, label, "" if isinstance(picture, Tensor) else str(picture.info.get(REMARK, ""))
-        except CollapseProbeError:  # of the model's, not of this picture
-            raise
+            remark = "" if isinstance(picture, Tensor) else str(picture.info.get(REMARK, ""))
+            return Item(place, index, name, pixels, label if known is None else known, remark)
+        except CollapseProbeError as error:  # of the model's, not of this picture
+            return error
         except Exception as error:  # neither Pillow nor transforms have a common base for their errors
-            return index, reason_of(error), None, ""
-
-
-def reason_of(error: Exception) -> str:
-    """Why a picture is skipped, on one line."""
-    text = str(error) if isinstance(error, Unreadable) else f"{type(error).__name__}: {error}"
-    return escaped(" ".join(text.split()))[:200]
+            return Item(place, index, name, reason_of(error))
 
 
 def batches(
@@ -251,56 +230,34 @@ def batches(
     rank: int = 0,
     world: int = 1,
     order: Sequence[int] | None = None,
+    part: Part = WHOLE,
+    done: Coverage | None = None,
+    pin: bool = False,
 ) -> Iterator[Batch]:
     """Read the set in order, or in the `order` of these places, every picture once.
 
-    Process `rank` of `world` takes the pictures rank, rank + world, … of that order.
-
-    Nothing is padded or repeated, so processes may get different numbers of pictures. One that cannot be
+    Of the places in that order, `part` (K, N) takes every N-th from the K-th on, of these all that are not `done`, and of what
+    is left process `rank` of `world` the rank-th, the (rank + world)-th, …; `Batch.read` are places in that order. Nothing
+    is padded or repeated, so processes may get different numbers of pictures. One that cannot be
     read (damaged, empty, a decompression bomb) or preprocessed is in the batch's `skipped` instead of its rows. `workers`
-    are processes that decode.
+    are processes that decode; `pin` is for a GPU.
 
     Raises SettingError for impossible settings, and DataError at the end of a single process' pass in which
     no picture could be read.
     """
-    if batch_size < 1:
-        raise SettingError(f"the batch size must be at least 1, not {batch_size}")
-    if workers < 0 or not 0 <= rank < world:
-        raise SettingError(f"expected workers ≥ 0 and 0 ≤ rank < world, not {workers}, {rank}, {world}")
-    places = (range(len(images)) if order is None else order)[rank::world]
+    check_share(batch_size, workers, rank, world, part)
+    own = range(len(images) if order is None else len(order))[part[0] - 1 :: part[1]]
+    places = own if done is None else done.outside(own)
     images.bits  # noqa: B018  # looked for once, not in every worker
-    collate = functools.partial(_collate, images.names, images.labels, (preprocess.channels, *preprocess.size))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # more workers than cores
-        loader: DataLoader[Any] = DataLoader(
-            _Prepared(images, preprocess),
-            batch_size=batch_size,
-            sampler=places,
-            num_workers=workers,
-            collate_fn=collate,
-            generator=torch.Generator(),  # DataLoader would draw its workers' seed from the global one
-        )
-    return _read_all(loader, images.address, len(places), alone=world == 1)
-
-
-def _read_all(loader: DataLoader[Any], address: str, count: int, alone: bool) -> Iterator[Batch]:
-    """The loader's batches; DataError at their end where one process `alone` could read none of `count` pictures."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fork in a process with threads
-        iterator = iter(loader)
-    skipped: list[Skipped] = []
-    read = 0
-    for batch in iterator:
-        read += len(batch.indices)
-        skipped += batch.skipped
-        yield batch
-    if alone and not read:
-        reasons: dict[str, str] = {}
-        for name, reason in skipped:
-            reasons.setdefault(reason, name)
-        first = "; ".join(f"{name} ({reason})" for reason, name in islice(reasons.items(), 3))
-        example = f", for example {first}" if skipped else ""
-        raise DataError(f"no image of {address} can be read: {len(skipped)} of {count} failed{example}")
+    loader = loader_of(
+        _Prepared(images, preprocess, order),
+        batch_size=batch_size,
+        workers=workers,
+        pin=pin,
+        sampler=places[rank::world],
+        collate_fn=functools.partial(collated, (preprocess.channels, *preprocess.size)),
+    )
+    return read_all(loader, images.address, alone=world == 1 and part == WHOLE and not done)
 
 
 def batches_of(
@@ -309,36 +266,29 @@ def batches_of(
     batch_size: int,
     workers: int = 0,
     order: Sequence[int] | None = None,
+    *,
+    part: Part = WHOLE,
+    done: Coverage | None = None,
+    pin: bool = False,
 ) -> Iterator[Batch]:
-    """This process's share of an ImageSet, see `batches`; or what a caller's own loader gives, see `from_loader`."""
+    """This process's share of an ImageSet, see `batches`; or what a caller's own loader gives, see `from_loader`.
+
+    Raises SettingError where a caller's own loader is to give a `part`, or what is not `done`.
+    """
     if not isinstance(images, ImageSet):
+        if part != WHOLE or done is not None:
+            raise SettingError(
+                "a part of the images, or what is left of them, can be read of a data address, not of an iterable"
+            )
         return from_loader(images)
     rank, world = rank_and_world()
-    return batches(images, preprocess, batch_size=batch_size, workers=workers, rank=rank, world=world, order=order)
+    share: dict[str, Any] = {"rank": rank, "world": world, "part": part, "done": done}
+    return batches(images, preprocess, batch_size=batch_size, workers=workers, pin=pin, order=order, **share)
 
 
 def seeded_order(images: ImageSet, seed: int) -> tuple[int, ...]:
     """The places of all pictures in a random order that follows from the seed and their number."""
     return tuple(np.random.default_rng(seed).permutation(len(images)).tolist())
-
-
-def _collate(
-    names: Sequence[str],
-    labels: Sequence[int] | None,
-    shape: tuple[int, int, int],
-    items: Sequence[tuple[int, Tensor | str, int | None, str]],
-) -> Batch:
-    rows = [(i, pixels, label) for i, pixels, label, _ in items if isinstance(pixels, Tensor)]
-    indices = tuple(i for i, _, _ in rows)
-    own = [label for _, _, label in rows] if labels is None else [labels[i] for i in indices]
-    return Batch(
-        indices,
-        tuple(names[i] for i in indices),
-        torch.stack([pixels for _, pixels, _ in rows]) if rows else torch.empty(0, *shape),
-        None if None in own or (labels is None and not own) else torch.tensor(own, dtype=torch.int64),
-        tuple((names[i], reason) for i, reason, _, _ in items if isinstance(reason, str)),
-        Counter(remark for _, _, _, remark in items if remark),
-    )
 
 
 class OwnImages:
@@ -411,7 +361,7 @@ def from_loader(loader: Iterable[Any]) -> Iterator[Batch]:
         pixels, labels = _pixels_and_labels(item)
         indices = tuple(range(seen, seen + len(pixels)))
         seen += len(pixels)
-        yield Batch(indices, tuple(map(str, indices)), pixels.float(), _whole_numbers(labels, len(pixels)))
+        yield Batch(indices, tuple(map(str, indices)), pixels.float(), _whole_numbers(labels, len(pixels)), read=indices)
     if not seen and rank_and_world()[1] == 1:
         raise DataError("the loader gave no image")
 

@@ -13,7 +13,8 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from collapse_probe.data.images import ImageSet, batches, reason_of
+from collapse_probe.data.images import ImageSet, batches
+from collapse_probe.data.loading import reason_of
 from collapse_probe.data.preprocessing import Preprocess, from_timm_config
 from collapse_probe.data.splits import SPLIT_SEED, Split
 from collapse_probe.errors import DataError, SettingError
