@@ -91,8 +91,6 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
 
     def finish(variant: str) -> None:
         run = run_of(variant)
-        for accumulator in run.accumulators.values():
-            accumulator.flush()
         for metric in sets[variant].values():
             result_of(metric, run)
 

@@ -14,11 +14,12 @@ from collapse_probe.analysis.measurement import plan_of, with_input
 from collapse_probe.capture.capture import record
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import micro_batch
-from collapse_probe.data.images import ImageSet, batches_of, from_loader, images_from, seeded_order
+from collapse_probe.data.images import ImageSet, batches_of, from_loader, images_from
 from collapse_probe.data.loading import Batch
 from collapse_probe.devices import autocast, choose_device, floating_like
 from collapse_probe.errors import DataError
-from collapse_probe.metrics.minibatch_cka import STRIDE, MinibatchHSIC, minibatch_for
+from collapse_probe.metrics.functional.cka import FEWEST
+from collapse_probe.metrics.sampled_cka import JACKKNIFE, SAMPLED, SampledHSIC, sample_size
 from collapse_probe.models.loading import Subject
 from collapse_probe.results.findings import MetricResult
 
@@ -26,12 +27,10 @@ NAME = "cross-cka"
 DIMS = ("depth_of_first", "depth_of_second")
 DEFINITION = (
     "Linear CKA between the patch tokens (prefix tokens out) at a depth of the first model and at one of the second, flattened "
-    "to one vector an image: the unbiased HSIC₁ averaged over minibatches of the same images (one of n weighs n), then "
+    "to one vector an image: the unbiased HSIC₁ over all images as one U-statistic (Song et al. 2012), then "
     "HSIC(a, b)/√(HSIC(a, a)·HSIC(b, b)) (arXiv 2010.15327), in float64. Each model sees an image through its own "
-    "preprocessing. Depth 0 enters the first block. Negative values are possible: the estimate is unbiased. details.minibatch "
-    f"is the images in one; they are put together by their place (the same remainder by {STRIDE}) in a random order of the "
-    "data, or in that of a caller's loader, not by the run's batches. The standard error is a jackknife over groups of "
-    "minibatches."
+    f"preprocessing. Depth 0 enters the first block. {SAMPLED} Negative values are possible: the estimate is unbiased. "
+    f"{JACKKNIFE}"
 )
 
 
@@ -47,12 +46,11 @@ def cross_cka(
     amp: str | None = None,
     seed: int = 0,
 ) -> MetricResult:
-    """Minibatch unbiased linear CKA between any depth of one model and any of another, on the same images in one joint pass.
+    """Unbiased linear CKA between any depth of one model and any of another, on the same images in one joint pass.
 
     `values` [depths of the first, depths of the second], −1 … 1 and a little beyond (the estimate is unbiased), 1 for features
     that are equal up to rotation, shift and scale; NaN where a depth has no patches. `images` as `analyze` takes them (an
-    iterable's pixels go to both models as they are, in its order); an ImageSet is read in a random order that follows from the
-    seed, and `limit` is a seeded subset of it. `amp` is a dtype of autocast.
+    iterable's pixels go to both models as they are); `limit` is a seeded subset. `amp` is a dtype of autocast.
     Raises DataError for fewer than four images, SettingError for a limit of an iterable, CaptureError where a model cannot be
     captured.
     """
@@ -62,21 +60,20 @@ def cross_cka(
     models = [subject.model for subject in subjects]
     plans = [plan_of(subject, device, seed) for subject in subjects]
     length = sum(patches * width for plan in plans for patches, width in filter(None, plan.patch_shapes))
-    hsic = MinibatchHSIC(sum(len(plan.taps) for plan in plans), minibatch_for(length)).to(place)
+    hsic = SampledHSIC(sum(len(plan.taps) for plan in plans), sample_size(length))
     if isinstance(images, ImageSet):
-        order = seeded_order(images, seed)
-        streams = [batches_of(images, subject.preprocess, batch_size, workers, order) for subject in subjects]
+        streams = [batches_of(images, subject.preprocess, batch_size, workers) for subject in subjects]
     else:
         streams = [*tee(from_loader(images))]
     step = min(micro_batch(plan, place) for plan in plans)
     with torch.no_grad():
         for one, other in zip(*streams, strict=True):
-            for pixels in _pairs(one, other, step):
+            for names, *pixels in _pairs(one, other, step):
                 patches = [_patches(m, p, x, amp) for m, p, x in zip(models, plans, pixels, strict=True)]
-                hsic.absorb([*patches[0], *patches[1]])
+                hsic.absorb(names, [*patches[0], *patches[1]])
     hsic.all_reduce()
-    values, stderr, ci95, minibatches = hsic.cka()
-    if not minibatches:
+    values, stderr, ci95 = hsic.cka()
+    if hsic.details()["images"] < FEWEST:
         raise DataError("unbiased CKA between two models needs four images or more that both can read")
     across = slice(0, len(plans[0].taps)), slice(len(plans[0].taps), None)
     return MetricResult(
@@ -85,17 +82,17 @@ def cross_cka(
         values=values[across],
         stderr=stderr[across],
         ci95=ci95[across],
-        details={"prefix": False, "minibatch": hsic.size, "minibatches": minibatches},
+        details={"prefix": False, **hsic.details()},
     )
 
 
-def _pairs(one: Batch, other: Batch, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pixels of the images that both batches hold, a few at a time."""
+def _pairs(one: Batch, other: Batch, step: int) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+    """Names and pixels of the images that both batches hold, a few at a time."""
     places = {index: row for row, index in enumerate(other.indices)}
     rows = [(row, places[index]) for row, index in enumerate(one.indices) if index in places]
     for start in range(0, len(rows), step):
         mine, others = zip(*rows[start : start + step], strict=True)
-        yield one.pixels[list(mine)], other.pixels[list(others)]
+        yield [one.names[row] for row in mine], one.pixels[list(mine)], other.pixels[list(others)]
 
 
 def _patches(model: nn.Module, plan: Plan, pixels: Tensor, amp: str | None) -> list[Tensor | None]:

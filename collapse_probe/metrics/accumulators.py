@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.distributed import rank_and_world
+from collapse_probe.errors import SettingError
 from collapse_probe.statistics.intervals import Array, interval, skewness_of
 
 if TYPE_CHECKING:
@@ -55,12 +56,9 @@ class Accumulator:
         """Add the sums of the batch to the states; returns per-image values [B, …] by name."""
         return {}
 
-    def flush(self) -> None:
-        """Add to the states what was not added yet. Called before the states are read, stored or brought together."""
-
-    def add_state(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> None:
-        """A new state of zeros."""
-        self.states[name] = torch.zeros(*shape, dtype=dtype)
+    def add_state(self, name: str, *shape: int) -> None:
+        """A new state of zeros in float64."""
+        self.states[name] = torch.zeros(*shape, dtype=torch.float64)
 
     def state(self, name: str) -> Tensor:
         """A state by its name."""
@@ -76,34 +74,50 @@ class Accumulator:
         self.states = {name: state.to(device) for name, state in self.states.items()}
         return self
 
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of all that was added, on the CPU."""
-        self.flush()
-        return {name: state.cpu().clone() for name, state in self.states.items()}
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of all that was added: contiguous tensors on the CPU by name, and nothing else."""
+        return {name: state.to("cpu", copy=True).contiguous() for name, state in self.states.items()}
 
-    def load_state_dict(self, states: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave for an accumulator of the same kind and settings."""
-        self.flush()
-        assert states.keys() == self.states.keys(), "these are the states of another accumulator"
+    def load_state_dict(self, states: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave for an accumulator of the same kind and settings; SettingError for any other."""
+        self._check(states)
         for name, state in self.states.items():
             state.copy_(states[name])
 
     def merge(self, other: Self) -> None:
-        """Add what another accumulator of the same kind and settings has seen: of other images."""
-        self.flush()
-        other.flush()
+        """Add what another accumulator of the same kind and settings has seen, of other images; SettingError for any other."""
+        self._check(other.states)
         for name, state in self.states.items():
             state += other.states[name].to(state.device)
 
     def all_reduce(self) -> None:
-        """Replace the states by their sums over all processes, added in the order of the ranks; every process calls it."""
-        self.flush()
+        """Replace the states by what `merge` makes of those of all processes in the order of their ranks; all call it."""
         _, world = rank_and_world()
         if world > 1:
             for name, state in self.states.items():
                 parts = [torch.empty_like(state) for _ in range(world)]
                 dist.all_gather(parts, state.contiguous())
-                self.states[name] = torch.stack(parts).sum(0)
+                self.states[name] = sum(parts[1:], parts[0])
+
+    def _check(self, states: Mapping[str, Tensor]) -> None:
+        """SettingError where the states are not of this kind and these settings; nothing was changed then."""
+        if (difference := differing(self.states, states)) is not None:
+            raise SettingError(f"these are the sums of another metric, model or version ({difference}): add like to like")
+
+
+def differing(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> str | None:
+    """The first difference between the names, shapes and dtypes of two sets of states; None where there is none.
+
+    >>> differing({"total": torch.zeros(2)}, {"total": torch.zeros(3)})
+    'total is [3] in float32, not [2] in float32'
+    """
+    for name in (*expected, *came):
+        if name not in came or name not in expected:
+            return f"{name} is {'missing' if name in expected else 'not known here'}"
+        shown = [f"[{', '.join(map(str, each.shape))}] in {str(each.dtype)[6:]}" for each in (expected[name], came[name])]
+        if shown[0] != shown[1]:
+            return f"{name} is {shown[1]}, not {shown[0]}"
+    return None
 
 
 class Means(Accumulator):

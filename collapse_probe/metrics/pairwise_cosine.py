@@ -20,7 +20,6 @@ import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -41,8 +40,6 @@ SAMPLED_TOKENS = 16
 BY_IMAGE = ("real", "other_token", "other_head", "other_key")
 """What is kept of every image for neighbouring blocks."""
 SPARE_BYTES = 8 * 2**20
-SUMMED_IMAGES = 32
-"""Vectors are added over at least this many images in float32 before they go into the run's float64 sums."""
 
 
 def seeded_sample(tokens: list[int], size: int, seed: int = 0) -> list[int]:
@@ -190,8 +187,6 @@ class PairwiseCosine(Means):
         super().__init__()
         self.neighbours, self.blocks = torch.tensor(neighbours, dtype=torch.bool), len(neighbours) + 1
         self.groups, self.token_dim = list(groups), -2 if axis == "row" else -1
-        self._recent: list[tuple[Tensor, Tensor]] = []
-        self._summed = 0
         square = (self.blocks, self.blocks)
         self.add_means(real=square, other_token=square, other_head=square, other_both=square, other_key=square)
         self.add_state("both_count", *square)
@@ -216,11 +211,6 @@ class PairwiseCosine(Means):
         device = next(t.device for t in (*tensors, *trace.tokens) if t is not None)
         self._pairs = PairSums(trace.images, self.blocks, device)
         self._own = PairSums(trace.images, self.blocks, device) if self.sampled else self._pairs
-        if not self._recent:  # sums over the last few images in float32: the run's own are float64
-            zeros = partial(torch.zeros_like, dtype=torch.float32, device=device)
-            self._recent = [
-                (zeros(self.state(f"over_images_{g}")), zeros(self.state(f"defined_{g}"))) for g in range(len(self.groups))
-            ]
 
     def absorb(self, part: Part, tokens: list[int], units: tuple[Tensor, Tensor]) -> None:
         """Take the unit vectors [b, h, L, R, C] of some heads and tokens of some images."""
@@ -234,11 +224,11 @@ class PairwiseCosine(Means):
             vectors, valid = vectors.index_select(self.token_dim, places), valid[..., inside]
         if inside:
             first = place_of[tokens[inside[0]]]
-            total, defined = (sums[:, part.heads] for sums in self._recent[g])
-            total = total.narrow(self.token_dim, first, len(inside))
+            total = self.state(f"over_images_{g}")[:, part.heads].narrow(self.token_dim, first, len(inside))
             for one_image in by_window(vectors, part.windows):
-                total += one_image
-            defined[..., first : first + len(inside)] += by_window(valid, part.windows).sum(0)
+                total += one_image.to(total.device)
+            defined = self.state(f"defined_{g}")[:, part.heads]
+            defined[..., first : first + len(inside)] += by_window(valid, part.windows).sum(0).to(defined.device)
         if self.sampled:
             self._own.add(part, vectors, valid, self.token_dim)
 
@@ -256,24 +246,12 @@ class PairwiseCosine(Means):
         self.add("own_sums", self._own.sums.sum(1))
         self.add("own_pairs", self._own.pairs.sum(1))
         self.add("images", torch.tensor([float(trace.images)]))
-        self._summed += trace.images
-        if self._summed >= SUMMED_IMAGES:
-            self.flush()
         among = self.neighbours.to(x.device)
         adjacent = {name: torch.where(among, cosines[name].diagonal(-1, -2, -1), torch.nan) for name in BY_IMAGE}
         return adjacent | {"within": cosines["other_head"].diagonal(0, -2, -1)}
 
-    def flush(self) -> None:
-        """Bring the sums over the last few images into the states, a head at a time."""
-        for g, recent in enumerate(self._recent):
-            for name, sums in zip((f"over_images_{g}", f"defined_{g}"), recent, strict=True):
-                for state, one_head in zip(self.state(name).flatten(0, 1), sums.flatten(0, 1), strict=True):
-                    state += one_head.to(state.device)
-        self._recent, self._summed = [], 0
-
     def across_images(self) -> dict[str, Array]:
         """real, other_token, other_head, other_both between different images, [blocks, blocks]; NaN with one image."""
-        self.flush()
         own_sums, own_pairs = self.state("own_sums"), self.state("own_pairs")
         whole = PairSums(1, self.blocks, own_sums.device)
         for g, group in enumerate(self.groups):
@@ -329,7 +307,7 @@ class MapPairwiseCosine(PairwiseCosine):
         defined = valid.to(vectors.dtype).transpose(1, 2)
         each = (by_block.flatten(3), by_block.sum(self.token_dim), defined, defined.sum(-1, keepdim=True))
         for kind, x in enumerate(each):
-            sums[kind] += (x[:, pairs] @ x[:, later].mT).sum(0).to(sums)
+            sums[kind] += (x[:, pairs] @ x[:, later].mT).to(sums).sum(0)
         self.state("between_heads")[:, [positions[i] for i in pairs], :heads, :heads] = sums
 
     def left_out(self) -> Array:
@@ -425,8 +403,8 @@ class ImageSpread(Means):
             self.samples.append(sample)
             shape = (len(sample), group.keys) if axis == "row" else (group.queries, len(sample))
             every = (GROUPS, group.windows, group.heads, len(group.positions))
-            self.add_state(f"sums_{g}", *every, *shape, dtype=torch.float32)
-            self.add_state(f"defined_{g}", *every, len(sample), dtype=torch.float32)
+            self.add_state(f"sums_{g}", *every, *shape)
+            self.add_state(f"defined_{g}", *every, len(sample))
 
     def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         self._group = torch.tensor([group_of(name) for name in names])
@@ -442,14 +420,14 @@ class ImageSpread(Means):
         inside = [tokens.index(sample[i]) for i in places]
         vectors = vectors.index_select(self.token_dim, torch.tensor(inside, device=vectors.device))
         valid = valid[..., inside].to(vectors.dtype)
-        group = self._group[tile.images].to(vectors.device)
-        span = slice(places[0], places[-1] + 1)
         sums, defined = self.state(f"sums_{g}")[:, :, tile.heads], self.state(f"defined_{g}")[:, :, tile.heads]
-        sums.narrow(self.token_dim, span.start, len(places)).index_add_(0, group, by_window(vectors, tile.windows))
-        defined[..., span].index_add_(0, group, by_window(valid, tile.windows))
+        group, span = self._group[tile.images].to(sums.device), slice(places[0], places[-1] + 1)
+        part = sums.narrow(self.token_dim, span.start, len(places))
+        part.index_add_(0, group, by_window(vectors, tile.windows).to(sums))
+        defined[..., span].index_add_(0, group, by_window(valid, tile.windows).to(sums))
         for name, one in (("own", vectors.square().sum((1, 3, 4))), ("own_pairs", valid.square().sum((1, 3)))):
             own, one = self.state(name), tile.over_windows(one)
-            own[:, tile.positions] = own[:, tile.positions].index_add(0, group, one.to(own.dtype))
+            own[:, tile.positions] = own[:, tile.positions].index_add(0, group, one.to(own))
 
     def stderr(self) -> Array:
         """Standard error [blocks] of the mean cosine between different images: a jackknife that leaves groups out."""
@@ -457,7 +435,6 @@ class ImageSpread(Means):
         left_out = torch.full((GROUPS, self.blocks), torch.nan, dtype=torch.float64)
         for g, positions in enumerate(group.positions for group in self.groups):
             sums, defined = self.state(f"sums_{g}").flatten(1, 2), self.state(f"defined_{g}").flatten(1, 2)
-            sums, defined = sums.double(), defined.double()
             rest, rest_defined = sums.sum(0) - sums, defined.sum(0) - defined
             total = rest.square().sum((1, 3, 4)) - (own.sum(0) - own)[:, positions]
             pairs = rest_defined.square().sum((1, 3)) - (own_pairs.sum(0) - own_pairs)[:, positions]

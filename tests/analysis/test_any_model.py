@@ -11,7 +11,7 @@ from factories import readings, trace_of
 from scipy import stats
 
 from collapse_probe.metrics.attention.similarity_ratio import Choice, sensitivity
-from collapse_probe.metrics.minibatch_cka import MinibatchHSIC
+from collapse_probe.metrics.sampled_cka import SampledHSIC
 from collapse_probe.statistics.breakdowns import classes_of
 from collapse_probe.statistics.estimates import PerImageValues, kappa_of, mean_of
 from collapse_probe.statistics.intervals import (
@@ -189,14 +189,15 @@ def test_the_interval_of_cka_contains_the_truth():
         np.square(m).sum() for m in (first.T @ second, first.T @ first + 0.25 * np.eye(6), second.T @ second + np.eye(5))
     ]
     truth = squares[0] / np.sqrt(squares[1] * squares[2])
+    names = [f"image {i}" for i in range(256)]
 
     def contains(generator):
         latent = generator.normal(size=(256, 4))
         x = latent @ first + 0.5 * generator.normal(size=(256, 6))
         y = latent @ second + generator.normal(size=(256, 5))
-        fold = MinibatchHSIC(2)
-        fold.absorb([torch.tensor(x), torch.tensor(y)])
-        _, _, ci95, _ = fold.cka()
+        fold = SampledHSIC(2)
+        fold.absorb(names, [torch.tensor(x), torch.tensor(y)])
+        _, _, ci95 = fold.cka()
         return within(ci95[0, 1], truth)
 
     assert LEAST <= share(contains) <= MOST

@@ -17,11 +17,12 @@ from factories import noise_by_class, photographs, small_vit
 from collapse_probe.analysis.analyze import analyze
 from collapse_probe.analysis.compare import compare
 from collapse_probe.analysis.cross_cka import cross_cka
-from collapse_probe.data.images import batches, open_data, seeded_order
+from collapse_probe.data.images import batches, open_data
 from collapse_probe.errors import DataError, SettingError
 from collapse_probe.models.loading import resolve
 from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.findings import Findings
+from collapse_probe.seeding import rank_of_name
 
 SMALL = {"img_size": 32, "model_kwargs": {"depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5}, "pretrained": False}
 NAME = "timm:vit_tiny_patch16_224"
@@ -48,7 +49,7 @@ def test_a_model_agrees_with_itself_exactly_and_as_layer_cka_says(pictures):
     assert np.diag(found.values).tolist() == [1, 1, 1]
     assert found.values == pytest.approx(found.values.T, abs=1e-12)
     assert found.values == pytest.approx(alone.values, abs=1e-6)
-    assert found.details["minibatches"] == alone.details["minibatches"] == 1
+    assert found.details["images"] == alone.details["images"] == 20
 
 
 def test_two_models_of_other_depth_width_and_input_size(pictures):
@@ -136,10 +137,9 @@ def found_by(world, folder):
 
 
 def test_two_processes_find_what_one_does(tmp_path):
-    """72 images: some fill minibatches in their own process, the rest meet at the end."""
     folder = photographs(tmp_path / "many", count=72, side=34)
     one, two = found_by(1, folder), found_by(2, folder)
-    assert one["layer-cka"]["details"]["minibatches"] == 5  # four of 16 images, one of 8
+    assert one["layer-cka"]["details"]["images"] == one["layer-cka"]["details"]["of"] == 72
     for name in one:
         for part in ("values", "stderr", "ci95"):
             mine, other = (np.array(found[name][part], dtype=float) for found in (one, two))
@@ -147,23 +147,23 @@ def test_two_processes_find_what_one_does(tmp_path):
     assert two["token-norm@outliers"]["details"]["outlier_map"] == one["token-norm@outliers"]["details"]["outlier_map"]
 
 
-@pytest.fixture(scope="module")
-def by_class(tmp_path_factory):
-    """Class folders of 128 pictures, dark ones first: in order, the first four minibatches would hold dark ones alone."""
-    return str(noise_by_class(tmp_path_factory.mktemp("by class"), count=128, side=40))
-
-
-def test_minibatches_are_drawn_from_all_classes_of_a_folder_sorted_by_class(by_class):
-    one, two, seed = subject(), subject(1), 5
-    images = open_data(by_class)
-    batch = next(batches(images, one.preprocess, batch_size=128))
-    order = list(seeded_order(images, seed))
-    facts = {"metrics": ("layer-cka",), "null_images": 0, "device": "cpu", "seed": seed}
-    found, drawn, in_order = (
-        analyze(one, data, **facts).metrics["layer-cka"] for data in (by_class, [batch.pixels[order]], [batch.pixels])
+def test_a_sample_of_a_folder_sorted_by_class_is_of_all_classes_and_the_same_in_any_batches(tmp_path, monkeypatch):
+    images = open_data(str(noise_by_class(tmp_path, count=64, side=40)))
+    for module in ("collapse_probe.metrics.tokens.layer_cka", "collapse_probe.analysis.cross_cka"):
+        monkeypatch.setattr(f"{module}.sample_size", lambda length: 24)
+    names = sorted(images.names, key=rank_of_name)[:24]
+    assert len({name.split("/")[0] for name in names}) == 2
+    one, two = subject(), subject(1)
+    pixels = next(batches(images, one.preprocess, batch_size=64)).pixels
+    kept = [pixels[[list(images.names).index(name) for name in names]]]
+    facts = {"metrics": ("layer-cka",), "null_images": 0, "device": "cpu"}
+    found, in_sixes, of_kept = (
+        analyze(one, data, batch_size=size, **facts).metrics["layer-cka"]
+        for data, size in ((images, 64), (images, 6), (kept, 64))
     )
-    assert found.details["minibatches"] == 8
-    assert found.values == pytest.approx(drawn.values, abs=1e-9)
-    assert np.abs(found.values - in_order.values).max() > 1e-3
-    across, across_drawn = (cross_cka(one, two, data, device="cpu", seed=seed) for data in (images, [batch.pixels[order]]))
-    assert across.values == pytest.approx(across_drawn.values, abs=1e-9)
+    assert (found.details["images"], found.details["of"]) == (24, 64)
+    assert in_sixes.values == pytest.approx(found.values, abs=1e-6)
+    assert of_kept.values == pytest.approx(found.values, abs=1e-6)
+    across, across_kept = (cross_cka(one, two, data, device="cpu") for data in (images, kept))
+    assert (across.details["images"], across.details["of"]) == (24, 64)
+    assert across.values == pytest.approx(across_kept.values, abs=1e-6)

@@ -1,4 +1,4 @@
-"""HSIC and CKA against slow loops, worked values and a published implementation; minibatches whatever the batches."""
+"""HSIC and CKA against slow loops, worked values and a published implementation; one U-statistic over a sample by name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from collapse_probe.errors import SettingError
 from collapse_probe.metrics.functional.cka import (
     alignment,
     hsic_unbiased,
+    hsic_without_groups,
     linear_gram,
-    pairwise_hsic,
     u_centred,
 )
-from collapse_probe.metrics.minibatch_cka import MINIBATCH, SMALL_MINIBATCH, STRIDE, MinibatchHSIC, minibatch_for
+from collapse_probe.metrics.sampled_cka import SampledHSIC, sample_size
+from collapse_probe.seeding import rank_of_name
 
 i = np.arange(8)[:, None]
 X = np.sin(0.5 + 1.7 * i + 0.6 * np.arange(3) + 0.9 * i * np.arange(3))
@@ -47,12 +48,6 @@ def linear_cka(x, y, biased=False):
     return alignment(hsic(gram_x, gram_y), hsic(gram_x, gram_x), hsic(gram_y, gram_y))
 
 
-def minibatch_cka(minibatches):
-    """HSIC₁ is averaged over minibatches before the division (Nguyen et al., arXiv 2010.15327, Eq. 4)."""
-    hsic = torch.stack([pairwise_hsic([linear_gram(x), linear_gram(y)]) for x, y in minibatches]).mean(0)
-    return alignment(hsic[0, 1], hsic[0, 0], hsic[1, 1])
-
-
 def slow_hsic(x, y):
     """HSIC₁ term by term from the published formula, diagonals zeroed."""
     n = len(x)
@@ -71,11 +66,9 @@ def by_quadruples(x, y):
     return np.mean(found)
 
 
-def slow_cka(minibatches):
-    """Averages first, a minibatch of n images weighing n, then the division."""
-    each = np.array([[slow_hsic(x, y), slow_hsic(x, x), slow_hsic(y, y)] for x, y in minibatches])
-    found = np.average(each, axis=0, weights=[len(x) for x, _ in minibatches])
-    return found[0] / np.sqrt(found[1] * found[2])
+def slow_cka(x, y):
+    """HSIC₁ term by term, then the division."""
+    return slow_hsic(x, y) / np.sqrt(slow_hsic(x, x) * slow_hsic(y, y))
 
 
 @pytest.mark.parametrize("n", [4, 5, 7])
@@ -106,25 +99,14 @@ def test_biased_hsic_with_the_centring_matrix_written_out():
 def test_worked_values():
     assert linear_cka(t(X), t(Y)).item() == pytest.approx(-0.0621234193, abs=1e-9)
     assert linear_cka(t(X), t(Y), biased=True).item() == pytest.approx(0.3543825589, abs=1e-9)
-    assert minibatch_cka([(t(X[:4]), t(Y[:4])), (t(X[4:]), t(Y[4:]))]).item() == pytest.approx(-0.5855223101, abs=1e-9)
 
 
 # Computed once with ckatorch 1.0.3 (PyPI; github.com/RistoAle97/centered-kernel-alignment), float64: cka_batch of the
-# arrays reshaped to minibatches, cka_base with and without unbiased=True.
-@pytest.mark.parametrize(
-    ("x", "y", "size", "published"),
-    [
-        (X, Y, 8, -0.062123419324551704),
-        (X, Y, 4, -0.5855223100612168),
-        (V, W, 4, 0.38908753287164094),
-        (V, W, 6, 0.2342705630623534),
-        (V, W, 12, 0.4212946524166258),
-    ],
-)
-def test_minibatch_cka_is_that_of_ckatorch(x, y, size, published):
-    minibatches = [(t(x[k : k + size]), t(y[k : k + size])) for k in range(0, len(x), size)]
-    assert minibatch_cka(minibatches).item() == pytest.approx(published, abs=1e-11)
-    assert slow_cka([(p.numpy(), q.numpy()) for p, q in minibatches]) == pytest.approx(published, abs=1e-9)
+# arrays as one minibatch, cka_base with and without unbiased=True.
+@pytest.mark.parametrize(("x", "y", "published"), [(X, Y, -0.062123419324551704), (V, W, 0.4212946524166258)])
+def test_unbiased_cka_is_that_of_ckatorch(x, y, published):
+    assert linear_cka(t(x), t(y)).item() == pytest.approx(published, abs=1e-11)
+    assert slow_cka(x, y) == pytest.approx(published, abs=1e-9)
 
 
 def test_biased_cka_is_that_of_ckatorch():
@@ -179,58 +161,40 @@ def test_features_that_tell_no_images_apart_have_no_cka():
 
 
 def test_fewer_than_four_images_are_refused_with_the_number():
-    with pytest.raises(SettingError, match="4 images or more in a minibatch, not 3"):
+    with pytest.raises(SettingError, match="4 images or more, not 3"):
         u_centred(torch.eye(3))
 
 
-def test_all_pairs_at_once_are_the_pairs_one_by_one():
-    grams = [linear_gram(t(x)) for x in (X, Y, X @ X.T)]
-    slow = [[hsic_unbiased(a, b).item() for b in grams] for a in grams]
-    assert pairwise_hsic(grams).numpy() == pytest.approx(np.array(slow), abs=1e-12)
-
-
-def documented_minibatches(images, size, stride=STRIDE):
-    """The rule in words: remainders by the stride fill their own minibatches; the rest is shared out in order."""
-    filled, left = [], []
-    for remainder in range(stride):
-        mine = list(range(remainder, images, stride))
-        whole = len(mine) // size * size
-        filled += [mine[k : k + size] for k in range(0, whole, size)]
-        left += mine[whole:]
-    left.sort()
-    shares = np.array_split(np.array(left, dtype=int), max(1, len(left) // size)) if len(left) >= 4 else []
-    return [*filled, *(share.tolist() for share in shares)]
-
-
-@pytest.mark.parametrize("images", [4, 6, 16, 23, 50, 64, 70, 131])
-@pytest.mark.parametrize("batch", [1, 7, 64])
-def test_minibatches_are_those_of_the_rule_whatever_the_batch(images, batch):
+@pytest.mark.parametrize(("images", "groups"), [(4, 4), (5, 5), (12, 5), (37, 16)])
+def test_all_pairs_at_once_and_without_each_group_are_the_pairs_one_by_one(images, groups):
     rng = np.random.default_rng(images)
-    x = rng.normal(size=(images, 6))
-    y = x @ rng.normal(size=(6, 9)) + rng.normal(size=(images, 9))
-    fold = MinibatchHSIC(2)
-    for k in range(0, images, batch):
-        fold.absorb([t(x[k : k + batch]).float(), t(y[k : k + batch]).float()])
-    groups = documented_minibatches(images, MINIBATCH)
-    values, _, _, count = fold.cka()
-    assert count == len(groups)
-    assert values[0, 1] == pytest.approx(slow_cka([(x[g], y[g]) for g in groups]), abs=1e-5)
-    assert values[1, 0] == values[0, 1]
-    assert np.diag(values).tolist() == [1, 1]
+    views = [rng.normal(size=(images, f)) + 2 for f in (3, 5, 40)]
+    grams = [linear_gram(t(x)) for x in views]
+    whole, without = hsic_without_groups(torch.stack(grams), groups)
+    assert whole.numpy() == pytest.approx(np.array([[hsic_unbiased(a, b) for b in grams] for a in grams]), rel=1e-11)
+    for g, found in enumerate(without):
+        rest = [i for i in range(images) if i % groups != g]
+        if len(rest) < 4:
+            assert torch.isnan(found).all()
+        else:
+            slow = [[slow_hsic(a[rest], b[rest]) for b in views] for a in views]
+            assert found.numpy() == pytest.approx(np.array(slow), rel=1e-9)
 
 
-def from_processes(world, x, y, monkeypatch):
-    """What `world` processes find together, process r having the images r, r + world, …."""
-    folds = []
-    for rank in range(world):
-        monkeypatch.setattr("collapse_probe.metrics.minibatch_cka.rank_and_world", lambda rank=rank: (rank, world))
-        folds.append(MinibatchHSIC(2))
-        folds[-1].absorb([t(x[rank::world]), t(y[rank::world])])
-    monkeypatch.undo()
-    joined = MinibatchHSIC(2)
-    for fold in reversed(folds):
-        joined.merge(fold)
-    return joined.cka()
+def names_of(images):
+    return [f"class {i % 3}/image {i}" for i in range(images)]
+
+
+def by_rank(names, most):
+    """The places of the names of lowest rank, in that order."""
+    return sorted(range(len(names)), key=lambda i: rank_of_name(names[i]))[:most]
+
+
+def sampled(x, y, most=1024, names=None, batch=64):
+    fold, names = SampledHSIC(2, most), names or names_of(len(x))
+    for k in range(0, len(x), batch):
+        fold.absorb(names[k : k + batch], [t(x[k : k + batch]).float(), t(y[k : k + batch]).float()])
+    return fold
 
 
 def noisy_pair(images, seed=0, noise=1.0):
@@ -239,83 +203,107 @@ def noisy_pair(images, seed=0, noise=1.0):
     return x, x @ rng.normal(size=(6, 9)) + noise * rng.normal(size=(images, 9))
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_processes_that_share_the_stride_find_the_same_minibatches(world, monkeypatch):
-    x, y = noisy_pair(150)
-    one = MinibatchHSIC(2)
-    one.absorb([t(x), t(y)])
-    for mine, other in zip(one.cka()[:3], from_processes(world, x, y, monkeypatch)[:3], strict=True):
-        assert other == pytest.approx(mine, abs=1e-12)
+@pytest.mark.parametrize("images", [4, 6, 16, 31, 32, 70])
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_one_statistic_over_all_images_or_over_those_of_lowest_rank(images, batch):
+    x, y = noisy_pair(images, images)
+    fold = sampled(x, y, most=32, batch=batch)
+    values, _, _ = fold.cka()
+    kept = by_rank(names_of(images), 32)
+    assert fold.details() == {"images": min(images, 32), "of": images}
+    assert values[0, 1] == pytest.approx(slow_cka(x[kept], y[kept]), abs=1e-5)
+    assert values[1, 0] == values[0, 1]
+    assert np.diag(values).tolist() == [1, 1]
 
 
-@pytest.mark.parametrize(("world", "remainders"), [(3, 12), (5, 20), (6, 12), (8, 8)])
-def test_other_processes_group_by_the_least_common_multiple(world, remainders, monkeypatch):
-    x, y = noisy_pair(500)
-    groups = documented_minibatches(500, MINIBATCH, remainders)
-    values, _, _, count = from_processes(world, x, y, monkeypatch)
-    assert count == len(groups)
-    assert values[0, 1] == pytest.approx(slow_cka([(x[g], y[g]) for g in groups]), abs=1e-5)
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 60), st.data())
+def test_any_order_batches_and_parts_find_the_same_to_the_bit(images, data):
+    x, y = (each.astype(np.float32) for each in noisy_pair(images))
+    names, order = names_of(images), data.draw(st.permutations(range(images)))
+    expected = sampled(x, y, most=20)
+    parts, left = [SampledHSIC(2, 20)], list(order)
+    while left:
+        part = SampledHSIC(2, 20)
+        batch = [left.pop() for _ in range(data.draw(st.integers(1, len(left))))]
+        part.absorb([names[i] for i in batch], [t(x[batch]), t(y[batch])])
+        if data.draw(st.booleans()):
+            stored = SampledHSIC(2, 20)
+            stored.load_state_dict(part.state_dict())
+            part = stored
+        parts.insert(data.draw(st.integers(0, len(parts))), part)
+    while len(parts) > 1:
+        parts[0].merge(parts.pop())
+    for mine, other in zip(parts[0].cka(), expected.cka(), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    for name, state in expected.state_dict().items():
+        assert torch.equal(parts[0].state_dict()[name], state)
 
 
-def test_three_processes_find_another_estimate_within_the_interval_of_one(monkeypatch):
-    within = []
-    for seed in range(60):
-        x, y = noisy_pair(150, seed)
-        one = MinibatchHSIC(2)
-        one.absorb([t(x), t(y)])
-        low, high = one.cka()[2][0, 1]
-        within.append(low <= from_processes(3, x, y, monkeypatch)[0][0, 1] <= high)
-    assert np.mean(within) >= 0.95
+def test_states_that_do_not_fit_are_refused_and_change_nothing():
+    x, y = noisy_pair(6)
+    fold = sampled(x, y)
+    before = fold.state_dict()
+    ranks, features = before["ranks"], before["features_0"]
+    for changed in (
+        {"ranks": ranks[:5]},
+        {"ranks": ranks.flip(0)},
+        {"features_0": features[:5]},
+        {"features_0": features.double()},
+        {"features_0": features[0]},
+        {"seen": torch.zeros(2, dtype=torch.float64)},
+        {"features_2": features},
+    ):
+        with pytest.raises(SettingError, match=r"expected|add like to like"):
+            fold.load_state_dict({**before, **changed})
+    with pytest.raises(SettingError, match="not 6 ranks"):
+        SampledHSIC(2, 5).load_state_dict(before)
+    with pytest.raises(SettingError, match="add like to like"):
+        fold.merge(sampled(y, x))
+    with pytest.raises(SettingError, match="add like to like"):
+        fold.merge(SampledHSIC(3))
+    assert all(torch.equal(before[name], state) for name, state in fold.state_dict().items())
 
 
-def test_the_jackknife_leaves_out_one_group_of_minibatches_at_a_time():
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(64, 6))
-    y = x @ rng.normal(size=(6, 9)) + 2 * rng.normal(size=(64, 9))
-    fold = MinibatchHSIC(2)
-    fold.absorb([t(x), t(y)])
-    groups = documented_minibatches(64, MINIBATCH)
-    assert len(groups) == 4
-    left_out = [slow_cka([(x[g], y[g]) for k, g in enumerate(groups) if k != out]) for out in range(4)]
-    expected = np.sqrt(3 / 4 * np.sum((np.array(left_out) - np.mean(left_out)) ** 2))
-    values, stderr, ci95, _ = fold.cka()
+def test_the_jackknife_leaves_out_one_group_of_images_at_a_time():
+    x, y = noisy_pair(64, 1, noise=2.0)
+    order = by_rank(names_of(64), 64)
+    left_out = [slow_cka(x[rest], y[rest]) for g in range(16) if (rest := [i for k, i in enumerate(order) if k % 16 != g])]
+    expected = np.sqrt(15 / 16 * np.sum((np.array(left_out) - np.mean(left_out)) ** 2))
+    values, stderr, ci95 = sampled(x, y).cka()
     assert stderr[0, 1] == pytest.approx(expected, abs=1e-6)
     assert ci95[0, 1].mean() == pytest.approx(values[0, 1])
     assert stderr[0, 0] == 0
 
 
-def test_the_interval_covers_the_value_of_many_images():
-    rng = np.random.default_rng(2)
-    mix = rng.normal(size=(6, 9))
+@pytest.mark.parametrize("images", [16, 40, 160])
+def test_the_interval_covers_the_value_of_many_images(images):
+    mix = np.random.default_rng(2).normal(size=(6, 9))
+    rng = np.random.default_rng(images)
 
-    def draw(images):
-        x = rng.normal(size=(images, 6))
-        fold = MinibatchHSIC(2)
-        fold.absorb([t(x), t(x @ mix + 2 * rng.normal(size=(images, 9)))])
-        return fold.cka()
+    def draw(count):
+        x = rng.normal(size=(count, 6))
+        return sampled(x, x @ mix + 2 * rng.normal(size=(count, 9)), most=6000).cka()
 
-    truth = draw(6000)[0][0, 1]
-    covered = [bool(low <= truth <= high) for low, high in (draw(160)[2][0, 1] for _ in range(100))]
-    assert sum(covered) >= 86
+    truth = draw(4000)[0][0, 1]
+    covered = [bool(low <= truth <= high) for low, high in (draw(images)[2][0, 1] for _ in range(200))]
+    assert sum(covered) >= 176
 
 
-def test_one_minibatch_has_a_value_and_no_interval_and_three_images_have_neither():
-    fold = MinibatchHSIC(2)
-    fold.absorb([t(X), t(Y)])
-    values, stderr, ci95, count = fold.cka()
-    assert count == 1
-    assert values[0, 1] == pytest.approx(-0.0621234193, abs=1e-6)
+def test_four_images_have_a_value_and_no_interval_and_three_have_neither():
+    values, stderr, ci95 = sampled(X[:4], Y[:4]).cka()
+    assert values[0, 1] == pytest.approx(slow_cka(X[:4], Y[:4]), abs=1e-5)
     assert np.isnan(stderr).all()
     assert np.isnan(ci95).all()
-    few = MinibatchHSIC(2)
-    few.absorb([t(X[:3]), t(Y[:3])])
-    assert few.cka()[3] == 0
+    few = sampled(X[:3], Y[:3])
     assert np.isnan(few.cka()[0]).all()
+    assert sampled(X, Y).cka()[0][0, 1] == pytest.approx(-0.0621234193, abs=1e-6)
 
 
-def test_minibatches_shrink_where_the_kept_images_would_outgrow_memory():
-    assert minibatch_for(13 * 49 * 768) == MINIBATCH
-    assert minibatch_for(25 * 1369 * 1024) == SMALL_MINIBATCH
+def test_as_many_images_are_kept_as_fit_in_the_budget():
+    assert sample_size(2 * 49 * 64) == 1024
+    assert sample_size(13 * 49 * 768) == 512 * 2**20 // (4 * 13 * 49 * 768) == 274
+    assert sample_size(25 * 1369 * 1024) == 32
 
 
 def depths_of(images, seed=0):
@@ -328,11 +316,9 @@ def test_layer_cka_against_the_slow_way_and_prefix_tokens_out():
     for name, first in (("layer-cka", 1), ("layer-cka@all", 0)):
         found = readings([trace], [name])[name]
         flat = tokens[:, :, first:].reshape(21, 3, -1)
-        groups = documented_minibatches(21, MINIBATCH)
-        slow = [[slow_cka([(flat[g, a], flat[g, b]) for g in groups]) for b in range(3)] for a in range(3)]
+        slow = [[slow_cka(flat[:, a], flat[:, b]) for b in range(3)] for a in range(3)]
         assert found.values == pytest.approx(np.array(slow), abs=1e-5)
-        assert found.details["minibatch"] == MINIBATCH
-        assert found.details["minibatches"] == len(groups) == 1
+        assert (found.details["images"], found.details["of"]) == (21, 21)
 
 
 def test_layer_cka_compares_depths_of_any_shape_and_skips_missing_ones():

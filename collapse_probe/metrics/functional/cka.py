@@ -36,7 +36,7 @@ def u_centred(gram: Tensor) -> Tensor:
     """
     n = gram.shape[-1]
     if n < FEWEST:
-        raise SettingError(f"unbiased HSIC needs {FEWEST} images or more in a minibatch, not {n}")
+        raise SettingError(f"unbiased HSIC needs {FEWEST} images or more, not {n}")
     diagonal = torch.eye(n, dtype=torch.bool, device=gram.device)
     hollow = gram.masked_fill(diagonal, 0.0)
     rows, columns = hollow.sum(-1, keepdim=True), hollow.sum(-2, keepdim=True)
@@ -64,9 +64,37 @@ def alignment(across: Tensor, own_x: Tensor, own_y: Tensor) -> Tensor:
     return torch.where(defined, across / torch.where(defined, own_x * own_y, 1.0).sqrt(), torch.nan)
 
 
-def pairwise_hsic(grams: list[Tensor]) -> Tensor:
-    """HSIC₁ of every two of V Gram matrices [n, n], -> [V, V]; equal matrices give equal entries, bit for bit."""
-    n = grams[0].shape[-1]
-    centred = u_centred(torch.stack(grams)).flatten(1)
-    rows = [(one * centred).sum(-1) for one in centred]
-    return torch.stack(rows) / (n * (n - 3))
+def hsic_without_groups(grams: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """HSIC₁ of every two of V Gram matrices, and without each group of images: [V, n, n] -> [V, V], [groups, V, V].
+
+    Group g holds the images g, g + groups, … HSIC₁ is a U-statistic over the images; that of the images outside a group
+    follows from sums over the group's rows. NaN where fewer than four images are left. Equal matrices give equal entries, bit
+    for bit.
+    """
+    n = grams.shape[-1]
+    hollow = grams.masked_fill(torch.eye(n, dtype=torch.bool, device=grams.device), 0.0)
+    members = [slice(g, None, groups) for g in range(groups)]
+    with_all = torch.stack([_products(hollow[:, inside]) for inside in members])
+    within = torch.stack([_products(hollow[:, inside, inside]) for inside in members])
+    total, rows = with_all.sum(0), hollow.sum(-1)
+    without = torch.full_like(with_all, torch.nan)
+    for g, inside in enumerate(members):
+        rest = torch.ones(n, dtype=torch.bool, device=grams.device)
+        rest[inside] = False
+        if (left := int(rest.sum())) >= FEWEST:
+            sums = (rows - hollow[:, inside].sum(1))[:, rest]
+            without[g] = _hsic_of_sums(total - 2 * with_all[g] + within[g], sums, left)
+    return _hsic_of_sums(total, rows, n), without
+
+
+def _products(matrices: Tensor) -> Tensor:
+    """Σ A_ij B_ij of every two of V matrices, [V, …] -> [V, V]."""
+    flat = matrices.flatten(1)
+    return torch.stack([(one * flat).sum(-1) for one in flat])
+
+
+def _hsic_of_sums(products: Tensor, rows: Tensor, n: int) -> Tensor:
+    """HSIC₁ [V, V] of n images from Σ_ij K_ij L_ij [V, V] and the row sums [V, n] of matrices without their diagonal."""
+    whole = rows.sum(-1)
+    product_of_sums = whole[:, None] * whole[None] / ((n - 1) * (n - 2))
+    return (products + product_of_sums - 2 / (n - 2) * _products(rows)) / (n * (n - 3))

@@ -122,7 +122,7 @@ FIGURES: dict[str, Drawing] = {
     ),
     "cross-cka": Drawing(
         "Which depths of two models tell the images apart alike",
-        "Unbiased linear CKA over minibatches of the same images, between each depth of the first model and each depth of "
+        "Unbiased linear CKA over the same images, between each depth of the first model and each depth of "
         "the other; 1 where the patch embeddings are equal up to rotation, shift and scale.",
         "It compares what is told apart, not how maps look: a bright band off the diagonal means that the same state is "
         "reached at another depth. A few dominant directions can carry all of it.",
