@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-import os
 import pkgutil
 import re
 import shlex
@@ -19,6 +18,7 @@ import click
 import yaml
 
 from collapse_probe.errors import SettingError, UnknownNameError
+from collapse_probe.launchers import announced
 from collapse_probe.settings import parse_keywords, words_in
 
 Decorator = Callable[[Any], Any]
@@ -103,11 +103,11 @@ def open_subject(data: str | None, flags: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def across_processes(function: Callable[..., None]) -> Callable[..., None]:
-    """A command that joins the process group that torchrun announces."""
+    """A command that joins the process group that torchrun, srun or mpirun announces."""
 
     @functools.wraps(function)
     def command(*args: Any, **flags: Any) -> None:
-        if "MASTER_ADDR" not in os.environ:  # wrong usage is told before torch is loaded
+        if announced() is None:  # wrong usage is told before torch is loaded
             return function(*args, **flags)
         from collapse_probe.distributed import joined
 

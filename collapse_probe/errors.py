@@ -50,3 +50,7 @@ class PluginError(CollapseProbeError):
 
 class OutputError(CollapseProbeError):
     """An output folder that cannot be written or read."""
+
+
+class ProcessError(CollapseProbeError):
+    """Another process of the group failed, died or never came, so that this one cannot end its work."""

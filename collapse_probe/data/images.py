@@ -32,7 +32,7 @@ from collapse_probe.data.readers import (
     significant_bits,
     suffix_of,
 )
-from collapse_probe.distributed import gathered, rank_and_world
+from collapse_probe.distributed import check_processes, gathered, rank_and_world
 from collapse_probe.errors import CollapseProbeError, DataError, SettingError
 from collapse_probe.provenance import escaped
 
@@ -361,6 +361,7 @@ def from_loader(loader: Iterable[Any]) -> Iterator[Batch]:
         pixels, labels = _pixels_and_labels(item)
         indices = tuple(range(seen, seen + len(pixels)))
         seen += len(pixels)
+        check_processes()
         yield Batch(indices, tuple(map(str, indices)), pixels.float(), _whole_numbers(labels, len(pixels)), read=indices)
     if not seen and rank_and_world()[1] == 1:
         raise DataError("the loader gave no image")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from collapse_probe.data.readers import Skipped, Unreadable
+from collapse_probe.distributed import check_processes
 from collapse_probe.errors import CollapseProbeError, DataError, SettingError
 from collapse_probe.provenance import escaped
 
@@ -125,6 +126,7 @@ def read_all(loader: DataLoader[Any], address: str, alone: bool) -> Iterator[Bat
         failed += len(batch.skipped)
         for name, reason in batch.skipped if not read else ():
             first.setdefault(reason, name)
+        check_processes()
         yield batch
     if alone and failed and not read:
         example = "; ".join(f"{name} ({reason})" for reason, name in islice(first.items(), 3))

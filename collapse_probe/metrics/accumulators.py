@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from collapse_probe.capture.trace import MapTile, Trace
-from collapse_probe.distributed import rank_and_world
+from collapse_probe.distributed import gathered_tensors, rank_and_world
 from collapse_probe.errors import SettingError
 from collapse_probe.statistics.intervals import Array, interval, skewness_of
 
@@ -95,9 +94,8 @@ class Accumulator:
         _, world = rank_and_world()
         if world > 1:
             for name, state in self.states.items():
-                parts = [torch.empty_like(state) for _ in range(world)]
-                dist.all_gather(parts, state.contiguous())
-                self.states[name] = sum(parts[1:], parts[0])
+                first, *others = gathered_tensors(state)
+                self.states[name] = sum(others, first)
 
     def _check(self, states: Mapping[str, Tensor]) -> None:
         """SettingError where the states are not of this kind and these settings; nothing was changed then."""
