@@ -36,6 +36,7 @@ from collapse_probe.data.images import ImageSet, OwnImages, images_from, seeded_
 from collapse_probe.data.preprocessing import Size
 from collapse_probe.data.readers import LeftOut
 from collapse_probe.data.splits import split_data, whole_picture
+from collapse_probe.data.streams.stream import ImageStream
 from collapse_probe.devices import choose_device, device_name, floating_like, modes_kept, moved, peak_memory
 from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import DataError, NonFiniteError
@@ -193,7 +194,7 @@ def measure(
     notes = [*ill, *known, *said, *left_out_vectors(measured.results), *notes, *twin_notes, *stopped]
     table = image_table(metrics, seen)
     values = per_image_values(table, heads)
-    class_names = images.class_names if isinstance(images, ImageSet) else ()
+    class_names = images.class_names if isinstance(images, (ImageSet, ImageStream)) else ()
     sure = sureness(values, results, seen.labels, class_names, settings.seed)
     findings = Findings(
         model=model_facts(subject, plan),
@@ -342,7 +343,7 @@ def data_facts(
 ) -> dict[str, Any]:
     """The section `data`; where no image was used, no address and 0 images. What was not read has its number in `left_out`."""
     came = images.batches if isinstance(images, OwnImages) else images
-    address = images.address if isinstance(images, ImageSet) else f"an iterable ({type(came).__name__})"
+    address = images.address if isinstance(images, (ImageSet, ImageStream)) else f"an iterable ({type(came).__name__})"
     left_out = images.left_out if isinstance(images, ImageSet) else LeftOut()
     return {
         "address": None if images is None else address,
@@ -358,7 +359,7 @@ def data_facts(
 
 def data_notes(images: Images | None, remarks: Mapping[str, int]) -> list[str]:
     """How the data were read, what of them was not, and what was done to how many images."""
-    notes = images.notes if isinstance(images, ImageSet) else ()
+    notes = images.notes if isinstance(images, (ImageSet, ImageStream)) else ()
     return [*notes, *(f"{count:,} image{'s' * (count > 1)}: {remark}" for remark, count in sorted(remarks.items()))]
 
 

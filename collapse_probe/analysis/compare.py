@@ -20,6 +20,7 @@ from collapse_probe.analysis.pairing import pair_up
 from collapse_probe.analysis.subjects import Candidate, ModelOptions, SubjectSpec, open_subjects
 from collapse_probe.data.images import ImageSet, OwnImages, images_from
 from collapse_probe.data.preprocessing import Size
+from collapse_probe.data.streams.stream import ImageStream
 from collapse_probe.errors import DataError, NonFiniteError, SettingError
 from collapse_probe.models.batchnorm import recalibrated
 from collapse_probe.models.cost import measure_cost
@@ -38,7 +39,7 @@ Watch = Callable[[str, "int | None"], AbstractContextManager["Progress | None"]]
 class ComparisonRun:
     """What all subjects of one comparison share; `left_out` are images whose activations are not finite in one of them."""
 
-    images: ImageSet | OwnImages | None
+    images: ImageSet | ImageStream | OwnImages | None
     settings: RunSettings
     recalibrate_bn: int
     watch: Watch

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import tee
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from collapse_probe.analysis.loop import model_input
-from collapse_probe.analysis.measurement import plan_of, with_input
+from collapse_probe.analysis.measurement import Images, plan_of, with_input
 from collapse_probe.capture.capture import record
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import micro_batch
-from collapse_probe.data.images import ImageSet, batches_of, from_loader, images_from
+from collapse_probe.data.images import OwnImages, batches_of, from_loader, images_from
 from collapse_probe.data.loading import Batch
 from collapse_probe.devices import autocast, choose_device, floating_like
 from collapse_probe.errors import DataError
@@ -37,7 +36,7 @@ DEFINITION = (
 def cross_cka(
     first: Subject,
     second: Subject,
-    images: ImageSet | Iterable[Any],
+    images: Images,
     *,
     batch_size: int = 64,
     device: str = "auto",
@@ -55,16 +54,16 @@ def cross_cka(
     captured.
     """
     place, subjects = choose_device(device), (first, second)
-    images = images_from(images, limit=limit, seed=seed)
-    subjects = with_input(first, images), with_input(second, images)
+    source = images_from(images, limit=limit, seed=seed)
+    subjects = with_input(first, source), with_input(second, source)
     models = [subject.model for subject in subjects]
     plans = [plan_of(subject, device, seed) for subject in subjects]
     length = sum(patches * width for plan in plans for patches, width in filter(None, plan.patch_shapes))
     hsic = SampledHSIC(sum(len(plan.taps) for plan in plans), sample_size(length))
-    if isinstance(images, ImageSet):
-        streams = [batches_of(images, subject.preprocess, batch_size, workers) for subject in subjects]
+    if isinstance(source, OwnImages):
+        streams = [*tee(from_loader(source))]
     else:
-        streams = [*tee(from_loader(images))]
+        streams = [batches_of(source, subject.preprocess, batch_size, workers) for subject in subjects]
     step = min(micro_batch(plan, place) for plan in plans)
     with torch.no_grad():
         for one, other in zip(*streams, strict=True):

@@ -14,8 +14,9 @@ from collapse_probe.capture.capture import discover_plan, noise
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.weights.matrices import NAMES, Matrices
 from collapse_probe.capture.weights.recording import record_matrices
-from collapse_probe.data.images import ImageSet, OwnImages, batches_of, seeded_order
+from collapse_probe.data.images import ImageSet, OwnImages, batches_of, in_random_order
 from collapse_probe.data.preprocessing import ASSUMED, given_pixels, shown, sides_of
+from collapse_probe.data.streams.stream import ImageStream
 from collapse_probe.devices import choose_device, moved
 from collapse_probe.distributed import unwrap
 from collapse_probe.errors import DataError, NonFiniteError, SettingError
@@ -39,7 +40,7 @@ PROBS_METRICS = tuple(f"{name}@probs" for name in DEFAULT_METRICS[:6])
 NULL_IMAGES = 64
 GALLERY_IMAGES = 4
 
-Images = ImageSet | Iterable[Any]
+Images = ImageSet | ImageStream | Iterable[Any]
 Report = Callable[[str], None]
 
 
@@ -124,8 +125,8 @@ def measure_model(
     if need_images(metrics):
         assert images is not None
         drawn = settings.until_ci is not None or not all(metric.any_order for metric in metrics.values())
-        order = seeded_order(images, settings.seed) if drawn and isinstance(images, ImageSet) else None
-        batches = batches_of(images, subject.preprocess, settings.batch_size, settings.workers, order)
+        source, order = in_random_order(images, settings.seed) if drawn else (images, None)
+        batches = batches_of(source, subject.preprocess, settings.batch_size, settings.workers, order)
         options = replace(options or PassOptions(), on_nonfinite=settings.on_nonfinite)
         run = one_pass(model, plan, metrics, batches, device, settings.amp_as, options)
         if not run.names and run.nonfinite:
@@ -143,7 +144,7 @@ def measure_model(
     return Measurement(results, run, run.seconds or time.perf_counter() - start, notes)
 
 
-def with_input(subject: Subject, images: ImageSet | OwnImages | None) -> Subject:
+def with_input(subject: Subject, images: ImageSet | ImageStream | OwnImages | None) -> Subject:
     """The subject as it takes these images: those that came as tensors are made ready already.
 
     Raises SettingError where another img_size was asked for than they have.

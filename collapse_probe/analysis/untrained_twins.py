@@ -16,6 +16,7 @@ from collapse_probe.analysis.measurement import (
     plan_of,
 )
 from collapse_probe.data.images import ImageSet
+from collapse_probe.data.streams.stream import ImageStream
 from collapse_probe.errors import ModelError
 from collapse_probe.metrics.metric import Metric
 from collapse_probe.metrics.nulls import with_twins
@@ -83,7 +84,7 @@ def _no_twin(subject: Subject, images: Images | None, settings: RunSettings, on_
     """Why a metric has no untrained twin; empty where it has one."""
     if settings.null_images == 0:
         return "no null images were asked for"
-    if on_images and not isinstance(images, ImageSet):
+    if on_images and not isinstance(images, (ImageSet, ImageStream)):
         return "the images came from an iterable that can be run through once"
     return "" if subject.fresh is not None else "the model came as an object, and its architecture cannot be made anew"
 
@@ -107,10 +108,10 @@ def measure_twins(
     A twin sees a seeded subset of the images, the same for all. Raises ModelError where the weights cannot be made anew.
     """
     assert subject.fresh is not None
-    few = images.subset(settings.null_images, settings.seed) if isinstance(images, ImageSet) else None
+    few = images.subset(settings.null_images, settings.seed) if isinstance(images, (ImageSet, ImageStream)) else None
     twins: dict[int, Measurement] = {}
     for seed in seeds:
-        say(f"measuring the untrained twin of seed {seed}" + ("" if few is None else f" on {len(few)} images"))
+        say(f"measuring the untrained twin of seed {seed}" + ("" if few is None else f" on {few.count} images"))
         twin = replace(subject, model=subject.fresh(seed))
         plan = plan_of(twin, settings.device, settings.seed)
         twins[seed] = measure_model(twin, plan, make_metrics(plan, names), few, settings)

@@ -28,8 +28,8 @@ MAGIC_AT = 257  # of a tar: "ustar" there
 BEGIN = 512  # bytes, a tar's first header
 
 
-def pictures_at(address: str, split: str | None = None, limit: int | None = None) -> Pictures:
-    """The pictures at a data address, see `open_data`; `limit` is for streams alone. Raises DataError and UnknownNameError."""
+def pictures_at(address: str, split: str | None = None) -> Pictures:
+    """The pictures at a data address that is no stream, see `open_data`. Raises DataError and UnknownNameError."""
     if not address.strip():
         raise DataError(f"the data address is empty (an unset variable?); expected {EXPECTED}")
     path, mode = Path(address), 0
@@ -42,7 +42,7 @@ def pictures_at(address: str, split: str | None = None, limit: int | None = None
     if stat.S_ISDIR(mode):
         return in_folder(path, split)
     if not mode and address.partition("/")[0] in LIBRARIES:
-        return in_timm(address, split, limit)
+        return in_timm(address, split)
     if split is not None:
         raise DataError(f"{address} has no splits, so {split!r} cannot be taken; leave --split out")
     if address.startswith("bundled:"):

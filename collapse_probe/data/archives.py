@@ -114,7 +114,7 @@ class Members(Generic[P]):
         return False
 
 
-def _clean(name: str) -> str:
+def clean(name: str) -> str:
     """The name of a member: relative, whatever it says, and nothing but a name."""
     return posixpath.normpath(name).lstrip("/")
 
@@ -159,12 +159,12 @@ def _in_tar(stream: IO[bytes], size: int, start: int, folder: str, left_out: Lef
             if member.size < 0 or tar.offset <= before:
                 raise DataError(f"the header at byte {before} has an impossible size")
             before = tar.offset
-            path = str(PurePosixPath(folder, _clean(member.name)))
+            path = str(PurePosixPath(folder, clean(member.name)))
             if member.isdir():
                 continue
             if member.islnk() or member.issym():
                 target = member.linkname if member.islnk() else posixpath.join(posixpath.dirname(member.name), member.linkname)
-                members.add(path, target=str(PurePosixPath(folder, _clean(target))), hard=member.islnk())
+                members.add(path, target=str(PurePosixPath(folder, clean(target))), hard=member.islnk())
             elif not member.isfile():
                 left_out.add(path, "no regular file, but a pipe, a socket or a device")
             elif member.size > MOST_BYTES and not path.lower().endswith(".tar"):
@@ -178,7 +178,7 @@ def _in_tar(stream: IO[bytes], size: int, start: int, folder: str, left_out: Lef
                 found = _in_tar(content, member.size, start + member.offset_data, inside, left_out)
                 _count_replaced(inner, found, left_out)
                 inner |= found
-        _check_end(stream, tar.offset, size, left_out, folder)
+        check_end(stream, tar.offset, size, left_out, folder)
 
     with _damage_told():
         own = members.pictures(lambda place: _content(stream, place, HEAD, start))
@@ -200,7 +200,7 @@ def _damage_told() -> Iterator[None]:
         raise DataError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def _check_end(stream: IO[bytes], end: int, size: int, left_out: LeftOut, folder: str) -> None:
+def check_end(stream: IO[bytes], end: int, size: int, left_out: LeftOut, folder: str) -> None:
     """Nothing if the block at `end`, after the last member, is the end mark; DataError if it is missing or a damaged header."""
     stream.seek(end)
     block = stream.read(BLOCK)
@@ -286,7 +286,7 @@ def _add_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, members: Memb
     name = member.filename
     if member.create_system == 0 and "/" not in name:  # some programs on Windows write their own separator
         name = name.replace("\\", "/")
-    path, mode = _clean(name), member.external_attr >> 16
+    path, mode = clean(name), member.external_attr >> 16
     if name.endswith("/"):
         if member.file_size:
             members.left_out.add(f"{path}/", "a folder by its name, with the bytes of a file: its name is damaged")
@@ -296,7 +296,7 @@ def _add_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, members: Memb
         members.left_out.add(path, f"a file of more than {MOST_BYTES:,} bytes in an archive")
     elif stat.S_ISLNK(mode):
         target = os.fsdecode(_head(archive, member, 4096))
-        members.add(path, target=_clean(posixpath.join(posixpath.dirname(path), target)))
+        members.add(path, target=clean(posixpath.join(posixpath.dirname(path), target)))
     else:
         members.add(path, place=member)
 

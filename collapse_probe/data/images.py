@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from collapse_probe.data.addresses import pictures_at
 from collapse_probe.data.coverage import Coverage
+from collapse_probe.data.libraries import is_stream, shards_at
 from collapse_probe.data.loading import WHOLE, Batch, Item, Part, check_share, collated, loader_of, read_all, reason_of
 from collapse_probe.data.objects import LABEL_KEYS, PIXEL_KEYS, is_dataset, of_dataset, of_tensor
 from collapse_probe.data.preprocessing import Preprocess
@@ -32,10 +33,12 @@ from collapse_probe.data.readers import (
     significant_bits,
     suffix_of,
 )
+from collapse_probe.data.streams.stream import ImageStream
 from collapse_probe.distributed import check_processes, gathered, rank_and_world
 from collapse_probe.errors import CollapseProbeError, DataError, SettingError
 from collapse_probe.provenance import escaped
 
+Images = TypeVar("Images")
 LOOKED_AT = 64  # pictures that may have more than 8 bits and tell how many all have
 
 
@@ -123,6 +126,16 @@ class ImageSet(Dataset[Image]):
         return self._pictures.bundled
 
     @property
+    def from_memory(self) -> bool:
+        """Whether the pictures are in memory, or objects of the caller's own, which other processes should not read."""
+        return self._pictures.from_memory
+
+    @property
+    def count(self) -> int:
+        """The number of pictures."""
+        return len(self)
+
+    @property
     def shape(self) -> tuple[int, int, int] | None:
         """(channels, height, width) of items that are tensors, made ready by the caller."""
         return self._pictures.shape
@@ -170,14 +183,15 @@ def open_data(
     limit: int | None = None,
     seed: int = 0,
     max_pixels: int | None = None,
-) -> ImageSet:
+) -> ImageSet | ImageStream:
     """The pictures at a data address; nothing is decoded yet.
 
     A folder, flat or with class folders, Tiny-ImageNet's too; one picture; a pattern of files (`photos/**/*.jpg`); an
     uncompressed tar or a zip; a CSV or text file that lists paths, with labels or without; `bundled:digits` (1797 images) or
-    `bundled:photos` (53); `hfds/ORG/NAME`, `hfids/…`, `wds/FOLDER`, `tfds/…`, `torch/NAME` as timm reads them. `split` is a
-    subfolder, or timm's split. `limit` takes that many pictures at random under `seed`; of a stream (hfids,
-    wds, tfds) the first. `max_pixels` is the most that a picture may have.
+    `bundled:photos` (53); `hfds/ORG/NAME` and `torch/NAME` as timm reads them. Streams, which are read as they come:
+    `wds/FOLDER` or `wds/shard-{000..019}.tar`, `hfids/ORG/NAME` or `hfids/FOLDER`, `tfds/NAME`. `split` is a
+    subfolder, or the library's split. `limit` takes that many pictures at random under `seed`; of a stream see
+    `ImageStream.subset`. `max_pixels` is the most that a picture may have.
 
     Every real file is read once, hidden ones and those of operating systems are not; `notes` and `left_out` say what is left
     out. Raises DataError where nothing can be read there, SettingError if `limit` < 1 or `max_pixels` < 1, UnknownNameError
@@ -187,11 +201,23 @@ def open_data(
         check_count(limit)
     check_max_pixels(max_pixels)
     name = os.fspath(address)
-    pictures = pictures_at(name, split, limit)
+    if is_stream(name):
+        stream = ImageStream(name, shards_at(name, split), max_pixels)
+        return stream if limit is None else stream.subset(limit, seed)
+    pictures = pictures_at(name, split)
     if not pictures.names:
         raise DataError(f"{address} holds no image")
     images = ImageSet(name, pictures, max_pixels=max_pixels)
     return images if limit is None else images.subset(limit, seed)
+
+
+def open_set(address: str | os.PathLike[str], *, split: str | None = None, limit: int | None = None) -> ImageSet:
+    """The pictures at a data address by number; DataError for a stream, which has none."""
+    images = open_data(address, split=split, limit=limit)
+    if isinstance(images, ImageStream):
+        way = "give a folder, a tar, or hfds/… instead of hfids/…"
+        raise DataError(f"{address} is a stream, and here images are read by number and more than once; {way}")
+    return images
 
 
 def check_max_pixels(max_pixels: int | None) -> None:
@@ -222,7 +248,7 @@ class _Prepared(Dataset[Any]):
 
 
 def batches(
-    images: ImageSet,
+    images: ImageSet | ImageStream,
     preprocess: Preprocess,
     *,
     batch_size: int,
@@ -234,7 +260,7 @@ def batches(
     done: Coverage | None = None,
     pin: bool = False,
 ) -> Iterator[Batch]:
-    """Read the set in order, or in the `order` of these places, every picture once.
+    """Read the set in order, or in the `order` of these places, every picture once; a stream see `ImageStream.batches`.
 
     Of the places in that order, `part` (K, N) takes every N-th from the K-th on, of these all that are not `done`, and of what
     is left process `rank` of `world` the rank-th, the (rank + world)-th, …; `Batch.read` are places in that order. Nothing
@@ -245,6 +271,9 @@ def batches(
     Raises SettingError for impossible settings, and DataError at the end of a single process' pass in which
     no picture could be read.
     """
+    if isinstance(images, ImageStream):
+        share: dict[str, Any] = {"rank": rank, "world": world, "part": part, "done": done}
+        return images.batches(preprocess, batch_size=batch_size, workers=workers, pin=pin, **share)
     check_share(batch_size, workers, rank, world, part)
     own = range(len(images) if order is None else len(order))[part[0] - 1 :: part[1]]
     places = own if done is None else done.outside(own)
@@ -260,8 +289,18 @@ def batches(
     return read_all(loader, images.address, alone=world == 1 and part == WHOLE and not done)
 
 
+def in_random_order(images: Images, seed: int) -> tuple[Images | ImageStream, Sequence[int] | None]:
+    """What to give to `batches_of` so that images are read in a random order that follows from the seed: images, and an order.
+
+    What a caller's own loader gives stays in its order.
+    """
+    if isinstance(images, ImageStream):
+        return images.shuffled(seed), None
+    return images, seeded_order(images, seed) if isinstance(images, ImageSet) else None
+
+
 def batches_of(
-    images: ImageSet | Iterable[Any],
+    images: ImageSet | ImageStream | Iterable[Any],
     preprocess: Preprocess,
     batch_size: int,
     workers: int = 0,
@@ -271,11 +310,12 @@ def batches_of(
     done: Coverage | None = None,
     pin: bool = False,
 ) -> Iterator[Batch]:
-    """This process's share of an ImageSet, see `batches`; or what a caller's own loader gives, see `from_loader`.
+    """This process's share of an ImageSet, see `batches`, or of an ImageStream; or what a caller's own loader gives, see
+    `from_loader`.
 
     Raises SettingError where a caller's own loader is to give a `part`, or what is not `done`.
     """
-    if not isinstance(images, ImageSet):
+    if not isinstance(images, (ImageSet, ImageStream)):
         if part != WHOLE or done is not None:
             raise SettingError(
                 "a part of the images, or what is left of them, can be read of a data address, not of an iterable"
@@ -299,6 +339,8 @@ class OwnImages:
     """
 
     notes: tuple[str, ...] = ()
+    from_memory = True
+    count: int | None = None
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self.batches = batches
@@ -321,32 +363,32 @@ class OwnImages:
 
 def images_from(
     data: Any, *, split: str | None = None, limit: int | None = None, seed: int = 0, max_pixels: int | None = None
-) -> ImageSet | OwnImages:
-    """The images behind whatever a caller gives: an address (see `open_data`), an ImageSet, one tensor of images made ready
-    [n, channels, height, width], a data set of (image, label), or an iterable of batches (see `from_loader`).
+) -> ImageSet | ImageStream | OwnImages:
+    """The images behind whatever a caller gives: an address (see `open_data`), an ImageSet or ImageStream, one tensor of images
+    made ready [n, channels, height, width], a data set of (image, label), or an iterable of batches (see `from_loader`).
 
     Raises SettingError where `split`, `limit` or `max_pixels` cannot be taken of it.
     """
     if isinstance(data, (str, os.PathLike)):
         return open_data(data, split=split, limit=limit, seed=seed, max_pixels=max_pixels)
     check_max_pixels(max_pixels)
-    images: ImageSet | OwnImages
+    images: ImageSet | ImageStream | OwnImages
     if isinstance(data, Tensor):
         images = ImageSet(f"a tensor {list(data.shape)}", of_tensor(data))
-    elif isinstance(data, (ImageSet, OwnImages)):
+    elif isinstance(data, (ImageSet, ImageStream, OwnImages)):
         images = data
     elif is_dataset(data):
         images = ImageSet(f"a data set ({type(data).__name__})", of_dataset(data))
     else:
         images = OwnImages(data)
     asked = {"split": split, "limit": limit, "max_pixels": max_pixels}
-    takes = ("limit",) if isinstance(images, ImageSet) else ()
+    takes = () if isinstance(images, OwnImages) else ("limit",)
     wrong = [name for name, value in asked.items() if value is not None and name not in takes]
     if wrong:
         where = "a data address or a set of images" if wrong[0] == "limit" else "a data address"
-        what = "a set of images" if isinstance(images, ImageSet) else "an iterable"
+        what = "an iterable" if isinstance(images, OwnImages) else "a set of images"
         raise SettingError(f"{wrong[0]} belongs to {where}, not {what} ({type(data).__name__}); leave it out")
-    return images.subset(limit, seed) if isinstance(images, ImageSet) and limit is not None else images
+    return images if isinstance(images, OwnImages) or limit is None else images.subset(limit, seed)
 
 
 def from_loader(loader: Iterable[Any]) -> Iterator[Batch]:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from collapse_probe.data.folders import open_file
 from collapse_probe.data.readers import Pictures, written
+from collapse_probe.data.streams.hub import hub_shards
+from collapse_probe.data.streams.stream import Shards
+from collapse_probe.data.streams.tensorflow import tensorflow_shards
+from collapse_probe.data.streams.webdataset import webdataset_shards
 from collapse_probe.downloads import fetching, first_line
 from collapse_probe.errors import DataError, UnknownNameError
 
+T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
 SIDE = 224  # no crop of a photograph is smaller, in pixels
 GRID = (2, 3)  # and no photograph is cut finer: rows, columns
@@ -41,9 +42,8 @@ def digits() -> Pictures:
     greys = np.round(stored.images * (255 / 16)).astype(np.uint8)
     labels = tuple(int(label) for label in stored.target)
     names = tuple(f"{label}/{i:04d}.png" for i, label in enumerate(labels))
-    return Pictures(
-        names, partial(_from_array, tuple(greys)), labels, tuple(map(str, stored.target_names)), bundled=True, bits=8
-    )
+    classes = tuple(map(str, stored.target_names))
+    return Pictures(names, partial(_from_array, tuple(greys)), labels, classes, bundled=True, bits=8, from_memory=True)
 
 
 def photos() -> Pictures:
@@ -54,7 +54,7 @@ def photos() -> Pictures:
     """
     crops = [(f"{name}/{i}.png", crop) for name, photo in photographs() for i, crop in enumerate(_squares(photo))]
     names, arrays = zip(*crops, strict=True)
-    return Pictures(names, partial(_from_array, arrays), bundled=True)
+    return Pictures(names, partial(_from_array, arrays), bundled=True, from_memory=True)
 
 
 def photographs() -> Iterator[tuple[str, Pixels]]:
@@ -102,42 +102,57 @@ LIBRARIES = {  # prefix: the library that it needs, how to install it
     "tfds": ("tensorflow_datasets", "pip install tensorflow tensorflow-datasets"),
     "torch": ("torchvision", "pip install torchvision"),
 }
-STREAMS = ("hfids", "wds", "tfds")  # can only be read from the beginning on
+STREAMS: dict[str, Callable[[str, str | None], Shards]] = {  # read from the beginning on, as they come
+    "hfids": hub_shards,
+    "wds": webdataset_shards,
+    "tfds": tensorflow_shards,
+}
 WAY_OUT = "fetch it where there is network, or give a folder of images or bundled:photos"
 
 
-def in_timm(address: str, split: str | None, limit: int | None) -> Pictures:
+def is_stream(address: str) -> bool:
+    """Whether a data address is one of a stream."""
+    return address.partition("/")[0] in STREAMS and not Path(address).exists()
+
+
+def shards_at(address: str, split: str | None) -> Shards:
+    """The shards of the stream at an address. Raises DataError where the library is missing or they cannot be found."""
+    prefix, _, where = address.partition("/")
+    return _opened(address, lambda: STREAMS[prefix](where, split), hub=prefix == "hfids" and not Path(where).exists())
+
+
+def in_timm(address: str, split: str | None) -> Pictures:
     """The data set at one of timm's addresses; `split` is timm's default, "validation", where None.
 
-    A stream cannot be read by index, so its pictures (the first `limit` where one is given) are first written
-    to a temporary folder, without loss. `torch/…` keeps its files in `datasets` in torch's hub folder.
-    Raises DataError where the library is missing or the data cannot be fetched.
+    `torch/…` keeps its files in `datasets` in torch's hub folder. Raises DataError where the library is missing or the data
+    cannot be fetched.
     """
-    prefix = address.partition("/")[0]
-    library, command = LIBRARIES[prefix]
+    import timm.data
+    import torch
+
+    of_torch = address.startswith("torch/")
+    root = str(Path(torch.hub.get_dir()) / "datasets") if of_torch else None
+    factory: Any = timm.data  # untyped
+
+    def create() -> Pictures:
+        dataset = factory.create_dataset(address, root=root, split=split or "validation", download=of_torch)
+        return _from_torch(dataset) if of_torch else _from_reader(dataset.reader)
+
+    return _opened(address, create, hub=not of_torch)
+
+
+def _opened(address: str, opening: Callable[[], T], hub: bool) -> T:
+    """What `opening` gives; every failure as a DataError of one line."""
+    library, command = LIBRARIES[address.partition("/")[0]]
     if importlib.util.find_spec(library) is None:
         raise DataError(f"{address} needs the library {library}; {command}")
     try:
-        with fetching(address, DataError, WAY_OUT, hub=prefix in ("hfds", "hfids")):
-            dataset = _create(address, prefix, split or "validation")
-            if prefix in STREAMS:
-                return _spooled(itertools.islice(iter(dataset), limit))
-            return _from_torch(dataset) if prefix == "torch" else _from_reader(dataset.reader)
+        with fetching(address, DataError, WAY_OUT, hub=hub):
+            return opening()
     except DataError:
         raise
     except Exception as error:  # each library has errors of its own
         raise DataError(f"cannot open {address}: {first_line(error)}") from error
-
-
-def _create(address: str, prefix: str, split: str) -> Any:
-    import timm.data
-    import torch
-
-    if prefix in STREAMS and torch.distributed.is_available() and torch.distributed.is_initialized():
-        raise DataError(f"{address} is a stream, which one process alone can read; run without torchrun")
-    root = {"torch": str(Path(torch.hub.get_dir()) / "datasets"), "wds": address.partition("/")[2]}.get(prefix)
-    factory: Any = timm.data  # untyped
-    return factory.create_dataset(address, root=root, split=split, download=prefix in ("torch", "tfds"))
 
 
 def _open_timm(reader: Any, index: int) -> Any:
@@ -164,23 +179,6 @@ def _from_torch(dataset: Any) -> Pictures:
     labels = _labels(getattr(dataset, "targets", ()))
     classes = written(map(str, getattr(dataset, "classes", ()))) if labels else ()
     return Pictures(tuple(map(str, range(len(dataset)))), partial(_open_torch, dataset), labels, classes)
-
-
-def _spooled(stream: Iterable[tuple[Image.Image, Any]]) -> Pictures:
-    """The pictures of a stream, written to a temporary folder that goes when they are no longer used here."""
-    folder, targets = tempfile.mkdtemp(prefix="collapse-probe-"), []
-    try:
-        for i, (picture, target) in enumerate(stream):
-            picture.convert("RGB").save(Path(folder, f"{i}.png"), compress_level=1)
-            targets.append(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    numbers = tuple(map(str, range(len(targets))))
-    read = partial(open_file, tuple(str(Path(folder, f"{number}.png")) for number in numbers))
-    pictures = Pictures(numbers, read, _labels(targets))
-    weakref.finalize(pictures, shutil.rmtree, folder, ignore_errors=True)
-    return pictures
 
 
 def _labels(targets: Iterable[Any]) -> tuple[int, ...] | None:

@@ -118,16 +118,20 @@ def read_all(loader: DataLoader[Any], address: str, alone: bool) -> Iterator[Bat
         warnings.simplefilter("ignore")  # fork in a process with threads
         iterator = iter(loader)
     first: dict[str, str] = {}
-    read = failed = 0
+    read, failed, error = 0, 0, None
     for batch in iterator:
         if isinstance(batch, CollapseProbeError):
-            raise batch
+            error = batch
+            break
         read += len(batch.indices)
         failed += len(batch.skipped)
         for name, reason in batch.skipped if not read else ():
             first.setdefault(reason, name)
         check_processes()
         yield batch
+    del iterator  # before an error keeps it alive: workers are then waited for in vain, 5 s each
+    if error is not None:
+        raise error
     if alone and failed and not read:
         example = "; ".join(f"{name} ({reason})" for reason, name in islice(first.items(), 3))
         raise DataError(f"no image of {address} can be read: {failed} of {failed} failed, for example {example}")

@@ -28,7 +28,8 @@ def of_tensor(pixels: Tensor) -> Pictures:
     channels, height, width = own.shape[1:]
     content = hashlib.sha256(own.numpy().tobytes()).hexdigest()
     names = tuple(map(str, range(len(own))))
-    return Pictures(names, partial(_row, own), bits=8, shape=(channels, height, width), content_sha256=content)
+    shape = (channels, height, width)
+    return Pictures(names, partial(_row, own), bits=8, shape=shape, content_sha256=content, from_memory=True)
 
 
 def _row(pixels: Tensor, index: int) -> Tensor:
@@ -68,9 +69,8 @@ def of_dataset(dataset: Any) -> Pictures:
         raise DataError(f"a data set must give PIL images or float tensors, alone, before a label or in a dict; came {came}")
     labels = _labels_of(dataset, count)
     classes = getattr(dataset, "classes", ()) if labels else ()
-    return Pictures(
-        tuple(map(str, range(count))), partial(_item, dataset, shape), labels, written(map(str, classes)), bits=8, shape=shape
-    )
+    names, read = tuple(map(str, range(count))), partial(_item, dataset, shape)
+    return Pictures(names, read, labels, written(map(str, classes)), bits=8, shape=shape, from_memory=True)
 
 
 def _first(dataset: Any, count: int) -> Any:

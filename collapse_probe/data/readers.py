@@ -97,8 +97,9 @@ class Pictures:
 
     That is a stream of its encoded bytes, a PIL image, or a float tensor [channels, height, width] that needs no
     preprocessing; alone, or before its label. `bits` are those of greys of more than 8, where no picture is to be looked at for
-    them; `shape` is that of such tensors, else None. `open` can be pickled, so that loader
-    processes can have it. Without labels `class_names` is empty; with labels that are class numbers as they stand, too.
+    them; `shape` is that of such tensors, else None; `from_memory` says that other processes would not read them faster. `open`
+    can be pickled, so that loader processes can have it. Without labels `class_names` is empty; with labels that are class
+    numbers as they stand, too.
     """
 
     names: tuple[str, ...]
@@ -111,6 +112,7 @@ class Pictures:
     bits: int | None = None
     shape: tuple[int, int, int] | None = None
     content_sha256: str | None = None
+    from_memory: bool = False
 
 
 def is_hidden(name: str) -> bool:

@@ -11,7 +11,7 @@ import torch
 from PIL.Image import Image
 
 from collapse_probe.data.folders import SPLITS
-from collapse_probe.data.images import ImageSet, open_data
+from collapse_probe.data.images import ImageSet, open_set
 from collapse_probe.data.readers import Pictures
 from collapse_probe.errors import DataError
 from collapse_probe.seeding import seed_of
@@ -43,12 +43,12 @@ def split_data(address: str, val_data: str | None = None, *, share: float = 0.2)
         held_out = Path(val_data).expanduser()
         inner = held_out.is_dir() and any((held_out / name).is_dir() for name in SPLITS[1])
         return _paired(
-            open_data(address, split="train" if laid_out[0] else None),
-            open_data(val_data, split="val" if inner else None),
+            open_set(address, split="train" if laid_out[0] else None),
+            open_set(val_data, split="val" if inner else None),
         )
     if all(laid_out):
-        return _paired(open_data(address, split="train"), open_data(address, split="val"))
-    whole = open_data(address)
+        return _paired(open_set(address, split="train"), open_set(address, split="val"))
+    whole = open_set(address)
     if address == PHOTOS:
         return photograph_tiles(whole)
     labels = _labels(whole)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from collapse_probe.data.images import ImageSet, batches
+from collapse_probe.data.streams.stream import ImageStream
 from collapse_probe.devices import choose_device, floating_like, moved
 from collapse_probe.errors import DataError, ModelError, SettingError
 from collapse_probe.models.loading import Subject
@@ -36,7 +37,7 @@ def recalibrated(
         note = "BatchNorm recalibration: there is no BatchNorm2d with running statistics, nothing was done"
         note = note if count else "BatchNorm statistics are those that were stored; nothing was recalibrated"
         return replace(subject, notes=(*subject.notes, note)) if count or norms else subject
-    if not isinstance(images, ImageSet):
+    if not isinstance(images, (ImageSet, ImageStream)):
         raise SettingError("recalibration reads some images twice: give a data address or an ImageSet, not an iterable")
     few, before, place = images.subset(count * batch_size, seed), subject.fresh, choose_device(device)
 

@@ -18,7 +18,7 @@ import torch
 
 from collapse_probe.analysis.analyze import measure
 from collapse_probe.analysis.measurement import RunSettings
-from collapse_probe.data.images import ImageSet, open_data
+from collapse_probe.data.images import ImageSet, open_set
 from collapse_probe.data.splits import split_data
 from collapse_probe.devices import choose_device, device_name
 from collapse_probe.distributed import rank_and_world
@@ -301,7 +301,7 @@ def _measured(cell: Cell, folder: Path, conditions: Conditions, say: Say) -> Cel
 def images_of(cell: Cell, conditions: Conditions) -> ImageSet:
     """The images on which a cell is measured."""
     if conditions.eval_data is not None:
-        return open_data(conditions.eval_data, limit=conditions.limit)
+        return open_set(conditions.eval_data, limit=conditions.limit)
     held_out = split_data(conditions.data, conditions.val_data, share=cell.recipe.val_share).held_out
     return held_out if conditions.limit is None else held_out.subset(conditions.limit)
 

@@ -409,20 +409,6 @@ def test_a_hub_set_is_read_past_its_damaged_images(monkeypatch, tmp_path):
     assert batch.skipped[0][0] == "a.png"
 
 
-def test_a_stream_gives_its_first_images(monkeypatch):
-    stream = [(Image.new("RGB", (8, 6), (i, 2 * i, 3 * i)), i % 2) for i in range(9)]
-    monkeypatch.setattr("importlib.util.find_spec", lambda *_: True)
-    monkeypatch.setattr("timm.data.create_dataset", lambda *_, **__: stream)
-    images = open_data("wds/folder", limit=5)
-    assert images.names == ["0", "1", "2", "3", "4"]
-    assert images.labels == [0, 1, 0, 1, 0]
-    assert images[3].getpixel((0, 0)) == (3, 6, 9)
-    copy = pickle.loads(pickle.dumps(images))
-    assert copy[4].getpixel((0, 0)) == (4, 8, 12)
-    del copy
-    assert images[4].getpixel((0, 0)) == (4, 8, 12)
-
-
 # the caller's own loader
 
 
