@@ -26,14 +26,15 @@ import numpy as np
 import timm
 import torch
 
-from collapse_probe.analysis.loop import PassResult, absorb, accumulators_for, result_of
-from collapse_probe.analysis.measurement import DEFAULT_METRICS, make_metrics, need_images
+from collapse_probe.analysis.measurement import DEFAULT_METRICS, Measurement, RunSettings, make_metrics, need_images
 from collapse_probe.capture.capture import discover_plan, record
 from collapse_probe.capture.plan import Plan
-from collapse_probe.capture.trace import TILE_BYTES, micro_batch
+from collapse_probe.capture.trace import micro_batch
+from collapse_probe.data.loading import Batch
 from collapse_probe.devices import autocast
 from collapse_probe.metrics.metric import Metric
 from collapse_probe.metrics.presets import with_presets
+from collapse_probe.models.loading import resolve
 from collapse_probe.provenance import versions
 from collapse_probe.registry import METRICS, PRESETS
 
@@ -65,9 +66,12 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
     plan = discover_plan(model, (size, size))
     sets = {"analysis": make_metrics(plan, DEFAULT_METRICS), "everything": every_metric(plan)}
 
+    subject = resolve(model)
+    settings = RunSettings(device=str(device), amp=amp is not None, amp_dtype=amp or "float16", null_images=0, gallery_images=0)
+
     @cache
-    def run_of(variant: str) -> PassResult:
-        return PassResult(accumulators_for(sets[variant], device))  # made when needed: the states of other variants take memory
+    def run_of(variant: str) -> Measurement:
+        return Measurement(subject, plan, sets[variant], settings)  # made when needed: the states of others take memory
 
     def plain(images: torch.Tensor) -> None:
         with torch.no_grad(), autocast(device, amp):
@@ -82,17 +86,12 @@ def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str |
 
     def measured(variant: str, images: torch.Tensor) -> None:
         run = run_of(variant)
-        with torch.no_grad():
-            for part in images.split(micro_batch(plan, device, len(images))):
-                with record(model, plan) as ears, autocast(device, amp):
-                    model(part)
-                names = [f"{len(run.names) + i}" for i in range(len(part))]
-                absorb(run, ears.take(), names, part, TILE_BYTES[device.type], frozenset())
+        first = run.tally.images
+        run.update(Batch((), tuple(str(first + i) for i in range(len(images))), images))
 
     def finish(variant: str) -> None:
         run = run_of(variant)
-        for metric in sets[variant].values():
-            result_of(metric, run)
+        run.results(run.table())
 
     timed = {variant: partial(measured, variant) for variant in sets}
     ends = {f"{variant} end": partial(finish, variant) for variant in sets}

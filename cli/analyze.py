@@ -19,13 +19,28 @@ from collapse_probe.cli import options
 @options.surer
 @options.remedies
 @options.failing
+@options.records
+@options.keeping
+@click.option(
+    "--part",
+    type=options.Share(),
+    metavar="K/N",
+    help="Measure every N-th image, from the K-th on, into one state file in the output folder; `merge` adds the parts.",
+)
 @options.output
 @click.option("--json", "as_json", is_flag=True, help="Print findings.json on stdout; a folder is written only with -o.")
 @options.plugin
 @options.talking
 @options.across_processes
 def command(
-    data: str | None, output: str | None, as_json: bool, quiet: bool, verbose: int, fail_on: tuple[str, ...], **flags: Any
+    data: str | None,
+    output: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    fail_on: tuple[str, ...],
+    part: tuple[int, int] | None,
+    **flags: Any,
 ) -> None:
     """Measure the collapse of one model over a data set: one pass, all metrics, findings and report."""
     from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
@@ -33,12 +48,15 @@ def command(
 
     rules = thresholds(fail_on, "analyze")
     options.check_metrics(flags["levels"], flags["presets"], flags["metrics"], data)
-    if output is not None:
+    if part is not None:
+        check_part_flags(output, as_json, fail_on, flags["until_ci"], data)
+    elif output is not None:
         prepare(output, quiet)
 
     from collapse_probe.cli.console import Talk, answer
 
     from collapse_probe.analysis.analyze import analyze
+    from collapse_probe.analysis.merge import analyze_part
     from collapse_probe.distributed import rank_and_world
     from collapse_probe.metrics.metric import of_level
     from collapse_probe.metrics.presets import with_presets
@@ -48,12 +66,37 @@ def command(
     names = (*of_level(*flags.pop("levels")), *with_presets(flags["metrics"], flags["presets"]))
     flags["metrics"] = tuple(dict.fromkeys(names))
     images, subject = options.open_subject(data, flags)
-    folder = output_folder(output, as_json, Path("findings") / subject.name.replace("/", "-"))
+    folder = None if part else output_folder(output, as_json, Path("findings") / subject.name.replace("/", "-"))
     talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
     talk.say("preprocessing " + ", ".join(f"{k} {v}" for k, v in subject.preprocess.description.items()))
     talk.say("no data: the weights alone" if images is None else f"data {images.address}, {len(images)} images")
+    flags |= {"command": options.command_line(), "report": talk.say}
+    if part is not None and output is not None:
+        with talk.bar(-(-(len(images) - part[0] + 1) // part[1])) as progress:
+            file = analyze_part(subject, images, part, output, **flags, progress=progress)
+        if rank_and_world()[0] == 0:
+            click.echo(file)
+        return
+    if folder is None and (flags["resume"] or flags["max_time"]):
+        raise click.UsageError("--resume and --max-time need an output folder for the state: give -o.")
     with talk.bar(0 if images is None else len(images)) as progress:
-        findings = analyze(subject, images, **flags, command=options.command_line(), progress=progress, report=talk.say)
+        findings = analyze(subject, images, save_to=folder, **flags, progress=progress)
     if rank_and_world()[0] == 0:
         deliver(findings, folder, write_report, answer(findings), as_json)
         stop_if_tripped(rules, {"": findings.summary})
+
+
+def check_part_flags(
+    output: str | None, as_json: bool, fail_on: tuple[str, ...], until_ci: float | None, data: str | None
+) -> None:
+    """Wrong usage where flags cannot go with a part: it has no findings, and sees its own images alone."""
+    from collapse_probe.files import check_writable
+
+    if output is None:
+        raise click.UsageError("--part writes a state file: name its folder with -o.")
+    for flag, given in (("--json", as_json), ("--fail-on", fail_on), ("--until-ci", until_ci is not None)):
+        if given:
+            raise click.UsageError(f"{flag} looks at all images, and --part sees its own alone: use it with `merge`.")
+    if data is None:
+        raise click.UsageError("--part is a part of the images: give --data.")
+    check_writable(output)

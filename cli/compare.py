@@ -20,6 +20,8 @@ from collapse_probe.cli import options
 @options.measuring
 @options.remedies
 @options.failing
+@options.records
+@options.keeping
 @options.output
 @click.option("--json", "as_json", is_flag=True, help="Print comparison.json on stdout; a folder is written only with -o.")
 @options.plugin
@@ -47,8 +49,11 @@ def command(output: str | None, as_json: bool, quiet: bool, verbose: int, fail_o
     from collapse_probe.report.comparison.verdict import verdicts
 
     talk = Talk(quiet)
+    if folder is None and (flags["resume"] or flags["max_time"]):
+        raise click.UsageError("--resume and --max-time need an output folder for the state: give -o.")
     comparison = compare(
         **flags,
+        save_to=folder,
         watch=lambda label, total: talk.bar(total),
         report=talk.say,
         command=options.command_line(),

@@ -30,6 +30,7 @@ KINDS = ("share", "mean", "uniform", "identity", "skip")
 @options.running
 @options.remedies
 @options.failing
+@options.keeping
 @options.output
 @click.option("--json", "as_json", is_flag=True, help="Print interventions.json on stdout; a folder is written only with -o.")
 @options.plugin
@@ -58,8 +59,11 @@ def command(
     folder = output_folder(output, as_json, Path("interventions") / subject.name.replace("/", "-"))
     talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
     talk.say(f"data {images.address}, {len(images)} images")
+    if folder is None and (flags["resume"] or flags["max_time"]):
+        raise click.UsageError("--resume and --max-time need an output folder for the state: give -o.")
+    flags |= {"save_to": folder, "command": options.command_line(), "report": talk.say}
     with talk.bar(len(images)) as progress:
-        interventions = intervene(subject, images, **flags, command=options.command_line(), progress=progress, report=talk.say)
+        interventions = intervene(subject, images, **flags, progress=progress)
     if rank_and_world()[0] == 0:
         lines = [*answer_lines(verdicts(interventions)), *summary_lines({"": interventions.summary})]
         deliver(interventions, folder, write_interventions, "\n".join(lines), as_json)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from collapse_probe import __version__
-from collapse_probe.errors import CollapseProbeError
+from collapse_probe.errors import CollapseProbeError, OutOfTimeError
 
 COMMANDS = {
     "analyze": "Measure the collapse of one model over a data set: the main job.",
@@ -23,12 +23,13 @@ COMMANDS = {
     "train": "Train a recipe, with any fixes and penalties, and watch for collapse.",
     "sweep": "Train and measure a recipe over a grid of depths, widths, fixes and seeds: one table, one page.",
     "intervene": "Say what the attention of each block is worth: replace its map, report the change in logits and accuracy.",
+    "merge": "Add the parts of one measurement, or take what a stopped run left: findings and page.",
     "report": "Rebuild figures and page from a findings folder.",
     "doctor": "Say whether a model can be probed, block by block.",
     "ls": "List models, metrics, fixes, penalties, recipes or data.",
     "demo": "The main job on bundled data; needs no network.",
 }
-FAILED = 1
+FAILED, OUT_OF_TIME = 1, 4
 SIGNALLED, INTERRUPTED = 128, 130  # 128 and the number of the signal
 
 
@@ -59,7 +60,7 @@ def group() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the program and exit: 0 done, 1 failed, 2 wrong usage."""
+    """Run the program and exit: 0 done, 1 failed, 2 wrong usage, 3 a threshold tripped, 4 stopped by --max-time."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console need not be UTF-8
@@ -83,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
+    except OutOfTimeError as error:
+        click.echo(f"stopped: {one_line(error)}", err=True)
+        code = OUT_OF_TIME
     except CollapseProbeError as error:
         if verbose:
             raise

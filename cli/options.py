@@ -10,9 +10,9 @@ import re
 import shlex
 import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 import yaml
@@ -69,6 +69,35 @@ def address(ctx: click.Context, parameter: click.Parameter, text: str | None) ->
 def block_numbers(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
     """The blocks that a flag names, None where it was not given."""
     return None if text is None else blocks_in(text)
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in new releases of click alone
+    """A time as 90 (seconds), 30s, 5m, 1.5h or 2d, in seconds."""
+
+    name = "time"
+    units: ClassVar[Mapping[str, float]] = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Seconds."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is no time; expected a number with s, m, h or d, as 5m or 1.5h", param, ctx)
+        return float(match[1]) * self.units[match[2]]
+
+
+class Share(click.ParamType):  # type: ignore[type-arg]
+    """K/N, a part of the images: K from 1 to N."""
+
+    name = "part"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """K and N."""
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", str(value).strip())
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            self.fail(f"{value!r} is no part; expected K/N with K from 1 to N, as 3/8", param, ctx)
+        return int(match[1]), int(match[2])
 
 
 class ImageSize(click.ParamType):  # type: ignore[type-arg]  # generic in new releases of click alone
@@ -366,6 +395,29 @@ failing = click.option(
     multiple=True,
     metavar="'NAME OP NUMBER'",
     help="Exit with code 3 where this holds of the summary, or is undefined: 'similar_blocks > 4'. May be given several times.",
+)
+records = count(
+    "--records",
+    least=1,
+    default=50_000,
+    says="Images of which what each says by itself is kept; of more, a random sample. Means and counts are over all.",
+)
+keeping = _all(
+    click.option(
+        "--save-every",
+        type=Duration(),
+        default="5m",
+        show_default=True,
+        metavar="TIME",
+        help="Store the state of the run so often, in the output folder, for --resume.",
+    ),
+    click.option(
+        "--max-time",
+        type=Duration(),
+        metavar="TIME",
+        help="Store the state and stop after so long, with exit code 4, before a time limit does: 55m, 23.5h.",
+    ),
+    click.option("--resume", is_flag=True, help="Go on with the state of a run that was stopped, if there is one."),
 )
 talking = _all(
     click.option(

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from collapse_probe.analysis.analyze import analyze
     from collapse_probe.analysis.compare import compare
     from collapse_probe.analysis.intervene import intervene
+    from collapse_probe.analysis.merge import merge
+    from collapse_probe.analysis.probe import Probe
     from collapse_probe.capture.capture import record as record
     from collapse_probe.results.findings import Findings
     from collapse_probe.training.monitor import Monitor
@@ -22,9 +24,11 @@ _HOMES = {
     "Findings": "results.findings",
     "Monitor": "training.monitor",
     "intervene": "analysis.intervene",
+    "Probe": "analysis.probe",
+    "merge": "analysis.merge",
     "sweep": "training.sweep",
 }
-__all__ = ["Findings", "Monitor", "__version__", "analyze", "compare", "intervene", "record", "sweep"]
+__all__ = ["Findings", "Monitor", "Probe", "__version__", "analyze", "compare", "intervene", "merge", "record", "sweep"]
 
 
 def __getattr__(name: str) -> Any:  # loaded on first use, so that the import stays light

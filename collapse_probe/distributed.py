@@ -178,3 +178,16 @@ def gathered(value: Any) -> list[Any]:
     padded[: len(own)] = own
     parts = gathered_tensors(padded)
     return [pickle.loads(part[:length].numpy().tobytes()) for part, length in zip(parts, lengths, strict=True)]
+
+
+def shared(value: Any, source: int) -> Any:
+    """What process `source` passed, in all processes; the others' values are not looked at."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return value
+    own = torch.frombuffer(bytearray(pickle.dumps(value if rank == source else None)), dtype=torch.uint8)
+    length = int(gathered_tensors(torch.tensor(len(own)))[source])
+    place = torch.device("cpu" if "cpu:" in dist.get_backend_config() else "cuda")
+    buffer = (own if rank == source else torch.empty(length, dtype=torch.uint8)).to(place)
+    _finished(lambda: dist.broadcast(buffer, source, async_op=True))
+    return pickle.loads(buffer.cpu().numpy().tobytes())

@@ -40,6 +40,14 @@ class NoAttentionFoundError(CaptureError):
     """The forward pass has no softmax attention that can be captured."""
 
 
+class StateError(CollapseProbeError):
+    """The state of a measurement that is damaged, of another measurement, or has seen an image twice."""
+
+
+class OutOfTimeError(CollapseProbeError):
+    """A run that stopped by itself because its time was over; its state is stored."""
+
+
 class SettingError(CollapseProbeError, ValueError):
     """A setting outside the values that it may take."""
 

@@ -26,6 +26,8 @@ from collapse_probe.errors import OutputError
 
 PARTIAL = ".partial"
 MANIFEST, INCOMING = "manifest.json", ".incoming"
+STATES, PART = ".state", "part-"
+"""Where a run keeps its state while it is under way, and how the states of a part begin."""
 MANIFEST_SCHEMA = "collapse-probe/manifest/1"
 DOCUMENTS = ("findings.json", "comparison.json", "interventions.json", "sweep.json")
 ARRAYS = ("images.npz", "gallery.npz")
@@ -154,6 +156,7 @@ def new_folder(target: str | Path, *, run: str | None = None) -> Iterator[Path]:
         write_document(inside / MANIFEST, {"schema": MANIFEST_SCHEMA, "run": run, "numbers": _hashes(inside), "page": {}})
         try:
             _commit(inside, goal)
+            _forget_states(goal)
         except (OSError, OutputError) as error:
             if not inside.exists():
                 raise
@@ -220,6 +223,16 @@ def _commit(inside: Path, goal: Path, unchanged: Callable[[], bool] = lambda: Tr
         inside.rename(goal / INCOMING)
         _sync(goal)
         _move_in(goal)
+
+
+def _forget_states(goal: Path) -> None:
+    """Remove the states of the run whose numbers are in place now; those of parts stay, which may be of another."""
+    for path in (goal / STATES).glob("*"):
+        if not path.name.startswith(PART):
+            with contextlib.suppress(OSError):
+                path.unlink()
+    with contextlib.suppress(OSError):
+        (goal / STATES).rmdir()
 
 
 def settle(folder: str | Path) -> bool:

@@ -159,14 +159,22 @@ def test_public_names():
 MODEL = "-m --model --checkpoint --checkpoint-key --partial --pretrained --model-kwargs --img-size --blocks-pattern"
 TALK = "--config -v --verbose -q --quiet -h --help"
 PLUGIN = f"--plugin {TALK}"
-RUN = "-b --batch-size -j --workers --device --amp --amp-dtype --seed --on-nonfinite --metric --null-images"
+RUN = "-b --batch-size -j --workers --device --amp --amp-dtype --seed --on-nonfinite"
+MEASURED = "--metric --null-images"
 GIVEN = "--fix --fix-blocks --data --split --limit --max-pixels"
+SAVED = "--save-every --max-time --resume"
 KEPT = f"-o --output --json --fail-on {PLUGIN}"
 TRAINED = "--fix --penalty --set --seed --steps --device -j --workers --monitor-every --stop-after"
 FLAGS = {
-    "analyze": f"{MODEL} {GIVEN} {RUN} --null-seeds --until-ci --level --preset --recalibrate-bn {KEPT}",
-    "compare": f"{MODEL} {GIVEN} {RUN} --recalibrate-bn --cka {KEPT}".replace(" --checkpoint ", " "),
-    "intervene": f"{MODEL} {GIVEN} {RUN} --recalibrate-bn --replace --blocks {KEPT}".replace(" --metric --null-images", ""),
+    "analyze": f"{MODEL} {GIVEN} {RUN} {MEASURED} --null-seeds --until-ci --level --preset --recalibrate-bn --part --records "
+    f"{SAVED} {KEPT}",
+    "compare": f"{MODEL} {GIVEN} {RUN} {MEASURED} --recalibrate-bn --cka --records {SAVED} {KEPT}".replace(
+        " --checkpoint ", " "
+    ),
+    "intervene": f"{MODEL} {GIVEN} {RUN} --recalibrate-bn --replace --blocks {SAVED} {KEPT}".replace(
+        " --metric --null-images", ""
+    ),
+    "merge": f"--allow-missing --device {KEPT}",
     "report": TALK,
     "doctor": f"{MODEL} --device --seed --json {PLUGIN}",
     "ls": PLUGIN,

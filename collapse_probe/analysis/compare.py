@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -11,13 +12,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from collapse_probe.analysis.analyze import NOT_FINITE, measure, restored, without
+from collapse_probe.analysis.analyze import measured, without
+from collapse_probe.analysis.comparison.pairing import pair_up
+from collapse_probe.analysis.comparison.subjects import Candidate, ModelOptions, SubjectSpec, open_subjects
 from collapse_probe.analysis.cross_cka import NAME, cross_cka
-from collapse_probe.analysis.loop import FAIL, Progress
-from collapse_probe.analysis.measurement import GALLERY_IMAGES, NULL_IMAGES, Images, Report, RunSettings, with_input
-from collapse_probe.analysis.outputs import Bounds, ModelOutputs, OutputCollector, labels_for, mean_kl
-from collapse_probe.analysis.pairing import pair_up
-from collapse_probe.analysis.subjects import Candidate, ModelOptions, SubjectSpec, open_subjects
+from collapse_probe.analysis.facts import NOT_FINITE
+from collapse_probe.analysis.measurement import (
+    FAIL,
+    GALLERY_IMAGES,
+    NULL_IMAGES,
+    Images,
+    Progress,
+    Report,
+    RunSettings,
+    restored,
+    with_input,
+)
+from collapse_probe.analysis.outputs import Bounds, ModelOutputs, labels_for, mean_kl
+from collapse_probe.analysis.state.keeper import SAVE_EVERY, Saving, saving_of
+from collapse_probe.analysis.state.records import RECORDS
 from collapse_probe.data.images import ImageSet, OwnImages, images_from
 from collapse_probe.data.preprocessing import Size
 from collapse_probe.data.streams.stream import ImageStream
@@ -44,6 +57,7 @@ class ComparisonRun:
     recalibrate_bn: int
     watch: Watch
     say: Report
+    saving: Saving | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -87,6 +101,11 @@ def compare(
     null_seeds: int = 1,
     gallery_images: int = GALLERY_IMAGES,
     on_nonfinite: str = FAIL,
+    records: int = RECORDS,
+    save_to: str | Path | None = None,
+    save_every: float = SAVE_EVERY,
+    max_time: float | None = None,
+    resume: bool = False,
     command: str = "",
     watch: Watch | None = None,
     report: Report | None = None,
@@ -115,8 +134,10 @@ def compare(
         null_seeds=null_seeds,
         gallery_images=gallery_images,
         on_nonfinite=on_nonfinite,
+        records=records,
         command=command,
     )
+    saving = saving_of(save_to, save_every, max_time, resume)
     options = ModelOptions(
         model=model,
         checkpoint_key=checkpoint_key,
@@ -137,7 +158,7 @@ def compare(
         images = images_from(data, split=split, limit=limit, seed=seed, max_pixels=max_pixels)
         for note in images.notes:
             say(note)
-    findings, pairs = _compare_all(specs, ComparisonRun(images, settings, recalibrate_bn, watch, say), cka)
+    findings, pairs = _compare_all(specs, ComparisonRun(images, settings, recalibrate_bn, watch, say, saving), cka)
     facts = {
         "command": command,
         "seed": seed,
@@ -159,9 +180,9 @@ def _compare_all(specs: Sequence[SubjectSpec], run: ComparisonRun, cka: bool) ->
     findings: dict[str, Findings] = {}
     pairs: list[Pair] = []
     first: MeasuredSubject | None = None
-    for spec in specs:
+    for place, spec in enumerate(specs):
         run.say(f"subject {spec.label}")
-        current = measure_subject(spec, run)
+        current = measure_subject(spec, run, place)
         if spec.is_model and (ill := _newly_ill(current, run)):
             run = replace(run, left_out={**run.left_out, **ill})
             if first is not None:  # the subjects before have seen these images
@@ -187,7 +208,7 @@ def _newly_ill(subject: MeasuredSubject, run: ComparisonRun) -> dict[str, str]:
     }
 
 
-def measure_subject(spec: SubjectSpec, run: ComparisonRun) -> MeasuredSubject:
+def measure_subject(spec: SubjectSpec, run: ComparisonRun, place: int = 0) -> MeasuredSubject:
     """Load the findings of one subject, or open the model and measure it; a caller's module stays as it was."""
     with restored(spec.candidate):
         subject, settings, images = spec.open(), run.settings, run.images
@@ -198,12 +219,20 @@ def measure_subject(spec: SubjectSpec, run: ComparisonRun) -> MeasuredSubject:
         subject = with_input(subject, images)
         subject = recalibrated(subject, images, run.recalibrate_bn, batch_size=size, device=device, seed=seed)
         run.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
-        collector = OutputCollector()
+        left_out = hashlib.sha256("\n".join(sorted(run.left_out)).encode()).hexdigest()[:8] if run.left_out else "all"
+        saving = None if run.saving is None else run.saving.of(f"subject-{place}-{left_out}")
         with run.watch(spec.label, len(images) if isinstance(images, ImageSet) else None) as progress:
-            findings = measure(
-                subject, images, settings, progress=progress, report=run.say, outputs=collector, left_out=run.left_out
+            findings, outputs = measured(
+                subject,
+                images,
+                settings,
+                progress=progress,
+                report=run.say,
+                left_out=run.left_out,
+                keep_logits=True,
+                saving=saving,
             )
-        outputs = collector.outputs(findings.images["names"].tolist())
+        assert outputs is not None
         shape = (subject.preprocess.channels, *subject.preprocess.size)
         cost = measure_cost(subject.model, shape, min(COST_BATCH, settings.batch_size))
         findings = with_accuracy(findings.with_run(cost=asdict(cost)), outputs, images)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from collapse_probe.analysis.analyze import measure, restored
-from collapse_probe.analysis.loop import FAIL, Progress, all_ill, model_input, nonfinite_error
-from collapse_probe.analysis.measurement import Images, Report, RunSettings, plan_of, with_input
-from collapse_probe.analysis.outputs import Bounds, kl_divergence, labels_for, logits_in
+from collapse_probe.analysis.analyze import measure
+from collapse_probe.analysis.facts import source_facts, weights_sha256
+from collapse_probe.analysis.measurement import (
+    FAIL,
+    Images,
+    Progress,
+    Report,
+    RunSettings,
+    all_ill,
+    model_input,
+    nonfinite_error,
+    plan_of,
+    restored,
+    with_input,
+)
+from collapse_probe.analysis.outputs import kl_divergence, labels_for, logits_in
+from collapse_probe.analysis.state.keeper import SAVE_EVERY, Keeper, Saving, all_in_time, saving_of, signals_deferred
+from collapse_probe.analysis.state.passes import Answers, MapSums, Pass, identity_of
 from collapse_probe.capture.capture import same
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.replacement import KINDS, Branch, Replacement, branches_of, refusal, replacements_for, replacing
@@ -25,8 +40,7 @@ from collapse_probe.data.images import OwnImages, batches_of, images_from
 from collapse_probe.data.loading import Batch
 from collapse_probe.data.preprocessing import Size
 from collapse_probe.devices import autocast, choose_device, floating_like
-from collapse_probe.distributed import gathered
-from collapse_probe.errors import CaptureError, DataError, ModelError, NonFiniteError, SettingError
+from collapse_probe.errors import CaptureError, DataError, ModelError, NonFiniteError, OutOfTimeError, SettingError
 from collapse_probe.models.loading import Subject, resolve
 from collapse_probe.results.findings import Findings, plain
 from collapse_probe.results.intervention import Effect, Ends, Interventions
@@ -66,6 +80,10 @@ def intervene(
     amp_dtype: str = "float16",
     seed: int = 0,
     on_nonfinite: str = FAIL,
+    save_to: str | Path | None = None,
+    save_every: float = SAVE_EVERY,
+    max_time: float | None = None,
+    resume: bool = False,
     command: str = "",
     progress: Progress | None = None,
     report: Report | None = None,
@@ -100,6 +118,7 @@ def intervene(
         on_nonfinite=on_nonfinite,
         command=command,
     )
+    saving = saving_of(save_to, save_every, max_time, resume)
     images = images_from(data, split=split, limit=limit, seed=seed, max_pixels=max_pixels)
     if isinstance(images, OwnImages) and images.once:
         raise DataError("the images are run through more than once: give an address, an ImageSet, a list or a DataLoader")
@@ -126,11 +145,16 @@ def intervene(
         made = subject.preprocess
         while True:  # once more without the images whose logits a replacement makes NaN or infinite, where that is asked for
             say("measuring the similarity of the maps")
-            findings = measure(subject, images, settings, report=say, left_out=ill)
+            without = hashlib.sha256("\n".join(sorted(ill)).encode()).hexdigest()[:8] if ill else "all"
+            first = None if saving is None else saving.of(f"similarity-{without}")
+            findings = measure(subject, images, settings, report=say, left_out=ill, saving=first)
             plan = plan_of(subject, device, seed)
             branches = branches_of(subject.model, plan, made.size, made.channels, seed) if "skip" in kinds else {}
             skipped = frozenset(str(each["name"]) for each in findings.data["skipped"])
-            runner = ReplacementRunner(subject, plan, choose_device(device), settings, branches, skipped)
+            keeping = None if saving is None else saving.of(without)
+            runner = ReplacementRunner(
+                subject, plan, choose_device(device), settings, branches, skipped, say=say, saving=keeping
+            )
             grid = condition_grid(runner, kinds, blocks)
             if grid.able.get("mean"):
                 say("gathering each block's mean map")
@@ -156,15 +180,42 @@ class ReplacementRunner:
     branches: Mapping[int, Branch]
     left_out: frozenset[str] = frozenset()
     means: dict[int, Tensor] = field(default_factory=dict)
+    say: Report = field(default=lambda text: None)
+    saving: Saving | None = None
 
     @property
     def model(self) -> nn.Module:
         """The model that is run."""
         return self.subject.model
 
-    def batches(self, images: Images) -> Iterator[Batch]:
-        """This process's batches of the images."""
-        return batches_of(images, self.subject.preprocess, self.settings.batch_size, self.settings.workers)
+    def over(self, images: Images, gathered: Pass, name: str, take: Callable[[Batch], None]) -> None:
+        """Let `take` add every batch of this process to a pass, whose state is kept under its name; then those of all
+        together.
+        """
+        settings = self.settings
+        keeper = Keeper(None if self.saving is None else self.saving.of(f"{name}-{self.saving.stem}"), self.say)
+        with keeper.watching(gathered):
+            done = keeper.take_up(gathered)
+            over: OutOfTimeError | None = None
+            preprocess = self.subject.preprocess
+            for batch in batches_of(images, preprocess, settings.batch_size, settings.workers, done=done):
+                with signals_deferred():
+                    take(batch)
+                    gathered.coverage.add(batch.read)
+                try:
+                    keeper.after_batch(gathered)
+                except OutOfTimeError as error:
+                    over = error
+                    break
+            all_in_time(over)
+            gathered.all_reduce()
+
+    def identity(self, name: str, images: Images, *facts: Any) -> dict[str, Any]:
+        """What the states of a pass have in common."""
+        source = source_facts(self.subject, images)
+        left_out = sorted(self.left_out)
+        amp, seed = self.settings.amp_as, self.settings.seed
+        return identity_of(name, weights_sha256(self.model), [source["listing"], source["total"]], left_out, amp, seed, *facts)
 
     def parts(self, batch: Batch) -> Iterator[tuple[list[int], Tensor]]:
         """The rows of a batch that are to be run, in parts whose maps fit the memory."""
@@ -240,24 +291,27 @@ def _from_the_last(blocks: Sequence[int]) -> list[tuple[int, ...]]:
 def mean_maps(runner: ReplacementRunner, images: Images, blocks: Sequence[int]) -> dict[int, Tensor]:
     """The mean map of each layer of these blocks [H, N, N]: sums in float64 over every image, of all processes."""
     layers = set(replacements_for(runner.plan, "mean", blocks, {}))
-    sums: dict[int, Tensor] = {}
-    count = 0
+    gathered = MapSums(runner.identity("mean maps", images, sorted(layers)))
 
-    def add(layer: int, maps_BHNN: Tensor) -> None:
-        if layer in layers:
-            on_mps = maps_BHNN.device.type == "mps"  # which has no float64
-            total = maps_BHNN.cpu().double().sum(0) if on_mps else maps_BHNN.double().sum(0).cpu()
-            sums[layer] = total if layer not in sums else sums[layer].add_(total)
+    def take(batch: Batch) -> None:
+        sums, count = dict[int, Tensor](), 0
 
-    for batch in runner.batches(images):
+        def add(layer: int, maps_BHNN: Tensor) -> None:
+            if layer in layers:
+                on_mps = maps_BHNN.device.type == "mps"  # which has no float64
+                total = maps_BHNN.cpu().double().sum(0) if on_mps else maps_BHNN.double().sum(0).cpu()
+                sums[layer] = total if layer not in sums else sums[layer].add_(total)
+
         for part, pixels in runner.parts(batch):
             with replacing(runner.model, runner.plan, {}, gather=add), autocast(runner.device, runner.settings.amp_as):
                 runner.model(pixels)
             count += len(part)
-    everywhere = gathered((sums, count))
-    images_of_all = sum(n for _, n in everywhere)
-    wholes = {layer: torch.stack([some[layer] for some, _ in everywhere if layer in some]).sum(0) for layer in layers}
-    return {layer: (whole / images_of_all).to(runner.device, torch.float32) for layer, whole in wholes.items()}
+        for layer, total in sums.items():
+            gathered.add_maps(layer, total)
+        gathered.count += count
+
+    runner.over(images, gathered, "means", take)
+    return {layer: mean.to(runner.device, torch.float32) for layer, mean in gathered.means().items()}
 
 
 def run_conditions(
@@ -265,51 +319,59 @@ def run_conditions(
 ) -> ConditionOutputs:
     """Every image once plainly and once under each condition, in all processes."""
     replacements = [replacements_for(runner.plan, *condition, runner.branches) for condition in conditions]
-    names: list[str] = []
-    indices: list[int] = []
-    labels: dict[str, int] = {}
-    chunks: list[tuple[Any, Any, Any]] = []
-    nonfinite: list[tuple[str, str]] = []
-    classes, skipped = 0, 0
-    bounds = Bounds()
-    for batch in runner.batches(images):
+    answers = Answers(runner.identity("conditions", images, conditions), runner.settings.seed)
+    checked = False
+
+    def take(batch: Batch) -> None:
+        nonlocal checked
+        kept: list[tuple[list[int], dict[str, Any], Tensor]] = []
+        nonfinite: list[tuple[str, str]] = []
         for part, pixels in runner.parts(batch):
             output = runner.run(pixels, {})
-            if not names and not same(runner.run_plain(pixels), output):
+            if not checked and not same(runner.run_plain(pixels), output):
                 raise CaptureError(
                     "the model with nothing replaced differs from itself; is it deterministic? call eval() first"
                 )
+            checked = True
             plain_logits = _logits(output, len(pixels))
             changed = [_logits(runner.run(pixels, r), len(pixels)) for r in replacements]
-            part_names, ill = [batch.names[i] for i in part], _nonfinite(plain_logits, changed, conditions)
-            nonfinite += [(part_names[i], why) for i, why in ill.items()]
+            ill = _nonfinite(plain_logits, changed, conditions)
+            nonfinite += [(batch.names[part[i]], why) for i, why in ill.items()]
             if ill and runner.settings.on_nonfinite == FAIL:
-                raise NonFiniteError(nonfinite_error(nonfinite, len(names) + len(part), runner.settings.amp_as))
+                seen = answers.records.seen + len(part)
+                raise NonFiniteError(nonfinite_error(nonfinite, seen, runner.settings.amp_as))
             keep = [i for i in range(len(part)) if i not in ill]
             plain_logits, changed = plain_logits[keep], [logits[keep] for logits in changed]
-            kl = np.stack([kl_divergence(plain_logits, logits) for logits in changed])
-            top1 = np.stack([logits.argmax(1).numpy() for logits in changed])
-            chunks.append((plain_logits.argmax(1).numpy(), top1, kl))
-            bounds.take(plain_logits)
-            names += [part_names[i] for i in keep]
-            indices += [batch.indices[part[i]] for i in keep]
-            classes = plain_logits.shape[1]
-        labels |= {} if batch.labels is None else dict(zip(batch.names, batch.labels.tolist(), strict=True))
-        skipped += len(batch.skipped)
+            columns = {
+                "plain": plain_logits.argmax(1).numpy(),
+                "top1": np.stack([logits.argmax(1).numpy() for logits in changed], axis=1),
+                "kl": np.stack([kl_divergence(plain_logits, logits) for logits in changed], axis=1),
+            }
+            kept.append(([part[i] for i in keep], columns, plain_logits))
+        for rows, columns, plain_logits in kept:
+            labels = [] if batch.labels is None else batch.labels[rows].tolist()
+            names, places = [batch.names[i] for i in rows], [batch.indices[i] for i in rows] if batch.indices else []
+            answers.take(names, columns, places, labels, plain_logits)
+        answers.nonfinite += nonfinite
+        answers.skipped += len(batch.skipped)
         if progress is not None:
-            progress(len(names), skipped)
-    everywhere = gathered((names, indices, labels, chunks, classes, nonfinite, bounds))
-    parts, ill_everywhere = [part for part in everywhere if part[0]], [each for part in everywhere for each in part[5]]
-    if not parts:
-        raise NonFiniteError(all_ill(ill_everywhere)) if ill_everywhere else DataError("no image could be read")
-    order = np.argsort([i for part in parts for i in part[1]], kind="stable")
-    names = [name for part in parts for name in part[0]]
-    columns = zip(*(chunk for part in parts for chunk in part[3]), strict=True)
-    plain_top1, top1, kl = (np.concatenate(column, axis=-1)[..., order] for column in columns)
-    labels = {name: label for part in parts for name, label in part[2].items()}
-    spread = Bounds.of(part[6] for part in parts).spread
-    names = [names[i] for i in order]
-    return ConditionOutputs(names, labels, parts[0][4], plain_top1, top1, kl, spread, tuple(sorted(ill_everywhere)))
+            progress(answers.records.seen, answers.skipped)
+
+    runner.over(images, answers, "conditions", take)
+    table = answers.records.table()
+    if not len(table):
+        raise NonFiniteError(all_ill(answers.nonfinite)) if answers.nonfinite else DataError("no image could be read")
+    columns = table.columns
+    return ConditionOutputs(
+        list(table.names),
+        table.labels_by_name(),
+        answers.classes,
+        columns["plain"],
+        columns["top1"].T,
+        columns["kl"].T,
+        answers.bounds.spread,
+        tuple(sorted(answers.nonfinite)),
+    )
 
 
 def _logits(output: Any, images: int) -> Tensor:

@@ -1,29 +1,44 @@
-"""The one path on which a model is measured: a plan, metrics and images become results."""
+"""The one path on which a model is measured: a plan, metrics and batches of images become a tally, and this results."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from collapse_probe.analysis.loop import FAIL, ON_NONFINITE, PassOptions, PassResult, all_ill, one_pass, result_of
-from collapse_probe.capture.capture import discover_plan, noise
+from collapse_probe.analysis.outputs import logits_in
+from collapse_probe.analysis.state.ends import NOTHING, Ends
+from collapse_probe.analysis.state.gallery import glimpse, thumbnail
+from collapse_probe.analysis.state.records import NO_NUMBER, RECORDS, Lowest, Records, Table
+from collapse_probe.analysis.state.tally import LOGITS, Tally, columns_of, image_table, result_of, table_of
+from collapse_probe.capture.capture import discover_plan, noise, record
 from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.trace import TILE_BYTES, Trace, micro_batch
 from collapse_probe.capture.weights.matrices import NAMES, Matrices
 from collapse_probe.capture.weights.recording import record_matrices
-from collapse_probe.data.images import ImageSet, OwnImages, batches_of, in_random_order
-from collapse_probe.data.preprocessing import ASSUMED, given_pixels, shown, sides_of
+from collapse_probe.data.images import ImageSet
 from collapse_probe.data.streams.stream import ImageStream
-from collapse_probe.devices import choose_device, moved
-from collapse_probe.distributed import unwrap
-from collapse_probe.errors import DataError, NonFiniteError, SettingError
+from collapse_probe.data.loading import Batch
+from collapse_probe.data.preprocessing import ASSUMED, given_pixels, shown, sides_of
+from collapse_probe.devices import autocast, choose_device, floating_like, modes_kept, moved
+from collapse_probe.distributed import rank_and_world, shared, unwrap
+from collapse_probe.errors import DataError, NonFiniteError, SettingError, StateError
+from collapse_probe.metrics.accumulators import Accumulator
 from collapse_probe.metrics.metric import Metric, make
+from collapse_probe.metrics.nonfinite import nonfinite_images
 from collapse_probe.metrics.weight_metric import WeightMetric
 from collapse_probe.models.loading import Subject
 from collapse_probe.results.findings import MetricResult
+from collapse_probe.statistics.breakdowns import PICTURED
+from collapse_probe.statistics.estimates import per_image_values
 
 DEFAULT_METRICS = (
     "attention-similarity",
@@ -40,8 +55,19 @@ PROBS_METRICS = tuple(f"{name}@probs" for name in DEFAULT_METRICS[:6])
 NULL_IMAGES = 64
 GALLERY_IMAGES = 4
 
+TWIN_BYTES = 256 * 2**20
+"""Bytes that the images for untrained twins may take."""
+FEWEST_TWIN = 16
+ALIKE = 4
+"""A model computes the same of an image, to the last bit, in any batch of a multiple of so many: measured on CPUs."""
+FAIL, SKIP = "fail", "skip"
+ON_NONFINITE = (FAIL, SKIP)
+"""What to do where activations are not finite: stop with an error, or leave these images out of everything and name them."""
+
 Images = ImageSet | ImageStream | Iterable[Any]
 Report = Callable[[str], None]
+Progress = Callable[[int, int], None]
+"""Takes how many images were measured, and how many could not be used."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +88,7 @@ class RunSettings:
     gallery_images: int = GALLERY_IMAGES
     command: str = ""
     on_nonfinite: str = FAIL
+    records: int = RECORDS
 
     @property
     def amp_as(self) -> str | None:
@@ -73,6 +100,7 @@ class RunSettings:
             ("the batch size", self.batch_size, 1),
             ("the number of null images", self.null_images, 0),
             ("the number of seeds of the untrained twin", self.null_seeds, 1),
+            ("the number of images of which records are kept", self.records, 1),
         ):
             if value < low:
                 raise SettingError(f"{name} must be {low} or more, not {value}")
@@ -97,59 +125,277 @@ def need_images(metrics: Mapping[str, Metric]) -> list[str]:
     return [name for name, metric in metrics.items() if not isinstance(metric, WeightMetric)]
 
 
-@dataclass(frozen=True)
 class Measurement:
-    """Results by metric name, what the pass over the images gathered, and notes for the run."""
+    """One model's measurement: its plan, its metrics by name, and the `tally` of the images that were run through it so far.
 
-    results: dict[str, MetricResult]
-    images: PassResult
-    seconds: float
-    notes: tuple[str, ...] = ()
-
-
-def measure_model(
-    subject: Subject,
-    plan: Plan,
-    metrics: Mapping[str, Metric],
-    images: Images | None,
-    settings: RunSettings,
-    options: PassOptions | None = None,
-) -> Measurement:
-    """Every metric of one model, from its weights and from one pass over the images (None where no metric needs any).
-
-    An ImageSet is read in a random order that follows from the seed where the run may stop early or a metric asks for it.
-    Raises DataError where no image can be read.
+    `left_out` are images, by name, that are counted as not finite without being run, each with the place; `keep_logits` keeps
+    the model's outputs of the images whose records are kept.
     """
-    device, start, run = choose_device(settings.device), time.perf_counter(), PassResult()
-    model, notes = moved(subject.model, device), tuple[str, ...]()
-    if need_images(metrics):
-        assert images is not None
-        drawn = settings.until_ci is not None or not all(metric.any_order for metric in metrics.values())
-        source, order = in_random_order(images, settings.seed) if drawn else (images, None)
-        batches = batches_of(source, subject.preprocess, settings.batch_size, settings.workers, order)
-        options = replace(options or PassOptions(), on_nonfinite=settings.on_nonfinite)
-        run = one_pass(model, plan, metrics, batches, device, settings.amp_as, options)
-        if not run.names and run.nonfinite:
-            raise NonFiniteError(f"no image is left to measure: {all_ill(run.nonfinite)}")
-        if not run.names:
-            why = f": {len(run.skipped)} were skipped, the first ({': '.join(run.skipped[0])})" if run.skipped else ""
-            raise DataError(f"no image could be read{why}")
-    of_weights = [metric for metric in metrics.values() if isinstance(metric, WeightMetric)]
-    if of_weights:
-        matrices = read_matrices(model, plan, settings.seed)
-        notes = tuple(dict.fromkeys(matrices.reasons()))
-        for metric in of_weights:
-            metric.matrices = matrices
-    results = {name: result_of(metric, run) for name, metric in metrics.items()}
-    return Measurement(results, run, run.seconds or time.perf_counter() - start, notes)
+
+    def __init__(
+        self,
+        subject: Subject,
+        plan: Plan,
+        metrics: Mapping[str, Metric],
+        settings: RunSettings,
+        *,
+        left_out: Mapping[str, str] | None = None,
+        keep_logits: bool = False,
+    ) -> None:
+        self.subject, self.plan, self.metrics, self.settings = subject, plan, metrics, settings
+        self.left_out, self.keep_logits = left_out or {}, keep_logits
+        self.device = choose_device(settings.device)
+        self.notes: tuple[str, ...] = ()
+        self.inconsistent = False
+        self.tally = new_tally(subject, plan, metrics, settings, self.device)
+        self.heads = np.array([plan.layers[i].heads for i in plan.map_layers], dtype=np.float64)
+        self._of_weights: dict[str, MetricResult] | None = None
+        self._like = torch.empty(0, dtype=floating_like(subject.model).dtype, device=self.device)
+
+    def update(self, batch: Batch) -> dict[str, Any]:
+        """Run a batch of images through the model, and take them into the tally; returns their rows of images.npz.
+
+        Raises NonFiniteError where activations are not finite and this is not to happen; what was taken until then counts.
+        """
+        start, newest = time.perf_counter(), list[tuple[Sequence[str], dict[str, NDArray[Any]]]]()
+        model = moved(self.subject.model, self.device)
+        ill = [i for i, name in enumerate(batch.names) if name in self.left_out]
+        self._leave_out(batch, {i: self.left_out[batch.names[i]] for i in ill})
+        wanted = [i for i in range(len(batch.names)) if i not in ill]
+        step = self._step(len(wanted))
+        with torch.no_grad():
+            for first in range(0, len(wanted), step):
+                rows = wanted[first : first + step]
+                while rows:
+                    pixels = batch.pixels[rows]
+                    trace = self._traced(model, pixels)
+                    bad = nonfinite_images(trace, pixels)
+                    if not bad:
+                        newest.append(([batch.names[i] for i in rows], self._absorb(trace, batch, rows, pixels)))
+                        break
+                    if self.settings.on_nonfinite == FAIL:
+                        seen = self.tally.images + len(rows)
+                        ill_images = [(batch.names[rows[i]], place) for i, place in bad.items()]
+                        raise NonFiniteError(nonfinite_error(ill_images, seen, self.settings.amp_as))
+                    self._leave_out(batch, {rows[i]: place for i, place in bad.items()})
+                    rows = [row for i, row in enumerate(rows) if i not in bad]  # once more without them
+        tally = self.tally
+        tally.skipped += batch.skipped
+        tally.remarks += batch.remarks
+        tally.coverage.add(batch.read)
+        tally.seconds += time.perf_counter() - start
+        names = [name for some, _ in newest for name in some]
+        columns = {key: np.concatenate([part[key] for _, part in newest]) for key in (newest[0][1] if newest else ())}
+        return image_table(self.metrics, tally.accumulators, names, columns)
+
+    def _step(self, images: int) -> int:
+        """How many of some images go through the model at a time: split evenly, in multiples of ALIKE where memory allows."""
+        most = micro_batch(self.plan, self.device)
+        unit = min(ALIKE, most)
+        most -= most % unit
+        even = -(-images // max(-(-images // most), 1))
+        return max(-(-even // unit) * unit, 1)
+
+    def _traced(self, model: nn.Module, pixels: Tensor) -> Trace:
+        """The trace of some images, which come with copies of the last to make a multiple of ALIKE."""
+        count, unit = len(pixels), min(ALIKE, micro_batch(self.plan, self.device))
+        if missing := -count % unit:
+            pixels = torch.cat([pixels, pixels[-1:].expand(missing, *pixels.shape[1:])])
+        with record(model, self.plan) as recordings, autocast(self.device, self.settings.amp_as):
+            model(model_input(pixels, self.plan, self._like))
+        return recordings.take().first(count)
+
+    def _leave_out(self, batch: Batch, places: Mapping[int, str]) -> None:
+        self.tally.nonfinite += [(batch.names[i], place) for i, place in places.items()]
+        if batch.numbers:
+            self.tally.coverage.add([batch.numbers[i] for i in places])
+
+    def _absorb(self, trace: Trace, batch: Batch, rows: Sequence[int], pixels: Tensor) -> dict[str, NDArray[Any]]:
+        """Add one trace to everything that is kept; returns the per-image columns."""
+        tally, names = self.tally, [batch.names[i] for i in rows]
+        self.inconsistent = True
+        for accumulator in tally.accumulators.values():
+            accumulator.start_batch(trace, names)
+        for tile in trace.tiles(TILE_BYTES[self.device.type]):
+            for accumulator in tally.accumulators.values():
+                accumulator.take(tile)
+        values = {key: accumulator.end_batch(trace) for key, accumulator in tally.accumulators.items()}
+        columns: dict[str, NDArray[Any]] = {**columns_of(tally.accumulators, values)}
+        if self.keep_logits:
+            logits = logits_in(trace.output, len(rows))
+            if isinstance(logits, str):
+                tally.no_logits = f"the model's output is no vector of logits (it is {logits})"
+            else:
+                columns[LOGITS] = logits.detach().to("cpu", torch.float32).numpy()
+        places = [batch.indices[i] for i in rows] if batch.indices else []
+        labels = [] if batch.labels is None else batch.labels[list(rows)].tolist()
+        tally.records.add(names, columns, places, labels)
+        self._keep_pictures(trace, names, places or [NO_NUMBER] * len(names), pixels, columns)
+        tally.coverage.add([batch.numbers[i] for i in rows] if batch.numbers else ())
+        self.inconsistent = False
+        return columns
+
+    def _keep_pictures(
+        self, trace: Trace, names: Sequence[str], places: Sequence[int], pixels: Tensor, columns: Mapping[str, NDArray[Any]]
+    ) -> None:
+        def small(i: int) -> NDArray[np.uint8]:
+            return thumbnail(pixels[i], self.subject.preprocess.description)
+
+        def nothing(i: int) -> NDArray[np.uint8]:
+            return NOTHING
+
+        tally = self.tally
+        rolled = any(isinstance(key, tuple) and key[0] == "rollout" for key in tally.accumulators)
+        for i, name in enumerate(names):
+            tally.twin_pixels.add(name, lambda i=i: (pixels[i].detach().cpu().float().clone(),))  # type: ignore[misc]
+            tally.glimpses.add(name, lambda i=i: glimpse(trace, i, pixels[i], rolled))  # type: ignore[misc]
+        if self.settings.gallery_images:
+            values = per_image_values(image_table(self.metrics, tally.accumulators, names, columns), self.heads)
+            for number, each in values.each().items():
+                picture = small if number in PICTURED else nothing
+                tally.ends.setdefault(number, Ends()).add(each, places, names, picture)
+
+    def loaded(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Tally:
+        """The tally that `Tally.state` and `Tally.facts` of a measurement of the same kind gave. Raises StateError."""
+        tally = new_tally(self.subject, self.plan, self.metrics, self.settings, self.device)
+        tally.load(tensors, facts)
+        return tally
+
+    def all_reduce(self) -> None:
+        """Bring the tallies of all processes together, the same in all of them; every process calls it."""
+        rank, world = rank_and_world()
+        if world == 1:
+            return
+        own, whole = self.tally, new_tally(self.subject, self.plan, self.metrics, self.settings, self.device)
+        slowest = 0.0
+        for source in range(world):
+            tensors, facts = shared((own.state(), own.facts()) if source == rank else None, source)
+            part = self.loaded(tensors, facts)
+            slowest = max(slowest, part.seconds)
+            if twice := whole.overlap(part):
+                raise StateError(f"process {source} has seen an image that another process has seen too: {twice}")
+            whole.merge(part)
+        whole.seconds = slowest
+        self.tally = whole
+
+    def table(self) -> Table:
+        """The images whose records are kept, in their order."""
+        return self.tally.records.table()
+
+    def results(self, table: Table) -> dict[str, MetricResult]:
+        """Every metric's numbers, from the sums and from the records in `table`."""
+        weights = self.of_weights()
+        return {
+            name: weights[name] if name in weights else result_of(metric, self.tally, table.columns)
+            for name, metric in self.metrics.items()
+        }
+
+    def per_image(self, table: Table) -> dict[str, Any]:
+        """What images.npz holds."""
+        return table_of(self.metrics, self.tally, table)
+
+    def use_weights(self, results: Mapping[str, MetricResult]) -> None:
+        """Take the numbers of the metrics of the weights as they were measured before."""
+        self._of_weights = dict(results)
+
+    def of_weights(self) -> dict[str, MetricResult]:
+        """The numbers of the metrics of the weights, which no image changes."""
+        if self._of_weights is None:
+            own = {name: metric for name, metric in self.metrics.items() if isinstance(metric, WeightMetric)}
+            if own:
+                model = moved(self.subject.model, self.device)
+                matrices = read_matrices(model, self.plan, self.settings.seed)
+                self.notes = tuple(dict.fromkeys(matrices.reasons()))
+                for metric in own.values():
+                    metric.matrices = matrices
+            self._of_weights = {name: result_of(metric, self.tally, {}) for name, metric in own.items()}
+        return self._of_weights
+
+    def check_some(self) -> None:
+        """Raise DataError or NonFiniteError where metrics need images and none was measured."""
+        tally = self.tally
+        if tally.images or not need_images(self.metrics):
+            return
+        if tally.nonfinite:
+            raise NonFiniteError(f"no image is left to measure: {all_ill(tally.nonfinite)}")
+        first = f": {len(tally.skipped)} were skipped, the first ({': '.join(tally.skipped[0])})" if tally.skipped else ""
+        raise DataError(f"no image could be read{first}")
 
 
-def with_input(subject: Subject, images: ImageSet | ImageStream | OwnImages | None) -> Subject:
+def new_tally(
+    subject: Subject, plan: Plan, metrics: Mapping[str, Metric], settings: RunSettings, device: torch.device
+) -> Tally:
+    """An empty tally for these metrics of a model."""
+    pixels = 4 * int(np.prod(plan.input_shape)) if plan.input_shape else 1
+    most = min(settings.null_images, max(FEWEST_TWIN, TWIN_BYTES // pixels)) if subject.fresh is not None else 0
+    return Tally(
+        accumulators_for(metrics, device),
+        Records(settings.records, settings.seed),
+        Lowest(most, settings.seed),
+        Lowest(settings.gallery_images, settings.seed),
+    )
+
+
+def accumulators_for(metrics: Mapping[str, Metric], device: torch.device) -> dict[Hashable, Accumulator]:
+    """The accumulators that the metrics need, each once, by key."""
+    needs = [need for metric in metrics.values() if not metric.inapplicable() for need in metric.accumulators()]
+    place = device if device.type != "mps" else "cpu"
+    return {key: build().to(place) for key, build in dict(needs).items()}
+
+
+def model_input(pixels: Tensor, plan: Plan, like: Tensor) -> Tensor:
+    """The pixels on the device and in the dtype of `like`; DataError for images of another shape than the probe's."""
+    if plan.input_shape and tuple(pixels.shape[1:]) != plan.input_shape:
+        came, expected = (" × ".join(map(str, shape)) for shape in (pixels.shape[1:], plan.input_shape))
+        raise DataError(
+            f"the model was probed with images of {expected} (channels × height × width), and this batch has {came}: "
+            "all images must have one size"
+        )
+    return pixels.to(like.device, like.dtype, non_blocking=True)
+
+
+def nonfinite_error(ill: Sequence[tuple[str, str]], seen: int, amp: str | None) -> str:
+    """What is said where the activations of images are not finite and this is not to happen; `seen` images were run so far."""
+    ways = [f"try it without {amp} (--amp)"] if amp else []
+    if len(ill) < seen:
+        ways.append("leave such images out and count them (--on-nonfinite skip, on_nonfinite='skip')")
+    return (
+        f"the activations of {len(ill)} of the {seen} images read so far are not finite, first of {ill[0][0]} ({ill[0][1]}); "
+        + (", or ".join(ways) or "check the model's weights and its precision")
+    )
+
+
+def all_ill(ill: Sequence[tuple[str, str]]) -> str:
+    """What is said where the activations of no image are finite."""
+    return f"the activations of all {len(ill)} images are not finite, first of {ill[0][0]} ({ill[0][1]})"
+
+
+@contextmanager
+def restored(model: object) -> Iterator[None]:
+    """Leave a module, or that of a Subject, in the modes and on the device in which it came; anything else is nothing to do."""
+    module = model.model if isinstance(model, Subject) else model
+    if not isinstance(module, nn.Module):
+        yield
+        return
+    device = next((t.device for t in chain(module.parameters(), module.buffers())), None)
+    try:
+        with modes_kept(module):
+            yield
+    finally:
+        if device is not None and device.type != "meta":
+            moved(module, device)
+
+
+def with_input(subject: Subject, images: Images | None) -> Subject:
     """The subject as it takes these images: those that came as tensors are made ready already.
 
     Raises SettingError where another img_size was asked for than they have.
     """
-    shape = None if images is None else images.shape
+    return with_shape(subject, getattr(images, "shape", None))
+
+
+def with_shape(subject: Subject, shape: tuple[int, int, int] | None) -> Subject:
+    """The subject for images [channels, height, width] made ready; None: for pictures, as it is. See `with_input`."""
     if shape is not None:
         channels, height, width = shape
         notes = tuple(note for note in subject.notes if not note.startswith(ASSUMED))

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from collapse_probe.data.images import ImageSet
-from collapse_probe.distributed import gathered
 
 Logits = NDArray[np.float32]
 CHUNK = 4096  # images whose divergences are taken at a time
@@ -67,37 +66,6 @@ class Bounds:
             return 0.0
         largest = float(torch.maximum(self.low.abs(), self.high.abs()).max())
         return float((self.high - self.low).max()) / largest if largest else 0.0
-
-
-class OutputCollector:
-    """Takes a model's outputs batch by batch; holds 4 bytes a class and image."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.parts: list[Logits] = []
-        self.reason = ""
-
-    def __call__(self, names: Sequence[str], output: Any) -> None:
-        """Take the output of one forward pass: logits [B, classes]."""
-        self.names += names
-        logits = logits_in(output, len(names))
-        if isinstance(logits, str):
-            self.reason = f"the model's output is no vector of logits (it is {logits})"
-        elif not self.reason:
-            self.parts.append(logits.detach().to("cpu", torch.float32).numpy())
-
-    def outputs(self, order: Sequence[str]) -> ModelOutputs:
-        """What the model returned in all processes, with the images in the order of the names given."""
-        parts = gathered((self.names, self.parts, self.reason))
-        names = [name for part in parts for name in part[0]]
-        reason = next((part[2] for part in parts if part[2]), "")
-        if reason or not names:
-            return ModelOutputs(tuple(order), None, reason or "the model was run on no image")
-        logits = np.concatenate([chunk for part in parts for chunk in part[1]])
-        if names == list(order):
-            return ModelOutputs(tuple(order), logits)
-        place = np.argsort(np.argsort(np.array(order), kind="stable"), kind="stable")
-        return ModelOutputs(tuple(order), logits[np.argsort(np.array(names), kind="stable")[place]])
 
 
 def logits_in(output: Any, images: int) -> Tensor | str:

@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from collapse_probe.analysis.measurement import (
-    Images,
-    Measurement,
-    Report,
-    RunSettings,
-    make_metrics,
-    measure_model,
-    need_images,
-    plan_of,
-)
-from collapse_probe.data.images import ImageSet
-from collapse_probe.data.streams.stream import ImageStream
+import torch
+
+from collapse_probe.analysis.measurement import Measurement, Report, RunSettings, make_metrics, need_images, plan_of
+from collapse_probe.analysis.state.records import Lowest
+from collapse_probe.data.loading import Batch
+from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import ModelError
-from collapse_probe.metrics.metric import Metric
 from collapse_probe.metrics.nulls import with_twins
 from collapse_probe.models.loading import Subject
 from collapse_probe.results.findings import Findings, MetricResult
@@ -26,31 +19,30 @@ from collapse_probe.results.quantities import SHARED_BY, kinds_of, pairs_of
 from collapse_probe.results.readings import against_seeds
 from collapse_probe.results.rules import FEWEST_IMAGES
 
+Sample = Lowest[tuple[torch.Tensor, ...]]
 DECIDING, DECIDING_SEEDS = ("attention-similarity", "attention-similarity@row"), 5
 """The metrics by which blocks share their attention, and how many untrained twins these have where the answer hangs on them."""
 
 
 def with_untrained(
+    measurement: Measurement,
     results: Mapping[str, MetricResult],
-    subject: Subject,
-    metrics: Mapping[str, Metric],
-    images: Images | None,
-    settings: RunSettings,
     say: Report,
 ) -> tuple[dict[str, MetricResult], list[str]]:
-    """The results beside those of the same architecture with fresh weights, and notes on these untrained twins.
+    """The results of a measurement beside those of the same architecture with fresh weights, and notes on these twins.
 
-    Where a metric has no twin, its nulls hold the reason.
+    A twin sees the images that the tally keeps for it, a random sample, the same for all. Where a metric has no twin, its nulls
+    hold the reason.
     """
-    on_images = need_images(metrics)
-    reasons = {name: _no_twin(subject, images, settings, name in on_images) for name in metrics}
+    subject, settings, few = measurement.subject, measurement.settings, measurement.tally.twin_pixels
+    on_images = need_images(measurement.metrics)
+    reasons = dict.fromkeys(measurement.metrics, _no_twin(subject, settings))
     names = [name for name, reason in reasons.items() if not reason]
-    twins: dict[int, Measurement] = {}
-    more: dict[int, Measurement] = {}
+    twins: dict[int, dict[str, MetricResult]] = {}
+    more: dict[int, dict[str, MetricResult]] = {}
     first = settings.seed + 1
     try:
         if names:
-            few = images if set(names) & set(on_images) else None
             twins = measure_twins(subject, names, few, settings, range(first, first + settings.null_seeds), say)
             deciding = [name for name in DECIDING if name in names]
             if deciding and hangs_on_twins(results):
@@ -61,10 +53,10 @@ def with_untrained(
         why = f"the untrained twin failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         say(f"{why}; the model's own numbers are kept")
         reasons |= dict.fromkeys(names, why)
-    seen = max((len(twin.images.names) for twin in twins.values()), default=0)
+    seen = len(few) if twins and on_images else 0
     paired = {}
     for name, result in results.items():
-        of_twins = {seed: twin.results[name] for seed, twin in (twins | more).items() if name in twin.results}
+        of_twins = {seed: twin[name] for seed, twin in (twins | more).items() if name in twin}
         paired[name] = with_twins(result, of_twins, seen if name in on_images else 0, reasons[name])
     if not twins:
         return paired, []
@@ -80,12 +72,10 @@ def with_untrained(
     return paired, notes
 
 
-def _no_twin(subject: Subject, images: Images | None, settings: RunSettings, on_images: bool) -> str:
-    """Why a metric has no untrained twin; empty where it has one."""
+def _no_twin(subject: Subject, settings: RunSettings) -> str:
+    """Why there is no untrained twin; empty where there is one."""
     if settings.null_images == 0:
         return "no null images were asked for"
-    if on_images and not isinstance(images, (ImageSet, ImageStream)):
-        return "the images came from an iterable that can be run through once"
     return "" if subject.fresh is not None else "the model came as an object, and its architecture cannot be made anew"
 
 
@@ -101,18 +91,27 @@ def hangs_on_twins(results: Mapping[str, MetricResult]) -> bool:
 
 
 def measure_twins(
-    subject: Subject, names: Sequence[str], images: Images | None, settings: RunSettings, seeds: Iterable[int], say: Report
-) -> dict[int, Measurement]:
-    """The same architecture with fresh weights of some seeds, by seed, one model at a time.
+    subject: Subject, names: Sequence[str], few: Sample, settings: RunSettings, seeds: Iterable[int], say: Report
+) -> dict[int, dict[str, MetricResult]]:
+    """The numbers of the same architecture with fresh weights of some seeds, by seed, one model at a time.
 
-    A twin sees a seeded subset of the images, the same for all. Raises ModelError where the weights cannot be made anew.
+    All twins see the same `few` images, of which every process takes some. Raises ModelError where the weights cannot be made
+    anew.
     """
     assert subject.fresh is not None
-    few = images.subset(settings.null_images, settings.seed) if isinstance(images, (ImageSet, ImageStream)) else None
-    twins: dict[int, Measurement] = {}
+    twins: dict[int, dict[str, MetricResult]] = {}
+    rank, world = rank_and_world()
+    images = [*few]
+    own = images[rank::world]
     for seed in seeds:
-        say(f"measuring the untrained twin of seed {seed}" + ("" if few is None else f" on {few.count} images"))
+        say(f"measuring the untrained twin of seed {seed}" + (f" on {len(images)} images" if images else ""))
         twin = replace(subject, model=subject.fresh(seed))
         plan = plan_of(twin, settings.device, settings.seed)
-        twins[seed] = measure_model(twin, plan, make_metrics(plan, names), few, settings)
+        bare = replace(settings, null_images=0, gallery_images=0)
+        measured = Measurement(twin, plan, make_metrics(plan, names), bare)
+        for first in range(0, len(own), settings.batch_size):
+            some = own[first : first + settings.batch_size]
+            measured.update(Batch((), tuple(name for name, _ in some), torch.stack([pixels for _, (pixels,) in some])))
+        measured.all_reduce()
+        twins[seed] = measured.results(measured.table())
     return twins

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 Frame = tuple[str, int]
 """One call of a module: its dotted path, and how often it was called before in this forward pass."""
@@ -188,3 +192,34 @@ class Plan:
     def groups(self) -> dict[tuple[int, int, int], list[int]]:
         """Positions on the `block` axis of the layers that share a signature, token attention between all tokens only."""
         return {(g.heads, g.queries, g.keys): g.positions for g in self.map_groups() if g.windows == 1}
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """A plan in JSON types, for `plan_from_json`."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
+    return found
+
+
+def plan_from_json(content: Mapping[str, Any]) -> Plan:
+    """The plan behind `plan_to_json`; KeyError, TypeError or ValueError for anything else."""
+    plan: Plan = _built(Plan, content)
+    return plan
+
+
+def _built(kind: Any, value: Any) -> Any:
+    """A value of JSON types as the type that an annotation names: dataclasses, tuples, unions with None, plain values."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{field.name: _built(hints[field.name], value[field.name]) for field in fields(kind)})  # type: ignore[operator]
+    if origin in (Union, UnionType):
+        inner = next(each for each in arguments if each is not type(None))
+        return None if value is None else _built(inner, value)
+    if origin is tuple:
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(_built(each, item) for each, item in zip(kinds, value, strict=True))
+    if kind is float:
+        return float(value)
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {kind.__name__}, came {type(value).__name__}")
+    return value

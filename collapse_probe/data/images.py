@@ -262,11 +262,11 @@ def batches(
 ) -> Iterator[Batch]:
     """Read the set in order, or in the `order` of these places, every picture once; a stream see `ImageStream.batches`.
 
-    Of the places in that order, `part` (K, N) takes every N-th from the K-th on, of these all that are not `done`, and of what
-    is left process `rank` of `world` the rank-th, the (rank + world)-th, …; `Batch.read` are places in that order. Nothing
-    is padded or repeated, so processes may get different numbers of pictures. One that cannot be
-    read (damaged, empty, a decompression bomb) or preprocessed is in the batch's `skipped` instead of its rows. `workers`
-    are processes that decode; `pin` is for a GPU.
+    Of the places in that order, `part` (K, N) takes every N-th from the K-th on, of these process `rank` of `world` the
+    rank-th, the (rank + world)-th, …, and of them those that are not `done`; `Batch.read` are places in that order. Nothing is
+    padded or repeated, so processes may get different numbers of pictures. One that cannot be read (damaged, empty, a
+    decompression bomb) or preprocessed is in the batch's `skipped` instead of its rows. `workers` are processes that decode;
+    `pin` is for a GPU.
 
     Raises SettingError for impossible settings, and DataError at the end of a single process' pass in which
     no picture could be read.
@@ -275,15 +275,14 @@ def batches(
         share: dict[str, Any] = {"rank": rank, "world": world, "part": part, "done": done}
         return images.batches(preprocess, batch_size=batch_size, workers=workers, pin=pin, **share)
     check_share(batch_size, workers, rank, world, part)
-    own = range(len(images) if order is None else len(order))[part[0] - 1 :: part[1]]
-    places = own if done is None else done.outside(own)
+    own = range(len(images) if order is None else len(order))[part[0] - 1 :: part[1]][rank::world]
     images.bits  # noqa: B018  # looked for once, not in every worker
     loader = loader_of(
         _Prepared(images, preprocess, order),
         batch_size=batch_size,
         workers=workers,
         pin=pin,
-        sampler=places[rank::world],
+        sampler=own if done is None else done.outside(own),
         collate_fn=functools.partial(collated, (preprocess.channels, *preprocess.size)),
     )
     return read_all(loader, images.address, alone=world == 1 and part == WHOLE and not done)

@@ -34,7 +34,7 @@ class Batch:
     `labels` [B] int64 or None. `skipped` are the pictures of this batch that could not be read, each with its
     reason; they have no row, so B may be 0. `remarks` counts what was done to pictures besides decoding. `read` are the numbers
     by which all these pictures, also the skipped ones, are counted in a Coverage: places in the order in which an ImageSet is
-    read, numbers in a stream.
+    read, numbers in a stream; `numbers` are those of the rows. Both are empty for a caller's own batches.
     """
 
     indices: tuple[int, ...]
@@ -44,6 +44,7 @@ class Batch:
     skipped: tuple[Skipped, ...] = ()
     remarks: Counter[str] = field(default_factory=Counter)
     read: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
 
     def pin_memory(self) -> Batch:
         """The same with pixels that a GPU can fetch while the program goes on; DataLoader asks for it."""
@@ -78,6 +79,7 @@ def collated(shape: tuple[int, int, int], items: Sequence[Item | CollapseProbeEr
         tuple((item.name, item.pixels) for item in whole if isinstance(item.pixels, str)),
         Counter(item.remark for item in whole if item.remark),
         tuple(item.number for item in whole),
+        tuple(item.number for item, _ in rows),
     )
 
 

@@ -43,8 +43,7 @@ class Metric(ABC):
     `title` to `reference` what `Description` holds, `level` attention, tokens or weights (as the three bases set it). It says
     which accumulators it needs (equal keys are shared between the metrics of a run). Where it needs one and is a mean over
     images, that is all: `quantity`, or the setting `quantity_from`, names which of the accumulator's means it is. Others
-    override `compute`. A metric whose number depends on which images come near one another (minibatches) sets `any_order` to
-    False: a run then reads the images in a random order.
+    override `compute`. Every number is a function of the set of images, whatever their order and batches.
     """
 
     name: ClassVar[str]
@@ -63,7 +62,6 @@ class Metric(ABC):
     defaults: ClassVar[Mapping[str, Any]] = {}
     variants: ClassVar[Mapping[str, Variant]] = {}
     choices: ClassVar[Mapping[str, Collection[str]]] = {}
-    any_order: ClassVar[bool] = True
     quantity_from: ClassVar[str] = ""
     quantity: str = "value"
 

@@ -31,7 +31,8 @@ class Subject:
     `blocks_pattern`, as in a shell, names the paths of its blocks where they are not found.
     `fresh(seed)` makes the same architecture with fresh weights, in eval mode; None where
     that is not possible. `loading` says what of a checkpoint went into `model`, by the names of `model`; `training_data`
-    on what its weights were trained, as `split_data` takes it, None where that is not known.
+    on what its weights were trained, as `split_data` takes it, None where that is not known. `request` holds the arguments of
+    `resolve` that made it out of an address, None for a module of the caller's.
     """
 
     address: str
@@ -48,6 +49,7 @@ class Subject:
     img_size: Size | None = None
     blocks_pattern: str | None = None
     training_data: Mapping[str, Any] | None = None
+    request: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,19 @@ def resolve(
     Raises UnknownNameError, ModelError, CheckpointError, SettingError.
     """
     img_size = None if img_size is None else checked_size(img_size)
+    asked = {
+        "address": address,
+        "fixes": list(fixes),
+        "blocks": None if blocks is None else list(blocks),
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "checkpoint_key": checkpoint_key,
+        "pretrained": pretrained,
+        "model_kwargs": dict(model_kwargs or {}),
+        "img_size": img_size,
+        "blocks_pattern": blocks_pattern,
+        "seed": seed,
+        "partial": partial,
+    }
     source, request = _locate(address, dict(model_kwargs or {}), img_size)
     blueprint: Blueprint = SOURCES[source].blueprint(request)
     trained = pretrained if pretrained is not None else checkpoint is None
@@ -188,6 +203,7 @@ def resolve(
         img_size=img_size,
         blocks_pattern=blocks_pattern,
         training_data=blueprint.training_data if trained and checkpoint is None else None,
+        request=asked if isinstance(address, str) else None,
     )
     check_blocks(fixes, blocks)
     if checkpoint is None:

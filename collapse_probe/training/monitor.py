@@ -13,9 +13,8 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from collapse_probe.analysis.analyze import measure, restored
-from collapse_probe.analysis.loop import SKIP
-from collapse_probe.analysis.measurement import RunSettings
+from collapse_probe.analysis.analyze import measure
+from collapse_probe.analysis.measurement import SKIP, RunSettings, restored
 from collapse_probe.data.images import ImageSet, check_count, images_from
 from collapse_probe.data.preprocessing import Preprocess, from_callable, given_pixels
 from collapse_probe.distributed import alone

@@ -11,13 +11,16 @@ import torch
 from factories import findings_of, small_vit
 from torch import nn
 
+from collapse_probe.analysis.analyze import measured
 from collapse_probe.analysis.compare import compare
-from collapse_probe.analysis.outputs import OutputCollector, labels_for, mean_kl
-from collapse_probe.analysis.pairing import pair_up
-from collapse_probe.analysis.subjects import ModelOptions, natural, open_subjects, stem, unique
+from collapse_probe.analysis.comparison.pairing import pair_up
+from collapse_probe.analysis.comparison.subjects import ModelOptions, natural, open_subjects, stem, unique
+from collapse_probe.analysis.measurement import RunSettings
+from collapse_probe.analysis.outputs import labels_for, logits_in, mean_kl
 from collapse_probe.data.images import open_data
 from collapse_probe.errors import CheckpointError, DataError, OutputError, SettingError
 from collapse_probe.models.cost import measure_cost
+from collapse_probe.models.loading import resolve
 from collapse_probe.report.comparison.verdict import verdicts
 from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.findings import Findings
@@ -271,7 +274,7 @@ class TestLineup:
 def test_an_official_deepvit_checkpoint_tells_its_own_architecture(tmp_path):
     import timm
 
-    from collapse_probe.analysis.subjects import deepvit_of
+    from collapse_probe.analysis.comparison.subjects import deepvit_of
 
     model = timm.create_model("deepvit_patch16_224_re_attn_16b", num_classes=3)
     torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "a.pth")
@@ -279,21 +282,18 @@ def test_an_official_deepvit_checkpoint_tells_its_own_architecture(tmp_path):
 
 
 class TestOutputs:
-    def test_the_order_is_that_of_the_names(self):
-        collector = OutputCollector()
-        collector(["b", "a"], torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
-        collector(["c"], torch.tensor([[5.0, 1.0]]))
-        found = collector.outputs(["a", "b", "c"])
-        assert found.logits.tolist() == [[2.0, 1.0], [0.0, 1.0], [5.0, 1.0]]
-        assert found.top1().tolist() == [0, 1, 0]
-
     @pytest.mark.parametrize("output", [torch.zeros(2, 3, 4), torch.zeros(2, 1), (torch.zeros(2, 3),), {"logits": 1}])
     def test_an_output_that_is_no_vector_of_logits(self, output):
-        collector = OutputCollector()
-        collector(["a", "b"], output)
-        found = collector.outputs(["a", "b"])
-        assert found.logits is None
-        assert "no vector of logits" in found.reason
+        assert isinstance(logits_in(output, 2), str)
+
+    def test_outputs_are_in_the_order_of_the_findings(self):
+        pixels, settings = torch.randn(5, 3, 64, 64), RunSettings(null_images=0, metrics=("patch-diversity",), device="cpu")
+        subject = resolve(small_vit())
+        found, outputs = measured(subject, pixels, settings, keep_logits=True)
+        with torch.no_grad():
+            expected = subject.model(pixels)
+        assert outputs.names == tuple(found.images["names"].tolist()) == tuple("01234")
+        assert outputs.logits == pytest.approx(expected.numpy(), abs=1e-6)
 
     def test_labels_are_classes_of_the_data(self, photos):
         digits, loader = open_data("bundled:digits", limit=5), [torch.zeros(2, 3, 4, 4)]

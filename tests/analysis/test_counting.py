@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from factories import findings_of
 
-from collapse_probe.analysis.pairing import count_differences
+from collapse_probe.analysis.comparison.pairing import count_differences
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import count_difference_bounds, mean_parts, parts_interval
 from collapse_probe.statistics.kappa import PairMoments, kappa, kappa_interval, kappa_parts

@@ -7,18 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from factories import photographs, small_vit
+from factories import small_vit
 from PIL import Image
 
 import collapse_probe as cp
-from collapse_probe.analysis import gallery as showing
-from collapse_probe.analysis.analyze import gallery_names
-from collapse_probe.analysis.gallery import LONGEST, thumbnails
-from collapse_probe.analysis.loop import FEWEST
-from collapse_probe.analysis.measurement import RunSettings
-from collapse_probe.data.images import open_data, seeded_order
+from collapse_probe.analysis.state.gallery import LONGEST, thumbnail
+from collapse_probe.data.images import open_data
 from collapse_probe.data.preprocessing import Preprocess
 from collapse_probe.results.findings import Findings
+from collapse_probe.seeding import rank_of_name
 from collapse_probe.statistics.breakdowns import extremes_of, pictured
 from collapse_probe.statistics.estimates import per_image_values
 
@@ -33,73 +30,38 @@ def prepared(size):
     return Preprocess(transform, size, {"mean": MEAN, "std": STD})
 
 
-def ends_of(images, **values):
-    """What `extremes_of` says of images whose patch diversity (and kappa) are given."""
-    table = {"names": np.array(images.names), "patch-diversity": np.array(values["diversity"])[:, None]}
-    if "real" in values:
-        table["attention-similarity"] = np.array(values["real"])[:, None]
-        table["attention-similarity/other_token"] = np.zeros((len(images), 1))
-    return extremes_of(per_image_values(table))
+def test_a_thumbnail_is_small_and_as_the_model_saw_it(photos):
+    images, made = open_data(str(photos)), prepared((300, 200))
+    for i in range(len(images)):
+        found = thumbnail(images.pixels(i, made), made.description)
+        assert (found.shape, found.dtype) == ((LONGEST, 96, 3), np.uint8)
+        expected = np.asarray(images[i].resize((200, 300)).resize((96, LONGEST), Image.Resampling.LANCZOS), dtype=int)
+        assert np.abs(found.astype(int) - expected).max() <= 2
 
 
-def test_the_ends_are_kept_small_as_the_model_saw_them(photos):
-    images = open_data(str(photos))
-    ends = ends_of(images, diversity=[0.6, 0.1, 0.3, 0.4, 0.5, 0.2])
-    found = thumbnails(ends, images, prepared((300, 200)))
-    order = [images.names[i] for i in (0, 4, 3, 1, 5, 2)]
-    assert list(found) == order
-    for name, pixels in found.items():
-        assert (pixels.shape, pixels.dtype) == ((LONGEST, 96, 3), np.uint8)
-        whole = images[images.names.index(name)].resize((200, 300))
-        expected = np.asarray(whole.resize((96, LONGEST), Image.Resampling.LANCZOS), dtype=int)
-        assert np.abs(pixels.astype(int) - expected).max() <= 2
-
-
-def test_kappa_comes_before_the_raw_similarity_and_that_before_diversity(photos):
-    images = open_data(str(photos))
-    plain, with_kappa = (
-        ends_of(images, diversity=range(6)),
-        ends_of(images, diversity=range(6), real=[0.5, 0, 0.1, 0.9, 0.2, 0.3]),
-    )
-    assert pictured(plain)[0] == "patch_diversity_last"
-    assert pictured(with_kappa)[0] == "kappa_adjacent"
-    assert next(iter(thumbnails(with_kappa, images, prepared((32, 32))))) == images.names[3]
-    raw = {"numbers": {k: v for k, v in with_kappa["numbers"].items() if k != "kappa_adjacent"}}
+def test_kappa_comes_before_the_raw_similarity_and_that_before_diversity():
+    table = {"names": np.arange(6).astype(str), "patch-diversity": np.arange(6.0)[:, None]}
+    assert pictured(extremes_of(per_image_values(table)))[0] == "patch_diversity_last"
+    table["attention-similarity"] = np.array([0.5, 0, 0.1, 0.9, 0.2, 0.3])[:, None]
+    table["attention-similarity/other_token"] = np.zeros((6, 1))
+    ends = extremes_of(per_image_values(table))
+    assert pictured(ends)[0] == "kappa_adjacent"
+    raw = {"numbers": {k: v for k, v in ends["numbers"].items() if k != "kappa_adjacent"}}
     assert pictured(raw)[0] == "attention_similarity_adjacent"
     assert pictured({}) is None
 
 
-def test_images_that_cannot_be_read_again_are_left_out(tmp_path, photos):
-    folder = photographs(tmp_path / "pictures")
-    images = open_data(str(folder))
-    ends = ends_of(images, diversity=range(6))
-    (folder / images.names[2]).unlink()
-    assert set(thumbnails(ends, images, prepared((16, 16)))) == set(images.names) - {images.names[2]}
-    loader = [torch.zeros(6, 3, 16, 16)]
-    assert thumbnails(ends, loader, prepared((16, 16))) == {}
-    assert thumbnails({}, images, prepared((16, 16))) == {}
-
-
-def test_only_the_first_process_reads_them(photos, monkeypatch):
-    images = open_data(str(photos))
-    monkeypatch.setattr(showing, "rank_and_world", lambda: (1, 2))
-    assert thumbnails(ends_of(images, diversity=range(6)), images, prepared((16, 16))) == {}
-
-
 @pytest.mark.parametrize("count", [0, 2, 6, 9])
-def test_the_gallery_is_spread_over_the_images(photos, count):
-    images = open_data(str(photos))
-    settings = RunSettings(gallery_images=count)
-    assert len(gallery_names(images, settings)) == min(count, 6)
-    assert gallery_names(images, settings) <= set(images.names)
-    assert gallery_names([torch.zeros(1)], settings) == {str(i) for i in range(count)}
-
-
-def test_a_run_that_may_stop_early_shows_images_that_it_reads_in_any_case():
-    images = open_data("bundled:digits")
-    names = gallery_names(images, RunSettings(gallery_images=4, until_ci=0.1, seed=3))
-    assert names <= {images.names[i] for i in seeded_order(images, 3)[:FEWEST]}
-    assert len(names) == 4
+def test_the_gallery_is_a_random_sample_that_the_seed_draws(photos, count):
+    options = {"img_size": 64, "null_images": 0, "gallery_images": count, "metrics": ("patch-diversity",)}
+    names = [
+        () if (gallery := cp.analyze(small_vit(), str(photos), seed=seed, **options).gallery) is None else gallery.names
+        for seed in (0, 0, 1)
+    ]
+    assert len(names[0]) == min(count, 6)
+    assert names[0] == names[1] == tuple(sorted(names[0]))
+    ranked = sorted(open_data(str(photos)).names, key=rank_of_name)
+    assert names[0] == tuple(sorted(ranked[:count]))
 
 
 def test_the_findings_keep_the_ends_and_give_them_back(photos, tmp_path):

@@ -13,9 +13,10 @@ from collapse_probe.cli.console import answer
 from factories import plan_for, random_maps, readings, small_vit, trace_of
 
 from collapse_probe.analysis import analyze as analyzing
+from collapse_probe.analysis import probe as probing
+from collapse_probe.analysis.comparison.pairing import pair_up
 from collapse_probe.analysis.intervene import intervene
 from collapse_probe.analysis.measurement import plan_of
-from collapse_probe.analysis.pairing import pair_up
 from collapse_probe.capture.capture import discover_plan
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.replacement import refusal, source_of
@@ -40,7 +41,7 @@ def pictures(count=16, side=64):
 
 def analysed(model, monkeypatch, change, metrics=(), images=None):
     """Findings of a model whose plan is changed before the run."""
-    monkeypatch.setattr(analyzing, "plan_of", lambda *args: change(plan_of(*args)))
+    monkeypatch.setattr(probing, "plan_of", lambda *args: change(plan_of(*args)))
     facts = {"null_images": 2, "img_size": 64, "device": "cpu", "gallery_images": 1}
     return analyzing.analyze(model, data=images or pictures(), metrics=metrics, **facts)
 
@@ -210,7 +211,7 @@ def test_share_takes_no_map_from_a_block_that_gives_no_output_on():
 
 
 def test_an_intervention_compares_neighbours_alone(monkeypatch):
-    monkeypatch.setattr(analyzing, "plan_of", lambda *args: towers(plan_of(*args)))
+    monkeypatch.setattr(probing, "plan_of", lambda *args: towers(plan_of(*args)))
     model = small_vit()
     done = intervene(model, pictures(), replace=("uniform",), img_size=64, device="cpu")
     assert [value is None for value in done.similarity["raw"]] == [False, True, False]

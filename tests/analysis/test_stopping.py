@@ -16,8 +16,8 @@ from factories import noise_by_class, small_vit
 from scipy import stats
 
 import collapse_probe as cp
-from collapse_probe.analysis import loop as stopping
-from collapse_probe.analysis.loop import FEWEST, Stopper
+from collapse_probe.analysis.state import stopping
+from collapse_probe.analysis.state.stopping import FEWEST, Stopper
 from collapse_probe.data.images import batches, open_data, seeded_order
 from collapse_probe.data.preprocessing import Preprocess
 from collapse_probe.errors import SettingError

@@ -217,7 +217,7 @@ def stop(*args, **kwargs):
 
 
 def test_a_run_interrupted_while_it_measures_leaves_nothing(run, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("collapse_probe.analysis.measurement.one_pass", stop)
+    monkeypatch.setattr("collapse_probe.analysis.measurement.Measurement.update", stop)
     code, _, error = analyze(run, photos, "-o", "out", "-q")
     assert code == 130
     assert "interrupted; no output was written" in error

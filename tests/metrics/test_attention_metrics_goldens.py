@@ -10,7 +10,7 @@ import torch
 from factories import readings, trace_of
 from test_worked_values import A1, A2
 
-from collapse_probe.analysis.gallery import rollout_overlay
+from collapse_probe.analysis.state.gallery import rollout_overlay
 from collapse_probe.metrics.attention.attention_distance import attended_distance, uniform_distance
 from collapse_probe.metrics.functional.rollout import rollouts, with_residual
 from collapse_probe.metrics.map_metric import patch_distances

@@ -10,7 +10,7 @@ import torch
 from factories import photographs, plan_for, readings, small_vit, trace_of
 
 import collapse_probe as cp
-from collapse_probe.analysis.loop import accumulators_for
+from collapse_probe.analysis.measurement import accumulators_for
 from collapse_probe.errors import SettingError, UnknownNameError
 from collapse_probe.metrics.attention.whole_map_similarity import head_cosine
 from collapse_probe.metrics.metric import make

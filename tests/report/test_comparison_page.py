@@ -10,7 +10,7 @@ import pytest
 from factories import findings_of, small_vit
 
 from collapse_probe.analysis.compare import compare
-from collapse_probe.analysis.pairing import pair_up
+from collapse_probe.analysis.comparison.pairing import pair_up
 from collapse_probe.data.images import open_data
 from collapse_probe.models.loading import resolve, with_fixes
 from collapse_probe.report.comparison.curves import colours

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from factories import findings_of
 
-from collapse_probe.analysis.pairing import pair_up
+from collapse_probe.analysis.comparison.pairing import pair_up
 from collapse_probe.report.comparison.verdict import CASES, verdict_of_pair, verdicts
 from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.rules import NOTABLE

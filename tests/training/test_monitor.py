@@ -15,7 +15,7 @@ from factories import small_vit
 from torch import nn
 
 import collapse_probe as cp
-from collapse_probe.analysis.subjects import ModelOptions, open_subjects
+from collapse_probe.analysis.comparison.subjects import ModelOptions, open_subjects
 from collapse_probe.data.images import open_data
 from collapse_probe.errors import DataError, ModelError, SettingError
 from collapse_probe.models.loading import resolve

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,25 +13,13 @@ from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace
-from collapse_probe.data.images import ImageSet
-from collapse_probe.data.preprocessing import Preprocess
-from collapse_probe.distributed import rank_and_world
 from collapse_probe.metrics.functional.rollout import fused, rollouts
 from collapse_probe.results.findings import Gallery
-from collapse_probe.statistics.breakdowns import pictured
 
 Pixels = NDArray[np.uint8]
 LONGEST = 144  # pixels of a thumbnail's longer side
-Glimpse = tuple[Tensor, Tensor, Tensor]
+Glimpse = tuple[Tensor, ...]
 """A picture as the model saw it, [3, height, width], its overlays, [L, rows, columns], and its rollouts, as these or empty."""
-
-
-def spread_out(names: Sequence[str], count: int) -> frozenset[str]:
-    """`count` names, evenly spaced over the data set."""
-    if len(names) <= count:
-        return frozenset(names)
-    places = np.linspace(0, len(names) - 1, count + 2)[1:-1].round().astype(int)
-    return frozenset(names[i] for i in places)
 
 
 def on_the_grid(plan: Plan) -> dict[int, list[int]]:
@@ -81,16 +69,14 @@ def glimpse(trace: Trace, image: int, pixels_CHW: Tensor, rolled: bool) -> Glimp
     return pixels_CHW.cpu().float(), overlay(trace, image), rollout_overlay(trace, image) if rolled else torch.empty(0)
 
 
-def gallery_of(
-    glimpses: Mapping[str, Glimpse], names: Sequence[str], plan: Plan, preprocess: Mapping[str, Any]
-) -> Gallery | None:
-    """The glimpses in the order of `names`; None where no block has a map over a grid of patches."""
-    names = [name for name in names if name in glimpses and glimpses[name][1].numel()]
-    if not names:
+def gallery_of(glimpses: Iterable[tuple[str, Glimpse]], plan: Plan, preprocess: Mapping[str, Any]) -> Gallery | None:
+    """The glimpses in the order of their names; None where no block has a map over a grid of patches."""
+    by_name = {name: parts for name, parts in sorted(glimpses) if parts[1].numel()}
+    if not by_name:
         return None
-    pictures, maps, rolled = zip(*(glimpses[name] for name in names), strict=True)
+    pictures, maps, rolled = zip(*by_name.values(), strict=True)
     return Gallery(
-        names=tuple(names),
+        names=tuple(by_name),
         pictures=np.stack([as_seen(pixels, preprocess) for pixels in pictures]),
         maps=np.stack([each.double().numpy() for each in maps]),
         query="the class token" if plan.prefix else "all patches",
@@ -114,24 +100,9 @@ def as_seen(pixels_CHW: Tensor, facts: Mapping[str, Any]) -> Pixels:
     return np.asarray((pixels_CHW.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def thumbnails(extremes: Mapping[str, Any], images: object, preprocess: Preprocess) -> dict[str, Pixels]:
-    """The images that `extremes` pictures, by name, as the model saw them: uint8 [height, width, 3], LONGEST at most.
-
-    They are read once more by name. Empty where they cannot be (a caller's own loader can be run through once), and in every
-    process but the first, which alone writes the findings.
-    """
-    ends = pictured(extremes)
-    if ends is None or not isinstance(images, ImageSet) or rank_and_world()[0] > 0:
-        return {}
-    places = {name: place for place, name in enumerate(images.names)}
-    small = {}
-    for name in (str(image["name"]) for end in ("highest", "lowest") for image in ends[1][end]):
-        try:
-            pixels = images.pixels(places[name], preprocess)
-        except Exception:  # gone since the run read it; Pillow has no common base for its errors
-            continue
-        seen = as_seen(pixels, preprocess.description)
-        scale = min(1.0, LONGEST / max(seen.shape[:2]))
-        height, width = (max(round(side * scale), 1) for side in seen.shape[:2])
-        small[name] = np.asarray(Image.fromarray(seen).resize((width, height), Image.Resampling.LANCZOS), dtype=np.uint8)
-    return small
+def thumbnail(pixels_CHW: Tensor, facts: Mapping[str, Any]) -> Pixels:
+    """The model's input as a small picture, uint8 [height, width, 3], LONGEST at most; `facts` describe the preprocessing."""
+    seen = as_seen(pixels_CHW.detach().cpu().float(), facts)
+    scale = min(1.0, LONGEST / max(seen.shape[:2]))
+    height, width = (max(round(side * scale), 1) for side in seen.shape[:2])
+    return np.asarray(Image.fromarray(seen).resize((width, height), Image.Resampling.LANCZOS), dtype=np.uint8)
