@@ -69,17 +69,17 @@ def command(
     folder = None if part else output_folder(output, as_json, Path("findings") / subject.name.replace("/", "-"))
     talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
     talk.say("preprocessing " + ", ".join(f"{k} {v}" for k, v in subject.preprocess.description.items()))
-    talk.say("no data: the weights alone" if images is None else f"data {images.address}, {len(images)} images")
+    talk.say("no data: the weights alone" if images is None else options.data_line(images))
     flags |= {"command": options.command_line(), "report": talk.say}
     if part is not None and output is not None:
-        with talk.bar(-(-(len(images) - part[0] + 1) // part[1])) as progress:
+        with talk.bar(None if images.count is None else -(-(images.count - part[0] + 1) // part[1])) as progress:
             file = analyze_part(subject, images, part, output, **flags, progress=progress)
         if rank_and_world()[0] == 0:
             click.echo(file)
         return
     if folder is None and (flags["resume"] or flags["max_time"]):
         raise click.UsageError("--resume and --max-time need an output folder for the state: give -o.")
-    with talk.bar(0 if images is None else len(images)) as progress:
+    with talk.bar(0 if images is None else images.count) as progress:
         findings = analyze(subject, images, save_to=folder, **flags, progress=progress)
     if rank_and_world()[0] == 0:
         deliver(findings, folder, write_report, answer(findings), as_json)

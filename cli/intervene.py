@@ -58,11 +58,11 @@ def command(
     images, subject = options.open_subject(data, flags)
     folder = output_folder(output, as_json, Path("interventions") / subject.name.replace("/", "-"))
     talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
-    talk.say(f"data {images.address}, {len(images)} images")
+    talk.say(options.data_line(images))
     if folder is None and (flags["resume"] or flags["max_time"]):
         raise click.UsageError("--resume and --max-time need an output folder for the state: give -o.")
     flags |= {"save_to": folder, "command": options.command_line(), "report": talk.say}
-    with talk.bar(len(images)) as progress:
+    with talk.bar(images.count) as progress:
         interventions = intervene(subject, images, **flags, progress=progress)
     if rank_and_world()[0] == 0:
         lines = [*answer_lines(verdicts(interventions)), *summary_lines({"": interventions.summary})]

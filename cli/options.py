@@ -131,6 +131,11 @@ def open_subject(data: str | None, flags: dict[str, Any]) -> tuple[Any, Any]:
     return images, recalibrated(subject, images, batches, batch_size=flags["batch_size"], device=flags["device"], seed=seed)
 
 
+def data_line(images: Any) -> str:
+    """Which data there are, and how many images."""
+    return f"data {images.address}, {'a stream of images' if images.count is None else f'{images.count:,} images'}"
+
+
 def across_processes(function: Callable[..., None]) -> Callable[..., None]:
     """A command that joins the process group that torchrun, srun or mpirun announces."""
 

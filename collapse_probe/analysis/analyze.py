@@ -27,6 +27,7 @@ from collapse_probe.analysis.state.tally import LOGITS, table_of
 from collapse_probe.capture.trace import budget_line
 from collapse_probe.data.images import ImageSet, batches_of, images_from, in_random_order
 from collapse_probe.data.preprocessing import Size
+from collapse_probe.distributed import check_processes
 from collapse_probe.errors import OutOfTimeError
 from collapse_probe.models.loading import Subject, resolve
 from collapse_probe.results.findings import Findings
@@ -212,6 +213,7 @@ def read_all(
             and stopper.enough(table_of(measurement.metrics, measurement.tally, measurement.table()))
         )
         for batch in () if enough else batches:
+            check_processes()
             with signals_deferred():
                 newest = measurement.update(batch)
             if progress is not None:

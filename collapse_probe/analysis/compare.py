@@ -221,7 +221,7 @@ def measure_subject(spec: SubjectSpec, run: ComparisonRun, place: int = 0) -> Me
         run.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
         left_out = hashlib.sha256("\n".join(sorted(run.left_out)).encode()).hexdigest()[:8] if run.left_out else "all"
         saving = None if run.saving is None else run.saving.of(f"subject-{place}-{left_out}")
-        with run.watch(spec.label, len(images) if isinstance(images, ImageSet) else None) as progress:
+        with run.watch(spec.label, getattr(images, "count", None)) as progress:
             findings, outputs = measured(
                 subject,
                 images,

@@ -40,6 +40,7 @@ from collapse_probe.data.images import OwnImages, batches_of, images_from
 from collapse_probe.data.loading import Batch
 from collapse_probe.data.preprocessing import Size
 from collapse_probe.devices import autocast, choose_device, floating_like
+from collapse_probe.distributed import check_processes
 from collapse_probe.errors import CaptureError, DataError, ModelError, NonFiniteError, OutOfTimeError, SettingError
 from collapse_probe.models.loading import Subject, resolve
 from collapse_probe.results.findings import Findings, plain
@@ -199,6 +200,7 @@ class ReplacementRunner:
             over: OutOfTimeError | None = None
             preprocess = self.subject.preprocess
             for batch in batches_of(images, preprocess, settings.batch_size, settings.workers, done=done):
+                check_processes()
                 with signals_deferred():
                     take(batch)
                     gathered.coverage.add(batch.read)

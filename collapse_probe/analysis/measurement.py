@@ -25,9 +25,9 @@ from collapse_probe.capture.trace import TILE_BYTES, Trace, micro_batch
 from collapse_probe.capture.weights.matrices import NAMES, Matrices
 from collapse_probe.capture.weights.recording import record_matrices
 from collapse_probe.data.images import ImageSet
-from collapse_probe.data.streams.stream import ImageStream
 from collapse_probe.data.loading import Batch
 from collapse_probe.data.preprocessing import ASSUMED, given_pixels, shown, sides_of
+from collapse_probe.data.streams.stream import ImageStream
 from collapse_probe.devices import autocast, choose_device, floating_like, modes_kept, moved
 from collapse_probe.distributed import rank_and_world, shared, unwrap
 from collapse_probe.errors import DataError, NonFiniteError, SettingError, StateError
