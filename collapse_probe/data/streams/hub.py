@@ -14,6 +14,7 @@ from collapse_probe.errors import DataError
 
 NAME_KEYS = ("__key__", "file_name", "filename", "path", "image_id", "id")
 """Columns that name an image, where the image itself has no path."""
+AT_ONCE = 16  # rows
 FILES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -57,7 +58,7 @@ def hub_shards(name: str, split: str | None) -> Shards:
 def _records(stream: Any, columns: dict[str, str | None], root: str, shard: int, wanted: Wanted) -> Iterator[Record]:
     """The rows of one file. A row is named by its image's path, else by a column that names it, else by its number."""
     part = stream.shard(num_shards=stream.num_shards, index=shard) if stream.num_shards > 1 else stream
-    for place, row in enumerate(part):
+    for place, row in enumerate(_rows(part)):
         image, label = row[columns["image"]], whole_number(row.get(columns["label"]))
         name = _name(image, row.get(columns["name"]), root, place)
         if image is None or (image.get("bytes") is None and not image.get("path")):
@@ -65,6 +66,12 @@ def _records(stream: Any, columns: dict[str, str | None], root: str, shard: int,
         else:
             content = _content(image) if wanted(place) else None
             yield Record(name, content, label if label is not None and label >= 0 else None)
+
+
+def _rows(part: Any) -> Iterator[dict[str | None, Any]]:
+    """The rows, from `iter`: in a loader's process `__iter__` would share the files out by a rule of its own, and lose rows."""
+    for columns in part.iter(batch_size=AT_ONCE):
+        yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 
 def _name(image: Any, given: Any, root: str, place: int) -> str:
