@@ -3,6 +3,7 @@
 import io
 import itertools
 
+import numpy as np
 import pytest
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
@@ -127,3 +128,32 @@ def test_what_is_no_data_set_of_images(tmp_path):
         open_data(f"hfids/{tmp_path}/words")
     with pytest.raises(DataError, match=r"cannot (fetch|open) hfids/some/name"):
         open_data("hfids/some/name")
+
+
+def test_a_data_set_of_tensorflow(tmp_path, monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    pixels, kinds = (tfds.features.Image(shape=(None, None, 3)), tfds.features.ClassLabel(names=["cat", "dog"]))
+
+    class TinyPictures(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            columns = {"image": pixels, "label": kinds, "id": tfds.features.Text()}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(columns))
+
+        def _split_generators(self, _):
+            return {"train": self._generate_examples(3), "validation": self._generate_examples(37)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                yield str(i), {"image": np.full((4, 4, 3), i, np.uint8), "label": i % 2, "id": f"{i:03d}"}
+
+    stream = open_data("tfds/tiny_pictures")
+    assert (stream.class_names, stream.notes) == (("cat", "dog"), ("the split validation of train, validation",))
+    for world, workers in itertools.product((1, 2), (0, 2)):
+        got = [batch for rank in range(world) for batch in read(stream, rank=rank, world=world, workers=workers)]
+        assert sorted(name.rpartition("/")[2] for name in names_of(got)) == [f"{i:03d}" for i in range(37)]
+        for batch in got:
+            assert batch.pixels[:, 0, 0, 0].tolist() == [int(name[-3:]) for name in batch.names]
+            assert batch.labels.tolist() == [int(name[-3:]) % 2 for name in batch.names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -46,7 +47,8 @@ def _records(name: str, split: str, columns: dict[str, Any], shard: int, wanted:
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    tf.config.set_visible_devices([], "GPU")
+    with contextlib.suppress(RuntimeError):  # it runs already
+        tf.config.set_visible_devices([], "GPU")
     part = tfds.core.ReadInstruction(split, from_=shard, to=shard + 1, unit="shard")
     decoders = {columns["image"]: tfds.decode.SkipDecoding()}
     rows = tfds.builder(name).as_dataset(split=part, shuffle_files=False, decoders=decoders)
