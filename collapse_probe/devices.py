@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,8 @@ try:
 except ImportError:  # Windows has none
     resource = None  # type: ignore[assignment]
 
+QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # of control groups, version 2 and 1
+FEW_BATCHES, MOST_WORKERS = 4, 16
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -92,3 +97,54 @@ def peak_memory(device: torch.device) -> int | None:
     if resource is None:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_UNIT
+
+
+def cores(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """The processor cores that this process may use: of those it is bound to what a container's quota allows, divided among the
+    processes that a launcher started on this machine; at least 1.
+    """
+    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [able, *filter(None, (_quota(root, names) for names in QUOTAS))]
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or "1"
+    return max(int(min(quotas)) // max(int(local) if local.isdigit() else 1, 1), 1)
+
+
+def _quota(root: Path, names: Sequence[str]) -> float | None:
+    """Cores by the files of a control group, "quota period" in one or each in its own; None where it has none."""
+    try:
+        quota, period = " ".join((root / name).read_text().strip() for name in names).split()[:2]
+        return float(quota) / float(period) if float(quota) > 0 else None
+    except (OSError, ValueError):  # "max"
+        return None
+
+
+def default_workers(device: torch.device, batch_size: int, images: int | None, from_memory: bool) -> int:
+    """How many processes read ahead where nobody says: none where they cost more than they save.
+
+    None for images `from_memory`, for fewer than FEW_BATCHES batches (`images`: their number, None where unknown), on one core, and
+    where processes cannot be forked, for they would run the caller's program once more. Beside a GPU all cores but one,
+    MOST_WORKERS at most; on a CPU, whose cores compute, a quarter of them and at least one.
+    """
+    few = images is not None and images < FEW_BATCHES * batch_size
+    own = cores()
+    start = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if from_memory or few or own < 2 or start != "fork":
+        return 0
+    return min(own - 1, MOST_WORKERS) if device.type != "cpu" else max(own // 4, 1)
+
+
+def default_batch_size(device: torch.device, size: tuple[int, int]) -> int:
+    """Images in a batch where nobody says: 64; beside a CUDA GPU 256 of up to 224 × 224 pixels (`size` is height and width), of
+    larger ones the power of two with as many pixels or fewer.
+    """
+    if device.type != "cuda":
+        return 64
+    fitting = 256 * 224 * 224 // max(size[0] * size[1], 224 * 224)
+    return 1 << max(fitting, 1).bit_length() - 1
+
+
+def default_amp_dtype(device: torch.device) -> str:
+    """The type of automatic mixed precision where nobody says: bfloat16 where the device computes in it, else float16."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    return "bfloat16" if device.type == "cpu" else "float16"
