@@ -21,11 +21,13 @@ SHARING_IMAGES = 96
 @click.command("demo", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-o", "--output", default="demo", show_default=True, metavar="DIR", help="The output folder.")
 @options.talking
+@options.across_processes
 def command(output: str, quiet: bool, verbose: int) -> None:
     """Compare the trained pairs that ship with the package, on digits that they have not seen; needs no network."""
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.output import prepare
 
+    from collapse_probe.distributed import rank_and_world
     from collapse_probe.files import PAGE, new_folder
     from collapse_probe.models.sources.ours import FOLDER
     from collapse_probe.report.demo import chapters, write_demonstration
@@ -33,6 +35,8 @@ def command(output: str, quiet: bool, verbose: int) -> None:
     folder = Path(output)
     prepare(folder, quiet)
     demonstration = demonstrate(Talk(quiet).say)
+    if rank_and_world()[0] > 0:
+        return
     with new_folder(folder) as inside:
         write_demonstration(demonstration, inside, json.loads((FOLDER / "spread.json").read_text(encoding="utf-8")))
     for title, sentences in chapters(demonstration).items():

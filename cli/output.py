@@ -24,9 +24,12 @@ def output_folder(output: str | None, as_json: bool, default: Path) -> Path | No
 def prepare(folder: str | Path, quiet: bool = False) -> None:
     """Raise OutputError unless a folder can take a run's files; clear what dead runs left there, and say so on stderr."""
     from collapse_probe.files import check_output
+    from collapse_probe.launchers import announced
 
-    say_tidied(folder, quiet)
-    check_output(folder)
+    launch = announced()
+    if launch is None or launch.rank == 0:  # no other process writes
+        say_tidied(folder, quiet)
+        check_output(folder)
 
 
 def say_tidied(folder: str | Path, quiet: bool = False) -> None:

@@ -69,6 +69,7 @@ def run(
     from collapse_probe.cli.options import command_line
     from collapse_probe.cli.output import prepare
 
+    from collapse_probe.distributed import rank_and_world
     from collapse_probe.files import PAGE, write_with_page
     from collapse_probe.registry import RECIPES
     from collapse_probe.report.sweep.page import write_sweep
@@ -78,8 +79,10 @@ def run(
     named = RECIPES[recipe]()
     changes |= {} if steps is None else {"steps": steps}
     changes |= {"amp": amp_dtype} if amp else {}
+    first = rank_and_world()[0] == 0
     if dry_run:
-        click.echo(forecasts(named, vary, seeds, changes, flags["device"]))
+        if first:
+            click.echo(forecasts(named, vary, seeds, changes, flags["device"]))
         return
     folder = Path(output or Path("sweeps") / named.name)
     prepare(folder, quiet)
@@ -98,14 +101,15 @@ def run(
     except KeyboardInterrupt:
         click.echo(f"interrupted; the same command with -o {folder} goes on", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
-    write_with_page(folder, result, write_sweep)
-    click.echo(
-        json.dumps(result.to_json(), allow_nan=False) if as_json else f"{answer_text(result)}\n\nreport: {folder / PAGE}"
-    )
+    if first:
+        write_with_page(folder, result, write_sweep)
+        answer = json.dumps(result.to_json(), allow_nan=False) if as_json else answer_text(result)
+        click.echo(answer if as_json else f"{answer}\n\nreport: {folder / PAGE}")
     if result.failed:
-        first = result.failed[0]
-        line = f"error: {len(result.failed)} of {len(result.cells)} cells failed, the first: {first.name} ({first.reason})"
-        click.echo(f"{line}; the same command tries them again", err=True)
+        cell = result.failed[0]
+        line = f"error: {len(result.failed)} of {len(result.cells)} cells failed, the first: {cell.name} ({cell.reason})"
+        if first:
+            click.echo(f"{line}; the same command tries them again", err=True)
         raise click.exceptions.Exit(FAILED)
 
 

@@ -26,7 +26,7 @@ COLLECTIVE = timedelta(days=30)
 """How long an operation of the group may wait: a process that died is told of otherwise, and one that is slow is waited for."""
 
 _peers: list[Peers] = []
-_groups = itertools.count()
+_groups, _turns = itertools.count(), itertools.count()
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
@@ -143,10 +143,11 @@ def _of_the_group(error: BaseException) -> bool:
 def _finished(operation: Callable[[], Any]) -> None:
     """Begin a collective operation and wait for its end, or for the news that another process has failed."""
     try:
-        work = operation()
+        work, pause = operation(), 0.0002
         while not work.is_completed():
             check_processes()
-            time.sleep(0.0005)
+            time.sleep(pause)
+            pause = min(pause * 1.2, 0.05)
         work.wait()
     except RuntimeError as error:
         for group in _peers:
@@ -191,3 +192,17 @@ def shared(value: Any, source: int) -> Any:
     buffer = (own if rank == source else torch.empty(length, dtype=torch.uint8)).to(place)
     _finished(lambda: dist.broadcast(buffer, source, async_op=True))
     return pickle.loads(buffer.cpu().numpy().tobytes())
+
+
+def shared_out(count: int) -> Iterator[int]:
+    """The numbers from 0 below `count`, each in one process only: whoever asks first gets the next. Alone, all of them.
+
+    Every process calls it, and as often as the others.
+    """
+    if rank_and_world()[1] == 1:
+        yield from range(count)
+        return
+    c10d: Any = dist.distributed_c10d
+    store, name = c10d._get_default_store(), f"turn/{next(_turns)}"
+    while (turn := store.add(name, 1) - 1) < count:
+        yield turn

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from collapse_probe.errors import SettingError
 
 LOOPBACK = "127.0.0.1"
+ANNOUNCING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PREFIXES = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "SLURM_PROCID", "SLURM_LOCALID")
 FIRST_PORT, PORTS = 10000, 20000
 
 
@@ -122,3 +124,9 @@ def exported(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def forget() -> None:
+    """Take from the environment what announces a group: this process, started by one of the group, works alone."""
+    for name in [name for name in os.environ if name in ANNOUNCING or name.startswith(PREFIXES)]:
+        del os.environ[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import threading
 import time
 import traceback
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -21,9 +23,10 @@ from collapse_probe.analysis.measurement import RunSettings
 from collapse_probe.data.images import ImageSet, open_set
 from collapse_probe.data.splits import split_data
 from collapse_probe.devices import choose_device, device_name
-from collapse_probe.distributed import rank_and_world
+from collapse_probe.distributed import gathered, rank_and_world, shared_out
 from collapse_probe.errors import OutputError, SettingError
 from collapse_probe.files import check_output, write_document, write_whole
+from collapse_probe.launchers import forget
 from collapse_probe.models.batchnorm import recalibrated
 from collapse_probe.models.loading import resolve
 from collapse_probe.provenance import stamp
@@ -83,8 +86,10 @@ def sweep(
     Each cell has a folder of its own (see `run_cell`). Called again, finished cells are kept, begun ones go on and failed
     ones are tried again; sweep.json and table.csv are written after every cell. A cell that fails does not stop the others.
     `changes` are made in all cells. Measured are the held-out images, or those at `eval_data`; `limit` takes a seeded draw.
-    With `jobs` above 1 cells run in processes of their own, which share torch's threads. Raises SettingError,
-    UnknownNameError where the grid cannot be, or where a folder holds another recipe's run; OutputError.
+    With `jobs` above 1 cells run in processes of their own, which share torch's threads and, with the device "auto", the GPUs.
+    Under torchrun every process takes the next cell that none has taken, `jobs` at once, and trains it alone; the first one
+    writes, and all return the same. Raises SettingError, UnknownNameError where the grid cannot be, or where a folder holds
+    another recipe's run; OutputError.
     """
     base, folder, say = RECIPES[recipe]() if isinstance(recipe, str) else recipe, Path(output), report or (lambda text: None)
     grid, notes = grid_of(base, vary, seeds, changes)
@@ -119,7 +124,8 @@ def sweep(
     )
     for done in _results(grid, folder, conditions, jobs, watch, say):
         result = replace(result, cells=tuple(done if cell.name == done.name else cell for cell in result.cells))
-        result.save(folder)
+        if rank_and_world()[0] == 0:
+            result.save(folder)
     return result
 
 
@@ -143,8 +149,6 @@ def _check(conditions: Conditions, grid: Sequence[Cell], jobs: int) -> None:
         raise SettingError(f"the recipe {grid[0].recipe.name} has no data of its own; name a data set with --data")
     if type(jobs) is not int or jobs < 1:
         raise SettingError(f"the number of jobs must be a whole number from 1 up, not {jobs!r}")
-    if rank_and_world()[1] > 1:
-        raise SettingError("a sweep gives each cell one process; start it without torchrun, with --jobs N for N cells at once")
     RunSettings(null_images=conditions.null_images)
     images_of(grid[0], conditions)
 
@@ -166,16 +170,23 @@ def check_same(cell: Cell, folder: Path, conditions: Conditions) -> None:
 def _results(
     grid: Sequence[Cell], folder: Path, conditions: Conditions, jobs: int, watch: Watch | None, say: Say
 ) -> Iterator[CellResult]:
-    """The results of the cells, in the order in which they are done."""
-    done = {cell.name: finished_result(cell, folder / cell.name, conditions) for cell in grid}
+    """The results of the cells, in the order in which they are done; those of other processes at the end."""
+    rank, world = rank_and_world()
+    done = gathered({cell.name: finished_result(cell, folder / cell.name, conditions) for cell in grid})[0]
     yield from (result for result in done.values() if result is not None)
     work = [cell for cell in grid if done[cell.name] is None]
     if len(work) < len(grid):
         say(f"{len(grid) - len(work)} of {len(grid)} cells were finished before and are kept")
-    if jobs > 1 and len(work) > 1:
-        for result in _in_processes(work, folder, conditions, min(jobs, len(work))):
+    if world > 1 or (jobs > 1 and len(work) > 1):
+        own = []
+        for result in _in_processes(work, folder, conditions, min(jobs, max(1, len(work)))):
             say(result_line(result))
+            own.append(result)
             yield result
+        others = [result for i, part in enumerate(gathered(own)) if i != rank for result in part]
+        for result in others:
+            say(result_line(result))
+        yield from others
         return
     for at, cell in enumerate(work, 1):
         say(f"cell {at} of {len(work)}: {cell.name}")
@@ -190,22 +201,30 @@ def _in_processes(work: Sequence[Cell], folder: Path, conditions: Conditions, jo
     """Run `jobs` cells at once, each in a fresh process: where one is killed, the others go on."""
     context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // jobs)
     running: set[Any] = set()
-    stopped = threading.Event()
+    stopped, turns, lock = threading.Event(), shared_out(len(work)), threading.Lock()
+    places: SimpleQueue[str] = SimpleQueue()
+    for place in _places(conditions.device, jobs):
+        places.put(place)
 
-    def run(cell: Cell) -> CellResult:
-        if stopped.is_set():
-            return _result(cell)
-        arguments = (cell, folder / cell.name, conditions, threads, loaded_plugins)
+    def run() -> CellResult | None:
+        with lock:
+            at = None if stopped.is_set() else next(turns, None)
+        if at is None:  # another process has taken the rest
+            return None
+        cell, place = work[at], places.get()
+        arguments = (cell, folder / cell.name, replace(conditions, device=place), threads, loaded_plugins)
         process = context.Process(target=_process, args=arguments)
         running.add(process)
         process.start()
         process.join()
         running.discard(process)
+        places.put(place)
         return process_result(*arguments[:3], process.exitcode)
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            yield from (future.result() for future in as_completed([pool.submit(run, cell) for cell in work]))
+            results = (future.result() for future in as_completed([pool.submit(run) for _ in work]))
+            yield from (result for result in results if result is not None)
         except BaseException:
             stopped.set()
             for process in [p for p in running if p.pid is not None]:
@@ -213,11 +232,30 @@ def _in_processes(work: Sequence[Cell], folder: Path, conditions: Conditions, jo
             raise
 
 
+def _places(device: str, jobs: int) -> list[str]:
+    """The device of each of `jobs` cells at once: all GPUs of the machine in turn, or the one of this process in a group."""
+    if device != "auto" or not torch.cuda.is_available():
+        return [device] * jobs
+    if rank_and_world()[1] > 1:
+        return [str(choose_device(device))] * jobs
+    return [f"cuda:{i % torch.cuda.device_count()}" for i in range(jobs)]
+
+
 def _process(cell: Cell, folder: Path, conditions: Conditions, threads: int, plugins: Sequence[str]) -> None:
+    forget()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     for address in plugins:
         load_plugin(address)
     torch.set_num_threads(threads)
     run_cell(cell, folder, conditions)
+
+
+def _end_with(parent: Any) -> None:
+    """End this process when its parent is killed, so that nobody else writes where the sweep goes on later."""
+    parent.join()
+    os._exit(1)
 
 
 def process_result(cell: Cell, folder: Path, conditions: Conditions, code: int | None) -> CellResult:
