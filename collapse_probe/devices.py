@@ -121,8 +121,8 @@ def _quota(root: Path, names: Sequence[str]) -> float | None:
 def default_workers(device: torch.device, batch_size: int, images: int | None, from_memory: bool) -> int:
     """How many processes read ahead where nobody says: none where they cost more than they save.
 
-    None for images `from_memory`, for fewer than FEW_BATCHES batches (`images`: their number, None where unknown), on one core, and
-    where processes cannot be forked, for they would run the caller's program once more. Beside a GPU all cores but one,
+    None for images `from_memory`, for fewer than FEW_BATCHES batches (`images`: their number, None where unknown), on one core,
+    and where processes cannot be forked, for they would run the caller's program once more. Beside a GPU all cores but one,
     MOST_WORKERS at most; on a CPU, whose cores compute, a quarter of them and at least one.
     """
     few = images is not None and images < FEW_BATCHES * batch_size

@@ -7,10 +7,11 @@ import stat
 from pathlib import Path
 
 from collapse_probe.data.archives import in_tar, in_zip
-from collapse_probe.data.folders import IRREGULAR, in_folder, in_pattern, one_picture
+from collapse_probe.data.folders import IRREGULAR, in_folder, in_pattern, in_remote_folder, one_picture
 from collapse_probe.data.libraries import LIBRARIES, bundled, in_timm
 from collapse_probe.data.lists import in_list
 from collapse_probe.data.readers import Pictures, is_picture
+from collapse_probe.data.streams.remote import RemoteFile, is_folder, is_remote, reaching, without_scheme
 from collapse_probe.errors import DataError
 
 EXPECTED = "a folder of images, a picture, a pattern in quotes, a .tar, a .zip, a list of paths, or bundled:photos"
@@ -32,6 +33,10 @@ def pictures_at(address: str, split: str | None = None) -> Pictures:
     """The pictures at a data address that is no stream, see `open_data`. Raises DataError and UnknownNameError."""
     if not address.strip():
         raise DataError(f"the data address is empty (an unset variable?); expected {EXPECTED}")
+    if is_remote(address) and not address.startswith("file://"):
+        with reaching(address):
+            return in_remote_folder(address, split) if is_folder(address) else _in_file(RemoteFile(address), split)
+    address = without_scheme(address)
     path, mode = Path(address), 0
     why: Exception | None = None
     try:
@@ -47,8 +52,10 @@ def pictures_at(address: str, split: str | None = None) -> Pictures:
         raise DataError(f"{address} has no splits, so {split!r} cannot be taken; leave --split out")
     if address.startswith("bundled:"):
         return bundled(address.removeprefix("bundled:"))
+    if mode and not stat.S_ISREG(mode):
+        raise DataError(f"{path} is {IRREGULAR}; expected {EXPECTED}")
     if mode:
-        return _in_file(path, mode)
+        return _in_file(path)
     if not isinstance(why, (FileNotFoundError, NotADirectoryError)):
         raise DataError(f"{address} cannot be opened: {getattr(why, 'strerror', None) or why}")
     if glob.has_magic(address):
@@ -57,15 +64,17 @@ def pictures_at(address: str, split: str | None = None) -> Pictures:
     raise DataError(f"there is no {kind} {address}; give {EXPECTED}")
 
 
-def _in_file(file: Path, mode: int) -> Pictures:
+def _in_file(file: Path | RemoteFile, split: str | None = None) -> Pictures:
     """The pictures in one file, by how it begins."""
-    if not stat.S_ISREG(mode):
-        raise DataError(f"{file} is {IRREGULAR}; expected {EXPECTED}")
+    if split is not None:
+        raise DataError(f"{file} has no splits, so {split!r} cannot be taken; leave --split out")
     try:
         with file.open("rb") as stream:
             begin = stream.read(BEGIN)
+    except FileNotFoundError as error:
+        raise DataError(f"there is nothing at {file}; expected {EXPECTED}") from error
     except OSError as error:
-        raise DataError(f"{file} cannot be opened: {error.strerror}") from error
+        raise DataError(f"{file} cannot be opened: {error.strerror or error}") from error
     packed = next((how for mark, how in PACKED.items() if begin.startswith(mark)), None)
     if packed:
         way = f"unpack it (tar -xf {file}) and give the folder, or pack the images into an uncompressed .tar or a .zip"

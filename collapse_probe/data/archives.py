@@ -32,6 +32,7 @@ from collapse_probe.data.readers import (
     suffix_of,
     written,
 )
+from collapse_probe.data.streams.remote import RemoteFile
 from collapse_probe.errors import DataError
 
 MOST_BYTES = 2**30  # of one picture in an archive, unpacked
@@ -41,6 +42,7 @@ BLOCK = tarfile.BLOCKSIZE
 MAGIC = b"ustar"  # in every header of a tar since 1988
 LOCAL = b"PK\3\4"  # before every file in a zip, of a header of LOCAL_SIZE bytes and a name
 LOCAL_SIZE = 30
+File = Path | RemoteFile
 Part = tuple[int, int, int]
 """A part of a file in a tar: where in the file it begins, how many bytes, where they lie in the archive."""
 TarPlace = tuple[int, tuple[Part, ...]]
@@ -119,7 +121,7 @@ def clean(name: str) -> str:
     return posixpath.normpath(name).lstrip("/")
 
 
-def _collected(places: Mapping[str, Any], left_out: LeftOut, kind: str, file: Path, read: Callable[..., IO[bytes]]) -> Pictures:
+def _collected(places: Mapping[str, Any], left_out: LeftOut, kind: str, file: File, read: Callable[..., IO[bytes]]) -> Pictures:
     if not places:
         raise DataError(f"the {kind} {file} holds no image{first_reasons(left_out)}")
     sorted_places = dict(sorted(places.items()))
@@ -129,7 +131,7 @@ def _collected(places: Mapping[str, Any], left_out: LeftOut, kind: str, file: Pa
     return Pictures(names, opener, labels, class_names, left_out=left_out, notes=notes)
 
 
-def in_tar(file: Path) -> Pictures:
+def in_tar(file: File) -> Pictures:
     """The pictures in an uncompressed tar and in tars inside it, sorted by path; classes as in a folder.
 
     Raises DataError for a damaged or cut one (headers that do not fit their checksum, members or an end mark that are missing)
@@ -137,8 +139,10 @@ def in_tar(file: Path) -> Pictures:
     """
     left_out = LeftOut()
     try:
-        with file.open("rb") as stream:
-            places = _in_tar(stream, file.stat().st_size, 0, "", left_out)
+        with _opened(file) as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
+            places = _in_tar(stream, size, 0, "", left_out)
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror or error}") from error
     except DataError as error:
@@ -256,13 +260,17 @@ def _content(stream: IO[bytes], place: TarPlace, most: int, start: int = 0) -> b
     return bytes(content)
 
 
-def _open_in_tar(file: Path, places: tuple[TarPlace, ...], index: int) -> IO[bytes]:
+def _open_in_tar(file: File, places: tuple[TarPlace, ...], index: int) -> IO[bytes]:
     """A picture's bytes, through a handle of its own: any number of processes may read at once."""
-    with file.open("rb") as stream:
+    with _opened(file) as stream:
         return io.BytesIO(_content(stream, places[index], MOST_BYTES))
 
 
-def in_zip(file: Path) -> Pictures:
+def _opened(file: File) -> IO[bytes]:
+    return file.open("rb", places=True) if isinstance(file, RemoteFile) else file.open("rb")
+
+
+def in_zip(file: File) -> Pictures:
     """The pictures in a zip, sorted by path; classes as in a folder. Encrypted files and links to nothing are left out.
 
     Raises DataError for a damaged one, and for one without a picture.
@@ -270,7 +278,7 @@ def in_zip(file: Path) -> Pictures:
     left_out = LeftOut()
     members = Members[zipfile.ZipInfo].none(left_out)
     try:
-        with zipfile.ZipFile(file) as archive:
+        with _zipped(file) as archive:
             for member in archive.infolist():
                 _add_member(archive, member, members)
             _count_unlisted(archive, left_out)
@@ -311,10 +319,21 @@ def _count_unlisted(archive: zipfile.ZipFile, left_out: LeftOut) -> None:
     gaps = [(start, end) for start, end in (*gaps, (at, archive.start_dir)) if end - start > LOCAL_SIZE]
     if not gaps or archive.fp is None:
         return
-    with mmap.mmap(archive.fp.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for start, end in gaps:
+    for start, end in gaps:
+        with _bytes_of(archive.fp, end) as content:
             while (start := content.find(LOCAL, start, end) + 1) > 0:
                 left_out.add(f"byte {start - 1:,}", "a file in the zip that its list of files does not name")
+
+
+@contextlib.contextmanager
+def _bytes_of(stream: IO[bytes], end: int) -> Iterator[mmap.mmap | bytes]:
+    """The bytes of a file up to `end`: of a local one where they lie."""
+    if isinstance(stream, io.BufferedReader):
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            yield content
+    else:
+        stream.seek(0)
+        yield stream.read(end)
 
 
 def _head(archive: zipfile.ZipFile, member: zipfile.ZipInfo, count: int = HEAD) -> bytes:
@@ -326,9 +345,9 @@ def _head(archive: zipfile.ZipFile, member: zipfile.ZipInfo, count: int = HEAD) 
         return b""
 
 
-def _open_in_zip(file: Path, places: tuple[zipfile.ZipInfo, ...], index: int) -> IO[bytes]:
+def _open_in_zip(file: File, places: tuple[zipfile.ZipInfo, ...], index: int) -> IO[bytes]:
     """A picture's bytes; of a file that does not begin as a picture nothing more is unpacked."""
-    with _zip(str(file), os.getpid()).open(places[index]) as stream:
+    with _zip(file, os.getpid()).open(places[index]) as stream:
         head = stream.read(HEAD)
         if not is_picture(head):
             raise Unreadable("it does not begin as a picture of a format that is read")
@@ -336,6 +355,10 @@ def _open_in_zip(file: Path, places: tuple[zipfile.ZipInfo, ...], index: int) ->
 
 
 @functools.lru_cache(maxsize=4)
-def _zip(file: str, process: int) -> zipfile.ZipFile:
+def _zip(file: File, process: int) -> zipfile.ZipFile:
     """The archive, opened once in each process: its list of files is long, and a handle cannot be shared."""
-    return zipfile.ZipFile(file)
+    return _zipped(file)
+
+
+def _zipped(file: File) -> zipfile.ZipFile:
+    return zipfile.ZipFile(file.open("rb", places=True) if isinstance(file, RemoteFile) else file)

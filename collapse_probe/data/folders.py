@@ -24,6 +24,7 @@ from collapse_probe.data.readers import (
     suffix_of,
     written,
 )
+from collapse_probe.data.streams.remote import RemoteFile, files_below, is_folder, is_remote, public
 from collapse_probe.errors import DataError
 from collapse_probe.provenance import escaped
 
@@ -39,8 +40,9 @@ Place = tuple[str, str]
 
 
 def open_file(paths: Sequence[str], index: int) -> IO[bytes]:
-    """The file of a picture."""
-    return Path(paths[index]).open("rb")
+    """The file of a picture, by its path or its address."""
+    path = paths[index]
+    return RemoteFile(path).open() if is_remote(path) else Path(path).open("rb")
 
 
 def kind_of_error(error: OSError) -> str:
@@ -72,6 +74,15 @@ class Sieve:
             return
         if self._picture(name, path, status):
             self.hard_links += again
+
+    def remote(self, name: str, address: str) -> None:
+        """One file behind an address, which is not opened to look: its suffix decides."""
+        if any(map(is_hidden, name.split("/"))):
+            self.left_out.add(name, HIDDEN)
+        elif suffix_of(name) in SUFFIXES:
+            self.places.append((name, address))
+        else:
+            self.left_out.add(name, no_picture(name))
 
     def link(self, name: str, path: str) -> None:
         """One link to a file, or to nothing."""
@@ -248,9 +259,12 @@ def in_pattern(pattern: str) -> Pictures:
 
 
 def sift(places: Iterable[Place], sieve: Sieve) -> None:
-    """Give the sieve these files, links last; folders among them are left out."""
+    """Give the sieve these files, links last; folders among them are left out. A path may be an address."""
     links = []
     for name, path in places:
+        if is_remote(path):
+            sieve.remote(name, path)
+            continue
         try:
             status, is_folder = Path(path).lstat(), Path(path).is_dir()
         except OSError as error:
@@ -266,6 +280,25 @@ def sift(places: Iterable[Place], sieve: Sieve) -> None:
         sieve.link(name, path)
 
 
-def one_picture(file: Path) -> Pictures:
+def one_picture(file: Path | RemoteFile) -> Pictures:
     """One file that is a picture, without a label."""
-    return Pictures(written([file.name]), partial(open_file, (str(file),)))
+    path = file.address if isinstance(file, RemoteFile) else str(file)
+    return Pictures(written([file.name]), partial(open_file, (path,)))
+
+
+def in_remote_folder(address: str, split: str | None = None) -> Pictures:
+    """The pictures below a folder behind an address, as in a local one, but by their suffix alone: no file is opened to look.
+
+    Raises DataError for no picture.
+    """
+    address = address.rstrip("/")
+    if split:
+        names = (split, *next((same for same in SPLITS if split in same), ()))
+        inner = next((f"{address}/{name}" for name in names if is_folder(f"{address}/{name}")), None)
+        if inner is None:
+            raise DataError(f"{public(address)} has no folder for the split {split!r}; leave --split out")
+        address = inner
+    sieve = Sieve()
+    for name, path in files_below(address).items():
+        sieve.remote(name, path)
+    return _some(sieve, f"the folder {public(address)}")

@@ -33,6 +33,7 @@ from collapse_probe.data.readers import (
     significant_bits,
     suffix_of,
 )
+from collapse_probe.data.streams.remote import public
 from collapse_probe.data.streams.stream import ImageStream
 from collapse_probe.distributed import check_processes, gathered, rank_and_world
 from collapse_probe.errors import CollapseProbeError, DataError, SettingError
@@ -54,7 +55,7 @@ class ImageSet(Dataset[Image]):
     def __init__(
         self, address: str, pictures: Pictures, places: Sequence[int] | None = None, max_pixels: int | None = None
     ) -> None:
-        self.address, self.max_pixels = escaped(address), max_pixels
+        self.address, self.max_pixels = escaped(public(address)), max_pixels
         self._pictures = pictures
         self._places = range(len(pictures.names)) if places is None else places
 
@@ -187,8 +188,9 @@ def open_data(
     """The pictures at a data address; nothing is decoded yet.
 
     A folder, flat or with class folders, Tiny-ImageNet's too; one picture; a pattern of files (`photos/**/*.jpg`); an
-    uncompressed tar or a zip; a CSV or text file that lists paths, with labels or without; `bundled:digits` (1797 images) or
-    `bundled:photos` (53); `hfds/ORG/NAME` and `torch/NAME` as timm reads them. Streams, which are read as they come:
+    uncompressed tar or a zip; a CSV or text file that lists paths, with labels or without; all but the pattern also behind an
+    address of fsspec (`s3://`, `gs://`, `hf://`, `https://`); `bundled:digits` (1797 images) or `bundled:photos` (53);
+    `hfds/ORG/NAME` and `torch/NAME` as timm reads them. Streams, which are read as they come:
     `wds/FOLDER` or `wds/shard-{000..019}.tar`, `hfids/ORG/NAME` or `hfids/FOLDER`, `tfds/NAME`. `split` is a
     subfolder, or the library's split. `limit` takes that many pictures at random under `seed`; of a stream see
     `ImageStream.subset`. `max_pixels` is the most that a picture may have.

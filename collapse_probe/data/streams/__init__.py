@@ -1,1 +1,1 @@
-"""Data sets that are read from their beginning, as they come: shards of pictures without a listing."""
+"""Pictures that are no files on this disk: shards that are read as they come, and files behind addresses."""

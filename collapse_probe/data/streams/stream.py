@@ -27,6 +27,7 @@ from collapse_probe.data.readers import (
     significant_bits,
     suffix_of,
 )
+from collapse_probe.data.streams.remote import public
 from collapse_probe.errors import CollapseProbeError, DataError, SettingError
 from collapse_probe.provenance import escaped
 
@@ -108,7 +109,8 @@ class ImageStream:
         order_seed: int | None = None,
         notes: tuple[str, ...] = (),
     ) -> None:
-        self.address, self.max_pixels = escaped(address), max_pixels
+        prefix, slash, where = address.partition("/")
+        self.address, self.max_pixels = escaped(f"{prefix}{slash}{public(where)}"), max_pixels
         self.shards, self.drawn, self.order_seed = shards, drawn, order_seed
         self.left_out, self._notes = LeftOut(), notes
 

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from collapse_probe.data.archives import MOST_BYTES, check_end, clean
 from collapse_probe.data.readers import FORMATS, LeftOut
+from collapse_probe.data.streams.remote import RemoteFile, files_below, matching, public, reaching, without_scheme
 from collapse_probe.data.streams.stream import Record, Shards, Wanted
 from collapse_probe.errors import DataError
 
@@ -31,7 +32,7 @@ def webdataset_shards(where: str, split: str | None) -> Shards:
 
     Of a folder all tars in it, or those that timm's `_info.json` lists for the split. Raises DataError where there is none.
     """
-    urls, notes = _urls(where, split)
+    urls, notes = _urls(without_scheme(where), split)
     if not urls:
         raise DataError(
             f"there is no shard at {where}; expected a folder of .tar files, or a pattern as shard-{{000..019}}.tar"
@@ -51,6 +52,9 @@ def _urls(where: str, split: str | None) -> tuple[list[str], list[str]]:
     if where.startswith(PIPE) or "::" in where or "{" in where:
         _no_split(where, split)
         return [url for pattern in expand_urls(where) for url in _matches(pattern)], []
+    if not _is_local(where) and not where.lower().endswith(TARS) and not glob.has_magic(where):
+        with reaching(where):
+            return _in_remote_folder(where, split), []
     if not _is_local(where) or glob.has_magic(where):
         _no_split(where, split)
         return _matches(where), []
@@ -93,13 +97,21 @@ def _in_folder(folder: Path, split: str | None) -> tuple[list[str], list[str]]:
     inner = folder if split is None else folder / split
     if not inner.is_dir():
         raise DataError(f"{folder} has neither a list of its splits ({INFO[0]}) nor a folder {split!r}; leave --split out")
-    found: list[Path] = sorted((path for path in inner.iterdir() if path.name.lower().endswith(TARS)), key=_natural)
+    found: list[Path] = sorted(
+        (path for path in inner.iterdir() if path.name.lower().endswith(TARS)), key=lambda path: _natural(path.name)
+    )
     return [str(path) for path in found if not path.name.startswith(".")], []
 
 
-def _natural(path: Path) -> list[int | str]:
+def _in_remote_folder(address: str, split: str | None) -> list[str]:
+    inner = address.rstrip("/") + (f"/{split}" if split else "")
+    found = files_below(inner, depth=1)
+    return [found[name] for name in sorted(found, key=_natural) if name.lower().endswith(TARS) and "/" not in name]
+
+
+def _natural(name: str) -> list[int | str]:
     """What sorts 2 before 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _is_local(url: str) -> bool:
@@ -107,20 +119,23 @@ def _is_local(url: str) -> bool:
 
 
 def _matches(url: str) -> list[str]:
-    if not _is_local(url) or not glob.has_magic(url):
+    if not glob.has_magic(url.partition("?")[0] if not _is_local(url) else url):
         return [str(Path(url).expanduser()) if _is_local(url) else url]
+    if not _is_local(url):
+        with reaching(url):
+            return [url] if url.startswith(PIPE) else matching(url)
     return sorted(glob.glob(str(Path(url).expanduser())))  # noqa: PTH207  # an absolute pattern too
 
 
 def _names(urls: Sequence[str]) -> tuple[str, ...]:
     """The names of the shards: their stems, as of a tar in a tar; more of their paths where stems repeat."""
-    paths = [PurePosixPath(url.partition("://")[2] if "://" in url else url) for url in urls]
+    paths = [PurePosixPath(public(url).partition("://")[2] if "://" in url else url) for url in urls]
     stems = [posixpath.basename(str(path)).partition(".")[0] for path in paths]
     if len(set(stems)) == len(stems):
         return tuple(stems)
     common = posixpath.commonpath([path.parent for path in paths]) if len({path.is_absolute() for path in paths}) == 1 else ""
     names = [str(path.relative_to(common)) if common else str(path) for path in paths]
-    return tuple(names if len(set(names)) == len(names) else urls)
+    return tuple(names if len(set(names)) == len(names) else map(public, urls))
 
 
 class _Header(tarfile.TarInfo):
@@ -172,7 +187,7 @@ def _open(url: str) -> IO[bytes]:
 
         stream: IO[bytes] = gopen(url)
         return stream
-    return Path(url).open("rb")
+    return Path(url).open("rb") if _is_local(url) else RemoteFile(url).open()
 
 
 class _Sample:
