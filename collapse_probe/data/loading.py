@@ -121,8 +121,19 @@ def read_all(loader: DataLoader[Any], address: str, alone: bool) -> Iterator[Bat
         warnings.simplefilter("ignore")  # fork in a process with threads
         iterator = iter(loader)
     first: dict[str, str] = {}
-    read, failed, error = 0, 0, None
-    for batch in iterator:
+    read, failed = 0, 0
+    error: CollapseProbeError | None = None
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            break
+        except RuntimeError as died:
+            if "DataLoader worker" not in str(died):
+                raise
+            why = " ".join(str(died).split())[:200]
+            error = DataError(f"a process that reads images has died ({why}): short of memory? try fewer of them (--workers)")
+            break
         if isinstance(batch, CollapseProbeError):
             error = batch
             break

@@ -1,5 +1,7 @@
 """Parts, processes and runs that go on share the images of a set: every image once, whatever the numbers of each."""
 
+import os
+import signal
 from functools import partial
 
 import pytest
@@ -11,8 +13,8 @@ from PIL import Image
 from collapse_probe.data.coverage import Coverage
 from collapse_probe.data.images import batches, batches_of, images_from, seeded_order
 from collapse_probe.data.loading import LoadTimes, reading_of
-from collapse_probe.data.preprocessing import from_timm_config, given_pixels
-from collapse_probe.errors import SettingError
+from collapse_probe.data.preprocessing import Preprocess, from_timm_config, given_pixels
+from collapse_probe.errors import DataError, SettingError
 
 READY = given_pixels(1, (2, 2))
 
@@ -80,6 +82,17 @@ def test_what_could_not_be_read_was_read(tmp_path):
     (rest,) = read(done=Coverage([0, 2, 3]))
     assert (rest.names, [name for name, _ in rest.skipped]) == ((), ["1.png"])
     assert [*read(done=Coverage(range(4)))] == []
+
+
+def die(picture):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_reads_and_is_killed_is_an_error(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "1.png")
+    with pytest.raises(DataError, match=r"has died \(DataLoader worker .*try fewer of them \(--workers\)") as caught:
+        list(batches(images_from(tmp_path), Preprocess(die, (2, 2), {}), batch_size=1, workers=1))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("part", [(0, 3), (4, 3), (1, 0)])
