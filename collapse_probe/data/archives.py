@@ -182,7 +182,7 @@ def _in_tar(stream: IO[bytes], size: int, start: int, folder: str, left_out: Lef
                 found = _in_tar(content, member.size, start + member.offset_data, inside, left_out)
                 _count_replaced(inner, found, left_out)
                 inner |= found
-        check_end(stream, tar.offset, size, left_out, folder)
+        _check_end(stream, tar.offset, size, left_out, folder)
 
     with _damage_told():
         own = members.pictures(lambda place: _content(stream, place, HEAD, start))
@@ -204,7 +204,7 @@ def _damage_told() -> Iterator[None]:
         raise DataError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def check_end(stream: IO[bytes], end: int, size: int, left_out: LeftOut, folder: str) -> None:
+def _check_end(stream: IO[bytes], end: int, size: int, left_out: LeftOut, folder: str) -> None:
     """Nothing if the block at `end`, after the last member, is the end mark; DataError if it is missing or a damaged header."""
     stream.seek(end)
     block = stream.read(BLOCK)

@@ -126,6 +126,13 @@ def test_shards_are_shared_whole_as_long_as_there_are_enough(shards):
         assert sorted(places) == [(shard, place) for shard in range(shards) for place in range(60)]
 
 
+@pytest.mark.parametrize(("shards", "count"), [(0, 2), (3, 2), (5, 4), (7, 8), (20, 7)])
+def test_shares_are_as_large_as_each_other(shards, count):
+    shares = [shared([Slice(shard) for shard in range(shards)], index, count) for index in range(count)]
+    sizes = [sum(each.holds(place) for each in share for place in range(60)) for share in shares]
+    assert max(sizes) - min(sizes) <= shards % count
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize(("parts", "world", "workers"), [(1, 5, 0), (2, 2, 2), (3, 1, 3), (1, 1, 8)])
 def test_fewer_shards_than_readers_are_read_by_stride(tmp_path, count, parts, world, workers):
@@ -359,6 +366,16 @@ def test_a_cut_shard_is_an_error_that_names_it(tmp_path, size, workers, how):
     with pytest.raises(DataError, match=r"cannot read shard b of wds/.* to its end") as caught:
         read(open_data(f"wds/{how}{tmp_path}/{{a,b,c}}.tar"), workers=workers)
     assert "\n" not in str(caught.value)
+
+
+def test_two_tars_in_one_file_are_an_error(tmp_path):
+    """tarfile and webdataset would read the first alone."""
+    one, two = (packed(tmp_path / f"{i}.tar", {f"{i}.png": encoded(i)}) for i in (1, 2))
+    both = tmp_path / "both.tar"
+    both.write_bytes(one.read_bytes() + two.read_bytes())
+    for how in ("", "pipe:cat "):
+        with pytest.raises(DataError, match=r"cannot read shard both .*another archive begins behind its end mark"):
+            read(open_data(f"wds/{how}{both}"))
 
 
 def test_damaged_and_missing_shards_are_errors_that_name_them(tmp_path):

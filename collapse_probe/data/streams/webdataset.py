@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from tarfile import HeaderError, ReadError
 from typing import IO, Any
 
-from collapse_probe.data.archives import MOST_BYTES, check_end, clean
-from collapse_probe.data.readers import FORMATS, LeftOut
+from collapse_probe.data.archives import MAGIC, MOST_BYTES, clean
+from collapse_probe.data.readers import FORMATS
 from collapse_probe.data.streams.remote import RemoteFile, files_below, matching, public, reaching, without_scheme
 from collapse_probe.data.streams.stream import Record, Shards, Wanted
 from collapse_probe.errors import DataError
@@ -174,9 +174,9 @@ def _records(urls: tuple[str, ...], shard: int, wanted: Wanted) -> Iterator[Reco
                 place += 1
                 sample = _Sample(key, wanted(place))
             sample.add(tar, member, ending)
-        if plain:
-            stream.seek(0, 2)
-            check_end(stream, tar.offset, stream.tell(), LeftOut(), "")
+        while rest := tar.fileobj.read(1 << 20):
+            if MAGIC in rest:
+                raise ReadError("another archive begins behind its end mark (tar -i unpacks both), or it is damaged there")
     if place >= 0:
         yield sample.record()
 
