@@ -12,7 +12,7 @@ from collapse_probe.capture.capture import discover_plan, record
 from collapse_probe.models.deepvit import DeepViT, DeepViTSettings
 
 SIZE = (48, 48)
-PADDED = 8
+PADDED = 16
 KINDS = ("plain", "mixed", "windowed", "one-head")
 
 
@@ -25,7 +25,7 @@ def model_and_plan(kind):
             shape = {"img_size": 48, "patch_size": 4, "window_size": 3, "num_classes": 5}
             model = timm.models.SwinTransformer(embed_dim=12, depths=(2, 2), num_heads=(2, 2), **shape)
         elif kind == "mixed":
-            model = DeepViT(DeepViTSettings(24, 3, (1, 2), heads=3, image_size=48, classes=5))
+            model = DeepViT(DeepViTSettings(24, 3, (1, 2), heads=3, image_size=48, classes=5), patch_size=8)
         else:
             heads = 1 if kind == "one-head" else 3
             shape = {"img_size": 48, "embed_dim": 24, "depth": 3, "num_heads": heads, "num_classes": 5}
@@ -42,7 +42,7 @@ def pixels_of(number):
 
 @torch.no_grad()
 def trace_of(kind, numbers):
-    """The trace of some images, which go through the model with others up to a multiple of eight."""
+    """The trace of some images, which go through the model with others up to a multiple of sixteen."""
     model, plan = model_and_plan(kind)
     missing = -len(numbers) % PADDED
     images = torch.stack([*map(pixels_of, numbers), *[torch.zeros(3, *SIZE)] * missing])

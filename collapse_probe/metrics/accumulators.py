@@ -13,6 +13,7 @@ from torch import Tensor
 from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.distributed import gathered_tensors, rank_and_world
 from collapse_probe.errors import SettingError
+from collapse_probe.metrics.moments import ONE, joined, moments_of
 from collapse_probe.statistics.intervals import Array, interval, skewness_of
 
 if TYPE_CHECKING:
@@ -86,16 +87,26 @@ class Accumulator:
     def merge(self, other: Self) -> None:
         """Add what another accumulator of the same kind and settings has seen, of other images; SettingError for any other."""
         self._check(other.states)
-        for name, state in self.states.items():
-            state += other.states[name].to(state.device)
+        for names in self.joint():
+            self.join(names, [other.states[name].to(self.states[name].device) for name in names])
 
     def all_reduce(self) -> None:
         """Replace the states by what `merge` makes of those of all processes in the order of their ranks; all call it."""
         _, world = rank_and_world()
-        if world > 1:
-            for name, state in self.states.items():
-                first, *others = gathered_tensors(state)
-                self.states[name] = sum(others, first)
+        for names in self.joint() if world > 1 else ():
+            first, *others = zip(*(gathered_tensors(self.states[name]) for name in names), strict=True)
+            self.states.update(zip(names, first, strict=True))
+            for parts in others:
+                self.join(names, parts)
+
+    def joint(self) -> list[tuple[str, ...]]:
+        """The states that are added together, each once."""
+        return [(name,) for name in self.states]
+
+    def join(self, names: Sequence[str], others: Sequence[Tensor]) -> None:
+        """Add other images' states to those of these names, on the same device."""
+        for name, other in zip(names, others, strict=True):
+            self.states[name] += other
 
     def _check(self, states: Mapping[str, Tensor]) -> None:
         """SettingError where the states are not of this kind and these settings; nothing was changed then."""
@@ -119,39 +130,54 @@ def differing(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> str
 
 
 class Means(Accumulator):
-    """Means over images, with the sums for their standard errors and intervals; NaN marks an undefined value."""
+    """Means over images, with what their standard errors and intervals need; NaN marks an undefined value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._powers: dict[str, tuple[tuple[int, int], ...]] = {}
 
     def add_means(self, **shapes: tuple[int, ...]) -> None:
         """New named quantities, each an array of the given shape per image."""
         for name, shape in shapes.items():
-            for part in ("count", "total", "square", "cube"):
-                self.add_state(f"{name}_{part}", *shape)
+            self.add_moments(name, shape, ONE)
 
-    def add_images(self, name: str, values: Tensor) -> None:
-        """Add the per-image values [B, *shape] of a quantity."""
-        values = values.to(torch.float64) if values.device.type != "mps" else values.cpu().to(torch.float64)
-        defined = torch.isfinite(values)
-        values = torch.where(defined, values, 0.0)
-        self.add(f"{name}_count", defined.sum(0))
-        self.add(f"{name}_total", values.sum(0))
-        self.add(f"{name}_square", values.square().sum(0))
-        self.add(f"{name}_cube", values.pow(3).sum(0))
+    def add_moments(self, name: str, shape: tuple[int, ...], powers: tuple[tuple[int, int], ...]) -> None:
+        """A new named quantity of these moments, or pair of quantities."""
+        self._powers[name] = powers
+        self.add_state(f"{name}_count", *shape)
+        self.add_state(f"{name}_moments", len(powers), *shape)
+
+    def add_images(self, name: str, *values: Tensor) -> None:
+        """Add the per-image values [B, *shape] of a quantity, or of a pair of them."""
+        device = self.states[f"{name}_count"].device
+        powers = self._powers[name]
+        self.join((f"{name}_count", f"{name}_moments"), moments_of([x.to(device).double() for x in values], powers))
+
+    def joint(self) -> list[tuple[str, ...]]:
+        """The moments of a quantity are joined with its count; all else is added."""
+        pairs = [(f"{name}_count", f"{name}_moments") for name in self._powers]
+        inside = {name for pair in pairs for name in pair}
+        return [*pairs, *((name,) for name in self.states if name not in inside)]
+
+    def join(self, names: Sequence[str], others: Sequence[Tensor]) -> None:
+        if len(names) == 1:
+            super().join(names, others)
+            return
+        (count, moments), powers = names, self._powers[names[0].removesuffix("_count")]
+        self.states[count], self.states[moments] = joined((self.states[count], self.states[moments]), others, powers)
 
     def mean(self, name: str = "value") -> tuple[Array, Array, Array]:
         """Mean, standard error and number of images of a quantity; NaN where no image defined it."""
-        n, total, square = (self.array(f"{name}_{part}") for part in ("count", "total", "square"))
+        n, (mean, square, _) = self.array(f"{name}_count"), self.array(f"{name}_moments")
         with np.errstate(invalid="ignore", divide="ignore"):
-            mean = np.where(n > 0, total / n, np.nan)
-            spread = np.maximum(square / n - mean**2, 0.0) * n / (n - 1)
-            stderr = np.where(n > 1, np.sqrt(spread / n), np.nan)
-        return mean, stderr, n
+            stderr = np.where(n > 1, np.sqrt(square / (n - 1) / n), np.nan)
+        return np.where(n > 0, mean, np.nan), stderr, n
 
     def bounds(self, name: str = "value", tail: float = 0.025) -> Array:
         """The interval of a quantity's mean that errs with `tail` on each side, [*shape, 2]; NaN with fewer than two images."""
-        mean, stderr, n = self.mean(name)
+        (mean, stderr, n), (_, square, cube) = self.mean(name), self.array(f"{name}_moments")
         with np.errstate(invalid="ignore", divide="ignore"):
-            square, cube = self.array(f"{name}_square") / n, self.array(f"{name}_cube") / n
-        skewness = skewness_of(square - mean**2, cube - 3 * mean * square + 2 * mean**3, mean, n)
+            skewness = skewness_of(square / n, cube / n, mean, n)
         return interval(mean, stderr, n, skewness, tail)
 
     def array(self, name: str) -> Array:

@@ -30,7 +30,7 @@ def between_blocks(cosines: PairwiseCosine, no_heads: str = "") -> dict[str, Any
     """values, stderr, ci95, details and nulls of a block × block similarity, as a MetricResult takes them.
 
     `no_heads` says why its vectors have no heads to confuse; empty where they have. `beyond_p` of the nulls is that of
-    `beyond`: that the pair is more alike than with the wrong tokens.
+    `beyond`: that the pair is more alike than with the wrong tokens; 1 where the difference is within rounding.
     """
     real, real_error, n = cosines.mean("real")
     token, moments = cosines.mean("other_token")[0], cosines.moments()
@@ -52,7 +52,7 @@ def between_blocks(cosines: PairwiseCosine, no_heads: str = "") -> dict[str, Any
         "stderr": real_error,
         "ci95": cosines.bounds("real"),
         "details": {"tokens_for_other_image": [len(sample) for sample in cosines.samples]},
-        "nulls": replace(nulls, beyond_p=beyond(more, error, moments.images, skewness)),
+        "nulls": replace(nulls, beyond_p=above_rounding(beyond(more, error, moments.images, skewness), real - token)),
     }
 
 
@@ -94,14 +94,6 @@ def untrained_only() -> Nulls:
     return Nulls(values={"untrained": None}, images={}, reasons={"untrained": NO_TWIN})
 
 
-def _beyond_p(result: MetricResult) -> Array | None:
-    """`beyond_p` of a result's nulls, 1 where the difference is within rounding; None where it was not taken."""
-    nulls = result.nulls
-    if nulls is None or nulls.beyond_p is None or (token := nulls.values["other_token"]) is None:
-        return None
-    return above_rounding(nulls.beyond_p, result.array - token)
-
-
 def with_twins(result: MetricResult, twins: Mapping[int, MetricResult], images: int, reason: str = "") -> MetricResult:
     """The result with the mean over its untrained twins by seed, or with the reason why there are none.
 
@@ -126,7 +118,7 @@ def with_twins(result: MetricResult, twins: Mapping[int, MetricResult], images: 
     seeds = None
     if len(measured) > 1:
         seeds = {"seeds": list(twins), "sd": by_seed.std(0, ddof=1), "low": by_seed.min(0), "high": by_seed.max(0)}
-    p = [each for each in map(_beyond_p, measured) if each is not None]
+    p = [twin.nulls.beyond_p for twin in measured if twin.nulls is not None and twin.nulls.beyond_p is not None]
     nulls = replace(
         nulls,
         values={**nulls.values, "untrained": by_seed.mean(0)},

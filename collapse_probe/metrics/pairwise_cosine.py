@@ -30,7 +30,7 @@ from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import MapTile, Trace, by_window
 from collapse_probe.metrics.accumulators import GROUPS, Means, group_of
 from collapse_probe.metrics.coverage import depth_neighbours, groups_of
-from collapse_probe.metrics.functional.geometry import centred_unit, gram, unit, wide_gram
+from collapse_probe.metrics.functional.geometry import centred_unit, gram, padded, unit, wide_gram
 from collapse_probe.statistics.intervals import Array, jackknife
 from collapse_probe.statistics.kappa import MONOMIALS, PairMoments, kappa
 
@@ -117,7 +117,7 @@ class PairSums:
         key_dim = -3 - token_dim
         if (keys := vectors.shape[key_dim]) > 1:
             over_keys = vectors.sum(key_dim, dtype=self.sums.dtype)
-            self._into(self.other_keys, part, (gram(over_keys).sum(1) - same) / (keys - 1))
+            self._into(self.other_keys, part, (gram(padded(over_keys)).sum(1) - same) / (keys - 1))
 
     def _add(self, kind: str, target: Tensor, part: Part, x: Tensor, over_tokens: Tensor) -> Tensor:
         """Add to T1 … T4 in `target`; returns what went into T1, [b, L, L]."""
@@ -135,10 +135,10 @@ class PairSums:
         if not part.last_tokens:
             self._over_tokens[kind, part.heads.start] = over_tokens
             return same
-        self._into(target[1], part, gram(over_tokens).sum(1))
+        self._into(target[1], part, gram(padded(over_tokens)).sum(1))
         over_both = _plus(self._over_heads.pop(kind + " and tokens", None), over_tokens.sum(1))
         if part.last_heads:
-            self._into(target[3], part, gram(over_both))
+            self._into(target[3], part, gram(padded(over_both)))
         else:
             self._over_heads[kind + " and tokens"] = over_both
         return same
@@ -189,8 +189,7 @@ class PairwiseCosine(Means):
         self.groups, self.token_dim = list(groups), -2 if axis == "row" else -1
         square = (self.blocks, self.blocks)
         self.add_means(real=square, other_token=square, other_head=square, other_both=square, other_key=square)
-        self.add_state("both_count", *square)
-        self.add_state("both", len(MONOMIALS), *square)
+        self.add_moments("both", square, MONOMIALS)
         self.add_state("defined_vectors", self.blocks)
         self.add_state("images", 1)
         self.add_state("own_sums", 4, *square)
@@ -237,16 +236,12 @@ class PairwiseCosine(Means):
         cosines["other_key"] = ratio(self._pairs.other_keys, self._pairs.pairs[0])
         for name, values in cosines.items():
             self.add_images(name, values)
-        x, y = (1 - cosines[name].double() for name in ("real", "other_token"))
-        defined = torch.isfinite(x + y)
-        x, y = (torch.where(defined, side, 0.0) for side in (x, y))
-        self.add("both_count", defined.sum(0))
-        self.add("both", torch.stack([(x**a * y**b).sum(0) for a, b in MONOMIALS]))
+        self.add_images("both", *(1 - cosines[name].to(self.state("both_count")) for name in ("real", "other_token")))
         self.add("defined_vectors", self._pairs.pairs[0].diagonal(0, -2, -1).sum(0))
         self.add("own_sums", self._own.sums.sum(1))
         self.add("own_pairs", self._own.pairs.sum(1))
         self.add("images", torch.tensor([float(trace.images)]))
-        among = self.neighbours.to(x.device)
+        among = self.neighbours.to(cosines["real"].device)
         adjacent = {name: torch.where(among, cosines[name].diagonal(-1, -2, -1), torch.nan) for name in BY_IMAGE}
         return adjacent | {"within": cosines["other_head"].diagonal(0, -2, -1)}
 
@@ -263,7 +258,7 @@ class PairwiseCosine(Means):
 
     def moments(self) -> PairMoments:
         """Those of real and other_token over images, for kappa."""
-        return PairMoments.of_sums(self.array("both_count"), self.array("both"))
+        return PairMoments.of_sums(self.array("both_count"), self.array("both_moments"))
 
 
 class MapPairwiseCosine(PairwiseCosine):
@@ -307,6 +302,7 @@ class MapPairwiseCosine(PairwiseCosine):
         defined = valid.to(vectors.dtype).transpose(1, 2)
         each = (by_block.flatten(3), by_block.sum(self.token_dim), defined, defined.sum(-1, keepdim=True))
         for kind, x in enumerate(each):
+            x = padded(x)
             sums[kind] += (x[:, pairs] @ x[:, later].mT).to(sums).sum(0)
         self.state("between_heads")[:, [positions[i] for i in pairs], :heads, :heads] = sums
 

@@ -65,19 +65,9 @@ class PairMoments:
 
     @classmethod
     def of_sums(cls, images: Array, sums: Array) -> PairMoments:
-        """From the sums [9, ...] over so many images of the `MONOMIALS`."""
+        """From means and sums over so many images of the central products, [9, ...] by `MONOMIALS`."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            raw = {(0, 0): np.ones_like(images), **dict(zip(MONOMIALS, sums / images, strict=True))}
-        x, y = raw[1, 0], raw[0, 1]
-        central = [
-            sum(
-                comb(a, i) * comb(b, j) * raw[i, j] * (-x) ** (a - i) * (-y) ** (b - j)
-                for i in range(a + 1)
-                for j in range(b + 1)
-            )
-            for a, b in MONOMIALS[2:]
-        ]
-        return cls(images, np.stack([x, y, *central]))
+            return cls(images, np.concatenate([np.where(images > 0, sums[:2], np.nan), sums[2:] / images]))
 
     def along(self, by_x: Array | float, by_y: Array | float) -> tuple[Array, Array, Array]:
         """Mean, standard error and skewness of by_x · x + by_y · y."""

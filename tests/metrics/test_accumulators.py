@@ -62,11 +62,11 @@ def test_a_stored_state_goes_on_where_it_stopped(name):
 
 def test_a_copy_does_not_change_with_its_accumulator():
     (accumulator,) = accumulated("patch-diversity", 0, 2)
-    before = accumulator.state_dict()["value_total"]
+    before = accumulator.state_dict()["value_moments"]
     kept = before.clone()
     accumulated("patch-diversity", 2, 4, into=[accumulator])
     assert torch.equal(before, kept)
-    assert not torch.equal(accumulator.state("value_total"), kept)
+    assert not torch.equal(accumulator.state("value_moments"), kept)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,9 +89,9 @@ def test_the_states_of_another_accumulator_are_refused_and_change_nothing():
     with pytest.raises(SettingError, match="sums of another metric, model or version"):
         one.merge(other)
     for changed, said in (
-        ({"value_total": None}, "value_total is missing"),
+        ({"value_count": None}, "value_count is missing"),
         ({"extra": torch.zeros(1)}, "extra is not known here"),
-        ({"value_cube": before["value_cube"].float()}, "value_cube is .* in float32, not .* in float64"),
+        ({"value_moments": before["value_moments"].float()}, "value_moments is .* in float32, not .* in float64"),
     ):
         wrong = {key: state for key, state in {**before, **changed}.items() if state is not None}
         wrong = {key: state + 1 if key == "value_count" else state for key, state in wrong.items()}

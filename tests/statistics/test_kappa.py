@@ -56,8 +56,10 @@ def test_sums_give_what_single_images_give():
     real[3, 1] = null[7, 2] = np.nan
     whole = PairMoments.of(real, null)
     defined = np.isfinite(real + null)
-    x, y = (np.where(defined, 1 - side, 0.0) for side in (real, null))
-    sums = np.stack([(x**a * y**b).sum(0) for a, b in MONOMIALS])
+    sides = [np.where(defined, 1 - side, np.nan) for side in (real, null)]
+    means = [np.nanmean(side, 0) for side in sides]
+    x, y = (np.where(defined, side - mean, 0.0) for side, mean in zip(sides, means, strict=True))
+    sums = np.stack([*means, *((x**a * y**b).sum(0) for a, b in MONOMIALS[2:])])
     parts = PairMoments.of_sums(defined.sum(0).astype(float), sums)
     assert whole.images.tolist() == [30, 29, 29, 30]
     assert parts.central == pytest.approx(whole.central)

@@ -22,6 +22,8 @@ from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import Array, interval, jackknife
 
 JACKKNIFE_TOKENS = 4
+ROUNDING = 1e-13
+"""A smaller share of the maps' mean square is the rounding of its two sums, and no spread."""
 
 
 def spread_about_mean(total_square: Tensor, square_of_sum: Tensor, images: Tensor) -> Tensor:
@@ -33,7 +35,8 @@ def spread_about_mean(total_square: Tensor, square_of_sum: Tensor, images: Tenso
     >>> spread_about_mean(torch.tensor(2.0), torch.tensor(2.0), torch.tensor(2.0)).item()  # (1, 0) and (0, 1)
     1.0
     """
-    variance = (total_square - square_of_sum / images.clamp_min(1)).clamp_min(0) / (images - 1).clamp_min(1)
+    variance = (total_square - square_of_sum / images.clamp_min(1)) / (images - 1).clamp_min(1)
+    variance = torch.where(variance > ROUNDING * total_square / images.clamp_min(1), variance, 0.0)
     defined = (images > 1) & (total_square > 0)
     return torch.where(defined, (variance * images / total_square.clamp_min(1e-300)).sqrt(), torch.nan)
 

@@ -52,6 +52,19 @@ def gram(vectors: Tensor) -> Tensor:
     return vectors @ vectors.transpose(-1, -2)
 
 
+EVEN = 4
+
+
+def padded(vectors: Tensor) -> Tensor:
+    """The same contiguous vectors on the CPU with zeros behind them up to a multiple of four entries.
+
+    The kernels of inner products round otherwise where a vector does not start at a multiple of 16 bytes in memory, so that a
+    product would depend on how many others were computed with it.
+    """
+    odd = vectors.shape[-1] % EVEN
+    return F.pad(vectors, (0, EVEN - odd)) if odd and vectors.device.type == "cpu" else vectors.contiguous()
+
+
 def wide_gram(vectors: Tensor) -> Tensor:
     """Inner products of contiguous rows with a float64 sum, [..., n, d] -> [..., n, n].
 
@@ -60,11 +73,13 @@ def wide_gram(vectors: Tensor) -> Tensor:
     """
     wide = torch.float64 if vectors.device.type != "mps" else torch.float32
     if vectors.device.type != "cpu" or vectors.shape[-1] < MANY_SPANS * SPAN:
-        return gram(vectors).to(wide)
+        return gram(padded(vectors)).to(wide)
     n, d = vectors.shape[-2:]
     spans = d // SPAN
     grams = []
     for rows in vectors.reshape(-1, n, d):
+        if n * d % EVEN:
+            rows = rows.clone()
         parts = rows[:, : spans * SPAN].view(n, spans, SPAN).transpose(0, 1)
         grams.append(gram(parts).sum(0, dtype=wide) + gram(rows[:, spans * SPAN :]))
     return torch.stack(grams).reshape(*vectors.shape[:-1], n)

@@ -32,11 +32,18 @@ def singular_values(matrices: Tensor) -> Tensor:
     size = wide.abs().amax((-2, -1), keepdim=True)
     sound = size.isfinite()
     scaled = torch.where(sound, wide, 0.0) / torch.where(sound & (size > 0), size, 1.0)
-    gram = scaled @ scaled.mT if n <= d else scaled.mT @ scaled
-    eigenvalues = torch.linalg.eigvalsh(gram).flip(-1)
+    each = scaled.reshape(-1, n, d)
+    eigenvalues = torch.stack([_eigenvalues(one.clone()) for one in each]).view(*scaled.shape[:-2], min(n, d))
     floor = max(n, d) * torch.finfo(torch.float64).eps * eigenvalues[..., :1]
     roots = torch.where(eigenvalues > floor, eigenvalues, 0.0).sqrt()
     return torch.where(sound[..., 0], roots * size[..., 0], math.nan)
+
+
+def _eigenvalues(matrix: Tensor) -> Tensor:
+    """Those of the smaller Gram matrix, descending, [n, d] -> [min(n, d)]; by itself, so that other matrices do not matter."""
+    gram = matrix @ matrix.mT if len(matrix) <= matrix.shape[1] else matrix.mT @ matrix
+    eigenvalues: Tensor = torch.linalg.eigvalsh(gram)
+    return eigenvalues.flip(-1)
 
 
 def effective_rank_of(singular: Tensor, *, squared: bool = False) -> Tensor:

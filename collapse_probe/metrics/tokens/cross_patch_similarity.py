@@ -9,7 +9,7 @@ from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import Means
 from collapse_probe.metrics.coverage import depth_neighbours
-from collapse_probe.metrics.functional.geometry import unit
+from collapse_probe.metrics.functional.geometry import padded, unit
 from collapse_probe.metrics.metric import MATRICES, Need
 from collapse_probe.metrics.token_metric import WITH_PREFIX, TokenMetric, sequence
 from collapse_probe.registry import METRICS
@@ -22,7 +22,7 @@ def cross_cosine(unit_BND: Tensor, other_BMD: Tensor) -> Tensor:
     (images, n, _), m = unit_BND.shape, other_BMD.shape[1]
     step = max(1, GRAM_BYTES // (n * m * 4))
     spans = [slice(i, i + step) for i in range(0, images, step)]
-    parts = [(unit_BND[span] @ other_BMD[span].transpose(1, 2)).abs_().sum((1, 2)) for span in spans]
+    parts = [(padded(unit_BND[span]) @ padded(other_BMD[span]).transpose(1, 2)).abs_().sum((1, 2)) for span in spans]
     return torch.cat(parts).cpu().to(torch.float64)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import PerImage
-from collapse_probe.metrics.functional.geometry import gram, unit
+from collapse_probe.metrics.functional.geometry import gram, padded, unit
 from collapse_probe.metrics.metric import CURVE, Need
 from collapse_probe.metrics.token_metric import TokenMetric
 from collapse_probe.registry import METRICS
@@ -27,7 +27,7 @@ def patch_cosine(patches_BPD: Tensor) -> Tensor:
     0.3333333432674408
     """
     unit_BPD, valid_BP = unit(patches_BPD)
-    total = gram(unit_BPD).abs_().sum((-2, -1)) - unit_BPD.square().sum((-2, -1))
+    total = gram(padded(unit_BPD)).abs_().sum((-2, -1)) - unit_BPD.square().sum((-2, -1))
     n = valid_BP.sum(-1).to(total.dtype)
     pairs = n * (n - 1)
     return torch.where(pairs > 0, total / pairs.clamp_min(1), torch.nan)
