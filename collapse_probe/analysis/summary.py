@@ -10,9 +10,12 @@ import numpy as np
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.results.readings import Summary, adjacent, mean
 from collapse_probe.results.rules import RAW_ABOVE
-from collapse_probe.statistics.breakdowns import classes_of, convergence_of, extremes_of
-from collapse_probe.statistics.estimates import PerImageValues
+from collapse_probe.statistics.breakdowns import COUNT, classes_of, convergence_of, extremes_of
+from collapse_probe.statistics.estimates import HEADLINES, PerImageValues
 from collapse_probe.statistics.pair_tests import ROUNDING, above_rounding, all_pairs_test, neighbours_test
+
+COUNTED = (COUNT, f"{COUNT}_ci_low", f"{COUNT}_ci_high")
+"""The number of similar blocks and its interval."""
 
 
 def pair_tests(results: Mapping[str, MetricResult]) -> dict[str, Any]:
@@ -40,7 +43,17 @@ def pair_tests(results: Mapping[str, MetricResult]) -> dict[str, Any]:
 
 def summarise(results: Mapping[str, MetricResult], values: PerImageValues) -> Summary:
     """Flat names and numbers of all metrics; None where one was not measured or is undefined."""
-    summary: Summary = {"images": len(values)}
+    return {"images": values.total} | measured(results) | headline_bounds(values)
+
+
+def exact_numbers(results: Mapping[str, MetricResult]) -> Summary:
+    """What `PerImageValues.exact` takes where single images of a sample alone are kept: headline numbers over all images."""
+    return {name: value for name, value in measured(results).items() if name in HEADLINES or name in COUNTED}
+
+
+def measured(results: Mapping[str, MetricResult]) -> Summary:
+    """The numbers of a summary that come from the results alone."""
+    summary: Summary = {}
     for variant in ("", "@row", "@centred", "@probs"):
         if result := results.get(f"attention-similarity{variant}"):
             nulls, key = {} if result.nulls is None else result.nulls.values, variant.replace("@", "_")
@@ -63,7 +76,7 @@ def summarise(results: Mapping[str, MetricResult], values: PerImageValues) -> Su
     if result := results.get("patch-diversity"):
         summary["patch_diversity_last"] = None if result.values is None else mean(result.values[-1:])
     of_weights = {name: result for name, result in results.items() if result.description.level == "weights"}
-    return summary | summarise_weights(of_weights) | headline_bounds(values)
+    return summary | summarise_weights(of_weights)
 
 
 def _counts(result: MetricResult, key: str) -> Summary:

@@ -28,7 +28,8 @@ def classes_of(per_image: PerImageValues, labels: Mapping[str, int] | None, clas
     """Every class' headline numbers, as plain data; {} where there are no labels or just one class.
 
     `names` and `images` of the classes; by number `value`, `ci_low`, `ci_high` (95 % over the images of the class), `p` and `q`
-    of the class against the rest. NaN where a class has too few images.
+    of the class against the rest. NaN where a class has too few images. Of a sample all numbers are those of the sample, which
+    `test` then says.
     """
     if labels is None:
         return {}
@@ -45,7 +46,7 @@ def classes_of(per_image: PerImageValues, labels: Mapping[str, int] | None, clas
             name: _number(whole, [estimates.get(name) for estimates in by_class], members)
             for name, whole in per_image.estimates().items()
         },
-        "test": TEST,
+        "test": TEST + (f"; over {per_image.sampled}" if per_image.sampled else ""),
     }
 
 
@@ -103,27 +104,37 @@ def convergence_of(per_image: PerImageValues, count_above: float, seed: int = 0)
 
     Among them is the number of similar blocks, whose similarity with the block before is above `count_above`. `sizes`: numbers
     of images. `numbers`: by name `value`, `ci_low` and `ci_high` at every size (NaN where undefined), the `half_width` at the
-    end, the `tolerance` it is held against, whether it is `settled`, and `images_needed`: about how many
-    images would bring it there (half-width falls with the root of their number; None for a count). `sentences`: what
-    there were too few images for.
+    end, the `tolerance` it is held against, whether it is `settled`, `images_needed`: about how many images would bring it
+    there (half-width falls with the root of their number; None for a count), and `enough`: the size from which on the
+    half-width stays within the tolerance (None where it is not settled). `sentences`: what there were too few images for;
+    `known`: after how many images what was known. Of a sample the last size is the number of all images.
     """
-    sizes = sizes_for(len(per_image))
-    order = np.random.default_rng(seed).permutation(len(per_image))
-    steps = [per_image.only(order[:size]) if size < len(per_image) else per_image for size in sizes]
+    kept = len(per_image)
+    sizes, by_name = sizes_for(kept), np.argsort(np.array(per_image.names, dtype=np.str_), kind="stable")
+    order = by_name[np.random.default_rng(seed).permutation(kept)]
+    steps = [per_image.only(order[:size]) for size in sizes[:-1]]
+    if per_image.sampled and sizes:
+        steps.append(per_image.only(order))
+        sizes = [*sizes, per_image.total]
+    steps += [per_image] if sizes else []
     running = [step.estimates() for step in steps]
-    curves = {name: _curve(name, [step.get(name) for step in running]) for name in (running[-1] if running else {})}
+    curves = {name: _curve(name, sizes, [step.get(name) for step in running]) for name in (running[-1] if running else {})}
     if steps and np.isfinite(per_image.values.get(SIMILARITY, np.nan)).any():
-        curves[COUNT] = _count_curve(steps, count_above)
+        curves[COUNT] = _count_curve(steps, sizes, count_above)
     if not curves:
         return {}
+    order_of = f"the first images of a shuffle with seed {seed}, so that a sorted data set does not bend the curves"
+    if per_image.sampled:
+        order_of += f"; they are of {per_image.sampled}, and the last size is all of them"
     return {
         "sizes": sizes,
-        "order": f"the first images of a shuffle with seed {seed}, so that a sorted data set does not bend the curves",
+        "order": order_of,
         "numbers": curves,
         "sentences": [
-            *(text for name, curve in curves.items() if (text := _sentence(name, curve, len(per_image)))),
+            *(text for name, curve in curves.items() if (text := _sentence(name, curve, per_image.total))),
             *(text for name, one in running[-1].items() if one and (text := heavy_tail(name, one, per_image.names))),
         ],
+        "known": [text for name, curve in curves.items() if (text := _known(name, curve, per_image.total))],
     }
 
 
@@ -146,42 +157,60 @@ def heavy_tail(name: str, estimate: Estimate, names: Sequence[str]) -> str:
     return f"Heavy tail: {what}, so that its interval may be too narrow: look at the images at both ends."
 
 
-def _curve(name: str, running: list[Estimate | None]) -> dict[str, Any]:
+def _curve(name: str, sizes: Sequence[int], running: list[Estimate | None]) -> dict[str, Any]:
     last = running[-1]
     assert last is not None
-    return {**_columns(running), **_settled(last.half_width, HEADLINES[name].tolerance, last.images)}
+    return _settled(_columns(running), sizes, HEADLINES[name].tolerance, round(last.images * last.times))
 
 
-def _settled(half_width: float, tolerance: float, images: int | None) -> dict[str, Any]:
+def _settled(columns: Mapping[str, list[float]], sizes: Sequence[int], tolerance: float, images: int | None) -> dict[str, Any]:
+    """Columns of a curve with how it ends; `images` entered at the end, None where no number of them can be foretold."""
+    widths = [(high - low) / 2 for low, high in zip(columns["ci_low"], columns["ci_high"], strict=True)]
     needed = None
-    if images is not None and math.isfinite(half_width):
-        needed = min(max(math.ceil(images * (half_width / tolerance) ** 2), 2), MOST_NEEDED)
-    settled = bool(half_width <= tolerance)
-    return {"half_width": half_width, "tolerance": tolerance, "settled": settled, "images_needed": needed}
+    if images is not None and math.isfinite(widths[-1]):
+        needed = min(max(math.ceil(images * (widths[-1] / tolerance) ** 2), 2), MOST_NEEDED)
+    wide = [place for place, width in enumerate(widths) if not width <= tolerance]
+    settled = len(widths) - 1 not in wide
+    enough = sizes[max(wide, default=-1) + 1] if settled else None
+    ends = {"half_width": widths[-1], "tolerance": tolerance, "settled": settled, "images_needed": needed, "enough": enough}
+    return {**columns, **ends}
 
 
-def _count_curve(steps: list[PerImageValues], count_above: float) -> dict[str, Any]:
-    """The count of similar blocks with the bounds that similar-blocks has."""
+def _count_curve(steps: list[PerImageValues], sizes: Sequence[int], count_above: float) -> dict[str, Any]:
+    """The count of similar blocks with the bounds that similar-blocks has; of a sample the last are the exact ones if given."""
     values, ends = [], []
     for step in steps:
         numbers = mean_parts(step.values[SIMILARITY])
-        values.append(float((numbers[0] > count_above).sum()))
-        ends.append(count_bounds(numbers[0], partial(parts_interval, numbers), count_above).tolist())
-    low, high = ends[-1]
-    return {
-        "value": values,
-        "ci_low": [low for low, _ in ends],
-        "ci_high": [high for _, high in ends],
-        **_settled((high - low) / 2, COUNT_TOLERANCE, None),
-    }
+        exact = [step.exact.get(f"{COUNT}{end}") for end in ("", "_ci_low", "_ci_high")]
+        count = float((numbers[0] > count_above).sum())
+        low, high = count_bounds(numbers[0], partial(parts_interval, numbers), count_above).tolist()
+        value, *bounds = (own if known is None else known for own, known in zip((count, low, high), exact, strict=True))
+        values.append(float(value))
+        ends.append([float(end) for end in bounds])
+    columns = {"value": values, "ci_low": [low for low, _ in ends], "ci_high": [high for _, high in ends]}
+    return _settled(columns, sizes, COUNT_TOLERANCE, None)
+
+
+def _words(name: str) -> tuple[str, str]:
+    """A number in words, and its unit after a space."""
+    words, unit = (HEADLINES[name].words, HEADLINES[name].unit) if name in HEADLINES else ("number of similar blocks", "")
+    return words, f" {unit}" if unit else ""
+
+
+def _known(name: str, curve: Mapping[str, Any], images: int) -> str:
+    """From how many images on a number was known to its tolerance; empty where it was not."""
+    if curve["enough"] is None:
+        return ""
+    words, unit = _words(name)
+    words = f"{words[0].upper()}{words[1:]}"
+    return f"{words} is known to ± {curve['tolerance']:g}{unit} after {curve['enough']:,} images (of {images:,})."
 
 
 def _sentence(name: str, curve: Mapping[str, Any], images: int) -> str:
     """What there were too few images for; empty where the interval is narrow enough."""
     if curve["settled"]:
         return ""
-    words, unit = (HEADLINES[name].words, HEADLINES[name].unit) if name in HEADLINES else ("number of similar blocks", "")
-    unit = f" {unit}" if unit else ""
+    words, unit = _words(name)
     if not math.isfinite(curve["half_width"]):
         return f"Too few images to tell the {words}: {images} give no interval."
     said = (
@@ -209,7 +238,7 @@ def extremes_of(per_image: PerImageValues) -> dict[str, Any]:
     """
     numbers: dict[str, Any] = {}
     for name, values in per_image.each().items():
-        order = np.argsort(values, kind="stable")
+        order = np.lexsort((np.array(per_image.names, dtype=np.str_), values))
         order = order[np.isfinite(values[order])]
         count = min(EACH_SIDE, len(order) // 2)
         if not count:
@@ -221,7 +250,8 @@ def extremes_of(per_image: PerImageValues) -> dict[str, Any]:
             "images": len(order),
             "collapsed": HEADLINES[name].collapsed,
         }
-    return {"numbers": numbers, "warning": WARNING.format(images=len(per_image))} if numbers else {}
+    of_sample = f" They are of {per_image.sampled}: others may lie further out." if per_image.sampled else ""
+    return {"numbers": numbers, "warning": WARNING.format(images=len(per_image)) + of_sample} if numbers else {}
 
 
 def pictured(extremes: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:

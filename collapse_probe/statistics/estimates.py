@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,18 +47,29 @@ class Estimate:
     """A number, its 95 % interval `ci95` and `parts` [images]: what every image moves it by, to first order; they sum to 0.
 
     Images that define nothing (`defined` [images]) have a part of 0 and do not count. The interval is NaN with fewer than two
-    images, and where they are too few for one.
+    images, and where they are too few for one. Where the parts are those of a sample, value and interval may be of all images,
+    `times` as many.
     """
 
     value: float
     ci95: tuple[float, float]
     parts: Array
     defined: NDArray[np.bool_]
+    times: float = 1.0
 
     @property
     def images(self) -> int:
-        """How many images entered."""
+        """How many images the parts are of."""
         return int(self.defined.sum())
+
+    def of_all(self, times: float, value: float | None) -> Estimate:
+        """The estimate of a random sample made that of `times` as many images, around their exact value where that is known.
+
+        The interval is narrower by the root of `times`.
+        """
+        shift = 0.0 if value is None else value - self.value
+        low, high = (self.value + shift + (end - self.value) / math.sqrt(times) for end in self.ci95)
+        return replace(self, value=self.value + shift, ci95=(low, high), times=times)
 
     @property
     def shares(self) -> Array:
@@ -75,22 +87,41 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PerImageValues:
-    """What a run kept of its images: `values` [images, places] by key of images.npz; `heads` [blocks] weigh the entropies."""
+    """What a run kept of its images: `values` [images, places] by key of images.npz; `heads` [blocks] weigh the entropies.
+
+    Where these are a random sample, `of` is how many images there were in all, and `exact` holds headline numbers over all of
+    them by name (and `similar_blocks` with its ends `similar_blocks_ci_low` and `_high`); None and {}: all are here.
+    """
 
     names: tuple[str, ...]
     values: Mapping[str, Array]
     heads: Array | None = None
+    of: int | None = None
+    exact: Mapping[str, float | None] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def total(self) -> int:
+        """How many images there were."""
+        return len(self) if self.of is None else self.of
+
+    @property
+    def sampled(self) -> str:
+        """That these are a random sample, in words; empty where they are all."""
+        return "" if self.total == len(self) else f"a random sample of {len(self):,} of {self.total:,} images"
+
     def only(self, places: Indices | NDArray[np.bool_]) -> PerImageValues:
-        """The same of some of the images."""
+        """The same of some of the images, which then are all there are."""
         names = tuple(self.names[i] for i in np.arange(len(self))[places].tolist())
-        return replace(self, names=names, values={key: part[places] for key, part in self.values.items()})
+        return PerImageValues(names, {key: part[places] for key, part in self.values.items()}, self.heads)
 
     def estimates(self) -> dict[str, Estimate]:
-        """The headline numbers that what was kept can give; those that are undefined are left out."""
+        """The headline numbers that what was kept can give; those that are undefined are left out.
+
+        Of a sample each is made that of all images, see `Estimate.of_all`.
+        """
         numbers: dict[str, Estimate | None] = {}
         if SIMILARITY in self.values:
             numbers["attention_similarity_adjacent"] = mean_of(self.values[SIMILARITY])
@@ -100,7 +131,11 @@ class PerImageValues:
             numbers["patch_diversity_last"] = mean_of(self.values[DIVERSITY][:, -1:])
         if ENTROPY in self.values:
             numbers["attention_entropy_mean"] = mean_of(self.values[ENTROPY], self.heads)
-        return {name: estimate for name, estimate in numbers.items() if estimate is not None}
+        known = {name: estimate for name, estimate in numbers.items() if estimate is not None}
+        if not self.sampled:
+            return known
+        times = self.total / len(self)
+        return {name: estimate.of_all(times, self.exact.get(name)) for name, estimate in known.items()}
 
     def each(self) -> dict[str, Array]:
         """The headline numbers of every image by itself, [images]; NaN where an image defines none."""
@@ -116,11 +151,16 @@ class PerImageValues:
         return numbers
 
 
-def per_image_values(table: Mapping[str, NDArray[Any]], heads: Array | None = None) -> PerImageValues:
-    """What the headline numbers need out of a table of single images (the content of images.npz)."""
+def per_image_values(
+    table: Mapping[str, NDArray[Any]],
+    heads: Array | None = None,
+    of: int | None = None,
+    exact: Mapping[str, float | None] | None = None,
+) -> PerImageValues:
+    """What the headline numbers need out of a table of single images (the content of images.npz), all or a sample `of` many."""
     keys = [key for key in (SIMILARITY, NULL, DIVERSITY, ENTROPY) if key in table]
     values = {key: np.asarray(table[key], dtype=np.float64) for key in keys}
-    return PerImageValues(tuple(map(str, table.get("names", ()))), values, heads)
+    return PerImageValues(tuple(map(str, table.get("names", ()))), values, heads, of, exact or {})
 
 
 def mean_of(values: Array, weights: Array | None = None) -> Estimate | None:

@@ -164,3 +164,28 @@ def sampled(request, monkeypatch):
 @given(partitions(most_images=40, most_batches=12))
 def test_all_metrics_of_many_partitions_are_those_of_one_pass(kind, budget, sampled, partition):
     check(kind, BUDGETS[budget], partition)
+
+
+@pytest.mark.parametrize("kind", ["plain", "mixed"])
+def test_counts_of_similar_blocks_are_of_all_images_though_few_are_kept_one_by_one(kind):
+    metric = make("similar-blocks", model_and_plan(kind)[1])
+    part = Part({"similar-blocks": metric})
+    part.add(kind, list(range(24)), BUDGETS["whole maps"])
+    (key,) = part.sums
+    records = {name: np.stack([*rows.values()]) for name, rows in part.records[key].items()}
+    some = {name: rows[:6] for name, rows in records.items()}
+    sums = [part.sums[key]]
+    whole, sampled, alone = (metric.compute(sums, kept) for kept in ([records], [some], [{}]))
+    for found in (sampled, alone):
+        assert found.values.tolist() == whole.values.tolist()
+        assert found.ci95.tolist() == whole.ci95.tolist()
+        assert found.details == whole.details
+    adjacent = records["real"].mean(0)
+    adjacent = adjacent[np.isfinite(adjacent)]
+    assert whole.values.tolist() == [(adjacent > threshold).sum() for threshold in metric.settings["thresholds"]]
+    assert whole.details["pairs"] == len(adjacent)
+    assert np.isnan(alone.stderr).all()
+    half = Part({"similar-blocks": metric})
+    half.add(kind, list(range(6)), BUDGETS["whole maps"])
+    expected = metric.compute([half.sums[key]], [some]).stderr / 2
+    assert sampled.stderr.tolist() == pytest.approx(expected.tolist())

@@ -115,6 +115,89 @@ def test_too_few_images_are_said_to_be_too_few():
     assert all(curve["settled"] for curve in narrow["numbers"].values())
 
 
+def test_enough_images_are_the_first_from_which_on_the_interval_is_narrow_enough():
+    found = convergence_of(per_image_values(table(4000)), RAW_ABOVE)
+    for name, curve in found["numbers"].items():
+        widths = [(high - low) / 2 for low, high in zip(curve["ci_low"], curve["ci_high"], strict=True)]
+        narrow = [size for i, size in enumerate(found["sizes"]) if max(widths[i:]) <= curve["tolerance"]]
+        assert curve["enough"] == (narrow[0] if narrow else None), name
+        assert curve["settled"] == bool(narrow)
+    similarity = found["numbers"]["attention_similarity_adjacent"]
+    assert 2 < similarity["enough"] < 4000
+    said = f"Raw similarity of neighbouring blocks is known to ± 0.01 after {similarity['enough']:,} images (of 4,000)."
+    assert said in found["known"]
+    assert sum(curve["settled"] for curve in found["numbers"].values()) == len(found["known"])
+    few = convergence_of(per_image_values(table(6)), RAW_ABOVE)
+    assert few["numbers"]["patch_diversity_last"]["enough"] is None
+    assert not any("Patch diversity" in said for said in few["known"])
+
+
+def test_the_order_of_the_images_does_not_matter():
+    held = table(50)
+    held["patch-diversity"] = held["patch-diversity"].round(1)  # ties
+    turned = {key: values[::-1] for key, values in held.items()}
+    one, other = (per_image_values(each) for each in (held, turned))
+    first, second = convergence_of(one, RAW_ABOVE), convergence_of(other, RAW_ABOVE)
+    for name, curve in first["numbers"].items():
+        assert curve["value"] == pytest.approx(second["numbers"][name]["value"], rel=1e-12, nan_ok=True)
+    assert extremes_of(one) == extremes_of(other)
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """2,000 images, of which 500 were kept; with the numbers of all."""
+    held = table(2000)
+    whole = per_image_values(held)
+    exact = {name: one.value for name, one in whole.estimates().items()}
+    counts = {"similar_blocks": 3.0, "similar_blocks_ci_low": 1.0, "similar_blocks_ci_high": 4.0}
+    kept = {key: values[:500] for key, values in held.items()}
+    return whole, per_image_values(kept, of=2000, exact=exact | counts)
+
+
+def test_of_a_sample_values_are_those_of_all_images_and_intervals_as_narrow(sample):
+    whole, kept = sample
+    for name, one in kept.estimates().items():
+        all_images, alone = whole.estimates()[name], kept.only(np.arange(500)).estimates()[name]
+        assert one.value == pytest.approx(all_images.value, rel=1e-12)
+        assert one.half_width == pytest.approx(alone.half_width / 2)
+        assert one.half_width == pytest.approx(all_images.half_width, rel=0.2)
+        assert one.value - one.ci95[0] == pytest.approx((alone.value - alone.ci95[0]) / 2)
+        assert (one.images, one.times) == (500, 4.0)
+
+
+def test_the_interval_of_a_sample_covers_as_often_as_it_says():
+    covered = []
+    for seed in range(300):
+        values = np.random.default_rng(seed).normal(0.5, 0.1, (400, 1))
+        exact = {"patch_diversity_last": float(values.mean())}
+        kept = PerImageValues(tuple(map(str, range(100))), {"patch-diversity": values[:100]}, of=400, exact=exact)
+        low, high = kept.estimates()["patch_diversity_last"].ci95
+        covered.append(low <= 0.5 <= high)
+    assert 0.92 <= np.mean(covered) <= 0.98
+
+
+def test_a_sample_is_said_to_be_one(sample):
+    whole, kept = sample
+    words = "a random sample of 500 of 2,000 images"
+    found = convergence_of(kept, RAW_ABOVE)
+    assert words in found["order"]
+    assert found["sizes"][-2:] == [500, 2000]
+    assert words in extremes_of(kept)["warning"]
+    classes = classes_of(kept, {name: i % 2 for i, name in enumerate(kept.names)})
+    assert words in classes["test"]
+    for each in (
+        convergence_of(whole, RAW_ABOVE),
+        extremes_of(whole),
+        classes_of(whole, {whole.names[0]: 0, whole.names[1]: 1}),
+    ):
+        assert "random sample" not in json.dumps(each, default=list)
+    diversity = found["numbers"]["patch_diversity_last"]
+    assert diversity["value"][-1] == pytest.approx(whole.estimates()["patch_diversity_last"].value, rel=1e-12)
+    assert diversity["images_needed"] == math.ceil(2000 * (diversity["half_width"] / diversity["tolerance"]) ** 2)
+    counts = found["numbers"]["similar_blocks"]
+    assert (counts["value"][-1], counts["ci_low"][-1], counts["ci_high"][-1]) == (3.0, 1.0, 4.0)
+
+
 def test_one_image_gives_no_convergence_no_extremes_and_no_classes():
     alone = per_image_values(table(1))
     assert convergence_of(alone, RAW_ABOVE) == {}

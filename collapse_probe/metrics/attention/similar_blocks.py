@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from collapse_probe.metrics.coverage import covered_pairs, no_pair
 from collapse_probe.metrics.map_metric import BY_ROWS, CENTRED, OF_PROBS, MapMetric
@@ -17,7 +16,7 @@ from collapse_probe.metrics.pairwise_cosine import MapPairwiseCosine
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.results.rules import COUNT_THRESHOLDS, KAPPA_ABOVE
-from collapse_probe.statistics.intervals import Array, bootstrap, count_bounds, mean_parts, parts_interval
+from collapse_probe.statistics.intervals import Array, bootstrap, count_bounds
 from collapse_probe.statistics.kappa import PairMoments, kappa, kappa_interval
 
 
@@ -28,11 +27,6 @@ def count_above(adjacent: Array, threshold: float) -> Array:
     1.0
     """
     return np.asarray((_mean(adjacent) > threshold).sum(0), dtype=np.float64)
-
-
-def count_corrected(real: Array, other_token: Array) -> Array:
-    """How many of the adjacent pairs have kappa above KAPPA_ABOVE, [pairs, ..., images] -> [...]."""
-    return np.asarray((kappa(_mean(real), _mean(other_token)) > KAPPA_ABOVE).sum(0), dtype=np.float64)
 
 
 def _mean(values: Array) -> Array:
@@ -68,8 +62,9 @@ class SimilarBlocks(MapMetric):
             "Number of blocks whose attention-similarity with the block before, averaged over images, heads and tokens, is "
             f"above the threshold ({self.settings['axis']}s, at {self.settings['point']}). DeepViT does not define its count; "
             f"this is our reading. The corrected count asks for kappa above {KAPPA_ABOVE:g} instead. Standard errors: "
-            "bootstrap over images (scipy.stats.bootstrap). Intervals: from the pairs surely above the threshold to those not "
-            "surely below it, by one-sided bounds at 5 % over the number of pairs (Bonferroni), which cover at least 95 %."
+            "bootstrap over the images whose values were kept (scipy.stats.bootstrap). Intervals: from the pairs surely above "
+            "the threshold to those not surely below it, by one-sided bounds at 5 % over the number of pairs (Bonferroni), "
+            "which cover at least 95 %."
         )
 
     def accumulators(self) -> list[Need]:
@@ -77,31 +72,50 @@ class SimilarBlocks(MapMetric):
         return [(("maps", *key), lambda: MapPairwiseCosine(self.plan, *key))]
 
     def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
-        """Counts with their intervals; the corrected count and its interval stand in the details."""
-        real, null = (records[0][name].T for name in ("real", "other_token"))
-        thresholds, images = self.settings["thresholds"], real.shape[-1]
-        numbers, moments = mean_parts(real.T), PairMoments.of(real.T, null.T)
-        errors = [float(bootstrap(partial(_above, real, t), images)[0]) if images > 1 else float("nan") for t in thresholds]
+        """Counts with their intervals; the corrected count and its interval stand in the details.
+
+        They come from sums over all images. Only the standard errors come from the single images in `records`: times
+        √(kept/all) where a sample of them was kept.
+        """
+        (cosines,) = accumulators
+        (real, _, n), null, moments = cosines.mean("real"), cosines.mean("other_token")[0], cosines.moments()
+        real, null, n, images = map(self._before, (real, null, n, moments.images))
+        moments = PairMoments(np.nan_to_num(images), np.stack([self._before(part) for part in moments.central]))
+        thresholds = self.settings["thresholds"]
         corrected = {
             "kappa_above": KAPPA_ABOVE,
-            "value": float(count_corrected(real, null)),
-            "ci95": count_bounds(kappa(_mean(real), _mean(null)), partial(kappa_interval, moments), KAPPA_ABOVE).tolist(),
+            "value": float((kappa(real, null) > KAPPA_ABOVE).sum()),
+            "ci95": count_bounds(kappa(real, null), partial(kappa_interval, moments), KAPPA_ABOVE).tolist(),
         }
+        kept = records[0]["real"].T if records and records[0] else np.empty((len(real), 0))
+        share = min(kept.shape[-1] / max(np.nan_to_num(n).max(initial=0.0), 1.0), 1.0)
+        errors = [_error(kept, t) * np.sqrt(share) for t in thresholds]
         return self.result(
-            np.array([count_above(real, t) for t in thresholds]),
+            np.array([float((real > t).sum()) for t in thresholds]),
             stderr=np.array(errors),
-            ci95=np.array([count_bounds(numbers[0], partial(parts_interval, numbers), t) for t in thresholds]),
+            ci95=np.array([count_bounds(real, lambda tail: self._before(cosines.bounds("real", tail)), t) for t in thresholds]),
             covers=covered_pairs(self.plan),
-            details={"pairs": int(np.isfinite(_mean(real)).sum()), "corrected": corrected},
+            details={"pairs": int(np.isfinite(real).sum()), "corrected": corrected},
             nulls=untrained_only(),
         )
+
+    def _before(self, values: Array) -> Array:
+        """Of numbers by two blocks those of each block with the block before, [blocks, blocks, …] -> [pairs, …]; NaN for those
+        that are no neighbours.
+        """
+        pairs = np.moveaxis(np.diagonal(values, -1), -1, 0)
+        neighbours = np.reshape(self.plan.adjacent, (-1, *[1] * (pairs.ndim - 1))).astype(np.bool_)
+        return np.where(neighbours, pairs, np.nan)
 
     def per_image(self, records: Sequence[Record]) -> None:
         """None: a count over the mean of all images."""
 
 
-def _above(real: Array, threshold: float, images: NDArray[np.int64]) -> Array:
-    return count_above(real[:, images], threshold)
+def _error(real: Array, threshold: float) -> float:
+    """The bootstrap's standard error of the count over the images of [pairs, images]; NaN with fewer than two."""
+    if real.shape[-1] < 2:
+        return float("nan")
+    return float(bootstrap(lambda images: count_above(real[:, images], threshold), real.shape[-1])[0])
 
 
 METRICS.add(SimilarBlocks.name, SimilarBlocks)

@@ -234,7 +234,11 @@ def certainty(findings: Findings) -> dict[str, Any]:
     whole = findings.metrics.get("attention-similarity")
     beyond = "" if whole is None else against_seeds(whole)
     return {
-        "sentences": [*(convergence.get("sentences") or ()), *([f"{sentence_case(beyond)}."] if beyond else [])],
+        "sentences": [
+            *(convergence.get("known") or ()),
+            *(convergence.get("sentences") or ()),
+            *([f"{sentence_case(beyond)}."] if beyond else []),
+        ],
         "tables": [table for table in (pair_tests_table(findings), classes_table(findings)) if table is not None],
         "extremes": extremes_tables(findings),
         "warning": str(extremes.get("warning") or ""),
