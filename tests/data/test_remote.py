@@ -198,3 +198,18 @@ def test_secrets_of_an_address_are_not_shown(serve, disk):
     with pytest.raises(DataError) as caught:
         open_data(f"{base}/absent.zip?signature=secret")
     assert "secret" not in str(caught.value)
+    for where in ("absent.tar", "{absent,lost}.tar"):
+        with pytest.raises(DataError, match=r"there is nothing at http://.*absent.tar") as caught:
+            read(open_data(f"wds/{base}/shards/{where}?signature=secret"))
+        assert "secret" not in str(caught.value)
+
+
+def test_a_bucket_without_credentials(monkeypatch):
+    pytest.importorskip("s3fs")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/absent")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/absent")
+    with pytest.raises(DataError, match=r"s3://bucket/set cannot be read \(NoCredentialsError.*FSSPEC_S3_ANON=true"):
+        open_data("s3://bucket/set")

@@ -101,6 +101,14 @@ def test_impossible_parts_are_refused(part):
         read(images(3), part=part)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pixels_for_a_gpu_are_where_it_fetches_from(workers):
+    got = read(images(5), pin=True, workers=workers)
+    assert all(batch.pixels.is_pinned() for batch in got)
+    assert names_of(got) == list("01234")
+
+
 def test_an_iterable_has_no_parts_and_cannot_go_on():
     for share in ({"part": (1, 2)}, {"done": Coverage([0])}):
         with pytest.raises(SettingError, match="of a data address, not of an iterable"):

@@ -58,7 +58,8 @@ def reaching(address: str) -> Iterator[None]:
         raise DataError(f"there is nothing at {public(address)}") from error
     except Exception as error:  # each file system has errors of its own
         why = escaped(" ".join(str(error).split()))[:200].replace(address, public(address))
-        raise DataError(f"{public(address)} cannot be read ({type(error).__name__}: {why})") from error
+        way = "; a public bucket needs FSSPEC_S3_ANON=true" if type(error).__name__ == "NoCredentialsError" else ""
+        raise DataError(f"{public(address)} cannot be read ({type(error).__name__}: {why}){way}") from error
 
 
 def _system(address: str) -> tuple[Any, str]:

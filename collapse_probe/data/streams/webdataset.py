@@ -187,7 +187,10 @@ def _open(url: str) -> IO[bytes]:
 
         stream: IO[bytes] = gopen(url)
         return stream
-    return Path(url).open("rb") if _is_local(url) else RemoteFile(url).open()
+    if _is_local(url):
+        return Path(url).open("rb")
+    with reaching(url):
+        return RemoteFile(url).open()
 
 
 class _Sample:
