@@ -184,7 +184,9 @@ def read_all(
     part: tuple[int, int] = (1, 1),
 ) -> tuple[Probe, Stopper | None]:
     """A probe that has seen all images of all processes (of part K of N), and what decided when there were enough."""
-    images = None if images is None else images_from(images)
+    images, order = None if images is None else images_from(images), None
+    if images is not None and settings.until_ci is not None:
+        images, order = in_random_order(images, settings.seed)
     probe = Probe.over(subject, images, settings, left_out=left_out, keep_logits=keep_logits)
     measurement = probe.measurement
     if not measurement.tally.accumulators:
@@ -196,9 +198,8 @@ def read_all(
     keeper = Keeper(saving, say)
     with keeper.watching(probe):
         done = keeper.take_up(probe)
-        source, order = (images, None) if stopper is None else in_random_order(images, settings.seed)
         batches = batches_of(
-            source,
+            images,
             measurement.subject.preprocess,
             settings.batch_size,
             settings.workers,

@@ -113,7 +113,7 @@ def test_an_iterable_comes_in_its_own_order():
     found = cp.analyze(small_vit(), loader, until_ci=10.0, device="cpu", gallery_images=0)
     assert found.run["until_ci"]["of"] is None
     assert found.data["images"] == FEWEST
-    assert "in the order given" in found.run["until_ci"]["sentence"]
+    assert "in the order they came in" in found.run["until_ci"]["sentence"]
 
 
 @pytest.mark.parametrize(("half_width", "used"), [(10.0, 46), (1e-12, 70)])

@@ -444,3 +444,14 @@ def test_a_stream_is_measured_as_the_same_images_in_a_folder(tmp_path):
     assert any("5 images drawn under seed 0" in note for note in few.run["notes"])
     both = cp.compare({"a": model, "b": model}, f"wds/{tmp_path}/shards", null_images=0, **settings)
     assert both.subjects["b"].data["images"] == 12
+
+
+def test_a_run_that_may_stop_reads_a_stream_in_random_order_and_says_so(folder):
+    from factories import small_vit
+
+    settings = {"metrics": ["attention-similarity"], "batch_size": 8, "gallery_images": 0, "null_images": 0}
+    found = cp.analyze(small_vit(depth=2), f"wds/{folder}", until_ci=10, **settings)
+    names = found.images["names"].tolist()
+    assert found.run["until_ci"]["images"] == len(names) == 32
+    assert names != names_of(read(open_data(f"wds/{folder}")))[:32]
+    assert any("read in the order of seed 0, by a shuffle buffer of 1,000" in note for note in found.run["notes"])

@@ -63,7 +63,7 @@ class Stopper:
     def facts(self, total: int | None) -> dict[str, Any]:
         """What the findings say of it: after how many of `total` images it stopped, and how wide the intervals then were."""
         used = len(self.values)
-        taken = f"{used} images in the order given" if total is None else f"{used} of {total} images drawn at random"
+        taken = f"{used} images in the order they came in" if total is None else f"{used} of {total} images drawn at random"
         narrow = f"every headline mean's 95 % interval is within ± {self.half_width:g}"
         sentence = f"stopped after {taken}, because {narrow}; {CAUTION}"
         return {
