@@ -26,9 +26,9 @@ from collapse_probe.errors import CollapseProbeError, ProcessError
 from collapse_probe.launchers import Launch
 
 JOIN_SECONDS = 300.0
-PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5, "TCP_USER_TIMEOUT": 35_000}
-"""A machine that answers nothing for 35 s is gone."""
-PROMPT, STUCK, SAVING, CLOSING = 5.0, 10.0, 300.0, 15.0
+PROBES = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 25_000}
+"""A machine that answers nothing for 25 s is gone."""
+PROMPT, STUCK, SAVING, CLOSING = 5.0, 25.0, 300.0, 15.0
 """Seconds: until work that does not look up is interrupted; until a process that cannot be interrupted is ended; what it may
 take to save its state; to leave the group.
 """

@@ -206,7 +206,8 @@ def all_in_time(over: OutOfTimeError | None) -> None:
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Inside, a signal that would end the run (Ctrl-C, SIGTERM, SIGHUP) waits until the block is left; a second one does not.
+    """Inside, a signal that would end the run (Ctrl-C, SIGTERM, SIGHUP, the end of another process) waits until the block is
+    left; a second one does not.
 
     In other threads than the main one, and for signals that are ignored, nothing changes.
     """
@@ -219,9 +220,10 @@ def signals_deferred() -> Iterator[None]:
             raise KeyboardInterrupt
 
     with contextlib.suppress(ValueError):  # not the main thread
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGURG"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+            harmless = (signal.SIG_IGN, None, *((signal.SIG_DFL,) if name == "SIGURG" else ()))
+            if number is not None and signal.getsignal(number) not in harmless:
                 before[number] = signal.signal(number, wait)
     try:
         yield
