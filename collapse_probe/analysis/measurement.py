@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from collapse_probe.analysis.outputs import logits_in
 from collapse_probe.analysis.state.ends import NOTHING, Ends
 from collapse_probe.analysis.state.gallery import glimpse, thumbnail
-from collapse_probe.analysis.state.records import NO_NUMBER, RECORDS, Lowest, Records, Table
+from collapse_probe.analysis.state.records import BY_CONTENT, NO_NUMBER, RECORDS, Lowest, Records, Table
 from collapse_probe.analysis.state.tally import LOGITS, Tally, columns_of, image_table, result_of, table_of
 from collapse_probe.capture.capture import discover_plan, noise, record
 from collapse_probe.capture.plan import Plan
@@ -272,7 +272,7 @@ class Measurement:
             tensors, facts = shared((own.state(), own.facts()) if source == rank else None, source)
             part = self.loaded(tensors, facts)
             slowest = max(slowest, part.seconds)
-            if twice := whole.overlap(part):
+            if twice := whole.overlap(part, BY_CONTENT):
                 raise StateError(f"process {source} has seen an image that another process has seen too: {twice}")
             whole.merge(part)
         whole.seconds = slowest

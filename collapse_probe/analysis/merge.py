@@ -13,6 +13,7 @@ from collapse_probe.analysis.probe import Probe
 from collapse_probe.analysis.state.files import SUFFIX, StateFile, expanded, remove_states, write_state
 from collapse_probe.analysis.state.keeper import SAVE_EVERY, Saving, saving_of
 from collapse_probe.analysis.state.manifest import first_difference, tensors_of
+from collapse_probe.analysis.state.records import BY_CONTENT
 from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import SettingError, StateError
 from collapse_probe.models.loading import Subject
@@ -112,7 +113,7 @@ def merge(
     for each in files:
         state = each.read()
         part = probe.measurement.loaded(tensors_of(state), each.manifest["tally"])
-        if twice := probe.measurement.tally.overlap(part):
+        if twice := probe.measurement.tally.overlap(part, BY_CONTENT):
             raise StateError(f"{each.path} and another file have both seen {twice}, and no image may count twice")
         probe.measurement.tally.merge(part)
     say(f"{probe.images:,} images in {len(files)} state files")

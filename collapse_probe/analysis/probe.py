@@ -41,7 +41,7 @@ from collapse_probe.analysis.measurement import (
 )
 from collapse_probe.analysis.state.gallery import Pixels, gallery_of
 from collapse_probe.analysis.state.manifest import STATE_SCHEMA, first_difference, read_manifest, subject_of, tensors_of
-from collapse_probe.analysis.state.records import RECORDS
+from collapse_probe.analysis.state.records import BY_CONTENT, RECORDS
 from collapse_probe.analysis.state.stopping import Stopper
 from collapse_probe.analysis.state.tally import Tally
 from collapse_probe.analysis.summary import summarise, sureness
@@ -61,8 +61,6 @@ from collapse_probe.results.verdict import with_verdict
 from collapse_probe.statistics.breakdowns import pictured
 from collapse_probe.statistics.estimates import per_image_values
 
-BY_CONTENT = "pixels-"
-"""How the names of images begin that came without one."""
 PAD = (
     "a sampler that pads repeats images (torch's DistributedSampler, accelerate with even_batches): turn that off, or give "
     "every image a name of its own"
@@ -118,7 +116,8 @@ class Probe:
             records=records,
             on_nonfinite=on_nonfinite,
         )
-        self._prepare(model if isinstance(model, Subject) else resolve(model, seed=seed), settings)
+        with restored(model):
+            self._prepare(model if isinstance(model, Subject) else resolve(model, seed=seed), settings)
 
     @classmethod
     def over(
@@ -257,7 +256,7 @@ class Probe:
             return self.load_state_dict(other)
         self._check_same(manifest)
         part = self.measurement.loaded(tensors_of(other), manifest["tally"])
-        if twice := self.measurement.tally.overlap(part):
+        if twice := self.measurement.tally.overlap(part, BY_CONTENT):
             raise StateError(f"both parts have seen {twice}, and no image may count twice")
         self.measurement.tally.merge(part)
 
@@ -277,7 +276,8 @@ class Probe:
         """All that was added: tensors on the CPU by name, and the text "manifest" (JSON) that says what they are of."""
         if self._measurement is None:
             return {"manifest": json.dumps({"schema": STATE_SCHEMA, "tally": None})}
-        return {"manifest": json.dumps(self.manifest()), **self.measurement.tally.state()}
+        tensors = self.measurement.tally.state()
+        return {"manifest": json.dumps({**self.manifest(), "tensors": sorted(tensors)}), **tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave for the same model, settings and metrics, in place of what was added here.

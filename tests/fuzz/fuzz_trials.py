@@ -18,7 +18,7 @@ from typing import Any
 
 from collapse_probe.errors import CollapseProbeError
 
-KINDS = ("images", "archives", "findings", "checkpoints", "commands", "kills", "disks")
+KINDS = ("images", "archives", "findings", "checkpoints", "commands", "kills", "resumes", "disks")
 READ, REFUSED, SKIPPED = "read", "refused", "skipped"
 
 

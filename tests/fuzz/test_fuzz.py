@@ -20,15 +20,16 @@ def test_nothing_goes_wrong(name, monkeypatch):
     assert not tally.violations, str(tally)
 
 
-def test_nothing_goes_wrong_where_runs_are_killed():
+@pytest.mark.parametrize(("name", "share"), [("kills", "0.06"), ("resumes", "0.02")])
+def test_nothing_goes_wrong_where_runs_are_killed(name, share):
     """In a process of its own, which forks."""
-    words = [sys.executable, "-m", "tests.fuzz", "kills", "--share", "0.06"]
+    words = [sys.executable, "-m", "tests.fuzz", name, "--share", share]
     done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_kind_has_its_part():
-    assert {*SHARES, "kills"} == set(KINDS)
+    assert {*SHARES, "kills", "resumes"} == set(KINDS)
 
 
 def test_a_trial_is_repeated_by_its_number_and_what_goes_wrong_is_counted():

@@ -25,6 +25,8 @@ def read_manifest(state: Mapping[str, Any]) -> dict[str, Any]:
         raise StateError(f"expected the state of a Probe, as state_dict() gives it; came {type(state).__name__}") from error
     if schema != STATE_SCHEMA:
         raise StateError(f"expected a state with schema {STATE_SCHEMA!r}; came {schema!r}: measure again with this version")
+    if manifest["tally"] is not None and manifest["tensors"] != sorted(tensors_of(state)):
+        raise StateError("the state is incomplete: its tensors are not those that it was stored with")
     return dict(manifest)
 
 

@@ -17,6 +17,8 @@ from collapse_probe.seeding import rank_of_name
 
 RECORDS = 50_000
 """Images of which a run keeps what they said one by one, unless it is told otherwise."""
+BY_CONTENT = "pixels-"
+"""How the names of images begin that came without one, and were named by their pixels."""
 SLACK = 1024
 NO_NUMBER = -1
 """Stands for an image without a place in a listing, or without a label."""

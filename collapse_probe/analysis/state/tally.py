@@ -51,11 +51,16 @@ class Tally:
         """How many images the numbers are of."""
         return self.records.seen
 
-    def overlap(self, other: Tally) -> str | None:
-        """An image that both have seen; None where there is none among those that are known one by one."""
+    def overlap(self, other: Tally, unnamed: str) -> str | None:
+        """An image that both have seen; None where there is none among those that are known one by one.
+
+        Images whose names begin with `unnamed` only show that they look alike, unless all of the other's do.
+        """
         place = self.coverage.overlap(other.coverage)
         mine, others = (tally.records.names_below(min(self.records.reach, other.records.reach)) for tally in (self, other))
         twice = mine & others
+        if twice != others:
+            twice = {name for name in twice if not name.startswith(unnamed)}
         return min(twice) if twice else None if place is None else f"image number {place}"
 
     def merge(self, other: Tally) -> None:
