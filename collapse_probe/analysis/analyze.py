@@ -26,6 +26,7 @@ from collapse_probe.analysis.state.stopping import Stopper
 from collapse_probe.analysis.state.tally import LOGITS, table_of
 from collapse_probe.capture.trace import budget_line
 from collapse_probe.data.images import ImageSet, batches_of, images_from, in_random_order
+from collapse_probe.data.loading import LoadTimes
 from collapse_probe.data.preprocessing import Size
 from collapse_probe.distributed import check_processes
 from collapse_probe.errors import OutOfTimeError
@@ -49,11 +50,11 @@ def analyze(
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: Size | None = None,
     blocks_pattern: str | None = None,
-    batch_size: int = 64,
-    workers: int = 0,
+    batch_size: int | None = None,
+    workers: int | None = None,
     device: str = "auto",
     amp: bool = False,
-    amp_dtype: str = "float16",
+    amp_dtype: str | None = None,
     seed: int = 0,
     null_images: int = NULL_IMAGES,
     null_seeds: int = 1,
@@ -189,11 +190,13 @@ def read_all(
         images, order = in_random_order(images, settings.seed)
     probe = Probe.over(subject, images, settings, left_out=left_out, keep_logits=keep_logits)
     measurement = probe.measurement
+    settings = measurement.settings
     if not measurement.tally.accumulators:
         say(f"reading the weights of {len(measurement.plan.blocks)} blocks")
         return probe, None
     assert images is not None
     say(budget_line(measurement.plan, measurement.device))
+    say(f"batches of {settings.batch} images, {settings.readers or 'no'} processes that read ahead")
     stopper = None if settings.until_ci is None else Stopper(settings.until_ci, measurement.metrics, measurement.heads)
     keeper = Keeper(saving, say)
     with keeper.watching(probe):
@@ -201,19 +204,21 @@ def read_all(
         batches = batches_of(
             images,
             measurement.subject.preprocess,
-            settings.batch_size,
-            settings.workers,
+            settings.batch,
+            settings.readers,
             order,
             part=part,
             done=done,
+            pin=measurement.device.type == "cuda",
         )
+        times = LoadTimes()
         over: OutOfTimeError | None = None
         enough = (
             stopper is not None
             and probe.images > 0
             and stopper.enough(table_of(measurement.metrics, measurement.tally, measurement.table()))
         )
-        for batch in () if enough else batches:
+        for batch in () if enough else times.over(batches):
             check_processes()
             with signals_deferred():
                 newest = measurement.update(batch)
@@ -229,6 +234,8 @@ def read_all(
                 break
         if stopper is not None:
             stopper.drain()
+        if line := times.sentence(settings.readers):
+            say(line)
         all_in_time(over)
         measurement.all_reduce()
     return probe, stopper

@@ -26,6 +26,7 @@ from collapse_probe.analysis.measurement import (
     Report,
     RunSettings,
     restored,
+    settled,
     with_input,
 )
 from collapse_probe.analysis.outputs import Bounds, ModelOutputs, labels_for, mean_kl
@@ -91,11 +92,11 @@ def compare(
     fixes: Sequence[str] = (),
     fix_blocks: Sequence[int] | None = None,
     recalibrate_bn: int = 0,
-    batch_size: int = 64,
-    workers: int = 0,
+    batch_size: int | None = None,
+    workers: int | None = None,
     device: str = "auto",
     amp: bool = False,
-    amp_dtype: str = "float16",
+    amp_dtype: str | None = None,
     seed: int = 0,
     null_images: int = NULL_IMAGES,
     null_seeds: int = 1,
@@ -215,8 +216,9 @@ def measure_subject(spec: SubjectSpec, run: ComparisonRun, place: int = 0) -> Me
         if isinstance(subject, Findings):
             return MeasuredSubject(spec.label, subject)
         assert images is not None
-        size, device, seed = settings.batch_size, settings.device, settings.seed
         subject = with_input(subject, images)
+        settings = settled(settings, subject.preprocess.size, images)
+        size, device, seed = settings.batch, settings.device, settings.seed
         subject = recalibrated(subject, images, run.recalibrate_bn, batch_size=size, device=device, seed=seed)
         run.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
         left_out = hashlib.sha256("\n".join(sorted(run.left_out)).encode()).hexdigest()[:8] if run.left_out else "all"
@@ -234,7 +236,7 @@ def measure_subject(spec: SubjectSpec, run: ComparisonRun, place: int = 0) -> Me
             )
         assert outputs is not None
         shape = (subject.preprocess.channels, *subject.preprocess.size)
-        cost = measure_cost(subject.model, shape, min(COST_BATCH, settings.batch_size))
+        cost = measure_cost(subject.model, shape, min(COST_BATCH, settings.batch))
         findings = with_accuracy(findings.with_run(cost=asdict(cost)), outputs, images)
         return MeasuredSubject(spec.label, findings, outputs, subject)
 
@@ -278,7 +280,7 @@ def with_cka(current: MeasuredSubject, first: MeasuredSubject, run: ComparisonRu
     assert images is not None
     if run.left_out and not isinstance(images, ImageSet):
         raise NonFiniteError("CKA can leave images out of a data address or an ImageSet alone; these came from a loader")
-    settings = run.settings
+    settings = settled(run.settings, first.subject.preprocess.size, images)
     with restored(first.subject), restored(current.subject):
         first.subject.model.eval()
         current.subject.model.eval()
@@ -286,9 +288,9 @@ def with_cka(current: MeasuredSubject, first: MeasuredSubject, run: ComparisonRu
             first.subject,
             current.subject,
             images,
-            batch_size=settings.batch_size,
+            batch_size=settings.batch,
             device=settings.device,
-            workers=settings.workers,
+            workers=settings.readers,
             amp=settings.amp_as,
             seed=settings.seed,
         )

@@ -164,14 +164,6 @@ def data_facts(source: Mapping[str, Any], measurement: Measurement, table: Table
     }
 
 
-def partial_sentence(data: Mapping[str, Any]) -> str:
-    """That the numbers are of a part of the data, and of how much; empty where they are of all."""
-    if not (part := data.get("partial")):
-        return ""
-    share = "" if part["of"] is None else f" of {part['of']:,} ({100 * part['read'] / part['of']:.3g} %)"
-    return f"Partial: {part['read']:,}{share} images of the data were read, and every number is of these alone: {part['why']}."
-
-
 def records_sentence(data: Mapping[str, Any]) -> str:
     """That what is said of single images is said of a sample; empty where all are kept."""
     if "records" not in data:

@@ -27,6 +27,7 @@ from collapse_probe.analysis.measurement import (
     nonfinite_error,
     plan_of,
     restored,
+    settled,
     with_input,
 )
 from collapse_probe.analysis.outputs import kl_divergence, labels_for, logits_in
@@ -74,11 +75,11 @@ def intervene(
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: Size | None = None,
     blocks_pattern: str | None = None,
-    batch_size: int = 64,
-    workers: int = 0,
+    batch_size: int | None = None,
+    workers: int | None = None,
     device: str = "auto",
     amp: bool = False,
-    amp_dtype: str = "float16",
+    amp_dtype: str | None = None,
     seed: int = 0,
     on_nonfinite: str = FAIL,
     save_to: str | Path | None = None,
@@ -144,6 +145,7 @@ def intervene(
         )
         subject, ill = with_input(subject, images), dict[str, str]()
         made = subject.preprocess
+        settings = settled(settings, made.size, images)
         while True:  # once more without the images whose logits a replacement makes NaN or infinite, where that is asked for
             say("measuring the similarity of the maps")
             without = hashlib.sha256("\n".join(sorted(ill)).encode()).hexdigest()[:8] if ill else "all"
@@ -199,7 +201,7 @@ class ReplacementRunner:
             done = keeper.take_up(gathered)
             over: OutOfTimeError | None = None
             preprocess = self.subject.preprocess
-            for batch in batches_of(images, preprocess, settings.batch_size, settings.workers, done=done):
+            for batch in batches_of(images, preprocess, settings.batch, settings.readers, done=done):
                 check_processes()
                 with signals_deferred():
                     take(batch)

@@ -28,7 +28,16 @@ from collapse_probe.data.images import ImageSet
 from collapse_probe.data.loading import Batch
 from collapse_probe.data.preprocessing import ASSUMED, given_pixels, shown, sides_of
 from collapse_probe.data.streams.stream import ImageStream
-from collapse_probe.devices import autocast, choose_device, floating_like, modes_kept, moved
+from collapse_probe.devices import (
+    autocast,
+    choose_device,
+    default_amp_dtype,
+    default_batch_size,
+    default_workers,
+    floating_like,
+    modes_kept,
+    moved,
+)
 from collapse_probe.distributed import rank_and_world, shared, unwrap
 from collapse_probe.errors import DataError, NonFiniteError, SettingError, StateError
 from collapse_probe.metrics.accumulators import Accumulator
@@ -72,13 +81,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How a run is made; none of it changes what the numbers mean, and all of it is stored."""
+    """How a run is made; none of it changes what the numbers mean, and all of it is stored.
+
+    What is None of `amp_dtype`, `batch_size` and `workers` follows from the machine, the model and the images: see `settled`.
+    """
 
     device: str = "auto"
     amp: bool = False
-    amp_dtype: str = "float16"
-    batch_size: int = 64
-    workers: int = 0
+    amp_dtype: str | None = None
+    batch_size: int | None = None
+    workers: int | None = None
     seed: int = 0
     metrics: tuple[str, ...] = ()
     presets: tuple[str, ...] = ()
@@ -93,7 +105,19 @@ class RunSettings:
     @property
     def amp_as(self) -> str | None:
         """The dtype of automatic mixed precision, None where it is off."""
-        return self.amp_dtype if self.amp else None
+        return (self.amp_dtype or default_amp_dtype(choose_device(self.device))) if self.amp else None
+
+    @property
+    def batch(self) -> int:
+        """Images in a batch, of settings that are settled."""
+        assert self.batch_size is not None, "the settings are not settled"
+        return self.batch_size
+
+    @property
+    def readers(self) -> int:
+        """Processes that read images, of settings that are settled."""
+        assert self.workers is not None, "the settings are not settled"
+        return self.workers
 
     def __post_init__(self) -> None:
         for name, value, low in (
@@ -102,14 +126,25 @@ class RunSettings:
             ("the number of seeds of the untrained twin", self.null_seeds, 1),
             ("the number of images of which records are kept", self.records, 1),
         ):
-            if value < low:
+            if value is not None and value < low:
                 raise SettingError(f"{name} must be {low} or more, not {value}")
         if self.on_nonfinite not in ON_NONFINITE:
             raise SettingError(f"on_nonfinite must be {' or '.join(ON_NONFINITE)}, not {self.on_nonfinite!r}")
         if self.until_ci is not None and not self.until_ci > 0:
             raise SettingError(f"the half-width to stop at must be above 0, not {self.until_ci}")
-        if self.amp_dtype not in ("float16", "bfloat16"):
+        if self.amp_dtype not in (None, "float16", "bfloat16"):
             raise SettingError(f"the amp dtype must be float16 or bfloat16, not {self.amp_dtype!r}")
+
+
+def settled(settings: RunSettings, size: tuple[int, int], images: Images | None = None) -> RunSettings:
+    """The settings with a batch size and a number of reading processes, for images of `size` (height, width)."""
+    device = choose_device(settings.device)
+    batch_size = settings.batch_size or default_batch_size(device, size)
+    workers = settings.workers
+    if workers is None:
+        known = isinstance(images, (ImageSet, ImageStream))
+        workers = default_workers(device, batch_size, images.count, images.from_memory) if known else 0  # type: ignore[union-attr]
+    return replace(settings, batch_size=batch_size, workers=workers)
 
 
 def make_metrics(plan: Plan, names: Sequence[str]) -> dict[str, Metric]:

@@ -17,7 +17,6 @@ from collapse_probe.analysis.facts import (
     left_out_vectors,
     model_facts,
     nonfinite_facts,
-    partial_sentence,
     records_sentence,
     run_facts,
     source_facts,
@@ -36,6 +35,7 @@ from collapse_probe.analysis.measurement import (
     need_images,
     plan_of,
     restored,
+    settled,
     with_input,
     with_shape,
 )
@@ -56,7 +56,7 @@ from collapse_probe.metrics.presets import records, with_presets
 from collapse_probe.models.loading import Subject, resolve
 from collapse_probe.provenance import escaped
 from collapse_probe.results.findings import Findings, plain, result_from_json, result_to_json
-from collapse_probe.results.readings import trained_on
+from collapse_probe.results.readings import partial_sentence, trained_on
 from collapse_probe.results.verdict import with_verdict
 from collapse_probe.statistics.breakdowns import pictured
 from collapse_probe.statistics.estimates import per_image_values
@@ -93,7 +93,7 @@ class Probe:
         presets: Sequence[str] = (),
         device: str = "auto",
         amp: bool = False,
-        amp_dtype: str = "float16",
+        amp_dtype: str | None = None,
         seed: int = 0,
         null_images: int = NULL_IMAGES,
         null_seeds: int = 1,
@@ -132,7 +132,7 @@ class Probe:
         """A probe for the images of one source, whose facts go into the findings; see `Measurement` for the rest."""
         probe = cls.__new__(cls)
         probe._prepare(subject, settings)
-        probe._begin(with_input(subject, images), source_facts(subject, images), left_out, keep_logits)
+        probe._begin(with_input(subject, images), source_facts(subject, images), images, left_out, keep_logits)
         return probe
 
     @classmethod
@@ -171,10 +171,12 @@ class Probe:
         self,
         subject: Subject,
         source: dict[str, Any],
+        images: Images | None = None,
         left_out: Mapping[str, str] | None = None,
         keep_logits: bool = False,
     ) -> None:
         settings = self._settings
+        self._settings = settings = settled(settings, subject.preprocess.size, images)
         self._ill_weights = checked_weights(subject, settings)
         plan = plan_of(subject, settings.device, settings.seed)
         metrics = make_metrics(plan, with_presets(settings.metrics, settings.presets))

@@ -109,8 +109,8 @@ def measure_twins(
         plan = plan_of(twin, settings.device, settings.seed)
         bare = replace(settings, null_images=0, gallery_images=0)
         measured = Measurement(twin, plan, make_metrics(plan, names), bare)
-        for first in range(0, len(own), settings.batch_size):
-            some = own[first : first + settings.batch_size]
+        for first in range(0, len(own), settings.batch):
+            some = own[first : first + settings.batch]
             measured.update(Batch((), tuple(name for name, _ in some), torch.stack([pixels for _, (pixels,) in some])))
         measured.all_reduce()
         twins[seed] = measured.results(measured.table())

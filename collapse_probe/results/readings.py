@@ -44,6 +44,14 @@ def not_loaded(model: Mapping[str, Any]) -> str:
     return f"{where} {what}{which}: the checkpoint was loaded in part, {came} of the model came from it"
 
 
+def partial_sentence(data: Mapping[str, Any]) -> str:
+    """That the numbers are of a part of the data, and of how much; empty where they are of all."""
+    if not (part := data.get("partial")):
+        return ""
+    share = "" if part["of"] is None else f" of {part['of']:,} ({100 * part['read'] / part['of']:.3g} %)"
+    return f"Partial: {part['read']:,}{share} images of the data were read, and every number is of these alone: {part['why']}."
+
+
 def trained_on(data: Mapping[str, Any]) -> str:
     """How many of the images of a run its model was trained on, in a sentence; empty where that is not known."""
     count, images = data.get("trained_on"), data.get("images")

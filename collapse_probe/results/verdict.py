@@ -11,7 +11,7 @@ import numpy as np
 from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.outcomes import Outcome, verdict_table
 from collapse_probe.results.quantities import SHARED_BY, Pairs, kinds_of, pairs_of, share_of_kinds
-from collapse_probe.results.readings import adjacent, mean, not_loaded, null_of, result_of, weights_only
+from collapse_probe.results.readings import adjacent, mean, not_loaded, null_of, partial_sentence, result_of, weights_only
 from collapse_probe.results.rules import BY_NAME, FEWEST_IMAGES
 from collapse_probe.results.text import interval, no_neighbours, number, numbered, sentence_case, with_reasons
 
@@ -100,6 +100,8 @@ def judge(findings: Findings, table: Sequence[Outcome] | None = None) -> Verdict
         sentences.insert(0, (f"{part}.", "loaded-in-part"))
     if ill := findings.run.get("nonfinite"):
         sentences.insert(0, (str(ill["sentence"]), "shared"))
+    if missing := partial_sentence(findings.data):
+        sentences.insert(0, (missing, "shared"))
     few = case != WEIGHTS_ONLY and (findings.data.get("images") or 0) < FEWEST_IMAGES
     caveats = _caveats(outcomes, bool(kinds), few)
     caveats += [(ONE_SET, "shared")] if case == WEIGHTS_ONLY else []

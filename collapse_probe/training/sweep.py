@@ -321,8 +321,7 @@ def _measured(cell: Cell, folder: Path, conditions: Conditions, say: Say) -> Cel
     trained = measure(resolve(address), images, settings)
     trained.save(folder / FINDINGS)
     twin = resolve(address, pretrained=False, seed=cell.seed)
-    batches, size = cell.recipe.recalibrate, settings.batch_size
-    twin = recalibrated(twin, images, batches, batch_size=size, device=device, seed=cell.seed)
+    twin = recalibrated(twin, images, cell.recipe.recalibrate, device=device, seed=cell.seed)
     untrained = measure(twin, images, replace(settings, null_images=0, gallery_images=0))
     untrained.save(folder / TWIN)
     return _result(

@@ -9,7 +9,16 @@ from numpy.typing import NDArray
 
 from collapse_probe.results.comparison import ACCURACY, KAPPA, PROBS, Comparison, Difference, Pair
 from collapse_probe.results.findings import Findings
-from collapse_probe.results.readings import adjacent, is_untrained, mean, not_loaded, null_of, trained_on, weights_only
+from collapse_probe.results.readings import (
+    adjacent,
+    is_untrained,
+    mean,
+    not_loaded,
+    null_of,
+    partial_sentence,
+    trained_on,
+    weights_only,
+)
 from collapse_probe.results.rules import FALSE_DISCOVERY_RATE, NOTABLE, OF_ARCHITECTURE, RAW_ABOVE, ROUNDING
 from collapse_probe.results.text import DASH, interval, number, p_value, sentence_case, spans, with_reasons
 from collapse_probe.results.verdict import MEANS, MOST_LISTED, Verdict, not_heard
@@ -83,6 +92,7 @@ def _said_first(subjects: Mapping[str, Findings]) -> list[str]:
         if len({*few.values()}) == 1 and len(few) == len(subjects)
         else [f"{label}: {text}" for label, text in few.items()]
     )
+    said = [*(f"{label}: {text}" for label, f in subjects.items() if (text := partial_sentence(f.data))), *said]
     return [*said, *(f"{label}: {part}." for label, part in parts.items() if part)]
 
 
