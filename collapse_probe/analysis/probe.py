@@ -44,7 +44,7 @@ from collapse_probe.analysis.state.manifest import STATE_SCHEMA, first_differenc
 from collapse_probe.analysis.state.records import BY_CONTENT, RECORDS
 from collapse_probe.analysis.state.stopping import Stopper
 from collapse_probe.analysis.state.tally import Tally
-from collapse_probe.analysis.summary import summarise, sureness
+from collapse_probe.analysis.summary import exact_numbers, summarise, sureness
 from collapse_probe.analysis.untrained_twins import with_untrained
 from collapse_probe.capture.plan import plan_from_json, plan_to_json
 from collapse_probe.data.loading import Batch
@@ -393,6 +393,8 @@ class Probe:
         notes = [text for text in [*first, *said, *left_out_vectors(results), *twin_notes, *last] if text]
         images = measured.per_image(table)
         values = per_image_values(images, measured.heads)
+        if tally.records.sampled:
+            values = replace(values, of=tally.images, exact=exact_numbers(results))
         sure = sureness(values, results, table.labels_by_name(), source["class_names"], settings.seed)
         sure["extremes"] = with_ends(sure["extremes"], tally)
         findings = Findings(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from collapse_probe.data.addresses import pictures_at
-from collapse_probe.data.coverage import Coverage
+from collapse_probe.data.coverage import SHARD_BITS, Coverage
 from collapse_probe.data.libraries import is_stream, shards_at
 from collapse_probe.data.loading import WHOLE, Batch, Item, Part, check_share, collated, loader_of, read_all, reason_of
 from collapse_probe.data.objects import LABEL_KEYS, PIXEL_KEYS, is_dataset, of_dataset, of_tensor
@@ -396,17 +396,21 @@ def from_loader(loader: Iterable[Any]) -> Iterator[Batch]:
     """Batches of the caller's own loader: a tensor, (tensor, labels, …), or a dict with one of `PIXEL_KEYS`.
 
     The pixels [B, channels, height, width] are taken as they are, as float32: preprocessing is the loader's. Labels are kept
-    where they are B whole numbers, as a tensor, an array or a list. Names are "0", "1", …. Raises DataError for anything else,
-    and in a single process for a loader that gives nothing.
+    where they are B whole numbers, as a tensor, an array or a list. Names are "0", "1", …, of several processes, each with a
+    loader of its own images, "RANK/0", "RANK/1", …. Raises DataError for anything else, and in a single process for a loader
+    that gives nothing.
     """
-    seen = 0
+    seen, (rank, world) = 0, rank_and_world()
     for item in loader:
         pixels, labels = _pixels_and_labels(item)
-        indices = tuple(range(seen, seen + len(pixels)))
+        own = range(seen, seen + len(pixels))
+        numbers = tuple((rank << SHARD_BITS) + i for i in own)
+        names = tuple(str(i) if world == 1 else f"{rank}/{i}" for i in own)
         seen += len(pixels)
         check_processes()
-        yield Batch(indices, tuple(map(str, indices)), pixels.float(), _whole_numbers(labels, len(pixels)), read=indices)
-    if not seen and rank_and_world()[1] == 1:
+        labelled = _whole_numbers(labels, len(pixels))
+        yield Batch(numbers, names, pixels.float(), labelled, read=numbers, numbers=numbers)
+    if not seen and world == 1:
         raise DataError("the loader gave no image")
 
 

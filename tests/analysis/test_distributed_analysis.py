@@ -67,7 +67,7 @@ with joined():
 
 @pytest.mark.parametrize(
     ("kind", "says"),
-    [("empty", "13 3"), ("other", "gave images [(3, 48, 32), (3, 48, 64)] (channels, height, width)")],
+    [("empty", "13 3"), ("alike", "13 6"), ("other", "gave images [(3, 48, 32), (3, 48, 64)] (channels, height, width)")],
 )
 def test_own_loaders_of_two_processes_have_one_size(kind, says, tmp_path):
     script = tmp_path / "own.py"
