@@ -73,7 +73,8 @@ def answer(findings: Findings) -> str:
     verdict = verdict_of(findings)
     known = [f"Note: {text}"] if (text := trained_on(findings.data)) else []
     left_out = [f"Left out: {each['where']}: {each['why']}" for each in findings.model.get("left_out", ())]
-    lines = [*verdict.sentences, *(f"Note: {caveat}" for caveat in verdict.caveats), *known, *left_out, ""]
+    settled = (findings.sureness.get("convergence") or {}).get("known") or ()
+    lines = [*verdict.sentences, *(f"Note: {caveat}" for caveat in verdict.caveats), *known, *left_out, *settled, ""]
     width = max(len(name) for name in findings.summary)
     for name, value in findings.summary.items():
         lines.append(f"  {name:<{width}}  {'undefined' if value is None else f'{value:.6g}'}")

@@ -8,7 +8,7 @@ from itertools import tee
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.analysis.measurement import Images, model_input, plan_of, with_input
+from collapse_probe.analysis.measurement import ALIKE, Images, model_input, plan_of, with_input
 from collapse_probe.capture.capture import record
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import micro_batch
@@ -95,8 +95,11 @@ def _pairs(one: Batch, other: Batch, step: int) -> Iterator[tuple[list[str], Ten
 
 def _patches(model: nn.Module, plan: Plan, pixels: Tensor, amp: str | None) -> list[Tensor | None]:
     """The patch tokens of one model at each depth."""
+    count = len(pixels)
+    if missing := -count % ALIKE:
+        pixels = torch.cat([pixels, pixels[-1:].expand(missing, *pixels.shape[1:])])
     images = model_input(pixels, plan, floating_like(model))
     with record(model, plan) as recordings, autocast(images.device, amp):
         model(images)
-    trace = recordings.take()
+    trace = recordings.take().first(count)
     return [trace.patches(depth) for depth in range(len(trace.tokens))]

@@ -55,7 +55,12 @@ def settling(images=6):
     value = np.linspace(0.5, 0.6, images).tolist()
     low, high = ([v + d for v in value] for d in (-0.05, 0.05))
     numbers = {NAME: {"value": value, "ci_low": low, "ci_high": high, "tolerance": 0.01, "half_width": 0.05, "settled": False}}
-    return {"sizes": list(range(2, 2 + images)), "numbers": numbers, "sentences": ["Too few images to tell it."]}
+    return {
+        "sizes": list(range(2, 2 + images)),
+        "numbers": numbers,
+        "sentences": ["Too few images to tell it."],
+        "known": ["It is known."],
+    }
 
 
 def test_settling_numbers_are_drawn_with_their_intervals():
@@ -67,7 +72,7 @@ def test_settling_numbers_are_drawn_with_their_intervals():
     assert axes.get_title(loc="left") == "raw similarity of neighbouring blocks"
     assert convergence(findings, True) is not None
     assert convergence(stored()) is None
-    assert certainty(findings)["sentences"] == ["Too few images to tell it."]
+    assert certainty(findings)["sentences"] == ["It is known.", "Too few images to tell it."]
 
 
 def test_images_at_both_ends_are_named_and_the_collapsed_end_is_said():

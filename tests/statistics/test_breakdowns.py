@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from collapse_probe.cli.console import answer
 from factories import random_maps, readings, trace_of
 from scipy import stats
 
@@ -130,6 +131,12 @@ def test_enough_images_are_the_first_from_which_on_the_interval_is_narrow_enough
     few = convergence_of(per_image_values(table(6)), RAW_ABOVE)
     assert few["numbers"]["patch_diversity_last"]["enough"] is None
     assert not any("Patch diversity" in said for said in few["known"])
+
+
+def test_the_terminal_says_after_how_many_images_what_was_known(found):
+    known = found.sureness["convergence"]["known"]
+    assert known
+    assert set(known) <= set(answer(found).splitlines())
 
 
 def test_the_order_of_the_images_does_not_matter():
