@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -391,7 +392,7 @@ class Probe:
         said = [*subject.notes, *data_notes(source, tally.remarks), *plan.notes, *not_measured, *measured.notes]
         last = [records_sentence(data), repeats(table.names), *([] if stopping is None else [stopping["sentence"]])]
         notes = [text for text in [*first, *said, *left_out_vectors(results), *twin_notes, *last] if text]
-        images = measured.per_image(table)
+        images = {key: np.array(values) for key, values in measured.per_image(table).items()}
         values = per_image_values(images, measured.heads)
         if tally.records.sampled:
             values = replace(values, of=tally.images, exact=exact_numbers(results))

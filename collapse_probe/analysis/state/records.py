@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from collapse_probe.errors import StateError
 from collapse_probe.provenance import names_sha256
 from collapse_probe.seeding import rank_of_name
 
@@ -46,17 +47,18 @@ class Table:
 class Records:
     """Names, labels and columns of values of the images of lowest `rank_of_name`, at most `most`; how many there were in all.
 
-    So two halves of the images, brought together, keep what one pass over all of them keeps.
+    So two halves of the images, brought together, keep what one pass over all of them keeps. The arrays have room for a few
+    more than `most` images from the start, which takes no memory before it is used.
     """
 
     def __init__(self, most: int = RECORDS, seed: int = 0) -> None:
         self.most, self.seed, self.seen = most, seed, 0
         self._digest = 0
         self._names: list[str] = []
-        self._known: set[str] = set()
-        self._numbers: list[NDArray[np.int64]] = []
-        self._ranks: list[NDArray[np.uint64]] = []
-        self._columns: dict[str, list[NDArray[Any]]] = {}
+        self._room = max(most // 8, SLACK)
+        self._ranks = np.empty(most + self._room, dtype=np.uint64)
+        self._numbers = np.empty((most + self._room, 2), dtype=np.int64)
+        self._columns: dict[str, NDArray[Any]] = {}
         self._highest: int | None = None
 
     def __len__(self) -> int:
@@ -71,18 +73,19 @@ class Records:
             numbers[:, 0] = places
         if len(labels):
             numbers[:, 1] = labels
-        ranks = np.array([rank_of_name(name, self.seed) for name in names], dtype=np.uint64)
         self._digest = (self._digest + sum(_number_of(name) for name in names)) % 2**256
         self.seen += len(names)
-        self._take(list(names), ranks, numbers, columns)
+        self._take(names, self._ranks_of(names), numbers, columns)
 
     def knows(self, names: Iterable[str]) -> str | None:
-        """The first of some names that is among those kept; None where none is."""
-        return next((name for name in names if name in self._known), None)
+        """One of some names that is among those kept; None where none is."""
+        ranks = {rank_of_name(name, self.seed): name for name in names}
+        twice = np.intersect1d(self._ranks[: len(self)], np.fromiter(ranks, dtype=np.uint64))
+        return ranks[int(twice[0])] if len(twice) else None
 
     def names_below(self, rank: int) -> set[str]:
         """The names that are kept with a lower rank."""
-        return {name for name in self._known if rank_of_name(name, self.seed) < rank}
+        return {name for name, own in zip(self._names, self._ranks, strict=False) if int(own) < rank}
 
     @property
     def reach(self) -> int:
@@ -97,81 +100,85 @@ class Records:
 
     def fingerprint(self, table: Table) -> str:
         """SHA-256 of the names of `table`, of all images, in their order; of a sample, of the sum of all names' own."""
-        return (
-            names_sha256(table.names)
-            if not self.sampled
-            else hashlib.sha256(f"{self.seen} {self._digest:x}".encode()).hexdigest()
-        )
+        if not self.sampled:
+            return names_sha256(table.names)
+        return hashlib.sha256(f"{self.seen} {self._digest:x}".encode()).hexdigest()
 
     def table(self) -> Table:
-        """The images that are kept."""
+        """The images that are kept; its arrays are good until the next image is added."""
         self._compact()
-        numbers = np.concatenate([np.empty((0, 2), np.int64), *self._numbers])
-        names = np.array(self._names, dtype=np.str_)
-        order = np.lexsort((names, numbers[:, 0]))
-        columns = {key: np.concatenate(chunks)[order] for key, chunks in self._columns.items()}
-        return Table(tuple(self._names[i] for i in order), numbers[order, 0], numbers[order, 1], columns)
+        numbers = self._numbers[: len(self)]
+        order = np.lexsort((np.array(self._names, dtype=np.str_), numbers[:, 0]))
+        self._reorder(order)
+        columns = {key: column[: len(self)] for key, column in self._columns.items()}
+        return Table(tuple(self._names), numbers[:, 0], numbers[:, 1], columns)
 
     def merge(self, other: Records) -> None:
         """Add the images of other records, of none that are in these."""
         other._compact()
+        count = len(other)
         self.seen += other.seen
         self._digest = (self._digest + other._digest) % 2**256
-        if other._names:
-            columns = {key: np.concatenate(chunks) for key, chunks in other._columns.items()}
-            self._take(list(other._names), np.concatenate(other._ranks), np.concatenate(other._numbers), columns)
+        columns = {key: column[:count] for key, column in other._columns.items()}
+        self._take(other._names, other._ranks[:count], other._numbers[:count], columns)
 
     def state(self) -> State:
         """All of it as tensors."""
         self._compact()
-        numbers = np.concatenate([np.empty((0, 2), np.int64), *self._numbers])
-        columns = {f"column/{key}": torch.from_numpy(np.concatenate(chunks)) for key, chunks in self._columns.items()}
-        return {"names": packed(self._names), "numbers": torch.from_numpy(numbers), **columns}
+        columns = {f"column/{key}": torch.from_numpy(column[: len(self)].copy()) for key, column in self._columns.items()}
+        return {"names": packed(self._names), "numbers": torch.from_numpy(self._numbers[: len(self)].copy()), **columns}
 
     def facts(self) -> dict[str, Any]:
         """What is no tensor."""
         return {"seen": self.seen, "digest": f"{self._digest:x}"}
 
     def load(self, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Take over what `state` and `facts` gave."""
-        names, numbers = unpacked(state["names"]), state["numbers"].numpy()
+        """Take over what `state` and `facts` gave, in place of what is here."""
+        fresh, names = Records(self.most, self.seed), unpacked(state["names"])
         columns = {key.removeprefix("column/"): x.numpy() for key, x in state.items() if key.startswith("column/")}
-        fresh = Records(self.most, self.seed)
-        fresh._take(names, np.array([rank_of_name(n, self.seed) for n in names], dtype=np.uint64), numbers, columns)
+        fresh._take(names, self._ranks_of(names), state["numbers"].numpy(), columns)
         fresh.seen, fresh._digest = int(facts["seen"]), int(facts["digest"], 16)
+        if fresh.sampled and len(fresh):
+            fresh._highest = int(fresh._ranks[: len(fresh)].max())
         self.__dict__.update(fresh.__dict__)
 
+    def _ranks_of(self, names: Sequence[str]) -> NDArray[np.uint64]:
+        return np.array([rank_of_name(name, self.seed) for name in names], dtype=np.uint64)
+
     def _take(
-        self, names: list[str], ranks: NDArray[np.uint64], numbers: NDArray[np.int64], columns: Mapping[str, NDArray[Any]]
+        self,
+        names: Sequence[str],
+        ranks: NDArray[np.uint64],
+        numbers: NDArray[np.int64],
+        columns: Mapping[str, NDArray[Any]],
     ) -> None:
-        if not names:
-            return
-        assert not self._names or columns.keys() == self._columns.keys(), "the columns are those of another measurement"
-        if self._highest is not None:
-            inside = np.flatnonzero(ranks <= np.uint64(self._highest))
-            names = [names[i] for i in inside]
-            ranks, numbers, columns = ranks[inside], numbers[inside], {key: part[inside] for key, part in columns.items()}
-        self._names += names
-        self._known.update(names)
-        self._ranks.append(ranks)
-        self._numbers.append(numbers)
-        for key, part in columns.items():
-            self._columns.setdefault(key, []).append(part)
-        if len(self._names) > self.most + max(self.most // 4, SLACK):
-            self._compact()
+        """Add the images that may belong to those kept, in pieces for which there is room."""
+        inside = np.arange(len(names)) if self._highest is None else np.flatnonzero(ranks <= np.uint64(self._highest))
+        if self._columns and len(inside) and columns.keys() != self._columns.keys():
+            raise StateError("the columns of the records are those of another measurement")
+        for start in range(0, len(inside), self._room):
+            piece = inside[start : start + self._room]
+            if len(self) + len(piece) > len(self._ranks):
+                self._compact()
+            place = slice(len(self), len(self) + len(piece))
+            self._ranks[place], self._numbers[place] = ranks[piece], numbers[piece]
+            for key, part in columns.items():
+                if key not in self._columns:
+                    self._columns[key] = np.empty((len(self._ranks), *part.shape[1:]), dtype=part.dtype)
+                self._columns[key][place] = part[piece]
+            self._names += [names[i] for i in piece]
 
     def _compact(self) -> None:
         """Leave those of the lowest ranks."""
-        if len(self._names) <= self.most:
-            return
-        ranks = np.concatenate(self._ranks)
-        keep = np.sort(np.argsort(ranks, kind="stable")[: self.most])
-        self._names = [self._names[i] for i in keep]
-        self._known = set(self._names)
-        self._ranks = [ranks[keep]]
-        self._numbers = [np.concatenate(self._numbers)[keep]]
-        self._columns = {key: [np.concatenate(chunks)[keep]] for key, chunks in self._columns.items()}
-        self._highest = int(self._ranks[0].max()) if self.most else NO_NUMBER
+        if len(self) > self.most:
+            self._reorder(np.sort(np.argsort(self._ranks[: len(self)], kind="stable")[: self.most]))
+            self._highest = int(self._ranks[: len(self)].max())
+
+    def _reorder(self, order: NDArray[np.int64]) -> None:
+        """Leave the images at these places, in this order."""
+        for array in (self._ranks, self._numbers, *self._columns.values()):
+            array[: len(order)] = array[order]
+        self._names = [self._names[i] for i in order]
 
 
 def _number_of(name: str) -> int:
