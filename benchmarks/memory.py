@@ -53,10 +53,9 @@ def measured(images: int, records: int) -> dict[str, float]:
         probe.update(pixels, [f"{begin + i:09d}.png" for i in range(count)])
         first = first or resident("VmRSS")
     before = resident("VmHWM")
-    state = sum(
-        value.numel() * value.element_size() for value in probe.state_dict().values() if isinstance(value, torch.Tensor)
-    )
     findings = probe.findings()
+    peak = resident("VmHWM")
+    tensors = [value for value in probe.state_dict().values() if isinstance(value, torch.Tensor)]
     assert findings.summary["images"] == images
     return {
         "images": images,
