@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from collapse_probe.data.readers import Skipped, Unreadable
-from collapse_probe.devices import cores, default_batch_size, default_workers
 from collapse_probe.distributed import check_processes
 from collapse_probe.errors import CollapseProbeError, DataError, SettingError
 from collapse_probe.provenance import escaped
@@ -149,31 +148,6 @@ def read_all(loader: DataLoader[Any], address: str, alone: bool) -> Iterator[Bat
     if alone and failed and not read:
         example = "; ".join(f"{name} ({reason})" for reason, name in islice(first.items(), 3))
         raise DataError(f"no image of {address} can be read: {failed} of {failed} failed, for example {example}")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How images are read: how many in a batch, by how many processes, whether into memory that a GPU itself fetches from."""
-
-    batch_size: int
-    workers: int
-    pin: bool
-    sentence: str
-
-
-def reading_of(
-    images: Any, device: torch.device, size: tuple[int, int], batch_size: int | None = None, workers: int | None = None
-) -> Reading:
-    """How to read `images` for a model's `size` (height, width): as asked for; where nobody says, by what the machine has, see
-    `default_batch_size` and `default_workers`. `sentence` says it.
-    """
-    from_memory = getattr(images, "from_memory", True)
-    count = None if from_memory else images.count
-    batch = default_batch_size(device, size) if batch_size is None else batch_size
-    readers = default_workers(device, batch, count, from_memory) if workers is None else workers
-    by = f"{readers} process{'es' * (readers > 1)} of their own" if readers else "the process that computes"
-    sentence = f"images are read {batch} at a time by {by} ({cores()} cores)"
-    return Reading(batch, readers, device.type == "cuda" and not from_memory, sentence)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from PIL import Image
 
 from collapse_probe.data.coverage import Coverage
 from collapse_probe.data.images import batches, batches_of, images_from, seeded_order
-from collapse_probe.data.loading import LoadTimes, reading_of
+from collapse_probe.data.loading import LoadTimes
 from collapse_probe.data.preprocessing import Preprocess, from_timm_config, given_pixels
 from collapse_probe.errors import DataError, SettingError
 
@@ -113,26 +113,6 @@ def test_an_iterable_has_no_parts_and_cannot_go_on():
     for share in ({"part": (1, 2)}, {"done": Coverage([0])}):
         with pytest.raises(SettingError, match="of a data address, not of an iterable"):
             batches_of(images_from([torch.zeros(2, 1, 2, 2)]), READY, 2, **share)
-
-
-def test_how_images_are_read_where_nobody_says(monkeypatch, tmp_path):
-    monkeypatch.setattr("collapse_probe.devices.cores", lambda: 8)
-    monkeypatch.setattr("collapse_probe.data.loading.cores", lambda: 8)
-    for i in range(300):
-        (tmp_path / f"{i}.png").write_bytes(b"")
-    disk, cpu, gpu = images_from(tmp_path), torch.device("cpu"), torch.device("cuda", 0)
-    found = [reading_of(some, place, (224, 224)) for some in (disk, images(300)) for place in (cpu, gpu)]
-    assert [(each.batch_size, each.workers, each.pin) for each in found] == [
-        (64, 2, False),
-        (256, 0, True),
-        (64, 0, False),
-        (256, 0, False),
-    ]
-    assert found[0].sentence == "images are read 64 at a time by 2 processes of their own (8 cores)"
-    asked = reading_of(disk, gpu, (224, 224), 8, 1)
-    assert (asked.batch_size, asked.workers, asked.pin) == (8, 1, True)
-    assert "by 1 process of their own" in asked.sentence
-    assert reading_of([torch.zeros(2, 1, 2, 2)], gpu, (2, 2)).workers == 0
 
 
 def test_waiting_is_told_from_computing(monkeypatch):
