@@ -160,7 +160,7 @@ def sampled(request, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("budget", BUDGETS)
-@settings(max_examples=12, **FACTS)
+@settings(max_examples=6, **FACTS)
 @given(partitions(most_images=40, most_batches=12))
 def test_all_metrics_of_many_partitions_are_those_of_one_pass(kind, budget, sampled, partition):
     check(kind, BUDGETS[budget], partition)
