@@ -62,3 +62,7 @@ class OutputError(CollapseProbeError):
 
 class ProcessError(CollapseProbeError):
     """Another process of the group failed, died or never came, so that this one cannot end its work."""
+
+
+class InUseError(OutputError):
+    """An output folder in which another run keeps its state."""

@@ -8,7 +8,7 @@ from itertools import tee
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.analysis.measurement import ALIKE, Images, model_input, plan_of, with_input
+from collapse_probe.analysis.measurement import Images, alike, model_input, plan_of, with_input
 from collapse_probe.capture.capture import record
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import micro_batch
@@ -67,7 +67,7 @@ def cross_cka(
     with torch.no_grad():
         for one, other in zip(*streams, strict=True):
             for names, *pixels in _pairs(one, other, step):
-                patches = [_patches(m, p, x, amp) for m, p, x in zip(models, plans, pixels, strict=True)]
+                patches = [_patches(m, p, x, amp, place) for m, p, x in zip(models, plans, pixels, strict=True)]
                 hsic.absorb(names, [*patches[0], *patches[1]])
     hsic.all_reduce()
     values, stderr, ci95 = hsic.cka()
@@ -93,10 +93,10 @@ def _pairs(one: Batch, other: Batch, step: int) -> Iterator[tuple[list[str], Ten
         yield [one.names[row] for row in mine], one.pixels[list(mine)], other.pixels[list(others)]
 
 
-def _patches(model: nn.Module, plan: Plan, pixels: Tensor, amp: str | None) -> list[Tensor | None]:
+def _patches(model: nn.Module, plan: Plan, pixels: Tensor, amp: str | None, device: torch.device) -> list[Tensor | None]:
     """The patch tokens of one model at each depth."""
     count = len(pixels)
-    if missing := -count % ALIKE:
+    if missing := -count % alike(plan, device):
         pixels = torch.cat([pixels, pixels[-1:].expand(missing, *pixels.shape[1:])])
     images = model_input(pixels, plan, floating_like(model))
     with record(model, plan) as recordings, autocast(images.device, amp):

@@ -67,8 +67,10 @@ GALLERY_IMAGES = 4
 TWIN_BYTES = 256 * 2**20
 """Bytes that the images for untrained twins may take."""
 FEWEST_TWIN = 16
-ALIKE = 4
-"""A model computes the same of an image, to the last bit, in any batch of a multiple of so many: measured on CPUs."""
+ALIKE, ALIKE_MIXED = 4, 16
+"""A model computes the same of an image, to the last bit, in any batch of a multiple of so many, and one that mixes maps by a
+convolution of as many more: measured on CPUs.
+"""
 FAIL, SKIP = "fail", "skip"
 ON_NONFINITE = (FAIL, SKIP)
 """What to do where activations are not finite: stop with an error, or leave these images out of everything and name them."""
@@ -224,16 +226,16 @@ class Measurement:
         return image_table(self.metrics, tally.accumulators, names, columns)
 
     def _step(self, images: int) -> int:
-        """How many of some images go through the model at a time: split evenly, in multiples of ALIKE where memory allows."""
+        """How many of some images go through the model at a time: split evenly, in multiples of `alike` where memory allows."""
         most = micro_batch(self.plan, self.device)
-        unit = min(ALIKE, most)
+        unit = alike(self.plan, self.device)
         most -= most % unit
         even = -(-images // max(-(-images // most), 1))
         return max(-(-even // unit) * unit, 1)
 
     def _traced(self, model: nn.Module, pixels: Tensor) -> Trace:
-        """The trace of some images, which come with copies of the last to make a multiple of ALIKE."""
-        count, unit = len(pixels), min(ALIKE, micro_batch(self.plan, self.device))
+        """The trace of some images, which come with copies of the last to make a multiple of `alike`."""
+        count, unit = len(pixels), alike(self.plan, self.device)
         if missing := -count % unit:
             pixels = torch.cat([pixels, pixels[-1:].expand(missing, *pixels.shape[1:])])
         with record(model, self.plan) as recordings, autocast(self.device, self.settings.amp_as):
@@ -355,6 +357,12 @@ class Measurement:
             raise NonFiniteError(f"no image is left to measure: {all_ill(tally.nonfinite)}")
         first = f": {len(tally.skipped)} were skipped, the first ({': '.join(tally.skipped[0])})" if tally.skipped else ""
         raise DataError(f"no image could be read{first}")
+
+
+def alike(plan: Plan, device: torch.device) -> int:
+    """The number of images of which every batch is filled up to a multiple, so that no image's numbers depend on the others."""
+    mixed = any(plan.layers[i].mixed for i in plan.map_layers)
+    return min(ALIKE_MIXED if mixed else ALIKE, micro_batch(plan, device))
 
 
 def new_tally(

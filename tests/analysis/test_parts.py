@@ -123,6 +123,7 @@ class TestRefused:
     def test_data_that_changed_between_parts(self, tmp_path):
         from factories import noise_by_class
 
+        (tmp_path / "images").mkdir()
         folder = noise_by_class(tmp_path / "images", count=6, side=32)
         first = part(tmp_path / "a", 1, 2, images=open_data(str(folder)))
         picture = sorted(folder.rglob("*.png"))[0]
@@ -201,7 +202,9 @@ def run(folder, settings=SETTINGS, progress=None, resume=False, images=None, see
     from collapse_probe.analysis.analyze import measure
 
     saving = saving_of(folder, resume=resume, **options)
-    return measure(subject(seed), images or digits(), settings, progress=progress, saving=saving, report=report)
+    return measure(
+        subject(seed), digits() if images is None else images, settings, progress=progress, saving=saving, report=report
+    )
 
 
 def test_a_run_that_is_broken_off_goes_on_and_says_the_same_to_the_bit(tmp_path, whole):

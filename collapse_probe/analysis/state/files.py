@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from collapse_probe.data.coverage import Coverage
-from collapse_probe.errors import OutputError, StateError
+from collapse_probe.errors import InUseError, OutputError, StateError
 from collapse_probe.files import STATES, write_whole
 
 SUFFIX, FOLDER = ".safetensors", STATES
@@ -124,9 +124,12 @@ def state_path(folder: Path, stem: str, generation: int, rank: int, world: int) 
 
 @contextlib.contextmanager
 def at_work(folder: Path, stem: str, rank: int) -> Iterator[None]:
-    """Holds a lock on the states of a run, where the system has locks. Raises OutputError where another process holds it."""
+    """Holds a lock on the states of a run, where the system has locks. Raises InUseError where another process holds it."""
     place = folder / FOLDER
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{place} cannot be made: {error}; free space, or choose another folder with -o") from error
     path = place / f"{stem}.rank-{rank}.lock"
     try:
         import fcntl
@@ -139,7 +142,7 @@ def at_work(folder: Path, stem: str, rank: int) -> Iterator[None]:
         except OSError as error:
             stream.seek(0)
             who = stream.read().strip() or "another process"
-            raise OutputError(f"{folder} is in use: {who} keeps its state there; choose another folder with -o") from error
+            raise InUseError(f"{folder} is in use: {who} keeps its state there; choose another folder with -o") from error
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {platform.node()}")
         stream.flush()

@@ -21,7 +21,7 @@ from collapse_probe.analysis.state.files import (
 )
 from collapse_probe.data.coverage import Coverage
 from collapse_probe.distributed import gathered, rank_and_world
-from collapse_probe.errors import OutOfTimeError, OutputError, SettingError, StateError
+from collapse_probe.errors import InUseError, OutOfTimeError, OutputError, SettingError, StateError
 
 SAVE_EVERY = 300.0
 """Seconds between two states on disk."""
@@ -143,6 +143,8 @@ class Keeper:
         if now - self._saved >= saving.every:
             try:
                 self.save(measured)
+            except InUseError:
+                raise
             except OutputError as error:
                 if not self._warned:
                     self.say(f"the state cannot be stored ({error}); the run goes on, and the state before stays")
