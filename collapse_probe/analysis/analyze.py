@@ -237,6 +237,7 @@ def read_all(
         if line := times.sentence(settings.readers):
             say(line)
         all_in_time(over)
+        keeper.all_read(probe)
         measurement.all_reduce()
     return probe, stopper
 

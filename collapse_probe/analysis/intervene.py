@@ -212,6 +212,7 @@ class ReplacementRunner:
                     over = error
                     break
             all_in_time(over)
+            keeper.all_read(gathered)
             gathered.all_reduce()
 
     def identity(self, name: str, images: Images, *facts: Any) -> dict[str, Any]:

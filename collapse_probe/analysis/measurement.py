@@ -204,7 +204,8 @@ class Measurement:
             for first in range(0, len(wanted), step):
                 rows = wanted[first : first + step]
                 while rows:
-                    pixels = batch.pixels[rows]
+                    together = rows[-1] - rows[0] + 1 == len(rows)  # then no copy is made, which for a GPU would not be pinned
+                    pixels = batch.pixels[rows[0] : rows[-1] + 1] if together else batch.pixels[rows]
                     trace = self._traced(model, pixels)
                     bad = nonfinite_images(trace, pixels)
                     if not bad:

@@ -87,6 +87,7 @@ BASES: dict[str, tuple[str, ...]] = {
     "intervene": (*MODEL, "--data", "photos", "--json"),
     "train": (*TRAINED, "--dry-run"),
     "sweep": (*TRAINED, "--vary", "depth=2,3", "--dry-run"),
+    "merge": ("results", "--json"),
     "report": ("results",),
     "doctor": MODEL,
     "ls": ("metrics",),

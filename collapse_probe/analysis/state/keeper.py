@@ -153,6 +153,12 @@ class Keeper:
         if saving.most_seconds is not None and now - saving.started >= saving.most_seconds:
             raise OutOfTimeError(f"the run's time ({saving.most_seconds:g} s) is over")
 
+    def all_read(self, measured: Storable) -> None:
+        """Store the state once more where it was stored before, as that of a process that has read all its images."""
+        if self._held:
+            with contextlib.suppress(OutputError):  # which was said before
+                self.save(measured, complete=True)
+
     def save(self, measured: Storable, complete: bool = False) -> Path:
         """Store the state now."""
         assert self.saving is not None
