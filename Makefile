@@ -23,7 +23,7 @@ test: $(VENV)/.installed
 coverage: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.coverage --write --processes 2
 
-# Hostile and unlucky input of every kind, about ten minutes; docs/fuzz.md.
+# Hostile and unlucky input of every kind, about half an hour; docs/fuzz.md.
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --processes 2
 
