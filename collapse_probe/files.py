@@ -113,13 +113,18 @@ class Numbers(ABC):
 
     run: Mapping[str, Any]
 
+    @property
+    def complete(self) -> bool:
+        """Whether they are of all that was to be measured; else the states of a run that can still go on stay."""
+        return True
+
     @abstractmethod
     def write(self, inside: Path) -> None:
         """Write the files into an existing folder, without any guard."""
 
     def save(self, folder: str | Path) -> Path:
         """Write the files into `folder`, new or there; all of it or nothing."""
-        with new_folder(folder, run=self.run.get("id")) as inside:
+        with new_folder(folder, run=self.run.get("id"), complete=self.complete) as inside:
             self.write(inside)
         return Path(folder)
 
@@ -142,10 +147,11 @@ def write_with_page(target: str | Path, numbers: Numbers, page: Callable[[Any, P
 
 
 @contextlib.contextmanager
-def new_folder(target: str | Path, *, run: str | None = None) -> Iterator[Path]:
+def new_folder(target: str | Path, *, run: str | None = None, complete: bool = True) -> Iterator[Path]:
     """Yields a folder to be filled with the files of `run`, which then take the place of those of the run before in `target`.
 
-    On any error the folder is left as it was. Files that no run wrote stay. Raises OutputError.
+    On any error the folder is left as it was. Files that no run wrote stay, and unless the run is `complete` its states. Raises
+    OutputError.
     """
     check_output(target)
     goal = Path(os.path.realpath(target))
@@ -156,7 +162,8 @@ def new_folder(target: str | Path, *, run: str | None = None) -> Iterator[Path]:
         write_document(inside / MANIFEST, {"schema": MANIFEST_SCHEMA, "run": run, "numbers": _hashes(inside), "page": {}})
         try:
             _commit(inside, goal)
-            _forget_states(goal)
+            if complete:
+                _forget_states(goal)
         except (OSError, OutputError) as error:
             if not inside.exists():
                 raise

@@ -26,6 +26,7 @@ from collapse_probe.distributed import rank_and_world, unwrap
 from collapse_probe.metrics.coverage import omissions, places_of_blocks, uncompared
 from collapse_probe.metrics.nonfinite import some
 from collapse_probe.models.checkpoints import holds_any
+from collapse_probe.models.fixes.base import AppliedFix
 from collapse_probe.models.loading import Subject, library_module
 from collapse_probe.provenance import names_sha256, stamp
 from collapse_probe.results.findings import MetricResult
@@ -134,6 +135,7 @@ def source_facts(subject: Subject, images: Images | None) -> dict[str, Any]:
         "listing": listing,
         "class_names": list(getattr(images, "class_names", ())),
         "content_sha256": getattr(images, "content_sha256", None),
+        "sample_sha256": getattr(images, "sample_sha256", None),
         "notes": list(getattr(images, "notes", ())),
         "left_out": dict(sorted(not_read.counts.items())),
         "not_read": [list(each) for each in not_read.entries()],
@@ -218,6 +220,27 @@ def run_facts(measurement: Measurement, before: Mapping[str, Any] | None = None)
         "self_check": {name: None if math.isnan(value) else value for name, value in vars(plan.check).items()},
         "tile_bytes": tile_bytes(plan, device),
     }
+
+
+def behaviour_facts(subject: Subject, plan: Plan) -> dict[str, Any]:
+    """What decides beside the weights what a model computes and where it is read, as far as that is known, in JSON types."""
+    applied = getattr(library_module(unwrap(subject.model)), "fixes", ())
+    fixes = [fix for fix in applied if isinstance(fix, AppliedFix)] if isinstance(applied, (tuple, list)) else []
+    return {
+        "the blocks": list(plan.blocks),
+        "the attention": [f"{each.owner}: {each.heads} × {each.queries} × {each.keys}" for each in plan.layers],
+        "the depths": [f"{tap.side} of {tap.path}" for tap in plan.taps],
+        "the fixes": [f"{fix.name} in {list(fix.blocks)}: {dict(fix.settings)}" for fix in fixes],
+        "the model's arguments": (subject.request or {}).get("model_kwargs") or {},
+    }
+
+
+def versions_of(model: nn.Module) -> tuple[int, ...]:
+    """How often each parameter was written to, which is looked up at once; empty where torch does not count."""
+    try:
+        return tuple(parameter._version for parameter in model.parameters())
+    except RuntimeError:  # made in inference mode
+        return ()
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from collapse_probe.analysis.analyze import measure
-from collapse_probe.analysis.facts import source_facts, weights_sha256
+from collapse_probe.analysis.facts import behaviour_facts, source_facts, weights_sha256
 from collapse_probe.analysis.measurement import (
     FAIL,
     Images,
@@ -219,8 +219,10 @@ class ReplacementRunner:
         """What the states of a pass have in common."""
         source = source_facts(self.subject, images)
         left_out = sorted(self.left_out)
-        amp, seed = self.settings.amp_as, self.settings.seed
-        return identity_of(name, weights_sha256(self.model), [source["listing"], source["total"]], left_out, amp, seed, *facts)
+        amp, seed, made = self.settings.amp_as, self.settings.seed, self.subject.preprocess.description
+        data = [source[key] for key in ("listing", "total", "content_sha256", "sample_sha256")]
+        computed = behaviour_facts(self.subject, self.plan)
+        return identity_of(name, weights_sha256(self.model), data, computed, made, left_out, amp, seed, *facts)
 
     def parts(self, batch: Batch) -> Iterator[tuple[list[int], Tensor]]:
         """The rows of a batch that are to be run, in parts whose maps fit the memory."""

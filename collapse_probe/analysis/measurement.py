@@ -299,6 +299,12 @@ class Measurement:
         tally.load(tensors, facts)
         return tally
 
+    def merge(self, part: Tally) -> None:
+        """Add a tally of other images."""
+        self.inconsistent = True
+        self.tally.merge(part)
+        self.inconsistent = False
+
     def all_reduce(self) -> None:
         """Bring the tallies of all processes together, the same in all of them; every process calls it."""
         rank, world = rank_and_world()

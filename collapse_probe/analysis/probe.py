@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from collapse_probe.analysis.facts import (
+    behaviour_facts,
     data_facts,
     data_notes,
     left_out_vectors,
@@ -22,6 +23,7 @@ from collapse_probe.analysis.facts import (
     run_facts,
     source_facts,
     tensors_hold,
+    versions_of,
     weights_sha256,
 )
 from collapse_probe.analysis.measurement import (
@@ -166,6 +168,8 @@ class Probe:
         self._identity: dict[str, Any] | None = None
         self._run: Mapping[str, Any] = {}
         self._missing = ""
+        self._versions: tuple[int, ...] = ()
+        self._together = False
         self._ill_weights: list[str] = []
 
     def _begin(
@@ -225,6 +229,7 @@ class Probe:
         with restored(self._subject), torch.no_grad():
             if self._measurement is None:
                 self._begin_with(images.shape[1:])
+            self._check_usable()
             self.measurement.subject.model.eval()
             pixels = images.detach().float()
             own = content_names(pixels) if names is None else self._new([escaped(str(name)) for name in names])
@@ -234,6 +239,20 @@ class Probe:
     def _begin_with(self, shape: Sequence[int]) -> None:
         subject = with_shape(self._subject, (shape[0], shape[1], shape[2]))
         self._begin(subject, {**source_facts(subject, None), "address": "images given to a Probe"})
+        self.identity()  # of the weights as they are now
+        self._versions = versions_of(subject.model)
+
+    def _check_usable(self) -> None:
+        """Raise StateError where a batch was added in part, or where the weights are no longer those of the first images."""
+        measured = self.measurement
+        if measured.inconsistent:
+            raise StateError(
+                "the probe was stopped while it added a batch, which may count in part: go on from an earlier state"
+            )
+        if self._versions and self._versions != (now := versions_of(measured.subject.model)):
+            if weights_sha256(measured.subject.model) != self.identity()["the weights (SHA-256)"]:
+                raise StateError("the model's weights have changed since the first images: make a new Probe for the new ones")
+            self._versions = now
 
     def _new(self, names: list[str]) -> list[str]:
         twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
@@ -257,23 +276,30 @@ class Probe:
             return
         if self._measurement is None:
             return self.load_state_dict(other)
+        self._check_usable()
         self._check_same(manifest)
         part = self.measurement.loaded(tensors_of(other), manifest["tally"])
         if twice := self.measurement.tally.overlap(part, BY_CONTENT):
             raise StateError(f"both parts have seen {twice}, and no image may count twice")
-        self.measurement.tally.merge(part)
+        self.measurement.merge(part)
 
     def all_reduce(self) -> None:
-        """Bring together what the probes of all processes of the process group have seen; every process calls it."""
-        shapes = [
-            shape for shape in gathered(None if self._measurement is None else self.measurement.plan.input_shape) if shape
-        ]
+        """Bring together, once, what the probes of all processes of the process group have seen; every process calls it."""
+        own = None if self._measurement is None else self.measurement.plan.input_shape
+        parts = gathered((own, self._together))
+        shapes = [shape for shape, _ in parts if shape]
         if not shapes:
             raise DataError("no process has seen an image")
+        if any(together for _, together in parts):
+            raise StateError("these probes were brought together before, and no image may count twice: make new ones")
         if self._measurement is None:
             with restored(self._subject):
                 self._begin_with(shapes[0])
+        for rank, other in enumerate(gathered(self.identity())):
+            if difference := first_difference(self.identity(), other):
+                raise StateError(f"the states cannot be added: process {rank} measures something else: {difference}")
         self.measurement.all_reduce()
+        self._together = len(parts) > 1
 
     def state_dict(self) -> dict[str, Any]:
         """All that was added: tensors on the CPU by name, and the text "manifest" (JSON) that says what they are of."""
@@ -295,14 +321,12 @@ class Probe:
                 self._begin_with(manifest["shape"])
         self._check_same(manifest)
         self.measurement.tally = self.measurement.loaded(tensors_of(state), manifest["tally"])
+        self.measurement.inconsistent = self._together = False
 
     def manifest(self) -> dict[str, Any]:
         """What a state is of, in JSON types."""
         measured, subject = self.measurement, self._subject
-        if measured.inconsistent:
-            raise StateError(
-                "the probe was stopped while it added a batch: its state cannot be stored; go on from an earlier one"
-            )
+        self._check_usable()
         return {
             "schema": STATE_SCHEMA,
             "identity": self.identity(),
@@ -332,6 +356,7 @@ class Probe:
                 "the weights (SHA-256)": weights_sha256(measured.subject.model),
                 "the preprocessing": self._model["preprocess"],
                 "the input": list(measured.plan.input_shape),
+                **behaviour_facts(self._subject, measured.plan),
                 "the precision": settings.amp_as or "the model's own",
                 "the metrics": [*measured.metrics],
                 **metrics,
@@ -345,6 +370,8 @@ class Probe:
                 "the number of images in the data": self._source["total"],
                 "the listing of the data (SHA-256 of names and labels)": self._source["listing"],
                 "the content of the data (SHA-256)": self._source["content_sha256"],
+                "the content of some images (SHA-256)": self._source["sample_sha256"],
+                "the order of the images": "the data's" if settings.until_ci is None else "random, for until_ci",
                 "the images left out": hashlib.sha256("\n".join(sorted(measured.left_out)).encode()).hexdigest()[:16],
                 "whether outputs are kept": measured.keep_logits,
             }
@@ -361,6 +388,7 @@ class Probe:
 
         `report(line)` is called before each longer step. Raises DataError before the first images.
         """
+        self._check_usable()
         with alone(), restored(self._subject):
             return self.conclude(report or (lambda text: None))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -40,6 +41,7 @@ from collapse_probe.errors import CollapseProbeError, DataError, SettingError
 from collapse_probe.provenance import escaped
 
 Images = TypeVar("Images")
+SAMPLED = 16  # pictures whose files tell one data set from another
 LOOKED_AT = 64  # pictures that may have more than 8 bits and tell how many all have
 
 
@@ -145,6 +147,22 @@ class ImageSet(Dataset[Image]):
     def content_sha256(self) -> str | None:
         """A fingerprint of images that came as one tensor."""
         return self._pictures.content_sha256
+
+    @functools.cached_property
+    def sample_sha256(self) -> str | None:
+        """A fingerprint of the files of SAMPLED pictures, evenly spaced, which tells other pictures of the same names; None
+        where there are no files.
+        """
+        digest = hashlib.sha256()
+        for place in () if self.from_memory else range(0, len(self), -(-len(self) // SAMPLED)):
+            with contextlib.suppress(Exception):  # one that cannot be read is skipped when its turn comes
+                came = self._pictures.open(self._places[place])
+                file = came[0] if isinstance(came, tuple) else came
+                if isinstance(file, (Image, Tensor)):
+                    return None
+                with file:
+                    digest.update(hashlib.sha256(file.read()).digest())
+        return None if self.from_memory else digest.hexdigest()
 
     @property
     def left_out(self) -> LeftOut:

@@ -207,7 +207,7 @@ def resolve(
     )
     check_blocks(fixes, blocks)
     if checkpoint is None:
-        return with_fixes(plain, fixes, blocks, seed)
+        return replace(with_fixes(plain, fixes, blocks, seed), request=plain.request)
     inner = library_module(model)
     weights = read_weights(inner, checkpoint, checkpoint_key)
     known, others = _fixes_of(weights, model, fixes, blocks)
@@ -219,7 +219,7 @@ def resolve(
             f"{weights.path} holds parameters of {names}, for which this model has no place: {error}"
         ) from error
     keys = set(inner.state_dict())
-    subject = with_fixes(subject, others, blocks if others else None, seed)
+    subject = replace(with_fixes(subject, others, blocks if others else None, seed), request=plain.request)
     report = load_weights(inner, weights, partial=partial, optional=set(inner.state_dict()) - keys)
     place = "" if inner is model else "wrapped."
     return replace(
@@ -331,7 +331,7 @@ def with_fixes(subject: Subject, fixes: Sequence[str], blocks: Sequence[int] | N
     for fix in fixes:
         name, settings = read_fix(fix)
         planned.append(PlannedFix(name, settings if ":" in fix else dict(FIXES[name].neutral or {}), at))
-    return _put_in(subject, planned, seed)
+    return replace(_put_in(subject, planned, seed), request=None if fixes else subject.request)
 
 
 def _put_in(subject: Subject, fixes: Sequence[PlannedFix], seed: int) -> Subject:

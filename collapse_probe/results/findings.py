@@ -352,6 +352,11 @@ class Findings(Numbers):
     answer: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def complete(self) -> bool:
+        """Whether all of the data was read."""
+        return "partial" not in self.data
+
+    @property
     def blocks(self) -> pd.DataFrame:
         """One row per metric and block (and head): metric, block, head, value, stderr, ci_low, ci_high.
 

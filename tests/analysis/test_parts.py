@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_probe import assert_same
 
 import collapse_probe as cp
@@ -260,6 +261,51 @@ def test_the_state_of_another_run_is_not_taken_up(tmp_path, options, says):
     assert len(list((tmp_path / "out" / ".state").glob("*.safetensors"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("fixes", "settings", "says"),
+    [
+        (("temperature:tau=0.5",), SETTINGS, r"the fixes differs: .*0\.5.* and \[\]"),
+        ((), replace(SETTINGS, until_ci=1.0), "the order of the images differs: random"),
+    ],
+)
+def test_what_no_weight_shows_is_not_taken_up(tmp_path, fixes, settings, says):
+    from collapse_probe.analysis.analyze import measure
+
+    broken_off(tmp_path / "out", 8)
+    other = resolve("timm:vit_tiny_patch16_224", fixes, seed=0, **ARCH)
+    with pytest.raises(StateError, match=rf"cannot be taken up: .*{says}"):
+        measure(other, digits(), settings, saving=saving_of(tmp_path / "out", resume=True))
+
+
+def test_other_pictures_of_the_same_names_are_not_taken_up(tmp_path):
+    for folder, seed in (("one", 0), ("other", 1)):
+        (tmp_path / folder).mkdir()
+        for i, pixels in enumerate(np.random.default_rng(seed).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)):
+            Image.fromarray(pixels).save(tmp_path / folder / f"{i:02}.png")
+    broken_off(tmp_path / "out", 8, images=open_data(str(tmp_path / "one")))
+    shutil.move(tmp_path / "one", tmp_path / "moved")
+    with pytest.raises(StateError, match=r"the content of some images .* differs"):
+        run(tmp_path / "out", images=open_data(str(tmp_path / "other")), resume=True)
+    assert run(tmp_path / "out", images=open_data(str(tmp_path / "moved")), resume=True).summary["images"] == 20
+
+
+def test_what_is_reported_of_a_stopped_run_leaves_its_state(tmp_path, whole):
+    broken_off(tmp_path / "out", 8)
+    cp.merge([tmp_path / "out"], allow_missing=True).save(tmp_path / "out")
+    found = run(tmp_path / "out", resume=True)
+    assert_same(whole, found, within=0)
+    found.save(tmp_path / "out")
+    assert not (tmp_path / "out" / ".state").exists()
+
+
+def test_more_parts_than_images(tmp_path):
+    few = digits(2)
+    files = [part(tmp_path, number, images=few) for number in (1, 2, 3)]
+    assert cp.merge(files).summary["images"] == 2
+    with pytest.raises(StateError, match=r"parts? .* missing|images are missing"):
+        cp.merge(files[1:])
+
+
 def test_a_state_that_was_cut_short_is_named(tmp_path):
     broken_off(tmp_path / "out", 8)
     (file,) = (tmp_path / "out" / ".state").glob("*.safetensors")
@@ -327,6 +373,8 @@ def test_other_numbers_of_processes_leave_one_whole_state(tmp_path, whole, monke
     broken_off(tmp_path / "out", 16, resume=True)
     (file,) = (tmp_path / "out" / ".state").glob("*.safetensors")
     assert (open_state(file).facts["generation"], open_state(file).facts["whole"]) == (2, True)
+    broken_off(tmp_path / "out", 20, resume=True)
+    assert open_state(file).facts["whole"]  # else files of before, which a kill may leave, would count beside it
     assert_same(without_batch_size(whole), without_batch_size(run(tmp_path / "out", resume=True)))
 
 

@@ -238,6 +238,47 @@ class TestRefused:
         with pytest.raises(StateError, match=r"the weights \(SHA-256\) differs"):
             one.merge(other)
 
+    def test_weights_that_change_on_the_way(self):
+        own = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=2).eval()
+        measuring = cp.Probe(own, metrics=("patch-diversity",), **QUICK)
+        measuring.update(pictures()[:3], names_of(range(3)))
+        own.load_state_dict(own.state_dict())  # written to, and the same
+        measuring.update(pictures()[3:5], names_of(range(3, 5)))
+        with torch.no_grad():
+            own.blocks[0].attn.qkv.weight.mul_(1.1)
+        calls = (measuring.findings, measuring.state_dict, lambda: measuring.update(pictures()[5:7], names_of(range(5, 7))))
+        for call in calls:
+            with pytest.raises(StateError, match="weights have changed since the first images"):
+                call()
+        assert measuring.images == 5
+
+    def test_other_heads_with_the_same_weights(self):
+        other = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=24, num_heads=4).eval()
+        other.load_state_dict(model().state_dict())
+        one, other = probe(metrics=("patch-diversity",)), cp.Probe(other, metrics=("patch-diversity",), **QUICK)
+        one.update(pictures()[:3], names_of(range(3)))
+        other.update(pictures()[3:5], names_of(range(3, 5)))
+        with pytest.raises(StateError, match=r"the attention differs: .*2 × 5 × 5.* and .*4 × 5 × 5"):
+            one.merge(other)
+
+    def test_a_batch_of_which_a_part_may_count(self, monkeypatch):
+        own = probe(metrics=("patch-diversity",))
+        own.update(pictures()[:3], names_of(range(3)))
+        state = own.state_dict()
+        with monkeypatch.context() as broken:
+            broken.setattr(type(own.measurement.tally.records), "add", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                own.update(pictures()[3:5], names_of(range(3, 5)))
+        calls = (own.findings, own.state_dict, lambda: own.update(pictures()[3:5], names_of(range(3, 5))))
+        for call in (*calls, lambda: own.merge(state)):
+            with pytest.raises(StateError, match="stopped while it added a batch"):
+                call()
+        own.load_state_dict(state)
+        own.update(pictures()[3:5], names_of(range(3, 5)))
+        whole = probe(metrics=("patch-diversity",))
+        whole.update(pictures()[:5], names_of(range(5)))
+        assert_same(whole.findings(), own.findings())
+
     def test_what_is_no_state(self):
         for state in ({}, {"manifest": "{"}, {"manifest": json.dumps({"schema": "other"})}):
             with pytest.raises(StateError, match="expected"):

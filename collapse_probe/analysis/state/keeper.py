@@ -116,6 +116,7 @@ class Keeper:
         for each in files:
             done.merge(each.coverage)
             if each.facts["rank"] == self.rank if same else self.rank == 0:
+                self.whole = bool(each.facts["whole"])
                 try:
                     measured.merge(each.read())
                 except StateError as error:
