@@ -106,8 +106,8 @@ def convergence_of(per_image: PerImageValues, count_above: float, seed: int = 0)
     of images. `numbers`: by name `value`, `ci_low` and `ci_high` at every size (NaN where undefined), the `half_width` at the
     end, the `tolerance` it is held against, whether it is `settled`, `images_needed`: about how many images would bring it
     there (half-width falls with the root of their number; None for a count), and `enough`: the size from which on the
-    half-width stays within the tolerance (None where it is not settled). `sentences`: what there were too few images for;
-    `known`: after how many images what was known. Of a sample the last size is the number of all images.
+    half-width stays within the tolerance, from FEWEST_IMAGES up (None where it is not settled). `sentences`: what there were
+    too few images for; `known`: after how many images what was known. Of a sample the last size is the number of all images.
     """
     kept = len(per_image)
     sizes, by_name = sizes_for(kept), np.argsort(np.array(per_image.names, dtype=np.str_), kind="stable")
@@ -171,7 +171,9 @@ def _settled(columns: Mapping[str, list[float]], sizes: Sequence[int], tolerance
         needed = min(max(math.ceil(images * (widths[-1] / tolerance) ** 2), 2), MOST_NEEDED)
     wide = [place for place, width in enumerate(widths) if not width <= tolerance]
     settled = len(widths) - 1 not in wide
-    enough = sizes[max(wide, default=-1) + 1] if settled else None
+    trusted = sum(size < FEWEST_IMAGES for size in sizes)  # the intervals before are of too few images to be believed
+    first = max(max(wide, default=-1) + 1, trusted)
+    enough = sizes[first] if settled and first < len(sizes) else None
     ends = {"half_width": widths[-1], "tolerance": tolerance, "settled": settled, "images_needed": needed, "enough": enough}
     return {**columns, **ends}
 
