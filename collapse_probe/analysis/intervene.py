@@ -191,7 +191,9 @@ class ReplacementRunner:
         """The model that is run."""
         return self.subject.model
 
-    def over(self, images: Images, gathered: Pass, name: str, take: Callable[[Batch], None]) -> None:
+    def over(
+        self, images: Images, gathered: Pass, name: str, take: Callable[[Batch], None], progress: Progress | None = None
+    ) -> None:
         """Let `take` add every batch of this process to a pass, whose state is kept under its name; then those of all
         together.
         """
@@ -206,6 +208,9 @@ class ReplacementRunner:
                 with signals_deferred():
                     take(batch)
                     gathered.coverage.add(batch.read)
+                    gathered.inconsistent = False
+                if progress is not None:
+                    progress(gathered.images, gathered.skipped)
                 try:
                     keeper.after_batch(gathered)
                 except OutOfTimeError as error:
@@ -313,6 +318,7 @@ def mean_maps(runner: ReplacementRunner, images: Images, blocks: Sequence[int]) 
             with replacing(runner.model, runner.plan, {}, gather=add), autocast(runner.device, runner.settings.amp_as):
                 runner.model(pixels)
             count += len(part)
+        gathered.inconsistent = True
         for layer, total in sums.items():
             gathered.add_maps(layer, total)
         gathered.count += count
@@ -355,16 +361,15 @@ def run_conditions(
                 "kl": np.stack([kl_divergence(plain_logits, logits) for logits in changed], axis=1),
             }
             kept.append(([part[i] for i in keep], columns, plain_logits))
+        answers.inconsistent = True
         for rows, columns, plain_logits in kept:
             labels = [] if batch.labels is None else batch.labels[rows].tolist()
             names, places = [batch.names[i] for i in rows], [batch.indices[i] for i in rows] if batch.indices else []
             answers.take(names, columns, places, labels, plain_logits)
         answers.nonfinite += nonfinite
         answers.skipped += len(batch.skipped)
-        if progress is not None:
-            progress(answers.records.seen, answers.skipped)
 
-    runner.over(images, answers, "conditions", take)
+    runner.over(images, answers, "conditions", take, progress)
     table = answers.records.table()
     if not len(table):
         raise NonFiniteError(all_ill(answers.nonfinite)) if answers.nonfinite else DataError("no image could be read")

@@ -380,3 +380,30 @@ def test_other_numbers_of_processes_leave_one_whole_state(tmp_path, whole, monke
 
 def test_paths_of_states_hold_what_they_are_of():
     assert state_path(Path("out"), "run", 2, 1, 4) == Path("out/.state/run.2.rank-1-of-4.safetensors")
+
+
+def test_interventions_that_are_broken_off_count_every_image_once(tmp_path, monkeypatch):
+    from collapse_probe.analysis.state.passes import Answers, MapSums
+
+    def intervened(fixes=(), **options):
+        model = resolve("timm:vit_tiny_patch16_224", fixes, seed=0, **ARCH)
+        return cp.intervene(model, digits(), ("mean", "uniform"), device="cpu", batch_size=4, **options)
+
+    def stopped(done, skipped):
+        if done >= 8:
+            raise KeyboardInterrupt
+
+    folder, states = tmp_path / "out", tmp_path / "out" / ".state"
+    for owner, method in ((MapSums, "add_maps"), (Answers, "take")):
+        with monkeypatch.context() as broken:
+            broken.setattr(owner, method, lambda *_: 1 / 0)  # while it adds the first batch
+            with pytest.raises(ZeroDivisionError):
+                intervened(save_to=folder)
+        assert not list(states.glob("*.safetensors"))
+    with pytest.raises(KeyboardInterrupt, match="the state after 8 images"):
+        intervened(save_to=folder, progress=stopped)
+    with pytest.raises(StateError, match="what is asked differs"):
+        intervened(("temperature:tau=0.5",), save_to=folder, resume=True)
+    found, whole = intervened(save_to=folder, resume=True), intervened()
+    assert (found.plain, found.single, found.cumulative) == (whole.plain, whole.single, whole.cumulative)
+    assert len(found.images["names"]) == IMAGES

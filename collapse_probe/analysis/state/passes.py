@@ -24,6 +24,8 @@ class Pass(ABC):
     def __init__(self, identity: Mapping[str, Any]) -> None:
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.coverage = Coverage()
+        self.skipped = 0
+        self.inconsistent = False  # while a batch is added
 
     @property
     def read(self) -> int:
@@ -48,7 +50,9 @@ class Pass(ABC):
         """Add what `tensors` and `facts` of another pass of the same kind gave."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors by name, and the text "manifest"."""
+        """Tensors by name, and the text "manifest". Raises StateError where it was stopped while it added a batch."""
+        if self.inconsistent:
+            raise StateError("it was stopped while it added a batch, which may count in part")
         tally = {**self.facts(), "coverage": self.coverage.to_json()}
         return {"manifest": json.dumps({"identity": self.identity, "tally": tally}), **self.tensors()}
 
@@ -126,7 +130,7 @@ class Answers(Pass):
         super().__init__(identity)
         self.records = Records(most, seed)
         self.bounds = Bounds()
-        self.classes = self.skipped = 0
+        self.classes = 0
         self.nonfinite: list[tuple[str, str]] = []
 
     @property
