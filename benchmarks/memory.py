@@ -4,7 +4,7 @@
     python benchmarks/memory.py --images 1000 5000       other numbers
 
 The model is so small that images are the work. "peak" is the most resident memory that the process ever had, findings
-included, "start" what it had after its first batch: torch, timm and the model. Written to benchmarks/results/memory.json.
+included, "start" what it had after its first batch: torch, timm and the model. Written to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collapse_probe.models.vit import ViT
 from collapse_probe.provenance import versions
 
 BATCH = 1000
-RESULTS = Path(__file__).parent / "results" / "memory.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 def resident(line: str) -> int:
@@ -87,7 +87,9 @@ def main() -> None:
         sys.stdout.flush()
     command = " ".join(["python", "benchmarks/memory.py", *sys.argv[1:]])
     facts = {"command": command, "date": date.today().isoformat(), "machine": platform.processor() or platform.machine()}
-    RESULTS.write_text(json.dumps({**facts, "records": asked.records, "versions": versions(), "rows": rows}, indent=1) + "\n")
+    (RESULTS / f"memory-{asked.records}-records.json").write_text(
+        json.dumps({**facts, "records": asked.records, "versions": versions(), "rows": rows}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

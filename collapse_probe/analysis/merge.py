@@ -120,7 +120,8 @@ def merge(
     say(f"{probe.images:,} images in {len(files)} state files")
     missing = missing_parts(files, probe)
     if missing and not allow_missing:
-        raise StateError(f"{missing}; measure what is missing, or report what there is (--allow-missing)")
+        count = "" if probe.total is None else f" ({probe.read:,} of {probe.total:,} images are there)"
+        raise StateError(f"{missing}{count}; measure what is missing, or report what there is (--allow-missing)")
     probe.tell(first.manifest["run"], missing)
     return probe.conclude(say)
 
@@ -134,11 +135,10 @@ def missing_parts(files: Sequence[StateFile], probe: Probe) -> str:
     broken = [str(each.path) for each in files if not each.facts["complete"]]
     if total is not None and read >= total:
         return ""
-    count = "" if total is None else f" ({read:,} of {total:,} images are there)"
     if absent:
         named = ", ".join(map(str, absent[:MOST_NAMED])) + (" …" if len(absent) > MOST_NAMED else "")
-        noun = "parts" if len(absent) > 1 else "part"
-        return f"{noun} {named} of {of} {'are' if len(absent) > 1 else 'is'} missing{count}"
+        plural = len(absent) > 1
+        return f"part{'s' * plural} {named} of {of} {'are' if plural else 'is'} missing"
     if broken:
-        return f"{broken[0]} is of a run that was stopped{count}"
-    return f"images are missing{count}" if total is not None else ""
+        return f"{broken[0]} is of a run that was stopped"
+    return "images are missing" if total is not None else ""
