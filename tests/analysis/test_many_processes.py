@@ -33,6 +33,7 @@ import sys
 sys.path[:0] = sys.argv[2:]
 import numpy as np, torch, torch.distributed as dist
 import collapse_probe as cp
+from collapse_probe.errors import StateError
 from test_probe import model, names_of, pictures
 from test_many_processes import METRICS, TRIALS, shares_of
 
@@ -47,8 +48,25 @@ for trial in range(TRIALS):
         probe.update(pictures()[some], names_of(some))
     probe.all_reduce()
     assert probe.images == 24, probe.images
+    try:
+        probe.all_reduce()
+    except StateError as error:
+        assert "brought together before" in str(error)
+    else:
+        raise AssertionError("images counted twice")
     if rank == trial % world:
         probe.findings().save(f"{sys.argv[1]}/{trial}")
+other = model()
+with torch.no_grad():
+    other.blocks[0].attn.qkv.weight.mul_(1 + rank)
+probe = cp.Probe(other, metrics=METRICS, null_images=0, device="cpu")
+probe.update(pictures()[rank::world])
+try:
+    probe.all_reduce()
+except StateError as error:
+    assert "measures something else: the weights" in str(error)
+else:
+    raise AssertionError("other weights were added")
 dist.destroy_process_group()
 """
 
