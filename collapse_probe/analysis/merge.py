@@ -126,13 +126,19 @@ def merge(
     return probe.conclude(say)
 
 
+def _alone(one: StateFile, files: Sequence[StateFile]) -> bool:
+    """Whether other processes of its run have stored nothing."""
+    run = [each for each in files if (each.path.parent, each.facts["stem"]) == (one.path.parent, one.facts["stem"])]
+    return len({each.facts["rank"] for each in run}) < int(one.facts["world"])
+
+
 def missing_parts(files: Sequence[StateFile], probe: Probe) -> str:
     """What is missing for the whole of the data, in words; empty where nothing is."""
     parts = [each.facts.get("part") or [1, 1] for each in files]
     of = max(n for _, n in parts)
     absent = sorted({*range(1, of + 1)} - {k for k, n in parts if n == of})
     total, read = probe.total, probe.read
-    broken = [str(each.path) for each in files if not each.facts["complete"]]
+    broken = [str(each.path) for each in files if not each.facts["complete"] or _alone(each, files)]
     if total is not None and read >= total:
         return ""
     if absent:

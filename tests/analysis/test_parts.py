@@ -407,3 +407,27 @@ def test_interventions_that_are_broken_off_count_every_image_once(tmp_path, monk
     found, whole = intervened(save_to=folder, resume=True), intervened()
     assert (found.plain, found.single, found.cumulative) == (whole.plain, whole.single, whole.cumulative)
     assert len(found.images["names"]) == IMAGES
+
+
+def test_a_process_of_a_stream_that_stored_nothing_is_missed(tmp_path):
+    """The length of a stream is unknown, so that only the processes tell that something is missing."""
+    from collapse_probe.analysis.probe import Probe
+    from collapse_probe.analysis.state.files import write_state
+    from collapse_probe.data.images import batches
+
+    images, paths = digits(), [state_path(tmp_path, "run", 1, rank, 2) for rank in range(2)]
+    for rank, path in enumerate(paths):
+        own = subject()
+        probe = Probe.over(own, images, SETTINGS)
+        for batch in batches(images, own.preprocess, batch_size=4, rank=rank, world=2):
+            probe.measurement.update(batch)
+        state = probe.state_dict()
+        manifest = json.loads(state["manifest"])
+        manifest["source"]["total"] = manifest["identity"]["the number of images in the data"] = None
+        facts = {"stem": "run", "generation": 1, "rank": rank, "world": 2, "whole": False, "complete": True, "read": probe.read}
+        write_state(path, {**state, "manifest": json.dumps(manifest)}, **facts)
+    assert cp.merge(paths).data.get("partial") is None
+    paths[1].unlink()
+    with pytest.raises(StateError, match="is of a run that was stopped"):
+        cp.merge(paths[:1])
+    assert cp.merge(paths[:1], allow_missing=True).data["partial"]["read"] == 11
