@@ -26,8 +26,8 @@ from collapse_probe.errors import OutputError
 
 PARTIAL = ".partial"
 MANIFEST, INCOMING = "manifest.json", ".incoming"
-STATES, PART = ".state", "part-"
-"""Where a run keeps its state while it is under way, and how the states of a part begin."""
+STATES = ".state"
+"""Where a run keeps its state while it is under way."""
 MANIFEST_SCHEMA = "collapse-probe/manifest/1"
 DOCUMENTS = ("findings.json", "comparison.json", "interventions.json", "sweep.json")
 ARRAYS = ("images.npz", "gallery.npz")
@@ -114,9 +114,9 @@ class Numbers(ABC):
     run: Mapping[str, Any]
 
     @property
-    def complete(self) -> bool:
-        """Whether they are of all that was to be measured; else the states of a run that can still go on stay."""
-        return True
+    def states(self) -> tuple[str, ...]:
+        """How the names of the states begin that are not needed any more; none of a run that can still go on."""
+        return ()
 
     @abstractmethod
     def write(self, inside: Path) -> None:
@@ -124,7 +124,7 @@ class Numbers(ABC):
 
     def save(self, folder: str | Path) -> Path:
         """Write the files into `folder`, new or there; all of it or nothing."""
-        with new_folder(folder, run=self.run.get("id"), complete=self.complete) as inside:
+        with new_folder(folder, run=self.run.get("id"), states=self.states) as inside:
             self.write(inside)
         return Path(folder)
 
@@ -147,11 +147,11 @@ def write_with_page(target: str | Path, numbers: Numbers, page: Callable[[Any, P
 
 
 @contextlib.contextmanager
-def new_folder(target: str | Path, *, run: str | None = None, complete: bool = True) -> Iterator[Path]:
+def new_folder(target: str | Path, *, run: str | None = None, states: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yields a folder to be filled with the files of `run`, which then take the place of those of the run before in `target`.
 
-    On any error the folder is left as it was. Files that no run wrote stay, and unless the run is `complete` its states. Raises
-    OutputError.
+    On any error the folder is left as it was. Files that no run wrote stay; states whose names begin as one of `states` go.
+    Raises OutputError.
     """
     check_output(target)
     goal = Path(os.path.realpath(target))
@@ -162,8 +162,7 @@ def new_folder(target: str | Path, *, run: str | None = None, complete: bool = T
         write_document(inside / MANIFEST, {"schema": MANIFEST_SCHEMA, "run": run, "numbers": _hashes(inside), "page": {}})
         try:
             _commit(inside, goal)
-            if complete:
-                _forget_states(goal)
+            _forget_states(goal, states)
         except (OSError, OutputError) as error:
             if not inside.exists():
                 raise
@@ -232,10 +231,10 @@ def _commit(inside: Path, goal: Path, unchanged: Callable[[], bool] = lambda: Tr
         _move_in(goal)
 
 
-def _forget_states(goal: Path) -> None:
-    """Remove the states of the run whose numbers are in place now; those of parts stay, which may be of another."""
+def _forget_states(goal: Path, states: tuple[str, ...]) -> None:
+    """Remove the states of the run whose numbers are in place now, which begin so; others stay."""
     for path in (goal / STATES).glob("*"):
-        if not path.name.startswith(PART):
+        if path.name.startswith(states):
             with contextlib.suppress(OSError):
                 path.unlink()
     with contextlib.suppress(OSError):

@@ -183,12 +183,16 @@ def read_all(
     keep_logits: bool = False,
     saving: Saving | None = None,
     part: tuple[int, int] = (1, 1),
+    begun: Probe | None = None,
 ) -> tuple[Probe, Stopper | None]:
-    """A probe that has seen all images of all processes (of part K of N), and what decided when there were enough."""
+    """A probe that has seen all images of all processes (of part K of N), and what decided when there were enough.
+
+    `begun` is one that has seen none so far, where there is one already.
+    """
     images, order = None if images is None else images_from(images), None
     if images is not None and settings.until_ci is not None:
         images, order = in_random_order(images, settings.seed)
-    probe = Probe.over(subject, images, settings, left_out=left_out, keep_logits=keep_logits)
+    probe = begun or Probe.over(subject, images, settings, left_out=left_out, keep_logits=keep_logits)
     measurement = probe.measurement
     settings = measurement.settings
     if not measurement.tally.accumulators:

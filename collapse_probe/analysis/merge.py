@@ -10,11 +10,12 @@ from typing import Any
 from collapse_probe.analysis.analyze import read_all
 from collapse_probe.analysis.measurement import Images, Progress, Report, RunSettings
 from collapse_probe.analysis.probe import Probe
-from collapse_probe.analysis.state.files import SUFFIX, StateFile, expanded, remove_states, write_state
+from collapse_probe.analysis.state.files import SUFFIX, StateFile, expanded, open_state, remove_states, write_state
 from collapse_probe.analysis.state.keeper import SAVE_EVERY, Saving, saving_of
 from collapse_probe.analysis.state.manifest import first_difference, tensors_of
 from collapse_probe.analysis.state.records import BY_CONTENT
-from collapse_probe.distributed import rank_and_world
+from collapse_probe.data.images import images_from
+from collapse_probe.distributed import gathered, rank_and_world
 from collapse_probe.errors import SettingError, StateError
 from collapse_probe.models.loading import Subject
 from collapse_probe.results.findings import Findings
@@ -69,7 +70,20 @@ def measure_part(
     stem, say = f"part-{part[0]}-of-{part[1]}", report or (lambda text: None)
     path = saving.folder / f"{stem}{SUFFIX}"
     saving = replace(saving, stem=stem)
-    probe, _ = read_all(subject, images, settings, progress=progress, say=say, saving=saving, part=part)
+
+    def check_before(probe: Probe) -> bool:
+        """Whether the part is there already; StateError where that is one of another measurement."""
+        before = _whole(path)
+        difference = "" if before is None else first_difference(probe.identity(), before.manifest["identity"])
+        if difference:
+            raise StateError(f"{path} is of another measurement: {difference}; move it away, or choose another folder (-o)")
+        return saving.resume and before is not None
+
+    begun = Probe.over(subject, images_from(images), settings)
+    if any(gathered(check_before(begun))):
+        say(f"{path} is complete already")
+        return path
+    probe, _ = read_all(subject, images, settings, progress=progress, say=say, saving=saving, part=part, begun=begun)
     if part[1] == 1:  # of several, one may have no image
         probe.measurement.check_some()
     if rank_and_world()[0] == 0:
@@ -77,6 +91,14 @@ def measure_part(
         write_state(path, probe.state_dict(), **facts, part=list(part))
         remove_states(saving.folder, stem)
     return path
+
+
+def _whole(path: Path) -> StateFile | None:
+    """The state file at a path; None where there is none, or a damaged one, which is to be made anew."""
+    try:
+        return open_state(path) if path.exists() else None
+    except StateError:
+        return None
 
 
 def merge(

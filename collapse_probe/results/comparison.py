@@ -192,6 +192,11 @@ class Comparison(Numbers):
             "pairs": [pair.to_json() for pair in self.pairs],
         }
 
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Those of `compare`."""
+        return ("subject-",)
+
     def write(self, inside: Path) -> None:
         """Write comparison.json, and every subject's findings into subjects/LABEL, into an existing folder."""
         write_document(inside / FILE, self.to_json())

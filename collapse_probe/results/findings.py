@@ -352,9 +352,9 @@ class Findings(Numbers):
     answer: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def complete(self) -> bool:
-        """Whether all of the data was read."""
-        return "partial" not in self.data
+    def states(self) -> tuple[str, ...]:
+        """Those of `analyze`, unless the findings are of a part of the data: the run may still go on."""
+        return () if "partial" in self.data else ("run.",)
 
     @property
     def blocks(self) -> pd.DataFrame:

@@ -86,6 +86,11 @@ class Interventions(Numbers):
         effects = {part: _each(getattr(self, part), lambda effect: json_values(vars(effect))) for part in EFFECTS}
         return {"schema": SCHEMA, **parts, **effects, "definitions": DEFINITIONS, "summary": self.summary}
 
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Those of `intervene`."""
+        return ("similarity-", "means-", "conditions-")
+
     def write(self, inside: Path) -> None:
         """Write interventions.json and images.npz into an existing folder."""
         write_document(inside / FILE, self.to_json())

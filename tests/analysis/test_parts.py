@@ -106,12 +106,12 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "says"),
         [
-            ({"seed": 1}, r"the weights \(SHA-256\) differs"),
-            ({"images": 23}, "the number of images in the data differs: 22 and 23"),
-            ({"settings": replace(SETTINGS, null_images=5)}, "the number of null images differs: 4 and 5"),
-            ({"settings": replace(SETTINGS, metrics=("patch-diversity",))}, "the metrics differs"),
-            ({"settings": replace(SETTINGS, amp=True)}, "the precision differs"),
-            ({"settings": replace(SETTINGS, seed=4)}, "the seed differs"),
+            ({"seed": 1}, r"the weights \(SHA-256\): "),
+            ({"images": 23}, "the number of images in the data: 22 and 23"),
+            ({"settings": replace(SETTINGS, null_images=5)}, "the number of null images: 4 and 5"),
+            ({"settings": replace(SETTINGS, metrics=("patch-diversity",))}, "the metrics: "),
+            ({"settings": replace(SETTINGS, amp=True)}, "the precision: "),
+            ({"settings": replace(SETTINGS, seed=4)}, "the seed: "),
         ],
     )
     def test_another_measurement(self, three, tmp_path, options, says):
@@ -158,7 +158,7 @@ class TestRefused:
         manifest["identity"]["the definition of patch-diversity"] = "another"
         file = tmp_path / "older.safetensors"
         file.write_bytes(safetensors.torch.save(state, {"manifest": json.dumps(manifest)}))
-        with pytest.raises(StateError, match="the definition of patch-diversity differs"):
+        with pytest.raises(StateError, match="the definition of patch-diversity: "):
             cp.merge([three[0], file])
 
     def test_settings_that_look_at_all_images(self, tmp_path):
@@ -166,6 +166,29 @@ class TestRefused:
             part(tmp_path, 1, settings=replace(SETTINGS, until_ci=0.1))
         with pytest.raises(SettingError, match="part K of N"):
             part(tmp_path, 4)
+
+
+def test_a_finished_part_of_another_measurement_is_not_overwritten(tmp_path):
+    file = part(tmp_path, 1)
+    before = file.read_bytes()
+    with pytest.raises(StateError, match=r"part-1-of-3.* is of another measurement: the weights .*move it away"):
+        part(tmp_path, 1, seed=1)
+    assert file.read_bytes() == before
+    lines = []
+    again = measure_part(subject(), digits(), SETTINGS, (1, 3), Saving(tmp_path, resume=True), report=lines.append)
+    assert (again, file.read_bytes(), lines[-1]) == (file, before, f"{file} is complete already")
+    file.write_bytes(before[:1000])
+    part(tmp_path, 1)
+    assert open_state(file).facts["read"] == 8
+
+
+def test_results_leave_the_states_of_others(tmp_path, whole):
+    states = tmp_path / "out" / ".state"
+    states.mkdir(parents=True)
+    for name in ("run.1.rank-0-of-1", "part-1-of-2.1.rank-0-of-1", "subject-0-all.1.rank-0-of-1"):
+        (states / f"{name}.safetensors").write_bytes(b"")
+    whole.save(tmp_path / "out")
+    assert sorted(path.name[:4] for path in states.iterdir()) == ["part", "subj"]
 
 
 def test_a_model_that_cannot_be_made_again_leaves_out_the_twin_alone(three, tmp_path, whole):
@@ -182,10 +205,6 @@ def test_a_model_that_cannot_be_made_again_leaves_out_the_twin_alone(three, tmp_
     nulls = found.metrics["attention-similarity"].nulls
     assert "no_such_package" in nulls.reasons["untrained"]
     np.testing.assert_allclose(found.metrics["patch-diversity"].values, whole.metrics["patch-diversity"].values, rtol=1e-12)
-
-
-class Stop(Exception):
-    """Ends a run from its progress."""
 
 
 def broken_off(folder, after, **options):
@@ -247,9 +266,9 @@ def test_what_was_stored_can_be_reported(tmp_path, whole):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"seed": 1}, r"the weights \(SHA-256\) differs"),
-        ({"settings": replace(SETTINGS, metrics=("token-norm",))}, "the metrics differs"),
-        ({"images": 21}, "the number of images in the data differs"),
+        ({"seed": 1}, r"the weights \(SHA-256\): "),
+        ({"settings": replace(SETTINGS, metrics=("token-norm",))}, "the metrics: "),
+        ({"images": 21}, "the number of images in the data: "),
     ],
 )
 def test_the_state_of_another_run_is_not_taken_up(tmp_path, options, says):
@@ -264,8 +283,8 @@ def test_the_state_of_another_run_is_not_taken_up(tmp_path, options, says):
 @pytest.mark.parametrize(
     ("fixes", "settings", "says"),
     [
-        (("temperature:tau=0.5",), SETTINGS, r"the fixes differs: .*0\.5.* and \[\]"),
-        ((), replace(SETTINGS, until_ci=1.0), "the order of the images differs: random"),
+        (("temperature:tau=0.5",), SETTINGS, r"the fixes: .*0\.5.* and \[\]"),
+        ((), replace(SETTINGS, until_ci=1.0), "the order of the images: random"),
     ],
 )
 def test_what_no_weight_shows_is_not_taken_up(tmp_path, fixes, settings, says):
@@ -284,7 +303,7 @@ def test_other_pictures_of_the_same_names_are_not_taken_up(tmp_path):
             Image.fromarray(pixels).save(tmp_path / folder / f"{i:02}.png")
     broken_off(tmp_path / "out", 8, images=open_data(str(tmp_path / "one")))
     shutil.move(tmp_path / "one", tmp_path / "moved")
-    with pytest.raises(StateError, match=r"the content of some images .* differs"):
+    with pytest.raises(StateError, match=r"the content of some images .*: "):
         run(tmp_path / "out", images=open_data(str(tmp_path / "other")), resume=True)
     assert run(tmp_path / "out", images=open_data(str(tmp_path / "moved")), resume=True).summary["images"] == 20
 
@@ -402,7 +421,7 @@ def test_interventions_that_are_broken_off_count_every_image_once(tmp_path, monk
         assert not list(states.glob("*.safetensors"))
     with pytest.raises(KeyboardInterrupt, match="the state after 8 images"):
         intervened(save_to=folder, progress=stopped)
-    with pytest.raises(StateError, match="what is asked differs"):
+    with pytest.raises(StateError, match="what is asked: "):
         intervened(("temperature:tau=0.5",), save_to=folder, resume=True)
     found, whole = intervened(save_to=folder, resume=True), intervened()
     assert (found.plain, found.single, found.cumulative) == (whole.plain, whole.single, whole.cumulative)

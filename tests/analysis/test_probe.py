@@ -211,10 +211,10 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "says"),
         [
-            ({"metrics": ("token-norm",)}, "the metrics differs"),
-            ({"seed": 3}, "the seed differs: 0 and 3"),
-            ({"records": 7}, "the number of records differs"),
-            ({"amp": True, "amp_dtype": "bfloat16"}, "the precision differs"),
+            ({"metrics": ("token-norm",)}, "the metrics: "),
+            ({"seed": 3}, "the seed: 0 and 3"),
+            ({"records": 7}, "the number of records: "),
+            ({"amp": True, "amp_dtype": "bfloat16"}, "the precision: "),
         ],
     )
     def test_other_settings(self, options, says):
@@ -230,12 +230,12 @@ class TestRefused:
         one, other = probe(metrics=("patch-diversity",)), cp.Probe(small_vit(), metrics=("patch-diversity",), **QUICK)
         one.update(pictures()[:3], names_of(range(3)))
         other.update(torch.randn(2, 3, 64, 64), names_of(range(3, 5)))
-        with pytest.raises(StateError, match="the model differs"):
+        with pytest.raises(StateError, match="the model: "):
             one.merge(other)
         changed = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=24, num_heads=2).eval()
         other = cp.Probe(changed, metrics=("patch-diversity",), **QUICK)
         other.update(pictures()[3:5], names_of(range(3, 5)))
-        with pytest.raises(StateError, match=r"the weights \(SHA-256\) differs"):
+        with pytest.raises(StateError, match=r"the weights \(SHA-256\): "):
             one.merge(other)
 
     def test_weights_that_change_on_the_way(self):
@@ -258,7 +258,7 @@ class TestRefused:
         one, other = probe(metrics=("patch-diversity",)), cp.Probe(other, metrics=("patch-diversity",), **QUICK)
         one.update(pictures()[:3], names_of(range(3)))
         other.update(pictures()[3:5], names_of(range(3, 5)))
-        with pytest.raises(StateError, match=r"the attention differs: .*2 × 5 × 5.* and .*4 × 5 × 5"):
+        with pytest.raises(StateError, match=r"the attention: .*2 × 5 × 5.* and .*4 × 5 × 5"):
             one.merge(other)
 
     def test_a_batch_of_which_a_part_may_count(self, monkeypatch):

@@ -155,8 +155,9 @@ class Keeper:
             raise OutOfTimeError(f"the run's time ({saving.most_seconds:g} s) is over")
 
     def all_read(self, measured: Storable) -> None:
-        """Store the state once more where it was stored before, as that of a process that has read all its images."""
-        if self._held:
+        """Store the state of a run that takes long once more, as that of a process that has read all its images."""
+        saving = self.saving
+        if saving is not None and (self._held or time.monotonic() - saving.started >= saving.every):
             with contextlib.suppress(OutputError):  # which was said before
                 self.save(measured, complete=True)
 

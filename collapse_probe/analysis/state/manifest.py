@@ -40,7 +40,7 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     for fact in dict.fromkeys([*one, *other]):
         mine, others = one.get(fact), other.get(fact)
         if mine != others:
-            return f"{fact} differs: {_short(mine)} and {_short(others)}"
+            return f"{fact}: {_short(mine)} and {_short(others)} are not the same"
     return ""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from collapse_probe.analysis.outputs import Bounds
+from collapse_probe.analysis.state.manifest import first_difference
 from collapse_probe.analysis.state.records import RECORDS, Records, State
 from collapse_probe.data.coverage import Coverage
 from collapse_probe.distributed import rank_and_world, shared
@@ -59,9 +60,8 @@ class Pass(ABC):
     def merge(self, other: Mapping[str, Any]) -> None:
         """Add a state of the same kind, of other images. Raises StateError that names the first difference."""
         manifest = json.loads(other["manifest"])
-        for fact, value in self.identity.items():
-            if manifest["identity"].get(fact) != value:
-                raise StateError(f"it is of another run: {fact} differs")
+        if difference := first_difference(self.identity, manifest["identity"]):
+            raise StateError(f"it is of another run: {difference}")
         coverage = Coverage.from_json(manifest["tally"]["coverage"])
         if (twice := self.coverage.overlap(coverage)) is not None:
             raise StateError(f"image number {twice} would count twice")
