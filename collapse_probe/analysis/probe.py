@@ -80,8 +80,9 @@ class Probe:
     infinite activations raise NonFiniteError, or with `on_nonfinite` "skip" leave their images out.
 
     Whatever the batches, processes and order in which the images come, and in whatever order states are merged, the findings
-    are the same to rounding: on a CPU to about 1e-12, as the model computes the same of an image in any batch (batches of
-    fewer than four images are filled up to four); on a GPU, whose kernels change with the batch, to about 1e-6.
+    are the same to rounding: on a CPU to about 1e-12, as the model computes the same of an image in any batch (batches are
+    filled up to a multiple of four images, of models that mix maps of sixteen); on a GPU, whose kernels change with the
+    batch, to about 1e-6.
 
     >>> probe = Probe(model)                                        # doctest: +SKIP
     >>> for images, names in loader: probe.update(images, names)    # doctest: +SKIP
@@ -170,6 +171,7 @@ class Probe:
         self._missing = ""
         self._versions: tuple[int, ...] = ()
         self._together = False
+        self._named: bool | None = None
         self._ill_weights: list[str] = []
 
     def _begin(
@@ -232,6 +234,9 @@ class Probe:
             self._check_usable()
             self.measurement.subject.model.eval()
             pixels = images.detach().float()
+            if self._named not in (None, names is not None):
+                raise StateError("images with names and images without cannot be told apart: give names to all or to none")
+            self._named = names is not None
             own = content_names(pixels) if names is None else self._new([escaped(str(name)) for name in names])
             numbers = None if labels is None else torch.as_tensor(labels).detach().cpu().to(torch.int64)
             self.measurement.update(Batch((), tuple(own), pixels, numbers))

@@ -190,6 +190,14 @@ class TestRefused:
             own.update(pictures()[5:7], ["a", "a"])
         assert own.images == 3
 
+    def test_names_for_some_images_alone(self):
+        own = probe(metrics=("patch-diversity",))
+        own.update(pictures()[:3], names_of(range(3)))
+        with pytest.raises(StateError, match="names to all or to none"):
+            own.update(pictures()[3:5])
+        own.update(pictures()[3:5], names_of((3, 4)))
+        assert own.images == 5
+
     def test_overlapping_probes(self):
         one, other = probe(metrics=("patch-diversity",)), probe(metrics=("patch-diversity",))
         one.update(pictures()[:3], names_of(range(3)))
