@@ -42,12 +42,11 @@ from collapse_probe.analysis.measurement import (
     with_input,
     with_shape,
 )
-from collapse_probe.analysis.state.gallery import Pixels, gallery_of
+from collapse_probe.analysis.state.gallery import gallery_of
 from collapse_probe.analysis.state.manifest import STATE_SCHEMA, first_difference, read_manifest, subject_of, tensors_of
 from collapse_probe.analysis.state.records import BY_CONTENT, RECORDS
 from collapse_probe.analysis.state.stopping import Stopper
-from collapse_probe.analysis.state.tally import Tally
-from collapse_probe.analysis.summary import exact_numbers, summarise, sureness
+from collapse_probe.analysis.summary import exact_numbers, summarise, sureness, thumbnails_of, with_ends
 from collapse_probe.analysis.untrained_twins import with_untrained
 from collapse_probe.capture.plan import plan_from_json, plan_to_json
 from collapse_probe.data.loading import Batch
@@ -61,7 +60,6 @@ from collapse_probe.provenance import escaped
 from collapse_probe.results.findings import Findings, plain, result_from_json, result_to_json
 from collapse_probe.results.readings import partial_sentence, trained_on
 from collapse_probe.results.verdict import with_verdict
-from collapse_probe.statistics.breakdowns import pictured
 from collapse_probe.statistics.estimates import per_image_values
 
 PAD = (
@@ -414,8 +412,6 @@ class Probe:
         settings, tally, source, subject = measured.settings, measured.tally, self._source, measured.subject
         table = measured.table()
         stopping = None if stopper is None else stopper.facts(source["total"])
-        if stopping is not None and stopping["reached"]:
-            source = {**source, "stopped": True}
         results, twin_notes = with_untrained(measured, measured.results(table), say)
         nonfinite = nonfinite_facts(self._ill_weights, tally.nonfinite, tally.images)
         plan = measured.plan
@@ -477,28 +473,3 @@ def repeats(names: Sequence[str]) -> str:
     """That images without names came with the pixels of others; empty where none did."""
     again = len(names) - len(set(names))
     return f"{again} of {len(names)} images have the same pixels as another, and all were counted: {PAD}" if again else ""
-
-
-def with_ends(extremes: dict[str, Any], tally: Tally) -> dict[str, Any]:
-    """What `extremes_of` gave for a sample of the images, with the ends over all of them."""
-    if not tally.records.sampled or not extremes:
-        return extremes
-    numbers = dict(extremes["numbers"])
-    for name in numbers:
-        ends = tally.ends.get(name)
-        if ends is not None:
-            sides = {"highest": ends.highest, "lowest": ends.lowest}
-            each = {side: [{"name": end.name, "value": end.value} for end in some] for side, some in sides.items()}
-            numbers[name] = {**numbers[name], **each}
-    return {**extremes, "numbers": numbers}
-
-
-def thumbnails_of(extremes: Mapping[str, Any], tally: Tally) -> dict[str, Pixels]:
-    """The pictures of the images at both ends of the number that the report shows, by name."""
-    ends = pictured(extremes)
-    if ends is None or ends[0] not in tally.ends:
-        return {}
-    known = tally.ends[ends[0]]
-    pictures = {end.name: end.picture for end in (*known.highest, *known.lowest)}
-    names = [str(image["name"]) for side in ("highest", "lowest") for image in ends[1][side]]
-    return {name: pictures[name] for name in names if name in pictures}

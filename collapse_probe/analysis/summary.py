@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from collapse_probe.analysis.state.gallery import Pixels
+from collapse_probe.analysis.state.tally import Tally
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.results.readings import Summary, adjacent, mean
 from collapse_probe.results.rules import RAW_ABOVE
-from collapse_probe.statistics.breakdowns import COUNT, classes_of, convergence_of, extremes_of
+from collapse_probe.statistics.breakdowns import COUNT, classes_of, convergence_of, extremes_of, pictured
 from collapse_probe.statistics.estimates import HEADLINES, PerImageValues
 from collapse_probe.statistics.pair_tests import ROUNDING, above_rounding, all_pairs_test, neighbours_test
 
@@ -137,3 +139,28 @@ def sureness(
         "extremes": extremes_of(values),
         "classes": classes_of(values, labels, class_names),
     }
+
+
+def with_ends(extremes: dict[str, Any], tally: Tally) -> dict[str, Any]:
+    """What `extremes_of` gave for a sample of the images, with the ends over all of them."""
+    if not tally.records.sampled or not extremes:
+        return extremes
+    numbers = dict(extremes["numbers"])
+    for name in numbers:
+        ends = tally.ends.get(name)
+        if ends is not None:
+            sides = {"highest": ends.highest, "lowest": ends.lowest}
+            each = {side: [{"name": end.name, "value": end.value} for end in some] for side, some in sides.items()}
+            numbers[name] = {**numbers[name], **each}
+    return {**extremes, "numbers": numbers}
+
+
+def thumbnails_of(extremes: Mapping[str, Any], tally: Tally) -> dict[str, Pixels]:
+    """The pictures of the images at both ends of the number that the report shows, by name."""
+    ends = pictured(extremes)
+    if ends is None or ends[0] not in tally.ends:
+        return {}
+    known = tally.ends[ends[0]]
+    pictures = {end.name: end.picture for end in (*known.highest, *known.lowest)}
+    names = [str(image["name"]) for side in ("highest", "lowest") for image in ends[1][side]]
+    return {name: pictures[name] for name in names if name in pictures}

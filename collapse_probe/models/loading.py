@@ -331,7 +331,7 @@ def with_fixes(subject: Subject, fixes: Sequence[str], blocks: Sequence[int] | N
     for fix in fixes:
         name, settings = read_fix(fix)
         planned.append(PlannedFix(name, settings if ":" in fix else dict(FIXES[name].neutral or {}), at))
-    return replace(_put_in(subject, planned, seed), request=None if fixes else subject.request)
+    return replace(_put_in(subject, planned, seed), request=None) if planned else subject
 
 
 def _put_in(subject: Subject, fixes: Sequence[PlannedFix], seed: int) -> Subject:
