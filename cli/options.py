@@ -18,7 +18,7 @@ import click
 import yaml
 
 from collapse_probe.errors import SettingError, UnknownNameError
-from collapse_probe.launchers import announced
+from collapse_probe.processes.launchers import announced
 from collapse_probe.settings import parse_keywords, words_in
 
 Decorator = Callable[[Any], Any]

@@ -24,7 +24,7 @@ def output_folder(output: str | None, as_json: bool, default: Path) -> Path | No
 def prepare(folder: str | Path, quiet: bool = False) -> None:
     """Raise OutputError unless a folder can take a run's files; clear what dead runs left there, and say so on stderr."""
     from collapse_probe.files import check_output
-    from collapse_probe.launchers import announced
+    from collapse_probe.processes.launchers import announced
 
     launch = announced()
     if launch is None or launch.rank == 0:  # no other process writes

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from collapse_probe import peers
 from collapse_probe.errors import ProcessError
-from collapse_probe.launchers import Launch, announced, exported
-from collapse_probe.peers import Peers
+from collapse_probe.processes import peers
+from collapse_probe.processes.launchers import Launch, announced, exported
+from collapse_probe.processes.peers import Peers
 
 COLLECTIVE = timedelta(days=30)
 """How long an operation of the group may wait: a process that died is told of otherwise, and one that is slow is waited for."""

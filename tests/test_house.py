@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "analysis": "data models capture metrics results statistics",
     "training": "data models capture metrics results statistics analysis",
 }
-GROUND = {path.stem for path in PACKAGE.glob("*.py")}
+GROUND = {path.stem for path in PACKAGE.glob("*.py")} | {"processes"}
 FAMILIES = {  # folders with one file a thing
     "cli",
     "metrics/attention",

@@ -26,9 +26,9 @@ from collapse_probe.devices import choose_device, device_name
 from collapse_probe.distributed import gathered, rank_and_world, shared_out
 from collapse_probe.errors import OutputError, SettingError
 from collapse_probe.files import check_output, write_document, write_whole
-from collapse_probe.launchers import forget
 from collapse_probe.models.batchnorm import recalibrated
 from collapse_probe.models.loading import resolve
+from collapse_probe.processes.launchers import forget
 from collapse_probe.provenance import stamp
 from collapse_probe.registry import RECIPES, load_plugin, loaded_plugins
 from collapse_probe.results.findings import Findings

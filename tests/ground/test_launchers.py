@@ -7,7 +7,7 @@ import os
 import pytest
 
 from collapse_probe.errors import SettingError
-from collapse_probe.launchers import announced, exported, first_node
+from collapse_probe.processes.launchers import announced, exported, first_node
 
 STEP = {
     "SLURM_JOB_ID": "4711",

@@ -133,10 +133,10 @@ def test_a_stopped_process_is_waited_for(tmp_path, who):
 
 
 def test_one_who_waits_in_vain_says_for_whom(tmp_path):
-    from collapse_probe.peers import JOIN_SECONDS
+    from collapse_probe.processes.peers import JOIN_SECONDS
 
     program = tmp_path / "alone.py"
-    program.write_text(f"import collapse_probe.peers as peers\npeers.JOIN_SECONDS = 1\n{PROGRAM}")
+    program.write_text(f"import collapse_probe.processes.peers as peers\npeers.JOIN_SECONDS = 1\n{PROGRAM}")
     for rank, other in ((0, 1), (1, 0)):
         variables = {name: str(value) for name, value in by_srun(rank, 2, free_port()).items()}
         command = [sys.executable, str(program), "collecting", "", "9"]

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from collapse_probe.errors import CollapseProbeError, ProcessError
-from collapse_probe.launchers import Launch
+from collapse_probe.processes.launchers import Launch
 
 JOIN_SECONDS = 300.0
 PROBES = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 25_000}

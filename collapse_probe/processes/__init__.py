@@ -1,0 +1,1 @@
+"""How the processes of one run find one another: what a launcher announced, and who of them is still there."""
