@@ -47,6 +47,7 @@ lock:
 	.venv-lock/bin/python -m pip freeze --exclude collapse-probe > requirements.lock
 	rm -rf .venv-lock
 
+# What the analysis costs beside plain inference: one table, about ten minutes on two cores.
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/overhead.py
 

@@ -1,255 +1,283 @@
-"""What listening and analysing cost, as ratios to the plain forward pass of the same model on the same images, in one run.
+"""What listening and analysing cost beside the plain forward pass, what is the least it could, and what others' ways cost.
 
-    python benchmarks/overhead.py                       CPU: ViT-B/32, ViT-S/16 (224), ViT-S/16 at 1025 tokens (memory)
-    python benchmarks/overhead.py --device cuda         also ViT-B/16 in bf16 at batch 256, and what the kernels return
+    python benchmarks/overhead.py                          about ten minutes on two CPU cores
+    python benchmarks/overhead.py --quick                  one minute: a rough look
+    python benchmarks/overhead.py --models S/16@1024 L/16@384 --no-process
+    python benchmarks/overhead.py --device cuda --dtypes bfloat16 --models B/16 S/16
 
-"analysis" is the default set of metrics, "everything" every metric that hears images with those of every preset, each once.
-The variants are interleaved in small batches, so that a busy machine slows all of them alike. Times are CPU seconds of this
-process on the CPU, and synchronised wall seconds on a GPU. The peer is what a user would write instead: timm's
-AttentionExtract and a NumPy loop over pairs of blocks.
+In a row stand a variant's seconds an image and their ratio to those of the plain pass on the same batch: the median over rounds
+and, in brackets, the lowest and the highest. Variants take turns batch by batch, so that a busy machine slows all alike. On a
+CPU the ratio is of seconds on the processor, which other programs change little, with that of the wall beside it; on a GPU of
+the wall's, after the GPU is done. Peak memory is that of a process of its own for every figure. "default analysis" is the
+default set of metrics with its nulls, "everything" every metric that hears images with those of every preset, each once; "ends
+included" adds what the last numbers and intervals take. The floor is what arithmetic alone asks for: see subjects.py. "whole
+process" is `analyze` as a command, page included, beside a script that loads and runs the same photographs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from datetime import date
-from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import timm
 import torch
+from subjects import CASES, Case, floor
+from variants import (
+    CAPTURE,
+    DEFAULT,
+    EVERYTHING,
+    OURS,
+    PEERS,
+    PLAIN,
+    Variants,
+    alternated,
+    clock,
+    facts,
+    peak_bytes,
+    spread,
+)
 
-from collapse_probe.analysis.measurement import DEFAULT_METRICS, Measurement, RunSettings, make_metrics, need_images
-from collapse_probe.capture.capture import discover_plan, record
-from collapse_probe.capture.plan import Plan
-from collapse_probe.capture.trace import micro_batch
-from collapse_probe.data.loading import Batch
-from collapse_probe.devices import autocast
-from collapse_probe.metrics.metric import Metric
-from collapse_probe.metrics.presets import with_presets
-from collapse_probe.models.loading import resolve
-from collapse_probe.provenance import versions
-from collapse_probe.registry import METRICS, PRESETS
-
-IMAGES, BATCH = 256, 16
-MODELS = {"vit_base_patch32_224": 1.3, "vit_small_patch16_224": 1.6}
-CAPTURE_LIMIT, EVERYTHING_LIMIT, MEMORY_LIMIT = 1.10, 2.5, 1.20
-
-
-def model_called(name: str, device: torch.device, **settings: object) -> torch.nn.Module:
-    """A model with fresh weights and queries and keys large enough that its maps are peaked."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=1000, **settings).eval().to(device)
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attn.qkv.weight *= 4
-    return model
-
-
-def clock(device: torch.device) -> float:
-    """Seconds: CPU time of this process, or wall time after the GPU is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
-def variants(model: torch.nn.Module, size: int, device: torch.device, amp: str | None) -> dict[str, Callable]:
-    """What is timed, each a function of one batch."""
-    plan = discover_plan(model, (size, size))
-    sets = {"analysis": make_metrics(plan, DEFAULT_METRICS), "everything": every_metric(plan)}
-
-    subject = resolve(model)
-    settings = RunSettings(device=str(device), amp=amp is not None, amp_dtype=amp or "float16", null_images=0, gallery_images=0)
-
-    @cache
-    def run_of(variant: str) -> Measurement:
-        return Measurement(subject, plan, sets[variant], settings)  # made when needed: the states of others take memory
-
-    def plain(images: torch.Tensor) -> None:
-        with torch.no_grad(), autocast(device, amp):
-            model(images)
-
-    def capture(images: torch.Tensor) -> None:
-        with torch.no_grad():
-            for part in images.split(micro_batch(plan, device, len(images))):
-                with record(model, plan) as ears, autocast(device, amp):
-                    model(part)
-                ears.take()
-
-    def measured(variant: str, images: torch.Tensor) -> None:
-        run = run_of(variant)
-        first = run.tally.images
-        run.update(Batch((), tuple(str(first + i) for i in range(len(images))), images))
-
-    def finish(variant: str) -> None:
-        run = run_of(variant)
-        run.results(run.table())
-
-    timed = {variant: partial(measured, variant) for variant in sets}
-    ends = {f"{variant} end": partial(finish, variant) for variant in sets}
-    return {"plain": plain, "plain again": plain, "capture": capture, **timed, **ends}
+RESULTS = Path(__file__).parent / "results"
+MODELS = ("B/32", "S/16")
+IN_MEMORY = "S/16@512"
+"""Measured in memory alone where models are not named: 1,025 tokens."""
+ROUNDS, EVERYTHING_ROUNDS = 6, 1
+PHOTOGRAPHS, REPEATS = 512, 3
+PLAIN_SCRIPT = """
+import sys, timm, torch
+from pathlib import Path
+from PIL import Image
+from torch.utils.data import DataLoader
+name, folder, device, dtype = sys.argv[1:]
+model = timm.create_model(name, pretrained=False).eval().to(device)
+transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+class Photographs(torch.utils.data.Dataset):
+    paths = sorted(Path(folder).glob("*.jpg"))
+    def __len__(self): return len(self.paths)
+    def __getitem__(self, i): return transform(Image.open(self.paths[i]).convert("RGB"))
+with torch.inference_mode(), torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
+    logits = [model(batch.to(device)).float().cpu() for batch in DataLoader(Photographs(), 64, num_workers=1)]
+print(len(torch.cat(logits)), "images")
+"""
 
 
-def every_metric(plan: Plan) -> dict[str, Metric]:
-    """Every metric that hears images, under its plain name, and those of every preset."""
-    metrics = make_metrics(plan, with_presets(METRICS, PRESETS))
-    return {name: metrics[name] for name in need_images(metrics)}
-
-
-def peer(name: str) -> Callable[[torch.Tensor], None]:
-    """timm's AttentionExtract and a NumPy loop over pairs: column cosines alone, no nulls, no intervals, no tokens."""
-    from timm.utils import AttentionExtract
-
-    timm.layers.set_fused_attn(False)
-    model = model_called(name, torch.device("cpu"))
-    timm.layers.set_fused_attn(True)
-    extract = AttentionExtract(model, method="fx")
-
-    def run(images: torch.Tensor) -> None:
-        with torch.no_grad():
-            maps = [m.numpy() for m in extract(images).values()]
-        unit = [m / np.linalg.norm(m, axis=-2, keepdims=True) for m in maps]
-        matrix = np.eye(len(unit))
-        for i in range(len(unit)):
-            for j in range(i):
-                matrix[i, j] = (unit[i] * unit[j]).sum(-2).mean()
-
-    return run
-
-
-def timed(name: str, device: torch.device, amp: str | None, images: int, batch: int) -> dict[str, float]:
-    """Seconds of each variant over the same images, interleaved."""
-    model = model_called(name, device)
-    size = model.pretrained_cfg["input_size"][-1]
-    jobs = variants(model, size, device, amp)
-    ends = {name.removesuffix(" end"): jobs.pop(name) for name in list(jobs) if name.endswith(" end")}
-    if device.type == "cpu":
-        jobs["peer"] = peer(name)
-    seconds = dict.fromkeys(jobs, 0.0)
-    generator = torch.Generator().manual_seed(1)
-    for job in jobs.values():
-        job(torch.randn(batch, 3, size, size, generator=generator).to(device))
-    for _ in range(images // batch):
-        pixels = torch.randn(batch, 3, size, size, generator=generator).to(device)
-        for variant, job in jobs.items():
+def times(case: Case, device: torch.device, dtype: str | None, rounds: int, with_everything: bool) -> dict[str, Any]:
+    """Rows by variant: seconds an image and ratios to the plain pass, all in one alternation."""
+    variants, failed, jobs = Variants(case, device, dtype), {}, {}
+    for name in (*OURS, *PEERS):
+        if name != EVERYTHING or with_everything:
+            try:
+                jobs[name] = variants.job(name)
+                if name in PEERS:
+                    jobs[name](torch.randn(1, 3, case.side, case.side, device=device))
+            except Exception as error:  # a way of others that this model, these versions or this memory do not allow
+                if name not in PEERS:
+                    raise
+                jobs.pop(name, None)
+                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    seconds = alternated(jobs, case, device, rounds, {EVERYTHING: EVERYTHING_ROUNDS})
+    batch, measure = case.batch(device), 0 if device.type == "cuda" else 1
+    rows: dict[str, Any] = {name: {"failed": why} for name, why in failed.items()}
+    for name, each in seconds.items():
+        ratios = [spread([a[i] / b[i] for a, b in zip(each, seconds[PLAIN], strict=False)]) for i in (0, 1)]
+        image = [statistics.median(one[i] for one in each) / batch for i in (0, 1)]
+        rows[name] = {"seconds": image[measure], "ratio": ratios[measure], "wall_seconds": image[0], "wall_ratio": ratios[0]}
+    for name in (DEFAULT, EVERYTHING):
+        if name in seconds:
+            turns = len(seconds[name])
             start = clock(device)
-            job(pixels)
-            seconds[variant] += clock(device) - start
-    for variant, finish in ends.items():
-        start = clock(device)
-        finish()
-        seconds[variant] += clock(device) - start
-    return seconds
+            variants.finish(name)
+            ends = [b - a for a, b in zip(start, clock(device), strict=True)]
+            whole = [
+                (sum(one[i] for one in seconds[name]) + ends[i]) / sum(one[i] for one in seconds[PLAIN][:turns]) for i in (0, 1)
+            ]
+            rows[f"{name}, ends included"] = {"ends_seconds": ends[measure], "images": turns * batch} | {
+                "ratio": {"median": whole[measure]},
+                "wall_ratio": {"median": whole[0]},
+                "seconds": sum(one[measure] for one in seconds[name]) / turns / batch + ends[measure] / turns / batch,
+            }
+    rows["floor"] = floor(case, device, rows[PLAIN]["seconds"])
+    return rows
 
 
-def peak_memory(variant: str, side: int = 512) -> int:
-    """Peak resident bytes of one variant in a process of its own, ViT-S/16 at 1025 tokens, batch 4."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--peak-of", variant, "--side", str(side)], capture_output=True, text=True, check=True
-    )
-    return int(done.stdout)
+def memory(case: Case, device: torch.device, dtype: str | None, names: list[str]) -> dict[str, Any]:
+    """Peak bytes of each variant in a process of its own."""
+    found: dict[str, Any] = {}
+    for name in names:
+        words = [sys.executable, __file__, "--peak-of", name, "--models", case.label, "--device", str(device)]
+        done = subprocess.run([*words, "--dtypes", dtype or "float32"], capture_output=True, text=True)
+        found[name] = {"peak_bytes": int(done.stdout)} if done.returncode == 0 else {"failed": done.stderr.strip()[-300:]}
+    plain = found[PLAIN].get("peak_bytes")
+    for row in found.values():
+        if plain and "peak_bytes" in row:
+            row["peak_ratio"] = row["peak_bytes"] / plain
+    return found
 
 
-def show_peak(variant: str, side: int) -> None:
-    """The child process of `peak_memory`."""
-    device = torch.device("cpu")
-    model = model_called("vit_small_patch16_224", device, img_size=side)
-    pixels = torch.randn(4, 3, side, side)
-    with torch.no_grad():
-        model(pixels)
-    if variant != "plain":
-        job = variants(model, side, device, None)[variant]
-        for _ in range(2):
-            job(pixels)
-    status = Path("/proc/self/status").read_text()  # ru_maxrss would carry over the parent's peak
-    print(next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")))
+def peak_of(name: str, case: Case, device: torch.device, dtype: str | None) -> int:
+    """In the child process of `memory`: two batches of one variant, and its ends."""
+    variants = Variants(case, device, dtype)
+    job = variants.job(name)
+    for _ in range(2):
+        job(torch.randn(case.batch(device), 3, case.side, case.side).to(device))
+    if name in variants.runs:
+        variants.finish(name)
+    return peak_bytes(device)
 
 
-def kernels_on_gpu() -> list[str]:
-    """The kernels that PyTorch chooses on this GPU, what they return, and whether listening changes the logits."""
-    lines, device = [], torch.device("cuda")
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        model = model_called("vit_base_patch16_224", device).to(dtype)
-        images = torch.randn(4, 3, 224, 224, device=device, dtype=dtype)
-        with torch.no_grad():
-            before = model(images)
-            with record(model, discover_plan(model, (224, 224))) as ears:
-                after = model(images)
-        heard = ears.last.attention[0]
-        shape = None if heard.logsumexp is None else tuple(heard.logsumexp.shape)
-        lines.append(
-            f"{dtype}: {heard.operation}, logsumexp {shape}, q {tuple(heard.q.shape)}, equal {torch.equal(before, after)}"
-        )
+def photographs(folder: Path, count: int) -> None:
+    """JPEG files of about 500 × 375 pixels, each another crop of the photographs that scikit-learn and scikit-image hold."""
+    from PIL import Image
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    sources = [
+        Image.fromarray(pixels) for pixels in (data.astronaut(), data.coffee(), data.chelsea(), *load_sample_images().images)
+    ]
+    for i in range(count):
+        source, turn = sources[i % len(sources)], i // len(sources)
+        left, top = turn * 7 % (source.width // 3), turn * 5 % (source.height // 3)
+        crop = source.crop((left, top, left + source.width * 2 // 3, top + source.height * 2 // 3))
+        crop.resize((500, 375)).save(folder / f"photograph_{i:04d}.jpg", quality=90)
+
+
+def whole_process(case: Case, device: torch.device, dtype: str | None, count: int, repeats: int) -> dict[str, Any]:
+    """`analyze` as a command beside the plain script, in turns: seconds on the processor and of the wall, and ratios."""
+    seconds: dict[str, list[tuple[float, float]]] = {"plain script": [], "analyze": []}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "photographs"
+        folder.mkdir()
+        photographs(folder, count)
+        on = ["--device", str(device), *(["--amp", "--amp-dtype", dtype] if dtype else [])]
+        analyze = [
+            sys.executable,
+            "-m",
+            "collapse_probe",
+            "analyze",
+            "-m",
+            f"timm:{case.name}",
+            "--no-pretrained",
+            "--data",
+            str(folder),
+        ]
+        plain = [sys.executable, "-c", PLAIN_SCRIPT, case.name, str(folder), device.type, dtype or "float32"]
+        for turn in range(repeats):
+            for name, words in (("plain script", plain), ("analyze", [*analyze, *on, "-o", f"{place}/findings-{turn}"])):
+                start, before = time.perf_counter(), os.times()
+                subprocess.run(words, check=True, capture_output=True)
+                after = os.times()
+                used = after.children_user + after.children_system - before.children_user - before.children_system
+                seconds[name].append((time.perf_counter() - start, used))
+    measure = 0 if device.type == "cuda" else 1
+    ratios = [spread([a[i] / b[i] for a, b in zip(seconds["analyze"], seconds["plain script"], strict=True)]) for i in (0, 1)]
+    rows: dict[str, Any] = {"photographs": count, "ratio": ratios[measure], "wall_ratio": ratios[0]}
+    for name, each in seconds.items():
+        rows[name] = {
+            "seconds": statistics.median(one[measure] for one in each),
+            "wall_seconds": statistics.median(one[0] for one in each),
+        }
+    return rows
+
+
+def shown(ratio: dict[str, float]) -> str:
+    """A ratio with its spread."""
+    around = f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if "low" in ratio else ""
+    return f"{ratio['median']:5.2f}{around}"
+
+
+def table(title: str, times: dict[str, Any], memory: dict[str, Any]) -> list[str]:
+    """Lines of one model's table."""
+    lines = [title, f"  {'':<34} {'ms an image':>11}  {'× plain':<22} {'× plain, wall':<22} {'peak MiB':>8}  × plain"]
+    for name in dict.fromkeys((*times, *memory)):
+        row = times.get(name, {}) | memory.get(name, {})
+        if name == "floor":
+            lines.append(f"  {'floor, by ' + row['by']:<34} {'':>11}  {row['ratio']:5.2f}")
+        elif "failed" in row and "seconds" not in row:
+            lines.append(f"  {name:<34} fails: {row['failed']}")
+        else:
+            time_cells = (
+                f"{row['seconds'] * 1e3:11.2f}  {shown(row['ratio']):<22} {shown(row['wall_ratio']):<22}"
+                if "ratio" in row
+                else f"{'':58}"
+            )
+            peak = f"{row['peak_bytes'] / 2**20:8.0f}  {row['peak_ratio']:.2f}" if "peak_ratio" in row else ""
+            lines.append(f"  {name:<34} {time_cells} {peak}".rstrip())
     return lines
 
 
-def hardware(device: torch.device) -> str:
-    """What this ran on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+def say(*lines: str) -> None:
+    """Print at once."""
+    print("\n".join(lines), flush=True)
 
 
 def main() -> None:
-    """Run, print the table, store it."""
+    """Run, print the table, store it where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--images", type=int, default=IMAGES)
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--models", nargs="+", choices=CASES, help=f"default: {', '.join(MODELS)}, and {IN_MEMORY} in memory")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--photographs", type=int, default=PHOTOGRAPHS)
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="pairs of whole processes")
+    parser.add_argument("--quick", action="store_true", help="one minute: ViT-B/32 alone, two rounds, 32 photographs")
+    parser.add_argument("--no-everything", action="store_true")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-process", action="store_true")
+    parser.add_argument("--store", action="store_true", help="keep the numbers under benchmarks/results")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    parser.add_argument("--side", type=int, default=512, help=argparse.SUPPRESS)
-    parser.add_argument("--store", action="store_true", help="keep the result under benchmarks/results")
     args = parser.parse_args()
+    device, dtypes = torch.device(args.device), [None if dtype == "float32" else dtype for dtype in args.dtypes]
     if args.peak_of:
-        show_peak(args.peak_of, args.side)
+        say(str(peak_of(args.peak_of, CASES[args.models[0]], device, dtypes[0])))
         return
-    device = torch.device(args.device)
-    found: dict[str, object] = {
-        "date": str(date.today()),
-        "hardware": hardware(device),
-        "versions": versions(),
-        "images": args.images,
-    }
-    table = []
-    jobs = (
-        [("vit_base_patch16_224", "bfloat16", 256, 2.0)]
-        if device.type == "cuda"
-        else [(n, None, BATCH, limit) for n, limit in MODELS.items()]
-    )
-    for name, amp, batch, limit in jobs:
-        seconds = timed(name, device, amp, max(args.images, batch), batch)
-        ratios = {variant: value / seconds["plain"] for variant, value in seconds.items()}
-        limits = {"capture": CAPTURE_LIMIT, "analysis": limit, "everything": EVERYTHING_LIMIT}
-        found[name] = {"seconds": seconds, "ratios": ratios, "limits": limits}
-        lines = [f"{name:<24} {v:<12} {seconds[v]:8.2f} s  {ratios[v]:5.2f} × plain" for v in seconds]
-        print("\n".join(lines), flush=True)
-    if device.type == "cuda":
-        found["kernels"] = kernels_on_gpu()
-        table += found["kernels"]
-    else:
-        peaks = {variant: peak_memory(variant) for variant in ("plain", "capture", "analysis")}
-        found["peak memory at 1025 tokens"] = {**peaks, "limit": MEMORY_LIMIT}
-        table += [
-            f"1025 tokens, batch 4       {v:<12} {b / 2**20:8.0f} MiB {b / peaks['plain']:5.2f} × plain"
-            for v, b in peaks.items()
-        ]
-    print("\n".join(table))
+    models = args.models or (MODELS[:1] if args.quick else MODELS)
+    rounds, count, repeats = (2, 32, 1) if args.quick else (args.rounds, args.photographs, args.repeats)
+    found: dict[str, Any] = {**facts(device), "device": device.type, "rounds": rounds, "tables": []}
+    about = [
+        f"{package} {version}"
+        for package, version in found["versions"].items()
+        if package in ("python", "torch", "timm", "numpy")
+    ]
+    say(f"{found['date']}, {found['machine']}, {found['threads']} threads; {', '.join(about)}")
+    for label in models:
+        case = CASES[label]
+        for dtype in dtypes:
+            rows = times(case, device, dtype, rounds, not args.no_everything)
+            peaks = {} if args.no_memory or args.quick else memory(case, device, dtype, [PLAIN, CAPTURE, DEFAULT, *PEERS])
+            batch = case.batch(device)
+            images = f"{rounds} rounds, {rounds * batch} images"
+            title = f"\n{label} ({case.name}), {device.type} {dtype or 'float32'}, batch {batch}, {images}"
+            say(*table(title, rows, peaks))
+            found["tables"].append(
+                {"model": label, "dtype": dtype or "float32", "batch": batch, "times": rows, "memory": peaks}
+            )
+    if not args.models and not args.no_memory:
+        case = CASES[IN_MEMORY]
+        peaks = memory(case, device, dtypes[0], [PLAIN, DEFAULT] if args.quick else [PLAIN, CAPTURE, DEFAULT, *PEERS])
+        say(*table(f"\n{case.label}, 1,025 tokens, batch {case.batch(device)}: memory alone", {}, peaks))
+        found["tables"].append({"model": case.label, "dtype": args.dtypes[0], "batch": case.batch(device), "memory": peaks})
+    if not args.no_process:
+        for dtype in dtypes:
+            row = whole_process(CASES[models[0]], device, dtype, count, repeats)
+            found["whole process"] = {"model": models[0], "dtype": dtype or "float32", **row}
+            each = [
+                f"{name} {row[name]['seconds']:.1f} s (wall {row[name]['wall_seconds']:.1f})"
+                for name in ("plain script", "analyze")
+            ]
+            say(f"\nwhole process, {models[0]}, {count} photographs, {repeats} pairs: {', '.join(each)}")
+            say(f"  {shown(row['ratio'])} × plain; wall {shown(row['wall_ratio'])}")
     if args.store:
-        folder = Path(__file__).parent / "results"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"overhead-{found['date']}-{device.type}.json"
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"overhead-{found['date']}-{device.type}.json"
         path.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"stored {path}")
+        say(f"stored {path}")
 
 
 if __name__ == "__main__":
