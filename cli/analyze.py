@@ -60,7 +60,6 @@ def command(
     from collapse_probe.distributed import rank_and_world
     from collapse_probe.metrics.metric import of_level
     from collapse_probe.metrics.presets import with_presets
-    from collapse_probe.report.findings.page import write_report
 
     talk = Talk(quiet)
     names = (*of_level(*flags.pop("levels")), *with_presets(flags["metrics"], flags["presets"]))
@@ -82,6 +81,8 @@ def command(
     with talk.bar(0 if images is None else images.count) as progress:
         findings = analyze(subject, images, save_to=folder, **flags, progress=progress)
     if rank_and_world()[0] == 0:
+        from collapse_probe.report.findings.page import write_report  # with matplotlib, which only the page needs
+
         deliver(findings, folder, write_report, answer(findings), as_json)
         stop_if_tripped(rules, {"": findings.summary})
 

@@ -45,8 +45,6 @@ def command(output: str | None, as_json: bool, quiet: bool, verbose: int, fail_o
 
     from collapse_probe.analysis.compare import compare
     from collapse_probe.distributed import rank_and_world
-    from collapse_probe.report.comparison.page import write_comparison
-    from collapse_probe.report.comparison.verdict import verdicts
 
     talk = Talk(quiet)
     if folder is None and (flags["resume"] or flags["max_time"]):
@@ -59,6 +57,9 @@ def command(output: str | None, as_json: bool, quiet: bool, verbose: int, fail_o
         command=options.command_line(),
     )
     if rank_and_world()[0] == 0:
+        from collapse_probe.report.comparison.page import write_comparison  # with matplotlib, which only the page needs
+        from collapse_probe.report.comparison.verdict import verdicts
+
         summaries = {label: findings.summary for label, findings in comparison.subjects.items()}
         lines = [*answer_lines(verdicts(comparison)), *summary_lines(summaries)]
         deliver(comparison, folder, write_comparison, "\n".join(lines), as_json)

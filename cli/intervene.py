@@ -51,8 +51,6 @@ def command(
 
     from collapse_probe.analysis.intervene import intervene
     from collapse_probe.distributed import rank_and_world
-    from collapse_probe.report.intervention.page import write_interventions
-    from collapse_probe.report.intervention.verdict import verdicts
 
     talk = Talk(quiet)
     images, subject = options.open_subject(data, flags)
@@ -65,6 +63,9 @@ def command(
     with talk.bar(images.count) as progress:
         interventions = intervene(subject, images, **flags, progress=progress)
     if rank_and_world()[0] == 0:
+        from collapse_probe.report.intervention.page import write_interventions  # with matplotlib, only for the page
+        from collapse_probe.report.intervention.verdict import verdicts
+
         lines = [*answer_lines(verdicts(interventions)), *summary_lines({"": interventions.summary})]
         deliver(interventions, folder, write_interventions, "\n".join(lines), as_json)
         stop_if_tripped(rules, {"": interventions.summary})

@@ -41,9 +41,11 @@ def command(
     from collapse_probe.cli.console import Talk, answer
 
     from collapse_probe.analysis.merge import merge
-    from collapse_probe.report.findings.page import write_report
 
     talk = Talk(quiet)
     findings = merge(parts, allow_missing=allow_missing, device=device, command=options.command_line(), report=talk.say)
+
+    from collapse_probe.report.findings.page import write_report  # with matplotlib, which only the page needs
+
     deliver(findings, folder, write_report, answer(findings), as_json)
     stop_if_tripped(rules, {"": findings.summary})

@@ -72,7 +72,6 @@ def run(
     from collapse_probe.distributed import rank_and_world
     from collapse_probe.files import PAGE, write_with_page
     from collapse_probe.registry import RECIPES
-    from collapse_probe.report.sweep.page import write_sweep
     from collapse_probe.training.sweep import sweep
 
     talk, vary = Talk(quiet), varied(words, seeds)
@@ -102,6 +101,8 @@ def run(
         click.echo(f"interrupted; the same command with -o {folder} goes on", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     if first:
+        from collapse_probe.report.sweep.page import write_sweep  # with matplotlib, which only the page needs
+
         write_with_page(folder, result, write_sweep)
         answer = json.dumps(result.to_json(), allow_nan=False) if as_json else answer_text(result)
         click.echo(answer if as_json else f"{answer}\n\nreport: {folder / PAGE}")

@@ -37,6 +37,10 @@ FAMILIES = {  # folders with one file a thing
 FORBIDDEN = {"utils", "helpers", "common", "core", "misc"}
 LONGEST_FILE = 500
 HEAVY = ("torch", "timm", "torchvision", "matplotlib", "pandas", "numpy", "scipy")
+BESIDE_TORCH = (  # what only one step of a run needs, and is imported there
+    *("scipy.optimize", "scipy.stats", "matplotlib", "seaborn", "pandas", "jinja2", "sklearn", "skimage"),
+    *("torchmetrics", "transformers", "accelerate", "datasets", "webdataset", "fsspec", "tensorboard", "lightning"),
+)
 
 
 def modules():
@@ -127,21 +131,34 @@ def loads_none_of(code, heavy):
     return subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
 
 
-HELP = "import collapse_probe.cli.main as m\ntry:\n    m.main(['--help'])\nexcept SystemExit:\n    pass"
+def command(*words):
+    return f"import collapse_probe.cli.main as m\ntry:\n    m.main({[*words]})\nexcept SystemExit:\n    pass"
+
+
+NOWHERE = ("--data", "/no/such/folder", "-q")  # which is found out after all that a command imports before its first output
 
 
 @pytest.mark.parametrize(
     ("code", "heavy"),
     [
         ("import collapse_probe", HEAVY),
-        (HELP, HEAVY),
+        (command("--help"), HEAVY),
+        (command("analyze", "--help"), HEAVY),
         ("import collapse_probe.report.findings.page", ("torch", "timm", "torchvision")),
         ("import collapse_probe.report.comparison.page", ("torch", "timm", "torchvision")),
         ("import collapse_probe.report.intervention.page", ("torch", "timm", "torchvision")),
         ("import collapse_probe.report.sweep.page", ("torch", "timm", "torchvision")),
-        ("import collapse_probe.analysis.analyze", ("matplotlib", "seaborn", "torchmetrics")),
+        ("import collapse_probe.analysis.analyze", BESIDE_TORCH),
+        ("import collapse_probe.analysis.compare, collapse_probe.analysis.intervene", BESIDE_TORCH),
+        (command("analyze", "-m", "vit_b_32", *NOWHERE), BESIDE_TORCH),
+        (command("intervene", "-m", "vit_b_32", *NOWHERE), BESIDE_TORCH),
+        (command("compare", "vit_b_32", "vit_s_16", *NOWHERE), BESIDE_TORCH),
     ],
-    ids=["front door", "help", "findings page", "comparison page", "intervention page", "sweep page", "analysis"],
+    ids=[
+        *("front door", "help", "help of analyze", "findings page", "comparison page", "intervention page", "sweep page"),
+        *("analysis", "comparison and intervention", "analyze before its first output", "intervene before its first output"),
+        "compare before its first output",
+    ],
 )
 def test_an_import_loads_no_more_than_it_needs(code, heavy):
     loads_none_of(code, heavy)

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
@@ -325,6 +324,8 @@ class MapPairwiseCosine(PairwiseCosine):
         """
         if "between_heads" not in self.states or not self.array("between_heads")[2].any():
             return None
+        from scipy.optimize import linear_sum_assignment  # costs a tenth of the start, and is needed at the end
+
         shares, orders = np.full(self.blocks - 1, np.nan), np.full((self.blocks - 1, self.most_heads), -1)
         for pair, of_pair in enumerate(np.moveaxis(self.array("between_heads"), 1, 0)):
             heads = int(of_pair[2].any(1).sum())
