@@ -9,7 +9,10 @@ import torch
 
 from collapse_probe.analysis.measurement import Measurement, Report, RunSettings, make_metrics, need_images, plan_of
 from collapse_probe.analysis.state.records import Lowest
+from collapse_probe.capture.capture import plan_again
+from collapse_probe.capture.plan import Plan
 from collapse_probe.data.loading import Batch
+from collapse_probe.devices import choose_device, moved
 from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import ModelError
 from collapse_probe.metrics.nulls import with_twins
@@ -34,7 +37,8 @@ def with_untrained(
     A twin sees the images that the tally keeps for it, a random sample, the same for all. Where a metric has no twin, its nulls
     hold the reason.
     """
-    subject, settings, few = measurement.subject, measurement.settings, measurement.tally.twin_pixels
+    subject, plan, settings = measurement.subject, measurement.plan, measurement.settings
+    few = measurement.tally.twin_pixels
     on_images = need_images(measurement.metrics)
     reasons = dict.fromkeys(measurement.metrics, _no_twin(subject, settings))
     names = [name for name, reason in reasons.items() if not reason]
@@ -43,10 +47,11 @@ def with_untrained(
     first = settings.seed + 1
     try:
         if names:
-            twins = measure_twins(subject, names, few, settings, range(first, first + settings.null_seeds), say)
+            twins = measure_twins(subject, plan, names, few, settings, range(first, first + settings.null_seeds), say)
             deciding = [name for name in DECIDING if name in names]
             if deciding and hangs_on_twins(results):
-                more = measure_twins(subject, deciding, few, settings, range(first + len(twins), first + DECIDING_SEEDS), say)
+                others = range(first + len(twins), first + DECIDING_SEEDS)
+                more = measure_twins(subject, plan, deciding, few, settings, others, say)
     except ModelError as error:
         reasons |= dict.fromkeys(names, str(error))
     except Exception as error:  # of any kind, also out of memory: the model itself has been measured
@@ -90,8 +95,17 @@ def hangs_on_twins(results: Mapping[str, MetricResult]) -> bool:
     return any(kind in SHARED_BY for kind in kinds_of(pairs_of(bare)))
 
 
+def plan_of_twin(twin: Subject, plan: Plan, settings: RunSettings) -> Plan:
+    """The plan of the model, checked on its twin; a plan of its own for a twin that does not run as the model does."""
+    model, made = moved(twin.model, choose_device(settings.device)).eval(), twin.preprocess
+    try:
+        return plan_again(model, plan, made.size, made.channels, settings.seed)
+    except Exception:  # of any kind: the search says what is wrong, or finds what there is
+        return plan_of(twin, settings.device, settings.seed)
+
+
 def measure_twins(
-    subject: Subject, names: Sequence[str], few: Sample, settings: RunSettings, seeds: Iterable[int], say: Report
+    subject: Subject, plan: Plan, names: Sequence[str], few: Sample, settings: RunSettings, seeds: Iterable[int], say: Report
 ) -> dict[int, dict[str, MetricResult]]:
     """The numbers of the same architecture with fresh weights of some seeds, by seed, one model at a time.
 
@@ -106,9 +120,9 @@ def measure_twins(
     for seed in seeds:
         say(f"measuring the untrained twin of seed {seed}" + (f" on {len(images)} images" if images else ""))
         twin = replace(subject, model=subject.fresh(seed))
-        plan = plan_of(twin, settings.device, settings.seed)
+        own_plan = plan_of_twin(twin, plan, settings)
         bare = replace(settings, null_images=0, gallery_images=0)
-        measured = Measurement(twin, plan, make_metrics(plan, names), bare)
+        measured = Measurement(twin, own_plan, make_metrics(own_plan, names), bare)
         for first in range(0, len(own), settings.batch):
             some = own[first : first + settings.batch]
             measured.update(Batch((), tuple(name for name, _ in some), torch.stack([pixels for _, (pixels,) in some])))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +15,21 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from collapse_probe.capture.attention_operators import OperatorCall, tensors_in
 from collapse_probe.capture.blocks import notes_beside, nothing_heard
-from collapse_probe.capture.discovery import as_tokens, call_frames, make_plan, read_tap
+from collapse_probe.capture.discovery import (
+    as_tokens,
+    call_frames,
+    check_and_sketch,
+    errors_of,
+    make_plan,
+    nonfinite_place,
+    patch_shape,
+    read_tap,
+    steady_at,
+)
 from collapse_probe.capture.layers import frame_of, is_attention, read_layers
 from collapse_probe.capture.plan import Plan, SelfCheck
 from collapse_probe.capture.recorder import AttentionEvent, PassLog, Recorder
-from collapse_probe.capture.trace import Trace, expand_heads
+from collapse_probe.capture.trace import Trace
 from collapse_probe.devices import floating_like, modes_kept
 from collapse_probe.distributed import unwrap
 from collapse_probe.downloads import first_line
@@ -33,10 +43,7 @@ FLOAT32_ROW_SUM = 1e-4
 OUTPUT_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 FLOAT32_TOLERANCE = {"highest": 2e-4, "high": 5e-3, "medium": 5e-2}
 """By torch.get_float32_matmul_precision, which may replace float32 by TensorFloat32 or bfloat16."""
-CHECKED_ROWS = 8
-HIDDEN = -60.0
-"""A logit below which a key has no weight that float32 could hold beside others; masks add −100, the type's least number or
-−∞."""
+UNHEARD = "the model's forward was not called through its own __call__: nothing could be recorded"
 MOST_ROWS = 0.5
 """Of the queries of the first block, that change with one patch of the image; where more do, tokens are not told from
 channels."""
@@ -81,7 +88,7 @@ class Recording:
     def _on_forward(self, log: PassLog) -> None:
         self._last = None
         if self.plan is None:
-            raise CaptureError("the model's forward was not called through its own __call__: nothing could be recorded")
+            raise CaptureError(UNHEARD)
         came = () if log.input is None else tuple(log.input.shape[1:])
         if self.plan.input_shape and came != self.plan.input_shape:
             raise CaptureError(
@@ -136,6 +143,32 @@ def discover_plan(
     return _probe(model, (images,), {}, (torch.stack([images[0], other[1]]),), {}, seed, blocks)
 
 
+def plan_again(model: nn.Module, plan: Plan, size: tuple[int, int] = (224, 224), channels: int = 3, seed: int = 0) -> Plan:
+    """The plan of a model made as the one that `plan` is of, but with other weights: checked in one pass, not found in four.
+
+    In a captured pass over two noise images [2, channels, *size] the same attention must run in the same places, with the same
+    prefix tokens, and agree with this model's own kernels as in `discover_plan`. Raises CaptureError where it does not, and
+    NonFiniteError.
+    """
+    model, logs = unwrap(model), list[PassLog]()
+    check_module(model)
+    with torch.inference_mode(False), torch.no_grad(), _seeded(model, seed), _thorough(model, logs):
+        output = model(noise(model, size, channels, seed))
+    if not logs:
+        raise CaptureError(UNHEARD)
+    _check_finite(model, logs[0], output)
+    read_layers(plan, logs[0])
+    for tap, expected in zip(plan.taps, plan.patch_shapes, strict=True):
+        tokens = as_tokens(read_tap(tap, logs[0]), logs[0].images, tap.layout)
+        if expected is not None and patch_shape(tokens, plan.tokens, plan.prefix, logs[0]) != expected:
+            raise CaptureError(f"the tokens at the {tap.side} of {tap.path} are others than {expected} (patches, width)")
+    if plan.patch_shapes[:1] not in ((), (None,)):
+        prefix = tuple(i for i, same in enumerate(steady_at(plan.taps[0], logs[0]) or ()) if same)
+        if prefix != plan.prefix:
+            raise CaptureError(f"the prefix tokens are {prefix}, not {plan.prefix}")
+    return replace(plan, check=self_check(logs[0].events))
+
+
 def check_module(model: nn.Module) -> None:
     """Raise CaptureError for a module in which nothing can be heard."""
     kind = type(model).__name__
@@ -166,7 +199,7 @@ def _probe(
             return model(*args, **kwargs), not same(random_states(), before)
 
     def recorded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with Recorder(model, logs.append, thorough=True, on_operator=_check_and_sketch).attached(nested):
+        with _thorough(model, logs, nested):
             return run(args, kwargs)[0]
 
     with torch.inference_mode(False), torch.no_grad():
@@ -176,13 +209,8 @@ def _probe(
             raise ModelError(why_failed(model, next(tensors_in((*args, *kwargs.values())), torch.empty(0)), error)) from error
         captured = recorded(args, kwargs)
         if not logs:
-            raise CaptureError("the model's forward was not called through its own __call__: nothing could be recorded")
-        if place := _nonfinite_place(logs[0], plain):
-            raise NonFiniteError(
-                f"{type(model).__name__} gives NaN or infinite numbers for the probe's noise images: {place}; check its "
-                "weights and its precision",
-                place,
-            )
+            raise CaptureError(UNHEARD)
+        _check_finite(model, logs[0], plain)
         if not same(plain, captured):
             if same(plain, run(args, kwargs)[0]):
                 why = "the recording changed the model's output; please report this model"
@@ -201,6 +229,20 @@ def _probe(
     plan = _at_another_batch_size(model, plan, args, kwargs, nested)
     drawn = "the model draws random numbers in eval mode too: what it shows of an image changes from pass to pass"
     return replace(plan, notes=(*plan.notes, drawn)) if random else plan
+
+
+def _thorough(model: nn.Module, logs: list[PassLog], nested: bool = False) -> AbstractContextManager[Recorder]:
+    """Record passes into `logs` with all that a plan needs, each attention checked against its kernel."""
+    return Recorder(model, logs.append, thorough=True, on_operator=check_and_sketch).attached(nested)
+
+
+def _check_finite(model: nn.Module, log: PassLog, output: Any) -> None:
+    if place := nonfinite_place(log, output):
+        raise NonFiniteError(
+            f"{type(model).__name__} gives NaN or infinite numbers for the probe's noise images: {place}; check its "
+            "weights and its precision",
+            place,
+        )
 
 
 @contextmanager
@@ -375,7 +417,7 @@ def _plan_of(model: nn.Module, log: PassLog, again: PassLog, blocks: str | None 
             "another image made the model run other attention calls; a model whose depth depends on the data (early exit, "
             "random drops) cannot be analysed"
         )
-    plan = make_plan(model, log, again, _self_check(log.events), blocks)
+    plan = make_plan(model, log, again, self_check(log.events), blocks)
     if not plan.map_layers:
         owner = heard[0].attention.owner or type(model).__name__
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in plan.layers if layer.reason))
@@ -389,99 +431,10 @@ def _plan_of(model: nn.Module, log: PassLog, again: PassLog, blocks: str | None 
     return replace(plan, notes=(*plan.notes, *notes_beside(model, log, plan)))
 
 
-# ---- the self-check ----
-
-
-def _check_and_sketch(call: OperatorCall, events: list[AttentionEvent]) -> None:
-    """Check an event while its tensors are there, then keep only their shapes: a probe holds no batch of maps."""
-    for event in events:
-        event.nonfinite, event.masked = _nonfinite_heads(event), _is_masked(event)
-        event.errors = (0.0, math.nan, math.nan) if event.nonfinite else _errors(event)
-        event.sketch()
-
-
-def _is_masked(event: AttentionEvent) -> bool:
-    """Whether some keys are hidden from some queries: by the kernel's mask, or by logits that leave them no weight."""
-    a = event.attention
-    if a.causal or a.q is None:
-        return a.causal or any(bool((logits < HIDDEN).any()) for logits in event.sample)
-    return a.bias is not None and bool((~a.bias if a.bias.dtype == torch.bool else a.bias < HIDDEN).any())
-
-
-@torch.no_grad()
-def _errors(event: AttentionEvent) -> tuple[float, float, float]:
-    """Errors of the rows' sums, of A·V and of the logsumexp; NaN where there is nothing to compare with."""
-    a, kernel, output, logsumexp = event.attention, event.kernel, math.nan, math.nan
-    if len(a.shape) != 4:
-        return 0.0, output, logsumexp
-    if a.q is None:
-        assert a.probs is not None
-        return 0.0 if event.lost else _row_error(a.probs.float()), output, logsumexp
-    queries = a.shape[-2]
-    rows = slice(0, queries if kernel is not None and kernel.finish else min(CHECKED_ROWS, queries))
-    logits = a.logits(rows=rows)
-    blind = (logits == -torch.inf).all(-1)  # queries that may see nothing
-    probs = torch.softmax(logits, -1).masked_fill(blind[..., None], 0.0)
-    if a.logsumexp is not None:
-        expected = a.logsumexp[:, :, rows]
-        logsumexp = _worst((torch.logsumexp(logits, -1) - expected) / expected.abs().clamp_min(1.0), blind)
-    if kernel is not None:
-        mixed, expected = kernel.mixed(probs), kernel.out.float()
-        if kernel.finish is not None:
-            mixed, blind = kernel.finish(mixed.to(kernel.value.dtype)).float(), blind.any(1)
-        else:
-            expected = expected[:, :, rows]
-        largest = expected.masked_fill(blind[..., None], 0.0).abs().max()
-        output = _worst(mixed - expected, blind) / max(float(largest), 1e-12)
-    return _row_error(probs), output, logsumexp
-
-
-def _row_error(probs: Tensor) -> float:
-    sums = probs.sum(-1)
-    return _worst(sums - 1, (sums == 0) | ~torch.isfinite(sums))
-
-
-def _worst(difference: Tensor, blind: Tensor) -> float:
-    """The largest of some differences, but for the queries that may see nothing, of which kernels answer as they like."""
-    difference = difference[~blind]
-    return float(difference.abs().nan_to_num(torch.inf).max()) if difference.numel() else 0.0
-
-
-@torch.no_grad()
-def _nonfinite_heads(event: AttentionEvent) -> tuple[int, ...]:
-    """The heads whose products of q and k, or whose maps where these were not captured, are not finite."""
-    a = event.attention
-    if len(a.shape) != 4:
-        return ()
-    if a.q is None:
-        assert a.probs is not None
-        bad = ~torch.isfinite(a.probs).all(-1)
-        hidden = bad.all(1, keepdim=True) & ~bad.flatten(1).all(1)[:, None, None]  # a mask hides keys in all heads
-        bad = (bad & ~hidden).any(-1)
-    else:
-        assert a.k is not None
-        q, k = (torch.linalg.vector_norm(x.float(), dim=(2, 3)) for x in (a.q, expand_heads(a.k, a.q.shape[1])))
-        bad = ~torch.isfinite(q * k * a.scale)  # no logit is larger
-        if a.bias is not None and a.bias.is_floating_point():
-            bad = bad | (torch.isnan(a.bias) | torch.isposinf(a.bias)).any(-1).any(-1)
-    return tuple(torch.nonzero(bad.any(0)).flatten().tolist())
-
-
-def _nonfinite_place(log: PassLog, output: Any) -> str:
-    """Where numbers are first seen not to be finite in a pass of the probe; empty where all are."""
-    for event in log.events:
-        if event.nonfinite:
-            what = "map" if event.attention.q is None else "attention logits"
-            heads = f"head{'s' if len(event.nonfinite) > 1 else ''} {', '.join(map(str, event.nonfinite))}"
-            return f"first in the {what} of {event.attention.owner or 'the model'}, {heads}"
-    floating = (x for x in tensors_in((output,)) if x.is_floating_point() and not x.is_nested)
-    return "in its output" if any(bool((torch.isnan(x) | torch.isposinf(x)).any()) for x in floating) else ""
-
-
-def _self_check(events: list[AttentionEvent]) -> SelfCheck:
+def self_check(events: list[AttentionEvent]) -> SelfCheck:
     worst = [math.nan] * 3
     for event in events:
-        errors = event.errors or _errors(event)
+        errors = event.errors or errors_of(event)
         a = event.attention
         kind = a.q.dtype if a.q is not None else torch.float32
         tolerance = OUTPUT_TOLERANCE.get(kind, FLOAT32_TOLERANCE[torch.get_float32_matmul_precision()])

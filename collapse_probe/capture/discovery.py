@@ -1,13 +1,17 @@
-"""From the log of one forward pass to the plan: whose attention it is, and where tokens are read."""
+"""From the log of one forward pass to the plan: whose attention it is, where tokens are read, whether it is the model's."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from collapse_probe.capture.attention_operators import OperatorCall, tensors_in
 from collapse_probe.capture.blocks import Span, block_paths, chains, unheard_blocks
 from collapse_probe.capture.layers import (
     MOST_ADDED_TOKENS,
@@ -23,8 +27,13 @@ from collapse_probe.capture.layers import (
 from collapse_probe.capture.plan import Frame, Layer, Plan, SelfCheck, Tap
 from collapse_probe.capture.recorder import AttentionEvent, PassLog, steady_tokens
 from collapse_probe.capture.softmax_tracking import BY_HAND
+from collapse_probe.capture.trace import expand_heads
 from collapse_probe.errors import CaptureError
 
+CHECKED_ROWS = 8
+HIDDEN = -60.0
+"""A logit below which a key has no weight that float32 could hold beside others; masks add −100, the type's least number or
+−∞."""
 LONGEST_PATCH = 4
 """How many times as long as wide a patch may be, for a module's output to be taken for the grid of patches."""
 _SEQUENCES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -115,7 +124,7 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
     outputs = [after[frame] for frame in blocks]
     taps = (inputs[blocks[0]], *outputs) if blocks else ()
     first = _tokens_at(taps[0], log) if taps else None
-    steady = _steady_at(taps[0], log) if taps else None
+    steady = steady_at(taps[0], log) if taps else None
     latents = _of_latents(blocks, feeds, inputs, log)
     prefix = () if steady is None or latents[0] else tuple(i for i, same in enumerate(steady) if same)
     tokens, width = (0, 0) if first is None else (first.shape[1], first.shape[2])
@@ -125,7 +134,7 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
     images = log.input if log.input is not None and log.input.ndim == 4 else None
     grid = _grid(tokens - len(prefix), log, _calls_in(blocks[0], log)[0]) if blocks and not latents[0] else None
     shapes = tuple(
-        None if of_latents else _patch_shape(_tokens_at(tap, log), tokens, prefix, log)
+        None if of_latents else patch_shape(_tokens_at(tap, log), tokens, prefix, log)
         for tap, of_latents in zip(taps, [*latents[:1], *latents], strict=True)
     )
     return Plan(
@@ -201,7 +210,7 @@ def _first_call(frame: Frame, log: PassLog) -> Frame:
     return call.path, call.number
 
 
-def _steady_at(tap: Tap, log: PassLog) -> list[bool] | None:
+def steady_at(tap: Tap, log: PassLog) -> list[bool] | None:
     """Which positions where the tap points are the same for different images, and so do not come from the image."""
     for call in log.calls:
         if (call.path, call.number) == (tap.path, tap.call):
@@ -231,7 +240,7 @@ def _of_latents(blocks: Sequence[Frame], feeds: Sequence[bool], inputs: dict[Fra
         if i and feeds[i - 1]:
             of_latents.append(of_latents[-1])
             continue
-        steady, tokens = _steady_at(inputs[frame], log), _lengths_at(inputs[frame], log)
+        steady, tokens = steady_at(inputs[frame], log), _lengths_at(inputs[frame], log)
         reads, before = Span.of(*frame, log).read, log.calls[: _calls_in(frame, log)[0]]
         attending = {f for event in log.events for f in event.stack}
         readers = [c for c in before if c.steady and all(c.steady) and c.bit & reads and (c.path, c.number) in attending]
@@ -307,7 +316,7 @@ def _output_place(frame: Frame, log: PassLog) -> Tap:
     return Tap(*group[-1], "output")
 
 
-def _patch_shape(tokens_BND: Tensor | None, tokens: int, prefix: tuple[int, ...], log: PassLog) -> tuple[int, int] | None:
+def patch_shape(tokens_BND: Tensor | None, tokens: int, prefix: tuple[int, ...], log: PassLog) -> tuple[int, int] | None:
     """Patches and width, without prefix tokens and those that were added on the way in front; None where the patches cannot be
     told from other tokens.
 
@@ -374,3 +383,92 @@ def _rectangle(patches: int, images: Tensor | None) -> tuple[int, int] | None:
 def call_frames(taps: Sequence[Tap]) -> frozenset[Frame]:
     """The module calls that a recording with a plan has to watch."""
     return frozenset((tap.path, tap.call) for tap in taps)
+
+
+# ---- the self-check ----
+
+
+def check_and_sketch(call: OperatorCall, events: list[AttentionEvent]) -> None:
+    """Check an event while its tensors are there, then keep only their shapes: a probe holds no batch of maps."""
+    for event in events:
+        event.nonfinite, event.masked = _nonfinite_heads(event), _is_masked(event)
+        event.errors = (0.0, math.nan, math.nan) if event.nonfinite else errors_of(event)
+        event.sketch()
+
+
+def _is_masked(event: AttentionEvent) -> bool:
+    """Whether some keys are hidden from some queries: by the kernel's mask, or by logits that leave them no weight."""
+    a = event.attention
+    if a.causal or a.q is None:
+        return a.causal or any(bool((logits < HIDDEN).any()) for logits in event.sample)
+    return a.bias is not None and bool((~a.bias if a.bias.dtype == torch.bool else a.bias < HIDDEN).any())
+
+
+@torch.no_grad()
+def errors_of(event: AttentionEvent) -> tuple[float, float, float]:
+    """Errors of the rows' sums, of A·V and of the logsumexp; NaN where there is nothing to compare with."""
+    a, kernel, output, logsumexp = event.attention, event.kernel, math.nan, math.nan
+    if len(a.shape) != 4:
+        return 0.0, output, logsumexp
+    if a.q is None:
+        assert a.probs is not None
+        return 0.0 if event.lost else _row_error(a.probs.float()), output, logsumexp
+    queries = a.shape[-2]
+    rows = slice(0, queries if kernel is not None and kernel.finish else min(CHECKED_ROWS, queries))
+    logits = a.logits(rows=rows)
+    blind = (logits == -torch.inf).all(-1)  # queries that may see nothing
+    probs = torch.softmax(logits, -1).masked_fill(blind[..., None], 0.0)
+    if a.logsumexp is not None:
+        expected = a.logsumexp[:, :, rows]
+        logsumexp = _worst((torch.logsumexp(logits, -1) - expected) / expected.abs().clamp_min(1.0), blind)
+    if kernel is not None:
+        mixed, expected = kernel.mixed(probs), kernel.out.float()
+        if kernel.finish is not None:
+            mixed, blind = kernel.finish(mixed.to(kernel.value.dtype)).float(), blind.any(1)
+        else:
+            expected = expected[:, :, rows]
+        largest = expected.masked_fill(blind[..., None], 0.0).abs().max()
+        output = _worst(mixed - expected, blind) / max(float(largest), 1e-12)
+    return _row_error(probs), output, logsumexp
+
+
+def _row_error(probs: Tensor) -> float:
+    sums = probs.sum(-1)
+    return _worst(sums - 1, (sums == 0) | ~torch.isfinite(sums))
+
+
+def _worst(difference: Tensor, blind: Tensor) -> float:
+    """The largest of some differences, but for the queries that may see nothing, of which kernels answer as they like."""
+    difference = difference[~blind]
+    return float(difference.abs().nan_to_num(torch.inf).max()) if difference.numel() else 0.0
+
+
+@torch.no_grad()
+def _nonfinite_heads(event: AttentionEvent) -> tuple[int, ...]:
+    """The heads whose products of q and k, or whose maps where these were not captured, are not finite."""
+    a = event.attention
+    if len(a.shape) != 4:
+        return ()
+    if a.q is None:
+        assert a.probs is not None
+        bad = ~torch.isfinite(a.probs).all(-1)
+        hidden = bad.all(1, keepdim=True) & ~bad.flatten(1).all(1)[:, None, None]  # a mask hides keys in all heads
+        bad = (bad & ~hidden).any(-1)
+    else:
+        assert a.k is not None
+        q, k = (torch.linalg.vector_norm(x.float(), dim=(2, 3)) for x in (a.q, expand_heads(a.k, a.q.shape[1])))
+        bad = ~torch.isfinite(q * k * a.scale)  # no logit is larger
+        if a.bias is not None and a.bias.is_floating_point():
+            bad = bad | (torch.isnan(a.bias) | torch.isposinf(a.bias)).any(-1).any(-1)
+    return tuple(torch.nonzero(bad.any(0)).flatten().tolist())
+
+
+def nonfinite_place(log: PassLog, output: Any) -> str:
+    """Where numbers are first seen not to be finite in a pass of the probe; empty where all are."""
+    for event in log.events:
+        if event.nonfinite:
+            what = "map" if event.attention.q is None else "attention logits"
+            heads = f"head{'s' if len(event.nonfinite) > 1 else ''} {', '.join(map(str, event.nonfinite))}"
+            return f"first in the {what} of {event.attention.owner or 'the model'}, {heads}"
+    floating = (x for x in tensors_in((output,)) if x.is_floating_point() and not x.is_nested)
+    return "in its output" if any(bool((torch.isnan(x) | torch.isposinf(x)).any()) for x in floating) else ""

@@ -26,14 +26,19 @@ from collapse_probe.capture.softmax_tracking import (
 from collapse_probe.capture.trace import Attention
 from collapse_probe.errors import CaptureError
 
+FIRST_CHANNELS = 4
+
 
 def steady_tokens(tokens: Tensor | None, images: int) -> list[bool] | None:
     """Which positions of [B, N, D] or [N, B, D] are bitwise the same for all images; None for other shapes."""
     if tokens is None or tokens.is_nested or tokens.ndim != 3 or images < 2 or images not in tokens.shape[:2]:
         return None
     tokens = tokens if len(tokens) == images else tokens.transpose(0, 1)
-    steady: list[bool] = (tokens == tokens[:1]).all(2).all(0).tolist()
-    return steady
+    steady = (tokens[1:, :, :FIRST_CHANNELS] == tokens[:1, :, :FIRST_CHANNELS]).all(2).all(0)
+    if bool(steady.any()):  # the other channels are looked at only where these are the same
+        steady = steady & (tokens[1:] == tokens[:1]).all(2).all(0)
+    found: list[bool] = steady.tolist()
+    return found
 
 
 def weights_of(module: nn.Module) -> Iterator[Tensor]:
@@ -243,7 +248,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.counts[path] = number + 1
         call, log = ModuleCall(path, number, self.frames()), self.log
         kept = self.thorough or (path, number) in self.watched
-        given = [x.detach() for x in tensors_in(args)] if kept or log.input is None else []
+        given: list[Tensor] = []
+        if kept or log.input is None:
+            with self.paused():  # these operators are the recorder's own
+                given = [x.detach() for x in tensors_in(args)]
         first = next(
             (x for x in given if log.images and not x.is_nested and x.ndim > 2 and log.images in x.shape[:2]),
             given[0] if given else None,
@@ -254,7 +262,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             call.input = first
             call.entered = 0 if first is None else self.lineage.get(storage_of(first), 0)
             if self.on_operator is not None:
-                call.steady, call.input = steady_tokens(first, log.images), sketch(first)
+                with self.paused():
+                    call.steady, call.input = steady_tokens(first, log.images), sketch(first)
             call.bit = 1 << len(log.calls)
             log.calls.append(call)
         self.stack.append(call)
@@ -272,7 +281,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for result in tensors_in((output,)) if self.thorough else ():
             self.lineage[storage_of(result)] = self.lineage.get(storage_of(result), 0) | call.bit
         if self.thorough or (path, call.number) in self.watched:
-            call.output = _detached(output) if self.on_operator is None else sketch(_detached(output))
+            with self.paused():
+                call.output = _detached(output) if self.on_operator is None else sketch(_detached(output))
         if not self.stack and sys.exc_info()[1] is self.error_before:
             self.log.output, log = output, self.log
             log.again = self.products.again

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy_models import SIZE, Block, Encoder, Matmul, Projected, ToyViT, toy
 
-from collapse_probe.capture import attention_operators, capture
+from collapse_probe.capture import attention_operators, discovery
 from collapse_probe.capture.capture import discover_plan
 from collapse_probe.errors import CaptureError
 
@@ -64,12 +64,12 @@ def test_the_self_check_bites_on_fast_paths(monkeypatch, fast_path):
 
 
 def test_the_self_check_bites_on_rows_that_do_not_sum_to_one(monkeypatch):
-    errors = capture._errors
+    errors = discovery.errors_of
 
     def wrong(event):
         event.attention.probs = event.attention.probs * 1.01
         return errors(event)
 
-    monkeypatch.setattr(capture, "_errors", wrong)
+    monkeypatch.setattr(discovery, "errors_of", wrong)
     with pytest.raises(CaptureError, match=r"rows sum to one within 1\.0e-02"):
         discover_plan(toy(Matmul), SIZE)
