@@ -31,7 +31,7 @@ STATES = ".state"
 MANIFEST_SCHEMA = "collapse-probe/manifest/1"
 DOCUMENTS = ("findings.json", "comparison.json", "interventions.json", "sweep.json")
 ARRAYS = ("images.npz", "gallery.npz")
-PAGE, FIGURE_FOLDER, SUBJECT_FOLDER = "report.html", "figures", "subjects"
+PAGE, FIGURE_FOLDER, SUBJECT_FOLDER, MADE_BY = "report.html", "figures", "subjects", "collapse-probe"
 NAMES = (*DOCUMENTS, *ARRAYS, "matrices.npz", "blocks.csv", "table.csv", PAGE, MANIFEST)
 TEMPORARY = re.compile(r".*\.tmp-(\d+)-(.*)-[^-]+")
 
@@ -354,8 +354,9 @@ def _unlisted(folder: Path) -> dict[str, Any]:
     listed: dict[str, Any] = {"schema": MANIFEST_SCHEMA, "run": None, "numbers": {}, "page": {}}
     if document is None:
         return listed
-    figures = [f for f in (folder / FIGURE_FOLDER).glob("*.svg") if f.with_suffix(".png").exists()]
-    page = [folder / PAGE, *figures, *(figure.with_suffix(".png") for figure in figures)]
+    drawn = {path for path in (folder / FIGURE_FOLDER).glob("*.*") if path.is_file()}
+    pairs = {path for path in drawn if {path.with_suffix(".svg"), path.with_suffix(".png")} <= drawn}  # as they once were
+    page = [folder / PAGE, *sorted(pairs | {path for path in drawn if MADE_BY.encode() in path.read_bytes()[:400]})]
     subjects = [path for path in (folder / SUBJECT_FOLDER).glob("*/*") if path.name in NAMES]
     numbers = [*(folder / name for name in NAMES if name != PAGE), *subjects]
     for part, paths in (("numbers", numbers), ("page", page)):

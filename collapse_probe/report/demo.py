@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from collapse_probe.files import PAGE
 from collapse_probe.report.comparison.figures import FIGURES
 from collapse_probe.report.comparison.page import write_comparison
-from collapse_probe.report.html import Caption, Plate, Table, paper, plate_of, plates_of, write_page
+from collapse_probe.report.html import Drawing, Figure, Table, draw_figures, paper, plates_of, write_page
 from collapse_probe.report.intervention.page import write_interventions
-from collapse_probe.report.style import DISTINCT, MARKERS, NARROW, WIDE, Role, curve, drawn, over_blocks, sheet
+from collapse_probe.report.sheet import Sheet
+from collapse_probe.report.style import DISTINCT, MARKERS, Role, charts, curve, drawn, over_blocks, panels
 from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.intervention import Effect, Interventions
 from collapse_probe.results.rules import BY_NAME, CONTROL_COLLAPSED, CONTROL_MIXED, RAW_ABOVE, SHARES_ATTENTION
@@ -38,12 +38,6 @@ COLUMNS = {
     "entropy, share": "attention_entropy_share",
     "patch diversity": "patch_diversity_last",
 }
-SHARING = Caption(
-    "What the maps are worth",
-    "Accuracy when block b and all blocks above it use the attention map of the block below b: on the left all blocks share "
-    "the map of the first, on the right only the last one shares.",
-    "The models were not trained with shared maps; a model that was might lose less.",
-)
 
 
 @dataclass(frozen=True)
@@ -157,24 +151,25 @@ def write_demonstration(demonstration: Demonstration, folder: Path, spread: Mapp
             interventions.write(below)
             write_interventions(interventions, below)
             links[f"the {pair}, {label}: its maps replaced"] = f"{inside.name}/{below.name}/{PAGE}"
-    figures = {width: sharing_figure(demonstration, width) for width in (WIDE, NARROW)}
-    page = render(demonstration, links, spread, plate_of("sharing", figures[WIDE], figures[NARROW], SHARING))
-    return write_page(folder, {"sharing": figures[WIDE]}, page)
+    figures = draw_figures({"sharing": SHARING}, demonstration)
+    return write_page(folder, figures, render(demonstration, links, spread, figures))
 
 
-def render(demonstration: Demonstration, links: Mapping[str, str], spread: Mapping[str, Any], sharing: Plate) -> str:
-    """The page; `links` are the further pages by their names."""
+def render(
+    demonstration: Demonstration, links: Mapping[str, str], spread: Mapping[str, Any], figures: Mapping[str, Figure]
+) -> str:
+    """The page; `links` are the further pages by their names, `figures` hold what sharing costs."""
     plates = []
     for pair in PAIRS:  # the heatmaps, and the similarity of neighbouring blocks at weights and probs
         drawings = {f"{pair}-{name}".replace(" ", "-"): FIGURES[name] for name in ("matrices", "adjacent")}
-        plates.append(plates_of(drawings, demonstration.comparisons[pair]))
+        plates.append(plates_of(drawings, draw_figures(drawings, demonstration.comparisons[pair])))
     control, ordinary = plates
     first = next(iter(demonstration.comparisons.values()))
     return paper(
         "demo.html",
         images=first.subjects[first.first].data["images"],
         chapters=chapters(demonstration),
-        plates=[control[:1], control[1:], ordinary, [sharing]],
+        plates=[control[:1], control[1:], ordinary, plates_of({"sharing": SHARING}, figures)],
         table=_table(demonstration),
         links=links,
         models=_models(spread),
@@ -195,10 +190,9 @@ def _table(demonstration: Demonstration) -> Table:
 
 
 @drawn
-def sharing_figure(demonstration: Demonstration, width: float) -> Figure:
+def sharing_figure(demonstration: Demonstration) -> Sheet:
     """Accuracy of all four models when the upper blocks share one map."""
-    figure = sheet(width, 3.6)
-    axes = figure.subplots()
+    (axes,) = panels(1, tall=3.2)
     lines = {f"{pair}, {label}": i for pair, models in demonstration.sharing.items() for label, i in models.items()}
     for place, (name, interventions) in enumerate(lines.items()):
         effects = sorted(interventions.cumulative["share"], key=lambda effect: min(effect.blocks))
@@ -206,10 +200,18 @@ def sharing_figure(demonstration: Demonstration, width: float) -> Figure:
         y = np.array([effect.accuracy for effect in effects], dtype=np.float64)
         curve(axes, x, y, Role(name, DISTINCT[place], marker=MARKERS[place], width=1.8))
     axes.set(ylim=(0, 1.02), ylabel="accuracy")
-    over_blocks(axes, x, "lowest block that shares the map below it", 8 if width == NARROW else 16)
+    over_blocks(axes, x, "lowest block that shares the map below it", 12)
     axes.grid(axis="y")
-    axes.legend(frameon=False, loc="lower right")
-    return figure
+    return charts([axes])
+
+
+SHARING = Drawing(
+    "What the maps are worth",
+    "Accuracy when block b and all blocks above it use the attention map of the block below b: on the left all blocks share "
+    "the map of the first, on the right only the last one shares.",
+    "The models were not trained with shared maps; a model that was might lose less.",
+    sharing_figure,
+)
 
 
 def _models(spread: Mapping[str, Any]) -> list[tuple[str, str]]:

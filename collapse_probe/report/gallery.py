@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, ListedColormap, Normalize
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from PIL import Image
 
-from collapse_probe.report.style import NARROW, WIDE, colour_bar, drawn, printable
+from collapse_probe.report.colours import SHADES, Ramp, ramp
+from collapse_probe.report.photographs import Album, Photographs, Pixels, resized
+from collapse_probe.report.style import printable
 from collapse_probe.results.findings import Findings, Gallery
 from collapse_probe.statistics.intervals import Array
 
-Pixels = NDArray[np.uint8]
 FOLD = 8.0  # the scale runs from 1/8 to 8 times uniform attention
 MOST_PICTURES, MOST_ROLLED = 4, 2
-GAP, TITLE, FOOT = 0.05, 0.34, 0.75  # inches
-PER_INCH = 160  # pixels of the photographs
-COLOURS = LinearSegmentedColormap.from_list("less-more", ["#1d4f9c", "#6ea4da", "#f2f2f2", "#f39a3b", "#b3200c"])
-LABEL = {"boxstyle": "square,pad=0.15", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
+TILE, SMALL_TILE, MANY = 150, 116, 12  # pixels of a map's longer side, and where there are more blocks than MANY
+COLOURS = ramp("1d4f9c 6ea4da f2f2f2 f39a3b b3200c")
 ATTENTION = "attention to a patch, times uniform attention (1/N)"
 ROLLOUT = "rollout from a patch, times an even share (1/N)"
 STRENGTH = (0.72, 0.9)  # how far the strongest blue, the strongest red covers the picture
+PLACES = np.linspace(-1.0, 1.0, SHADES)
+COVER = np.where(PLACES < 0, STRENGTH[0], STRENGTH[1]) * np.abs(PLACES)
+"""How far each position covers the picture."""
 
 
 @dataclass(frozen=True)
@@ -65,122 +64,60 @@ def spread_of(maps: Array) -> Spread:
     return Spread(True, math.ceil(reach / step) * step)
 
 
-def overlay(picture: Pixels, positions: Array) -> Pixels:
-    """`positions` [rows, columns] in −1 … 1, coloured and laid over the grey `picture` [height, width, 3]."""
+def overlays(picture: Pixels, maps: Iterable[Array]) -> list[Pixels]:
+    """Each of `maps` [rows, columns], positions in −1 … 1, coloured and laid over the grey `picture` [height, width, 3]."""
     height, width = picture.shape[:2]
-    grey = picture.astype(np.float64) @ np.array([0.299, 0.587, 0.114]) / 255
-    base = np.repeat(0.38 + 0.6 * grey[..., None], 3, axis=2)
-    small = Image.fromarray(np.nan_to_num(positions).astype(np.float32))
-    smooth = np.asarray(small.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float64)
-    return np.asarray(_blend(base, smooth) * 255, dtype=np.uint8)
+    grey = picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    base = (0.38 * 255 + 0.6 * grey)[..., None]
+    colours = (COLOURS.table * COVER[:, None]).astype(np.float32)
+    clear = (1 - COVER).astype(np.float32)[:, None]
+    found = []
+    for positions in maps:
+        small = Image.fromarray(np.nan_to_num(positions).astype(np.float32))
+        smooth = np.asarray(small.resize((width, height), Image.Resampling.BILINEAR))
+        at = COLOURS.index((smooth + 1) / 2)
+        found.append((base * clear[at] + colours[at]).astype(np.uint8))
+    return found
 
 
-def _blend(base: Array, positions: Array) -> Array:
-    colour = COLOURS((positions + 1) / 2)[..., :3]
-    cover = np.where(positions < 0, STRENGTH[0], STRENGTH[1])[..., None] * np.abs(positions)[..., None]
-    return np.asarray(base * (1 - cover) + colour * cover)
+def _over_grey() -> Ramp:
+    """How positions look over a picture that is evenly grey."""
+    mixed = 0.75 * 255 * (1 - COVER[:, None]) + COLOURS.table * COVER[:, None]
+    return Ramp(tuple("{:02x}{:02x}{:02x}".format(*each) for each in mixed.round().astype(int).tolist()))
 
 
-SHADES = ListedColormap(_blend(np.full((256, 3), 0.75), np.linspace(-1.0, 1.0, 256)))
-"""How positions look over a picture that is evenly grey."""
+SHADES_OVER_GREY = _over_grey()
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the tiles of one picture stand, in inches.
-
-    The picture takes two by two tiles; the maps stand right of it in rows of `columns`, or flow around it.
-    """
-
-    width: float
-    columns: int
-    rows: int
-    tile: float
-    tall: float
-    around: bool
-
-    @classmethod
-    def of(cls, blocks: int, shape: tuple[int, ...], narrow: bool) -> Layout:
-        """The layout for so many blocks of pictures of `shape` (height, width); they flow when narrow."""
-        width = NARROW if narrow else WIDE
-        columns = 4 if narrow else (8 if blocks > 12 else max(min(6, blocks), 4))
-        across = columns if narrow else columns + 2
-        rows = -(-(blocks + 4 * narrow) // columns)  # the picture takes the place of four maps
-        tile = (width - 0.2 - GAP * across) / across
-        return cls(width, columns, max(rows, 2), tile, tile * shape[0] / shape[1], narrow)
-
-    @property
-    def height(self) -> float:
-        """Inches that one picture takes with all its maps."""
-        return TITLE + self.rows * (self.tall + GAP) + 0.1
-
-    def map_corner(self, block: int) -> tuple[float, float]:
-        """Left and top of the map of `block`."""
-        if self.around:
-            row, column = divmod(block + 4, 4) if block >= 4 else (block // 2, block % 2 + 2)
-        else:
-            row, column = divmod(block, self.columns)
-            column += 2
-        return 0.1 + column * (self.tile + GAP), TITLE + row * (self.tall + GAP)
-
-
-@drawn
-def attention_gallery(findings: Findings, narrow: bool = False) -> Figure | None:
+def attention_gallery(findings: Findings) -> Photographs | None:
     """Each picture and then the map of every block that has one over the picture, all on one scale."""
     gallery = findings.gallery
-    return _laid_over(findings, gallery, narrow, ATTENTION) if gallery is not None and gallery.names else None
+    return _laid_over(findings, gallery, ATTENTION) if gallery is not None and gallery.names else None
 
 
-@drawn
-def rollout_gallery(findings: Findings, narrow: bool = False) -> Figure | None:
+def rollout_gallery(findings: Findings) -> Photographs | None:
     """Each picture and then, laid over it, what attention rollout has gathered up to every block."""
     gallery = findings.gallery
     if gallery is None or gallery.rollouts is None or not gallery.names:
         return None
-    return _laid_over(findings, replace(gallery, maps=gallery.rollouts[:MOST_ROLLED]), narrow, ROLLOUT)
+    return _laid_over(findings, replace(gallery, maps=gallery.rollouts[:MOST_ROLLED]), ROLLOUT)
 
 
-def _laid_over(findings: Findings, gallery: Gallery, narrow: bool, unit: str) -> Figure:
+def _laid_over(findings: Findings, gallery: Gallery, unit: str) -> Photographs:
     maps = times_uniform(findings, gallery)[:MOST_PICTURES]
-    spread = spread_of(maps)
-    layout = Layout.of(maps.shape[1], gallery.pictures.shape[1:3], narrow)
-    height = layout.height * len(maps) + FOOT
-    figure = Figure(figsize=(layout.width, height))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, layout.width), ylim=(height, 0))
-    axes.set_axis_off()
+    spread, blocks = spread_of(maps), maps.shape[1]
+    album = Album(8 if blocks > MANY else max(min(6, blocks), 4), tile_of(gallery.pictures.shape[1:3], blocks), large=True)
     for at, positions in enumerate(spread.place(maps)):
-        _strip(axes, layout, at * layout.height, gallery, at, positions)
-    colour_bar(figure, Normalize(-1, 1), SHADES, unit, spread.ticks)
-    return figure
+        name, picture = printable(gallery.names[at], 90), gallery.pictures[at]
+        album.heading(name)
+        tiles = overlays(resized(picture, (album.wide, album.tall)), positions)
+        album.strip(name, "", picture, tiles, gallery.blocks or range(blocks))
+    album.bar(SHADES_OVER_GREY, spread.ticks, unit)
+    return album.photographs()
 
 
-def _strip(axes: Axes, layout: Layout, top: float, gallery: Gallery, at: int, positions: Array) -> None:
-    """Picture `at` of the gallery with its maps, `top` inches down; `positions` [blocks, rows, columns]."""
-    picture, numbers = gallery.pictures[at], gallery.blocks or range(len(positions))
-    name = printable(gallery.names[at], 36 if layout.around else 90)
-    axes.text(0.1, top + TITLE - 0.08, name, fontsize=9, va="bottom", parse_math=False)
-    canvas = np.full((_pixels(layout.height), _pixels(layout.width), 3), 255, dtype=np.uint8)
-    _paste(canvas, picture, 0.1, TITLE, 2 * layout.tile + GAP, 2 * layout.tall + GAP)
-    small = _resized(picture, layout.tall, layout.tile)
-    for place, (block, one) in enumerate(zip(numbers, positions, strict=True)):
-        left, down = layout.map_corner(place)
-        _paste(canvas, overlay(small, one), left, down, layout.tile, layout.tall)
-        axes.text(left + 0.035, top + down + 0.035, str(block), fontsize=7, va="top", bbox=LABEL)
-    extent = (0.0, canvas.shape[1] / PER_INCH, top + canvas.shape[0] / PER_INCH, top)
-    axes.imshow(canvas, extent=extent, aspect="auto", interpolation="antialiased", zorder=0)
-
-
-def _pixels(inches: float) -> int:
-    return max(round(inches * PER_INCH), 1)
-
-
-def _resized(picture: Pixels, tall: float, wide: float) -> Pixels:
-    size = (_pixels(wide), _pixels(tall))
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS), dtype=np.uint8)
-
-
-def _paste(canvas: Pixels, tile: Pixels, left: float, top: float, wide: float, tall: float) -> None:
-    fitted = _resized(tile, tall, wide)
-    y, x = _pixels(top), _pixels(left)
-    canvas[y : y + fitted.shape[0], x : x + fitted.shape[1]] = fitted
+def tile_of(shape: tuple[int, ...], blocks: int) -> tuple[int, int]:
+    """Width and height in pixels of a map over a picture of `shape` (height, width)."""
+    side = TILE if blocks <= MANY else SMALL_TILE
+    height, width = shape
+    return max(round(side * min(width / height, 1.0)), 1), max(round(side * min(height / width, 1.0)), 1)

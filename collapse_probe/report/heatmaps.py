@@ -1,27 +1,26 @@
-"""Matrices as heatmaps on fixed scales, so that two models can be compared by eye."""
+"""Matrices as heatmaps on fixed scales, so that two models can be compared by eye; each cell says its numbers."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from html import escape
 
 import numpy as np
-import seaborn
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from collapse_probe.report.style import HATCH, INK, MUTED, NARROW, PAPER, WIDE, sheet, whole_ticks
+from collapse_probe.report.colours import MAKO, VLAG, Ramp
+from collapse_probe.report.sheet import INK, LETTER, SWATCH, Key, Sheet, coordinate, words
 from collapse_probe.statistics.intervals import Array
 
-MOST_NUMBERED = 16  # more cells a side than this leave no room for a number in each
-SMALLEST_NUMBER = 4.6  # points
+MOST_NUMBERED = 13  # cells a side, twelve blocks and one depth: more leave no room for a number in each
+SMALLEST_NUMBER = 7.0  # pixels
+LEFT, RIGHT, TOP, BOTTOM = 44.0, 46.0, 30.0, 38.0  # pixels around a matrix
+LINE = 15.0  # pixels from line to line of a title
+WIDTH, SLIM, MANY = 390.0, 290.0, 2  # of a panel, that of a phone; where more than so many stand in a row
+HATCH, PAPER = "#b9c1c8", "#eef1f3"  # an undefined cell
 UNDEFINED = "hatched: not compared, or undefined (as κ is wherever the other-token null is 1)"
 
 
@@ -31,18 +30,24 @@ class Scale:
 
     low: float
     high: float
-    colours: Colormap
+    colours: Ramp
+
+    def index(self, values: Array) -> NDArray[np.intp]:
+        """The shade of each value."""
+        return self.colours.index((values - self.low) / (self.high - self.low))
 
 
-WHOLE = seaborn.color_palette("mako_r", as_cmap=True)
-# without the darkest end, where differences near 1 drown in black
-UNSIGNED = Scale(0.0, 1.0, ListedColormap(WHOLE(np.linspace(0.0, 0.82, 256)), name="mako_r-to-0.82"))
-SIGNED = Scale(-1.0, 1.0, seaborn.color_palette("vlag", as_cmap=True))
+UNSIGNED = Scale(0.0, 1.0, MAKO.upto(0.82))  # without the darkest end, where differences near 1 drown in black
+SIGNED = Scale(-1.0, 1.0, VLAG)
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One matrix to draw: `values` [rows, columns], NaN where undefined; a dot in every cell that is `marked` says `mark`."""
+class Heatmap:
+    """One matrix to draw: `values` [rows, columns], NaN where undefined; a dot in every cell that is `marked` says `mark`.
+
+    `beside` holds further numbers of each cell by their names, [rows, columns] or intervals [rows, columns, 2]; they stand in
+    what a cell says when it is pointed at.
+    """
 
     values: Array
     title: str
@@ -51,6 +56,178 @@ class Panel:
     columns: str = "block"
     marked: NDArray[np.bool_] | None = None
     mark: str = ""
+    beside: Mapping[str, Array] = field(default_factory=dict)
+    square: bool = True
+    width: float = WIDTH
+
+    @property
+    def cell(self) -> tuple[float, float]:
+        """Width and height of a cell in pixels."""
+        rows, columns = self.values.shape
+        wide = (self.width - LEFT - RIGHT) / max(columns, rows if self.square else 1)
+        return wide, wide if self.square else min(max(14.0, 60.0 / rows), 200.0 / rows)
+
+    @property
+    def lines(self) -> list[str]:
+        """The title in lines that fit."""
+        return textwrap.wrap(self.title, int((self.width - LEFT) / (LETTER * 12)))[:3]
+
+    @property
+    def top(self) -> float:
+        """Pixels above the matrix."""
+        return TOP + LINE * max(len(self.lines) - 1, 0)
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height in pixels."""
+        return self.width, self.top + self.values.shape[0] * self.cell[1] + BOTTOM
+
+    @property
+    def label(self) -> str:
+        """What it shows, in words."""
+        known = self.values[np.isfinite(self.values)]
+        ends = f"from {cell_number(known.min())} to {cell_number(known.max())}" if known.size else "undefined everywhere"
+        rows, columns = self.values.shape
+        return f"{self.title}: {self.rows} × {self.columns}, {rows} by {columns} cells, {ends}"
+
+    def body(self, name: str) -> str:
+        """Cells with what they say, numbers where they fit, dots, axes, and the colour bar."""
+        (wide, tall), (rows, columns) = self.cell, self.values.shape
+        width, height = wide * columns, tall * rows
+        parts = [words(line, LEFT, 16 + LINE * at, size=12) for at, line in enumerate(self.lines)]
+        parts.append(f'<g transform="translate({coordinate(LEFT)} {coordinate(self.top)})">')
+        parts += [hatched(name, width, height)] if not np.isfinite(self.values).all() else []
+        parts.append(f'<g transform="scale({wide:.6g} {tall:.6g})" shape-rendering="crispEdges">{self._cells()}</g>')
+        parts += [self._numbers(), self._dots(), self._axes(width, height), self._bar(width, height), "</g>"]
+        return "".join(parts)
+
+    def _cells(self) -> str:
+        codes, shades = self.scale.colours.codes, self.scale.index(self.values)
+        says = self._says()
+        rows, columns = self.values.shape
+        whole = np.isfinite(self.values).tolist()
+        return "".join(
+            f'<path fill="{codes[shades[r, c]]}" d="M{c} {r}h1v1h-1z"><title>{says[r][c]}</title></path>'
+            if whole[r][c]
+            else f'<path fill="none" pointer-events="all" d="M{c} {r}h1v1h-1z"><title>{says[r][c]}</title></path>'
+            for r in range(rows)
+            for c in range(columns)
+        )
+
+    def _says(self) -> list[list[str]]:
+        """What each cell says: where it is, its number, and those of `beside` that are defined."""
+        down, along = (escape(axis.partition(" (")[0]) for axis in (self.rows, self.columns))
+        same = down == along
+        columns: list[tuple[str, list[list[str]]]] = [("", _texts(self.values))]
+        columns += [(f"{escape(name)} ", _texts(values)) for name, values in self.beside.items()]
+        found = []
+        for r in range(self.values.shape[0]):
+            row = []
+            for c in range(self.values.shape[1]):
+                where = f"{down}s {r} and {c}" if same else f"{down} {r}, {along} {c}"
+                facts = "; ".join(f"{name}{texts[r][c]}" for name, texts in columns if texts[r][c])
+                row.append(f"{where}: {facts or 'undefined'}")
+            found.append(row)
+        return found
+
+    def _numbers(self) -> str:
+        """A number in every cell, in letters that can be read on its colour; nothing where they do not fit."""
+        (wide, tall), signed = self.cell, self.scale.low < 0
+        size = min(10.0, wide * (0.36 if signed else 0.5))
+        if not self.square or max(self.values.shape) > MOST_NUMBERED or size < SMALLEST_NUMBER:
+            return ""
+        dark = np.asarray(self.scale.colours.dark)[self.scale.index(self.values)]
+        groups = {INK: "", "#fff": ""}
+        for r, c in np.argwhere(np.isfinite(self.values)).tolist():
+            x, y = coordinate((c + 0.5) * wide), coordinate((r + 0.5) * tall + 0.36 * size)
+            groups["#fff" if dark[r, c] else INK] += f'<text x="{x}" y="{y}">{short(self.values[r, c])}</text>'
+        look = f'font-size="{size:.3g}" text-anchor="middle" pointer-events="none"'
+        return "".join(f'<g fill="{colour}" {look}>{texts}</g>' for colour, texts in groups.items() if texts)
+
+    def _dots(self) -> str:
+        """A dot in the middle of every marked cell, or above its number where there is one."""
+        if self.marked is None or not self.marked.any():
+            return ""
+        wide, tall = self.cell
+        radius, down = (
+            (min(0.07 * wide, 1.6), 0.17) if max(self.values.shape) <= MOST_NUMBERED else (min(0.13 * wide, 2.0), 0.5)
+        )
+        dots = (
+            f'<circle cx="{coordinate((c + 0.5) * wide)}" cy="{coordinate((r + down) * tall)}" r="{radius:.2f}"/>'
+            for r, c in np.argwhere(self.marked).tolist()
+        )
+        return f'<g pointer-events="none">{"".join(dots)}</g>'
+
+    def _axes(self, width: float, height: float) -> str:
+        (wide, tall), (rows, columns) = self.cell, self.values.shape
+        below = [words(str(tick), (tick + 0.5) * wide, height + 13) for tick in whole_ticks(columns, max(int(width / 19), 1))]
+        beside = [words(str(tick), -5, (tick + 0.5) * tall + 3.5) for tick in whole_ticks(rows, max(int(height / 14), 1))]
+        names = [
+            words(self.columns, width / 2, height + 29, size=11, anchor="middle"),
+            words(self.rows, -27, height / 2, size=11, anchor="middle", turned=True),
+        ]
+        groups = f'<g font-size="10" text-anchor="middle">{"".join(below)}</g><g font-size="10" text-anchor="end">'
+        return f"{groups}{''.join(beside)}</g>{''.join(names)}"
+
+    def _bar(self, width: float, height: float) -> str:
+        """The colours of the scale with its two ends and its middle."""
+        return colour_bar(self.scale.colours, (width + 8, 0, 7, height), _ends(self.scale))
+
+
+def _ends(scale: Scale) -> dict[float, str]:
+    return {at: f"{scale.low + at * (scale.high - scale.low):g}".replace("-", "−") for at in (0.0, 0.5, 1.0)}
+
+
+def colour_bar(
+    colours: Ramp, box: tuple[float, float, float, float], ticks: Mapping[float, str], *, level: bool = False
+) -> str:
+    """A bar in the box (left, top, width, height), upright or `level`, with words at positions from 0 to 1."""
+    x, y, width, height = box
+    steps = 48
+    cells = []
+    for step in range(steps):
+        code = colours.codes[round((step + 0.5) / steps * (len(colours.codes) - 1))]
+        place = f"M{step} 0h1.1v1h-1.1z" if level else f"M0 {steps - 1 - step}h1v1.1h-1z"
+        cells.append(f'<path fill="{code}" d="{place}"/>')
+    scale = f"{width / steps:.4g} {height:.4g}" if level else f"{width:.4g} {height / steps:.4g}"
+    bar = f'<g transform="translate({coordinate(x)} {coordinate(y)}) scale({scale})">{"".join(cells)}</g>'
+    if level:
+        said = [words(text, x + at * width, y + height + 11, anchor="middle") for at, text in ticks.items()]
+    else:
+        said = [words(text, x + width + 3, y + (1 - at) * (height - 7) + 7) for at, text in ticks.items()]
+    return f'{bar}<g font-size="9.5">{"".join(said)}</g>'
+
+
+def _texts(values: Array) -> list[list[str]]:
+    """Numbers, or intervals, as text; empty where undefined."""
+    if values.ndim == 3:
+        lows, highs = (_texts(values[..., end]) for end in (0, 1))
+        pairs = (zip(low, high, strict=True) for low, high in zip(lows, highs, strict=True))
+        return [[f"{a} … {b}" if a and b else "" for a, b in row] for row in pairs]
+    return [[cell_number(value) for value in row] for row in values.tolist()]
+
+
+def cell_number(value: float) -> str:
+    """Three digits after the point; empty where undefined.
+
+    >>> cell_number(-0.0514), cell_number(float("nan"))
+    ('−0.051', '')
+    """
+    return f"{value:.3f}".replace("-", "−") if math.isfinite(value) else ""
+
+
+def mosaic(values: Array, scale: Scale) -> str:
+    """Cells of one unit without words: one path a colour, neighbours in a row as one; undefined ones are left out."""
+    found: dict[int, list[str]] = {}
+    shades = np.where(np.isfinite(values), scale.index(values), -1)
+    for r, row in enumerate(shades.tolist()):
+        start = 0
+        for c in range(1, len(row) + 1):
+            if c == len(row) or row[c] != row[start]:
+                if row[start] >= 0:
+                    found.setdefault(row[start], []).append(f"M{start} {r}h{c - start}v1h-{c - start}z")
+                start = c
+    return "".join(f'<path fill="{scale.colours.codes[shade]}" d="{"".join(each)}"/>' for shade, each in found.items())
 
 
 def scale_of(*matrices: Array) -> Scale:
@@ -71,81 +248,38 @@ def short(value: float) -> str:
     return {"1.00": "1", "−1.00": "−1", "0.00": "0", "−0.00": "0"}.get(text, text.replace("0.", ".", 1))
 
 
-def heat(axes: Axes, panel: Panel, side: float, *, square: bool = True) -> None:
-    """Draw `panel` on `axes`, about `side` inches wide; undefined cells stay hatched."""
-    undefined = ~np.isfinite(panel.values)
-    shown = np.where(undefined, 0.0, panel.values)
-    cells = max(panel.values.shape)
-    size = min(7.5, side * 72 / cells * (0.36 if panel.scale.low < 0 else 0.5))
-    size = size if square and cells <= MOST_NUMBERED and size >= SMALLEST_NUMBER else 0.0
-    hatch(axes)
-    seaborn.heatmap(
-        shown,
-        mask=undefined,
-        vmin=panel.scale.low,
-        vmax=panel.scale.high,
-        cmap=panel.scale.colours,
-        annot=np.vectorize(short, otypes=[object])(shown) if size else False,
-        fmt="",
-        annot_kws={"size": size},
-        cbar=False,
-        xticklabels=False,
-        yticklabels=False,
-        square=square,
-        ax=axes,
+def whole_ticks(count: int, most: int = 16) -> list[int]:
+    """Every, every second, fourth … index below `count`, at most `most` of them."""
+    step = 1
+    while count > step * most:
+        step *= 2
+    return list(range(0, count, step))
+
+
+def hatched(name: str, width: float, height: float) -> str:
+    """A ground that shows where cells are undefined."""
+    pattern = (
+        f'<pattern id="{name}-hatch" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+        f'<path fill="{PAPER}" d="M0 0h5v5h-5z"/><path stroke="{HATCH}" d="M0 0v5"/></pattern>'
     )
-    for text in axes.texts:
-        text.set_in_layout(False)  # they lie inside the cells; measuring each is slow
-    if panel.marked is not None and panel.marked.any():
-        rows, columns = np.nonzero(panel.marked)  # a dot in the middle of the cell, or above the number where there is one
-        cell = 72 * side / cells  # points
-        dot, down = (min(0.14 * cell, 2.4), 0.2) if size else (min(0.24 * cell, 2.6), 0.5)
-        axes.plot(columns + 0.5, rows + down, linestyle="", marker="o", markersize=dot, color=INK, markeredgewidth=0)
-    for axis, count in zip((axes.yaxis, axes.xaxis), panel.values.shape, strict=True):
-        ticks = whole_ticks(count, 16 if side > 2.4 else 8)
-        axis.set_ticks([t + 0.5 for t in ticks], labels=[str(t) for t in ticks], rotation=0)
-    axes.tick_params(length=0, pad=3)
-    axes.set(title=panel.title, ylabel=panel.rows, xlabel=panel.columns)
-    bar = axes.figure.colorbar(axes.collections[0], cax=axes.inset_axes((1.03, 0.0, 0.1 / side, 1.0)))
-    bar.outline.set_visible(False)
-    bar.set_ticks([panel.scale.low, (panel.scale.low + panel.scale.high) / 2, panel.scale.high])
-    bar.ax.tick_params(length=2, labelsize=7.5)
+    box = f"M0 0h{coordinate(width)}v{coordinate(height)}h-{coordinate(width)}z"
+    return f'<defs>{pattern}</defs><path fill="url(#{name}-hatch)" d="{box}"/>'
 
 
-def hatch(axes: Axes) -> None:
-    """Hatch the ground of a matrix, which shows where cells are undefined."""
-    axes.patch.set(facecolor=PAPER, edgecolor=HATCH, hatch="//////", linewidth=0)
+def undefined_key() -> Key:
+    """The key to an undefined cell."""
+    lines = "".join(f"M{x} 11L{x + 10} 1" for x in (4, 9, 14, 19))
+    return Key(UNDEFINED, f'<path fill="{PAPER}" d="M2 1h26v10h-26z"/><path stroke="{HATCH}" d="{lines}"/>')
 
 
-def grid(places: Sequence[Panel | None], columns: int, *, narrow: bool = False) -> Figure:
-    """Panels in rows of `columns` (one when narrow), None leaving a gap; a key explains hatching and dots."""
+def grid(places: Sequence[Heatmap | None], columns: int) -> Sheet:
+    """Matrices in rows of `columns`, None leaving a gap; a key explains hatching and dots."""
     panels = [panel for panel in places if panel is not None]
-    places, columns = (panels, 1) if narrow else (places, columns)
-    rows = -(-len(places) // columns)
-    cell = NARROW if narrow else WIDE / max(columns, 2)
-    side = cell - 1.05
-    keys = _keys(panels, 46 if cell * columns < 6 else 200)
-    figure = sheet(cell * columns, (side + 0.75) * rows + (0.5 if narrow else 0.3) * len(keys))
-    for at, panel in enumerate(places):
-        if panel is not None:
-            heat(figure.add_subplot(rows, columns, at + 1), panel, side)
-    if keys:
-        figure.legend(list(keys.values()), list(keys), loc="outside lower left", labelcolor=MUTED)
-    return figure
-
-
-def _keys(panels: Sequence[Panel], width: int) -> dict[str, Artist]:
-    """What needs words under the panels: lines of at most `width` letters, and what each stands beside."""
-    found: dict[str, Artist] = {}
+    found: dict[str, Key] = {}
     if any(not np.isfinite(panel.values).all() for panel in panels):
-        found[textwrap.fill(UNDEFINED, width)] = undefined_patch()
+        found[UNDEFINED] = undefined_key()
     for panel in panels:
         if panel.marked is not None and panel.marked.any():
-            dot = Line2D([], [], color=INK, marker="o", markersize=2.6, markeredgewidth=0, linestyle="")
-            found[textwrap.fill(panel.mark, width)] = dot
-    return found
-
-
-def undefined_patch() -> Patch:
-    """The key to an undefined cell."""
-    return Patch(facecolor=PAPER, edgecolor=HATCH, hatch="//////", linewidth=0)
+            found[panel.mark] = Key(panel.mark, f'<circle cx="{SWATCH[0] / 2:g}" cy="{SWATCH[1] / 2:g}" r="1.8"/>')
+    sized = (replace(panel, width=SLIM) if panel is not None and columns > MANY else panel for panel in places)
+    return Sheet(tuple(sized), columns, below=tuple(found.values()))

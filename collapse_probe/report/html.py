@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.collections import QuadMesh
-from matplotlib.figure import Figure
 from PIL import Image
 
-from collapse_probe.files import PAGE
-from collapse_probe.report.style import pixels, save, svg
+from collapse_probe.files import FIGURE_FOLDER, PAGE
+from collapse_probe.report.photographs import Photographs, data_url
+from collapse_probe.report.sheet import Sheet
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import weights_only
 from collapse_probe.results.text import plain
+
+Figure = Sheet | Photographs
+"""What a page shows and its folder holds: panels as SVG, or photographs as one picture."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Caption:
 
 @dataclass(frozen=True)
 class Drawing(Caption):
-    """One figure of a page: its caption, and what draws it from (results, narrow); None where these have nothing to draw."""
+    """One figure of a page: its caption, and what draws it from results; None where these have nothing to draw."""
 
     draw: Callable[..., Figure | None]
 
@@ -53,21 +53,12 @@ class Table:
     words: frozenset[int] = frozenset()
 
 
-NARROW_DPI, WIDE_DPI, PHOTOGRAPH_DPI = 160, 150, 150
-PHOTOGRAPH_MOST = 333_000  # letters of its data URL
-LINES_MOST = 80_000  # letters of an svg as data URL beyond which pixels are tried
-STEP = 4  # of 256 shades of red, green and blue: what a drawing in pixels is rounded to
-
-
 @dataclass(frozen=True)
 class Plate:
-    """One figure on the page: its data URL (and one for phones), its size in CSS pixels, its caption, and what stands below."""
+    """One figure on the page: what was drawn, its caption, and what stands below."""
 
     name: str
-    source: str
-    narrow: str
-    width: int
-    height: int
+    figure: Figure
     caption: Caption
     notes: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
@@ -101,54 +92,27 @@ def write_page(folder: str | Path, figures: Mapping[str, Figure], page: str) -> 
     return path
 
 
-def plate_of(name: str, figure: Figure, narrow: Figure | None, caption: Caption, *, sharp: bool = True, **more: Any) -> Plate:
-    """`figure` and its version for phones as a plate; `more` are the plate's further fields."""
-    width, height = (round(96 * inches) for inches in figure.get_size_inches())
-    phone = "" if narrow is None else data_url(narrow, NARROW_DPI, sharp=False)
-    return Plate(name, data_url(figure, WIDE_DPI, sharp=sharp), phone, width, height, caption, **more)
+def save(figures: Mapping[str, Figure], folder: str | Path) -> None:
+    """Write each figure as figures/NAME.svg, or .jpg where it is of photographs, into `folder`: what the page shows."""
+    inside = Path(folder) / FIGURE_FOLDER
+    inside.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        (inside / f"{name}.{figure.suffix}").write_bytes(figure.content())
 
 
-def draw_figures(
-    drawings: Mapping[str, Drawing], results: Any, *, narrow: bool = False, names: Collection[str] | None = None
-) -> dict[str, Figure]:
+def draw_figures(drawings: Mapping[str, Drawing], results: Any, *, names: Collection[str] | None = None) -> dict[str, Figure]:
     """Every figure (of `names`) that these results fill, by name, in the order of `drawings`."""
-    made = {name: each.draw(results, narrow) for name, each in drawings.items() if names is None or name in names}
-    return {name: figure for name, figure in made.items() if figure is not None}
+    made = {name: each.draw(results) for name, each in drawings.items() if names is None or name in names}
+    return {name: figure.called(name) for name, figure in made.items() if figure is not None}
 
 
-def plates_of(drawings: Mapping[str, Drawing], results: Any, figures: Mapping[str, Figure] | None = None) -> list[Plate]:
-    """A plate for each figure that these results fill; `figures` are the wide ones, drawn where not given."""
-    wide = draw_figures(drawings, results) if figures is None else figures
-    narrow = draw_figures(drawings, results, narrow=True, names=wide)
-    return [plate_of(name, figure, narrow.get(name), drawings[name]) for name, figure in wide.items()]
-
-
-def data_url(figure: Figure, dpi: float, *, sharp: bool = True) -> str:
-    """`figure` as a data URL: lines as svg where `sharp` and few, else as webp like heatmaps; photographs as jpeg."""
-    if any(axes.images for axes in figure.axes):
-        picture = pixels(figure, min(dpi, PHOTOGRAPH_DPI))
-        for quality in (86, 76, 64, 50, 35, 20):
-            url = picture_url(picture, "jpeg", quality=quality, optimize=True)
-            if len(url) <= PHOTOGRAPH_MOST:
-                break
-        return url
-    lines = ""
-    if sharp and not any(isinstance(part, QuadMesh) for axes in figure.axes for part in axes.collections):
-        lines = _url("svg+xml", svg(figure))
-        if len(lines) <= LINES_MOST:
-            return lines
-    whole = np.asarray(pixels(figure, dpi))
-    rounded = np.where(whole > 255 - STEP, 255, (whole + STEP // 2) // STEP * STEP).astype(np.uint8)
-    drawn = picture_url(Image.fromarray(rounded), "webp", lossless=True, quality=30, method=2)
-    return lines if lines and len(lines) <= len(drawn) else drawn
+def plates_of(drawings: Mapping[str, Drawing], figures: Mapping[str, Figure]) -> list[Plate]:
+    """A plate for each of these figures."""
+    return [Plate(name, figure, drawings[name]) for name, figure in figures.items()]
 
 
 def picture_url(picture: Image.Image, kind: str, **options: Any) -> str:
     """`picture` as a data URL: jpeg or webp, saved with these options of PIL."""
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
-    return _url(kind, buffer.getvalue())
-
-
-def _url(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    return data_url(buffer.getvalue(), kind)

@@ -1,13 +1,12 @@
-"""How every figure looks: one colour for one role, fixed scales, and files that come out the same twice."""
+"""How every curve looks: one colour for one role, fixed scales, and the same text each time it is drawn."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -15,38 +14,38 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize
+from matplotlib.colors import to_hex, to_rgba
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
-from collapse_probe.files import FIGURE_FOLDER
+from collapse_probe.report.heatmaps import whole_ticks
+from collapse_probe.report.sheet import FAINT, INK, SWATCH, Key, Panel, Sheet, coordinate
 from collapse_probe.results.readings import NULLS, Count
 from collapse_probe.statistics.intervals import Array
 
 P = ParamSpec("P")
-Drawn = TypeVar("Drawn", bound="Figure | None")
+Drawn = TypeVar("Drawn", bound="Sheet | None")
 
 
-WIDE, NARROW = 10.0, 3.7  # inches: a column on a desk, a column on a phone
-INK, MUTED, FAINT = "#22303c", "#66737f", "#dde3e8"
-HATCH, PAPER = "#b9c1c8", "#eef1f3"  # an undefined cell
+WIDE, SLIM = 4.2, 3.1  # inches of a panel: a phone's width, half a desk's or a third
+EDGE = 4.0  # points around what is drawn
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
-    "font.size": 9.0,
+    "font.size": 8.5,
     "text.color": INK,
     "axes.edgecolor": "#9aa5ae",
     "axes.labelcolor": INK,
-    "axes.labelsize": 9.0,
+    "axes.labelsize": 8.5,
     "axes.linewidth": 0.8,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
-    "axes.titlesize": 9.5,
-    "axes.titlepad": 8.0,
+    "axes.titlesize": 9.0,
+    "axes.titlepad": 7.0,
     "xtick.color": "#9aa5ae",
     "ytick.color": "#9aa5ae",
     "xtick.labelcolor": INK,
@@ -55,12 +54,9 @@ STYLE: dict[str, Any] = {
     "ytick.labelsize": 8.0,
     "grid.color": FAINT,
     "grid.linewidth": 0.7,
-    "hatch.linewidth": 0.7,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "svg.fonttype": "path",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "svg.fonttype": "none",
     "svg.hashsalt": "collapse-probe",
 }
 
@@ -87,31 +83,94 @@ ROLES: dict[str, Role] = {
 
 
 def in_style() -> Any:
-    """A context in which figures are made and saved; leaves matplotlib's own settings as they were."""
+    """A context in which figures are made and drawn; leaves matplotlib's own settings as they were."""
     return style.context(["default", STYLE])
 
 
 def drawn(draw: Callable[P, Drawn]) -> Callable[P, Drawn]:
-    """Run `draw` in our style, then settle its layout: however often it is saved, it comes out the same."""
+    """Run `draw` in our style."""
 
     @functools.wraps(draw)
-    def settled(*args: P.args, **kwargs: P.kwargs) -> Drawn:
+    def styled(*args: P.args, **kwargs: P.kwargs) -> Drawn:
         with in_style():
-            figure = draw(*args, **kwargs)
-            if figure is not None:
-                FigureCanvasAgg(figure)  # a canvas known to no window system, with which text can be measured
-                if (engine := figure.get_layout_engine()) is not None:
-                    engine.execute(figure)
-                    figure.set_layout_engine("none")
-        return figure
+            return draw(*args, **kwargs)
 
-    return settled
+    return styled
 
 
-def sheet(width: float, height: float) -> Figure:
-    """An empty figure of so many inches whose parts make room for each other."""
-    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.05, hspace=0.05)
-    return Figure(figsize=(width, height), layout=layout)
+@dataclass(frozen=True)
+class Chart:
+    """A panel that matplotlib draws: a figure with one pair of axes, which takes all the room that its words leave."""
+
+    figure: Figure
+
+    @property
+    def axes(self) -> Axes:
+        """The axes."""
+        return self.figure.axes[0]
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height in points, which the drawing takes as pixels."""
+        width, height = self.figure.get_size_inches()
+        return 72 * float(width), 72 * float(height)
+
+    @property
+    def label(self) -> str:
+        """What it shows, in words."""
+        title, lines = self.axes.get_title(loc="left"), dict.fromkeys(self.axes.get_legend_handles_labels()[1])
+        about = f"{title or self.axes.get_ylabel()} along {self.axes.get_xlabel()}".replace("\n", " ").strip()
+        return f"{about}: {', '.join(lines)}" if lines else about
+
+    def body(self, name: str) -> str:
+        """The drawing as SVG, with text as text and no date; every id that is needed begins with `name`."""
+        with in_style():
+            _settle(self.figure)
+            buffer, canvas = io.StringIO(), self.figure.canvas
+            svg: Any = FigureCanvasSVG(self.figure)  # its methods have no types
+            svg.print_svg(buffer, metadata={"Date": None, "Creator": None})
+            self.figure.set_canvas(canvas)
+        return _lean(buffer.getvalue(), name)
+
+
+def _settle(figure: Figure) -> None:
+    """Give the axes the room that their words leave."""
+    (axes,) = figure.axes
+    canvas: Any = FigureCanvasAgg(figure)  # known to no window system; text can be measured with it
+    whole, inner = axes.get_tightbbox(canvas.get_renderer()), axes.get_window_extent()
+    assert whole is not None
+    width, height, edge = *figure.bbox.size, EDGE * figure.dpi / 72
+    left, down = edge + inner.x0 - whole.x0, edge + inner.y0 - whole.y0
+    right, up = edge + whole.x1 - inner.x1, edge + whole.y1 - inner.y1
+    place = (left / width, down / height, max(width - left - right, 20) / width, max(height - down - up, 20) / height)
+    axes.set_position(place)
+
+
+NEEDED = re.compile(r'(?:href="#|url\(#)([^")]+)')
+IDS = re.compile(r' id="([^"]*)"')
+TAGS = re.compile(r"<[^>]*>")
+DIGITS = re.compile(r"(\.\d\d)\d+")
+CLUTTER = (
+    (re.compile(r"^.*?<svg[^>]*>|</svg>\s*$|<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", re.DOTALL), ""),
+    (re.compile(r"font: ([\d.]+px) [^;\"]*"), r"font-size: \1"),
+    (re.compile(r"font-family: [^;\"]*;? ?"), ""),
+    (re.compile(r' transform="rotate\(-0 [^"]*"'), ""),
+    (re.compile(r"\s*\n\s*"), " "),
+    (re.compile(r"<g>\s*(<(?:use|path|text)[^>]*(?:/>|>[^<]*</text>))\s*</g>"), r"\1"),
+    (re.compile(r"> <"), "><"),
+    (re.compile(r"xlink:href"), "href"),
+)
+
+
+def _lean(svg: str, name: str) -> str:
+    """The inside of matplotlib's SVG without what a browser does not need; ids that stay begin with `name`."""
+    needed = {each: f"{name}-{at}" for at, each in enumerate(dict.fromkeys(NEEDED.findall(svg)))}
+    svg = TAGS.sub(lambda tag: DIGITS.sub(r"\1", tag[0]), svg)  # words keep their digits
+    svg = IDS.sub(lambda found: f' id="{needed[found[1]]}"' if found[1] in needed else "", svg)
+    svg = NEEDED.sub(lambda found: found[0].removesuffix(found[1]) + needed[found[1]], svg)
+    for pattern, instead in CLUTTER:
+        svg = pattern.sub(instead, svg)
+    return svg.strip()
 
 
 def curve(axes: Axes, x: Array, values: Array, role: Role, ci95: Array | None = None) -> None:
@@ -140,48 +199,72 @@ def curve(axes: Axes, x: Array, values: Array, role: Role, ci95: Array | None = 
         axes.plot(x[alone], values[alone], "_", color=role.colour, markersize=9, markeredgewidth=role.width, zorder=3)
 
 
-def panels(
-    count: int, narrow: bool, *, tall: float, columns: int = 2, above: float = 0.5, share_x: bool = False
-) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels, each `tall` inches, in rows of `columns` (one when narrow), `above` inches for a legend."""
-    columns = 1 if narrow else min(columns, count)
-    rows = -(-count // columns)
-    figure = sheet(NARROW if narrow else WIDE if columns > 1 else 7.5, tall * rows + above)
-    places = list(figure.subplots(rows, columns, squeeze=False, sharex=share_x).ravel())
-    for axes in places[count:]:
-        axes.remove()
-    return figure, places[:count]
+def panels(count: int, *, tall: float = 2.8, columns: int = 2) -> list[Axes]:
+    """The axes of `count` panels, each a figure of its own, `tall` inches; less where more than two stand in a row."""
+    wide, tall = (WIDE, tall) if min(count, columns) <= 2 else (SLIM, 0.85 * tall)
+    return [Figure(figsize=(wide, tall)).add_axes((0.14, 0.16, 0.82, 0.72)) for _ in range(count)]
 
 
-def share_legend(figure: Figure, columns: int) -> None:
-    """One legend above the figure for everything that its panels name, each name once."""
+def charts(places: Sequence[Axes], columns: int = 2) -> Sheet:
+    """The panels as one figure in rows of `columns`, beneath a key for everything that they name, each name once."""
     named: dict[str, Any] = {}
-    for axes in figure.axes:
+    for axes in places:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
-    figure.legend(
-        list(named.values()),
-        list(named),
-        loc="outside upper left",
-        ncols=columns,
-        handlelength=2.3,
-        columnspacing=1.4,
-        borderaxespad=0.3,
+    figures = [figure for axes in places if isinstance(figure := axes.get_figure(), Figure)]
+    return Sheet(
+        tuple(map(Chart, figures)),
+        min(columns, len(figures)),
+        above=tuple(Key(label, _swatch(each)) for label, each in named.items()),
     )
 
 
-def colour_bar(
-    figure: Figure, scale: Normalize, colours: Colormap, label: str, ticks: Mapping[float, str] | None = None, up: float = 0.42
-) -> None:
-    """A horizontal colour bar `up` inches above the foot of a figure that places its axes by hand, with `label` beneath it."""
-    width, height = figure.get_size_inches()
-    span = min(4.2, width - 0.5)
-    axes = figure.add_axes(((width - span) / 2 / width, up / height, span / width, 0.11 / height))
-    figure.colorbar(ScalarMappable(scale, colours), cax=axes, orientation="horizontal")
-    if ticks is not None:
-        axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.tick_params(length=2, labelsize=7.5)
-    axes.set_xlabel(label, fontsize=8, color=MUTED, labelpad=2)
+def beside(panel: Panel, sheet: Sheet) -> Sheet:
+    """`sheet` with another panel before its own."""
+    return replace(sheet, places=(panel, *sheet.places), columns=sheet.columns + 1)
+
+
+def _swatch(handle: Any) -> str:
+    """A line with its marker, or an area, as the key shows it."""
+    wide, tall = SWATCH
+    if isinstance(handle, ErrorbarContainer):
+        handle = handle[0]
+    if not isinstance(handle, Line2D):
+        colour, alpha = hexes(handle.get_facecolor())
+        return f'<path fill="{colour}" fill-opacity="{alpha:g}" d="M2 1h{wide - 4:g}v{tall - 2:g}h-{wide - 4:g}z"/>'
+    colour, opacity = hexes(handle.get_color(), max(handle.get_alpha() or 1.0, 0.6))
+    parts = []
+    if handle.get_linestyle() not in ("None", "", " "):
+        dashes = getattr(handle, "_dash_pattern", (0, None))[1]  # in points; no public name gives them
+        pattern = "" if not dashes else f' stroke-dasharray="{" ".join(f"{each:.3g}" for each in dashes)}"'
+        look = f'stroke="{colour}" stroke-width="{handle.get_linewidth():g}" fill="none"{pattern}'
+        parts.append(f'<path {look} d="M1 {tall / 2:g}h{wide - 2:g}"/>')
+    if handle.get_marker() not in ("", "None", " ", None):
+        fill, _ = hexes(handle.get_markerfacecolor())
+        shape = MarkerStyle(handle.get_marker())
+        outline = shape.get_path().transformed(shape.get_transform())
+        scale = min(handle.get_markersize(), 9.0)
+        d = _outline(outline, scale)
+        look = (
+            f'fill="{fill}" stroke="{colour}" stroke-width="{max(handle.get_markeredgewidth(), 0.1):g}" opacity="{opacity:g}"'
+        )
+        parts.append(f'<path {look} transform="translate({wide / 2:g} {tall / 2:g})" d="{d}"/>')
+    return "".join(parts)
+
+
+def hexes(colour: Any, alpha: float | None = None) -> tuple[str, float]:
+    """A colour of matplotlib as `#rrggbb` and how much it covers."""
+    red, green, blue, cover = to_rgba(colour if isinstance(colour, str) else tuple(np.ravel(colour)[:4].tolist()), alpha)
+    return to_hex((red, green, blue)), float(cover)
+
+
+def _outline(path: Any, scale: float) -> str:
+    """The outline of a marker `scale` pixels wide, as an SVG path."""
+    letters, parts = {1: "M", 2: "L", 3: "Q", 4: "C", 79: "Z"}, []
+    for points, code in path.iter_segments():
+        pairs: Any = () if code == 79 else np.reshape(points, (-1, 2)) * (scale, -scale)
+        parts.append(letters[int(code)] + " ".join(f"{coordinate(x)} {coordinate(y)}" for x, y in pairs))
+    return "".join(parts)
 
 
 def dots_of_heads(axes: Axes, x: Array, values: Array) -> None:
@@ -224,14 +307,6 @@ def floor(lines: Iterable[Array]) -> float:
     return min(float(np.min(line[np.isfinite(line)], initial=0.0)) for line in lines) * 1.1 - 0.03
 
 
-def whole_ticks(count: int, most: int = 16) -> list[int]:
-    """Every, every second, fourth … index below `count`, at most `most` of them."""
-    step = 1
-    while count > step * most:
-        step *= 2
-    return list(range(0, count, step))
-
-
 @functools.cache
 def _glyphs() -> frozenset[int]:
     return frozenset(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
@@ -244,43 +319,6 @@ def printable(text: str, most: int = 40) -> str:
         return known
     half = (most - 1) // 2
     return f"{known[:half]}…{known[-half:]}"
-
-
-@contextlib.contextmanager
-def _as_it_was(figure: Figure) -> Iterator[None]:
-    """Style on, and afterwards the figure's own canvas and resolution again, which writing changes."""
-    canvas, dpi = figure.canvas, figure.dpi
-    try:
-        with in_style():
-            yield
-    finally:
-        figure.dpi = dpi
-        figure.set_canvas(canvas)
-
-
-def pixels(figure: Figure, dpi: float) -> Image.Image:
-    """`figure` as an RGB picture with `dpi` pixels an inch."""
-    with _as_it_was(figure):
-        figure.dpi = dpi
-        canvas: Any = FigureCanvasAgg(figure)  # its methods have no types
-        canvas.draw()
-        return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-
-
-def svg(figure: Figure) -> bytes:
-    """`figure` as an SVG with text as outlines, without a date: the same figure gives the same bytes."""
-    buffer = io.StringIO()
-    with _as_it_was(figure):
-        canvas: Any = FigureCanvasSVG(figure)
-        canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
-    return buffer.getvalue().encode()
-
-
-def png(figure: Figure, dpi: float = 180) -> bytes:
-    """`figure` as a PNG; the same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    pixels(figure, dpi).save(buffer, "png")
-    return buffer.getvalue()
 
 
 DISTINCT = ("#0b5fa5", "#d55e00", "#01855f", "#b5579b", "#8a6d00", "#5b4fa2", "#a8322d", "#4a7f87")
@@ -301,12 +339,3 @@ def evenly_spaced(labels: Sequence[str], most: int) -> list[str]:
 
 DEPTH = "depth (0: before block 0)"
 NULL_LABELS = {**{role: ROLES[role].label for role in NULLS}, "kappa": "κ"}
-
-
-def save(figures: Mapping[str, Figure], folder: str | Path) -> None:
-    """Write each figure as figures/NAME.png and figures/NAME.svg into `folder`."""
-    inside = Path(folder) / FIGURE_FOLDER
-    inside.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        (inside / f"{name}.png").write_bytes(png(figure))
-        (inside / f"{name}.svg").write_bytes(svg(figure))

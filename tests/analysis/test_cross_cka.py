@@ -110,7 +110,7 @@ def test_the_command_line_draws_it_and_refuses_findings(pictures, tmp_path, monk
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert (stop.value.code, capsys.readouterr().err) == (0, "")
-    assert Path("out/figures/cross-cka.png").exists()
+    assert Path("out/figures/cross-cka.svg").exists()
     assert 'id="cross-cka"' in Path("out/report.html").read_text()
     held = Findings.load("out/subjects/vit_tiny_patch16_224-2")
     assert np.diag(held.metrics["cross-cka"].values).tolist() == [1, 1, 1]

@@ -139,7 +139,7 @@ def test_the_folder_holds_everything(found, tmp_path):
 def test_the_page_stands_alone(found, tmp_path):
     page = write_interventions(found, tmp_path).read_text(encoding="utf-8")
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {
-        f"{name}.{kind}" for name in ("one-at-a-time", "cumulative", "beside-similarity") for kind in ("png", "svg")
+        f"{name}.svg" for name in ("one-at-a-time", "cumulative", "beside-similarity")
     }
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page

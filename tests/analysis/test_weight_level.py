@@ -30,7 +30,7 @@ def test_without_data_the_whole_folder_is_written(run):
     code, out, err = run("analyze", "--level", "weights", *MODEL, "-o", "out")
     assert code == 0
     names = {str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file()}
-    files = {"findings.json", "blocks.csv", "matrices.npz", "images.npz", "report.html", "figures/weights.png"}
+    files = {"findings.json", "blocks.csv", "matrices.npz", "images.npz", "report.html", "figures/weights.svg"}
     assert files <= names
     assert "no data: the weights alone" in err
     assert "weight_rank_mean" in out
@@ -97,7 +97,7 @@ def test_both_figures_of_the_weights_draw_every_matrix_and_its_twin():
     own, family = weights(found), family_figure(found, ["weight-rank@stable"])
     full = np.asarray(found.metrics["weight-rank"].details["full_rank"])
     for figure, name, scale in ((own, "weight-rank", full), (family, "weight-rank@stable", 1.0)):
-        (axes,) = figure.axes
+        axes = figure.panels[0].axes
         drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
         dashed = [line.get_ydata() for line in axes.lines if line.get_label() == "_"]
         values, fresh = found.matrix(name) / scale, found.metrics[name].nulls.values["untrained"] / scale

@@ -65,7 +65,7 @@ def test_a_folder_of_five_checkpoints_in_natural_order(run, photos, checkpoints)
     content = json.loads(Path("out/comparison.json").read_text())
     assert content["trajectory"] is True
     assert [s["label"] for s in content["subjects"]] == [f"epoch-{i}" for i in (1, 2, 3, 9, 10)]
-    assert Path("out/figures/course.png").exists()
+    assert Path("out/figures/course.svg").exists()
 
 
 def test_two_findings_folders_from_elsewhere_need_no_data(run, photos):

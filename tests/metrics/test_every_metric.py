@@ -121,7 +121,7 @@ def test_the_panel_of_heads_shows_the_numbers_of_the_findings():
     np.testing.assert_allclose(one.others["untrained"], 0.9 * reading.values.mean(1))
     np.testing.assert_array_equal(one.reference, [0.3] * BLOCKS)
     figure = family_figure(replace(findings_with(), metrics={"attention-distance": reading}), ["attention-distance"])
-    (axes,) = figure.axes
+    (axes,) = (panel.axes for panel in figure.panels)
     drawn = {line.get_label(): np.asarray(line.get_ydata()) for line in axes.lines}
     np.testing.assert_allclose(drawn["measured (95 % interval)"], reading.values.mean(1))
     np.testing.assert_array_equal(drawn["one head"], reading.values.ravel())
@@ -136,7 +136,7 @@ def test_a_reference_stands_only_at_the_unit_that_it_is_of():
 
 def test_ranks_are_logarithmic_and_shares_end_at_one():
     for name, scale, ends in (("map-rank", "log", None), ("rank-residual", "linear", (-0.03, 1.03))):
-        (axes,) = family_figure(findings_with(name), [name]).axes
+        axes = family_figure(findings_with(name), [name]).panels[0].axes
         assert axes.get_yscale() == scale
         if ends is not None:
             np.testing.assert_allclose(axes.get_ylim(), ends)
@@ -145,8 +145,8 @@ def test_ranks_are_logarithmic_and_shares_end_at_one():
 def test_panels_of_one_unit_share_their_scale():
     names = [name for name in NAMES if name.startswith("attention-sink")]
     findings = findings_with(*names)
-    (plain,) = family_figure(findings, names[:1]).axes
-    assert {axes.get_ylim() for axes in family_figure(findings, names[1:]).axes} == {plain.get_ylim()}
+    plain = family_figure(findings, names[:1]).panels[0].axes
+    assert {panel.axes.get_ylim() for panel in family_figure(findings, names[1:]).panels} == {plain.get_ylim()}
 
 
 @pytest.mark.parametrize(("value", "end"), [(32.1, 40.0), (0.06, 0.06), (1.0, 1.0), (1.01, 1.5), (0.0, 1.0), (99.0, 100.0)])
@@ -156,11 +156,10 @@ def test_scales_end_at_round_numbers(value, end):
 
 def test_the_untrained_twin_stands_beside_a_matrix_without_kappa():
     figure = family_figure(findings_with("layer-cka"), ["layer-cka"])
-    titles = [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
-    assert titles == ["patch tokens", "untrained twin"]
+    assert [panel.title for panel in figure.panels] == ["patch tokens", "untrained twin"]
     rolled = replace(reading_for("attention-rollout"), nulls=nulls_of(similarity(BLOCKS, 0.5, np.random.default_rng(0)), None))
     figure = family_figure(replace(findings_with(), metrics={"attention-rollout": rolled}), ["attention-rollout"])
-    assert [a.get_title(loc="left") for a in figure.axes if a.get_title(loc="left")][1] == "κ, null-corrected"
+    assert figure.panels[1].title == "κ, null-corrected"
 
 
 def test_probs_alone_are_drawn_among_the_variants():
@@ -181,10 +180,10 @@ def rolled(**facts) -> Findings:
 
 
 def test_rollouts_are_drawn_where_they_were_measured_and_survive_the_folder(tmp_path):
-    assert FIGURES["rollout-gallery"].draw(rolled(), False) is None
+    assert FIGURES["rollout-gallery"].draw(rolled()) is None
     rollouts = make_gallery(BLOCKS).maps[:, ::-1]
     findings = rolled(rollouts=rollouts)
-    assert FIGURES["rollout-gallery"].draw(findings, False) is not None
+    assert FIGURES["rollout-gallery"].draw(findings) is not None
     again = Findings.load(findings.save(tmp_path / "out"))
     np.testing.assert_allclose(again.gallery.rollouts, rollouts, rtol=1e-6)
     assert Findings.load(rolled().save(tmp_path / "without")).gallery.rollouts is None
@@ -249,7 +248,11 @@ def test_outliers_are_drawn_where_they_sit_and_their_absence_is_said():
     )
     assert [places.rule for places in places_of(findings)] == ["norm above the image's median + 6 · MAD", "norm above 150"]
     figure = outlier_places(findings)
-    assert len([axes for axes in figure.axes if axes.get_title(loc="left").startswith("depth")]) == BLOCKS + 1
+    assert [panel.title.split(":")[0] for panel in figure.panels] == [str(depth) for depth in range(BLOCKS + 1)]
+    assert figure.panels[2].shares[0, 1] == 0.15
+    assert figure.panels[2].label == "depth 2: 1.67 %; at one place up to 15 % of the images"
+    assert [key.words for key in figure.above] == ["norm above the image's median + 6 · MAD"]
+    assert figure.content()
     assert [places.rule for places in places_of(findings) if not places.any] == ["norm above 150"]
     assert "No token of any image stands out by the rule “norm above 150”." in render(findings)
     assert outlier_places(replace(findings_with(), metrics={"token-norm": outliers(0.0)})) is None

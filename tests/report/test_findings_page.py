@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -118,9 +120,9 @@ def test_the_page_stays_small_and_fetches_nothing(findings: Findings, most: int)
     found = Tree(html)
     assert found.links()
     assert all(link.startswith(("data:image/", "#")) for link in found.links())
-    assert "http" not in re.sub(r"data:image[^\"]+|http-equiv", "", html)
+    assert "http" not in re.sub(r'data:image[^"]+|http-equiv|xmlns="http://www.w3.org/2000/svg"', "", html)
     assert not any(tag in ("script", "link", "iframe") for tag, _ in found.tags)
-    assert "url(" not in html
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", html))
     assert "@import" not in html
 
 
@@ -184,15 +186,36 @@ def test_without_a_gallery_the_page_still_stands() -> None:
     assert [attributes.get("id") for tag, attributes in found.tags if tag == "figure"] == ["per-block"]
 
 
-def test_figures_have_a_version_for_phones_a_size_and_a_caption() -> None:
-    found = Tree(page())
-    images = [attributes for tag, attributes in found.tags if tag == "img"]
-    sources = [attributes for tag, attributes in found.tags if tag == "source"]
-    assert len(images) == len(sources) == 8
-    assert all("max-width: 600px" in (source["media"] or "") for source in sources)
-    assert all(int(image["width"] or 0) <= 960 and image["alt"] for image in images)
+def test_figures_are_drawn_once_fit_any_width_and_have_words() -> None:
+    html = page()
+    found = Tree(html)
+    pictures = [attributes for tag, attributes in found.tags if tag == "svg" and "role" in attributes]
+    assert len(pictures) >= 12
+    assert all(picture["role"] == "img" and picture["aria-label"] and "width" not in picture for picture in pictures)
+    assert "max-width: 600px" in html
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in found.tags
-    assert found.text.count("What it does not say.") == len(images)
+    assert found.text.count("What it does not say.") == len([tag for tag, _ in found.tags if tag == "figure"]) == 8
+
+
+def test_every_id_stands_once_and_what_is_pointed_at_is_there() -> None:
+    html = render(synthetic(4))
+    ids = re.findall(r' id="([^"]*)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', html)) <= set(ids)
+
+
+def test_the_folder_holds_what_the_page_shows(tmp_path) -> None:
+    findings = synthetic(3)
+    html = write_report(findings, tmp_path).read_text(encoding="utf-8")
+    for figure in (tmp_path / "figures").iterdir():
+        if figure.suffix == ".jpg":
+            assert base64.b64encode(figure.read_bytes()).decode() in html
+            continue
+        whole = figure.read_text(encoding="utf-8")
+        bodies = re.findall(r'<svg x="[^>]*viewBox="0 0 [^"]*"[^>]*>(.*?)</svg>', whole)
+        assert bodies
+        assert all(body in html for body in bodies), figure.name
+        ElementTree.fromstring(whole)
 
 
 def test_tables_scroll_in_their_own_box() -> None:

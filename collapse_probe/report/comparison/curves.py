@@ -6,23 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import seaborn
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from collapse_probe.report.colours import FLARE
 from collapse_probe.report.comparison.verdict import RAW
+from collapse_probe.report.sheet import INK, MUTED, Sheet
 from collapse_probe.report.style import (
     DEPTH,
     DISTINCT,
-    INK,
     MARKERS,
-    MUTED,
-    NARROW,
     ROLES,
-    WIDE,
     Role,
+    charts,
     curve,
     drawn,
     evenly_spaced,
@@ -32,8 +29,6 @@ from collapse_probe.report.style import (
     over_counts,
     panels,
     printable,
-    share_legend,
-    sheet,
 )
 from collapse_probe.results.comparison import ACCURACY, KAPPA, PROBS, Comparison
 from collapse_probe.results.findings import Findings
@@ -78,8 +73,7 @@ def colours(comparison: Comparison) -> dict[str, str]:
     labels = list(comparison.subjects)
     if not comparison.trajectory and len(labels) <= len(DISTINCT):
         return dict(zip(labels, DISTINCT, strict=False))
-    ramp = seaborn.color_palette("flare", n_colors=len(labels)).as_hex()
-    return dict(zip(labels, map(str, ramp), strict=True))
+    return dict(zip(labels, FLARE.spread(len(labels)), strict=True))
 
 
 def roles(comparison: Comparison) -> dict[str, Role]:
@@ -139,14 +133,12 @@ def _lines(comparison: Comparison, name: str, null: str | None = None) -> Lines:
 
 
 @drawn
-def adjacent_blocks(comparison: Comparison, narrow: bool = False) -> Figure | None:
+def adjacent_blocks(comparison: Comparison) -> Sheet | None:
     """Similarity of each block with the one before, all subjects in one plot with their nulls; kappa beneath."""
     raw, kappa = _lines(comparison, RAW), _lines(comparison, RAW, "kappa")
     if not raw:
         return None
-    rows = 2 if kappa else 1
-    figure = sheet(NARROW if narrow else WIDE, 3.9 * rows)
-    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    axes = panels(2 if kappa else 1, tall=3.2)
     _overlay(axes[0], raw, comparison)
     axes[0].set(ylabel="cosine with the block before", ylim=(floor(_every(raw)), 1.03))
     if kappa:
@@ -154,25 +146,26 @@ def adjacent_blocks(comparison: Comparison, narrow: bool = False) -> Figure | No
         axes[1].axhline(0.0, color=MUTED, linewidth=0.8, zorder=0)
         axes[1].axhline(KAPPA_ABOVE, color=MUTED, linewidth=0.8, linestyle=(0, (1, 3)), zorder=0)
         axes[1].set(ylabel="null-corrected κ", ylim=(min(floor(_every(kappa)), -0.25), 1.05))
-    over_blocks(axes[-1], max((line.x for line in raw.values()), key=len), "block b, compared with block b − 1")
-    _legend(figure, axes[0], raw, narrow)
-    return figure
+    for each in axes:
+        over_blocks(each, max((line.x for line in raw.values()), key=len), "block b, compared with block b − 1", 12)
+    _name_nulls(axes[0], raw)
+    return charts(axes)
 
 
 @drawn
-def per_block(comparison: Comparison, narrow: bool = False) -> Figure | None:
+def per_block(comparison: Comparison) -> Sheet | None:
     """Heads, images, entropy and patch diversity over the blocks, all subjects, each with its untrained twin."""
     each = {name: lines for name in OVER_BLOCKS if (lines := _lines(comparison, name))}
     if not each:
         return None
-    figure, places = panels(len(each), narrow, tall=2.9)
+    places = panels(len(each))
     for axes, (name, lines) in zip(places, each.items(), strict=True):
         title, unit, along = OVER_BLOCKS[name]
         _overlay(axes, lines, comparison)
         over_blocks(axes, max((line.x for line in lines.values()), key=len), along, 12)
         axes.set(title=title, ylabel=unit, ylim=(floor(_every(lines)), 1.03))
-    _legend(figure, places[0], next(iter(each.values())), narrow)
-    return figure
+    _name_nulls(places[0], next(iter(each.values())))
+    return charts(places)
 
 
 def _overlay(axes: Axes, lines: Lines, comparison: Comparison) -> None:
@@ -188,22 +181,21 @@ def _every(lines: Lines) -> list[Array]:
     return [values for line in lines.values() for values in (line.values, *line.nulls.values())]
 
 
-def _legend(figure: Figure, axes: Axes, lines: Lines, narrow: bool) -> None:
-    """Subjects by colour, and what the other lines of that colour are."""
+def _name_nulls(axes: Axes, lines: Lines) -> None:
+    """A name for what the other lines in a subject's colour are."""
     for null in dict.fromkeys(null for line in lines.values() for null in line.nulls):
         axes.add_line(Line2D([], [], color=MUTED, linestyle=NULL_LINES[null], linewidth=1.2, label=NULL_NAMES[null]))
-    share_legend(figure, columns=1 if narrow else 4)
 
 
 @drawn
-def paired_differences(comparison: Comparison, narrow: bool = False) -> Figure | None:
+def paired_differences(comparison: Comparison) -> Sheet | None:
     """What each block has more or less than in the first subject, with paired intervals; filled: q ≤ FALSE_DISCOVERY_RATE."""
-    looks, room = roles(comparison), 18 if narrow else 34
+    looks, room = roles(comparison), 30
     pairs = [pair for pair in comparison.pairs if pair.second in looks]
     names = [name for name in DIFFERENCES if any(name in pair.differences for pair in pairs)]
     if not names:
         return None
-    figure, places = panels(len(names), narrow, tall=2.7)
+    places = panels(len(names))
     for axes, name in zip(places, names, strict=True):
         axes.axhline(0.0, color=INK, linewidth=0.8, zorder=0)
         axes.grid(axis="y")
@@ -221,20 +213,18 @@ def paired_differences(comparison: Comparison, narrow: bool = False) -> Figure |
         along = DEPTH if first.axis == "depth" else "block b, with block b − 1" if first.places[0] == 1 else "block"
         over_blocks(axes, np.array(first.places, dtype=np.float64), along, 12)
     places[0].plot([], [], " ", label=f"filled: q ≤ {FALSE_DISCOVERY_RATE:g}")
-    share_legend(figure, columns=1 if narrow else 3)
-    return figure
+    return charts(places)
 
 
 @drawn
-def similar_blocks(comparison: Comparison, narrow: bool = False) -> Figure | None:
+def similar_blocks(comparison: Comparison) -> Sheet | None:
     """How many adjacent pairs pass each threshold in each subject, with intervals; hollow: its untrained twin."""
     looks = roles(comparison)
     subjects = {label: each for label in looks if (each := counts_of(comparison.subjects[label]))}
     if not subjects:
         return None
     rows = sorted(dict.fromkeys(row for each in subjects.values() for row in each), key=lambda row: row.startswith("κ"))
-    figure = sheet(NARROW if narrow else 8.5, (0.24 * len(subjects) + 0.3) * len(rows) + 1.4)
-    axes = figure.subplots()
+    (axes,) = panels(1, tall=(0.22 * len(subjects) + 0.25) * len(rows) + 0.7)
     for y, row in enumerate(rows):
         for at, (label, each) in enumerate(subjects.items()):
             if row in each:
@@ -245,8 +235,7 @@ def similar_blocks(comparison: Comparison, narrow: bool = False) -> Figure | Non
         axes.axhline(y - 0.5, color=INK, linewidth=0.3, alpha=0.4)
     if any(count.untrained is not None for each in subjects.values() for count in each.values()):
         axes.plot([], [], "D", color=MUTED, markerfacecolor="white", markersize=9, label=NULL_NAMES["untrained"])
-    share_legend(figure, columns=1 if narrow else 3)
-    return figure
+    return charts([axes])
 
 
 Panels = Sequence[tuple[str, str, Sequence[tuple[Role, Array, Array | None]]]]
@@ -254,13 +243,13 @@ Panels = Sequence[tuple[str, str, Sequence[tuple[Role, Array, Array | None]]]]
 
 
 @drawn
-def course(comparison: Comparison, narrow: bool = False) -> Figure | None:
+def course(comparison: Comparison) -> Sheet | None:
     """The numbers over the checkpoints of one training; only for those."""
     each = _course_panels(list(comparison.subjects.values()))
     filled = [panel for panel in each if np.isfinite(panel[2][0][1]).any()]
     if not comparison.trajectory or not filled:
         return None
-    figure, places = panels(len(filled), narrow, tall=2.9, above=0.9, share_x=True)
+    places = panels(len(filled), tall=3.0)
     labels = list(comparison.subjects)
     for axes, (title, scale, lines) in zip(places, filled, strict=True):
         for role, values, ci95 in lines:
@@ -277,12 +266,10 @@ def course(comparison: Comparison, narrow: bool = False) -> Figure | None:
             room = max(0.08 * (high - low), 0.02)
             axes.set_ylim(min(low, 0.0) - room, max(high, 0.5) + room)
     ticks = sorted({*range(0, len(labels) - 1, -(-len(labels) // MOST_TICKS)), len(labels) - 1})
-    for axes in places[-1 if narrow else -2 :]:
+    for axes in places:
         names = [printable(labels[tick], 18) for tick in ticks]
         axes.set_xticks(ticks, names, rotation=35, ha="right", rotation_mode="anchor")
-        axes.tick_params(labelbottom=True)
-    share_legend(figure, columns=1 if narrow else 4)
-    return figure
+    return charts(places)
 
 
 def _course_panels(subjects: Sequence[Findings]) -> Panels:

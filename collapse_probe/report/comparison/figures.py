@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from collapse_probe.report.comparison.curves import (
     adjacent_blocks,
@@ -17,9 +16,11 @@ from collapse_probe.report.comparison.curves import (
 )
 from collapse_probe.report.comparison.gallery import attention_gallery
 from collapse_probe.report.comparison.verdict import RAW
-from collapse_probe.report.heatmaps import SIGNED, Panel, Scale, grid, scale_of
+from collapse_probe.report.findings.metric_figures import beside
+from collapse_probe.report.heatmaps import SIGNED, Heatmap, Scale, grid, scale_of
 from collapse_probe.report.html import Drawing, draw_figures
-from collapse_probe.report.style import drawn, evenly_spaced, printable
+from collapse_probe.report.sheet import Sheet
+from collapse_probe.report.style import evenly_spaced, printable
 from collapse_probe.results.comparison import PROBS, Comparison
 from collapse_probe.statistics.intervals import Array
 
@@ -34,33 +35,39 @@ def _matrices(comparison: Comparison, name: str, null: str | None = None) -> dic
     return {label: values for label, values in each.items() if values is not None}
 
 
-@drawn
-def matrices(comparison: Comparison, narrow: bool = False) -> Figure | None:
+def matrices(comparison: Comparison) -> Sheet | None:
     """Cosine between the maps of every two blocks: a column a subject, raw above and null-corrected beneath."""
     raw, kappa = _matrices(comparison, RAW), _matrices(comparison, RAW, "kappa")
     if not raw:
         return None
     scale = scale_of(*raw.values())
-    upper = [Panel(matrix, f"{printable(label, 30)}: raw cosine", scale) for label, matrix in raw.items()]
-    lower = [Panel(kappa[label], f"{printable(label, 30)}: κ", SIGNED) if label in kappa else None for label in raw]
-    return grid([*upper, *(lower if kappa else [])], len(raw), narrow=narrow)
+    upper = [
+        Heatmap(matrix, f"{printable(label, 30)}: raw cosine", scale, beside=beside(comparison.subjects[label].metrics[RAW]))
+        for label, matrix in raw.items()
+    ]
+    lower = [
+        Heatmap(kappa[label], f"{printable(label, 30)}: κ", SIGNED, beside={"raw": raw[label]}) if label in kappa else None
+        for label in raw
+    ]
+    return grid([*upper, *(lower if kappa else [])], len(raw))
 
 
-@drawn
-def difference_maps(comparison: Comparison, narrow: bool = False) -> Figure | None:
+def difference_maps(comparison: Comparison) -> Sheet | None:
     """Each subject less the first, raw and null-corrected, all on one scale."""
-    room = 14 if narrow else 22
+    room = 22
     first = printable(comparison.first, room)
-    places: list[tuple[str, Array | None]] = []
+    places: list[tuple[str, Array | None, dict[str, Array]]] = []
     kinds = {"raw": _matrices(comparison, RAW), "κ": _matrices(comparison, RAW, "kappa")}
     for label in kinds["raw"]:
         differences = {kind: _less(each.get(label), each.get(comparison.first)) for kind, each in kinds.items()}
         if label != comparison.first and differences["raw"] is not None:
-            places += [(f"{printable(label, room)} − {first}, {kind}", matrix) for kind, matrix in differences.items()]
+            for kind, matrix in differences.items():
+                both = {printable(each, room): kinds[kind][each] for each in (label, comparison.first) if each in kinds[kind]}
+                places.append((f"{printable(label, room)} − {first}, {kind}", matrix, both))
     if not places:
         return None
-    scale = difference_scale([matrix for _, matrix in places if matrix is not None])
-    return grid([None if m is None else Panel(m, title, scale) for title, m in places], 2, narrow=narrow)
+    scale = difference_scale([matrix for _, matrix, _ in places if matrix is not None])
+    return grid([None if m is None else Heatmap(m, title, scale, beside=both) for title, m, both in places], 2)
 
 
 def _less(one: Array | None, other: Array | None) -> Array | None:
@@ -74,8 +81,7 @@ def difference_scale(matrices: list[Array]) -> Scale:
     return Scale(-limit, limit, SIGNED.colours)
 
 
-@drawn
-def probs_and_weights(comparison: Comparison, narrow: bool = False) -> Figure | None:
+def probs_and_weights(comparison: Comparison) -> Sheet | None:
     """The softmax beside what multiplies V, a row a subject; drawn only where a subject changes its maps."""
     weights, probs = _matrices(comparison, RAW), _matrices(comparison, RAW + PROBS)
     if not weights or not any(findings.model.get("mixes_maps") for findings in comparison.subjects.values()):
@@ -83,19 +89,18 @@ def probs_and_weights(comparison: Comparison, narrow: bool = False) -> Figure | 
     scale, places = scale_of(*weights.values(), *probs.values()), []
     for label, matrix in weights.items():
         name, same = printable(label, 22), "" if label in probs else " = probs"
-        places += [Panel(probs.get(label, matrix), f"{name}: probs", scale), Panel(matrix, f"{name}: weights{same}", scale)]
-    return grid(places, 2, narrow=narrow)
+        places += [Heatmap(probs.get(label, matrix), f"{name}: probs", scale), Heatmap(matrix, f"{name}: weights{same}", scale)]
+    return grid(places, 2)
 
 
-@drawn
-def cross_cka(comparison: Comparison, narrow: bool = False) -> Figure | None:
+def cross_cka(comparison: Comparison) -> Sheet | None:
     """CKA between each depth of the first model and each of another's, a panel a subject."""
     cka = _matrices(comparison, "cross-cka")
     if not cka:
         return None
     scale, rows = scale_of(*cka.values()), f"depth of {printable(comparison.first, 22)}"
-    places = [Panel(m, printable(label, 30), scale, rows=rows, columns="depth of this model") for label, m in cka.items()]
-    return grid(places, min(len(places), 2), narrow=narrow)
+    places = [Heatmap(m, printable(label, 30), scale, rows=rows, columns="depth of this model") for label, m in cka.items()]
+    return grid(places, min(len(places), 2))
 
 
 FIGURES: dict[str, Drawing] = {
@@ -109,7 +114,7 @@ FIGURES: dict[str, Drawing] = {
     ),
     "matrices": Drawing(
         "How alike the attention maps of two blocks are, on one common scale",
-        "Raw cosine above; beneath κ, what is left of it beyond the wrong-token null, on a fixed scale from −1 to 1. With "
+        "First the raw cosine; then κ, what is left of it beyond the wrong-token null, on a fixed scale from −1 to 1. With "
         "more than four subjects, four evenly spaced ones are drawn.",
         "A darker raw panel is no collapse by itself: near-uniform maps score near 1 without any training.",
         matrices,
@@ -131,7 +136,7 @@ FIGURES: dict[str, Drawing] = {
     "adjacent": Drawing(
         "Each block compared with the one before",
         "Measured similarity of every subject with its 95 % interval, its wrong-token null (dotted) and its untrained twin "
-        "(dashed) in the same colour; κ beneath, with its threshold.",
+        "(dashed) in the same colour; then κ, with its threshold.",
         "Overlapping intervals do not mean that there is no difference: the images are the same, and the paired "
         "differences below are sharper.",
         adjacent_blocks,
@@ -152,8 +157,8 @@ FIGURES: dict[str, Drawing] = {
     ),
     "probs-and-weights": Drawing(
         "What softmax gives, and what multiplies the values",
-        "Left the softmax (probs), right what is used (weights), a row a subject, on one scale. A fix such as Re-attention "
-        "changes only the right one.",
+        "First the softmax (probs), then what is used (weights), a row a subject, on one scale. A fix such as Re-attention "
+        "changes only the second.",
         "Less similar weights can come from the mixing alone, also with random weights; they do not show that the softmax "
         "has become more diverse.",
         probs_and_weights,
@@ -173,4 +178,4 @@ FIGURES: dict[str, Drawing] = {
     ),
 }
 draw_all = functools.partial(draw_figures, FIGURES)
-"""Every figure (of `names`) that a comparison fills, by name, in the order of the page; `narrow` for a phone."""
+"""Every figure (of `names`) that a comparison fills, by name, in the order of the page."""

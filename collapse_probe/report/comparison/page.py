@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from collapse_probe.report.comparison.figures import FIGURES, draw_all
 from collapse_probe.report.comparison.verdict import CASES, RAW, verdicts
 from collapse_probe.report.findings.provenance import provenance
-from collapse_probe.report.html import Table, looked_at, paper, plates_of, write_page
+from collapse_probe.report.html import Figure, Table, looked_at, paper, plates_of, write_page
 from collapse_probe.results.comparison import (
     ACCURACY,
     KAPPA,
@@ -130,7 +128,7 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> Path:
 
 
 def render(comparison: Comparison, figures: Mapping[str, Figure] | None = None) -> str:
-    """One self-contained HTML page; `figures` (wide, as `draw_all` makes them) are drawn where not given."""
+    """One self-contained HTML page; `figures` are drawn where not given."""
     first = comparison.subjects[comparison.first]
     pairs = comparison.pairs[-1:] if comparison.trajectory else comparison.pairs
     bare = all(weights_only(findings) for findings in comparison.subjects.values())
@@ -141,7 +139,7 @@ def render(comparison: Comparison, figures: Mapping[str, Figure] | None = None) 
         verdicts=verdicts(comparison),
         cases=CASES,
         subjects=subjects(comparison),
-        plates=plates_of(FIGURES, comparison, figures),
+        plates=plates_of(FIGURES, draw_all(comparison) if figures is None else figures),
         pairs=[(pair, paired(pair), agreement(pair, comparison)) for pair in pairs],
         open=OPEN,
         methods={name: METHODS[name] for name in OF_WEIGHTS} if bare else METHODS,

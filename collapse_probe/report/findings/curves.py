@@ -7,18 +7,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
 from collapse_probe.report.findings.tables import words_of
-from collapse_probe.report.heatmaps import UNSIGNED, Panel, heat
+from collapse_probe.report.heatmaps import UNSIGNED, Heatmap
+from collapse_probe.report.sheet import MUTED, Sheet
 from collapse_probe.report.style import (
     DEPTH,
-    MUTED,
-    NARROW,
     ROLES,
-    WIDE,
+    beside,
+    charts,
     curve,
     dots_of_heads,
     drawn,
@@ -27,8 +26,6 @@ from collapse_probe.report.style import (
     over_blocks,
     over_counts,
     panels,
-    share_legend,
-    sheet,
 )
 from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.readings import (
@@ -53,15 +50,13 @@ OVER_BLOCKS = {
 
 
 @drawn
-def adjacent_blocks(findings: Findings, narrow: bool = False) -> Figure | None:
+def adjacent_blocks(findings: Findings) -> Sheet | None:
     """Similarity of each block with the one before, with nulls and thresholds; kappa beneath. None where none is compared."""
     result = result_of(findings, "attention-similarity")
     if result is None or not np.isfinite(adjacent(result, result.array)).any():
         return None
     x, kappa = np.arange(1.0, len(result.array)), null_of(result, "kappa")
-    rows = 1 if kappa is None else 2
-    figure = sheet(NARROW if narrow else WIDE, 3.8 if kappa is None else 5.6)
-    axes = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=[3, 2][:rows])[:, 0]
+    axes = panels(1 if kappa is None else 2, tall=3.0)
     references = {role: adjacent(result, values) for role, values in nulls_of(result).items()}
     _with_references(axes[0], x, adjacent(result, result.array), _adjacent_or_none(result, result.ci95), references)
     _thresholds(axes[0], COUNT_THRESHOLDS)
@@ -73,9 +68,9 @@ def adjacent_blocks(findings: Findings, narrow: bool = False) -> Figure | None:
         _thresholds(axes[1], (KAPPA_ABOVE,))
         axes[1].set(ylabel="null-corrected κ", ylim=(min(floor([adjacent(result, kappa)]), -0.25), 1.05))
         axes[1].grid(axis="y")
-    over_blocks(axes[-1], x, "block b, compared with block b − 1")
-    share_legend(figure, columns=2 if narrow else 5)
-    return figure
+    for each in axes:
+        over_blocks(each, x, "block b, compared with block b − 1", 12)
+    return charts(axes)
 
 
 def _adjacent_or_none(result: MetricResult, matrix: Array | None) -> Array | None:
@@ -99,51 +94,47 @@ def _thresholds(axes: Axes, levels: Iterable[float]) -> None:
 
 
 @drawn
-def per_block(findings: Findings, narrow: bool = False) -> Figure | None:
+def per_block(findings: Findings) -> Sheet | None:
     """Head similarity, image similarity and patch diversity over the blocks, each with its nulls."""
     results = {name: result for name in OVER_BLOCKS if (result := result_of(findings, name)) is not None}
     if not results:
         return None
-    figure, places = panels(len(results), narrow, tall=2.5 if narrow else 2.9, columns=len(results))
+    places = panels(len(results), columns=3)
     for axes, (name, result) in zip(places, results.items(), strict=True):
         x = np.arange(len(result.array), dtype=np.float64)
         _with_references(axes, x, result.array, result.ci95, nulls_of(result))
         over_blocks(axes, x, DEPTH if result.dims == ("depth",) else "block", 9)
         axes.set(title=OVER_BLOCKS[name], ylabel="1 − mean |cosine|" if name == "patch-diversity" else "cosine")
-    share_legend(figure, columns=2 if narrow else 5)
-    return figure
+    return charts(places, 3)
 
 
 @drawn
-def entropy(findings: Findings, narrow: bool = False) -> Figure | None:
+def entropy(findings: Findings) -> Sheet | None:
     """Attention entropy of every head as a share of log N, and beneath it the mean over heads."""
     share = entropy_share(findings)
     if share is None:
         return None
-    blocks, heads = share.heads.shape
-    width, tall = NARROW if narrow else WIDE, min(max(0.16 * heads, 0.8), 2.6)
-    figure = sheet(width, tall + 3.9)
-    top, bottom = figure.subplots(2, 1, height_ratios=[tall, 2.5])
-    title = f"entropy / {share.unit} (1: uniform attention)"
-    heat(top, Panel(share.heads.T, title, UNSIGNED, "head", "block"), width - 1.0, square=False)
+    blocks = len(share.heads)
+    (axes,) = panels(1)
     x = np.arange(blocks, dtype=np.float64)
-    _with_references(bottom, x, share.mean, share.ci95, {} if share.untrained is None else {"untrained": share.untrained})
-    dots_of_heads(bottom, x, share.heads)
-    over_blocks(bottom, x, "block")
-    bottom.set(ylabel="share of log N", title="mean over heads")
-    share_legend(figure, columns=2 if narrow else 4)
-    return figure
+    _with_references(axes, x, share.mean, share.ci95, {} if share.untrained is None else {"untrained": share.untrained})
+    dots_of_heads(axes, x, share.heads)
+    over_blocks(axes, x, "block", 12)
+    axes.set(ylabel="share of log N", title="mean over heads")
+    title = f"entropy / {share.unit} (1: uniform attention)"
+    heads = Heatmap(share.heads.T, title, UNSIGNED, "head", "block", square=False)
+    return beside(heads, charts([axes]))
 
 
 @drawn
-def similar_blocks(findings: Findings, narrow: bool = False) -> Figure | None:
+def similar_blocks(findings: Findings) -> Sheet | None:
     """How many adjacent pairs pass each threshold, with intervals; last, how many pass by kappa."""
-    return None if result_of(findings, "similar-blocks") is None else counts(findings, ["similar-blocks"], narrow)
+    return None if result_of(findings, "similar-blocks") is None else counts(findings, ["similar-blocks"])
 
 
-def counts(findings: Findings, names: Sequence[str], narrow: bool) -> Figure:
+def counts(findings: Findings, names: Sequence[str]) -> Sheet:
     """A panel for each of these similar-blocks results: a row for each threshold; last, how many pass by kappa."""
-    figure, places = panels(len(names), narrow, tall=2.7, columns=1, above=0.3)
+    places = panels(len(names), tall=2.5)
     for axes, name in zip(places, names, strict=True):
         each = counts_of(findings, name)
         for y, count in enumerate(each.values()):
@@ -151,18 +142,17 @@ def counts(findings: Findings, names: Sequence[str], narrow: bool) -> Figure:
         over_counts(axes, list(each), pair_count(findings, name))
         if len(names) > 1 or name != "similar-blocks":
             axes.set_title(findings.metrics[name].description.panel)
-    share_legend(figure, columns=2)
-    return figure
+    return charts(places, 1)
 
 
 @drawn
-def convergence(findings: Findings, narrow: bool = False) -> Figure | None:
+def convergence(findings: Findings) -> Sheet | None:
     """Value and 95 % interval of each headline number over the first images; dotted: the end, with its tolerance."""
     stored: Mapping[str, Any] = findings.sureness.get("convergence") or {}
     numbers: Mapping[str, Any] = stored.get("numbers") or {}
     if not numbers or len(stored["sizes"]) < 2:
         return None
-    figure, places = panels(len(numbers), narrow, tall=2.5)
+    places = panels(len(numbers), tall=2.5, columns=3)
     for axes, (name, entry) in zip(places, numbers.items(), strict=True):
         axes.set_title(words_of(name))
         sizes = np.array(stored["sizes"], dtype=np.float64)
@@ -178,10 +168,9 @@ def convergence(findings: Findings, narrow: bool = False) -> Figure | None:
             axes.set_ylim(last - reach, last + reach)
         axes.set_xscale("log")
         ticks = [t for e in range(8) for m in (1, 2, 5) if sizes[0] <= (t := m * 10**e) <= sizes[-1]]
-        axes.xaxis.set_major_locator(FixedLocator(ticks[:: 1 if len(ticks) <= 7 else 2]))
+        axes.xaxis.set_major_locator(FixedLocator(ticks[:: 1 if len(ticks) <= 6 else 2]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="images", xlim=(sizes[0] * 0.95, sizes[-1] * 1.05))
         axes.grid(axis="y")
-    share_legend(figure, columns=1 if narrow else 3)
-    return figure
+    return charts(places, 3)

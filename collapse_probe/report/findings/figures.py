@@ -8,15 +8,14 @@ from fnmatch import fnmatchcase
 from functools import partial
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from collapse_probe.report.findings.curves import adjacent_blocks, convergence, entropy, per_block, similar_blocks
 from collapse_probe.report.findings.metric_figures import family_figure, kind, pair, weights
 from collapse_probe.report.findings.outliers import outlier_places
 from collapse_probe.report.gallery import attention_gallery, rollout_gallery
-from collapse_probe.report.heatmaps import SIGNED, Panel, grid, scale_of
-from collapse_probe.report.html import Caption, Drawing, draw_figures
-from collapse_probe.report.style import drawn
+from collapse_probe.report.heatmaps import SIGNED, Heatmap, grid, scale_of
+from collapse_probe.report.html import Caption, Drawing, Figure, draw_figures
+from collapse_probe.report.sheet import Sheet
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import null_of, result_of
 from collapse_probe.results.rules import KAPPA_ABOVE
@@ -25,8 +24,7 @@ from collapse_probe.statistics.pair_tests import LEVEL, SHOWN, beyond_null, pair
 MARK = f"dot (below the diagonal): more alike than with the wrong tokens, q ≤ {LEVEL:g}"
 
 
-@drawn
-def similarity(findings: Findings, narrow: bool = False, *, name: str) -> Figure | None:
+def similarity(findings: Findings, *, name: str) -> Sheet | None:
     """Cosine between the maps of every two blocks, or the patches at every two depths, raw and null-corrected side by side."""
     result = result_of(findings, name)
     if result is None:
@@ -34,40 +32,43 @@ def similarity(findings: Findings, narrow: bool = False, *, name: str) -> Figure
     panels = pair(result, "raw cosine", "null-corrected κ (0: as alike as the null)")
     tested = pairs_tested(findings.sureness.get("tests") or {}, name)
     if panels[1] is not None and tested is not None and name == SHOWN:
-        panels[1] = replace(panels[1], marked=np.tril(beyond_null(tested), -1), mark=MARK)
-    return grid(panels, 2 if panels[1] else 1, narrow=narrow)
+        q = np.array(tested["q"], dtype=np.float64)
+        panels[1] = replace(
+            panels[1],
+            marked=np.tril(beyond_null(tested), -1),
+            mark=MARK,
+            beside={**panels[1].beside, "q": q},
+        )
+    return grid(panels, 2 if panels[1] else 1)
 
 
-@drawn
-def attention_variants(findings: Findings, narrow: bool = False) -> Figure | None:
+def attention_variants(findings: Findings) -> Sheet | None:
     """The other readings of attention similarity (rows, centred, …), one row each: raw, null-corrected."""
-    panels: list[Panel | None] = []
+    panels: list[Heatmap | None] = []
     beside = "probs" if result_of(findings, "attention-similarity") is not None else ""
     for name, result in findings.metrics.items():
         family, _, variant = name.partition("@")
         if family == "attention-similarity" and variant not in ("", beside) and result.values is not None:
             panels += pair(result, result.description.panel or variant, f"κ, {variant.replace('@', ', ')}")
-    return grid(panels, 2, narrow=narrow) if panels else None
+    return grid(panels, 2) if panels else None
 
 
-@drawn
-def probs_and_weights(findings: Findings, narrow: bool = False) -> Figure | None:
+def probs_and_weights(findings: Findings) -> Sheet | None:
     """What softmax gives beside what multiplies V, on one scale; drawn only where the two differ."""
     weights, probs = result_of(findings, "attention-similarity"), result_of(findings, "attention-similarity@probs")
     if weights is None or probs is None:
         return None
     scale = scale_of(weights.array, probs.array)
     titles = {"probs: what softmax gives": probs, "weights: what multiplies V": weights}
-    return grid([Panel(result.array, title, scale) for title, result in titles.items()], 2, narrow=narrow)
+    return grid([Heatmap(result.array, title, scale) for title, result in titles.items()], 2)
 
 
-@drawn
-def weights_depth(findings: Findings, narrow: bool = False) -> Figure | None:
+def weights_depth(findings: Findings) -> Sheet | None:
     """The same weight matrix in every two blocks: entry by entry, and by the directions that it uses."""
     titles = {"depth": "entry by entry", "directions": "by the directions that are used"}
     results = {title: result_of(findings, f"weight-similarity@{suffix}") for suffix, title in titles.items()}
-    panels = [Panel(result.array, title, SIGNED) for title, result in results.items() if result is not None]
-    return grid(panels, len(panels), narrow=narrow) if panels else None
+    panels = [Heatmap(result.array, title, SIGNED) for title, result in results.items() if result is not None]
+    return grid(panels, len(panels)) if panels else None
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ FIGURES: dict[str, Entry] = {
     ),
     "attention-adjacent": Entry(
         "Each block compared with the one before",
-        "Above: the measured similarity with its 95 % interval over images, and what it would be for another token, "
+        "First the measured similarity with its 95 % interval over images, and what it would be for another token, "
         "another image, another head, and the same architecture with fresh weights. Dotted: the thresholds at which "
-        "blocks count as similar. Beneath: κ of the same blocks.",
+        "blocks count as similar. Then κ of the same blocks.",
         "The interval covers the choice of images, not the training run: another seed may differ by more. A line at its "
         "null is explained without the two blocks agreeing on anything.",
         adjacent_blocks,
@@ -148,7 +149,7 @@ FIGURES: dict[str, Entry] = {
     "attention-entropy": Entry(
         "How spread out each head attends",
         "Entropy of the attention of every head as a share of log N, where N is the number of keys: 1 is uniform, 0 is a "
-        "single key. Beneath, the mean over heads with its interval, the single heads, and the untrained twin.",
+        "single key. Beside it the mean over heads with its interval, the single heads, and the untrained twin.",
         "High entropy is not collapse by itself, yet it makes raw similarities high; low entropy says how sharp a head "
         "is, not whether it looks at the right place.",
         entropy,
@@ -258,17 +259,17 @@ def undrawn(findings: Findings) -> list[tuple[str, str]]:
     return [(name, f"no figure shows the axes {axes}; its numbers are in findings.json") for name, axes in odd]
 
 
-def draw_all(findings: Findings, *, narrow: bool = False, names: Collection[str] | None = None) -> dict[str, Figure]:
-    """Every figure (of `names`) that these findings fill; `narrow` for a phone.
+def draw_all(findings: Findings, *, names: Collection[str] | None = None) -> dict[str, Figure]:
+    """Every figure (of `names`) that these findings fill.
 
     First those of FIGURES, then those of the metrics that these leave out (`family_figures`).
     """
     families = family_figures(findings)
     wanted = {*FIGURES, *families} if names is None else set(names)
-    figures = draw_figures(FIGURES, findings, narrow=narrow, names=wanted)
+    figures = draw_figures(FIGURES, findings, names=wanted)
     for key, metrics in families.items():
-        if key in wanted and (figure := family_figure(findings, metrics, narrow)) is not None:
-            figures[key] = figure
+        if key in wanted and (figure := family_figure(findings, metrics)) is not None:
+            figures[key] = figure.called(key)
     return figures
 
 

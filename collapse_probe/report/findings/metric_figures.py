@@ -7,26 +7,26 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from collapse_probe.report.findings.curves import counts
-from collapse_probe.report.heatmaps import SIGNED, Panel, grid, scale_of
+from collapse_probe.report.heatmaps import SIGNED, Heatmap, grid, scale_of
+from collapse_probe.report.sheet import Sheet
 from collapse_probe.report.style import (
     DEPTH,
     DISTINCT,
     MARKERS,
     ROLES,
     Role,
+    charts,
     curve,
     dots_of_heads,
     drawn,
     over_blocks,
     panels,
-    share_legend,
 )
 from collapse_probe.results.findings import Description, Findings, MetricResult
-from collapse_probe.results.readings import null_of, nulls_of, over_heads, result_of
+from collapse_probe.results.readings import null_ci95, null_of, nulls_of, over_heads, result_of
 from collapse_probe.statistics.intervals import Array
 
 STEPS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
@@ -61,42 +61,54 @@ def kind(result: MetricResult) -> str:
 
 
 @drawn
-def family_figure(findings: Findings, names: Sequence[str], narrow: bool = False) -> Figure | None:
+def family_figure(findings: Findings, names: Sequence[str]) -> Sheet | None:
     """The results `names` of one metric with its variants and of one kind, a panel each; scales of one unit are shared."""
     results = {name: result for name in names if (result := result_of(findings, name)) is not None}
     if not results:
         return None
     shape = kind(next(iter(results.values())))
     if shape == "matrix":
-        places: list[Panel | None] = []
+        places: list[Heatmap | None] = []
         for name, result in results.items():
             title = result.description.panel
             places += pair(result, title, "κ, null-corrected" if "@" not in name else f"κ; {title}", twin=True)
         places = places if any(places[1::2]) else places[::2]
-        return grid(places, 4 if len(places) > 4 else min(len(places), 2), narrow=narrow)
+        return grid(places, 4 if len(places) > 4 else min(len(places), 2))
     if shape == "counts":
-        return counts(findings, list(results), narrow)
+        return counts(findings, list(results))
     if shape == "weights":
-        return matrix_lines(results, narrow)
-    return _curves(findings, results, narrow)
+        return matrix_lines(results)
+    return _curves(findings, results)
 
 
-def pair(result: MetricResult, raw: str, corrected: str, twin: bool = False) -> list[Panel | None]:
+def pair(result: MetricResult, raw: str, corrected: str, twin: bool = False) -> list[Heatmap | None]:
     """A matrix and beside it its kappa; where there is none and `twin`, that of the untrained twin."""
     rows, columns = (DEPTH if dim == "depth" else dim for dim in result.dims)
     kappa, fresh = null_of(result, "kappa"), null_of(result, "untrained") if twin else None
-    beside, title = (fresh, "untrained twin") if kappa is None else (kappa, corrected)
     centred = result.settings.get("centred") is True  # a correlation, whichever sign it happens to have
     scale = SIGNED if centred else scale_of(result.array, *([] if fresh is None or kappa is not None else [fresh]))
-    first = Panel(result.array, raw, scale, rows, columns)
-    return [first, None if beside is None else Panel(beside, title, scale if kappa is None else SIGNED, rows, columns)]
+    first = Heatmap(result.array, raw, scale, rows, columns, beside=beside(result))
+    if kappa is not None:
+        more = _defined({"95 %": null_ci95(result, "kappa"), "raw": result.array})
+        return [first, Heatmap(kappa, corrected, SIGNED, rows, columns, beside=more)]
+    return [first, None if fresh is None else Heatmap(fresh, "untrained twin", scale, rows, columns)]
 
 
-def _curves(findings: Findings, results: Mapping[str, MetricResult], narrow: bool) -> Figure:
+def beside(result: MetricResult) -> dict[str, Array]:
+    """What the cells of a matrix say besides their values: the interval, every null, and kappa."""
+    nulls = {ROLES[role].label: values for role, values in nulls_of(result).items()}
+    return _defined({"95 %": result.ci95, **nulls, "κ": null_of(result, "kappa")})
+
+
+def _defined(parts: Mapping[str, Array | None]) -> dict[str, Array]:
+    return {name: values for name, values in parts.items() if values is not None}
+
+
+def _curves(findings: Findings, results: Mapping[str, MetricResult]) -> Sheet:
     base = next(iter(results)).partition("@")[0]
     relatives = {n: r for n, r in findings.metrics.items() if n.partition("@")[0] == base and kind(r) in ("heads", "curve")}
     every = {name: lines(result) for name, result in relatives.items() if result.values is not None}
-    figure, places = panels(len(results), narrow, tall=2.9)
+    places = panels(len(results))
     for axes, (name, result) in zip(places, results.items(), strict=True):
         panel, x = every[name], np.arange(len(result.array), dtype=np.float64)
         if panel.dots is not None:
@@ -110,8 +122,7 @@ def _curves(findings: Findings, results: Mapping[str, MetricResult], narrow: boo
         axes.set(title=panel.title, ylabel=panel.unit)
         axes.grid(axis="y")
         _scale(axes, result.description, [other for other in every.values() if other.unit == every[name].unit])
-    share_legend(figure, columns=2 if narrow else 5)
-    return figure
+    return charts(places)
 
 
 def lines(result: MetricResult) -> Lines:
@@ -175,18 +186,18 @@ LEAST_ENERGY = 0.5  # of rows on the sphere
 
 
 @drawn
-def weights(findings: Findings, narrow: bool = False) -> Figure | None:
+def weights(findings: Findings) -> Sheet | None:
     """Row similarity, effective rank, orthogonality gap and energy of q, k, v, proj, fc1, fc2 over the blocks."""
     results = {name: result for name in OF_WEIGHTS if (result := result_of(findings, name)) is not None}
-    return matrix_lines(results, narrow) if results else None
+    return matrix_lines(results) if results else None
 
 
-def matrix_lines(results: Mapping[str, MetricResult], narrow: bool) -> Figure:
+def matrix_lines(results: Mapping[str, MetricResult]) -> Sheet:
     """A panel for each result: one line a matrix, thin dashed lines of the same colour for the untrained twin.
 
     Those of OF_WEIGHTS have titles of their own, and ranks among them are shares of the full one.
     """
-    figure, places = panels(len(results), narrow, tall=2.6 if narrow else 2.9, above=0.9)
+    places = panels(len(results))
     for axes, (name, result) in zip(places, results.items(), strict=True):
         full = np.asarray(result.details.get("full_rank", 1.0) if name == "weight-rank" else 1.0, dtype=np.float64)
         twin = null_of(result, "untrained")
@@ -205,5 +216,4 @@ def matrix_lines(results: Mapping[str, MetricResult], narrow: bool) -> Figure:
             axes.set_ylim(bottom=LEAST_ENERGY)
         axes.grid(axis="y")
         over_blocks(axes, x, "block", 9)
-    share_legend(figure, columns=4 if narrow else 7)
-    return figure
+    return charts(places)

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
-from collapse_probe.report.heatmaps import UNSIGNED, hatch
-from collapse_probe.report.style import NARROW, WIDE, colour_bar, drawn
+from collapse_probe.report.heatmaps import UNSIGNED, Scale, colour_bar, hatched, mosaic
+from collapse_probe.report.sheet import INK, SWATCH, Key, Sheet, coordinate, words
 from collapse_probe.results.findings import Findings
 from collapse_probe.statistics.intervals import Array
 
 ENDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # where the scale may end
-HEAD, FOOT, TITLE, GAP = 0.3, 0.7, 0.24, 0.1  # inches
+SIDE, TITLE, GAP, COLUMNS = 100.0, 16.0, 4.0, 9  # pixels, and maps in a row
 
 
 @dataclass(frozen=True)
@@ -44,36 +42,52 @@ def places_of(findings: Findings) -> list[Places]:
     return list(rules.values())
 
 
-@drawn
-def outlier_places(findings: Findings, narrow: bool = False) -> Figure | None:
+@dataclass(frozen=True)
+class Place:
+    """One small map: the share of images with an outlier at each place [rows, columns] of one depth."""
+
+    shares: Array
+    title: str
+    scale: Scale
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height in pixels."""
+        rows, columns = self.shares.shape
+        return SIDE, TITLE + SIDE * min(rows / columns, 3.0) + GAP
+
+    @property
+    def label(self) -> str:
+        """What it shows, in words."""
+        known = self.shares[np.isfinite(self.shares)]
+        return f"depth {self.title}; at one place up to {100 * float(np.max(known, initial=0.0)):.3g} % of the images"
+
+    def body(self, name: str) -> str:
+        """The map under its title, in a frame; places that are not compared are hatched."""
+        rows, columns = self.shares.shape
+        wide, tall = SIDE - 2, self.size[1] - TITLE - GAP
+        ground = "" if np.isfinite(self.shares).all() else hatched(name, wide, tall)
+        cells = mosaic(self.shares, self.scale)
+        return (
+            f'{words(self.title, 1, 11, size=10)}<g transform="translate(1 {TITLE:g})">{ground}'
+            f'<g transform="scale({wide / columns:.5g} {tall / rows:.5g})" shape-rendering="crispEdges">{cells}</g>'
+            f'<path fill="none" stroke="{INK}" stroke-width="0.5" d="M0 0h{wide:g}v{coordinate(tall)}h-{wide:g}z"/></g>'
+        )
+
+
+def outlier_places(findings: Findings) -> Sheet | None:
     """A small map for each depth and rule: the share of images with an outlier at each place."""
     rules = [places for places in places_of(findings) if places.any]
     if not rules:
         return None
-    width, columns = (NARROW, 4) if narrow else (WIDE, 9)
-    tile = (width - 0.3 - GAP * (columns - 1)) / columns
-    tall = tile * min(rules[0].maps.shape[1] / rules[0].maps.shape[2], 3.0)
-    rows = [-(-len(places.maps) // columns) for places in rules]
-    height = sum(HEAD + count * (tall + TITLE) for count in rows) + FOOT
-    figure = Figure(figsize=(width, height))
     highest = max(float(np.nanmax(places.maps)) for places in rules)
-    scale = Normalize(0.0, next((end for end in ENDS if highest <= end + 1e-9), 1.0))
-    top = 0.0
-    for places, count in zip(rules, rows, strict=True):
-        figure.text(0.1 / width, 1 - (top + 0.2) / height, places.rule, fontsize=9, va="center")
-        top += HEAD
+    scale = Scale(0.0, next((end for end in ENDS if highest <= end + 1e-9), 1.0), UNSIGNED.colours)
+    several, maps = len(rules) > 1, []
+    for at, places in enumerate(rules, start=1):
         for depth, (shares, of_tokens) in enumerate(zip(places.maps, places.shares, strict=True)):
-            row, column = divmod(depth, columns)
-            left, down = 0.1 + column * (tile + GAP), top + row * (tall + TITLE) + TITLE
-            axes = figure.add_axes((left / width, 1 - (down + tall) / height, tile / width, tall / height))
-            hatch(axes)
-            axes.pcolormesh(np.ma.masked_invalid(shares), cmap=UNSIGNED.colours, norm=scale)
-            axes.invert_yaxis()
-            axes.set(xticks=[], yticks=[])
-            for spine in axes.spines.values():
-                spine.set(visible=True, linewidth=0.5)
-            title = f"{'' if narrow else 'depth '}{depth}: {f'{100 * of_tokens:.3g} %' if np.isfinite(of_tokens) else '–'}"
-            axes.set_title(title, fontsize=6.5 if narrow else 7.5, pad=2.5)
-        top += count * (tall + TITLE)
-    colour_bar(figure, scale, UNSIGNED.colours, "share of images with an outlier at this place")
-    return figure
+            share = f"{100 * of_tokens:.3g} %" if np.isfinite(of_tokens) else "–"
+            maps.append(Place(shares, f"{f'({at}) ' if several else ''}{depth}: {share}", scale))
+    rule_keys = [Key(f"{f'({at}) ' if several else ''}{places.rule}", "") for at, places in enumerate(rules, start=1)]
+    bar = colour_bar(scale.colours, (0, 2, SWATCH[0], 8), {}, level=True)
+    ends = Key(f"0 to {100 * scale.high:g} % of the images with an outlier at this place", bar)
+    return Sheet(tuple(maps), COLUMNS, above=tuple(rule_keys), below=(ends,), small=True)

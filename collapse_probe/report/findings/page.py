@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from PIL import Image
 
 from collapse_probe.report.findings.figures import FIGURES, caption_of, draw_all, family_figures, metrics_of, undrawn
@@ -24,7 +23,7 @@ from collapse_probe.report.findings.tables import (
     uncompared,
     words_of,
 )
-from collapse_probe.report.html import Plate, looked_at, paper, picture_url, plate_of, write_page
+from collapse_probe.report.html import Figure, Plate, looked_at, paper, picture_url, write_page
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import is_untrained, null_of, result_of, weights_only
 from collapse_probe.results.text import number, plain, sentence_case
@@ -111,18 +110,16 @@ def sections(findings: Findings, names: Collection[str]) -> list[Section]:
 
 def _with_plates(findings: Findings, figures: Mapping[str, Figure]) -> list[dict[str, Any]]:
     """The sections of the page with their plates."""
-    narrow, families = draw_all(findings, narrow=True, names=figures), family_figures(findings)
+    families = family_figures(findings)
 
     def plates(names: tuple[str, ...]) -> list[Plate]:
         return [
-            plate_of(
+            Plate(
                 name,
                 figures[name],
-                narrow.get(name),
                 caption_of(name, families, findings),
                 notes=tuple(_notes(findings, name)),
                 metrics=tuple(families.get(name, ())),
-                sharp=name not in families,
                 tables=tuple(sensitivity_tables(findings)) if name == "similarity-ratio" else (),
             )
             for name in names

@@ -7,22 +7,19 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from collapse_probe.report.html import Drawing, draw_figures
+from collapse_probe.report.sheet import Sheet
 from collapse_probe.report.style import (
     DISTINCT,
     MARKERS,
-    NARROW,
     ROLES,
-    WIDE,
     Role,
+    charts,
     curve,
     drawn,
     over_blocks,
     panels,
-    share_legend,
-    sheet,
 )
 from collapse_probe.results.intervention import Effect, Interventions
 from collapse_probe.statistics.intervals import Array
@@ -36,26 +33,26 @@ LOGARITHMIC_FROM = 30.0  # largest over smallest KL
 
 
 @drawn
-def one_at_a_time(interventions: Interventions, narrow: bool = False) -> Figure | None:
+def one_at_a_time(interventions: Interventions) -> Sheet | None:
     """Every number of every replacement, block by block."""
     effects = {kind: [e for e in single if e.kl is not None] for kind, single in interventions.single.items()}
-    return _over_blocks(effects, "block", narrow)
+    return _over_blocks(effects, "block")
 
 
 @drawn
-def cumulative(interventions: Interventions, narrow: bool = False) -> Figure | None:
+def cumulative(interventions: Interventions) -> Sheet | None:
     """The same with all blocks from b up to the last."""
     effects = {kind: list(reversed(each)) if len(each) > 1 else [] for kind, each in interventions.cumulative.items()}
-    return _over_blocks(effects, "first replaced block b", narrow)
+    return _over_blocks(effects, "first replaced block b")
 
 
-def _over_blocks(by_kind: Mapping[str, Sequence[Effect]], label: str, narrow: bool) -> Figure | None:
+def _over_blocks(by_kind: Mapping[str, Sequence[Effect]], label: str) -> Sheet | None:
     """One panel a number, one line a kind that has effects; a kind keeps its colour in every figure."""
     every = [e for effects in by_kind.values() for e in effects]
     names = [name for name in PANELS if any(getattr(e, name) is not None for e in every)]
     if not names:
         return None
-    figure, places = panels(len(names), narrow, tall=2.9, columns=3, above=0.8)
+    places = panels(len(names), columns=3)
     blocks = np.array(sorted({e.blocks[0] for e in every}), dtype=np.float64)
     for axes, name in zip(places, names, strict=True):
         for place, (kind, effects) in enumerate(by_kind.items()):
@@ -63,10 +60,9 @@ def _over_blocks(by_kind: Mapping[str, Sequence[Effect]], label: str, narrow: bo
                 role = Role(kind, DISTINCT[place % len(DISTINCT)], marker=MARKERS[place % len(MARKERS)], width=1.8)
                 _curve(axes, effects, name, role)
         _scale(axes, name, [getattr(e, name) for e in every])
-        over_blocks(axes, blocks, label, 8 if narrow or len(names) > 1 else 16)
+        over_blocks(axes, blocks, label, 9)
         axes.set_title(PANELS[name])
-    share_legend(figure, columns=2 if narrow else 5)
-    return figure
+    return charts(places, 3)
 
 
 def _curve(axes: Axes, effects: Sequence[Effect], name: str, role: Role) -> None:
@@ -89,13 +85,12 @@ def _scale(axes: Axes, name: str, numbers: Sequence[float | None]) -> None:
 
 
 @drawn
-def beside_similarity(interventions: Interventions, narrow: bool = False) -> Figure | None:
-    """Similarity with the block before above, the cost of sharing beneath, over the same blocks."""
+def beside_similarity(interventions: Interventions) -> Sheet | None:
+    """Similarity with the block before, and the cost of sharing, over the same blocks."""
     shared = [e for e in interventions.single.get("share", ()) if e.kl is not None]
     if not shared or not interventions.similarity:
         return None
-    figure = sheet(NARROW if narrow else WIDE, 5.2)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    top, bottom = panels(2, tall=3.0)
     x = np.arange(1.0, len(interventions.similarity["raw"]) + 1)
     for name, role in {
         "raw": Role("raw cosine", ROLES["measured"].colour, marker="o", width=2.0),
@@ -108,9 +103,9 @@ def beside_similarity(interventions: Interventions, narrow: bool = False) -> Fig
     _curve(bottom, shared, "kl", Role("cost of sharing (95 % interval)", DISTINCT[1], marker="s", width=1.8))
     _scale(bottom, "kl", [e.kl for e in shared])
     bottom.set_ylabel("KL when shared, nats")
-    over_blocks(bottom, x, "block b, with block b − 1")
-    share_legend(figure, columns=1 if narrow else 4)
-    return figure
+    for axes in (top, bottom):
+        over_blocks(axes, x, "block b, with block b − 1", 12)
+    return charts([top, bottom])
 
 
 FIGURES: dict[str, Drawing] = {
@@ -131,12 +126,12 @@ FIGURES: dict[str, Drawing] = {
     ),
     "beside-similarity": Drawing(
         "Similarity is one thing, redundancy another",
-        "Above, how alike each block's map is to that of the block before: raw cosine, its wrong-token null, and κ, from "
-        "the same images. Beneath, what it costs to use the map of the block before.",
+        "First, how alike each block's map is to that of the block before: raw cosine, its wrong-token null, and κ, from "
+        "the same images. Then, what it costs to use the map of the block before.",
         "A high cosine beside a high cost means that the small difference between the two maps matters; a low cosine "
         "beside no cost, that the map hardly matters.",
         beside_similarity,
     ),
 }
 draw_all = functools.partial(draw_figures, FIGURES)
-"""Every figure that these numbers fill, by name, in the order of the page; `narrow` for a phone."""
+"""Every figure that these numbers fill, by name, in the order of the page."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from collapse_probe.report.html import Table, paper, plates_of, write_page
+from collapse_probe.report.html import Figure, Table, paper, plates_of, write_page
 from collapse_probe.report.intervention.figures import FIGURES, draw_all
 from collapse_probe.report.intervention.verdict import verdicts
 from collapse_probe.results.intervention import DEFINITIONS, Effect, Interventions
@@ -24,7 +22,7 @@ def write_interventions(interventions: Interventions, folder: str | Path) -> Pat
 
 
 def render(interventions: Interventions, figures: Mapping[str, Figure] | None = None) -> str:
-    """One self-contained HTML page; `figures` (wide, as `draw_all` makes them) are drawn where not given."""
+    """One self-contained HTML page; `figures` are drawn where not given."""
     accuracy = interventions.plain["accuracy"]
     header, tables = ("blocks", *HEADER[: None if accuracy is not None else 4]), []
     for kind, effects in interventions.single.items():
@@ -39,7 +37,7 @@ def render(interventions: Interventions, figures: Mapping[str, Figure] | None = 
         plain_accuracy=_plain_accuracy(interventions),
         verdicts=verdicts(interventions),
         keeps=f"{KEEPS_ANSWERS:.0%}",
-        plates=plates_of(FIGURES, interventions, figures),
+        plates=plates_of(FIGURES, draw_all(interventions) if figures is None else figures),
         tables=tables,
         refused=[(e.kind, e.blocks[0], e.not_applicable) for e in every if e.not_applicable],
         kinds=interventions.kinds,

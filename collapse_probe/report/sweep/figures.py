@@ -6,14 +6,14 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
-import seaborn
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from collapse_probe.report.html import Caption, Drawing, draw_figures
-from collapse_probe.report.style import DISTINCT, MARKERS, Role, drawn, panels, printable, share_legend
+from collapse_probe.report.html import Caption, Drawing, Figure, draw_figures
+from collapse_probe.report.sheet import Sheet
+from collapse_probe.report.style import DISTINCT, MARKERS, Role, charts, drawn, hexes, panels, printable
 from collapse_probe.results.rules import KAPPA_ABOVE, RAW_ABOVE
 from collapse_probe.results.sweep import PUBLISHED, UNTRAINED, Points, Sweep, estimate, spelled
 
@@ -72,25 +72,22 @@ def drawings(sweep: Sweep) -> dict[str, Drawing]:
     return figures
 
 
-def draw_all(sweep: Sweep, *, narrow: bool = False) -> dict[str, Figure]:
-    """Every figure that the finished cells fill, by name, in the order of the page; `narrow` for a phone."""
-    return draw_figures(drawings(sweep), sweep, narrow=narrow)
+def draw_all(sweep: Sweep) -> dict[str, Figure]:
+    """Every figure that the finished cells fill, by name, in the order of the page."""
+    return draw_figures(drawings(sweep), sweep)
 
 
 @drawn
-def draw(sweep: Sweep, narrow: bool = False, *, kind: str, axis: str) -> Figure | None:
+def draw(sweep: Sweep, *, kind: str, axis: str) -> Sheet | None:
     """The panels of one kind along one axis; None where no cell has any of their numbers."""
     titles = {k: t for k, t in PANELS[kind].items() if any(np.isfinite(cell.number(k)) for cell in sweep.finished)}
     if not titles:
         return None
-    lines = 2 * len(sweep.series(axis)) + 3
-    tall, above = (3.0, 0.22 * lines) if narrow else (4.1, 0.11 * lines)
-    figure, places = panels(len(titles), narrow, tall=tall, above=above)
+    places = panels(len(titles), tall=3.6)
     for axes, (key, title) in zip(places, titles.items(), strict=True):
         _panel(axes, sweep, axis, key)
         axes.set_title(title)
-    share_legend(figure, columns=1 if narrow else 3)
-    return figure
+    return charts(places)
 
 
 def _panel(axes: Axes, sweep: Sweep, axis: str, key: str) -> None:
@@ -125,7 +122,8 @@ def _panel(axes: Axes, sweep: Sweep, axis: str, key: str) -> None:
 
 def _roles(labels: Sequence[str]) -> list[Role]:
     distinct = len(labels) <= len(DISTINCT)
-    colours = DISTINCT if distinct else list(map(str, seaborn.color_palette("viridis", n_colors=len(labels)).as_hex()))
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 1, len(labels) + 2)[1:-1])
+    colours = DISTINCT if distinct else [hexes(shade)[0] for shade in shades]
     return [
         Role(printable(label, 34) or "trained", colours[at], marker=MARKERS[at % len(MARKERS)], width=1.8)
         for at, label in enumerate(labels)

@@ -6,9 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from collapse_probe.report.html import Table, paper, plates_of, write_page
+from collapse_probe.report.html import Figure, Table, paper, plates_of, write_page
 from collapse_probe.report.sweep.figures import draw_all, drawings
 from collapse_probe.report.sweep.verdict import caveats, headline, mean, verdicts
 from collapse_probe.results.sweep import FINISHED, PUBLISHED, UNTRAINED, CellResult, Sweep, spelled
@@ -35,7 +33,7 @@ def write_sweep(sweep: Sweep, folder: str | Path) -> Path:
 
 
 def render(sweep: Sweep, figures: Mapping[str, Figure] | None = None) -> str:
-    """One self-contained HTML page; `figures` (wide, as `draw_all` makes them) are drawn where not given."""
+    """One self-contained HTML page; `figures` are drawn where not given."""
     return paper(
         "sweep.html",
         name=plain(sweep.recipe.get("name")),
@@ -47,7 +45,7 @@ def render(sweep: Sweep, figures: Mapping[str, Figure] | None = None) -> str:
         headline=headline(sweep),
         verdicts=verdicts(sweep),
         caveats=caveats(sweep),
-        plates=plates_of(drawings(sweep), sweep, figures),
+        plates=plates_of(drawings(sweep), draw_all(sweep) if figures is None else figures),
         means=means(sweep),
         cells=by_cell(sweep),
         with_published="depth" in sweep.axes,
