@@ -9,7 +9,7 @@ import click
 from collapse_probe.cli import options
 
 
-@click.command("analyze", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("analyze", cls=options.Command, context_settings={"help_option_names": ["-h", "--help"]})
 @options.model
 @options.data_if_needed
 @options.level
@@ -28,14 +28,15 @@ from collapse_probe.cli import options
     help="Measure every N-th image, from the K-th on, into one state file in the output folder; `merge` adds the parts.",
 )
 @options.output
-@click.option("--json", "as_json", is_flag=True, help="Print findings.json on stdout; a folder is written only with -o.")
+@options.answering()
 @options.plugin
 @options.talking
 @options.across_processes
 def command(
     data: str | None,
     output: str | None,
-    as_json: bool,
+    as_json: str | None,
+    no_page: bool,
     quiet: bool,
     verbose: int,
     fail_on: tuple[str, ...],
@@ -44,7 +45,7 @@ def command(
 ) -> None:
     """Measure the collapse of one model over a data set: one pass, all metrics, findings and report."""
     from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
-    from collapse_probe.cli.output import deliver, output_folder, prepare
+    from collapse_probe.cli.output import deliver, of_findings, output_folder, prepare
 
     rules = thresholds(fail_on, "analyze")
     options.check_metrics(flags["levels"], flags["presets"], flags["metrics"], data)
@@ -81,21 +82,19 @@ def command(
     with talk.bar(0 if images is None else images.count) as progress:
         findings = analyze(subject, images, save_to=folder, **flags, progress=progress)
     if rank_and_world()[0] == 0:
-        from collapse_probe.report.findings.page import write_report  # with matplotlib, which only the page needs
-
-        deliver(findings, folder, write_report, answer(findings), as_json)
+        deliver(findings, folder, answer(findings), of_findings(findings), as_json, no_page)
         stop_if_tripped(rules, {"": findings.summary})
 
 
 def check_part_flags(
-    output: str | None, as_json: bool, fail_on: tuple[str, ...], until_ci: float | None, data: str | None
+    output: str | None, as_json: str | None, fail_on: tuple[str, ...], until_ci: float | None, data: str | None
 ) -> None:
     """Wrong usage where flags cannot go with a part: it has no findings, and sees its own images alone."""
     from collapse_probe.files import check_writable
 
     if output is None:
         raise click.UsageError("--part writes a state file: name its folder with -o.")
-    for flag, given in (("--json", as_json), ("--fail-on", fail_on), ("--until-ci", until_ci is not None)):
+    for flag, given in (("--json", as_json is not None), ("--fail-on", fail_on), ("--until-ci", until_ci is not None)):
         if given:
             raise click.UsageError(f"{flag} looks at all images, and --part sees its own alone: use it with `merge`.")
     if data is None:

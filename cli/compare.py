@@ -9,7 +9,7 @@ import click
 from collapse_probe.cli import options
 
 
-@click.command("compare", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("compare", cls=options.Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("subjects", nargs=-1, required=True, metavar="SUBJECT...")
 @click.option("-m", "--model", metavar="ADDRESS", help="The architecture of the subjects that are checkpoints.")
 @options.architecture
@@ -23,11 +23,13 @@ from collapse_probe.cli import options
 @options.records
 @options.keeping
 @options.output
-@click.option("--json", "as_json", is_flag=True, help="Print comparison.json on stdout; a folder is written only with -o.")
+@options.answering()
 @options.plugin
 @options.talking
 @options.across_processes
-def command(output: str | None, as_json: bool, quiet: bool, verbose: int, fail_on: tuple[str, ...], **flags: Any) -> None:
+def command(
+    output: str | None, as_json: str | None, no_page: bool, quiet: bool, verbose: int, fail_on: tuple[str, ...], **flags: Any
+) -> None:
     """Set two or more subjects side by side on the same images; each is compared with the first.
 
     A SUBJECT is a model address, a checkpoint file (with --model for its architecture), a findings folder,
@@ -35,7 +37,7 @@ def command(output: str | None, as_json: bool, quiet: bool, verbose: int, fail_o
     --fix goes into every model after the first; one model alone is compared with itself with the fix.
     """
     from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
-    from collapse_probe.cli.output import answer_lines, deliver, output_folder, summary_lines
+    from collapse_probe.cli.output import answer_lines, deliver, of_comparison, output_folder, summary_lines
 
     rules = thresholds(fail_on, "compare")
     options.check_metrics((), (), flags["metrics"], flags["data"] or "")
@@ -57,10 +59,10 @@ def command(output: str | None, as_json: bool, quiet: bool, verbose: int, fail_o
         command=options.command_line(),
     )
     if rank_and_world()[0] == 0:
-        from collapse_probe.report.comparison.page import write_comparison  # with matplotlib, which only the page needs
         from collapse_probe.report.comparison.verdict import verdicts
 
         summaries = {label: findings.summary for label, findings in comparison.subjects.items()}
-        lines = [*answer_lines(verdicts(comparison)), *summary_lines(summaries)]
-        deliver(comparison, folder, write_comparison, "\n".join(lines), as_json)
+        answers = verdicts(comparison)
+        text = "\n".join([*answer_lines(answers), *summary_lines(summaries)])
+        deliver(comparison, folder, text, of_comparison(comparison, answers), as_json, no_page)
         stop_if_tripped(rules, {label: comparison.numbers(label) for label in comparison.subjects})

@@ -11,7 +11,7 @@ from collapse_probe.cli import options
 KINDS = ("share", "mean", "uniform", "identity", "skip")
 
 
-@click.command("intervene", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("intervene", cls=options.Command, context_settings={"help_option_names": ["-h", "--help"]})
 @options.model
 @options.data
 @click.option(
@@ -32,16 +32,23 @@ KINDS = ("share", "mean", "uniform", "identity", "skip")
 @options.failing
 @options.keeping
 @options.output
-@click.option("--json", "as_json", is_flag=True, help="Print interventions.json on stdout; a folder is written only with -o.")
+@options.answering()
 @options.plugin
 @options.talking
 @options.across_processes
 def command(
-    data: str, output: str | None, as_json: bool, quiet: bool, verbose: int, fail_on: tuple[str, ...], **flags: Any
+    data: str,
+    output: str | None,
+    as_json: str | None,
+    no_page: bool,
+    quiet: bool,
+    verbose: int,
+    fail_on: tuple[str, ...],
+    **flags: Any,
 ) -> None:
     """Replace the attention maps of blocks, one at a time and from the last block down: the change in logits and accuracy."""
     from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
-    from collapse_probe.cli.output import answer_lines, deliver, output_folder, prepare, summary_lines
+    from collapse_probe.cli.output import answer_lines, deliver, of_interventions, output_folder, prepare, summary_lines
 
     rules = thresholds(fail_on, "intervene")
     if output is not None:
@@ -63,9 +70,9 @@ def command(
     with talk.bar(images.count) as progress:
         interventions = intervene(subject, images, **flags, progress=progress)
     if rank_and_world()[0] == 0:
-        from collapse_probe.report.intervention.page import write_interventions  # with matplotlib, only for the page
         from collapse_probe.report.intervention.verdict import verdicts
 
-        lines = [*answer_lines(verdicts(interventions)), *summary_lines({"": interventions.summary})]
-        deliver(interventions, folder, write_interventions, "\n".join(lines), as_json)
+        answers = verdicts(interventions)
+        text = "\n".join([*answer_lines(answers), *summary_lines({"": interventions.summary})])
+        deliver(interventions, folder, text, of_interventions(interventions, answers), as_json, no_page)
         stop_if_tripped(rules, {"": interventions.summary})

@@ -8,13 +8,13 @@ import click
 from collapse_probe.cli import options
 
 
-@click.command("merge", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("merge", cls=options.Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("parts", nargs=-1, required=True, metavar="PART...")
 @click.option("--allow-missing", is_flag=True, help="Report what there is where parts or images are missing; the page says so.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="For the untrained twin: auto, cpu, cuda, …")
 @options.failing
 @options.output
-@click.option("--json", "as_json", is_flag=True, help="Print findings.json on stdout; a folder is written only with -o.")
+@options.answering()
 @options.plugin
 @options.talking
 def command(
@@ -22,7 +22,8 @@ def command(
     allow_missing: bool,
     device: str,
     output: str | None,
-    as_json: bool,
+    as_json: str | None,
+    no_page: bool,
     quiet: bool,
     verbose: int,
     fail_on: tuple[str, ...],
@@ -33,7 +34,7 @@ def command(
     models, weights, data or settings are refused, and so are images that two parts have seen, and missing ones.
     """
     from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
-    from collapse_probe.cli.output import deliver, output_folder
+    from collapse_probe.cli.output import deliver, of_findings, output_folder
 
     rules = thresholds(fail_on, "analyze")
     folder = output_folder(output, as_json, Path("findings") / "merged")
@@ -44,8 +45,5 @@ def command(
 
     talk = Talk(quiet)
     findings = merge(parts, allow_missing=allow_missing, device=device, command=options.command_line(), report=talk.say)
-
-    from collapse_probe.report.findings.page import write_report  # with matplotlib, which only the page needs
-
-    deliver(findings, folder, write_report, answer(findings), as_json)
+    deliver(findings, folder, answer(findings), of_findings(findings), as_json, no_page)
     stop_if_tripped(rules, {"": findings.summary})

@@ -223,6 +223,10 @@ def configuration(ctx: click.Context, parameter: click.Parameter, path: str | No
         flag = str(key).replace("_", "-")
         if flag not in options or flag == "config":
             raise click.BadParameter(f"{path} sets {str(key)[:60]!r}, which is no flag of this command", ctx, parameter)
+        if flag == "json" and value is False:
+            continue
+        if flag == "json" and value is True and isinstance(options[flag].type, click.Choice):
+            value = "summary"  # as on the command line, where it may stand alone
         if flag == "model-kwargs" and isinstance(value, dict):
             value = [f"{k}={v!r}" for k, v in value.items()]
         try:
@@ -452,3 +456,22 @@ plugin = click.option(
     help="Load metrics, sources, fixes, penalties or recipes of your own. May be given several times.",
 )
 output = click.option("-o", "--output", metavar="DIR", help="The output folder.")
+
+
+class Command(click.Command):
+    """A command whose --json may stand alone: `--json` is `--json=summary`, and takes no word that follows it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Spell a bare --json out, before an end of options."""
+        end = args.index("--") if "--" in args else len(args)
+        spelled = ["--json=summary" if word == "--json" else word for word in args[:end]]
+        return super().parse_args(ctx, [*spelled, *args[end:]])
+
+
+def answering(written: str = "A folder is written only with -o.") -> Decorator:
+    """How a command answers: as JSON, and without a page."""
+    says = "Print verdict and summary as JSON on stdout; --json=full prints every number."
+    return _all(
+        click.option("--json", "as_json", type=click.Choice(["summary", "full"]), metavar="[=full]", help=f"{says} {written}"),
+        click.option("--no-page", is_flag=True, help="Write the numbers alone; `collapse-probe report DIR` draws their page."),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,17 @@ from collapse_probe.cli import options
 @options.talking
 def command(folder: str, quiet: bool, verbose: int) -> None:
     """Rebuild figures and page from what DIR holds (findings, a comparison, interventions, a sweep); needs no model."""
-    from collapse_probe.cli.output import say_tidied
+    from collapse_probe.cli.output import draw_page, say_tidied
 
     from collapse_probe.errors import CollapseProbeError, OutputError
     from collapse_probe.files import PAGE, changed_since, page_folder
 
     say_tidied(folder, quiet)
     place = Path(folder)
-    numbers, write = _opened(place)
+    numbers = _opened(place)
     with page_folder(place) as inside:
         try:
-            write(numbers, inside)
+            draw_page(numbers, inside)
         except (CollapseProbeError, OSError):
             raise
         except Exception as error:
@@ -34,24 +33,20 @@ def command(folder: str, quiet: bool, verbose: int) -> None:
     click.echo(f"report: {place / PAGE}")
 
 
-def _opened(folder: Path) -> tuple[Any, Callable[[Any, Path], object]]:
-    """The numbers in `folder`, and what draws their page."""
+def _opened(folder: Path) -> Any:
+    """The numbers in `folder`."""
     if (folder / "comparison.json").exists():
-        from collapse_probe.report.comparison.page import write_comparison
         from collapse_probe.results.comparison import Comparison
 
-        return Comparison.load(folder), write_comparison
+        return Comparison.load(folder)
     if (folder / "interventions.json").exists():
-        from collapse_probe.report.intervention.page import write_interventions
         from collapse_probe.results.intervention import Interventions
 
-        return Interventions.load(folder), write_interventions
+        return Interventions.load(folder)
     if (folder / "sweep.json").exists():
-        from collapse_probe.report.sweep.page import write_sweep
         from collapse_probe.results.sweep import Sweep
 
-        return Sweep.load(folder), write_sweep
-    from collapse_probe.report.findings.page import write_report
+        return Sweep.load(folder)
     from collapse_probe.results.findings import Findings
 
-    return Findings.load(folder), write_report
+    return Findings.load(folder)

@@ -14,7 +14,7 @@ from collapse_probe.cli.train import INTERRUPTED, duration, training
 FAILED = 1
 
 
-@click.command("sweep", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("sweep", cls=options.Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("recipe", metavar="[RECIPE]", default="digits-mhsa")
 @click.option(
     "--vary",
@@ -35,7 +35,7 @@ FAILED = 1
     help="Images for the untrained twin inside each cell's findings.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Cells at once.")
-@click.option("--json", "as_json", is_flag=True, help="Print sweep.json on stdout; the folder is written all the same.")
+@options.answering("The folder is written all the same.")
 @training
 def command(quiet: bool, verbose: int, **flags: Any) -> None:
     """Train and measure RECIPE (default: digits-mhsa) for every combination of the varied values and every seed.
@@ -60,17 +60,17 @@ def run(
     amp: bool,
     amp_dtype: str,
     dry_run: bool,
-    as_json: bool,
+    as_json: str | None,
+    no_page: bool,
     quiet: bool,
     **flags: Any,
 ) -> None:
     """Sweep, write the page, print the answer; exit with FAILED where a cell failed."""
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.options import command_line
-    from collapse_probe.cli.output import prepare
+    from collapse_probe.cli.output import deliver, of_sweep, prepare
 
     from collapse_probe.distributed import rank_and_world
-    from collapse_probe.files import PAGE, write_with_page
     from collapse_probe.registry import RECIPES
     from collapse_probe.training.sweep import sweep
 
@@ -101,11 +101,7 @@ def run(
         click.echo(f"interrupted; the same command with -o {folder} goes on", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     if first:
-        from collapse_probe.report.sweep.page import write_sweep  # with matplotlib, which only the page needs
-
-        write_with_page(folder, result, write_sweep)
-        answer = json.dumps(result.to_json(), allow_nan=False) if as_json else answer_text(result)
-        click.echo(answer if as_json else f"{answer}\n\nreport: {folder / PAGE}")
+        deliver(result, folder, answer_text(result), of_sweep(result), as_json, no_page)
     if result.failed:
         cell = result.failed[0]
         line = f"error: {len(result.failed)} of {len(result.cells)} cells failed, the first: {cell.name} ({cell.reason})"

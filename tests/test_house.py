@@ -180,7 +180,7 @@ RUN = "-b --batch-size -j --workers --device --amp --amp-dtype --seed --on-nonfi
 MEASURED = "--metric --null-images"
 GIVEN = "--fix --fix-blocks --data --split --limit --max-pixels"
 SAVED = "--save-every --max-time --resume"
-KEPT = f"-o --output --json --fail-on {PLUGIN}"
+KEPT = f"-o --output --json --no-page --fail-on {PLUGIN}"
 TRAINED = "--fix --penalty --set --seed --steps --device -j --workers --monitor-every --stop-after"
 FLAGS = {
     "analyze": f"{MODEL} {GIVEN} {RUN} {MEASURED} --null-seeds --until-ci --level --preset --recalibrate-bn --part --records "
@@ -197,7 +197,7 @@ FLAGS = {
     "ls": PLUGIN,
     "demo": f"-o --output {TALK}",
     "sweep": f"--vary --seeds --set --steps --data --val-data --eval-data --limit --null-images -o --output --device --amp "
-    f"--amp-dtype --jobs --dry-run --json {PLUGIN}",
+    f"--amp-dtype --jobs --dry-run --json --no-page {PLUGIN}",
     "train": f"--data --val-data {TRAINED} --amp --amp-dtype --resume --dry-run -o --output {PLUGIN}",
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from collapse_probe.results.findings import Findings, MetricResult
-from collapse_probe.results.rules import COUNT_THRESHOLDS, KAPPA_ABOVE
+from collapse_probe.results.rules import COUNT_THRESHOLDS, KAPPA_ABOVE, RAW_ABOVE
 from collapse_probe.results.text import number, spans
 from collapse_probe.statistics.intervals import Array
 
@@ -217,6 +217,25 @@ def entropy_share(findings: Findings) -> Entropy | None:
         average, ci95 = result.head_mean[0], result.head_mean[2] / scale
     untrained = None if fresh is None else over_heads(fresh / scale)
     return Entropy(keys, result.array / scale, average / scale[:, 0], ci95, untrained)
+
+
+def untrained_summary(findings: Findings) -> Summary:
+    """The numbers of the summary that the untrained twin has too."""
+    numbers: dict[str, float | None] = {}
+    for name, metric in (("attention_similarity", "attention-similarity"), ("feature_similarity", "feature-similarity")):
+        if (result := result_of(findings, metric)) is not None:
+            numbers[f"{name}_adjacent"] = mean(adjacent(result, null_of(result, "untrained")))
+    for name in ("head-similarity", "image-similarity"):
+        if (result := result_of(findings, name)) is not None:
+            numbers[f"{name.replace('-', '_')}_mean"] = mean(null_of(result, "untrained"))
+    if (diversity := result_of(findings, "patch-diversity")) is not None:
+        fresh = null_of(diversity, "untrained")
+        numbers["patch_diversity_last"] = None if fresh is None else mean(fresh[-1:])
+    if (share := entropy_share(findings)) is not None:
+        numbers["attention_entropy_share"] = mean(share.untrained)
+    if (count := counts_of(findings).get(f"raw > {RAW_ABOVE:g}")) is not None:
+        numbers["similar_blocks"] = count.untrained
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 def against_seeds(result: MetricResult) -> str:

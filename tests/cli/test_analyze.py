@@ -41,7 +41,7 @@ def test_analyze_writes_the_whole_folder(run, photos, tmp_path):
         "matrices.npz",
         "images.npz",
         "report.html",
-        "figures/attention-similarity.png",
+        "figures/attention-gallery.jpg",
     } <= names
     assert "figures/attention-similarity.svg" in names
     assert out.splitlines()[0].endswith(".")
@@ -65,7 +65,7 @@ def test_report_rebuilds_page_and_figures_from_the_folder_alone(run, photos):
 
 
 def test_json_goes_to_stdout_and_nothing_else(run, photos, tmp_path):
-    code, out, _ = analyze(run, photos, "--json", "-q")
+    code, out, _ = analyze(run, photos, "--json=full", "-q")
     assert code == 0
     assert json.loads(out)["schema"] == "collapse-probe/findings/1"
     assert list(tmp_path.iterdir()) == []
@@ -73,7 +73,7 @@ def test_json_goes_to_stdout_and_nothing_else(run, photos, tmp_path):
 
 def test_limit_metric_and_config(run, photos, tmp_path):
     Path("flags.yaml").write_text("limit: 3\nmetric: [patch-diversity]\nbatch_size: 2\n")
-    code, out, _ = analyze(run, photos, "--config", "flags.yaml", "--json", "-b", "1")
+    code, out, _ = analyze(run, photos, "--config", "flags.yaml", "--json=full", "-b", "1")
     found = json.loads(out)
     assert code == 0
     assert list(found["metrics"]) == ["patch-diversity"]

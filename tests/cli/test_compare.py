@@ -72,7 +72,7 @@ def test_two_findings_folders_from_elsewhere_need_no_data(run, photos):
     for name in ("a", "b"):
         findings_folder(photos, name)
         shutil.move(name, f"moved-{name}")
-    code, out, _ = run("compare", "moved-a", "moved-b", "--json", "-q")
+    code, out, _ = run("compare", "moved-a", "moved-b", "--json=full", "-q")
     assert code == 0
     content = json.loads(out)
     assert [s["label"] for s in content["subjects"]] == ["moved-a", "moved-b"]
@@ -110,7 +110,7 @@ def test_an_untrained_model_beside_itself_with_re_attention(run, photos):
 def test_fail_on_of_compare(run, photos, checkpoints, expression, code):
     a = checkpoints / "epoch-1.pth"
     words = ["compare", a, a, *MODEL, "--data", photos, *QUICK, *FEW, "--fail-on", expression]
-    stopped, out, err = run(*words, "--json")
+    stopped, out, err = run(*words, "--json=full")
     assert stopped == code
     assert json.loads(out)["schema"] == "collapse-probe/comparison/1"
     assert len(err.splitlines()) == (2 if code else 0)  # a line for each subject
@@ -128,7 +128,7 @@ def test_fail_on_may_ask_for_the_difference(run, photos, checkpoints):
         "--data",
         photos,
         *QUICK,
-        "--json",
+        "--json=full",
         "--fail-on",
         "attention_similarity_adjacent_difference < -0.1",
     ]
@@ -144,7 +144,7 @@ def test_fail_on_of_analyze_comes_after_the_output(run, photos):
     assert err == "threshold 'similar_blocks >= 1' tripped: similar_blocks is 1\n"
     assert "similar_blocks" in out
     assert Path("out/report.html").exists()
-    assert analyze(run, photos, "out", "--json", "--fail-on", "similar_blocks > 1")[0] == 0
+    assert analyze(run, photos, "out", "--json=full", "--fail-on", "similar_blocks > 1")[0] == 0
 
 
 def test_a_bad_threshold_stops_before_the_work(run, photos):

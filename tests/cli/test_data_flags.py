@@ -65,12 +65,12 @@ def test_max_pixels_is_a_flag_of_every_verb_that_reads_pictures(run, tmp_path, m
     for name, side in (("large", 80), ("small", 50)):
         Image.effect_noise((side, side), 50).save(tmp_path / "data" / f"{name}.png")
     some, whole = (
-        json.loads(run("analyze", *QUICK, "--data", "data", "--json", *m)[1]) for m in ((), ("--max-pixels", "6400"))
+        json.loads(run("analyze", *QUICK, "--data", "data", "--json=full", *m)[1]) for m in ((), ("--max-pixels", "6400"))
     )
     assert (some["data"]["images"], whole["data"]["images"]) == (1, 2)
     assert "--max-pixels N (Python: max_pixels=N) allows more" in some["data"]["skipped"][0]["reason"]
     twice = ("timm:vit_tiny_patch16_224", "timm:vit_tiny_patch16_224", *QUICK[2:], "--data", "data", "--max-pixels", "6400")
-    found = json.loads(run("compare", *twice, "--json")[1])
+    found = json.loads(run("compare", *twice, "--json=full")[1])
     assert found["pairs"][0]["images"] == 2
     for word in ("0", "many"):
         assert run("intervene", *MODEL, "--data", "data", "--max-pixels", word)[0] == 2

@@ -19,7 +19,7 @@ def test_it_writes_the_whole_folder_and_says_what_sharing_costs(run, photos):
     code, out, err = intervene(run, photos, "--replace", "share", "--replace", "skip", "-o", "out")
     assert code == 0, err
     names = {str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file()}
-    assert {"interventions.json", "images.npz", "report.html", "figures/one-at-a-time.png", "figures/cumulative.svg"} <= names
+    assert {"interventions.json", "images.npz", "report.html", "figures/one-at-a-time.svg", "figures/cumulative.svg"} <= names
     assert "Using the map of the block before" in out
     assert "Leaving out the attention branch" in out
     assert "report: out/report.html" in out
@@ -30,7 +30,7 @@ def test_it_writes_the_whole_folder_and_says_what_sharing_costs(run, photos):
 
 
 def test_json_alone_on_stdout_and_no_folder(run, photos, tmp_path):
-    code, out, err = intervene(run, photos, "--json", "--blocks", "1-2", "--limit", "3")
+    code, out, err = intervene(run, photos, "--json=full", "--blocks", "1-2", "--limit", "3")
     assert code == 0, err
     content = json.loads(out)
     assert content["schema"] == "collapse-probe/interventions/1"
@@ -46,7 +46,7 @@ def test_json_alone_on_stdout_and_no_folder(run, photos, tmp_path):
         (["--blocks", "7"], 1, "blocks 0 to 2"),
         (["--blocks", "x"], 1, "names no blocks"),
         (["--metric", "attention-similarity"], 2, "--metric"),
-        (["--fail-on", "share_all_agreement < 2", "--json"], 3, "share_all_agreement"),
+        (["--fail-on", "share_all_agreement < 2", "--json=full"], 3, "share_all_agreement"),
     ],
 )
 def test_exit_codes(run, photos, more, code, said):
@@ -57,7 +57,7 @@ def test_exit_codes(run, photos, more, code, said):
 
 
 def test_a_fix_in_the_model_is_part_of_it(run, photos):
-    code, out, err = intervene(run, photos, "--fix", "attn-scale", "--replace", "uniform", "--json")
+    code, out, err = intervene(run, photos, "--fix", "attn-scale", "--replace", "uniform", "--json=full")
     assert code == 0, err
     content = json.loads(out)
     assert "attn-scale" in content["model"]["name"]

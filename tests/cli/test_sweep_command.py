@@ -37,7 +37,7 @@ def test_it_writes_a_folder_for_each_cell_one_table_and_one_page_and_keeps_what_
     cell = {p.name for p in Path("out/depth=2,seed=0").iterdir()}
     assert {"model.safetensors", "training.json", "recipe.json", "cell.json", "findings", "untrained"} <= cell
     assert json.loads(Path("out/sweep.json").read_text())["run"]["command"].startswith("collapse-probe")
-    code, out, err = run(*words, "--json", "-q")
+    code, out, err = run(*words, "--json=full", "-q")
     assert (code, err) == (0, "")
     assert [held["status"] for held in json.loads(out)["cells"]] == ["finished", "finished"]
 

@@ -46,7 +46,7 @@ def test_what_was_trained_can_be_analysed_and_compared(run, photos):
         photos,
         "--null-images",
         "2",
-        "--json",
+        "--json=full",
         "-q",
         "--metric",
         "patch-diversity",
