@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage fuzz check test-lowest format lock bench bundled clean
+.PHONY: demo listing test coverage fuzz check test-lowest format lock bench bundled clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -12,6 +12,9 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	$(BIN)/collapse-probe demo --output demo
+
+listing: $(VENV)/.installed
+	$(BIN)/python -c "from collapse_probe.cli.ls import STORED, listing; STORED.write_text(listing(), encoding='utf-8')"
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib.util
+import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 from collapse_probe.cli import options
+
+import collapse_probe
 
 KINDS = ("models", "metrics", "presets", "fixes", "penalties", "recipes", "data")
 
@@ -37,12 +43,26 @@ def matches(name: str, pattern: str | None) -> bool:
 
 
 def entries(kind: str) -> Iterator[tuple[str, str]]:
-    """Names and lines of one kind."""
+    """Names and lines of one kind; torch is imported for plug-ins alone, and for libraries that cannot be read otherwise."""
     from collapse_probe import registry
 
+    table: Any = registry.SOURCES if kind == "models" else getattr(registry, kind.upper(), None)
     if kind == "data":
         yield from DATA
-    elif kind == "models":
+    elif registry.loaded_plugins or table.has_entry_points or (kind == "models" and importlib.util.find_spec("open_clip")):
+        yield from registered(kind)
+    else:
+        stored: dict[str, dict[str, str]] = json.loads(STORED.read_text(encoding="utf-8"))
+        yield from stored[kind].items()
+        if kind == "models":
+            yield from ((f"{library}:{name}", "") for library in LIBRARIES for name in library_names(library))
+
+
+def registered(kind: str) -> Iterator[tuple[str, str]]:
+    """The same from the tables themselves, with everything that our own files import."""
+    from collapse_probe import registry
+
+    if kind == "models":
         for scheme, source in registry.SOURCES.items():
             try:
                 names = source.names()
@@ -53,6 +73,36 @@ def entries(kind: str) -> Iterator[tuple[str, str]]:
     else:
         for name, entry in getattr(registry, kind.upper()).items():
             yield name, LINES[kind](entry) if kind in LINES else entry.summary
+
+
+def listing() -> str:
+    """The content of STORED: names and lines of everything of ours. A test compares it; `make listing` writes it."""
+    own = {kind: dict(registered(kind)) for kind in KINDS if kind != "data"}
+    own["models"] = {name: line for name, line in own["models"].items() if name.startswith("ours:")}
+    return json.dumps(own, indent=1, ensure_ascii=False) + "\n"
+
+
+def library_names(library: str) -> list[str]:
+    """The models that an installed library registers, read from its source; by importing it where that finds none."""
+    spec = importlib.util.find_spec(library)
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    texts = (path.read_text(encoding="utf-8") for place in places for path in (Path(place) / "models").glob("*.py"))
+    names = sorted({name for text in texts for name in REGISTERED.findall(text)}, key=LIBRARIES[library])
+    if names or spec is None:
+        return names
+    from collapse_probe.registry import SOURCES
+
+    return list(SOURCES[library].names())
+
+
+def _naturally(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+
+
+STORED = Path(collapse_probe.__file__).parent / "listing.json"
+LIBRARIES: dict[str, Callable[[str], Any]] = {"timm": _naturally, "torchvision": str}
+"""The libraries whose models are listed, and how each sorts them."""
+REGISTERED = re.compile(r"^@register_model(?:\(\))?\n(?:[@ )][^\n]*\n)*def (\w+)\(", re.MULTILINE)
 
 
 def _metric_line(metric: Any) -> str:

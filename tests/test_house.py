@@ -144,6 +144,7 @@ NOWHERE = ("--data", "/no/such/folder", "-q")  # which is found out after all th
         ("import collapse_probe", HEAVY),
         (command("--help"), HEAVY),
         (command("analyze", "--help"), HEAVY),
+        *((command("ls", kind), HEAVY) for kind in ("models", "metrics", "presets", "fixes", "penalties", "recipes", "data")),
         ("import collapse_probe.report.findings.page", ("torch", "timm", "torchvision")),
         ("import collapse_probe.report.comparison.page", ("torch", "timm", "torchvision")),
         ("import collapse_probe.report.intervention.page", ("torch", "timm", "torchvision")),
@@ -155,7 +156,9 @@ NOWHERE = ("--data", "/no/such/folder", "-q")  # which is found out after all th
         (command("compare", "vit_b_32", "vit_s_16", *NOWHERE), BESIDE_TORCH),
     ],
     ids=[
-        *("front door", "help", "help of analyze", "findings page", "comparison page", "intervention page", "sweep page"),
+        *("front door", "help", "help of analyze"),
+        *("ls models", "ls metrics", "ls presets", "ls fixes", "ls penalties", "ls recipes", "ls data"),
+        *("findings page", "comparison page", "intervention page", "sweep page"),
         *("analysis", "comparison and intervention", "analyze before its first output", "intervene before its first output"),
         "compare before its first output",
     ],

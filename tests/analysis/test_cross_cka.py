@@ -128,7 +128,7 @@ def found_by(world, folder):
     words = ["analyze", "-m", NAME, "--no-pretrained", "--img-size", "32", "--model-kwargs", "depth=2", "--data", str(folder)]
     for name in ("layer-cka", "token-rank@centred", "rank-residual@composite", "token-norm@outliers", "cross-patch-similarity"):
         words += ["--metric", name]
-    words += ["--json", "--null-images", "0", "-b", "3", "-q", "--device", "cpu"]
+    words += ["--json=full", "--null-images", "0", "-b", "3", "-q", "--device", "cpu"]
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", "--master-addr=127.0.0.1", f"--master-port={port}"]
     start = [*torchrun, "-m", "collapse_probe"] if world > 1 else ["-m", "collapse_probe"]
     done = subprocess.run([sys.executable, *start, *words], capture_output=True, text=True, timeout=200)

@@ -24,7 +24,7 @@ def torchrun(world):
 
 def found_by(world, photos):
     words = ["analyze", "-m", "timm:vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32", "--model-kwargs", "depth=3"]
-    words += ["--data", str(photos), "--limit", "5", "--json", "--null-images", "2", "-b", "2", "-q", "--device", "cpu"]
+    words += ["--data", str(photos), "--limit", "5", "--json=full", "--null-images", "2", "-b", "2", "-q", "--device", "cpu"]
     start = [*torchrun(world), "-m", "collapse_probe"] if world > 1 else ["-m", "collapse_probe"]
     done = subprocess.run([sys.executable, *start, *words], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

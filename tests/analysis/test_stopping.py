@@ -154,7 +154,7 @@ def free_port():
 
 def test_two_processes_stop_together(sorted_folder):
     words = ["analyze", "-m", NAME, "--no-pretrained", "--img-size", "32", "--model-kwargs", "depth=2 embed_dim=24 num_heads=3"]
-    words += ["--data", str(sorted_folder), "--json", "--null-images", "0", "-b", "8", "-q", "--device", "cpu"]
+    words += ["--data", str(sorted_folder), "--json=full", "--null-images", "0", "-b", "8", "-q", "--device", "cpu"]
     port = f"--master-port={free_port()}"
     start = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", port, "-m", "collapse_probe"]
     done = subprocess.run([sys.executable, *start, *words, "--until-ci", "10"], capture_output=True, text=True, timeout=200)

@@ -129,7 +129,7 @@ def test_the_numbers_are_those_of_the_models_own_matrices(run):
 
 
 def test_report_json_and_thresholds_work_without_images(run):
-    code, out, _ = run("analyze", "--level", "weights", *MODEL, "-o", "out", "--json")
+    code, out, _ = run("analyze", "--level", "weights", *MODEL, "-o", "out", "--json=full")
     assert code == 0
     content = json.loads(out)
     assert content["data"]["images"] == 0
@@ -137,7 +137,7 @@ def test_report_json_and_thresholds_work_without_images(run):
     Path("out/report.html").unlink()
     assert run("report", "out")[0] == 0
     assert Path("out/report.html").stat().st_size > 10_000
-    metric = ["--metric", "weight-rank@share", "--null-images", "0", "--json"]
+    metric = ["--metric", "weight-rank@share", "--null-images", "0", "--json=full"]
     assert run("analyze", *MODEL, *metric, "--fail-on", "weight_rank_share_mean > 0.5")[0] == 3
     assert run("analyze", *MODEL, *metric, "--fail-on", "weight_rank_share_mean < 0.5")[0] == 0
 
@@ -178,7 +178,7 @@ def test_beside_metrics_of_images(photos):
 
 def test_levels_and_metrics_add_up(run, photos):
     words = ["--level", "tokens", "--metric", "weight-rank", "--null-images", "0", "--data", photos, "--limit", "2"]
-    code, out, _ = run("analyze", *MODEL, *words, "--json")
+    code, out, _ = run("analyze", *MODEL, *words, "--json=full")
     assert code == 0
     tokens = [name for name, kind in METRICS.items() if ".tokens." in kind.__module__]
     assert list(json.loads(out)["metrics"]) == [*tokens, "weight-rank"]

@@ -82,12 +82,12 @@ TINY = ("--img-size", "32", "--model-kwargs", "depth=2 num_classes=3 embed_dim=2
 MODEL = ("-m", "timm:vit_tiny_patch16_224", "--no-pretrained", *TINY)
 TRAINED = ("digits-quick", "--set", "width=16 heads=2 depth=2 batch_size=8", "--steps", "2", "--device", "cpu")
 BASES: dict[str, tuple[str, ...]] = {
-    "analyze": (*MODEL, "--data", "photos", "--null-images", "0", "--json"),
-    "compare": ("timm:vit_tiny_patch16_224", "--no-pretrained", *TINY, "--data", "photos", "--null-images", "0", "--json"),
-    "intervene": (*MODEL, "--data", "photos", "--json"),
+    "analyze": (*MODEL, "--data", "photos", "--null-images", "0", "--json=full"),
+    "compare": ("timm:vit_tiny_patch16_224", "--no-pretrained", *TINY, "--data", "photos", "--null-images", "0", "--json=full"),
+    "intervene": (*MODEL, "--data", "photos", "--json=full"),
     "train": (*TRAINED, "--dry-run"),
     "sweep": (*TRAINED, "--vary", "depth=2,3", "--dry-run"),
-    "merge": ("results", "--json"),
+    "merge": ("results", "--json=full"),
     "report": ("results",),
     "doctor": MODEL,
     "ls": ("metrics",),
@@ -174,7 +174,7 @@ def prepare(place: Path) -> Path:
 
 def analysis_of(place: Path) -> list[str]:
     """The words of a small analysis, without its output folder."""
-    words = [str(place / word) if word == "photos" else word for word in BASES["analyze"] if word != "--json"]
+    words = [str(place / word) if word == "photos" else word for word in BASES["analyze"] if word != "--json=full"]
     return ["analyze", *words, "-q"]
 
 

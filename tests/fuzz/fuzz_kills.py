@@ -197,7 +197,7 @@ def signalled_analysis(random: Random, folder: Path, place: Path, seconds: float
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
         sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(handle, "w"), write_through=True) for handle in (1, 2))
-        words = [word for word in fuzz_commands.BASES["analyze"] if word != "--json"]
+        words = [word for word in fuzz_commands.BASES["analyze"] if word != "--json=full"]
         fuzz_commands.main(
             ["analyze", *(str(place / word) if word == "photos" else word for word in words), "-o", str(out), "-q"]
         )

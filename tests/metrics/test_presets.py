@@ -142,7 +142,7 @@ def exit_code(words):
 def test_presets_on_the_command_line(pictures, capsys):
     model = ["-m", "timm:vit_tiny_patch16_224", "--no-pretrained", "--img-size", "64"]
     model += ["--model-kwargs", "depth=2 embed_dim=32 num_heads=2"]
-    words = ["analyze", *model, "--data", pictures, "--null-images", "0", "-q", "--json"]
+    words = ["analyze", *model, "--data", pictures, "--null-images", "0", "-q", "--json=full"]
     assert exit_code([*words, "--preset", "entropy-collapse", "--preset", "registers"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert list(content["metrics"]) == ["attention-entropy", "token-norm@150", "token-norm@outliers", "token-norm"]
