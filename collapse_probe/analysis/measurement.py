@@ -254,8 +254,9 @@ class Measurement:
         self.inconsistent = True
         for accumulator in tally.accumulators.values():
             accumulator.start_batch(trace, names)
-        for tile in trace.tiles(TILE_BYTES[self.device.type]):
-            for accumulator in tally.accumulators.values():
+        of_tiles = [each for each in tally.accumulators.values() if each.takes_tiles]
+        for tile in trace.tiles(TILE_BYTES[self.device.type]) if of_tiles else ():
+            for accumulator in of_tiles:
                 accumulator.take(tile)
         values = {key: accumulator.end_batch(trace) for key, accumulator in tally.accumulators.items()}
         columns: dict[str, NDArray[Any]] = {**columns_of(tally.accumulators, values)}

@@ -41,6 +41,11 @@ class Accumulator:
     def __init__(self) -> None:
         self.states: dict[str, Tensor] = {}
 
+    @property
+    def takes_tiles(self) -> bool:
+        """Whether it wants tiles of the maps at all."""
+        return type(self).add_tile is not Accumulator.add_tile
+
     def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         """Make room for a batch."""
 

@@ -16,6 +16,8 @@ from torch import nn
 from collapse_probe.analysis.measurement import Measurement, RunSettings, make_metrics
 from collapse_probe.capture.capture import discover_plan, record
 from collapse_probe.data.loading import Batch
+from collapse_probe.metrics.coverage import compared_pairs
+from collapse_probe.metrics.functional import neighbours
 from collapse_probe.models.loading import resolve
 
 NAMES = ("attention-similarity", "attention-similarity@row", "attention-similarity@centred", "attention-entropy")
@@ -225,3 +227,79 @@ def test_the_oracle_disagrees_with_what_is_broken(kind, change):
     check(trace)
     with pytest.raises(AssertionError):
         check(trace, broken(trace, **change))
+
+
+ALONE = "neighbour-similarity"
+
+
+@pytest.mark.parametrize(
+    ("name", "few"),
+    [
+        ("timm ViT", 1),
+        ("toy Causal", 1),
+        ("timm ViT", 3000),
+        ("BEiT, biased", 3000),
+        ("toy Blind", 3000),
+        ("toy Padded", 2**24),
+    ],
+)
+def test_neighbours_alone_are_those_of_the_whole(name, few, monkeypatch):
+    monkeypatch.setitem(neighbours.TILE_BYTES, "cpu", few)
+    compare_neighbours(MODELS[name](), 2)
+
+
+def test_neighbours_alone_inside_windows():
+    swin_of_one_partition = MODELS["Swin, windows and masks"]()
+    for module in swin_of_one_partition.modules():
+        if hasattr(module, "shift_size"):
+            module.shift_size = module.target_shift_size = (0, 0)
+            module.attn_mask = None
+    compare_neighbours(swin_of_one_partition, 4)
+
+
+def compare_neighbours(model, pairs):
+    trace = traced(model, torch.randn(3, 3, *size_of(model), generator=torch.Generator().manual_seed(1)))
+    results, single = measured(trace, (NAMES[0], ALONE))
+    whole, alone = results[NAMES[0]], results[ALONE]
+
+    def before(values):
+        return np.concatenate([np.full((1, *values.shape[2:]), np.nan), np.moveaxis(np.diagonal(values, -1), -1, 0)])
+
+    assert np.isfinite(alone.values).sum() == sum(compared_pairs(trace.plan)) >= pairs
+    assert np.isfinite(alone.nulls.kappa_ci95).all(-1).sum() >= pairs
+    np.testing.assert_allclose(alone.values, before(whole.values), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(alone.ci95, before(whole.ci95), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(single[ALONE][:, 1:], single[NAMES[0]], rtol=0, atol=1e-6)
+    for null in ("other_token", "kappa"):
+        np.testing.assert_allclose(alone.nulls.values[null], before(whole.nulls.values[null]), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(alone.nulls.kappa_ci95, before(whole.nulls.kappa_ci95), rtol=0, atol=1e-4)
+    for null in ("other_head", "other_image"):
+        assert alone.nulls.values[null] is None
+        assert "attention-similarity does" in alone.nulls.reasons[null]
+
+
+def test_neighbours_alone_of_maps_that_are_mixed():
+    trace = traced(toy_models.toy(toy_models.Changed, 3), toy_models.images())
+    for point in ("", "@probs"):
+        whole, alone = measured(trace, (NAMES[0] + point, ALONE + point))[0].values()
+        np.testing.assert_allclose(alone.values[1:], np.diag(whole.values, -1), rtol=0, atol=1e-6)
+
+
+def test_neighbours_alone_ask_for_no_tile(monkeypatch):
+    trace = traced(small_vit(sharpness=6.0), torch.randn(2, 3, 64, 64))
+    monkeypatch.setattr(type(trace), "tiles", lambda self, budget: pytest.fail("a tile was asked for"))
+    assert np.isfinite(measured(trace, (ALONE,))[0][ALONE].values).sum() == 3
+
+
+@pytest.mark.parametrize("kind", [toy_models.ToyAttention, toy_models.Matmul, toy_models.Biased])
+def test_neighbours_alone_lose_no_column_to_underflow(kind):
+    model = toy_models.toy(kind, 3)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.q.weight *= 20  # so peaked that whole columns are as small as 1e-30
+    trace = traced(model, toy_models.images())
+    smallest = min(maps.amax(-2).min() for maps in (trace.maps(i) for i in range(3)))
+    assert 0 < smallest < 1e-24
+    whole, alone = measured(trace, (NAMES[0], ALONE))[0].values()
+    np.testing.assert_allclose(alone.values[1:], np.diag(whole.values, -1), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(alone.nulls.values["other_token"][1:], np.diag(whole.nulls.values["other_token"], -1), atol=1e-6)
