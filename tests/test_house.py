@@ -135,6 +135,11 @@ def command(*words):
     return f"import collapse_probe.cli.main as m\ntry:\n    m.main({[*words]})\nexcept SystemExit:\n    pass"
 
 
+ANALYSIS = """
+import timm, torch, collapse_probe as cp
+model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24).eval()
+cp.analyze(model, torch.randn(8, 3, 32, 32), null_images=2)
+"""
 NOWHERE = ("--data", "/no/such/folder", "-q")  # which is found out after all that a command imports before its first output
 
 
@@ -151,15 +156,17 @@ NOWHERE = ("--data", "/no/such/folder", "-q")  # which is found out after all th
         ("import collapse_probe.report.sweep.page", ("torch", "timm", "torchvision")),
         ("import collapse_probe.analysis.analyze", BESIDE_TORCH),
         ("import collapse_probe.analysis.compare, collapse_probe.analysis.intervene", BESIDE_TORCH),
+        (ANALYSIS, tuple(name for name in BESIDE_TORCH if name != "scipy.optimize")),
         (command("analyze", "-m", "vit_b_32", *NOWHERE), BESIDE_TORCH),
         (command("intervene", "-m", "vit_b_32", *NOWHERE), BESIDE_TORCH),
         (command("compare", "vit_b_32", "vit_s_16", *NOWHERE), BESIDE_TORCH),
     ],
     ids=[
-        *("front door", "help", "help of analyze"),
+*("front door", "help", "help of analyze"),
         *("ls models", "ls metrics", "ls presets", "ls fixes", "ls penalties", "ls recipes", "ls data"),
         *("findings page", "comparison page", "intervention page", "sweep page"),
-        *("analysis", "comparison and intervention", "analyze before its first output", "intervene before its first output"),
+        *("analysis", "comparison and intervention", "a whole analysis"),
+        *("analyze before its first output", "intervene before its first output"),
         "compare before its first output",
     ],
 )

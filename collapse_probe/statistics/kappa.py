@@ -91,7 +91,7 @@ def kappa_interval(moments: PairMoments, tail: Array | float = 0.025) -> Array:
     middle = np.arctan2(x, y)  # the quotient as an angle, so that an infinite one is a place like others
     far = np.stack([np.full_like(middle, pi / 2), np.minimum(middle, 0.0)])
     sign = np.array([-1.0, 1.0]).reshape(-1, *[1] * middle.ndim)
-    reach = scipy.stats.t.ppf(1 - np.asarray(tail), np.maximum(moments.images - 1, 1))
+    reach = scipy.special.stdtrit(np.maximum(moments.images - 1, 1), 1 - np.asarray(tail))
 
     def inside(angle: Array) -> NDArray[np.bool_]:
         mean, stderr, skewness = moments.along(np.cos(angle), -np.sin(angle))

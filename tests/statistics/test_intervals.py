@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from collapse_probe.statistics.intervals import (
+    RESAMPLED_AT_ONCE,
     beyond,
+    bootstrapped_error,
     combined,
     count_bounds,
     count_difference_bounds,
@@ -245,3 +247,19 @@ def test_the_jackknife_leaves_out_empty_groups_and_tells_undefined_places():
     assert error[[0, 2]] == pytest.approx(np.sqrt(4 * kept.var(0))[[0, 2]])
     assert np.isnan(error[1])
     assert np.isnan(jackknife(left_out[:1])[0]).all()
+
+
+@pytest.mark.parametrize(("images", "resamples"), [(2, 1000), (300, 1000), (RESAMPLED_AT_ONCE // 7, 24)])
+def test_the_bootstrap_is_that_of_scipy(images, resamples):
+    """To the last bit, also where the draws come in several batches."""
+    values = np.random.default_rng(3).standard_exponential(images)
+    found = bootstrapped_error(lambda chosen: values[chosen].mean(-1), images, seed=5, resamples=resamples)
+    expected = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=resamples,
+        batch=RESAMPLED_AT_ONCE // images,
+        method="percentile",
+        rng=np.random.default_rng(5),
+    )
+    assert found == expected.standard_error

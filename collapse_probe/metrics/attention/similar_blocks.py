@@ -16,7 +16,7 @@ from collapse_probe.metrics.pairwise_cosine import MapPairwiseCosine
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.results.rules import COUNT_THRESHOLDS, KAPPA_ABOVE
-from collapse_probe.statistics.intervals import Array, bootstrap, count_bounds
+from collapse_probe.statistics.intervals import Array, bootstrapped_error, count_bounds
 from collapse_probe.statistics.kappa import PairMoments, kappa, kappa_interval
 
 
@@ -62,9 +62,8 @@ class SimilarBlocks(MapMetric):
             "Number of blocks whose attention-similarity with the block before, averaged over images, heads and tokens, is "
             f"above the threshold ({self.settings['axis']}s, at {self.settings['point']}). DeepViT does not define its count; "
             f"this is our reading. The corrected count asks for kappa above {KAPPA_ABOVE:g} instead. Standard errors: "
-            "bootstrap over the images whose values were kept (scipy.stats.bootstrap). Intervals: from the pairs surely above "
-            "the threshold to those not surely below it, by one-sided bounds at 5 % over the number of pairs (Bonferroni), "
-            "which cover at least 95 %."
+            "bootstrap over the images whose values were kept. Intervals: from the pairs surely above the threshold to those "
+            "not surely below it, by one-sided bounds at 5 % over the number of pairs (Bonferroni), which cover at least 95 %."
         )
 
     def accumulators(self) -> list[Need]:
@@ -115,7 +114,7 @@ def _error(real: Array, threshold: float) -> float:
     """The bootstrap's standard error of the count over the images of [pairs, images]; NaN with fewer than two."""
     if real.shape[-1] < 2:
         return float("nan")
-    return float(bootstrap(lambda images: count_above(real[:, images], threshold), real.shape[-1])[0])
+    return bootstrapped_error(lambda images: count_above(real[:, images], threshold), real.shape[-1])
 
 
 METRICS.add(SimilarBlocks.name, SimilarBlocks)
