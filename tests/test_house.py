@@ -137,7 +137,7 @@ def command(*words):
 
 ANALYSIS = """
 import timm, torch, collapse_probe as cp
-model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24).eval()
+model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4, embed_dim=24).eval()
 cp.analyze(model, torch.randn(8, 3, 32, 32), null_images=2)
 """
 NOWHERE = ("--data", "/no/such/folder", "-q")  # which is found out after all that a command imports before its first output
@@ -162,7 +162,7 @@ NOWHERE = ("--data", "/no/such/folder", "-q")  # which is found out after all th
         (command("compare", "vit_b_32", "vit_s_16", *NOWHERE), BESIDE_TORCH),
     ],
     ids=[
-*("front door", "help", "help of analyze"),
+        *("front door", "help", "help of analyze"),
         *("ls models", "ls metrics", "ls presets", "ls fixes", "ls penalties", "ls recipes", "ls data"),
         *("findings page", "comparison page", "intervention page", "sweep page"),
         *("analysis", "comparison and intervention", "a whole analysis"),

@@ -32,8 +32,7 @@ METHODS = {
     "all of them, of which no sampling error can be taken",
     "p": "two-sided test over images that belongs to the interval: below 0.05 just where that leaves out 0. The paired t test; "
     "of answers McNemar's; 1 where nothing differs",
-    "q": "p with the false discovery rate controlled over the blocks of the metric (Benjamini–Hochberg, "
-    "scipy.stats.false_discovery_control)",
+    "q": "p with the false discovery rate controlled over the blocks of the metric (Benjamini–Hochberg)",
     "effect": "matched-pairs rank-biserial correlation, −1 (every image falls) … 1 (every image rises)",
     "overall": "the mean over blocks",
     "counts": "similar blocks; the interval of second − first is what one-sided bounds over images of each pair of blocks, "

@@ -223,7 +223,11 @@ def controlled(p: Array) -> Array:
     q = np.full(p.shape, np.nan)
     defined = np.isfinite(p)
     if defined.any():
-        q[defined] = scipy.stats.false_discovery_control(p[defined], method="bh")
+        order = np.argsort(p[defined])  # as scipy.stats.false_discovery_control, whose import takes half a second
+        count = len(order)
+        rates = p[defined][order] * (count / np.arange(1, count + 1))
+        smallest = np.minimum.accumulate(rates[::-1])[::-1]
+        q[defined] = np.clip(smallest[np.argsort(order)], 0, 1)
     return q
 
 

@@ -169,6 +169,13 @@ def test_swapping_turns_the_sign(rng, nulls, pooled):
     np.testing.assert_allclose(back.p, one.p)
 
 
+@pytest.mark.parametrize("count", [1, 2, 11, 500])
+def test_control_of_the_false_discovery_rate_is_that_of_scipy(count):
+    p = np.random.default_rng(count).random(count) ** 3
+    p[count // 2 :: 3] = p[0]  # ties
+    np.testing.assert_array_equal(controlled(p), stats.false_discovery_control(p))
+
+
 def test_control_of_the_false_discovery_rate_skips_what_is_undefined():
     assert controlled(np.array([np.nan, np.nan])).tolist() == pytest.approx([np.nan, np.nan], nan_ok=True)
     np.testing.assert_allclose(controlled(np.array([0.01, np.nan, 0.02, 0.03])), [0.03, np.nan, 0.03, 0.03])
