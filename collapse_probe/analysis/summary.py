@@ -31,6 +31,8 @@ def pair_tests(results: Mapping[str, MetricResult]) -> dict[str, Any]:
         nulls = result.nulls
         if nulls is None or nulls.beyond_p is None or (token := nulls.values["other_token"]) is None:
             continue
+        if result.array.ndim < 2:  # of each block with the one before alone
+            continue
         difference, images = result.array - token, nulls.images["other_token"]
         p = above_rounding(nulls.beyond_p, difference)
         neighbours, twins = adjacent(result, p), nulls.untrained_beyond_p
