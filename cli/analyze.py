@@ -54,6 +54,7 @@ def command(
     elif output is not None:
         prepare(output, quiet)
 
+    options.load_libraries()
     from collapse_probe.cli.console import Talk, answer
 
     from collapse_probe.analysis.analyze import analyze

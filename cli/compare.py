@@ -43,6 +43,7 @@ def command(
     options.check_metrics((), (), flags["metrics"], flags["data"] or "")
     folder = output_folder(output, as_json, Path("comparison"))
 
+    options.load_libraries()
     from collapse_probe.cli.console import Talk
 
     from collapse_probe.analysis.compare import compare

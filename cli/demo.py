@@ -24,6 +24,7 @@ SHARING_IMAGES = 96
 @options.across_processes
 def command(output: str, quiet: bool, verbose: int) -> None:
     """Compare the trained pairs that ship with the package, on digits that they have not seen; needs no network."""
+    options.load_libraries()
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.output import prepare
 

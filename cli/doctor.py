@@ -20,6 +20,7 @@ from collapse_probe.cli import options
 @options.talking
 def command(model: str, device: str, seed: int, as_json: bool, quiet: bool, verbose: int, **named: Any) -> None:
     """Run two noise images through a model and say how each block's attention is captured, and how exactly."""
+    options.load_libraries()
     from collapse_probe.analysis.measurement import plan_of
     from collapse_probe.models.loading import resolve
 

@@ -54,6 +54,7 @@ def command(
     if output is not None:
         prepare(output, quiet)
 
+    options.load_libraries()
     from collapse_probe.cli.console import Talk
 
     from collapse_probe.analysis.intervene import intervene

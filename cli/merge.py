@@ -39,6 +39,7 @@ def command(
     rules = thresholds(fail_on, "analyze")
     folder = output_folder(output, as_json, Path("findings") / "merged")
 
+    options.load_libraries()
     from collapse_probe.cli.console import Talk, answer
 
     from collapse_probe.analysis.merge import merge

@@ -66,6 +66,7 @@ def run(
     **flags: Any,
 ) -> None:
     """Sweep, write the page, print the answer; exit with FAILED where a cell failed."""
+    options.load_libraries()
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.options import command_line
     from collapse_probe.cli.output import deliver, of_sweep, prepare

@@ -100,6 +100,7 @@ def run(
     **flags: Any,
 ) -> None:
     """Make the recipe, train it, print how it ended."""
+    options.load_libraries()
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.options import command_line
 
