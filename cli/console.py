@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from collapse_probe.distributed import rank_and_world
 from collapse_probe.results.findings import Findings
@@ -25,11 +25,51 @@ class Talk:
 
     def __init__(self, quiet: bool) -> None:
         self.silent = quiet or rank_and_world()[0] > 0
+        self.live: Progress | None = None  # the bar that is shown
 
     def say(self, text: str) -> None:
-        """One line on stderr."""
-        if not self.silent:
+        """One line on stderr, above the bar where there is one."""
+        if self.live is not None:
+            self.live.console.print(text, markup=False, highlight=False)
+        elif not self.silent:
             click.echo(text, err=True)
+
+    @contextmanager
+    def shown(self, progress: Progress) -> Iterator[None]:
+        """Lines go above this bar inside the `with`."""
+        with progress:
+            self.live = progress
+            try:
+                yield
+            finally:
+                self.live = None
+
+    @contextmanager
+    def steps(self, shares: Mapping[str, float]) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+        """One bar over work of several parts, whose shares of all are known beforehand.
+
+        Yields what begins a part and gives its callback for (done, of how many); parts elsewhere than on a terminal are lines.
+        """
+        if self.silent or not sys.stderr.isatty():
+
+            def begin(name: str) -> Callable[[int, int], None]:
+                self.say(name)
+                return lambda done, of: None
+
+            yield begin
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        progress = Progress(*columns, console=Console(stderr=True))
+        with self.shown(progress):
+            task, names = progress.add_task("", total=sum(shares.values())), list(shares)
+
+            def start(name: str) -> Callable[[int, int], None]:
+                before = sum(shares[each] for each in names[: names.index(name)])
+                progress.update(task, description=name, completed=before)
+                return lambda done, of: progress.update(task, completed=before + shares[name] * done / max(of, 1))
+
+            yield start
+            progress.update(task, completed=sum(shares.values()))
 
     @contextmanager
     def bar(self, total: int | None) -> Iterator[Callable[[int, int], None]]:
@@ -39,7 +79,8 @@ class Talk:
             return
         speed_column = TextColumn("{task.fields[speed]}")
         columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), speed_column, TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        progress = Progress(*columns, console=Console(stderr=True))
+        with self.shown(progress):
             task, start = progress.add_task("images", total=total, speed=""), time.perf_counter()
 
             def move(done: int, skipped: int) -> None:

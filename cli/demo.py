@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +14,15 @@ from collapse_probe.cli import options
 
 if TYPE_CHECKING:
     from collapse_probe.report.demo import Demonstration
+    from collapse_probe.results.comparison import Comparison
+    from collapse_probe.results.intervention import Interventions
 
 DATA = "bundled:digits"
-NULL_IMAGES = 32
-SHARING_IMAGES = 96
+NULL_IMAGES, BATCH = 32, 180
+SHARING_IMAGES = 64  # one batch
+COMPARING, SHARING, PAGES = 7, 6, 4  # seconds that each part takes, about: for the bar
+Begin = Callable[[str], Callable[[int, int], None]]
+"""Begins a part of the work by its name, and gives its callback for (done, of how many)."""
 
 
 @click.command("demo", context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,17 +42,42 @@ def command(output: str, quiet: bool, verbose: int) -> None:
 
     folder = Path(output)
     prepare(folder, quiet)
-    demonstration = demonstrate(Talk(quiet).say)
-    if rank_and_world()[0] > 0:
-        return
-    with new_folder(folder) as inside:
-        write_demonstration(demonstration, inside, json.loads((FOLDER / "spread.json").read_text(encoding="utf-8")))
+    with Talk(quiet).steps(shares()) as begin:
+        demonstration = demonstrate(begin)
+        if rank_and_world()[0] > 0:
+            return
+        begin(WRITING)
+        with new_folder(folder) as inside:
+            write_demonstration(demonstration, inside, json.loads((FOLDER / "spread.json").read_text(encoding="utf-8")))
     for title, sentences in chapters(demonstration).items():
         click.echo("\n".join([title, *(f"  {sentence}" for sentence in sentences), ""]))
     click.echo(f"open this page in a browser: {(folder / PAGE).absolute().as_uri()}")
 
 
-def demonstrate(report: Callable[[str], None]) -> Demonstration:
+WRITING = "figures and pages"
+
+
+def shares() -> dict[str, float]:
+    """The parts of the work by name, in their order, with the seconds that each takes, about."""
+    from collapse_probe.report.demo import LABELS, PAIRS
+
+    parts: dict[str, float] = {}
+    for pair in PAIRS:
+        parts |= {compared(pair): COMPARING, **{shared(pair, label): SHARING for label in LABELS}}
+    return {**parts, WRITING: PAGES}
+
+
+def compared(pair: str) -> str:
+    """The name of the part that compares the models of a pair."""
+    return f"{pair}: two models compared"
+
+
+def shared(pair: str, label: str) -> str:
+    """The name of the part that replaces the maps of a model."""
+    return f"{pair}, {label}: what its maps are worth"
+
+
+def demonstrate(begin: Begin) -> Demonstration:
     """Compare the models of each pair, and measure what sharing maps between neighbouring blocks costs each model."""
     from collapse_probe.analysis.compare import compare
     from collapse_probe.analysis.intervene import intervene
@@ -54,14 +86,28 @@ def demonstrate(report: Callable[[str], None]) -> Demonstration:
 
     images = split_data(DATA).held_out
     few = images.subset(SHARING_IMAGES, 0)
-    settings: dict[str, Any] = {"seed": 0, "device": "auto"}
-    comparisons, sharing = {}, {}
+    settings: dict[str, Any] = {"seed": 0, "device": "auto", "command": "collapse-probe demo"}
+    comparisons: dict[str, Comparison] = {}
+    sharing: dict[str, dict[str, Interventions]] = {}
     for pair, names in PAIRS.items():
         subjects = {label: f"ours:{name}" for label, name in zip(LABELS, names, strict=True)}
-        report(f"the {pair}: {' and '.join(names)} on {len(images)} held-out digits")
+        move, finished = begin(compared(pair)), count()
+
+        def watch(
+            label: str, total: int | None, move: Callable[[int, int], None] = move, finished: Iterator[int] = finished
+        ) -> AbstractContextManager[Callable[[int, int], None]]:
+            before = next(finished) * len(images)
+            return nullcontext(lambda done, skipped: move(before + done + skipped, len(LABELS) * len(images)))
+
         comparisons[pair] = compare(
-            subjects, images, command="collapse-probe demo", null_images=NULL_IMAGES, gallery_images=2, **settings
+            subjects, images, null_images=NULL_IMAGES, gallery_images=2, batch_size=BATCH, watch=watch, **settings
         )
-        report(f"the {pair}: what sharing the maps of neighbouring blocks costs")
-        sharing[pair] = {label: intervene(address, few, ("share",), **settings) for label, address in subjects.items()}
+        sharing[pair] = {}
+        for label, address in subjects.items():
+            part = begin(shared(pair, label))
+
+            def follow(done: int, skipped: int, move: Callable[[int, int], None] = part) -> None:
+                move(done + skipped, len(few))
+
+            sharing[pair][label] = intervene(address, few, ("share",), progress=follow, **settings)
     return Demonstration(comparisons, sharing)

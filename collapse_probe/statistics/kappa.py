@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import comb, pi
+from math import pi
 
 import numpy as np
 import scipy
@@ -71,9 +71,10 @@ class PairMoments:
 
     def along(self, by_x: Array | float, by_y: Array | float) -> tuple[Array, Array, Array]:
         """Mean, standard error and skewness of by_x · x + by_y · y."""
-        x, y, xx, xy, yy, *third = self.central
-        second: Array = by_x**2 * xx + 2 * by_x * by_y * xy + by_y**2 * yy
-        cube = sum(comb(3, i) * by_x ** (3 - i) * by_y**i * part for i, part in enumerate(third))
+        x, y, xx, xy, yy, xxx, xxy, xyy, yyy = self.central
+        squares, both = (by_x * by_x, by_y * by_y), by_x * by_y  # products, for powers of arrays are slow
+        second: Array = squares[0] * xx + 2 * both * xy + squares[1] * yy
+        cube = squares[0] * (by_x * xxx + 3 * by_y * xxy) + squares[1] * (3 * by_x * xyy + by_y * yyy)
         scale = np.abs(by_x * x) + np.abs(by_y * y)
         with np.errstate(invalid="ignore", divide="ignore"):
             stderr = np.where(self.images > 1, np.sqrt(np.maximum(second, 0.0) / (self.images - 1)), np.nan)
