@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from collapse_probe.report.heatmaps import whole_ticks
 from collapse_probe.report.sheet import FAINT, INK, SWATCH, Key, Panel, Sheet, coordinate
@@ -32,7 +32,7 @@ Drawn = TypeVar("Drawn", bound="Sheet | None")
 
 
 WIDE, SLIM = 4.2, 3.1  # inches of a panel: a phone's width, half a desk's or a third
-EDGE = 4.0  # points around what is drawn
+EDGE, TICK, LETTER = 4.0, 7.5, 0.64  # points around what is drawn, and between axis and words; a digit, of the font size
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
@@ -134,16 +134,49 @@ class Chart:
 
 
 def _settle(figure: Figure) -> None:
-    """Give the axes the room that their words leave."""
+    """Give the axes the room that their words leave, by their letters: measuring each word takes longer than drawing all.
+
+    Axis labels and title get fixed places: matplotlib measures all tick labels to find theirs. Turned words are measured.
+    """
     (axes,) = figure.axes
+    wide, tall = (72 * float(side) for side in figure.get_size_inches())
+    names = {axis: _tick_labels(axis) for axis in (axes.xaxis, axes.yaxis)}
+    lines, small = 1.2 * STYLE["axes.labelsize"], STYLE["xtick.labelsize"]
+    beside = [0.5 * _width(name, small) for name in names[axes.xaxis][-1:]]  # half of the last word stands out
+    beside += [3 + _width(text.get_text(), small) for text in axes.texts if text.get_position()[0] > 1]
+    title = axes.get_title(loc="left")
+    left = EDGE + max((_width(name, small) for name in names[axes.yaxis]), default=0.0) + TICK
+    left += lines if axes.get_ylabel() else 0.0
+    down = EDGE + TICK + 1.2 * small + lines * (axes.get_xlabel().count("\n") + 1 if axes.get_xlabel() else 0)
+    up = EDGE + 0.6 * small + (1.2 * STYLE["axes.titlesize"] * (title.count("\n") + 1) + 3 if title else 0.0)
+    if any(tick.get_rotation() for tick in axes.get_xticklabels()[:1]):
+        down = EDGE + lines + _lowest(figure, axes)
+    place = (left / wide, down / tall, 1 - (left + EDGE + max(beside, default=0.0)) / wide, 1 - (down + up) / tall)
+    axes.set_position((*place[:2], max(place[2], 0.05), max(place[3], 0.05)))
+    axes.xaxis.set_label_coords(place[0] + place[2] / 2, (EDGE + 0.95 * lines) / tall, figure.transFigure)
+    axes.xaxis.label.set_verticalalignment("top")
+    axes.yaxis.set_label_coords((EDGE + 0.8 * lines) / wide, place[1] + place[3] / 2, figure.transFigure)
+    axes.set_title(title, loc="left", y=1.0)
+
+
+def _tick_labels(axis: Any) -> list[str]:
+    """The words at the ticks that are seen."""
+    low, high = sorted(axis.get_view_interval())
+    places = axis.get_majorticklocs()
+    names = axis.get_major_formatter().format_ticks(places)
+    return [name for at, name in zip(places, names, strict=True) if low <= at <= high]
+
+
+def _width(text: str, size: float) -> float:
+    """About how wide text of this size is, in the same units: as wide as digits."""
+    return LETTER * size * max(map(len, text.split("\n")))
+
+
+def _lowest(figure: Figure, axes: Axes) -> float:
+    """How far the words at the x axis reach below it, in points."""
     canvas: Any = FigureCanvasAgg(figure)  # known to no window system; text can be measured with it
-    whole, inner = axes.get_tightbbox(canvas.get_renderer()), axes.get_window_extent()
-    assert whole is not None
-    width, height, edge = *figure.bbox.size, EDGE * figure.dpi / 72
-    left, down = edge + inner.x0 - whole.x0, edge + inner.y0 - whole.y0
-    right, up = edge + whole.x1 - inner.x1, edge + whole.y1 - inner.y1
-    place = (left / width, down / height, max(width - left - right, 20) / width, max(height - down - up, 20) / height)
-    axes.set_position(place)
+    box = axes.xaxis.get_tightbbox(canvas.get_renderer())
+    return 0.0 if box is None else (axes.get_window_extent().y0 - box.y0) * 72 / figure.dpi
 
 
 NEEDED = re.compile(r'(?:href="#|url\(#)([^")]+)')
@@ -278,6 +311,14 @@ def over_blocks(axes: Axes, x: Array, label: str, most: int = 16) -> None:
     first, last = int(x[0]), int(x[-1])
     ticks = [first + tick for tick in whole_ticks(last - first + 1, most)]
     axes.set(xlabel=label, xticks=ticks, xlim=(first - 0.5, last + 0.5))
+
+
+def powers_of_ten(axes: Axes) -> None:
+    """A logarithmic y axis with 10⁻³, 10⁻² … at its ticks, as text."""
+    raised = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"10{str(round(np.log10(value))).translate(raised)}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def over_counts(axes: Axes, rows: Sequence[str], pairs: int) -> None:

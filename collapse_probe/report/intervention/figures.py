@@ -20,6 +20,7 @@ from collapse_probe.report.style import (
     drawn,
     over_blocks,
     panels,
+    powers_of_ten,
 )
 from collapse_probe.results.intervention import Effect, Interventions
 from collapse_probe.statistics.intervals import Array
@@ -77,7 +78,7 @@ def _scale(axes: Axes, name: str, numbers: Sequence[float | None]) -> None:
     axes.grid(axis="y")
     known = [number for number in numbers if number is not None and np.isfinite(number)]
     if name == "kl" and known and min(known) > 0 and max(known) / min(known) > LOGARITHMIC_FROM:
-        axes.set_yscale("log")
+        powers_of_ten(axes)
     elif name == "accuracy_change":
         axes.axhline(0.0, color=ROLES["untrained"].colour, linewidth=0.9, zorder=0)
     else:
