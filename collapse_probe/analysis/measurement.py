@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -277,6 +278,7 @@ class Measurement:
     def _keep_pictures(
         self, trace: Trace, names: Sequence[str], places: Sequence[int], pixels: Tensor, columns: Mapping[str, NDArray[Any]]
     ) -> None:
+        @cache
         def small(i: int) -> NDArray[np.uint8]:
             return thumbnail(pixels[i], self.subject.preprocess.description)
 
