@@ -6,7 +6,6 @@ import io
 import re
 import sys
 
-import pytest
 from collapse_probe.cli.console import Talk
 from collapse_probe.cli.demo import shares
 
@@ -18,8 +17,8 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch):
+def at_a_terminal(monkeypatch):
+    """From here on stderr is a screen; called in a test, for pytest's own capture begins after fixtures."""
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
@@ -34,7 +33,8 @@ def rows(screen):
     ]
 
 
-def test_lines_go_above_a_bar_and_never_through_it(terminal):
+def test_lines_go_above_a_bar_and_never_through_it(monkeypatch):
+    terminal = at_a_terminal(monkeypatch)
     talk = Talk(quiet=False)
     with talk.bar(10) as move:
         move(5, 0)
@@ -46,7 +46,8 @@ def test_lines_go_above_a_bar_and_never_through_it(terminal):
     assert talk.live is None
 
 
-def test_one_bar_runs_over_all_parts_by_their_shares(terminal):
+def test_one_bar_runs_over_all_parts_by_their_shares(monkeypatch):
+    terminal = at_a_terminal(monkeypatch)
     with Talk(quiet=False).steps({"first": 1.0, "second": 3.0}) as begin:
         begin("first")(1, 2)
         move = begin("second")
