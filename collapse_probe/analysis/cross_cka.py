@@ -8,7 +8,8 @@ from itertools import tee
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.analysis.measurement import Images, alike, model_input, plan_of, with_input
+from collapse_probe.analysis.measurement import Images, model_input, plan_of, with_input
+from collapse_probe.analysis.state.memory import alike
 from collapse_probe.capture.capture import record
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import micro_batch

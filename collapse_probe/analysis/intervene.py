@@ -22,9 +22,7 @@ from collapse_probe.analysis.measurement import (
     Progress,
     Report,
     RunSettings,
-    all_ill,
     model_input,
-    nonfinite_error,
     plan_of,
     restored,
     settled,
@@ -43,6 +41,7 @@ from collapse_probe.data.preprocessing import Size
 from collapse_probe.devices import autocast, choose_device, floating_like
 from collapse_probe.distributed import check_processes
 from collapse_probe.errors import CaptureError, DataError, ModelError, NonFiniteError, OutOfTimeError, SettingError
+from collapse_probe.metrics.nonfinite import all_ill, nonfinite_error
 from collapse_probe.models.loading import Subject, resolve
 from collapse_probe.results.findings import Findings, plain
 from collapse_probe.results.intervention import Effect, Ends, Interventions

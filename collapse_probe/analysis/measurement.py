@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from collapse_probe.analysis.outputs import logits_in
 from collapse_probe.analysis.state.ends import NOTHING, Ends
 from collapse_probe.analysis.state.gallery import glimpse, thumbnail
+from collapse_probe.analysis.state.memory import Room, alike
 from collapse_probe.analysis.state.records import BY_CONTENT, NO_NUMBER, RECORDS, Lowest, Records, Table
 from collapse_probe.analysis.state.tally import LOGITS, Tally, columns_of, image_table, result_of, table_of
 from collapse_probe.capture.capture import discover_plan, noise, record
@@ -43,7 +44,7 @@ from collapse_probe.distributed import rank_and_world, shared, unwrap
 from collapse_probe.errors import DataError, NonFiniteError, SettingError, StateError
 from collapse_probe.metrics.accumulators import Accumulator
 from collapse_probe.metrics.metric import Metric, make
-from collapse_probe.metrics.nonfinite import nonfinite_images
+from collapse_probe.metrics.nonfinite import all_ill, nonfinite_error, nonfinite_images
 from collapse_probe.metrics.weight_metric import WeightMetric
 from collapse_probe.models.loading import Subject
 from collapse_probe.results.findings import MetricResult
@@ -68,10 +69,6 @@ GALLERY_IMAGES = 4
 TWIN_BYTES = 256 * 2**20
 """Bytes that the images for untrained twins may take."""
 FEWEST_TWIN = 16
-ALIKE, ALIKE_MIXED = 4, 16
-"""A model computes the same of an image, to the last bit, in any batch of a multiple of so many, and one that mixes maps by a
-convolution of as many more: measured on CPUs.
-"""
 FAIL, SKIP = "fail", "skip"
 ON_NONFINITE = (FAIL, SKIP)
 """What to do where activations are not finite: stop with an error, or leave these images out of everything and name them."""
@@ -163,6 +160,13 @@ def need_images(metrics: Mapping[str, Metric]) -> list[str]:
     return [name for name, metric in metrics.items() if not isinstance(metric, WeightMetric)]
 
 
+@dataclass(frozen=True)
+class Ill:
+    """Images that are not finite, by their place in a batch, each with the place where that is first seen."""
+
+    places: Mapping[int, str]
+
+
 class Measurement:
     """One model's measurement: its plan, its metrics by name, and the `tally` of the images that were run through it so far.
 
@@ -188,6 +192,7 @@ class Measurement:
         self.tally = new_tally(subject, plan, metrics, settings, self.device)
         self.heads = np.array([plan.layers[i].heads for i in plan.map_layers], dtype=np.float64)
         self._of_weights: dict[str, MetricResult] | None = None
+        self.room = Room(self.device, TILE_BYTES[self.device.type], micro_batch(plan, self.device))
         self._like = torch.empty(0, dtype=floating_like(subject.model).dtype, device=self.device)
 
     def update(self, batch: Batch) -> dict[str, Any]:
@@ -199,25 +204,25 @@ class Measurement:
         model = moved(self.subject.model, self.device)
         ill = [i for i, name in enumerate(batch.names) if name in self.left_out]
         self._leave_out(batch, {i: self.left_out[batch.names[i]] for i in ill})
-        wanted = [i for i in range(len(batch.names)) if i not in ill]
-        step = self._step(len(wanted))
+        pending = self._steps([i for i in range(len(batch.names)) if i not in ill])
         with torch.no_grad():
-            for first in range(0, len(wanted), step):
-                rows = wanted[first : first + step]
-                while rows:
-                    together = rows[-1] - rows[0] + 1 == len(rows)  # then no copy is made, which for a GPU would not be pinned
-                    pixels = batch.pixels[rows[0] : rows[-1] + 1] if together else batch.pixels[rows]
-                    trace = self._traced(model, pixels)
-                    bad = nonfinite_images(trace, pixels)
-                    if not bad:
-                        newest.append(([batch.names[i] for i in rows], self._absorb(trace, batch, rows, pixels)))
-                        break
+            while pending:
+                rows = pending.pop(0)
+                taken = self._take(model, batch, rows)
+                if taken is None:  # memory ran out, and nothing was added
+                    said = self.room.fewer_images(len(rows))
+                    self.tally.remarks[said] += len(rows)
+                    pending = self._steps([row for some in (rows, *pending) for row in some])
+                elif isinstance(taken, Ill):
                     if self.settings.on_nonfinite == FAIL:
                         seen = self.tally.images + len(rows)
-                        ill_images = [(batch.names[rows[i]], place) for i, place in bad.items()]
+                        ill_images = [(batch.names[rows[i]], place) for i, place in taken.places.items()]
                         raise NonFiniteError(nonfinite_error(ill_images, seen, self.settings.amp_as))
-                    self._leave_out(batch, {rows[i]: place for i, place in bad.items()})
-                    rows = [row for i, row in enumerate(rows) if i not in bad]  # once more without them
+                    self._leave_out(batch, {rows[i]: place for i, place in taken.places.items()})
+                    if rest := [row for i, row in enumerate(rows) if i not in taken.places]:
+                        pending.insert(0, rest)  # once more without them
+                else:
+                    newest.append(([batch.names[i] for i in rows], taken))
         tally = self.tally
         tally.skipped += batch.skipped
         tally.remarks += batch.remarks
@@ -227,17 +232,31 @@ class Measurement:
         columns = {key: np.concatenate([part[key] for _, part in newest]) for key in (newest[0][1] if newest else ())}
         return image_table(self.metrics, tally.accumulators, names, columns)
 
-    def _step(self, images: int) -> int:
-        """How many of some images go through the model at a time: split evenly, in multiples of `alike` where memory allows."""
-        most = micro_batch(self.plan, self.device)
-        unit = alike(self.plan, self.device)
+    def _steps(self, rows: Sequence[int]) -> list[Sequence[int]]:
+        """Rows by what goes through the model at a time: split evenly, in multiples of `alike` where memory allows."""
+        most, unit = self.room.images, self._unit
         most -= most % unit
-        even = -(-images // max(-(-images // most), 1))
-        return max(-(-even // unit) * unit, 1)
+        even = -(-len(rows) // max(-(-len(rows) // most), 1))
+        step = max(-(-even // unit) * unit, 1)
+        return [rows[first : first + step] for first in range(0, len(rows), step)]
+
+    @property
+    def _unit(self) -> int:
+        return min(alike(self.plan, self.device), self.room.images)
+
+    def _take(self, model: nn.Module, batch: Batch, rows: Sequence[int]) -> dict[str, NDArray[Any]] | Ill | None:
+        """Run some images and add them: their per-image columns. Ill or, where memory ran out, None: nothing was added then."""
+        together = rows[-1] - rows[0] + 1 == len(rows)  # then no copy is made, which for a GPU would not be pinned
+        with self.room.enough() as enough:
+            pixels = batch.pixels[rows[0] : rows[-1] + 1] if together else batch.pixels[rows]
+            trace = self._traced(model, pixels)
+            if places := nonfinite_images(trace, pixels):
+                return Ill(places)
+        return self._absorb(trace, batch, rows, pixels) if enough else None
 
     def _traced(self, model: nn.Module, pixels: Tensor) -> Trace:
         """The trace of some images, which come with copies of the last to make a multiple of `alike`."""
-        count, unit = len(pixels), alike(self.plan, self.device)
+        count, unit = len(pixels), self._unit
         if missing := -count % unit:
             pixels = torch.cat([pixels, pixels[-1:].expand(missing, *pixels.shape[1:])])
         with record(model, self.plan) as recordings, autocast(self.device, self.settings.amp_as):
@@ -249,34 +268,61 @@ class Measurement:
         if batch.numbers:
             self.tally.coverage.add([batch.numbers[i] for i in places])
 
-    def _absorb(self, trace: Trace, batch: Batch, rows: Sequence[int], pixels: Tensor) -> dict[str, NDArray[Any]]:
-        """Add one trace to everything that is kept; returns the per-image columns."""
-        tally, names = self.tally, [batch.names[i] for i in rows]
+    def _absorb(self, trace: Trace, batch: Batch, rows: Sequence[int], pixels: Tensor) -> dict[str, NDArray[Any]] | None:
+        """Add one trace to everything that is kept; returns the per-image columns, or None where memory ran out before that."""
+        tally, names, before = self.tally, [batch.names[i] for i in rows], None
         self.inconsistent = True
+        while True:
+            with self.room.enough() as enough:
+                before = self.room.copied(tally.accumulators.values())
+                columns = self._added(trace, names)
+                self._keep_glimpses(trace, names, pixels)
+            if enough:
+                break
+            if before is not None:
+                self.room.restore(tally.accumulators.values(), before)
+                before = None
+            if (said := self.room.smaller_tiles()) is None:
+                self.inconsistent = False
+                return None
+            tally.remarks[said] += len(rows)
+        places = [batch.indices[i] for i in rows] if batch.indices else []
+        labels = [] if batch.labels is None else batch.labels[list(rows)].tolist()
+        tally.records.add(names, columns, places, labels)
+        self._keep_ends(names, places or [NO_NUMBER] * len(names), pixels, columns)
+        tally.coverage.add([batch.numbers[i] for i in rows] if batch.numbers else ())
+        self.inconsistent = False
+        return columns
+
+    def _added(self, trace: Trace, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Add one trace to the sums; returns the per-image columns."""
+        tally = self.tally
         for accumulator in tally.accumulators.values():
             accumulator.start_batch(trace, names)
         of_tiles = [each for each in tally.accumulators.values() if each.takes_tiles]
-        for tile in trace.tiles(TILE_BYTES[self.device.type]) if of_tiles else ():
+        for tile in trace.tiles(self.room.tile) if of_tiles else ():
             for accumulator in of_tiles:
                 accumulator.take(tile)
         values = {key: accumulator.end_batch(trace) for key, accumulator in tally.accumulators.items()}
         columns: dict[str, NDArray[Any]] = {**columns_of(tally.accumulators, values)}
         if self.keep_logits:
-            logits = logits_in(trace.output, len(rows))
+            logits = logits_in(trace.output, len(names))
             if isinstance(logits, str):
                 tally.no_logits = f"the model's output is no vector of logits (it is {logits})"
             else:
                 columns[LOGITS] = logits.detach().to("cpu", torch.float32).numpy()
-        places = [batch.indices[i] for i in rows] if batch.indices else []
-        labels = [] if batch.labels is None else batch.labels[list(rows)].tolist()
-        tally.records.add(names, columns, places, labels)
-        self._keep_pictures(trace, names, places or [NO_NUMBER] * len(names), pixels, columns)
-        tally.coverage.add([batch.numbers[i] for i in rows] if batch.numbers else ())
-        self.inconsistent = False
         return columns
 
-    def _keep_pictures(
-        self, trace: Trace, names: Sequence[str], places: Sequence[int], pixels: Tensor, columns: Mapping[str, NDArray[Any]]
+    def _keep_glimpses(self, trace: Trace, names: Sequence[str], pixels: Tensor) -> None:
+        """Keep what the gallery and untrained twins need of the images; of an image that comes again, once."""
+        tally = self.tally
+        rolled = any(isinstance(key, tuple) and key[0] == "rollout" for key in tally.accumulators)
+        for i, name in enumerate(names):
+            tally.twin_pixels.add(name, lambda i=i: (pixels[i].detach().cpu().float().clone(),))  # type: ignore[misc]
+            tally.glimpses.add(name, lambda i=i: glimpse(trace, i, pixels[i], rolled))  # type: ignore[misc]
+
+    def _keep_ends(
+        self, names: Sequence[str], places: Sequence[int], pixels: Tensor, columns: Mapping[str, NDArray[Any]]
     ) -> None:
         @cache
         def small(i: int) -> NDArray[np.uint8]:
@@ -286,10 +332,6 @@ class Measurement:
             return NOTHING
 
         tally = self.tally
-        rolled = any(isinstance(key, tuple) and key[0] == "rollout" for key in tally.accumulators)
-        for i, name in enumerate(names):
-            tally.twin_pixels.add(name, lambda i=i: (pixels[i].detach().cpu().float().clone(),))  # type: ignore[misc]
-            tally.glimpses.add(name, lambda i=i: glimpse(trace, i, pixels[i], rolled))  # type: ignore[misc]
         if self.settings.gallery_images:
             values = per_image_values(image_table(self.metrics, tally.accumulators, names, columns), self.heads)
             for number, each in values.each().items():
@@ -369,12 +411,6 @@ class Measurement:
         raise DataError(f"no image could be read{first}")
 
 
-def alike(plan: Plan, device: torch.device) -> int:
-    """The number of images of which every batch is filled up to a multiple, so that no image's numbers depend on the others."""
-    mixed = any(plan.layers[i].mixed for i in plan.map_layers)
-    return min(ALIKE_MIXED if mixed else ALIKE, micro_batch(plan, device))
-
-
 def new_tally(
     subject: Subject, plan: Plan, metrics: Mapping[str, Metric], settings: RunSettings, device: torch.device
 ) -> Tally:
@@ -405,22 +441,6 @@ def model_input(pixels: Tensor, plan: Plan, like: Tensor) -> Tensor:
             "all images must have one size"
         )
     return pixels.to(like.device, like.dtype, non_blocking=True)
-
-
-def nonfinite_error(ill: Sequence[tuple[str, str]], seen: int, amp: str | None) -> str:
-    """What is said where the activations of images are not finite and this is not to happen; `seen` images were run so far."""
-    ways = [f"try it without {amp} (--amp)"] if amp else []
-    if len(ill) < seen:
-        ways.append("leave such images out and count them (--on-nonfinite skip, on_nonfinite='skip')")
-    return (
-        f"the activations of {len(ill)} of the {seen} images read so far are not finite, first of {ill[0][0]} ({ill[0][1]}); "
-        + (", or ".join(ways) or "check the model's weights and its precision")
-    )
-
-
-def all_ill(ill: Sequence[tuple[str, str]]) -> str:
-    """What is said where the activations of no image are finite."""
-    return f"the activations of all {len(ill)} images are not finite, first of {ill[0][0]} ({ill[0][1]})"
 
 
 @contextmanager

@@ -179,3 +179,19 @@ def some(texts: Sequence[str]) -> str:
     """The first few of some texts, and how many more there are."""
     rest = len(texts) - MOST_NAMED
     return "; ".join(texts[:MOST_NAMED]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def nonfinite_error(ill: Sequence[tuple[str, str]], seen: int, amp: str | None) -> str:
+    """What is said where the activations of images are not finite and this is not to happen; `seen` images were run so far."""
+    ways = [f"try it without {amp} (--amp)"] if amp else []
+    if len(ill) < seen:
+        ways.append("leave such images out and count them (--on-nonfinite skip, on_nonfinite='skip')")
+    return (
+        f"the activations of {len(ill)} of the {seen} images read so far are not finite, first of {ill[0][0]} ({ill[0][1]}); "
+        + (", or ".join(ways) or "check the model's weights and its precision")
+    )
+
+
+def all_ill(ill: Sequence[tuple[str, str]]) -> str:
+    """What is said where the activations of no image are finite."""
+    return f"the activations of all {len(ill)} images are not finite, first of {ill[0][0]} ({ill[0][1]})"
