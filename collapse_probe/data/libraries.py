@@ -36,13 +36,11 @@ def _from_array(arrays: Sequence[Pixels], index: int) -> Image.Image:
 
 def digits() -> Pictures:
     """scikit-learn's 1797 handwritten digits, 8×8 greys stretched from 0..16 to 0..255, with their labels."""
-    from sklearn.datasets import load_digits
-
-    stored = load_digits()
-    greys = np.round(stored.images * (255 / 16)).astype(np.uint8)
-    labels = tuple(int(label) for label in stored.target)
+    stored = np.loadtxt(_of_scikit_learn("data/digits.csv.gz"), delimiter=",", dtype=np.int64)
+    greys = np.round(stored[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    labels = tuple(stored[:, 64].tolist())
     names = tuple(f"{label}/{i:04d}.png" for i, label in enumerate(labels))
-    classes = tuple(map(str, stored.target_names))
+    classes = tuple(map(str, range(10)))
     return Pictures(names, partial(_from_array, tuple(greys)), labels, classes, bundled=True, bits=8, from_memory=True)
 
 
@@ -60,12 +58,19 @@ def photos() -> Pictures:
 def photographs() -> Iterator[tuple[str, Pixels]]:
     """Name and pixels of the photographs that come with scikit-image and scikit-learn."""
     import skimage.data
-    from sklearn.datasets import load_sample_image
 
     for name in SCIKIT_IMAGE.split():
         yield name, getattr(skimage.data, name)()
     for name in SCIKIT_LEARN.split():
-        yield name, load_sample_image(f"{name}.jpg")
+        yield name, np.asarray(Image.open(_of_scikit_learn(f"images/{name}.jpg")))
+
+
+def _of_scikit_learn(name: str) -> Path:
+    """A file of scikit-learn's data sets, read without the library, whose import takes a second or two."""
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+    return Path(spec.origin).parent / "datasets" / name
 
 
 def _squares(photo: Pixels) -> Iterator[Pixels]:

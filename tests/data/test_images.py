@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import sys
 import tarfile
 import types
 
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from collapse_probe.data import libraries
 from collapse_probe.data.images import batches, from_loader, open_data
 from collapse_probe.data.preprocessing import Preprocess
 from collapse_probe.data.readers import decode
@@ -186,7 +186,7 @@ def test_bundled_names_and_their_extra(monkeypatch):
         open_data("bundled:faces")
     with pytest.raises(DataError, match="has no splits"):
         open_data("bundled:digits", split="test")
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r'pip install "collapse-probe\[demo\]"'):
         open_data("bundled:digits")
 
@@ -458,3 +458,17 @@ def test_a_loader_of_anything_else_is_refused(held, came):
 def test_an_empty_loader_is_refused():
     with pytest.raises(DataError, match="gave no image"):
         list(from_loader([]))
+
+
+def test_bundled_pictures_are_those_that_scikit_learn_gives():
+    datasets = pytest.importorskip("sklearn.datasets")
+    stored, ours = datasets.load_digits(), open_data("bundled:digits")
+    assert ours.labels == stored.target.tolist()
+    assert ours.class_names == tuple(map(str, stored.target_names))
+    greys = np.stack([np.asarray(ours[at])[..., 0] for at in range(len(ours))])
+    np.testing.assert_array_equal(greys, np.round(stored.images * (255 / 16)).astype(np.uint8))
+    theirs = {name: datasets.load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
+    for name, pixels in libraries.photographs():
+        if name in theirs:
+            np.testing.assert_array_equal(pixels, theirs.pop(name))
+    assert not theirs
