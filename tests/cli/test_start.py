@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,8 @@ def test_libraries_that_are_loaded_already_change_nothing():
 
 def run(code, **streams):
     code = f"import sys\nfrom collapse_probe.cli.main import main\nsys.argv = ['collapse-probe', 'ls', 'data']\n{code}\nmain()"
-    return subprocess.run([sys.executable, "-c", code], text=True, timeout=120, **streams)
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    return subprocess.run([sys.executable, "-c", code], text=True, timeout=120, env=buffered, **streams)
 
 
 def test_what_is_registered_for_the_end_runs_and_the_output_is_whole():
@@ -59,5 +61,5 @@ def test_output_that_cannot_be_written_is_a_failure():
 
 def test_the_end_is_not_waited_for():
     """No object is freed at the end: where one was, it would say so."""
-    code = "class Last:\n    def __del__(self):\n        print('freed', flush=True)\nsys.last = Last()"
+    code = "class Last:\n    def __del__(self):\n        print('freed', flush=True)\nlast = Last()"
     assert "freed" not in run(code, capture_output=True).stdout
