@@ -196,13 +196,13 @@ def prices(device: Any, note: Note) -> None:
     """Ratios to the plain forward pass, eager and fused, in turns on the same batches."""
     import torch
     from subjects import floor
-    from variants import CAPTURE, DEFAULT, PLAIN, Variants, alternated, spread
+    from variants import CAPTURE, DEFAULT, NEIGHBOURS, PLAIN, Variants, alternated, spread
 
     for case in cases(device, "B/16", "S/16", "L/16@384", "S/16@1024", "DeepViT-L"):
         for dtype in ("bfloat16", None) if case.label in ("S/16", "tiny") else ("bfloat16",):
             try:
                 variants = Variants(case, device, dtype)
-                jobs = {name: variants.job(name) for name in (PLAIN, CAPTURE, DEFAULT)}
+                jobs = {name: variants.job(name) for name in (PLAIN, CAPTURE, NEIGHBOURS, DEFAULT)}
                 seconds = alternated(jobs, case, device, 7 if device.type == "cuda" else 1)
                 batch = case.batch(device)
                 row: dict[str, Any] = {"batch": batch}

@@ -8,10 +8,12 @@
 In a row stand a variant's seconds an image and their ratio to those of the plain pass on the same batch: the median over rounds
 and, in brackets, the lowest and the highest. Variants take turns batch by batch, so that a busy machine slows all alike. On a
 CPU the ratio is of seconds on the processor, which other programs change little, with that of the wall beside it; on a GPU of
-the wall's, after the GPU is done. Peak memory is that of a process of its own for every figure. "default analysis" is the
-default set of metrics with its nulls, "everything" every metric that hears images with those of every preset, each once; "ends
-included" adds what the last numbers and intervals take. The floor is what arithmetic alone asks for: see subjects.py. "whole
-process" is `analyze` as a command, page included, beside a script that loads and runs the same photographs.
+the wall's, after the GPU is done. Peak memory is that of a process of its own for every figure.
+
+"neighbours alone" is neighbour-similarity, "default analysis" the default set of metrics with its nulls, "everything" every
+metric that hears images with those of every preset, each once; "ends included" adds what the last numbers and intervals take.
+The floor is what arithmetic alone asks for: see subjects.py. "whole process" is `analyze` as a command, page included, beside a
+script that loads and runs the same photographs.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from variants import (
     CAPTURE,
     DEFAULT,
     EVERYTHING,
+    NEIGHBOURS,
     OURS,
     PEERS,
     PLAIN,
@@ -250,7 +253,11 @@ def main() -> None:
         case = CASES[label]
         for dtype in dtypes:
             rows = times(case, device, dtype, rounds, not args.no_everything)
-            peaks = {} if args.no_memory or args.quick else memory(case, device, dtype, [PLAIN, CAPTURE, DEFAULT, *PEERS])
+            peaks = (
+                {}
+                if args.no_memory or args.quick
+                else memory(case, device, dtype, [PLAIN, CAPTURE, NEIGHBOURS, DEFAULT, *PEERS])
+            )
             batch = case.batch(device)
             images = f"{rounds} rounds, {rounds * batch} images"
             title = f"\n{label} ({case.name}), {device.type} {dtype or 'float32'}, batch {batch}, {images}"
@@ -260,7 +267,9 @@ def main() -> None:
             )
     if not args.models and not args.no_memory:
         case = CASES[IN_MEMORY]
-        peaks = memory(case, device, dtypes[0], [PLAIN, DEFAULT] if args.quick else [PLAIN, CAPTURE, DEFAULT, *PEERS])
+        peaks = memory(
+            case, device, dtypes[0], [PLAIN, DEFAULT] if args.quick else [PLAIN, CAPTURE, NEIGHBOURS, DEFAULT, *PEERS]
+        )
         say(*table(f"\n{case.label}, 1,025 tokens, batch {case.batch(device)}: memory alone", {}, peaks))
         found["tables"].append({"model": case.label, "dtype": args.dtypes[0], "batch": case.batch(device), "memory": peaks})
     if not args.no_process:

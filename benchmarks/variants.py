@@ -33,7 +33,8 @@ from collapse_probe.registry import METRICS, PRESETS
 
 Job = Callable[[Tensor], object]
 PLAIN, AGAIN, CAPTURE, DEFAULT, EVERYTHING = "plain", "plain again", "capture", "default analysis", "everything"
-OURS = (PLAIN, AGAIN, CAPTURE, DEFAULT, EVERYTHING)
+NEIGHBOURS = "neighbours alone"
+OURS = (PLAIN, AGAIN, CAPTURE, NEIGHBOURS, DEFAULT, EVERYTHING)
 
 
 class Variants:
@@ -86,7 +87,8 @@ class Variants:
 
     def analysis(self, name: str) -> Job:
         """The pass of a measurement, without its ends."""
-        metrics = make_metrics(self.plan, DEFAULT_METRICS) if name == DEFAULT else every_metric(self.plan)
+        names = {DEFAULT: DEFAULT_METRICS, NEIGHBOURS: ("neighbour-similarity",)}.get(name)
+        metrics = every_metric(self.plan) if names is None else make_metrics(self.plan, names)
         amp = {"amp": self.dtype is not None, "amp_dtype": self.dtype}
         settings = RunSettings(device=str(self.device), null_images=0, gallery_images=0, **amp)
         run = self.runs[name] = Measurement(resolve(self.model), self.plan, metrics, settings)
