@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,6 +26,8 @@ except ImportError:  # Windows has none
 
 QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # of control groups, version 2 and 1
 FEW_BATCHES, MOST_WORKERS = 4, 16
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+LARGEST_KEPT, MOST_KEPT = 32 * 2**20, 2**30
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -61,6 +65,29 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next ones, instead of handing it back to be cleared page by page.
+
+    Without it each batch of a ViT causes thousands of page faults an image: 5 to 9 % of the forward pass on a CPU. It holds for
+    the process; `give_back_memory` returns what is free. Nothing happens with another C library.
+    """
+    if (libc := _glibc()) is not None:
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        libc.mallopt(M_TRIM_THRESHOLD, MOST_KEPT)
+
+
+def give_back_memory() -> None:
+    """Return the free memory that `keep_freed_memory` kept to the system."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return None
+    return ctypes.CDLL(None)
 
 
 def moved(model: nn.Module, device: torch.device) -> nn.Module:

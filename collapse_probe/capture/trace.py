@@ -18,9 +18,11 @@ from torch import Tensor
 
 from collapse_probe.capture.plan import MapGroup, Plan
 
-TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20, "mps": 128 * 2**20}
+TILE_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20, "mps": 128 * 2**20}
 TRACE_BYTES = {"cpu": 128 * 2**20, "cuda": 8 * 2**30, "mps": 1 * 2**30}
 ALL = slice(None)
+Place = tuple[slice, slice, slice, slice]
+"""Which images, heads, queries and keys."""
 
 
 def budget_line(plan: Plan, device: torch.device) -> str:
@@ -119,33 +121,56 @@ class Attention:
             logits = logits.masked_fill(c[None, columns] > r[rows, None], -torch.inf)
         return logits
 
-    def maps(
-        self, images: slice = ALL, heads: slice = ALL, rows: slice = ALL, columns: slice = ALL, sums: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """`probs` and `weights` [b, h, R, C] in float32.
-
-        `sums` [b, H, N, 1] is filled with each query's logsumexp where all keys are asked for, and read where some are.
-        """
+    def maps(self, images: slice = ALL, heads: slice = ALL, rows: slice = ALL, columns: slice = ALL) -> dict[str, Tensor]:
+        """`probs` and `weights` [b, h, R, C] in float32, of all keys or, where the map itself was captured, of some."""
         if self.q is None:
             assert self.probs is not None
             probs = self.probs[images, heads, rows, columns].float()
         else:
-            logits, masked = self.logits(images, heads, rows, columns), self.bias is not None or self.causal
-            if sums is None:
-                probs = torch.softmax(logits, dim=-1)
-                highest = logits.amax(-1, keepdim=True) if masked else None
+            logits = self.logits(images, heads, rows)
+            probs = torch.softmax(logits, dim=-1)
+            if self.bias is not None or self.causal:  # a query that may see nothing attends to nothing
+                probs = probs.masked_fill(logits.amax(-1, keepdim=True) == -torch.inf, 0.0)
+            probs = probs[..., columns]
+        return {"probs": probs, "weights": probs if self.weights is None else self._weights(images, heads, rows, columns)}
+
+    def write_maps(
+        self, place: Place, probs_bhRC: Tensor, weights_bhRC: Tensor | None, entropy_bhR: Tensor | None, peaks: Tensor | None
+    ) -> None:
+        """Write the maps at a place where they are wanted, and each query's entropy in nats where it follows from q and k.
+
+        `peaks` [2, b, H, N, 1] hold each query's largest logit and its largest probability: filled where all keys are asked
+        for, and read where some are, so that no probability is the difference of two large numbers.
+        """
+        images, heads, rows, columns = place
+        if self.q is None:
+            assert self.probs is not None
+            probs_bhRC.copy_(self.probs[place])
+        else:
+            logits = self.logits(images, heads, rows, columns)
+            if columns == slice(0, self.shape[-1]):
+                torch.softmax(logits, -1, out=probs_bhRC)
+                if entropy_bhR is not None or peaks is not None:
+                    highest, share = logits.amax(-1, keepdim=True), probs_bhRC.amax(-1, keepdim=True)
+                    if self.bias is not None or self.causal:  # a query that may see nothing attends to nothing
+                        blind = highest == -torch.inf
+                        highest, share = highest.masked_fill_(blind, 0.0), share.masked_fill_(blind, 1.0)
+                        probs_bhRC.masked_fill_(blind, 0.0)
+                    if peaks is not None:
+                        peaks[0][:, heads, rows], peaks[1][:, heads, rows] = highest, share
+                    if entropy_bhR is not None:  # log Σ e^(s − s_max) + Σ p (s_max − s): two sums of what is not negative
+                        below = logits.sub_(highest).clamp_min_(torch.finfo(logits.dtype).min)  # 0 · log 0 is 0
+                        torch.sum(below.mul_(probs_bhRC), -1, out=entropy_bhR).add_(share.squeeze(-1).log()).neg_()
             else:
-                if columns == slice(0, self.shape[-1]):
-                    sums[:, heads, rows] = torch.logsumexp(logits, dim=-1, keepdim=True)
-                highest = sums[:, heads, rows]
-                probs = logits.sub_(highest).exp_()
-            if masked:
-                assert highest is not None
-                probs = probs.masked_fill(highest == -torch.inf, 0.0)  # a query that may see nothing attends to nothing
-        return {
-            "probs": probs,
-            "weights": probs if self.weights is None else self.weights[images, heads, rows, columns].float(),
-        }
+                assert peaks is not None
+                highest, share = peaks[:, :, heads, rows]
+                torch.exp(logits.sub_(highest), out=probs_bhRC).mul_(share)
+        if weights_bhRC is not None:
+            weights_bhRC.copy_(probs_bhRC if self.weights is None else self._weights(*place))
+
+    def _weights(self, images: slice, heads: slice, rows: slice, columns: slice) -> Tensor:
+        assert self.weights is not None
+        return self.weights[images, heads, rows, columns].float()
 
 
 def expand_heads(x_BHNK: Tensor, heads: int) -> Tensor:
@@ -180,8 +205,6 @@ def first_of(output: Any, images: int, of: int) -> Any:
 
 POINTS = ("probs", "weights")
 AXES = ("column", "row")
-Place = tuple[slice, slice, slice, slice]
-"""Which images, heads, queries and keys a tile holds."""
 
 
 class MapTile:
@@ -192,17 +215,25 @@ class MapTile:
     first image, then those of the next (see `over_windows`). A tile with `whole_rows` holds every key of its queries, one with
     `whole_columns` every query of its keys; small maps come as tiles that hold both. Heads come one tile after the other before
     the next queries or keys: `last_heads` marks the end of the heads, `last_tokens` that no further queries (or keys) follow.
+    `entropy` [b, h, L, R] is that of the queries in nats, where the tile has whole rows and their logarithms were at hand.
     """
 
     def __init__(
-        self, group: MapGroup, place: Place, maps: dict[str, Tensor], whole: Sequence[str], last: tuple[bool, bool]
+        self,
+        group: MapGroup,
+        place: Place,
+        maps: dict[str, Tensor],
+        whole: Sequence[str],
+        last: tuple[bool, bool],
+        entropy: Tensor | None = None,
     ) -> None:
         self.group, self.positions, self.windows = group, group.positions, group.windows
         self.images, self.heads, self.rows, self.columns = place
         self.probs, self.weights = maps["probs"], maps["weights"]
         self.whole_rows, self.whole_columns = "row" in whole, "column" in whole
         self.last_heads, self.last_tokens = last
-        self.derived: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}  # what metrics share of this tile's maps
+        self.entropy = entropy
+        self.derived: dict[tuple[object, ...], Any] = {}  # what metrics share of this tile's maps
 
     def whole(self, axis: str) -> bool:
         """Whether the vectors along `axis` are complete here."""
@@ -274,7 +305,7 @@ class Trace:
     def tiles(self, budget: int) -> Iterator[MapTile]:
         """All token maps of the batch in tiles of about `budget` bytes, one group of layers after the other.
 
-        Maps that are too large come twice: by queries, which also gives the logsumexp of each, then by keys.
+        Maps that are too large come twice: by queries, which also gives the scale of each, then by keys.
         """
         for group in self.plan.map_groups():
             layers = [self.attention[self.plan.map_layers[p]] for p in group.positions]
@@ -286,31 +317,55 @@ class Trace:
             small = rows == queries and columns == keys
             passes = [(by_query, AXES)] if small else [(by_query, ("row",)), (by_key, ("column",))]
             for images in _spans(self.images, b):
-                sums: list[Tensor | None] = [None] * len(layers)
+                peaks: list[Tensor | None] = [None] * len(layers)
                 if not small:
                     count = (images.stop - images.start) * windows
-                    sums = [None if a.q is None else torch.empty(count, *a.q.shape[1:3], 1, device=a.q.device) for a in layers]
+                    peaks = [
+                        None if a.q is None else a.q.new_empty(2, count, *a.q.shape[1:3], 1, dtype=torch.float32)
+                        for a in layers
+                    ]
                 for parts, whole in passes:
                     for (queries_of, keys_of), some in itertools.product(parts, heads):
-                        place = (images, some, queries_of, keys_of)
-                        inside = slice(images.start * windows, images.stop * windows)
-                        maps = [a.maps(inside, *place[1:], of_queries) for a, of_queries in zip(layers, sums, strict=True)]
-                        stacked = dict.fromkeys(POINTS, torch.stack([m["probs"] for m in maps], dim=2))
-                        if any(a.mixed for a in layers):
-                            stacked["weights"] = torch.stack([m["weights"] for m in maps], dim=2)
-                        del maps  # the stacked ones alone stay in memory while the tile is in use
                         last = (some is heads[-1], (queries_of, keys_of) == parts[-1])
-                        yield MapTile(group, place, stacked, whole, last)
+                        yield _tile(group, layers, (images, some, queries_of, keys_of), peaks, whole, last)
+
+
+def _tile(
+    group: MapGroup,
+    layers: Sequence[Attention],
+    place: Place,
+    peaks: Sequence[Tensor | None],
+    whole: Sequence[str],
+    last: tuple[bool, bool],
+) -> MapTile:
+    """The maps of some layers at a place, written block by block into one tensor: [L, b, h, R, C] in memory."""
+    images, heads, rows, columns = place
+    inside = slice(images.start * group.windows, images.stop * group.windows)
+    b, h, r, c = (span.stop - span.start for span in (inside, heads, rows, columns))
+    held = next(t for t in (layers[0].q, layers[0].probs) if t is not None)
+    probs_LbhRC = torch.empty(len(layers), b, h, r, c, device=held.device)
+    weights_LbhRC = torch.empty_like(probs_LbhRC) if any(a.mixed for a in layers) else None
+    known = "row" in whole and all(a.q is not None for a in layers)
+    entropy_LbhR = torch.empty(probs_LbhRC.shape[:-1], device=held.device) if known else None
+    for i, (attention, of_queries) in enumerate(zip(layers, peaks, strict=True)):
+        weights, entropy = (None if x is None else x[i] for x in (weights_LbhRC, entropy_LbhR))
+        attention.write_maps((inside, heads, rows, columns), probs_LbhRC[i], weights, entropy, of_queries)
+    probs = probs_LbhRC.permute(1, 2, 0, 3, 4)
+    maps = {"probs": probs, "weights": probs if weights_LbhRC is None else weights_LbhRC.permute(1, 2, 0, 3, 4)}
+    return MapTile(group, place, maps, whole, last, None if entropy_LbhR is None else entropy_LbhR.permute(1, 2, 0, 3))
 
 
 def tile_shape(group: MapGroup, budget: int) -> tuple[int, int, int, int]:
-    """Images, heads, queries and keys of a tile within `budget` bytes: whole maps while one head's fit, else parts of them."""
+    """Images, heads, queries and keys of a tile within `budget` bytes: whole maps while one head's fit, else parts of them.
+
+    Where not all heads fit, one head of several images: what is summed over images then stays in the cache.
+    """
     heads, queries, keys, layers = group.heads, group.queries, group.keys, len(group.positions) * group.windows
     one_head = layers * queries * keys * 4
     if heads * one_head <= budget:
         return budget // (heads * one_head), heads, queries, keys
     if one_head <= budget:
-        return 1, budget // one_head, queries, keys
+        return budget // one_head, 1, queries, keys
     rows, columns = (max(1, budget // (layers * length * 4)) for length in (keys, queries))
     return 1, 1, min(rows, queries), min(columns, keys)
 

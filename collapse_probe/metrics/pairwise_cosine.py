@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,7 +29,14 @@ from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import MapTile, Trace, by_window
 from collapse_probe.metrics.accumulators import GROUPS, Means, group_of
 from collapse_probe.metrics.coverage import depth_neighbours, groups_of
-from collapse_probe.metrics.functional.geometry import centred_unit, gram, padded, unit, wide_gram
+from collapse_probe.metrics.functional.geometry import (
+    gram,
+    length_of,
+    padded,
+    span_grams,
+    spanned,
+    unit_into,
+)
 from collapse_probe.statistics.intervals import Array, jackknife
 from collapse_probe.statistics.kappa import MONOMIALS, PairMoments, kappa
 
@@ -49,8 +56,51 @@ def seeded_sample(tokens: list[int], size: int, seed: int = 0) -> list[int]:
     return sorted(order[:size])
 
 
-def unit_vectors(tile: MapTile, point: str, axis: str, centred: bool, without: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-    """Rows or columns of a tile as unit vectors, [b, h, L, R, C], and which of them are defined, [b, h, L, tokens].
+@dataclass(frozen=True)
+class UnitVectors:
+    """Unit vectors of some images, heads, blocks and tokens, and which of them are defined, [b, h, L, tokens].
+
+    `flat` [L, b, h, D] holds the entries of a matrix of rows R and columns C one after the other, then zeros up to a multiple
+    of the spans in which products are summed.
+    """
+
+    flat: Tensor
+    valid: Tensor
+    rows: int
+    columns: int
+
+    @classmethod
+    def room(cls, shape: Sequence[int], device: torch.device) -> UnitVectors:
+        """Room for vectors [b, h, L, R, C] in float32, with zeros behind them."""
+        b, h, blocks, rows, columns = shape
+        flat = torch.empty(blocks, b, h, spanned(rows * columns, device), device=device)
+        flat[..., rows * columns :] = 0
+        return cls(flat, torch.empty(0), rows, columns)
+
+    @property
+    def matrices(self) -> Tensor:
+        """The same as [b, h, L, R, C], a view."""
+        blocks, b, h, _ = self.flat.shape
+        entries = self.flat[..., : self.rows * self.columns]
+        return entries.view(blocks, b, h, self.rows, self.columns).permute(1, 2, 0, 3, 4)
+
+    def pick(self, token_dim: int, places: list[int]) -> UnitVectors:
+        """Those of some tokens."""
+        index = torch.tensor(places, device=self.flat.device, dtype=torch.long)
+        return UnitVectors.of(self.matrices.index_select(token_dim, index), self.valid[..., places])
+
+    @classmethod
+    def of(cls, vectors: Tensor, valid: Tensor) -> UnitVectors:
+        """From vectors [b, h, L, R, C] that are of unit length already, in float32 or float64."""
+        b, h, blocks, rows, columns = vectors.shape
+        flat = vectors.new_zeros(blocks, b, h, spanned(rows * columns, vectors.device))
+        made = cls(flat, valid, rows, columns)
+        made.matrices.copy_(vectors)
+        return made
+
+
+def unit_vectors(tile: MapTile, point: str, axis: str, centred: bool, without: tuple[int, ...] = ()) -> UnitVectors:
+    """Rows or columns of a tile as unit vectors; see `unit` and `centred_unit`.
 
     Tokens in `without` are left out as queries and as keys. Computed once for each tile and shared between metrics.
     """
@@ -58,14 +108,19 @@ def unit_vectors(tile: MapTile, point: str, axis: str, centred: bool, without: t
         point = "probs"
     key = ("unit vectors", point, axis, centred, without)
     if key not in tile.derived:
-        maps = tile.maps(point)
+        maps, dim = tile.maps(point), -1 if axis == "row" else -2
         if without:
             rows = [t - tile.rows.start for t in tile.tokens("row", without)]
             columns = [t - tile.columns.start for t in tile.tokens("column", without)]
             maps = maps[..., rows, :][..., columns]
-        scaled = centred_unit if centred else unit
-        tile.derived[key] = scaled(maps, dim=-1 if axis == "row" else -2)
-    return tile.derived[key]
+        room = UnitVectors.room(maps.shape, maps.device)
+        lengths = ("lengths", point, axis, without)
+        if lengths not in tile.derived:
+            tile.derived[lengths] = length_of(maps, dim)
+        valid = unit_into(room.matrices, maps, tile.derived[lengths], dim, centred)
+        tile.derived[key] = replace(room, valid=valid)
+    made: UnitVectors = tile.derived[key]
+    return made
 
 
 @dataclass(frozen=True)
@@ -96,51 +151,66 @@ class Part:
 
 
 class PairSums:
-    """T1 … T4 of one batch, from unit vectors that come in parts of their heads and tokens; and the same for defined pairs."""
+    """T1 … T4 of one batch, from unit vectors that come in parts of their heads and tokens; and the same for defined pairs.
+
+    What the large tensors are needed for is taken of each part as it comes; the sums over tokens and over keys, and which
+    vectors are defined, are kept, and `finish` makes the products of all of them at once.
+    """
 
     def __init__(self, images: int, blocks: int, device: torch.device) -> None:
-        wide = torch.float64 if device.type != "mps" else torch.float32
-        self.sums = torch.zeros(4, images, blocks, blocks, dtype=wide, device=device)
+        self.wide = torch.float64 if device.type != "mps" else torch.float32
+        self.images, self.device = images, device
+        self.sums = torch.zeros(4, images, blocks, blocks, dtype=self.wide, device=device)
         self.pairs = torch.zeros_like(self.sums)
         self.other_keys = torch.zeros_like(self.sums[0])
-        self._over_heads: dict[str, Tensor] = {}
-        self._over_tokens: dict[tuple[str, int], Tensor] = {}
+        self._over_heads: Tensor | None = None
+        self._kept: dict[tuple[int, ...], Kept] = {}
 
-    def add(self, part: Part, vectors: Tensor, valid: Tensor, token_dim: int) -> None:
-        """Vectors [b, h, L, R, C] whose tokens run along `token_dim`, defined where `valid` [b, h, L, tokens]; b are the
-        images, or the windows of the first image, then those of the next.
+    def add(self, part: Part, vectors: UnitVectors, token_dim: int, first: int, group: VectorGroup) -> None:
+        """The vectors of some images, heads and tokens of a group, `first` the place of the first of these tokens; b are the
+        images, or the windows of the first, then those of the next.
         """
-        valid = valid.to(vectors.dtype)
-        same = self._add("vectors", self.sums, part, vectors, vectors.sum(token_dim))
-        self._add("valid", self.pairs, part, valid, valid.sum(-1, keepdim=True))
-        key_dim = -3 - token_dim
-        if (keys := vectors.shape[key_dim]) > 1:
-            over_keys = vectors.sum(key_dim, dtype=self.sums.dtype)
-            self._into(self.other_keys, part, (gram(padded(over_keys)).sum(1) - same) / (keys - 1))
+        x = vectors.matrices
+        same = span_grams(vectors.flat).sum(1)
+        self._into(self.sums[0], part, same)
+        if self._over_heads is None and part.last_heads and x.shape[1] == 1:
+            self._into(self.sums[2], part, same)
+        else:
+            over_heads = vectors.flat if x.shape[1] == 1 else vectors.flat.sum(2, keepdim=True)
+            self._over_heads = over_heads if self._over_heads is None else self._over_heads + over_heads
+            if part.last_heads:
+                self._into(self.sums[2], part, span_grams(self._over_heads).sum(1))
+                self._over_heads = None
+        kept = self._kept.get(tuple(part.positions))
+        if kept is None:
+            kept = self._kept[tuple(part.positions)] = Kept.room(self.images, group, x)
+        inside = slice(part.images.start * part.windows, part.images.stop * part.windows)
+        tokens, key_dim = slice(first, first + x.shape[token_dim]), -3 - token_dim
+        kept.over_tokens[inside, part.heads] += x.sum(token_dim)
+        kept.over_keys[inside, part.heads, :, tokens] = x.sum(key_dim)
+        kept.valid[inside, part.heads, :, tokens] = vectors.valid
 
-    def _add(self, kind: str, target: Tensor, part: Part, x: Tensor, over_tokens: Tensor) -> Tensor:
-        """Add to T1 … T4 in `target`; returns what went into T1, [b, L, L]."""
-        x = x.flatten(3)
-        same = wide_gram(x).sum(1)
-        self._into(target[0], part, same)
-        before = self._over_heads.pop(kind, None)
-        if before is None and part.last_heads and x.shape[1] == 1:
-            self._into(target[2], part, same)
-        elif part.last_heads:
-            self._into(target[2], part, wide_gram(_plus(before, x.sum(1))))
-        else:
-            self._over_heads[kind] = _plus(before, x.sum(1))
-        over_tokens = _plus(self._over_tokens.pop((kind, part.heads.start), None), over_tokens.to(target.dtype))
-        if not part.last_tokens:
-            self._over_tokens[kind, part.heads.start] = over_tokens
-            return same
-        self._into(target[1], part, gram(padded(over_tokens)).sum(1))
-        over_both = _plus(self._over_heads.pop(kind + " and tokens", None), over_tokens.sum(1))
-        if part.last_heads:
-            self._into(target[3], part, gram(padded(over_both)))
-        else:
-            self._over_heads[kind + " and tokens"] = over_both
-        return same
+    def finish(self) -> None:
+        """Add the products of what was kept."""
+        for positions, kept in self._kept.items():
+            part = Part(slice(0, self.images), list(positions), slice(0, kept.valid.shape[1]), True, True, kept.windows)
+            sums, valid = kept.over_tokens.to(self.wide), kept.valid.to(self.wide)
+            counts = valid.sum(-1, keepdim=True)
+            for target, vectors in (
+                (self.sums[1], sums),
+                (self.sums[3], sums.sum(1, keepdim=True)),
+                (self.pairs[0], valid),
+                (self.pairs[1], counts),
+                (self.pairs[2], valid.sum(1, keepdim=True)),
+                (self.pairs[3], counts.sum(1, keepdim=True)),
+            ):
+                self._into(target, part, gram(padded(vectors)).sum(1))
+            if kept.keys > 1:
+                self._into(self.other_keys, part, gram(padded(kept.over_keys.to(self.wide))).sum(1) / (kept.keys - 1))
+                place = torch.tensor(positions, device=self.device)
+                same = self.sums[0][:, place[:, None], place]
+                self._into(self.other_keys, replace(part, windows=1), same / (1 - kept.keys))
+        self._kept.clear()
 
     def _into(self, target: Tensor, part: Part, value: Tensor) -> None:
         if part.windows > 1:
@@ -152,8 +222,28 @@ class PairSums:
         target[part.images, place[:, None], place[None, :]] += value.to(target.dtype)
 
 
-def _plus(total: Tensor | None, more: Tensor) -> Tensor:
-    return more if total is None else total.add_(more)
+@dataclass(frozen=True)
+class Kept:
+    """Of all vectors of a batch: their sums over tokens [B, H, L, D] and over their entries [B, H, L, tokens], and how many
+    there are of each, 0 where it is not defined; B are the images, or their windows.
+    """
+
+    over_tokens: Tensor
+    over_keys: Tensor
+    valid: Tensor
+    windows: int
+
+    @classmethod
+    def room(cls, images: int, group: VectorGroup, like: Tensor) -> Kept:
+        """Zeros for the images of a batch, in the dtype and on the device of `like`."""
+        shape = (images * group.windows, group.heads, len(group.positions))
+        over_keys = like.new_zeros(*shape, len(group.tokens))
+        return cls(like.new_zeros(*shape, group.length), over_keys, torch.zeros_like(over_keys), group.windows)
+
+    @property
+    def keys(self) -> int:
+        """The length of a vector."""
+        return self.over_tokens.shape[-1]
 
 
 def ratio(total: Tensor, number: Tensor) -> Tensor:
@@ -210,27 +300,32 @@ class PairwiseCosine(Means):
         self._pairs = PairSums(trace.images, self.blocks, device)
         self._own = PairSums(trace.images, self.blocks, device) if self.sampled else self._pairs
 
-    def absorb(self, part: Part, tokens: list[int], units: tuple[Tensor, Tensor]) -> None:
-        """Take the unit vectors [b, h, L, R, C] of some heads and tokens of some images."""
-        vectors, valid = units
-        self._pairs.add(part, vectors, valid, self.token_dim)
+    def absorb(self, part: Part, tokens: list[int], vectors: UnitVectors) -> None:
+        """Take the unit vectors of some heads and tokens of some images."""
         g = next(i for i, group in enumerate(self.groups) if group.positions == part.positions)
-        place_of = {token: place for place, token in enumerate(self.samples[g])}
+        group, sample = self.groups[g], self.samples[g]
+        self._pairs.add(part, vectors, self.token_dim, group.tokens.index(tokens[0]), group)
+        place_of = {token: place for place, token in enumerate(sample)}
         inside = [i for i, token in enumerate(tokens) if token in place_of]
+        if not inside:
+            return
         if len(inside) < len(tokens):
-            places = torch.tensor(inside, device=vectors.device, dtype=torch.long)
-            vectors, valid = vectors.index_select(self.token_dim, places), valid[..., inside]
-        if inside:
-            first = place_of[tokens[inside[0]]]
-            total = self.state(f"over_images_{g}")[:, part.heads].narrow(self.token_dim, first, len(inside))
-            for one_image in by_window(vectors, part.windows):
-                total += one_image.to(total.device)
-            defined = self.state(f"defined_{g}")[:, part.heads]
-            defined[..., first : first + len(inside)] += by_window(valid, part.windows).sum(0).to(defined.device)
+            vectors = vectors.pick(self.token_dim, inside)
+        first = place_of[tokens[inside[0]]]
+        total = self.state(f"over_images_{g}").narrow(self.token_dim, first, len(inside))
+        by_image, heads = by_window(vectors.matrices, part.windows), range(*part.heads.indices(group.heads))
+        for i, head in enumerate(heads):  # one head at a time, so that its sum stays in the cache for the next image
+            for one_image in by_image[:, :, i]:
+                total[:, head] += one_image.to(total.device)
+        defined = self.state(f"defined_{g}")[:, part.heads]
+        defined[..., first : first + len(inside)] += by_window(vectors.valid, part.windows).sum(0).to(defined.device)
         if self.sampled:
-            self._own.add(part, vectors, valid, self.token_dim)
+            own = replace(group, tokens=sample)
+            self._own.add(part, vectors, self.token_dim, first, own)
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
+        self._pairs.finish()
+        self._own.finish()
         cosines = mean_cosines(self._pairs.sums, self._pairs.pairs)
         cosines["other_key"] = ratio(self._pairs.other_keys, self._pairs.pairs[0])
         for name, values in cosines.items():
@@ -249,9 +344,10 @@ class PairwiseCosine(Means):
         own_sums, own_pairs = self.state("own_sums"), self.state("own_pairs")
         whole = PairSums(1, self.blocks, own_sums.device)
         for g, group in enumerate(self.groups):
-            vectors, valid = self.state(f"over_images_{g}"), self.state(f"defined_{g}")
+            vectors = UnitVectors.of(self.state(f"over_images_{g}"), self.state(f"defined_{g}"))
             part = Part(slice(0, 1), group.positions, slice(0, group.heads), True, True, group.windows)
-            whole.add(part, vectors, valid, self.token_dim)
+            whole.add(part, vectors, self.token_dim, 0, replace(group, tokens=self.samples[g]))
+        whole.finish()
         cosines = mean_cosines(whole.sums[:, 0] - own_sums, whole.pairs[:, 0] - own_pairs)
         return {name: values.cpu().numpy() for name, values in cosines.items()}
 
@@ -288,7 +384,7 @@ class MapPairwiseCosine(PairwiseCosine):
             part = Part(tile.images, tile.positions, tile.heads, tile.last_heads, tile.last_tokens, tile.windows)
             self.absorb(part, tokens, vectors)
             if "between_heads" in self.states and tile.heads == slice(0, tile.group.heads) and tile.group.heads > 1:
-                self._add_heads(tile.positions, *vectors)
+                self._add_heads(tile.positions, vectors.matrices, vectors.valid)
 
     def _add_heads(self, positions: list[int], vectors: Tensor, valid: Tensor) -> None:
         """Add, for each block and the one after it, the sums over same tokens and over any, and how many of both there are."""
@@ -370,14 +466,15 @@ class TokenPairwiseCosine(PairwiseCosine):
         return super().end_batch(trace)
 
 
-def _units(patches: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The unit vectors of several depths [b, P, D] as [b, 1, L, P, D] and [b, 1, L, P]: one depth at a time, for memory."""
-    first = patches[0]
-    vectors = first.new_empty(len(first), 1, len(patches), *first.shape[1:])
-    valid = torch.empty(vectors.shape[:-1], dtype=torch.bool, device=first.device)
-    for depth, one_depth in enumerate(patches):
-        vectors[:, 0, depth], valid[:, 0, depth] = unit(one_depth)
-    return vectors, valid
+def _units(patches: list[Tensor]) -> UnitVectors:
+    """The unit vectors of several depths [b, P, D], one depth at a time, for memory."""
+    (b, rows, width), device = patches[0].shape, patches[0].device
+    room = UnitVectors.room((b, 1, len(patches), rows, width), device)
+    valid = [
+        unit_into(room.matrices[:, 0, depth], one_depth, length_of(one_depth, -1), -1)
+        for depth, one_depth in enumerate(patches)
+    ]
+    return replace(room, valid=torch.stack(valid, 1)[:, None])
 
 
 JACKKNIFE_TOKENS = 4
@@ -413,7 +510,8 @@ class ImageSpread(Means):
         places = [i for i, t in enumerate(sample) if t in tokens]
         if not tile.whole(self.axis) or not places:
             return
-        vectors, valid = unit_vectors(tile, self.point, self.axis, self.centred)
+        units = unit_vectors(tile, self.point, self.axis, self.centred)
+        vectors, valid = units.matrices, units.valid
         inside = [tokens.index(sample[i]) for i in places]
         vectors = vectors.index_select(self.token_dim, torch.tensor(inside, device=vectors.device))
         valid = valid[..., inside].to(vectors.dtype)

@@ -141,8 +141,9 @@ def test_unit_vectors(kind, axis, centred, without, budget):
     for tile in trace.tiles(BUDGETS[budget]):
         if not tile.whole(axis):
             continue
-        units, defined = unit_vectors(tile, "weights", axis, centred, without)
-        assert unit_vectors(tile, "weights", axis, centred, without)[0] is units
+        made = unit_vectors(tile, "weights", axis, centred, without)
+        assert unit_vectors(tile, "weights", axis, centred, without) is made
+        units, defined = made.matrices, made.valid
         assert bool(defined.all())
         units = units if axis == "row" else units.transpose(-1, -2)
         tokens = tile.tokens(axis, without)
@@ -177,7 +178,8 @@ def test_what_has_no_direction_is_zero_and_marked(axis, centred, defined, budget
     marks = {}
     for tile in degenerate().tiles(budget):
         if tile.whole(axis):
-            units, marked = unit_vectors(tile, "probs", axis, centred)
+            made = unit_vectors(tile, "probs", axis, centred)
+            units, marked = made.matrices, made.valid
             assert bool(torch.isfinite(units).all())
             length = units.norm(dim=-1 if axis == "row" else -2)
             assert torch.allclose(length, marked.float(), atol=1e-6)

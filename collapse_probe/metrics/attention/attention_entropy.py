@@ -35,7 +35,7 @@ class EntropySums(HeadMeans):
     def add_tile(self, tile: MapTile) -> None:
         if tile.whole_rows:
             place = torch.tensor(tile.positions)
-            entropies = tile.over_windows(entropy(tile.probs).sum(-1))
+            entropies = tile.over_windows((entropy(tile.probs) if tile.entropy is None else tile.entropy).sum(-1))
             self._total[tile.images, place, tile.heads] += entropies.transpose(1, 2).cpu()
             if tile.images.start == 0:
                 self._rows[place, tile.heads] += tile.windows * (tile.rows.stop - tile.rows.start)

@@ -15,7 +15,7 @@ from collapse_probe.metrics.functional.rollout import FUSIONS, fused, rollouts
 from collapse_probe.metrics.map_metric import WITHOUT_PREFIX, MapMetric
 from collapse_probe.metrics.metric import MATRICES, Need, Record, Variant
 from collapse_probe.metrics.nulls import between_blocks
-from collapse_probe.metrics.pairwise_cosine import PairwiseCosine, Part, VectorGroup
+from collapse_probe.metrics.pairwise_cosine import PairwiseCosine, Part, UnitVectors, VectorGroup
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 
@@ -40,7 +40,8 @@ class RolloutCosine(PairwiseCosine):
         for image in range(trace.images):
             maps = rollouts_of(trace, image, self.fusion)[:, self.tokens][:, :, self.tokens]
             part = Part(slice(image, image + 1), self.groups[0].positions, slice(0, 1), last_heads=True, last_tokens=True)
-            self.absorb(part, self.tokens, unit(maps[None, None], dim=-1 if self.axis == "row" else -2))
+            vectors = UnitVectors.of(*unit(maps[None, None], dim=-1 if self.axis == "row" else -2))
+            self.absorb(part, self.tokens, vectors)
         return super().end_batch(trace)
 
 

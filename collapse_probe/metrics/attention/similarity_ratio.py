@@ -142,7 +142,8 @@ class NeighbourCosines(Means):
     def add_tile(self, tile: MapTile) -> None:
         if not tile.whole(self.axis):
             return
-        vectors, valid = unit_vectors(tile, self.point, self.axis, self.centred)
+        units = unit_vectors(tile, self.point, self.axis, self.centred)
+        vectors, valid = units.matrices, units.valid
         target = self._cosines[self.groups.index(tile.group)]
         span, first = tile.rows if self.axis == "row" else tile.columns, tile.positions[0]
         for later, place in enumerate(tile.positions):

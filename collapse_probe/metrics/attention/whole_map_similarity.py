@@ -8,7 +8,7 @@ from torch import Tensor
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import Means
-from collapse_probe.metrics.functional.geometry import wide_gram
+from collapse_probe.metrics.functional.geometry import span_grams, spanned
 from collapse_probe.metrics.map_metric import MapMetric
 from collapse_probe.metrics.metric import MATRICES, Need
 from collapse_probe.registry import METRICS
@@ -67,7 +67,10 @@ class WholeMaps(Means):
         for first in range(0, queries, step):
             rows = slice(first, min(first + step, queries))
             maps = [trace.attention[i].maps(one, all_heads, rows, all_keys)[self.point][0].flatten(1) for i in layers]
-            part = wide_gram(torch.cat(maps))
+            entries = maps[0].shape[1]
+            flat = maps[0].new_zeros(len(layers) * heads, spanned(entries, maps[0].device))
+            torch.cat(maps, out=flat[:, :entries])
+            part = span_grams(flat[:, None, None])[0, 0]
             total = part if total is None else total + part
         assert total is not None
         return total
