@@ -29,14 +29,8 @@ from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import MapTile, Trace, by_window
 from collapse_probe.metrics.accumulators import GROUPS, Means, group_of
 from collapse_probe.metrics.coverage import depth_neighbours, groups_of
-from collapse_probe.metrics.functional.geometry import (
-    gram,
-    length_of,
-    padded,
-    span_grams,
-    spanned,
-    unit_into,
-)
+from collapse_probe.metrics.functional.geometry import gram, padded
+from collapse_probe.metrics.functional.unit_vectors import UnitVectors, length_of, span_grams, unit_into
 from collapse_probe.statistics.intervals import Array, jackknife
 from collapse_probe.statistics.kappa import MONOMIALS, PairMoments, kappa
 
@@ -54,49 +48,6 @@ def seeded_sample(tokens: list[int], size: int, seed: int = 0) -> list[int]:
         return tokens
     order = sorted(tokens, key=lambda t: zlib.crc32(f"{seed}/{t}".encode()))
     return sorted(order[:size])
-
-
-@dataclass(frozen=True)
-class UnitVectors:
-    """Unit vectors of some images, heads, blocks and tokens, and which of them are defined, [b, h, L, tokens].
-
-    `flat` [L, b, h, D] holds the entries of a matrix of rows R and columns C one after the other, then zeros up to a multiple
-    of the spans in which products are summed.
-    """
-
-    flat: Tensor
-    valid: Tensor
-    rows: int
-    columns: int
-
-    @classmethod
-    def room(cls, shape: Sequence[int], device: torch.device) -> UnitVectors:
-        """Room for vectors [b, h, L, R, C] in float32, with zeros behind them."""
-        b, h, blocks, rows, columns = shape
-        flat = torch.empty(blocks, b, h, spanned(rows * columns, device), device=device)
-        flat[..., rows * columns :] = 0
-        return cls(flat, torch.empty(0), rows, columns)
-
-    @property
-    def matrices(self) -> Tensor:
-        """The same as [b, h, L, R, C], a view."""
-        blocks, b, h, _ = self.flat.shape
-        entries = self.flat[..., : self.rows * self.columns]
-        return entries.view(blocks, b, h, self.rows, self.columns).permute(1, 2, 0, 3, 4)
-
-    def pick(self, token_dim: int, places: list[int]) -> UnitVectors:
-        """Those of some tokens."""
-        index = torch.tensor(places, device=self.flat.device, dtype=torch.long)
-        return UnitVectors.of(self.matrices.index_select(token_dim, index), self.valid[..., places])
-
-    @classmethod
-    def of(cls, vectors: Tensor, valid: Tensor) -> UnitVectors:
-        """From vectors [b, h, L, R, C] that are of unit length already, in float32 or float64."""
-        b, h, blocks, rows, columns = vectors.shape
-        flat = vectors.new_zeros(blocks, b, h, spanned(rows * columns, vectors.device))
-        made = cls(flat, valid, rows, columns)
-        made.matrices.copy_(vectors)
-        return made
 
 
 def unit_vectors(tile: MapTile, point: str, axis: str, centred: bool, without: tuple[int, ...] = ()) -> UnitVectors:

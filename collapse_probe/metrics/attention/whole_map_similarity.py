@@ -8,7 +8,7 @@ from torch import Tensor
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import Means
-from collapse_probe.metrics.functional.geometry import span_grams, spanned
+from collapse_probe.metrics.functional.unit_vectors import span_grams, spanned
 from collapse_probe.metrics.map_metric import MapMetric
 from collapse_probe.metrics.metric import MATRICES, Need
 from collapse_probe.registry import METRICS

@@ -15,8 +15,6 @@ def anchored(rows: Tensor) -> Tensor:
 SMALLEST_SPREAD = 1e-5
 """A centred vector shorter than this share of the vector it came from is rounding, not direction."""
 
-SPAN = 1024
-
 
 def unit(vectors: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
     """Vectors along `dim` scaled to length one, and which of them have a length: same shape, and bool without `dim`.
@@ -52,8 +50,6 @@ def gram(vectors: Tensor) -> Tensor:
 
 
 EVEN = 4
-LINE = 16
-"""Entries of float32 in a line of the cache."""
 
 
 def padded(vectors: Tensor) -> Tensor:
@@ -66,66 +62,6 @@ def padded(vectors: Tensor) -> Tensor:
     return F.pad(vectors, (0, EVEN - odd)) if odd and vectors.device.type == "cpu" else vectors.contiguous()
 
 
-def length_of(vectors: Tensor, dim: int) -> Tensor:
-    """Lengths of the vectors along `dim` (−1 or −2) of [b, h, L, R, C] or [..., R, C], same shape and one entry along it.
-
-    May be 0 or infinite where squares leave the dtype's range (see `unit_into`, which measures those again). Block by block:
-    squares of all blocks at once would be memory that a CPU has to clear first.
-    """
-    if dim == -1:
-        norm: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-        return norm
-    if vectors.ndim < 5 or vectors.device.type != "cpu":
-        return (vectors * vectors).sum(dim, keepdim=True).sqrt()
-    parts = [(one * one).sum(dim, keepdim=True) for one in vectors.unbind(2)]
-    return torch.stack(parts, 2).sqrt_()
-
-
-def unit_into(out: Tensor, vectors: Tensor, length: Tensor, dim: int, centred: bool = False) -> Tensor:
-    """Write what `unit` gives, or `centred_unit`, into `out`; `length` is that of the vectors. Returns which are defined.
-
-    Not differentiable, and without a copy of the vectors.
-    """
-    if _outside(length).any():
-        made, valid = (centred_unit if centred else unit)(vectors, dim)
-        out.copy_(made)
-        return valid
-    if not centred:
-        torch.div(vectors, length, out=out)
-        return torch.ones_like(length, dtype=torch.bool).squeeze(dim)
-    torch.sub(vectors, vectors.mean(dim, keepdim=True), out=out)
-    spread = length_of(out, dim)
-    valid = spread > SMALLEST_SPREAD * length
-    out.div_(torch.where(valid, spread, torch.inf))
-    return valid.squeeze(dim)
-
-
-def spanned(entries: int, device: torch.device) -> int:
-    """How long `entries` become with zeros behind them, so that they fall into spans of one length for `span_grams`."""
-    if device.type != "cpu":
-        return entries
-    return _spans(entries) * -(-entries // (_spans(entries) * LINE)) * LINE
-
-
-def _spans(entries: int) -> int:
-    return max(1, -(-entries // SPAN))
-
-
-def span_grams(flat: Tensor) -> Tensor:
-    """Inner products between blocks with a float64 sum, [L, b, h, D] -> [b, h, L, L]; D as `spanned` gives it.
-
-    On the CPU products of a span of at most `SPAN` entries are summed in the vectors' own precision and those sums in float64:
-    the error of a cosine of 40 thousand float32 entries falls from 3e-7 to 2e-8, at the same cost. A GPU's kernels sum in such
-    parts already.
-    """
-    wide = torch.float64 if flat.device.type != "mps" else torch.float32
-    blocks, b, h, length = flat.shape
-    spans = _spans(length) if flat.device.type == "cpu" else 1
-    parts = flat.reshape(blocks, b * h * spans, length // spans).transpose(0, 1)
-    total: Tensor = gram(parts).view(b, h, spans, blocks, blocks).sum(2, dtype=wide)
-    return total
-
-
 def _with_length(vectors: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Vectors along `dim` and their lengths, same shape and one entry along `dim`.
 
@@ -133,7 +69,7 @@ def _with_length(vectors: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     direction; where that entry is subnormal, it is zero and so is its length.
     """
     length = (vectors * vectors).sum(dim, keepdim=True).sqrt()
-    outside = _outside(length)
+    outside = outside_range(length)
     if not outside.any():
         return vectors, length
     limits = torch.finfo(vectors.dtype)
@@ -142,10 +78,11 @@ def _with_length(vectors: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return scaled, (scaled * scaled).sum(dim, keepdim=True).sqrt()
 
 
-def _outside(length: Tensor) -> Tensor:
+def outside_range(length: Tensor) -> Tensor:
     """Where squares, or squares of what is left after centring, could leave the range of the dtype; and zero vectors."""
     limits = torch.finfo(length.dtype)
-    return (length < limits.tiny**0.25) | (length > limits.max**0.25)
+    outside: Tensor = (length < limits.tiny**0.25) | (length > limits.max**0.25)
+    return outside
 
 
 def cosines(first: Tensor, second: Tensor) -> Tensor:
