@@ -229,7 +229,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--photographs", type=int, default=PHOTOGRAPHS)
     parser.add_argument("--repeats", type=int, default=REPEATS, help="pairs of whole processes")
-    parser.add_argument("--quick", action="store_true", help="one minute: ViT-B/32 alone, two rounds, 32 photographs")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one minute: ViT-B/32 alone, two rounds, 32 photographs, neither everything nor memory",
+    )
     parser.add_argument("--no-everything", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-process", action="store_true")
@@ -240,6 +244,8 @@ def main() -> None:
     if args.peak_of:
         say(str(peak_of(args.peak_of, CASES[args.models[0]], device, dtypes[0])))
         return
+    if args.quick:
+        args.no_everything = args.no_memory = True
     models = args.models or (MODELS[:1] if args.quick else MODELS)
     rounds, count, repeats = (2, 32, 1) if args.quick else (args.rounds, args.photographs, args.repeats)
     found: dict[str, Any] = {**facts(device), "device": device.type, "rounds": rounds, "tables": []}
@@ -267,9 +273,7 @@ def main() -> None:
             )
     if not args.models and not args.no_memory:
         case = CASES[IN_MEMORY]
-        peaks = memory(
-            case, device, dtypes[0], [PLAIN, DEFAULT] if args.quick else [PLAIN, CAPTURE, NEIGHBOURS, DEFAULT, *PEERS]
-        )
+        peaks = memory(case, device, dtypes[0], [PLAIN, CAPTURE, NEIGHBOURS, DEFAULT, *PEERS])
         say(*table(f"\n{case.label}, 1,025 tokens, batch {case.batch(device)}: memory alone", {}, peaks))
         found["tables"].append({"model": case.label, "dtype": args.dtypes[0], "batch": case.batch(device), "memory": peaks})
     if not args.no_process:
