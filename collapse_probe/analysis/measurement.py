@@ -37,6 +37,8 @@ from collapse_probe.devices import (
     default_batch_size,
     default_workers,
     floating_like,
+    give_back_memory,
+    keep_freed_memory,
     modes_kept,
     moved,
 )
@@ -187,6 +189,8 @@ class Measurement:
         self.subject, self.plan, self.metrics, self.settings = subject, plan, metrics, settings
         self.left_out, self.keep_logits = left_out or {}, keep_logits
         self.device = choose_device(settings.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.notes: tuple[str, ...] = ()
         self.inconsistent = False
         self.tally = new_tally(subject, plan, metrics, settings, self.device)
@@ -374,10 +378,12 @@ class Measurement:
     def results(self, table: Table) -> dict[str, MetricResult]:
         """Every metric's numbers, from the sums and from the records in `table`."""
         weights = self.of_weights()
-        return {
+        results = {
             name: weights[name] if name in weights else result_of(metric, self.tally, table.columns)
             for name, metric in self.metrics.items()
         }
+        give_back_memory()
+        return results
 
     def per_image(self, table: Table) -> dict[str, Any]:
         """What images.npz holds."""
