@@ -44,7 +44,7 @@ from collapse_probe.devices import (
 )
 from collapse_probe.distributed import rank_and_world, shared, unwrap
 from collapse_probe.errors import DataError, NonFiniteError, SettingError, StateError
-from collapse_probe.metrics.accumulators import Accumulator
+from collapse_probe.metrics.accumulators import Accumulator, vectors_of
 from collapse_probe.metrics.metric import Metric, make
 from collapse_probe.metrics.nonfinite import all_ill, nonfinite_error, nonfinite_images
 from collapse_probe.metrics.weight_metric import WeightMetric
@@ -303,7 +303,7 @@ class Measurement:
         tally = self.tally
         for accumulator in tally.accumulators.values():
             accumulator.start_batch(trace, names)
-        of_tiles = [each for each in tally.accumulators.values() if each.takes_tiles]
+        of_tiles = sorted((each for each in tally.accumulators.values() if each.takes_tiles), key=vectors_of)
         for tile in trace.tiles(self.room.tile) if of_tiles else ():
             for accumulator in of_tiles:
                 accumulator.take(tile)

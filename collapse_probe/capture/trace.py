@@ -226,6 +226,7 @@ class MapTile:
         whole: Sequence[str],
         last: tuple[bool, bool],
         entropy: Tensor | None = None,
+        memory: dict[object, Any] | None = None,
     ) -> None:
         self.group, self.positions, self.windows = group, group.positions, group.windows
         self.images, self.heads, self.rows, self.columns = place
@@ -233,7 +234,8 @@ class MapTile:
         self.whole_rows, self.whole_columns = "row" in whole, "column" in whole
         self.last_heads, self.last_tokens = last
         self.entropy = entropy
-        self.derived: dict[tuple[object, ...], Any] = {}  # what metrics share of this tile's maps
+        self.derived: dict[object, Any] = {}  # what metrics share of this tile's maps
+        self.memory = {} if memory is None else memory  # what they write to again for every tile of a batch
 
     def whole(self, axis: str) -> bool:
         """Whether the vectors along `axis` are complete here."""
@@ -307,6 +309,7 @@ class Trace:
 
         Maps that are too large come twice: by queries, which also gives the scale of each, then by keys.
         """
+        memory: dict[object, Any] = {}
         for group in self.plan.map_groups():
             layers = [self.attention[self.plan.map_layers[p]] for p in group.positions]
             queries, keys, windows = group.queries, group.keys, group.windows
@@ -327,7 +330,7 @@ class Trace:
                 for parts, whole in passes:
                     for (queries_of, keys_of), some in itertools.product(parts, heads):
                         last = (some is heads[-1], (queries_of, keys_of) == parts[-1])
-                        yield _tile(group, layers, (images, some, queries_of, keys_of), peaks, whole, last)
+                        yield _tile(group, layers, (images, some, queries_of, keys_of), peaks, whole, last, memory)
 
 
 def _tile(
@@ -337,6 +340,7 @@ def _tile(
     peaks: Sequence[Tensor | None],
     whole: Sequence[str],
     last: tuple[bool, bool],
+    memory: dict[object, Any],
 ) -> MapTile:
     """The maps of some layers at a place, written block by block into one tensor: [L, b, h, R, C] in memory."""
     images, heads, rows, columns = place
@@ -352,7 +356,8 @@ def _tile(
         attention.write_maps((inside, heads, rows, columns), probs_LbhRC[i], weights, entropy, of_queries)
     probs = probs_LbhRC.permute(1, 2, 0, 3, 4)
     maps = {"probs": probs, "weights": probs if weights_LbhRC is None else weights_LbhRC.permute(1, 2, 0, 3, 4)}
-    return MapTile(group, place, maps, whole, last, None if entropy_LbhR is None else entropy_LbhR.permute(1, 2, 0, 3))
+    entropy = None if entropy_LbhR is None else entropy_LbhR.permute(1, 2, 0, 3)
+    return MapTile(group, place, maps, whole, last, entropy, memory)
 
 
 def tile_shape(group: MapGroup, budget: int) -> tuple[int, int, int, int]:

@@ -134,6 +134,11 @@ def differing(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> str
     return None
 
 
+def vectors_of(accumulator: Accumulator) -> tuple[str, ...]:
+    """Of which vectors of the maps it is: those of the same come one after the other, so that each is made once for a tile."""
+    return tuple(str(getattr(accumulator, name, "")) for name in ("point", "axis", "centred"))
+
+
 class Means(Accumulator):
     """Means over images, with what their standard errors and intervals need; NaN marks an undefined value."""
 

@@ -53,24 +53,28 @@ def seeded_sample(tokens: list[int], size: int, seed: int = 0) -> list[int]:
 def unit_vectors(tile: MapTile, point: str, axis: str, centred: bool, without: tuple[int, ...] = ()) -> UnitVectors:
     """Rows or columns of a tile as unit vectors; see `unit` and `centred_unit`.
 
-    Tokens in `without` are left out as queries and as keys. Computed once for each tile and shared between metrics.
+    Tokens in `without` are left out as queries and as keys. A tile keeps the last of them for the metrics that share them, in
+    memory that the next ones, also those of the next tile, are written to.
     """
     if tile.weights is tile.probs:
         point = "probs"
-    key = ("unit vectors", point, axis, centred, without)
-    if key not in tile.derived:
+    key = (point, axis, centred, without)
+    if tile.derived.get("key") != key:
+        tile.derived.pop("unit vectors", None)
         maps, dim = tile.maps(point), -1 if axis == "row" else -2
         if without:
             rows = [t - tile.rows.start for t in tile.tokens("row", without)]
             columns = [t - tile.columns.start for t in tile.tokens("column", without)]
             maps = maps[..., rows, :][..., columns]
-        room = UnitVectors.room(maps.shape, maps.device)
+        room = tile.memory.get(maps.shape)
+        if room is None:
+            room = tile.memory[maps.shape] = UnitVectors.room(maps.shape, maps.device)
         lengths = ("lengths", point, axis, without)
         if lengths not in tile.derived:
             tile.derived[lengths] = length_of(maps, dim)
         valid = unit_into(room.matrices, maps, tile.derived[lengths], dim, centred)
-        tile.derived[key] = replace(room, valid=valid)
-    made: UnitVectors = tile.derived[key]
+        tile.derived |= {"key": key, "unit vectors": replace(room, valid=valid)}
+    made: UnitVectors = tile.derived["unit vectors"]
     return made
 
 
@@ -115,6 +119,7 @@ class PairSums:
         self.pairs = torch.zeros_like(self.sums)
         self.other_keys = torch.zeros_like(self.sums[0])
         self._over_heads: Tensor | None = None
+        self._spare: Tensor | None = None  # memory of such a sum that is done
         self._kept: dict[tuple[int, ...], Kept] = {}
 
     def add(self, part: Part, vectors: UnitVectors, token_dim: int, first: int, group: VectorGroup) -> None:
@@ -128,10 +133,13 @@ class PairSums:
             self._into(self.sums[2], part, same)
         else:
             over_heads = vectors.flat if x.shape[1] == 1 else vectors.flat.sum(2, keepdim=True)
-            self._over_heads = over_heads if self._over_heads is None else self._over_heads + over_heads
+            if self._over_heads is None:
+                self._over_heads = self._copied(over_heads) if over_heads is vectors.flat else over_heads
+            else:
+                self._over_heads += over_heads
             if part.last_heads:
                 self._into(self.sums[2], part, span_grams(self._over_heads).sum(1))
-                self._over_heads = None
+                self._spare, self._over_heads = self._over_heads, None
         kept = self._kept.get(tuple(part.positions))
         if kept is None:
             kept = self._kept[tuple(part.positions)] = Kept.room(self.images, group, x)
@@ -140,6 +148,10 @@ class PairSums:
         kept.over_tokens[inside, part.heads] += x.sum(token_dim)
         kept.over_keys[inside, part.heads, :, tokens] = x.sum(key_dim)
         kept.valid[inside, part.heads, :, tokens] = vectors.valid
+
+    def _copied(self, x: Tensor) -> Tensor:
+        spare, self._spare = self._spare, None
+        return x.clone() if spare is None or spare.shape != x.shape else spare.copy_(x)
 
     def finish(self) -> None:
         """Add the products of what was kept."""
@@ -250,6 +262,13 @@ class PairwiseCosine(Means):
         device = next(t.device for t in (*tensors, *trace.tokens) if t is not None)
         self._pairs = PairSums(trace.images, self.blocks, device)
         self._own = PairSums(trace.images, self.blocks, device) if self.sampled else self._pairs
+        self._scratch: Tensor | None = None
+
+    def _wide(self, like: Tensor) -> Tensor:
+        """Memory for vectors in the states' precision, the same for all of a batch."""
+        if self._scratch is None or self._scratch.shape != like.shape:
+            self._scratch = torch.empty(like.shape, dtype=torch.float64, device=self.state("images").device)
+        return self._scratch
 
     def absorb(self, part: Part, tokens: list[int], vectors: UnitVectors) -> None:
         """Take the unit vectors of some heads and tokens of some images."""
@@ -266,8 +285,9 @@ class PairwiseCosine(Means):
         total = self.state(f"over_images_{g}").narrow(self.token_dim, first, len(inside))
         by_image, heads = by_window(vectors.matrices, part.windows), range(*part.heads.indices(group.heads))
         for i, head in enumerate(heads):  # one head at a time, so that its sum stays in the cache for the next image
+            of_head, wide = total[:, head], self._wide(by_image[0, :, i])
             for one_image in by_image[:, :, i]:
-                total[:, head] += one_image.to(total.device)
+                of_head += wide.copy_(one_image)
         defined = self.state(f"defined_{g}")[:, part.heads]
         defined[..., first : first + len(inside)] += by_window(vectors.valid, part.windows).sum(0).to(defined.device)
         if self.sampled:
