@@ -67,13 +67,13 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones, instead of handing it back to be cleared page by page.
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU let glibc keep the memory of freed tensors for the next ones, instead of handing it back to be cleared again.
 
-    Without it each batch of a ViT causes thousands of page faults an image: 5 to 9 % of the forward pass on a CPU. It holds for
-    the process; `give_back_memory` returns what is free. Nothing happens with another C library.
+    Without it every image of a ViT causes thousands of page faults: 5 to 9 % of the forward pass where they are dear. It holds
+    for the process; `give_back_memory` returns what is free. Nothing happens with another C library.
     """
-    if (libc := _glibc()) is not None:
+    if device.type == "cpu" and (libc := _glibc()) is not None:
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
         libc.mallopt(M_TRIM_THRESHOLD, MOST_KEPT)
 

@@ -37,7 +37,6 @@ from collapse_probe.devices import (
     default_batch_size,
     default_workers,
     floating_like,
-    give_back_memory,
     keep_freed_memory,
     modes_kept,
     moved,
@@ -189,8 +188,7 @@ class Measurement:
         self.subject, self.plan, self.metrics, self.settings = subject, plan, metrics, settings
         self.left_out, self.keep_logits = left_out or {}, keep_logits
         self.device = choose_device(settings.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(self.device)
         self.notes: tuple[str, ...] = ()
         self.inconsistent = False
         self.tally = new_tally(subject, plan, metrics, settings, self.device)
@@ -332,14 +330,11 @@ class Measurement:
         def small(i: int) -> NDArray[np.uint8]:
             return thumbnail(pixels[i], self.subject.preprocess.description)
 
-        def nothing(i: int) -> NDArray[np.uint8]:
-            return NOTHING
-
         tally = self.tally
         if self.settings.gallery_images:
             values = per_image_values(image_table(self.metrics, tally.accumulators, names, columns), self.heads)
             for number, each in values.each().items():
-                picture = small if number in PICTURED else nothing
+                picture = small if number in PICTURED else lambda i: NOTHING
                 tally.ends.setdefault(number, Ends()).add(each, places, names, picture)
 
     def loaded(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Tally:
@@ -378,12 +373,10 @@ class Measurement:
     def results(self, table: Table) -> dict[str, MetricResult]:
         """Every metric's numbers, from the sums and from the records in `table`."""
         weights = self.of_weights()
-        results = {
+        return {
             name: weights[name] if name in weights else result_of(metric, self.tally, table.columns)
             for name, metric in self.metrics.items()
         }
-        give_back_memory()
-        return results
 
     def per_image(self, table: Table) -> dict[str, Any]:
         """What images.npz holds."""

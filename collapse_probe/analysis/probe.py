@@ -50,6 +50,7 @@ from collapse_probe.analysis.summary import exact_numbers, summarise, sureness, 
 from collapse_probe.analysis.untrained_twins import with_untrained
 from collapse_probe.capture.plan import plan_from_json, plan_to_json
 from collapse_probe.data.loading import Batch
+from collapse_probe.devices import give_back_memory
 from collapse_probe.distributed import alone, gathered
 from collapse_probe.errors import DataError, NonFiniteError, StateError
 from collapse_probe.metrics.coverage import omissions, places_of_blocks
@@ -413,6 +414,7 @@ class Probe:
         table = measured.table()
         stopping = None if stopper is None else stopper.facts(source["total"])
         results, twin_notes = with_untrained(measured, measured.results(table), say)
+        give_back_memory()
         nonfinite = nonfinite_facts(self._ill_weights, tally.nonfinite, tally.images)
         plan = measured.plan
         not_measured = places_of_blocks(plan) + [f"left out: {each.where}: {each.why}" for each in omissions(plan)]

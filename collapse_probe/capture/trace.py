@@ -269,6 +269,17 @@ class Trace:
     attention: tuple[Attention, ...]
     output: object
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model ran."""
+        tensors = (t for a in self.attention for t in (a.q, a.probs))
+        return next(t.device for t in (*tensors, *self.tokens) if t is not None)
+
+    @property
+    def wide_device(self) -> torch.device:
+        """Where float64 sums of a batch are kept: where the model ran, but for MPS, which has no float64."""
+        return self.device if self.device.type != "mps" else torch.device("cpu")
+
     def first(self, images: int) -> Trace:
         """The trace of the first images alone (views): what others in the batch were leaves no mark on it."""
         if images == self.images:

@@ -58,7 +58,7 @@ class RowMeans(HeadMeans):
 
     def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         self._trace = trace
-        self._total = torch.zeros(trace.images, *self.shape, dtype=torch.float64)
+        self._total = torch.zeros(trace.images, *self.shape, dtype=torch.float64, device=trace.wide_device)
         self._rows = torch.zeros_like(self._total)
 
     def add_tile(self, tile: MapTile) -> None:
@@ -67,7 +67,7 @@ class RowMeans(HeadMeans):
             defined = torch.isfinite(values_bhLR)
             place = torch.tensor(tile.positions)
             for target, part in ((self._total, torch.where(defined, values_bhLR, 0.0)), (self._rows, defined)):
-                target[tile.images, place, tile.heads] += tile.over_windows(part.sum(-1)).transpose(1, 2).cpu()
+                target[tile.images, place, tile.heads] += tile.over_windows(part.sum(-1)).transpose(1, 2).to(target.device)
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         del self._trace

@@ -29,19 +29,20 @@ class EntropySums(HeadMeans):
     """Per image the mean over queries (of all windows) of the entropy of their distributions over keys."""
 
     def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
-        self._total = torch.zeros(trace.images, *self.shape)
+        self._total = torch.zeros(trace.images, *self.shape, device=trace.device)
         self._rows = torch.zeros(self.shape)
 
     def add_tile(self, tile: MapTile) -> None:
         if tile.whole_rows:
             place = torch.tensor(tile.positions)
             entropies = tile.over_windows((entropy(tile.probs) if tile.entropy is None else tile.entropy).sum(-1))
-            self._total[tile.images, place, tile.heads] += entropies.transpose(1, 2).cpu()
+            self._total[tile.images, place, tile.heads] += entropies.transpose(1, 2)
             if tile.images.start == 0:
                 self._rows[place, tile.heads] += tile.windows * (tile.rows.stop - tile.rows.start)
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
-        return self.add_heads(value=torch.where(self._rows > 0, self._total / self._rows, torch.nan))
+        rows = self._rows.to(self._total.device)
+        return self.add_heads(value=torch.where(rows > 0, self._total / rows, torch.nan))
 
 
 class AttentionEntropy(HeadMetric):

@@ -11,12 +11,13 @@ from torch import Tensor
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.functional.geometry import unit
+from collapse_probe.metrics.functional.pair_sums import Part, VectorGroup
 from collapse_probe.metrics.functional.rollout import FUSIONS, fused, rollouts
 from collapse_probe.metrics.functional.unit_vectors import UnitVectors
 from collapse_probe.metrics.map_metric import WITHOUT_PREFIX, MapMetric
 from collapse_probe.metrics.metric import MATRICES, Need, Record, Variant
 from collapse_probe.metrics.nulls import between_blocks
-from collapse_probe.metrics.pairwise_cosine import PairwiseCosine, Part, VectorGroup
+from collapse_probe.metrics.pairwise_cosine import PairwiseCosine
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 

@@ -50,7 +50,7 @@ class PeakMeans(HeadMeans):
 
     def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
         self._peaks = [  # by group of layers: over patch keys and over the others, of each image (and window), head and layer
-            torch.full((2, trace.images * group.windows, group.heads, len(group.positions)), -torch.inf)
+            torch.full((2, trace.images * group.windows, group.heads, len(group.positions)), -torch.inf, device=trace.device)
             for group in self.groups
         ]
 
@@ -65,12 +65,13 @@ class PeakMeans(HeadMeans):
         for peaks, places in zip(self._peaks[self.groups.index(tile.group)], kinds, strict=True):
             if places:
                 here = peaks[first:last, tile.heads]
-                here.copy_(torch.maximum(here, means_bhLC[..., places].amax(-1).cpu()))
+                here.copy_(torch.maximum(here, means_bhLC[..., places].amax(-1)))
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
-        value = torch.full((trace.images, *self.shape), torch.nan)
+        value = torch.full((trace.images, *self.shape), torch.nan, device=trace.wide_device)
         on_prefix = torch.full_like(value, torch.nan, dtype=torch.float64)
-        for group, (patch, prefix) in zip(self.groups, self._peaks, strict=True):
+        for group, peaks in zip(self.groups, self._peaks, strict=True):
+            patch, prefix = peaks.to(value.device)
             peak = patch if self.patches_only else torch.maximum(patch, prefix)
             known = torch.isfinite(patch) | torch.isfinite(prefix)
             for target, each in (

@@ -33,6 +33,7 @@ class NeighbourCosine(Means):
     """
 
     by_rows_of_maps = False
+    windowed = True
 
     def __init__(self, plan: Plan, point: str) -> None:
         super().__init__()

@@ -137,7 +137,8 @@ class NeighbourCosines(Means):
         for group in self.groups:
             tokens = group.queries if self.axis == "row" else group.keys
             places = group.positions[-1] - group.positions[0] + 1
-            self._cosines.append(torch.full((max(NEAREST), trace.images, places, group.heads, tokens), torch.nan))
+            shape = (max(NEAREST), trace.images, places, group.heads, tokens)
+            self._cosines.append(torch.full(shape, torch.nan, device=trace.wide_device))
 
     def add_tile(self, tile: MapTile) -> None:
         if not tile.whole(self.axis):
@@ -151,11 +152,12 @@ class NeighbourCosines(Means):
                 if place - before <= max(NEAREST) and all(self.adjacent[before:place]):
                     cosines = (vectors[:, :, later] * vectors[:, :, earlier]).sum(-1 if self.axis == "row" else -2)
                     cosines = torch.where(valid[:, :, later] & valid[:, :, earlier], cosines, torch.nan)
-                    target[place - before - 1, tile.images, place - first, tile.heads, span] = cosines.cpu()
+                    target[place - before - 1, tile.images, place - first, tile.heads, span] = cosines.to(target.device)
 
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Ratios under every choice go into the sums; those under this one, [B, blocks], are kept by image."""
-        ratios = torch.full((trace.images, len(CHOICES), self.blocks), torch.nan, dtype=torch.float64)
+        shape = (trace.images, len(CHOICES), self.blocks)
+        ratios = torch.full(shape, torch.nan, dtype=torch.float64, device=trace.wide_device)
         for group, cosines in zip(self.groups, self._cosines, strict=True):
             inside = [place - group.positions[0] for place in group.positions]
             means = {(k, d): nearest_mean(cosines.flatten(3), k, d)[:, inside] for k, d in product(NEAREST, DIRECTIONS)}

@@ -39,11 +39,11 @@ def diversity(trace: Trace) -> Tensor:
     for depth in range(len(trace.tokens)):
         patches = trace.patches(depth)
         if patches is None:
-            columns.append(torch.full((trace.images,), torch.nan))
+            columns.append(torch.full((trace.images,), torch.nan, device=trace.device))
             continue
         step = max(1, GRAM_BYTES // (patches.shape[1] ** 2 * 4))
         parts = [patch_cosine(patches[i : i + step]) for i in range(0, trace.images, step)]
-        columns.append(1 - torch.cat(parts).cpu())
+        columns.append(1 - torch.cat(parts))
     return torch.stack(columns, dim=1)
 
 
