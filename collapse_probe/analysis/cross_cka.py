@@ -18,7 +18,7 @@ from collapse_probe.data.loading import Batch
 from collapse_probe.devices import autocast, choose_device, floating_like
 from collapse_probe.errors import DataError
 from collapse_probe.metrics.functional.cka import FEWEST
-from collapse_probe.metrics.sampled_cka import JACKKNIFE, SAMPLED, SampledHSIC, sample_size
+from collapse_probe.metrics.sampled_images import JACKKNIFE, SAMPLED, SampledHSIC, sample_size
 from collapse_probe.models.loading import Subject
 from collapse_probe.results.findings import MetricResult
 

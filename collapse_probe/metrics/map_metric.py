@@ -91,6 +91,11 @@ class MapMetric(Metric):
         return [self.plan.layers[i] for i in self.plan.map_layers]
 
     @property
+    def point(self) -> str:
+        """Where the maps are taken; "weights" also for the softmax of a model that multiplies V by it unchanged."""
+        return self.settings["point"] if any(layer.mixed for layer in self.layers) else "weights"
+
+    @property
     def measured(self) -> list[int]:
         """The places on the `block` axis whose maps are taken."""
         without = self.plan.prefix if self.settings.get("prefix") is False else ()

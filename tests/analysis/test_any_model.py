@@ -11,7 +11,7 @@ from factories import readings, trace_of
 from scipy import stats
 
 from collapse_probe.metrics.attention.similarity_ratio import Choice, sensitivity
-from collapse_probe.metrics.sampled_cka import SampledHSIC
+from collapse_probe.metrics.sampled_images import SampledHSIC
 from collapse_probe.statistics.breakdowns import classes_of
 from collapse_probe.statistics.estimates import PerImageValues, kappa_of, mean_of
 from collapse_probe.statistics.intervals import (

@@ -12,8 +12,10 @@ from factories import plan_for, random_maps, readings, trace_of
 from scipy.spatial.distance import cdist
 
 from collapse_probe.capture.trace import Trace
+from collapse_probe.metrics.attention.map_rank import MapSpectra
 from collapse_probe.metrics.metric import make
 from collapse_probe.registry import METRICS
+from collapse_probe.seeding import rank_of_name
 
 B, L, H, N = 5, 4, 3, 10
 BUDGETS = [2**24, L * H * N * N * 4, L * N * N * 4 * 2, L * H * N * 4 * 2, 1]
@@ -156,6 +158,27 @@ def test_rank_against_the_slow_way(measure, point):
     agree(found["map-rank" + suffix], slow_rank(heard, measure), abs=1e-5)
     agree(found["map-rank@patches" + suffix], slow_rank(patches_of(heard, (0,)), measure), abs=1e-5)
     assert found["map-rank" + suffix].point == point
+
+
+def test_spectra_are_of_a_sample_of_images_by_their_names(monkeypatch):
+    monkeypatch.setattr("collapse_probe.metrics.attention.map_rank.SPECTRA_IMAGES", 3)
+    maps, names = random_maps((7, L, H, N, N)), [f"photo {i}" for i in range(7)]
+    lowest = sorted(range(7), key=lambda i: rank_of_name(names[i]))[:3]
+    found = readings([on_grid(maps)], ["map-rank"], image_names=names)["map-rank"]
+    agree(found, slow_rank(maps[lowest], "effective"), abs=1e-5)
+    assert (found.details["images"], found.details["of"]) == (3, 7)
+    parts = readings([on_grid(maps[:2]), on_grid(maps[2:])], ["map-rank"], image_names=names)["map-rank"]
+    np.testing.assert_array_equal(parts.values, found.values)
+    np.testing.assert_array_equal(parts.ci95, found.ci95)
+
+
+def test_a_batch_that_is_taken_again_is_in_the_sample_once():
+    spectra = MapSpectra(on_grid(random_maps((4, L, H, N, N))).plan, "weights", ())
+    trace = on_grid(random_maps((4, L, H, N, N)))
+    for _ in range(2):  # as after memory ran out, when the tensors among the states are put back
+        spectra.start_batch(trace, ["a", "b", "c", "d"])
+        spectra.end_batch(trace)
+    assert spectra.means().mean("effective")[2].max() == 4
 
 
 @pytest.mark.parametrize(("variant", "fusion"), [("", np.mean), ("@max", np.max), ("@min", np.min)])

@@ -19,7 +19,7 @@ from collapse_probe.metrics.functional.cka import (
     linear_gram,
     u_centred,
 )
-from collapse_probe.metrics.sampled_cka import SampledHSIC, sample_size
+from collapse_probe.metrics.sampled_images import SampledHSIC, sample_size
 from collapse_probe.seeding import rank_of_name
 
 i = np.arange(8)[:, None]

@@ -44,6 +44,12 @@ def attended_distance(probs: Tensor, distances: Tensor, renormalise: bool = True
     return torch.where(mass > 0, total / mass, torch.nan)
 
 
+def as_span(places: list[int]) -> list[int] | slice:
+    """Places that follow one another as a slice, which selects without a copy."""
+    first, last = places[0], places[-1] + 1
+    return slice(first, last) if last - first == len(places) else places
+
+
 def uniform_distance(distances: Tensor, tokens: int, renormalise: bool = True) -> float:
     """What `attended_distance` is, in the mean over patches, where every query attends to all of `tokens` alike."""
     return float(distances.mean()) * (1.0 if renormalise else len(distances) / max(tokens, 1))
@@ -58,8 +64,8 @@ def distances_of_rows(prefix: str, trace: Trace, tile: MapTile) -> Tensor:
     rows = [] if patches is None else [t for t in tile.tokens("row") if t in set(patches)]
     if patches is None or not rows or size is None or plan.grid is None:
         return values
-    inside = [t - tile.rows.start for t in rows]
-    maps = patches_anew(trace, tile, patches) if prefix == "resoftmax" else tile.probs[..., patches]
+    inside = as_span([t - tile.rows.start for t in rows])
+    maps = patches_anew(trace, tile, patches) if prefix == "resoftmax" else tile.probs[..., as_span(patches)]
     first = {token: place for place, token in enumerate(patches)}
     distances = patch_distances(plan.grid, size)[[first[t] for t in rows]].to(maps.device, maps.dtype)
     values[..., inside] = attended_distance(maps[..., inside, :], distances, prefix != "drop")

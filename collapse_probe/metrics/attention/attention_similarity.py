@@ -47,7 +47,7 @@ class AttentionSimilarity(MapMetric):
 
     def accumulators(self) -> list[Need]:
         without = () if self.settings["prefix"] else self.plan.prefix
-        key = (self.settings["point"], self.settings["axis"], self.settings["centred"], without)
+        key = (self.point, self.settings["axis"], self.settings["centred"], without)
         return [(("maps", *key), lambda: MapPairwiseCosine(self.plan, *key))]
 
     def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:

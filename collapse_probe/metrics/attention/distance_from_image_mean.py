@@ -142,7 +142,7 @@ class DistanceFromImageMean(MapMetric):
         )
 
     def accumulators(self) -> list[Need]:
-        point = self.settings["point"]
+        point = self.point
         return [(("image-mean", point), lambda: ImageMean(self.plan, point))]
 
     def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:

@@ -45,7 +45,7 @@ class ImageSimilarity(MapMetric):
         )
 
     def accumulators(self) -> list[Need]:
-        key = (self.settings["point"], self.settings["axis"], self.settings["centred"])
+        key = (self.point, self.settings["axis"], self.settings["centred"])
         return [
             (("maps", *key, ()), lambda: MapPairwiseCosine(self.plan, *key)),
             (("spread", *key), lambda: ImageSpread(self.plan, *key)),

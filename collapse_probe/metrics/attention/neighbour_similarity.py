@@ -95,7 +95,7 @@ class NeighbourSimilarity(MapMetric):
         )
 
     def accumulators(self) -> list[Need]:
-        point = self.settings["point"]
+        point = self.point
         return [(("neighbours", point), lambda: NeighbourCosine(self.plan, point))]
 
     def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:

@@ -67,7 +67,7 @@ class SimilarBlocks(MapMetric):
         )
 
     def accumulators(self) -> list[Need]:
-        key = (self.settings["point"], self.settings["axis"], self.settings["centred"], ())
+        key = (self.point, self.settings["axis"], self.settings["centred"], ())
         return [(("maps", *key), lambda: MapPairwiseCosine(self.plan, *key))]
 
     def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:

@@ -224,7 +224,7 @@ class SimilarityRatio(MapMetric):
         )
 
     def accumulators(self) -> list[Need]:
-        key = (self.settings["point"], self.settings["axis"], self.settings["centred"], self.choice)
+        key = (self.point, self.settings["axis"], self.settings["centred"], self.choice)
         return [(("similarity-ratio", *key), lambda: NeighbourCosines(self.plan, *key))]
 
     def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:

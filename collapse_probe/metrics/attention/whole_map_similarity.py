@@ -102,7 +102,7 @@ class WholeMapSimilarity(MapMetric):
         )
 
     def accumulators(self) -> list[Need]:
-        point = self.settings["point"]
+        point = self.point
         return [(("whole-maps", point), lambda: WholeMaps(self.plan, point))]
 
 

@@ -12,7 +12,7 @@ from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.functional.cka import FEWEST
 from collapse_probe.metrics.metric import MATRICES, Need, Record
 from collapse_probe.metrics.nulls import untrained_only
-from collapse_probe.metrics.sampled_cka import JACKKNIFE, SAMPLED, SampledHSIC, sample_size
+from collapse_probe.metrics.sampled_images import JACKKNIFE, SAMPLED, SampledHSIC, sample_size
 from collapse_probe.metrics.token_metric import WITH_PREFIX, TokenMetric, sequence
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult

@@ -1,9 +1,9 @@
-"""Unbiased HSIC over a random sample of images that follows from their names, whatever batches and processes they had."""
+"""A random sample of images that follows from their names, whatever batches and processes they had; unbiased HSIC over it."""
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,30 +38,35 @@ def sample_size(length: int) -> int:
     return min(max(OPEN_BYTES // max(4 * length, 1), FEWEST_KEPT), MOST_KEPT)
 
 
-class SampledHSIC(Accumulator):
-    """HSIC₁ between any two of V views of the same images (depths of a model, or of two), as one U-statistic over all kept.
+class SampledImages(Accumulator):
+    """Features of a sample of images in V views, each a vector of its own.
 
-    Kept are the features of the `most` images whose names have the lowest `rank_of_name`: up to so many all of them, beyond it
+    Kept are those of the `most` images whose names have the lowest `rank_of_name`: up to so many all of them, beyond it
     a random sample, which is the same whatever batches, order, parts and processes the images came in.
     """
 
-    def __init__(self, views: int, most: int = MOST_KEPT) -> None:
+    def __init__(self, views: int, most: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.views, self.most = views, most
+        self.views, self.most, self.dtype = views, most, dtype
         self.add_state("seen", 1)
         self._kept: list[Ranked] = []  # by rank
 
-    def absorb(self, names: Sequence[str], views: Sequence[Tensor | None]) -> None:
-        """Take each view [B, …] of the B images called `names`; None for a view that is not there."""
+    def take_images(self, names: Sequence[str], features: Callable[[int], Sequence[Tensor | None]]) -> None:
+        """Take of images those that belong to the sample, with what `features` gives of the i-th; None for a view that is not
+        there.
+        """
         self.add("seen", torch.tensor([float(len(names))]))
         for image, name in enumerate(names):
             rank = rank_of_name(name) - 2**63  # a whole number that int64 holds
             if len(self._kept) < self.most or rank < self._kept[-1][0]:
-                own = [None if x is None else x[image].flatten().to("cpu", torch.float32, copy=True) for x in views]
+                own = [None if x is None else x.flatten().to("cpu", self.dtype, copy=True) for x in features(image)]
                 self._keep((rank, own))
 
     def _keep(self, image: Ranked) -> None:
-        insort(self._kept, image, key=_rank)
+        place = bisect_left(self._kept, image[0], key=_rank)
+        if place < len(self._kept) and self._kept[place][0] == image[0]:
+            return  # its batch is taken again, after memory ran out
+        self._kept.insert(place, image)
         del self._kept[self.most :]
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -70,7 +75,7 @@ class SampledHSIC(Accumulator):
         for v in range(self.views):
             columns = [features[v] for _, features in self._kept]
             there = [column for column in columns if column is not None]
-            states[f"features_{v}"] = torch.stack(there) if there else torch.zeros(len(columns), 0)
+            states[f"features_{v}"] = torch.stack(there) if there else torch.zeros(len(columns), 0, dtype=self.dtype)
         return states
 
     def load_state_dict(self, states: Mapping[str, Tensor]) -> None:
@@ -108,11 +113,11 @@ class SampledHSIC(Accumulator):
             len(ranks) > self.most
             or ranks != sorted(ranks)
             or any(len(shape) != 2 or shape[0] != len(ranks) for shape in shapes)
-            or any(column.dtype != torch.float32 for column in columns)
+            or any(column.dtype != self.dtype for column in columns)
         ):
             raise SettingError(
-                f"expected up to {self.most} images in the order of their ranks with as many features in float32 of each view, "
-                f"not {len(ranks)} ranks and features of {shapes}"
+                f"expected up to {self.most} images in the order of their ranks with as many features of each view, in "
+                f"{str(self.dtype)[6:]}, not {len(ranks)} ranks and features of {shapes}"
             )
         rows = [[column[i].clone() if column.shape[1] else None for column in columns] for i in range(len(ranks))]
         return list(zip(ranks, rows, strict=True))
@@ -120,6 +125,17 @@ class SampledHSIC(Accumulator):
     def details(self) -> dict[str, int]:
         """How many images the numbers are of, and how many there were."""
         return {"images": len(self._kept), "of": int(self.state("seen").item())}
+
+
+class SampledHSIC(SampledImages):
+    """HSIC₁ between any two of V views of the same images (depths of a model, or of two), as one U-statistic over all kept."""
+
+    def __init__(self, views: int, most: int = MOST_KEPT) -> None:
+        super().__init__(views, most)
+
+    def absorb(self, names: Sequence[str], views: Sequence[Tensor | None]) -> None:
+        """Take each view [B, …] of the B images called `names`; None for a view that is not there."""
+        self.take_images(names, lambda image: [None if x is None else x[image] for x in views])
 
     def cka(self) -> tuple[Array, Array, Array]:
         """CKA [V, V], its standard error and its 95 % interval; NaN with fewer than four images.
