@@ -9,12 +9,13 @@ from torch import Tensor
 
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import PerImage
-from collapse_probe.metrics.functional.geometry import gram, padded, unit
+from collapse_probe.metrics.functional.geometry import padded, unit
 from collapse_probe.metrics.metric import CURVE, Need
 from collapse_probe.metrics.token_metric import TokenMetric
 from collapse_probe.registry import METRICS
 
 GRAM_BYTES = 8 * 2**20
+PANELS, LEAST_PANEL = 4, 32
 
 
 def patch_cosine(patches_BPD: Tensor) -> Tensor:
@@ -27,10 +28,22 @@ def patch_cosine(patches_BPD: Tensor) -> Tensor:
     0.3333333432674408
     """
     unit_BPD, valid_BP = unit(patches_BPD)
-    total = gram(padded(unit_BPD)).abs_().sum((-2, -1)) - unit_BPD.square().sum((-2, -1))
+    total = absolute_products(padded(unit_BPD)) - unit_BPD.square().sum((-2, -1))
     n = valid_BP.sum(-1).to(total.dtype)
     pairs = n * (n - 1)
     return torch.where(pairs > 0, total / pairs.clamp_min(1), torch.nan)
+
+
+def absolute_products(rows_BPD: Tensor) -> Tensor:
+    """Sum over all i and j of |<h_i, h_j>|, [B, P, D] -> [B]; of two panels of rows once, since it is the same both ways."""
+    total = rows_BPD.new_zeros(len(rows_BPD))
+    step = max(LEAST_PANEL, -(-rows_BPD.shape[1] // PANELS))
+    for first in range(0, rows_BPD.shape[1], step):
+        panel = rows_BPD[:, first : first + step]
+        sums_BQ = (panel @ rows_BPD[:, first:].mT).abs_().sum(1)
+        own = sums_BQ[:, : panel.shape[1]].sum(1)
+        total += own + 2 * (sums_BQ.sum(1) - own)
+    return total
 
 
 def diversity(trace: Trace) -> Tensor:
