@@ -15,7 +15,7 @@ from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import MapTile, Trace, by_window
 from collapse_probe.metrics.accumulators import GROUPS, Means, group_of
 from collapse_probe.metrics.coverage import depth_neighbours, groups_of
-from collapse_probe.metrics.functional.geometry import padded
+from collapse_probe.metrics.functional.geometry import as_span, padded
 from collapse_probe.metrics.functional.pair_sums import PairSums, Part, VectorGroup, mean_cosines, ratio
 from collapse_probe.metrics.functional.unit_vectors import UnitVectors, length_of, unit_into
 from collapse_probe.statistics.intervals import Array, jackknife
@@ -27,6 +27,7 @@ SAMPLED_TOKENS = 16
 BY_IMAGE = ("real", "other_token", "other_head", "other_key")
 """What is kept of every image for neighbouring blocks."""
 SPARE_BYTES = 8 * 2**20
+STEP_BYTES = 4 * 2**20
 
 
 def seeded_sample(tokens: list[int], size: int, seed: int = 0) -> list[int]:
@@ -121,11 +122,13 @@ class PairwiseCosine(Means):
             vectors = vectors.pick(self.token_dim, inside)
         first = place_of[tokens[inside[0]]]
         total = self.state(f"over_images_{g}").narrow(self.token_dim, first, len(inside))
-        by_image, heads = by_window(vectors.matrices, part.windows), range(*part.heads.indices(group.heads))
-        for i, head in enumerate(heads):  # one head at a time, so that its sum stays in the cache for the next image
-            of_head, wide = total[:, head], self._wide(by_image[0, :, i])
-            for one_image in by_image[:, :, i]:
-                of_head += wide.copy_(one_image)
+        by_image, offset = by_window(vectors.matrices, part.windows), part.heads.start
+        step = max(1, STEP_BYTES // max(by_image[0, :, :1].numel() * total.element_size(), 1))
+        for i in range(0, by_image.shape[2], step):  # a few heads at a time: their sum stays in the cache for the next image
+            some = by_image[:, :, i : i + step]
+            target, wide = total[:, offset + i : offset + i + some.shape[2]], self._wide(some[0])
+            for one_image in some:
+                target += wide.copy_(one_image)
         defined = self.state(f"defined_{g}")[:, part.heads]
         defined[..., first : first + len(inside)] += by_window(vectors.valid, part.windows).sum(0).to(defined.device)
         if self.sampled:
@@ -193,21 +196,19 @@ class MapPairwiseCosine(PairwiseCosine):
             part = Part(tile.images, tile.positions, tile.heads, tile.last_heads, tile.last_tokens, tile.windows)
             self.absorb(part, tokens, vectors)
             if "between_heads" in self.states and tile.heads == slice(0, tile.group.heads) and tile.group.heads > 1:
-                self._add_heads(tile.positions, vectors.matrices, vectors.valid)
+                self._add_heads(tile.positions, vectors)
 
-    def _add_heads(self, positions: list[int], vectors: Tensor, valid: Tensor) -> None:
+    def _add_heads(self, positions: list[int], vectors: UnitVectors) -> None:
         """Add, for each block and the one after it, the sums over same tokens and over any, and how many of both there are."""
         pairs = [i for i, (one, other) in enumerate(itertools.pairwise(positions)) if other == one + 1]
         if not pairs:
             return
-        heads, later = vectors.shape[1], [i + 1 for i in pairs]
+        earlier, later, heads = as_span(pairs), as_span([i + 1 for i in pairs]), vectors.flat.shape[2]
         sums = self.state("between_heads")[:, [positions[i] for i in pairs], :heads, :heads]
-        by_block = vectors.transpose(1, 2)
-        defined = valid.to(vectors.dtype).transpose(1, 2)
-        each = (by_block.flatten(3), by_block.sum(self.token_dim), defined, defined.sum(-1, keepdim=True))
-        for kind, x in enumerate(each):
-            x = padded(x)
-            sums[kind] += (x[:, pairs] @ x[:, later].mT).to(sums).sum(0)
+        defined = vectors.valid.to(vectors.flat.dtype)
+        small = (vectors.matrices.sum(self.token_dim), defined, defined.sum(-1, keepdim=True))
+        for kind, x_LbhD in enumerate((vectors.flat, *(padded(x.permute(2, 0, 1, 3)) for x in small))):
+            sums[kind] += (x_LbhD[earlier] @ x_LbhD[later].mT).to(sums).sum(1)
         self.state("between_heads")[:, [positions[i] for i in pairs], :heads, :heads] = sums
 
     def left_out(self) -> Array:

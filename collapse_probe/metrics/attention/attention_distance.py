@@ -10,6 +10,7 @@ from torch import Tensor
 
 from collapse_probe.capture.trace import MapTile, Trace
 from collapse_probe.metrics.coverage import NO_PATCHES, has_patches
+from collapse_probe.metrics.functional.geometry import as_span
 from collapse_probe.metrics.map_metric import (
     HeadMetric,
     RowMeans,
@@ -42,12 +43,6 @@ def attended_distance(probs: Tensor, distances: Tensor, renormalise: bool = True
         return total
     mass = probs.sum(-1)
     return torch.where(mass > 0, total / mass, torch.nan)
-
-
-def as_span(places: list[int]) -> list[int] | slice:
-    """Places that follow one another as a slice, which selects without a copy."""
-    first, last = places[0], places[-1] + 1
-    return slice(first, last) if last - first == len(places) else places
 
 
 def uniform_distance(distances: Tensor, tokens: int, renormalise: bool = True) -> float:

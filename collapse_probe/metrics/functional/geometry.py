@@ -44,6 +44,12 @@ def centred_unit(vectors: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
     return centred / scale if centred.requires_grad else centred.div_(scale), valid.squeeze(dim)
 
 
+def as_span(places: list[int]) -> list[int] | slice:
+    """Places that follow one another as a slice, which selects without a copy."""
+    first, last = places[0], places[-1] + 1
+    return slice(first, last) if last - first == len(places) else places
+
+
 def gram(vectors: Tensor) -> Tensor:
     """Inner products of the rows, [..., n, d] -> [..., n, n]."""
     return vectors @ vectors.transpose(-1, -2)
