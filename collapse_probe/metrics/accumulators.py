@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from collapse_probe.capture.trace import MapTile, Trace
@@ -60,6 +61,10 @@ class Accumulator:
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Add the sums of the batch to the states; returns per-image values [B, …] by name."""
         return {}
+
+    def of_sample(self, names: Sequence[str]) -> NDArray[np.bool_] | None:
+        """Which images' values count, [images]; None where all do. Values of others depend on what came before them."""
+        return None
 
     def add_state(self, name: str, *shape: int) -> None:
         """A new state of zeros in float64."""

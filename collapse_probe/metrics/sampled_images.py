@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from collapse_probe.distributed import gathered, rank_and_world
@@ -68,6 +69,11 @@ class SampledImages(Accumulator):
             return  # its batch is taken again, after memory ran out
         self._kept.insert(place, image)
         del self._kept[self.most :]
+
+    def of_sample(self, names: Sequence[str]) -> NDArray[np.bool_]:
+        """Which of these images are in the sample of all that were seen."""
+        kept = {rank for rank, _ in self._kept}
+        return np.array([rank_of_name(name) - 2**63 in kept for name in names], dtype=np.bool_)
 
     def state_dict(self) -> dict[str, Tensor]:
         """`seen`, how many images came; of those kept the `ranks` [n] in their order and `features_v` [n, F] of each view v."""

@@ -138,6 +138,20 @@ def test_any_partition_of_every_preset(partition, stored, preset):
     assert_same(one_pass(count, (), (preset,)), merged(parts, stored, presets=(preset,)).findings())
 
 
+def test_single_images_of_a_sampled_metric_are_those_of_its_sample_in_any_order(monkeypatch):
+    monkeypatch.setattr("collapse_probe.metrics.attention.map_rank.SPECTRA_IMAGES", 3)
+    pixels, names = pictures(8), names_of(range(8))
+    tables = []
+    for order in (range(8), range(7, -1, -1)):
+        one = probe(metrics=("map-rank",))
+        for place in order:
+            one.update(pixels[place : place + 1], names=[names[place]])
+        tables.append(dict(zip(*(one.findings().images[key].tolist() for key in ("names", "map-rank")), strict=True)))
+    assert sum(np.isfinite(values).all() for values in tables[0].values()) == 3
+    for name in names:
+        np.testing.assert_array_equal(tables[0][name], tables[1][name])
+
+
 def test_a_loop_of_ones_own_says_what_analyze_says():
     images = pictures()
     found = cp.analyze(model(), images, metrics=("attention-similarity", "patch-diversity"), **QUICK)

@@ -176,5 +176,10 @@ def image_table(
 
 
 def table_of(metrics: Mapping[str, Metric], tally: Tally, table: Table) -> dict[str, Any]:
-    """`image_table` of the images that are kept."""
-    return image_table(metrics, tally.accumulators, table.names, table.columns)
+    """`image_table` of the images that are kept; NaN for those outside of the sample that a metric takes."""
+    columns = dict(table.columns)
+    for i, accumulator in enumerate(tally.accumulators.values()):
+        if (inside := accumulator.of_sample(table.names)) is not None:
+            own = [column for column in columns if column.startswith(f"{i}/")]
+            columns |= {column: np.where(inside[:, None], columns[column], np.nan) for column in own}
+    return image_table(metrics, tally.accumulators, table.names, columns)
