@@ -123,7 +123,8 @@ def answer(findings: Findings) -> str:
     skipped = [each for each in findings.data.get("skipped") or () if each["reason"] not in left_out]
     if skipped:
         first = f"{skipped[0]['name']} ({skipped[0]['reason']})"
-        lines.append(f"\n{len(skipped)} images were skipped, the first: {first}")
+        said = "1 image was skipped" if len(skipped) == 1 else f"{len(skipped):,} images were skipped, the first"
+        lines.append(f"\n{said}: {first}")
     if left_out:
         lines.append(f"\nLeft out of the data: {', '.join(f'{count:,} × {reason}' for reason, count in left_out.items())}")
     return "\n".join(lines)

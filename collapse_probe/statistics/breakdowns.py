@@ -236,7 +236,8 @@ def extremes_of(per_image: PerImageValues) -> dict[str, Any]:
     """Names and values of the images with the highest and lowest headline numbers, as plain data; {} with fewer than two.
 
     By number: `highest` and `lowest`, up to five each (no image in both) with the outermost first, each {name, value};
-    `median`; `images`; `collapsed`, which end is collapse. An image's kappa is the mean of its own over adjacent pairs.
+    `median`; `images`; `undefined`, how many images have none; `collapsed`, which end is collapse. An image's kappa is the
+    mean of its own over adjacent pairs.
     """
     numbers: dict[str, Any] = {}
     for name, values in per_image.each().items():
@@ -250,10 +251,12 @@ def extremes_of(per_image: PerImageValues) -> dict[str, Any]:
             "lowest": [{"name": per_image.names[i], "value": float(values[i])} for i in order[:count]],
             "median": float(np.median(values[order])),
             "images": len(order),
+            "undefined": len(values) - len(order),
             "collapsed": HEADLINES[name].collapsed,
         }
+    most = f"{'up to ' if any(each['undefined'] for each in numbers.values()) else ''}{len(per_image)}"
     of_sample = f" They are of {per_image.sampled}: others may lie further out." if per_image.sampled else ""
-    return {"numbers": numbers, "warning": WARNING.format(images=len(per_image)) + of_sample} if numbers else {}
+    return {"numbers": numbers, "warning": WARNING.format(images=most) + of_sample} if numbers else {}
 
 
 def pictured(extremes: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:

@@ -201,7 +201,7 @@ def test_an_unreadable_image_is_named_and_counted(run, photos, tmp_path):
     (tmp_path / "data" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     code, out, _ = run("analyze", *SMALL_MODEL, "--data", "data", "-o", "out", "--null-images", "0")
     assert code == 0
-    assert "1 images were skipped, the first: broken.jpg" in out
+    assert "1 image was skipped: broken.jpg" in out
     skipped = Findings.load("out").data["skipped"]
     assert [s["name"] for s in skipped] == ["broken.jpg"]
     assert Findings.load("out").data["images"] == 6

@@ -45,7 +45,7 @@ def test_what_is_left_out_is_said_on_the_terminal_in_the_findings_and_on_the_pag
     code, out, err = run("analyze", *QUICK, "--data", "data", "-o", os.fsdecode(b"out\xe9"))
     assert code == 0
     assert "not read: 1 × a link to a folder above it, up/" in err
-    assert "1 images were skipped, the first: junk.png" in out
+    assert "1 image was skipped: junk.png" in out
     assert "Left out of the data: 1 × a link to a folder above it, 1 × no picture of a format that is read (.txt)" in out
     folder = Path(os.fsdecode(b"out\xe9"))
     stored = json.loads((folder / "findings.json").read_text(encoding="utf-8"))

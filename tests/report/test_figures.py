@@ -247,6 +247,22 @@ def test_the_band_is_the_interval() -> None:
         assert {heights.min(), heights.max()} == {low, high}
 
 
+def test_no_band_leaves_its_axes() -> None:
+    findings = synthetic(12)
+    reading = findings.metrics["attention-similarity"]
+    kappa = np.full_like(reading.values, -0.2)
+    nulls = replace(
+        reading.nulls,
+        values={**reading.nulls.values, "kappa": kappa},
+        kappa_ci95=np.stack([kappa - 0.9, kappa + 0.9], -1),
+    )
+    wide = replace(reading, ci95=np.stack([reading.values - 3, reading.values], -1), nulls=nulls)
+    for axes in charts(adjacent_blocks(replace(findings, metrics={**findings.metrics, "attention-similarity": wide}))):
+        bands = [c for c in axes.collections if isinstance(c, PolyCollection)]
+        lowest = min(band.get_paths()[0].vertices[:, 1].min() for band in bands)
+        assert axes.get_ylim()[0] < lowest < 0
+
+
 def test_curves_without_nulls_and_of_one_pair_or_none() -> None:
     assert len(charts(adjacent_blocks(synthetic(12, nulls=False)))) == 1
     assert adjacent_blocks(synthetic(2)) is not None

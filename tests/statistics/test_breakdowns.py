@@ -313,6 +313,12 @@ def test_extremes_are_the_outermost_images():
     assert shown["collapsed"] == "low"
     assert found["numbers"]["kappa_adjacent"]["collapsed"] == "high"
     assert "ends of 30 sorted values" in found["warning"]
+    held = table(30)
+    held["attention-similarity/other_token"][:2] = 1.0  # no kappa beside a chance level of 1
+    found = extremes_of(per_image_values(held))
+    assert (found["numbers"]["kappa_adjacent"]["images"], found["numbers"]["kappa_adjacent"]["undefined"]) == (28, 2)
+    assert found["numbers"]["patch_diversity_last"]["undefined"] == 0
+    assert "ends of up to 30 sorted values" in found["warning"]
     few = extremes_of(per_image_values(table(5)))["numbers"]["patch_diversity_last"]
     assert len(few["lowest"]) == len(few["highest"]) == 2
 

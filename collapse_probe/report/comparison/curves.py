@@ -178,7 +178,8 @@ def _overlay(axes: Axes, lines: Lines, comparison: Comparison) -> None:
 
 
 def _every(lines: Lines) -> list[Array]:
-    return [values for line in lines.values() for values in (line.values, *line.nulls.values())]
+    drawn = ((line.values, line.ci95, *line.nulls.values()) for line in lines.values())
+    return [values for of_line in drawn for values in of_line if values is not None]
 
 
 def _name_nulls(axes: Axes, lines: Lines) -> None:

@@ -62,11 +62,12 @@ def adjacent_blocks(findings: Findings) -> Sheet | None:
     _thresholds(axes[0], COUNT_THRESHOLDS)
     axes[0].set_ylabel("cosine with the block before")
     if kappa is not None:
-        curve(axes[1], x, adjacent(result, kappa), ROLES["measured"], _adjacent_or_none(result, null_ci95(result, "kappa")))
+        ci95 = _adjacent_or_none(result, null_ci95(result, "kappa"))
+        curve(axes[1], x, adjacent(result, kappa), ROLES["measured"], ci95)
         look = ROLES["other_token"]
         axes[1].axhline(0.0, color=look.colour, linestyle=look.line, linewidth=look.width, zorder=1)
         _thresholds(axes[1], (KAPPA_ABOVE,))
-        axes[1].set(ylabel="null-corrected κ", ylim=(min(floor([adjacent(result, kappa)]), -0.25), 1.05))
+        axes[1].set(ylabel="null-corrected κ", ylim=(min(floor(_all(adjacent(result, kappa), ci95)), -0.25), 1.05))
         axes[1].grid(axis="y")
     for each in axes:
         over_blocks(each, x, "block b, compared with block b − 1", 12)
@@ -77,12 +78,17 @@ def _adjacent_or_none(result: MetricResult, matrix: Array | None) -> Array | Non
     return None if matrix is None else adjacent(result, matrix)
 
 
+def _all(values: Array, ci95: Array | None) -> list[Array]:
+    """What is drawn of a curve: its values and the ends of its band."""
+    return [values] if ci95 is None else [values, ci95]
+
+
 def _with_references(axes: Axes, x: Array, values: Array, ci95: Array | None, others: Mapping[str, Array]) -> None:
     """The measured curve with its band and the references in `others`, from 0 (or the lowest) to 1."""
     curve(axes, x, values, ROLES["measured"], ci95)
     for role, line in others.items():
         curve(axes, x, line, ROLES[role])
-    axes.set_ylim(floor([values, *others.values()]), 1.03)
+    axes.set_ylim(floor([*_all(values, ci95), *others.values()]), 1.03)
     axes.grid(axis="y")
 
 

@@ -21,6 +21,7 @@ from collapse_probe.report.findings.tables import (
     sensitivity_tables,
     sides,
     uncompared,
+    with_undefined,
     words_of,
 )
 from collapse_probe.report.html import Figure, Plate, looked_at, paper, picture_url, write_page
@@ -156,7 +157,8 @@ def _own_notes(findings: Findings, name: str) -> list[str]:
 
 
 def both_ends(findings: Findings) -> dict[str, Any] | None:
-    """The headline number in `words`, its `median` over `images`, and its two `ends`, title and images each, outermost first.
+    """The headline number in `words`, its `median` over `images` (`of` says how many have none), and its two `ends`: title and
+    images each, outermost first.
 
     Of an image: name, value, a data URL as `source`, width and height in pixels. None where no image has a picture.
     """
@@ -173,5 +175,5 @@ def both_ends(findings: Findings) -> dict[str, Any] | None:
             size = {"width": pixels.shape[1], "height": pixels.shape[0]}
             images.append({"name": str(each["name"]), "value": number(each["value"]), "source": source, **size})
         ends.append({"title": sentence_case(title), "images": images})
-    facts = {"median": number(entry["median"]), "images": int(entry["images"])}
+    facts = {"median": number(entry["median"]), "images": int(entry["images"]), "of": with_undefined(entry)}
     return {"words": sentence_case(words_of(name)), "ends": ends, **facts}

@@ -310,9 +310,15 @@ def extremes_tables(findings: Findings) -> list[Table]:
         pairs = zip_longest(high, low[: len(high)], fillvalue=(DASH, DASH))
         rows = tuple((str(at), *one, *other) for at, (one, other) in enumerate(pairs, start=1))
         titles, words = sides(entry), sentence_case(words_of(name))
-        note = f"Median of {entry['images']} images: {number(entry['median'])}."
+        note = f"Median of {with_undefined(entry)}: {number(entry['median'])}."
         tables.append(Table(("", titles[0], "value", titles[1], "value"), rows, (note,), words, words=frozenset((1, 3))))
     return tables
+
+
+def with_undefined(entry: Mapping[str, Any]) -> str:
+    """How many images have a number, and how many have none."""
+    undefined = entry.get("undefined", 0)
+    return f"{entry['images']} images" + (f" ({undefined} more have none)" if undefined else "")
 
 
 def sides(entry: Mapping[str, Any]) -> tuple[str, str]:
