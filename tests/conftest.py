@@ -18,6 +18,15 @@ def _few_threads():
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
+@pytest.fixture
+def one_thread():
+    """One thread: the same bits whatever the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """A folder of six real photographs."""

@@ -36,12 +36,7 @@ from collapse_probe.models.vit import ViT, ViTSettings
 ALL = FUSED + EAGER + CHANGED
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(model, kind, blocks, pictures, size=SIZE):

@@ -16,13 +16,7 @@ from toy_models import SIZE, WIDTH, Block, ToyAttention, ToyViT, images, toy
 from collapse_probe.capture.capture import discover_plan, record
 from collapse_probe.errors import CaptureError, ModelError, NoAttentionFoundError, NonFiniteError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @torch.library.custom_op("toys::flash_attn_forward", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> Tensor")

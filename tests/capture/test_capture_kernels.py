@@ -26,13 +26,7 @@ from toy_models import (
 
 from collapse_probe.capture.capture import discover_plan, record
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def hear(model, pictures, plan=None):

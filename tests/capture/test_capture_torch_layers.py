@@ -9,13 +9,7 @@ from toy_models import CAUSAL, SIZE, TOKENS, Block, Encoder, Projected, ToyViT, 
 
 from collapse_probe.capture.capture import discover_plan, record
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 PADDING = torch.arange(TOKENS) >= TOKENS - torch.tensor([[0], [2]])

@@ -14,13 +14,7 @@ from collapse_probe.capture.capture import discover_plan, record
 from collapse_probe.capture.discovery import block_paths
 from collapse_probe.capture.recorder import PassLog
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(name, **settings):

@@ -16,13 +16,7 @@ from collapse_probe.capture.capture import discover_plan, plan_again
 from collapse_probe.errors import CaptureError, NonFiniteError
 from collapse_probe.models.loading import resolve
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SIDE = (64, 64)  # of factories.small_vit

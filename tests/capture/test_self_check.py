@@ -10,13 +10,7 @@ from collapse_probe.capture import attention_operators, discovery
 from collapse_probe.capture.capture import discover_plan
 from collapse_probe.errors import CaptureError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def patch_reader(monkeypatch, kind, change):

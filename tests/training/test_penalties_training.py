@@ -31,12 +31,7 @@ def mixed_batch():
     return images, MixedLabels(targets.mean(1), targets)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def over_smoothed():
