@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -61,6 +61,14 @@ class Accumulator:
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         """Add the sums of the batch to the states; returns per-image values [B, …] by name."""
         return {}
+
+    def snapshot(self) -> Any:
+        """A copy of all that was added, for `put_back`; the tensors stay on their device."""
+        return {name: state.clone() for name, state in self.states.items()}
+
+    def put_back(self, snapshot: Any) -> None:
+        """Forget what was added after a `snapshot`, which is used up by it."""
+        self.states = snapshot
 
     def of_sample(self, names: Sequence[str]) -> NDArray[np.bool_] | None:
         """Which images' values count, [images]; None where all do. Values of others depend on what came before them."""

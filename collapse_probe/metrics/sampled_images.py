@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -64,11 +64,15 @@ class SampledImages(Accumulator):
                 self._keep((rank, own))
 
     def _keep(self, image: Ranked) -> None:
-        place = bisect_left(self._kept, image[0], key=_rank)
-        if place < len(self._kept) and self._kept[place][0] == image[0]:
-            return  # its batch is taken again, after memory ran out
-        self._kept.insert(place, image)
+        insort(self._kept, image, key=_rank)
         del self._kept[self.most :]
+
+    def snapshot(self) -> Any:
+        return super().snapshot(), [*self._kept]
+
+    def put_back(self, snapshot: Any) -> None:
+        states, self._kept = snapshot
+        super().put_back(states)
 
     def of_sample(self, names: Sequence[str]) -> NDArray[np.bool_]:
         """Which of these images are in the sample of all that were seen."""

@@ -97,15 +97,15 @@ def same(run, whole, within=1e-12):
     assert not run.inconsistent
 
 
-def operators(model):
-    measured(model, short := Short())
+def operators(model, metrics=DEFAULT_METRICS):
+    measured(model, short := Short(), metrics)
     return short.count
 
 
-def check(model, places):
-    whole, kinds = measured(model, Short()), set()
+def check(model, places, metrics=DEFAULT_METRICS):
+    whole, kinds = measured(model, Short(), metrics), set()
     for place in places:
-        run = measured(model, Short(place))
+        run = measured(model, Short(place), metrics)
         same(run, whole)
         (said,) = run.tally.remarks
         assert run.tally.remarks[said] == 8
@@ -117,6 +117,12 @@ def test_nothing_is_lost_or_doubled_wherever_memory_runs_out(model):
     total = operators(model)
     assert total > 500
     assert check(model, range(1, total + 1, total // 7)) == {"tiles", "images"}
+
+
+def test_no_image_is_twice_in_a_sample(model):
+    metrics = ("layer-cka", "map-rank", "patch-diversity")
+    total = operators(model, metrics)
+    assert check(model, range(1, total + 1, total // 7), metrics) == {"tiles", "images"}
 
 
 @pytest.mark.slow

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import micro_batch
@@ -19,7 +19,8 @@ RUNS_OUT = ("cuda",)
 SMALLEST = 1 / 16
 """The share of the tiles' first size down to which they are made smaller before fewer images are taken."""
 SMALLEST_BYTES = 2**20
-States = list[dict[str, Tensor]]
+States = list[Any]
+"""A snapshot of every accumulator."""
 
 ALIKE, ALIKE_MIXED = 4, 16
 """A model computes the same of an image, to the last bit, in any batch of a multiple of so many, and one that mixes maps by a
@@ -69,12 +70,12 @@ class Room:
         """Copies of all states, in order; none on a device that never says that its memory has run out."""
         if self.device.type not in RUNS_OUT:
             return []
-        return [{name: state.clone() for name, state in each.states.items()} for each in accumulators]
+        return [each.snapshot() for each in accumulators]
 
-    def restore(self, accumulators: Iterable[Accumulator], states: Sequence[dict[str, Tensor]]) -> None:
+    def restore(self, accumulators: Iterable[Accumulator], states: States) -> None:
         """Put `copied` states back in place of those to which a batch was added in part."""
         for accumulator, own in zip(accumulators, states, strict=True):
-            accumulator.states = own
+            accumulator.put_back(own)
 
     def smaller_tiles(self) -> str | None:
         """Halve the tiles; returns what is to be said of it, None where they are as small as they get."""
