@@ -11,7 +11,7 @@ from collapse_probe.cli import options
 @click.command("merge", cls=options.Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("parts", nargs=-1, required=True, metavar="PART...")
 @click.option("--allow-missing", is_flag=True, help="Report what there is where parts or images are missing; the page says so.")
-@click.option("--device", default="auto", show_default=True, metavar="NAME", help="For the untrained twin: auto, cpu, cuda, …")
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="For the untrained copy: auto, cpu, cuda, …")
 @options.failing
 @options.output
 @options.answering()

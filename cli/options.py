@@ -323,7 +323,7 @@ architecture = _all(
     click.option(
         "--pretrained/--no-pretrained",
         default=None,
-        help="Published or fresh weights.  [default: published, unless a checkpoint is given]",
+        help="Published or fresh parameters.  [default: published, unless a checkpoint is given]",
     ),
     click.option("--model-kwargs", multiple=True, callback=keywords, metavar="K=V", help="Arguments of the constructor."),
     click.option("--img-size", type=ImageSize(), metavar="N|HxW", help="Side of the input [pixels], or height x width: 64x96."),
@@ -389,14 +389,14 @@ running = _all(
 )
 measuring = _all(
     click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Only these metrics; see `ls metrics`."),
-    count("--null-images", least=0, default=64, says="Images for the untrained twin; 0 leaves it out."),
+    count("--null-images", least=0, default=64, says="Images for the untrained copy; 0 leaves it out."),
 )
 surer = _all(
     count(
         "--null-seeds",
         least=1,
         default=1,
-        says="Untrained twins of so many seeds: their mean is the null, their spread is stored.",
+        says="Untrained copies of so many seeds: their mean is the null, their spread is stored.",
     ),
     click.option(
         "--until-ci",

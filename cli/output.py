@@ -87,7 +87,7 @@ def answers_of(answers: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def of_findings(findings: Any) -> dict[str, Any]:
-    """What `--json` prints of findings: the verdict, and the summary with intervals, chance levels and the untrained twin."""
+    """What `--json` prints of findings: the verdict, and the summary with intervals, chance levels and the untrained copy."""
     from collapse_probe.results.findings import SCHEMA
     from collapse_probe.results.readings import untrained_summary
     from collapse_probe.results.verdict import verdict_of

@@ -32,7 +32,7 @@ FAILED = 1
     default=64,
     show_default=True,
     metavar="N",
-    help="Images for the untrained twin inside each cell's findings.",
+    help="Images for the untrained copy inside each cell's findings.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Cells at once.")
 @options.answering("The folder is written all the same.")

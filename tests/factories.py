@@ -103,7 +103,7 @@ def random_maps(shape, sharpness=1.5, seed=0):
 
 
 def small_vit(seed=0, sharpness=1.0, **settings):
-    """A small timm ViT with fresh weights whose queries and keys are `sharpness` times as large."""
+    """A small timm ViT with fresh parameters whose queries and keys are `sharpness` times as large."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = timm.models.VisionTransformer(**{**SMALL, **settings}).eval()

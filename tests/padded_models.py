@@ -18,7 +18,7 @@ KINDS = ("plain", "mixed", "windowed", "one-head")
 
 @cache
 def model_and_plan(kind):
-    """A model of float32 with seeded random weights, and what the probe finds in it."""
+    """A model of float32 with seeded random parameters, and what the probe finds in it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         if kind == "windowed":

@@ -77,7 +77,7 @@ def analyze(
     None where all metrics are of the weights. `metrics` and `presets` are names, by default a fixed set. `split`, `limit` and
     `max_pixels` are for a data address, see `open_data`; `checkpoint`,
     `checkpoint_key`, `partial`, `pretrained`, `model_kwargs`, `img_size` and `blocks_pattern` for a model that is no Subject,
-    see `resolve`. `null_images` is the number of images that each of `null_seeds` untrained twins sees (0 leaves them out);
+    see `resolve`. `null_images` is the number of images that each of `null_seeds` untrained copies sees (0 leaves them out);
     `until_ci` the half-width at which every headline mean's interval is narrow enough to stop. NaN or infinite weights or
     activations raise NonFiniteError; with `on_nonfinite` "skip" the weights are named, and images whose activations are not
     finite are left out of everything, counted and named. Of at most `records` images what they said one by one is kept, of more
@@ -138,7 +138,7 @@ def measure(
     left_out: Mapping[str, str] | None = None,
     saving: Saving | None = None,
 ) -> Findings:
-    """Measure the subject and its untrained twins; see `analyze` and `measured`."""
+    """Measure the subject and its untrained copies; see `analyze` and `measured`."""
     return measured(subject, images, settings, progress=progress, report=report, left_out=left_out, saving=saving)[0]
 
 

@@ -68,7 +68,7 @@ NULL_IMAGES = 64
 GALLERY_IMAGES = 4
 
 TWIN_BYTES = 256 * 2**20
-"""Bytes that the images for untrained twins may take."""
+"""Bytes that the images for untrained copies may take."""
 FEWEST_TWIN = 16
 FAIL, SKIP = "fail", "skip"
 ON_NONFINITE = (FAIL, SKIP)
@@ -124,7 +124,7 @@ class RunSettings:
         for name, value, low in (
             ("the batch size", self.batch_size, 1),
             ("the number of null images", self.null_images, 0),
-            ("the number of seeds of the untrained twin", self.null_seeds, 1),
+            ("the number of seeds of the untrained copy", self.null_seeds, 1),
             ("the number of images of which records are kept", self.records, 1),
         ):
             if value is not None and value < low:
@@ -316,7 +316,7 @@ class Measurement:
         return columns
 
     def _keep_glimpses(self, trace: Trace, names: Sequence[str], pixels: Tensor) -> None:
-        """Keep what the gallery and untrained twins need of the images; of an image that comes again, once."""
+        """Keep what the gallery and untrained copies need of the images; of an image that comes again, once."""
         tally = self.tally
         rolled = any(isinstance(key, tuple) and key[0] == "rollout" for key in tally.accumulators)
         for i, name in enumerate(names):

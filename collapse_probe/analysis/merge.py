@@ -64,7 +64,7 @@ def measure_part(
 ) -> Path:
     """Measure part K of N of the images, every N-th, into a state file in the folder of `saving`; its path.
 
-    No untrained twin is measured: `merge` does that once. See `analyze`.
+    No untrained copy is measured: `merge` does that once. See `analyze`.
     """
     check_part(part, settings)
     stem, say = f"part-{part[0]}-of-{part[1]}", report or (lambda text: None)
@@ -111,7 +111,7 @@ def merge(
 ) -> Findings:
     """The findings of all images that the state files at `paths` (files, or folders of them) have seen.
 
-    They equal those of one run over all of them. Untrained twins are measured here, once, on the sample of images that the
+    They equal those of one run over all of them. Untrained copies are measured here, once, on the sample of images that the
     files hold. Raises StateError that names the first difference for states of other models, weights, data, settings or
     definitions, for images seen twice, for damaged files, and for missing parts unless `allow_missing`, which the findings
     then say.

@@ -74,7 +74,7 @@ class Probe:
     together.
 
     `model` is an address, a module or a Subject; `metrics` and `presets` are names, by default a fixed set. Of `null_images`
-    images, a random sample, the pixels are kept for `null_seeds` untrained twins; of `records` images, likewise, what each
+    images, a random sample, the pixels are kept for `null_seeds` untrained copies; of `records` images, likewise, what each
     said by itself; of `gallery_images` the maps. `device` "auto" is where a module given lies, else the best there is. NaN or
     infinite activations raise NonFiniteError, or with `on_nonfinite` "skip" leave their images out.
 
@@ -141,7 +141,7 @@ class Probe:
     @classmethod
     def stored(cls, manifest: Mapping[str, Any], device: str = "auto", command: str = "") -> Probe:
         """An empty probe for states of this manifest, without their model: it is made anew, without weights, for its
-        untrained twins alone. Raises StateError where the manifest is damaged.
+        untrained copies alone. Raises StateError where the manifest is damaged.
         """
         probe = cls.__new__(cls)
         try:
@@ -368,7 +368,7 @@ class Probe:
                 "the presets": list(settings.presets),
                 "the seed": settings.seed,
                 "the number of null images": settings.null_images,
-                "the number of untrained twins": settings.null_seeds,
+                "the number of untrained copies": settings.null_seeds,
                 "the number of records": settings.records,
                 "the number of gallery images": settings.gallery_images,
                 "the number of images in the data": self._source["total"],
@@ -388,7 +388,7 @@ class Probe:
             raise StateError(f"the states cannot be added: {difference}")
 
     def findings(self, report: Callable[[str], None] | None = None) -> Findings:
-        """The findings of all images that were added; untrained twins are measured now, on the sample that was kept for them.
+        """The findings of all images that were added; untrained copies are measured now, on the sample that was kept for them.
 
         `report(line)` is called before each longer step. Raises DataError before the first images.
         """

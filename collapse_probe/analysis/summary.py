@@ -23,7 +23,7 @@ COUNTED = (COUNT, f"{COUNT}_ci_low", f"{COUNT}_ci_high")
 def pair_tests(results: Mapping[str, MetricResult]) -> dict[str, Any]:
     """The tests of every block × block similarity whose null was measured with it, as plain data by metric.
 
-    Adjacent pairs, beside those of the untrained twins, and all pairs; see `statistics.pair_tests`. A difference within
+    Adjacent pairs, beside those of the untrained copies, and all pairs; see `statistics.pair_tests`. A difference within
     rounding has p = 1 (`above_rounding`).
     """
     tests: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def _counts(result: MetricResult, key: str) -> Summary:
 
 
 def summarise_weights(results: Mapping[str, MetricResult]) -> Summary:
-    """The mean of each weight metric over what is defined, and that of its untrained twin.
+    """The mean of each weight metric over what is defined, and that of its untrained copy.
 
     Keys are the metric's name with underscores and `_mean`, or `_adjacent` for the mean over neighbouring blocks.
     """

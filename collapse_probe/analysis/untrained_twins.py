@@ -1,4 +1,4 @@
-"""Untrained twins: the same architecture with fresh weights, measured on the same path as the model itself."""
+"""Untrained copies: the same architecture with fresh parameters, measured on the same path as the model itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from collapse_probe.results.rules import FEWEST_IMAGES
 
 Sample = Lowest[tuple[torch.Tensor, ...]]
 DECIDING, DECIDING_SEEDS = ("attention-similarity", "attention-similarity@row"), 5
-"""The metrics by which blocks share their attention, and how many untrained twins these have where the answer hangs on them."""
+"""The metrics by which blocks share their attention, and how many copies these have where the answer hangs on them."""
 
 
 def with_untrained(
@@ -32,7 +32,7 @@ def with_untrained(
     results: Mapping[str, MetricResult],
     say: Report,
 ) -> tuple[dict[str, MetricResult], list[str]]:
-    """The results of a measurement beside those of the same architecture with fresh weights, and notes on these twins.
+    """The results of a measurement beside those of the same architecture with fresh parameters, and notes on these twins.
 
     A twin sees the images that the tally keeps for it, a random sample, the same for all. Where a metric has no twin, its nulls
     hold the reason.
@@ -55,7 +55,7 @@ def with_untrained(
     except ModelError as error:
         reasons |= dict.fromkeys(names, str(error))
     except Exception as error:  # of any kind, also out of memory: the model itself has been measured
-        why = f"the untrained twin failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        why = f"the untrained copy failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         say(f"{why}; the model's own numbers are kept")
         reasons |= dict.fromkeys(names, why)
     seen = len(few) if twins and on_images else 0
@@ -65,20 +65,20 @@ def with_untrained(
         paired[name] = with_twins(result, of_twins, seen if name in on_images else 0, reasons[name])
     if not twins:
         return paired, []
-    which, seeds = ("twins", f"seeds {[*twins]}") if len(twins) > 1 else ("twin", f"seed {next(iter(twins))}")
-    notes = [f"untrained {which}: fresh weights with {seeds} on {seen} images"] if seen else []
+    which, seeds = ("copies", f"seeds {[*twins]}") if len(twins) > 1 else ("copy", f"seed {next(iter(twins))}")
+    notes = [f"untrained {which}: fresh parameters with {seeds} on {seen} images"] if seen else []
     if more:
         notes.append(
             f"{' and '.join(deciding)}: also those of seeds {[*more]}, because whether attention has collapsed hangs on them"
         )
     notes += filter(None, [against_seeds(result) for name, result in paired.items() if name == "attention-similarity"])
     if set(names) - set(on_images):
-        notes.append(f"untrained {which} of the weights: fresh weights with {seeds}")
+        notes.append(f"untrained {which} of the weights: fresh parameters with {seeds}")
     return paired, notes
 
 
 def _no_twin(subject: Subject, settings: RunSettings) -> str:
-    """Why there is no untrained twin; empty where there is one."""
+    """Why there is no untrained copy; empty where there is one."""
     if settings.null_images == 0:
         return "no null images were asked for"
     return "" if subject.fresh is not None else "the model came as an object, and its architecture cannot be made anew"
@@ -107,7 +107,7 @@ def plan_of_twin(twin: Subject, plan: Plan, settings: RunSettings) -> Plan:
 def measure_twins(
     subject: Subject, plan: Plan, names: Sequence[str], few: Sample, settings: RunSettings, seeds: Iterable[int], say: Report
 ) -> dict[int, dict[str, MetricResult]]:
-    """The numbers of the same architecture with fresh weights of some seeds, by seed, one model at a time.
+    """The numbers of the same architecture with fresh parameters of some seeds, by seed, one model at a time.
 
     All twins see the same `few` images, of which every process takes some. Raises ModelError where the weights cannot be made
     anew.
@@ -118,7 +118,7 @@ def measure_twins(
     images = [*few]
     own = images[rank::world]
     for seed in seeds:
-        say(f"measuring the untrained twin of seed {seed}" + (f" on {len(images)} images" if images else ""))
+        say(f"measuring the untrained copy of seed {seed}" + (f" on {len(images)} images" if images else ""))
         twin = replace(subject, model=subject.fresh(seed))
         own_plan = plan_of_twin(twin, plan, settings)
         bare = replace(settings, null_images=0, gallery_images=0)

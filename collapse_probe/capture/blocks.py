@@ -1,4 +1,4 @@
-"""Which modules of a model are its blocks, which of them feed which, and which were not heard."""
+"""Which modules of a model are its blocks, which of them feed which, and which were not captured."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
             layer = replace(layer, reason=cross_attention(layer.queries, layer.keys))
         layers.append(layer)
     layers += [
-        Layer(path, number, blocks.index((path, number)), "", 0, 0, 0, reason=f"not heard: {why}")
+        Layer(path, number, blocks.index((path, number)), "", 0, 0, 0, reason=f"not captured: {why}")
         for (path, number), why in unheard.items()
     ]
     layers = by_blocks(layers, blocks)

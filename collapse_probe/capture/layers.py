@@ -261,7 +261,7 @@ def read_layers(plan: Plan, log: PassLog) -> tuple[Attention, ...]:
             f"{DEPENDS}"
         )
 
-    unheard = Attention("", "not heard", probs=torch.empty(0, 0, 0, 0))
+    unheard = Attention("", "not captured", probs=torch.empty(0, 0, 0, 0))
 
     def read(part: Part) -> Attention:
         calls = [a for a in by_frame[part.frame] if a.shape[-1] == part.keys and a.shape[-2] in part.queries]

@@ -150,7 +150,7 @@ class Plan:
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
-        """Every layer without token attention, and what was not heard, grouped by the reason."""
+        """Every layer without token attention, and what was not captured, grouped by the reason."""
         places: dict[str, list[str]] = {}
         for layer in self.layers:
             why = layer.reason or ("outside the blocks" if layer.block is None else "")

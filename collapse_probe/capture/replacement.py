@@ -95,7 +95,7 @@ def refusal(plan: Plan, kind: str, block: int, branches: Mapping[int, Branch]) -
 def _not_one_call(layer: Layer) -> str:
     """Why the maps of a layer cannot be put into a call; empty where one call makes them for all images."""
     if not layer.parts:
-        return layer.reason or "its attention was not heard"
+        return layer.reason or "its attention was not captured"
     if len(layer.parts) > 1 or layer.parts[0].calls != 1:
         return f"{layer.owner}: its maps are made in several attention calls"
     if not any(role == IMAGE for axis in layer.parts[0].axes for role, _ in axis):

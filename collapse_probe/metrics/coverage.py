@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from collapse_probe.capture.plan import Layer, MapGroup, Plan
 from collapse_probe.results.text import no_neighbours, numbered, spans
 
-NOT_HEARD = "not heard"
+NOT_HEARD = "not captured"
 """How the reason of a block begins whose attention could not be captured."""
 MOST_NAMED = 3  # layers that are named one by one
 MOST_REASONS = 2  # why layers are left out, beside each metric's numbers
@@ -60,7 +60,7 @@ def uncompared(plan: Plan) -> dict[str, list[int]]:
 def _why_not(plan: Plan, first: Layer, second: Layer, adjacent: bool) -> str:
     missing = [_name(plan, layer) for layer in (first, second) if layer.reason.startswith(NOT_HEARD)]
     if missing:
-        return f"{' and '.join(missing)} {'was' if len(missing) == 1 else 'were'} not heard"
+        return f"{' and '.join(missing)} {'was' if len(missing) == 1 else 'were'} not captured"
     for layer in (first, second):
         if layer.reason and layer.windows == 1:
             return layer.reason
@@ -97,7 +97,7 @@ PER_WINDOW = "; measured per window, in the metrics that are defined for windows
 def omissions(plan: Plan, measured: Collection[int] | None = None) -> Iterator[Omission]:
     """What is left out of the attention metrics, in whole or in part; or of one that measures the places `measured`.
 
-    A block that was not heard is called by its own name.
+    A block that was not captured is called by its own name.
     """
     places = {plan.layers[index].owner: place for place, index in enumerate(plan.map_layers)}
     blocks = {layer.owner: _name(plan, layer) for layer in plan.layers if layer.reason.startswith(NOT_HEARD)}

@@ -17,7 +17,7 @@ from collapse_probe.results.findings import Description, MetricResult
 from collapse_probe.statistics.intervals import Array
 
 LEVELS = ("attention", "tokens", "weights")
-BESIDE_TWIN = "The grey dashed line is the untrained twin, the same architecture with fresh weights."
+BESIDE_TWIN = "The grey dashed line is the untrained copy, the same architecture with fresh parameters."
 DOTS = f"One dot for each head; the line is the mean over heads with its 95 % interval over images. {BESIDE_TWIN}"
 CURVE = f"The line is the mean over images with its 95 % interval. {BESIDE_TWIN}"
 MATRICES = "No interval is drawn in a matrix; they are in findings.json."

@@ -14,7 +14,7 @@ from collapse_probe.statistics.intervals import Array, beyond, closed
 from collapse_probe.statistics.kappa import kappa, kappa_interval
 from collapse_probe.statistics.pair_tests import above_rounding
 
-NO_TWIN = "no untrained twin was measured"
+NO_TWIN = "no untrained copy was measured"
 ONE_IMAGE = "needs two different images"
 NO_KAPPA_INTERVAL = "undefined: how kappa's null varies with the images was not kept"
 OPEN_KAPPA = "with so few images the room that kappa's null leaves cannot be told from 0"
@@ -30,7 +30,7 @@ def between_blocks(cosines: PairwiseCosine, no_heads: str = "") -> dict[str, Any
     """values, stderr, ci95, details and nulls of a block × block similarity, as a MetricResult takes them.
 
     `no_heads` says why its vectors have no heads to confuse; empty where they have. `beyond_p` of the nulls is that of
-    `beyond`: that the pair is more alike than with the wrong tokens; 1 where the difference is within rounding.
+    `beyond`: that the pair is more alike than the chance level; 1 where the difference is within rounding.
     """
     real, real_error, n = cosines.mean("real")
     token, moments = cosines.mean("other_token")[0], cosines.moments()
@@ -73,7 +73,7 @@ def with_reasons(
             values[name] = None
             reasons.setdefault(name, ONE_IMAGE if name == "other_image" else "undefined: there is nothing to compare with")
         if name == "kappa" and values[name] is None:
-            reasons[name] = "undefined: the wrong-token null is 1 itself, so that nothing is left to agree beyond it"
+            reasons[name] = "undefined: the chance level is 1 itself, so that nothing is left to agree beyond it"
     if (corrected := values.get("kappa")) is not None:
         without = np.isfinite(corrected) & ~np.isfinite(kappa_ci95).all(-1) if kappa_ci95 is not None else None
         if without is None:
@@ -90,12 +90,12 @@ def with_reasons(
 
 
 def untrained_only() -> Nulls:
-    """For a metric that is no similarity: the untrained twin is all there is to compare with."""
+    """For a metric that is no similarity: the untrained copy is all there is to compare with."""
     return Nulls(values={"untrained": None}, images={}, reasons={"untrained": NO_TWIN})
 
 
 def with_twins(result: MetricResult, twins: Mapping[int, MetricResult], images: int, reason: str = "") -> MetricResult:
-    """The result with the mean over its untrained twins by seed, or with the reason why there are none.
+    """The result with the mean over its untrained copies by seed, or with the reason why there are none.
 
     `ci95["untrained"]` of the nulls is the twins' interval over their images. They saw the same images, so that the mean of
     their intervals is taken, which is never too narrow; it says nothing of seeds. With several twins `untrained_seeds` holds

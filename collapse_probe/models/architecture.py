@@ -41,7 +41,7 @@ class Architecture:
     embedding_std: float | None = None
 
     def build(self, seed: int) -> Any:
-        """The model with fresh weights, drawn under `seed`; the global generators stay as they were.
+        """The model with fresh parameters, drawn under `seed`; the global generators stay as they were.
 
         Raises ModelError or SettingError for an architecture that cannot be.
         """

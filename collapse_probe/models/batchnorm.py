@@ -26,7 +26,7 @@ def recalibrated(
 ) -> Subject:
     """The subject with the BatchNorm statistics of its model re-estimated in place over `count` batches of the images.
 
-    The batches are a seeded draw from `images`, an ImageSet. The untrained twin is treated alike. With `count` 0 nothing is
+    The batches are a seeded draw from `images`, an ImageSet. The untrained copy is treated alike. With `count` 0 nothing is
     done; the notes say what was done, also where a model has no BatchNorm2d. SettingError for images that can be run through
     only once, or a negative count.
     """

@@ -29,7 +29,7 @@ class Subject:
     `source` is the key of the table of sources, `name` the name there, `weights` says which weights it holds (a tag, or
     "random (seed 0)", or "checkpoint"). `img_size` is the size that was asked for, None where the model's own is taken;
     `blocks_pattern`, as in a shell, names the paths of its blocks where they are not found.
-    `fresh(seed)` makes the same architecture with fresh weights, in eval mode; None where
+    `fresh(seed)` makes the same architecture with fresh parameters, in eval mode; None where
     that is not possible. `loading` says what of a checkpoint went into `model`, by the names of `model`; `training_data`
     on what its weights were trained, as `split_data` takes it, None where that is not known. `request` holds the arguments of
     `resolve` that made it out of an address, None for a module of the caller's.
@@ -188,7 +188,7 @@ def resolve(
         if blueprint.fixed:
             other = _make(blueprint, request, False, seed + 1)
             if all(torch.equal(a, b) for a, b in zip(twin.parameters(), other.parameters(), strict=True)):
-                raise ModelError(f"{request.address!r} makes the same weights whatever the seed: no untrained twin")
+                raise ModelError(f"{request.address!r} makes the same weights whatever the seed: no untrained copy")
         return twin
 
     plain = Subject(
@@ -258,7 +258,7 @@ def _fixes_of(
 
 def fetching_weights(request: Request, hub: bool) -> AbstractContextManager[None]:
     """Turn a failed download of weights into one line, see `downloads.fetching`."""
-    way_out = "use --no-pretrained for fresh weights, or --checkpoint FILE for your own"
+    way_out = "use --no-pretrained for fresh parameters, or --checkpoint FILE for your own"
     return fetching(f"weights of {request.address!r}", ModelError, way_out, hub=hub)
 
 
@@ -294,7 +294,7 @@ def _unknown(name: str, scheme: str | None) -> str:
 def _make(blueprint: Blueprint, request: Request, trained: bool, seed: int) -> nn.Module:
     """A model in eval mode; ModelError where it cannot be made, or has no modules to look into."""
     if trained and blueprint.trained is None and blueprint.fixed is None:
-        ways = "use --no-pretrained for fresh weights or --checkpoint FILE for your own"
+        ways = "use --no-pretrained for fresh parameters or --checkpoint FILE for your own"
         raise ModelError(f"there are no trained weights of {request.address!r}; {ways}")
     try:
         with torch_seeded(seed):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from collapse_probe.statistics.intervals import Array
 
 SHADES = 256
+ANCHORS = 52  # of a part of a ramp
 LIGHT = 0.245  # a relative luminance from which white and ink, of 0.033, are equally far
 
 
@@ -48,15 +49,22 @@ class Ramp:
         """`count` codes along the ramp, its two ends left out."""
         return [self.codes[at] for at in self.index(np.arange(1, count + 1) / (count + 1)).tolist()]
 
+    def before(self, other: Ramp) -> Ramp:
+        """A ramp that comes from the end of this one to its start, where `other` begins: two of as many anchors."""
+        return Ramp((*self.anchors[::-1], *other.anchors[1:]))
+
     def upto(self, end: float) -> Ramp:
         """The ramp from its start to the position `end`."""
-        return Ramp(tuple(self.codes[at][1:] for at in self.index(np.linspace(0, end, len(self.anchors))).tolist()))
+        return Ramp(tuple(self.codes[at][1:] for at in self.index(np.linspace(0, end, ANCHORS)).tolist()))
 
 
 def ramp(anchors: str) -> Ramp:
     """A ramp of anchors with blanks between them."""
     return Ramp(tuple(anchors.split()))
 
+
+AMBER = ramp("def5e5 efe6c9 f3cf9d eeb16c e09144 cb7228 ad5716 8a400d 66300c 4a260d")
+"""From the first colour of MAKO to dark amber."""
 
 # seaborn's mako_r, vlag and flare
 MAKO = ramp(

@@ -11,8 +11,8 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-from collapse_probe.report.colours import MAKO, VLAG, Ramp
-from collapse_probe.report.sheet import INK, LETTER, SWATCH, Key, Sheet, coordinate, words
+from collapse_probe.report.colours import AMBER, MAKO, Ramp
+from collapse_probe.report.sheet import LETTER, SWATCH, Key, Sheet, coordinate, words
 from collapse_probe.statistics.intervals import Array
 
 MOST_NUMBERED = 13  # cells a side, twelve blocks and one depth: more leave no room for a number in each
@@ -21,7 +21,8 @@ LEFT, RIGHT, TOP, BOTTOM = 44.0, 46.0, 30.0, 38.0  # pixels around a matrix
 LINE = 15.0  # pixels from line to line of a title
 WIDTH, SLIM, MANY = 390.0, 290.0, 2  # of a panel, that of a phone; where more than so many stand in a row
 HATCH, PAPER = "#b9c1c8", "#eef1f3"  # an undefined cell
-UNDEFINED = "hatched: not compared, or undefined (as κ is wherever the other-token null is 1)"
+ON_CELLS = "#22303d"  # letters on cells, whose colours are the same in the dark
+UNDEFINED = "hatched: not compared, or undefined (as κ is where the chance level is 1)"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Scale:
 
 
 UNSIGNED = Scale(0.0, 1.0, MAKO.upto(0.82))  # without the darkest end, where differences near 1 drown in black
-SIGNED = Scale(-1.0, 1.0, VLAG)
+SIGNED = Scale(-1.0, 1.0, AMBER.upto(0.82).before(UNSIGNED.colours))
+"""From 0 up as UNSIGNED, so that a cosine and a κ of one size have one colour; below 0 amber."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Heatmap:
     """One matrix to draw: `values` [rows, columns], NaN where undefined; a dot in every cell that is `marked` says `mark`.
 
     `beside` holds further numbers of each cell by their names, [rows, columns] or intervals [rows, columns, 2]; they stand in
-    what a cell says when it is pointed at.
+    what a cell says when it is pointed at, and `name` what its own number is called there.
     """
 
     values: Array
@@ -59,6 +61,7 @@ class Heatmap:
     beside: Mapping[str, Array] = field(default_factory=dict)
     square: bool = True
     width: float = WIDTH
+    name: str = ""
 
     @property
     def cell(self) -> tuple[float, float]:
@@ -92,33 +95,66 @@ class Heatmap:
 
     def body(self, name: str) -> str:
         """Cells with what they say, numbers where they fit, dots, axes, and the colour bar."""
+        return self.drawn(name, (self,))
+
+    def drawn(self, name: str, maps: Sequence[Heatmap]) -> str:
+        """The axes and cells of this one with the colours of `maps` (of its size, first itself), each with words of its own."""
         (wide, tall), (rows, columns) = self.cell, self.values.shape
         width, height = wide * columns, tall * rows
-        parts = [words(line, LEFT, 16 + LINE * at, size=12) for at, line in enumerate(self.lines)]
-        parts.append(f'<g transform="translate({coordinate(LEFT)} {coordinate(self.top)})">')
-        parts += [hatched(name, width, height)] if not np.isfinite(self.values).all() else []
-        parts.append(f'<g transform="scale({wide:.6g} {tall:.6g})" shape-rendering="crispEdges">{self._cells()}</g>')
-        parts += [self._numbers(), self._dots(), self._axes(width, height), self._bar(width, height), "</g>"]
-        return "".join(parts)
+        top = max(each.top for each in maps)
+        hole = not all(np.isfinite(each.values).all() for each in maps)
+        groups = [each._seen(width, height, len(maps) > 1, at) for at, each in enumerate(maps)]
+        return "".join(
+            [
+                f'<g transform="translate({coordinate(LEFT)} {coordinate(top)})">',
+                hatched(name, width, height) if hole else "",
+                f'<g class="cells" data-rows="{escape(self.rows)}" data-columns="{escape(self.columns)}"',
+                f' data-across="{columns}" transform="scale({wide:.6g} {tall:.6g})" shape-rendering="crispEdges">',
+                f"{self._cells(maps)}</g>",
+                self._axes(width, height),
+                *groups,
+                "</g>",
+            ]
+        )
 
-    def _cells(self) -> str:
-        codes, shades = self.scale.colours.codes, self.scale.index(self.values)
+    def _seen(self, width: float, height: float, one_of_several: bool, at: int) -> str:
+        """What is seen of this matrix alone: title, numbers, dots and colour bar."""
+        down = -self.top + 16
+        title = "".join(words(line, 0, down + LINE * row, size=12) for row, line in enumerate(self.lines))
+        inside = f"{title}{self._numbers()}{self._dots()}{self._bar(width, height)}"
+        return f'<g class="view v{at}">{inside}</g>' if one_of_several else inside
+
+    def _cells(self, maps: Sequence[Heatmap]) -> str:
+        fills = [each._fills() for each in maps]
         says = self._says()
         rows, columns = self.values.shape
-        whole = np.isfinite(self.values).tolist()
-        return "".join(
-            f'<path fill="{codes[shades[r, c]]}" d="M{c} {r}h1v1h-1z"><title>{says[r][c]}</title></path>'
-            if whole[r][c]
-            else f'<path fill="none" pointer-events="all" d="M{c} {r}h1v1h-1z"><title>{says[r][c]}</title></path>'
-            for r in range(rows)
-            for c in range(columns)
+        cells = []
+        for r in range(rows):
+            for c in range(columns):
+                first = fills[0][r][c]
+                more = ";".join(f"--v{at}:{each[r][c]}" for at, each in enumerate(fills[1:], start=1))
+                look = f'fill="{first}"{" pointer-events=" + chr(34) + "all" + chr(34) if first == "none" else ""}'
+                style = f' style="{more}"' if more else ""
+                cells.append(f'<path {look}{style} d="M{c} {r}h1v1h-1z"><title>{says[r][c]}</title></path>')
+        return "".join(cells)
+
+    def _fills(self) -> list[list[str]]:
+        """The colour of each cell, none where undefined."""
+        codes, shades, whole = (
+            self.scale.colours.codes,
+            self.scale.index(self.values).tolist(),
+            np.isfinite(self.values).tolist(),
         )
+        return [
+            [codes[shade] if known else "none" for shade, known in zip(*row, strict=True)]
+            for row in zip(shades, whole, strict=True)
+        ]
 
     def _says(self) -> list[list[str]]:
         """What each cell says: where it is, its number, and those of `beside` that are defined."""
         down, along = (escape(axis.partition(" (")[0]) for axis in (self.rows, self.columns))
         same = down == along
-        columns: list[tuple[str, list[list[str]]]] = [("", _texts(self.values))]
+        columns = [(f"{escape(self.name)} " if self.name else "", _texts(self.values))]
         columns += [(f"{escape(name)} ", _texts(values)) for name, values in self.beside.items()]
         found = []
         for r in range(self.values.shape[0]):
@@ -137,10 +173,10 @@ class Heatmap:
         if not self.square or max(self.values.shape) > MOST_NUMBERED or size < SMALLEST_NUMBER:
             return ""
         dark = np.asarray(self.scale.colours.dark)[self.scale.index(self.values)]
-        groups = {INK: "", "#fff": ""}
+        groups = {ON_CELLS: "", "#fff": ""}
         for r, c in np.argwhere(np.isfinite(self.values)).tolist():
             x, y = coordinate((c + 0.5) * wide), coordinate((r + 0.5) * tall + 0.36 * size)
-            groups["#fff" if dark[r, c] else INK] += f'<text x="{x}" y="{y}">{short(self.values[r, c])}</text>'
+            groups["#fff" if dark[r, c] else ON_CELLS] += f'<text x="{x}" y="{y}">{short(self.values[r, c])}</text>'
         look = f'font-size="{size:.3g}" text-anchor="middle" pointer-events="none"'
         return "".join(f'<g fill="{colour}" {look}>{texts}</g>' for colour, texts in groups.items() if texts)
 
@@ -174,6 +210,28 @@ class Heatmap:
         return colour_bar(self.scale.colours, (width + 8, 0, 7, height), _ends(self.scale))
 
 
+@dataclass(frozen=True)
+class Switch:
+    """Matrices of one shape in one place; a page shows one at a time, and the cells of the first say the numbers of all."""
+
+    maps: tuple[Heatmap, ...]
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height in pixels."""
+        first, top = self.maps[0], max(each.top for each in self.maps)
+        return first.width, first.size[1] - first.top + top
+
+    @property
+    def label(self) -> str:
+        """What can be shown, in words."""
+        return "; ".join(each.label for each in self.maps)
+
+    def body(self, name: str) -> str:
+        """The first matrix, with the colours and words of the others beside its own."""
+        return self.maps[0].drawn(name, self.maps)
+
+
 def _ends(scale: Scale) -> dict[float, str]:
     return {at: f"{scale.low + at * (scale.high - scale.low):g}".replace("-", "−") for at in (0.0, 0.5, 1.0)}
 
@@ -203,7 +261,7 @@ def _texts(values: Array) -> list[list[str]]:
     if values.ndim == 3:
         lows, highs = (_texts(values[..., end]) for end in (0, 1))
         pairs = (zip(low, high, strict=True) for low, high in zip(lows, highs, strict=True))
-        return [[f"{a} … {b}" if a and b else "" for a, b in row] for row in pairs]
+        return [[f"[{a}, {b}]" if a and b else "" for a, b in row] for row in pairs]
     return [[cell_number(value) for value in row] for row in values.tolist()]
 
 
@@ -272,14 +330,31 @@ def undefined_key() -> Key:
     return Key(UNDEFINED, f'<path fill="{PAPER}" d="M2 1h26v10h-26z"/><path stroke="{HATCH}" d="{lines}"/>')
 
 
-def grid(places: Sequence[Heatmap | None], columns: int) -> Sheet:
-    """Matrices in rows of `columns`, None leaving a gap; a key explains hatching and dots."""
-    panels = [panel for panel in places if panel is not None]
+def grid(places: Sequence[Heatmap | Switch | None], columns: int, views: Sequence[str] = ()) -> Sheet:
+    """Matrices in rows of `columns`, None leaving a gap; a key explains hatching and dots.
+
+    `views` are the words of the switch for those that share a place; the figure's file has them side by side.
+    """
+    apart = [each.maps if isinstance(each, Switch) else (each,) for each in places]
     found: dict[str, Key] = {}
-    if any(not np.isfinite(panel.values).all() for panel in panels):
-        found[UNDEFINED] = undefined_key()
-    for panel in panels:
+    for panel in (panel for maps in apart for panel in maps if panel is not None):
+        if not np.isfinite(panel.values).all():
+            found[UNDEFINED] = undefined_key()
         if panel.marked is not None and panel.marked.any():
             found[panel.mark] = Key(panel.mark, f'<circle cx="{SWATCH[0] / 2:g}" cy="{SWATCH[1] / 2:g}" r="1.8"/>')
-    sized = (replace(panel, width=SLIM) if panel is not None and columns > MANY else panel for panel in places)
-    return Sheet(tuple(sized), columns, below=tuple(found.values()))
+    below = tuple(found.values())
+    whole = Sheet(tuple(_sized(each, columns) for each in places), columns, below=below, views=tuple(views))
+    if not views:
+        return whole
+    most = max(map(len, apart))
+    filed = [each for maps in apart for each in (*maps, *[None] * (most - len(maps)))]
+    return replace(whole, filed=Sheet(tuple(_sized(each, most) for each in filed), most, below=below))
+
+
+def _sized(panel: Heatmap | Switch | None, columns: int) -> Heatmap | Switch | None:
+    """The panel as wide as it may be in a row of so many."""
+    if panel is None or columns <= MANY:
+        return panel
+    if isinstance(panel, Switch):
+        return Switch(tuple(replace(each, width=SLIM) for each in panel.maps))
+    return replace(panel, width=SLIM)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
 import io
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 from PIL import Image
 
 from collapse_probe.files import FIGURE_FOLDER, PAGE
 from collapse_probe.report.photographs import Photographs, data_url
 from collapse_probe.report.sheet import Sheet
 from collapse_probe.results.findings import Findings
+from collapse_probe.results.glossary import GLOSSARY
 from collapse_probe.results.readings import weights_only
-from collapse_probe.results.text import plain
+from collapse_probe.results.text import plain, visible
 
 Figure = Sheet | Photographs
 """What a page shows and its folder holds: panels as SVG, or photographs as one picture."""
@@ -68,12 +74,21 @@ class Plate:
 def looked_at(findings: Findings) -> str:
     """The images that findings are of, in words."""
     if weights_only(findings):
-        return "weights alone, no images"
+        return "parameters alone, no images"
     return f"{plain(findings.data.get('images'))} images of {plain(findings.data.get('address'))}"
 
 
 def paper(template: str, **content: Any) -> str:
     """The page that `template` makes of `content`; templates share one layout and the macros for tables and figures."""
+    environment = _environment().overlay()
+    linked: set[str] = set()
+    environment.filters["linked"] = functools.partial(_linked, linked)
+    script, policy = _script()
+    return environment.get_template(template).render(script=Markup(script), policy=policy, glossary=GLOSSARY, **content)
+
+
+@functools.cache
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("collapse_probe.report", "templates"),
         autoescape=True,
@@ -81,7 +96,34 @@ def paper(template: str, **content: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(**content)
+    environment.filters["visible"] = visible
+    return environment
+
+
+@functools.cache
+def _script() -> tuple[str, str]:
+    """The script of every page, and the policy that lets this script run and nothing else, and nothing be fetched."""
+    text = (Path(__file__).parent / "templates" / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+    return text, f"default-src 'none'; script-src 'sha256-{digest}'; {POLICY}"
+
+
+POLICY = "img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+SPELLINGS = {spelling: term.anchor for term in GLOSSARY for spelling in (term.word, *term.also)}
+SPELLING = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, sorted(SPELLINGS, key=len, reverse=True)))})(?![\w-])")
+
+
+def _linked(linked: set[str], text: str) -> Markup:
+    """`text` as HTML, each word of the glossary linked to its meaning where the page says it first."""
+
+    def link(found: re.Match[str]) -> str:
+        anchor = SPELLINGS[found[0]]
+        if anchor in linked:
+            return found[0]
+        linked.add(anchor)
+        return f'<a class="term" href="#{anchor}">{found[0]}</a>'
+
+    return Markup(SPELLING.sub(link, str(escape(text))))
 
 
 def write_page(folder: str | Path, figures: Mapping[str, Figure], page: str) -> Path:

@@ -40,16 +40,40 @@ def words(
     return f'<text x="{coordinate(x)}" y="{coordinate(y)}"{look}>{escape(text, quote=False)}</text>'
 
 
-def drawing(inside: str, width: float, height: float, *, label: str = "", place: tuple[float, float] | None = None) -> str:
-    """An `svg` element around `inside`, named by `label` for who cannot see it; at `place` within another one."""
+def drawing(
+    inside: str, width: float, height: float, *, label: str = "", data: str = "", place: tuple[float, float] | None = None
+) -> str:
+    """An `svg` element around `inside`, named by `label` for who cannot see it; at `place` within another one.
+
+    `data` is JSON for the page's script.
+    """
     look = f'class="{MADE_BY}" fill="{INK}" stroke-linejoin="round"'
     box = f'viewBox="0 0 {coordinate(width)} {coordinate(height)}"'
     if place is None:
         named = f' role="img" aria-label="{escape(label)}"' if label else ""
+        named += f' data-chart="{escape(data)}"' if data else ""
         return f'<svg xmlns="http://www.w3.org/2000/svg" {box} {look}{named}>{inside}</svg>'
     x, y = map(coordinate, place)
     size = f'x="{x}" y="{y}" width="{coordinate(width)}" height="{coordinate(height)}"'
     return f"<svg {size} {box} {look}>{inside}</svg>"
+
+
+TAGS, CODES = re.compile(r"<[^>]*>"), re.compile(r'aria-label="[^"]*"|#[0-9a-f]{6}\b')
+THEME = {
+    **{INK: "ink", MUTED: "muted", FAINT: "faint", "#9aa5ae": "axis", "#ffffff": "ground", "#b9c1c8": "hatch"},
+    **{"#eef1f3": "hole", "#6b7680": "copy", "#0b5fa5": "c1", "#d55e00": "c2", "#01855f": "c3", "#b5579b": "c4"},
+    **{"#8a6d00": "c5", "#5b4fa2": "c6", "#a8322d": "c7", "#4a7f87": "c8"},
+}
+"""The variable of a page's style for each colour that is another one in the dark; those of matrices stay."""
+
+
+def themed(svg: str) -> str:
+    """Colours of THEME as variables of a page's style; words stay as they are, and so does what a label says."""
+
+    def variable(found: re.Match[str]) -> str:
+        return f"var(--{THEME[found[0]]})" if found[0] in THEME else found[0]
+
+    return TAGS.sub(lambda tag: CODES.sub(variable, tag[0]), svg)
 
 
 class Panel(Protocol):
@@ -79,8 +103,8 @@ class Key:
 
     @property
     def picture(self) -> str:
-        """The swatch as an element of its own."""
-        return drawing(self.swatch, *SWATCH)
+        """The swatch as an element of a page."""
+        return themed(drawing(self.swatch, *SWATCH))
 
 
 @dataclass(frozen=True)
@@ -90,18 +114,20 @@ class Part:
     body: str
     size: tuple[float, float]
     label: str
+    data: str = ""
 
     @property
     def text(self) -> str:
-        """The panel as an `svg` element."""
-        return drawing(self.body, *self.size, label=self.label)
+        """The panel as an `svg` element of a page."""
+        return themed(drawing(self.body, *self.size, label=self.label, data=self.data))
 
 
 @dataclass(frozen=True)
 class Sheet:
     """A figure: panels in rows of `columns`, None leaving a gap, keys above them and beneath.
 
-    `name` begins every id; `small` panels stay several in a row on a phone.
+    `name` begins every id; `small` panels stay several in a row on a phone. `views` are the words of a switch between what its
+    panels show; the file, which has no switch, then holds `filed`.
     """
 
     places: tuple[Panel | None, ...]
@@ -110,11 +136,14 @@ class Sheet:
     below: tuple[Key, ...] = ()
     small: bool = False
     name: str = "figure"
+    views: tuple[str, ...] = ()
+    filed: Sheet | None = None
     suffix = "svg"
 
     def called(self, name: str) -> Sheet:
         """The same under a name."""
-        return replace(self, name=re.sub(r"[^\w-]", "_", name))
+        safe = re.sub(r"[^\w-]", "_", name)
+        return replace(self, name=safe, filed=None if self.filed is None else replace(self.filed, name=safe))
 
     @property
     def panels(self) -> list[Panel]:
@@ -125,12 +154,16 @@ class Sheet:
     def parts(self) -> list[Part | None]:
         """Every panel drawn, once."""
         return [
-            None if panel is None else Part(panel.body(f"{self.name}-{at}"), panel.size, panel.label)
+            None
+            if panel is None
+            else Part(panel.body(f"{self.name}-{at}"), panel.size, panel.label, getattr(panel, "data", ""))
             for at, panel in enumerate(self.places)
         ]
 
     def content(self) -> bytes:
-        """All of it as one file, the parts as the page has them."""
+        """All of it as one file, the parts as the page has them, those of a switch side by side."""
+        if self.filed is not None:
+            return self.filed.content()
         sizes = [(0.0, 0.0) if part is None else part.size for part in self.parts]
         rows = [range(at, min(at + self.columns, len(sizes))) for at in range(0, len(sizes), self.columns)]
         wide = max(width for width, _ in sizes)

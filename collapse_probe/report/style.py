@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ P = ParamSpec("P")
 Drawn = TypeVar("Drawn", bound="Sheet | None")
 
 
+HEAD = "one head"  # what a dot among those of all heads stands for
 WIDE, SLIM = 4.2, 3.1  # inches of a panel: a phone's width, half a desk's or a third
 EDGE, TICK, LETTER = 4.0, 7.5, 0.64  # points around what is drawn, and between axis and words; a digit, of the font size
 STYLE: dict[str, Any] = {
@@ -73,12 +75,12 @@ class Role:
 
 
 ROLES: dict[str, Role] = {
-    "measured": Role("measured (95 % interval)", "#0b5fa5", marker="o", width=2.0),
-    "untrained": Role("untrained twin", "#6b7680", (0, (5, 2))),
-    "other_token": Role("other token", "#d55e00", (0, (1.2, 1.2)), width=1.8),
-    "other_image": Role("other image", "#01855f", (0, (6, 1.5, 1.2, 1.5))),
-    "other_head": Role("other head", "#b5579b", (0, (3, 1.2))),
-    "other_key": Role("other key", "#8a6d00", (0, (2, 1, 1, 1, 1, 1))),
+    "measured": Role("measured (95 % CI)", "#0b5fa5", marker="o", width=2.0),
+    "untrained": Role("untrained copy", "#6b7680", (0, (5, 2))),
+    "other_token": Role("chance level (other tokens)", "#d55e00", (0, (1.2, 1.2)), width=1.8),
+    "other_image": Role("other images", "#01855f", (0, (6, 1.5, 1.2, 1.5))),
+    "other_head": Role("other heads", "#b5579b", (0, (3, 1.2))),
+    "other_key": Role("other keys", "#8a6d00", (0, (2, 1, 1, 1, 1, 1))),
 }
 
 
@@ -122,6 +124,30 @@ class Chart:
         about = f"{title or self.axes.get_ylabel()} along {self.axes.get_xlabel()}".replace("\n", " ").strip()
         return f"{about}: {', '.join(lines)}" if lines else about
 
+    @property
+    def data(self) -> str:
+        """Every named line that runs over blocks, depths or other numbers, and where in the drawing its points are, as JSON."""
+        lines = {}
+        for line in self.axes.get_lines():
+            x, y = (np.ma.filled(np.ma.asarray(part, dtype=np.float64), np.nan) for part in line.get_data())
+            label = str(line.get_label())
+            if not label.startswith("_") and label != HEAD and len(x) > 1:
+                lines[label] = [hexes(line.get_color())[0], _few(x), _few(y)]
+        if not lines:
+            return ""
+        _settle(self.figure)
+        logs = [axis == "log" for axis in (self.axes.get_xscale(), self.axes.get_yscale())]
+        start, end = (10.0 if log else 1.0 for log in logs), (1.0 if log else 0.0 for log in logs)
+        corners = self.axes.transData.transform([tuple(end), tuple(start)]) * 72 / self.figure.dpi
+        (x0, y0), (x1, y1) = corners.tolist()
+        height = self.size[1]
+        along = self.axes.get_xlabel().partition(" ")[0]
+        place = {
+            "x": [round(x0, 2), round(x1 - x0, 4), int(logs[0])],
+            "y": [round(height - y0, 2), round(y0 - y1, 4), int(logs[1])],
+        }
+        return json.dumps({"of": along, **place, "lines": lines}, ensure_ascii=False, separators=(",", ":"))
+
     def body(self, name: str) -> str:
         """The drawing as SVG, with text as text and no date; every id that is needed begins with `name`."""
         with in_style():
@@ -131,6 +157,11 @@ class Chart:
             svg.print_svg(buffer, metadata={"Date": None, "Creator": None})
             self.figure.set_canvas(canvas)
         return _lean(buffer.getvalue(), name)
+
+
+def _few(values: Array) -> list[float | None]:
+    """Four digits of each value; None where undefined."""
+    return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values.tolist()]
 
 
 def _settle(figure: Figure) -> None:
@@ -303,7 +334,7 @@ def _outline(path: Any, scale: float) -> str:
 def dots_of_heads(axes: Axes, x: Array, values: Array) -> None:
     """Every head of every block as a pale dot; `values` [blocks, heads]."""
     look = {"color": ROLES["measured"].colour, "alpha": 0.3, "markersize": 6, "markeredgewidth": 0, "zorder": 1}
-    axes.plot(np.repeat(x, values.shape[1]), values.ravel(), ".", label="one head", **look)  # type: ignore[arg-type]
+    axes.plot(np.repeat(x, values.shape[1]), values.ravel(), ".", label=HEAD, **look)  # type: ignore[arg-type]
 
 
 def over_blocks(axes: Axes, x: Array, label: str, most: int = 16) -> None:
@@ -331,7 +362,7 @@ def over_counts(axes: Axes, rows: Sequence[str], pairs: int) -> None:
 
 
 def mark_count(axes: Axes, y: float, count: Count, role: Role, twin: Role) -> None:
-    """One count as a mark at height `y` with the number above it and its interval as a bar; hollow: the untrained twin's."""
+    """One count as a mark at height `y` with the number above it and its interval as a bar; hollow: the untrained copy's."""
     axes.plot([count.value], [y], role.marker, color=role.colour, markersize=6, label=role.label, zorder=3)
     if count.untrained is not None:
         hollow: dict[str, Any] = {"markersize": 10.5, "markerfacecolor": "white", "zorder": 2}

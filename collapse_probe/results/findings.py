@@ -27,8 +27,8 @@ class Nulls:
     `values` maps untrained, other_token, other_image, other_head, kappa and (of rows of maps) other_key to arrays with the
     metric's dims, or to None where `reasons` says why; `images` says on how many images each was taken. `ci95` holds intervals
     [..., 2] of nulls by name, `kappa_ci95` that of kappa; `beyond_p` the one-sided p of every pair being more alike than its
-    null, `untrained_beyond_p` that in every untrained twin [seeds, ...]; `untrained_seeds` the `seeds` of several untrained
-    twins and how these spread (`sd`, `low`, `high`); `untrained_beyond`, by null, the highest over the untrained twins of their
+    null, `untrained_beyond_p` that in every untrained copy [seeds, ...]; `untrained_seeds` the `seeds` of several untrained
+    copies and how these spread (`sd`, `low`, `high`); `untrained_beyond`, by null, the highest over the copies of their
     own (real − null)/(1 − null).
     """
 

@@ -81,8 +81,8 @@ class Place:
 class Outcome:
     """How one rule came out. `value` and `ci` are those of the place that goes furthest among the places with this answer.
 
-    yes: it holds with the whole interval at one place at least, and goes further than chance agreement of the weights.
-    undecided: nowhere, but somewhere the interval holds the threshold, chance agreement of the weights reaches as far, or the
+    yes: it holds with the whole interval at one place at least, and goes further than chance agreement.
+    undecided: nowhere, but somewhere the interval holds the threshold, chance agreement reaches as far, or the
     images are too few (fewer than `FEWEST_IMAGES`, or for an interval). no: at every place the interval lies on the other side.
     `ci` is that of a single place; of pairs of blocks the intervals that cover all pairs together decide. not applicable: the
     number was not measured, is refused or undefined. `reason` says it in words; `axis` is pair, block, depth or
@@ -162,7 +162,7 @@ def _reason(rule: Rule, answer: Answer, places: tuple[Place, ...], quantity: Qua
     elif few is not None:
         why = f"{few} images are too few to judge by, at least {FEWEST_IMAGES} are needed"
     elif quantity.chance is not None and quantity.chance > rule.threshold and any(rule.holds(place.value) for place in here):
-        why = f"chance agreement of the weights reaches {quantity.chance:.2f} in this model"
+        why = f"chance agreement of the parameters reaches {quantity.chance:.2f} in this model"
     elif any(place.ci for place in here):
         why = f"the interval includes {rule.threshold:g}"
     else:

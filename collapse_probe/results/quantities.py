@@ -30,7 +30,7 @@ TAIL = 0.025
 """What an interval may miss at each end; over all pairs of blocks together, where a rule is about pairs."""
 LOWEST = 0.99
 ONE_SET = "decided by its value: a model has one set of weights, which is no sample"
-TWIN_EXACT = "the twin's own sampling error is not counted"
+TWIN_EXACT = "the copy's own sampling error is not counted"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Quantity:
     `places` are numbers of blocks or depths, as `axis` says; a pair of neighbouring blocks goes by the later one. Without
     `ci95` the number has no interval by its nature, and `note` says why; NaN there means that there are too few images.
     `simultaneous` [places, 2] covers all places together, and decides where it is given; `chance` is what a number must also
-    exceed to be told from chance agreement of the weights.
+    exceed to be told from chance agreement of the parameters.
     """
 
     values: Array
@@ -134,7 +134,7 @@ def kappa(findings: Findings, metric: str) -> Quantity:
 
 
 def same_row(findings: Findings, metric: str) -> Quantity:
-    """(row similarity − wrong-key null) / (1 − wrong-key null), in pairs of blocks where neither queries nor heads differ."""
+    """(row similarity − level of other keys) / (1 − that level), in pairs of blocks where neither queries nor heads differ."""
     shares = share_beyond("other_key")(findings, metric)
     untold = np.isfinite(pairs_of(findings).beyond_keys)
     if not untold.any():
@@ -163,18 +163,18 @@ def beyond_untrained(findings: Findings, metric: str) -> Quantity:
         result = require_result(findings, name)
         twins = {} if result.nulls is None else result.nulls.untrained_beyond
         if role not in twins:
-            absent = "no untrained twin was measured"
+            absent = "no untrained copy was measured"
             continue
         highest = np.maximum(np.nan_to_num(adjacent(result, twins[role])), 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             values[at] = ((pairs.share_of(kind) - highest) / (1 - highest))[at]
     if not np.isfinite(values).any():
         raise Absent(absent)
-    return _of_pairs(values, None, "decided by its value: the twins' own sampling error is not counted")
+    return _of_pairs(values, None, "decided by its value: the copies' own sampling error is not counted")
 
 
 def chance_of_weights(shares: Array) -> float:
-    """How far chance agreement of the weights reaches in a model, from the shares of all pairs of its blocks, [L, L] -> 0 … 1.
+    """How far chance agreement reaches in a model, from the shares of all pairs of its blocks, [L, L] -> 0 … 1.
 
     Blocks whose weights have nothing to do with one another agree by chance, and as often below as above what their tokens
     explain: so the negative shares measure chance by themselves, whatever the others are. The reach is `BEYOND_WEIGHTS` times
@@ -236,7 +236,7 @@ def cosine_at_last_depth(findings: Findings, metric: str) -> Quantity:
 
 
 def last_over_twin(findings: Findings, metric: str) -> Quantity:
-    """The number after the last block over that of the untrained twin."""
+    """The number after the last block over that of the untrained copy."""
     last, twin = at_last_depth(findings, metric), _last_of_twin(findings, metric)
     fresh = np.where(twin.values > 0, twin.values, np.nan)
     ci95 = quotient_bounds(last.values, last.reach, fresh, twin.reach)
@@ -244,7 +244,7 @@ def last_over_twin(findings: Findings, metric: str) -> Quantity:
 
 
 def last_less_twin(findings: Findings, metric: str) -> Quantity:
-    """The number after the last block less that of the untrained twin."""
+    """The number after the last block less that of the untrained copy."""
     last, twin = at_last_depth(findings, metric), _last_of_twin(findings, metric)
     more, reach = last.values - twin.values, np.hypot(last.reach, twin.reach)
     return replace(last, values=more, ci95=np.stack([more - reach, more + reach], axis=-1), note=twin.note)
@@ -257,7 +257,7 @@ def _last_of_twin(findings: Findings, metric: str) -> Quantity:
 
 
 def matrices_over_twin(findings: Findings, metric: str) -> Quantity:
-    """Each matrix's number over that of the untrained twin, mean over the matrices of a block."""
+    """Each matrix's number over that of the untrained copy, mean over the matrices of a block."""
     result = require_result(findings, metric)
     fresh = require_null(result, metric, "untrained")
     both = np.isfinite(result.array) & np.isfinite(fresh) & (fresh > 0)
@@ -276,7 +276,7 @@ def fact(holds: Callable[[Mapping[str, Any]], bool]) -> Reader:
 class Pairs:
     """The numbers of each neighbouring pair of blocks that its kind depends on; NaN where undefined or not measured.
 
-    Of columns: `raw`, the wrong-token `null` and `kappa`. Of rows: `row`, what it is between wrong heads and wrong keys, and
+    Of columns: `raw`, the wrong-token `null` and `kappa`. Of rows: `row`, what it is between other heads and other keys, and
     `queries`, the cosine between the rows of different queries of a block (the lower of the two blocks'). `share` is the
     entropy over log N, `order` the share under another order of the heads.
     """
@@ -293,12 +293,12 @@ class Pairs:
 
     @property
     def beyond_heads(self) -> Array:
-        """(row − wrong heads)/(1 − wrong heads)."""
+        """(row − other heads)/(1 − other heads)."""
         return beyond(self.row, self.row_head)
 
     @property
     def beyond_keys(self) -> Array:
-        """(row − wrong keys)/(1 − wrong keys), NaN where queries or heads differ enough to tell."""
+        """(row − other keys)/(1 − other keys), NaN where queries or heads differ enough to tell."""
         heads_tell = self.row_head <= BY_NAME["same-everywhere"].threshold
         ignoring = self.queries > BY_NAME["query-independent"].threshold
         return np.where(ignoring & ~heads_tell, beyond(self.row, self.row_key), np.nan)

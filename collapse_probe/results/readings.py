@@ -36,7 +36,7 @@ def not_loaded(model: Mapping[str, Any]) -> str:
     if not blocks:
         return ""
     rest = str(model.get("weights")).partition(IN_PART)[2]
-    what = "random weights" if rest.startswith(RANDOM) else f"weights that are not the checkpoint's ({rest})"
+    what = "random parameters" if rest.startswith(RANDOM) else f"weights that are not the checkpoint's ({rest})"
     one = len(blocks) == 1
     where = f"All {total} blocks hold" if len(blocks) == total else f"{len(blocks)} of {total} blocks hold{'s' if one else ''}"
     which = "" if len(blocks) == total else f" (block{'' if one else 's'} {spans(list(blocks))})"
@@ -92,7 +92,7 @@ def require_null(result: MetricResult, name: str, role: str) -> Array:
     """One null (or kappa) of metric `name`; raises Absent."""
     if (values := null_of(result, role)) is None:
         reasons = {} if result.nulls is None else result.nulls.reasons
-        what = {"untrained": "the untrained twin", "kappa": "kappa"}.get(role, f"the {role.replace('_', '-')} null")
+        what = {"untrained": "the untrained copy", "kappa": "kappa"}.get(role, f"the {role.replace('_', '-')} null")
         raise Absent(f"{what} of {name} was not measured: {reasons.get(role, 'it is defined nowhere')}")
     return values
 
@@ -150,7 +150,7 @@ def pair_count(findings: Findings, name: str = "similar-blocks") -> int:
 
 @dataclass(frozen=True)
 class Count:
-    """How many adjacent pairs are above the threshold `above`, with an interval [2], and the untrained twin's count."""
+    """How many adjacent pairs are above the threshold `above`, with an interval [2], and the untrained copy's count."""
 
     value: float
     above: float
@@ -159,7 +159,7 @@ class Count:
 
 
 def corrected_count(findings: Findings, name: str = "similar-blocks") -> Count | None:
-    """The null-corrected count of similar blocks, from the metric's details or (the plain one) else from the summary."""
+    """The κ count of similar blocks, from the metric's details or (the plain one) else from the summary."""
     result = result_of(findings, name)
     stored = {} if result is None else result.details.get("corrected", {})
     value = stored.get("value")
@@ -188,7 +188,7 @@ def counts_of(findings: Findings, name: str = "similar-blocks") -> dict[str, Cou
 class Entropy:
     """Attention entropy as a share of log N: 1 is uniform, 0 is one key; `keys` [L] is N.
 
-    `heads` [L, H], `mean` over heads [L], its `ci95` [L, 2], and the untrained twin's mean [L].
+    `heads` [L, H], `mean` over heads [L], its `ci95` [L, 2], and the untrained copy's mean [L].
     """
 
     keys: Array
@@ -220,7 +220,7 @@ def entropy_share(findings: Findings) -> Entropy | None:
 
 
 def untrained_summary(findings: Findings) -> Summary:
-    """The numbers of the summary that the untrained twin has too."""
+    """The numbers of the summary that the untrained copy has too."""
     numbers: dict[str, float | None] = {}
     for name, metric in (("attention_similarity", "attention-similarity"), ("feature_similarity", "feature-similarity")):
         if (result := result_of(findings, metric)) is not None:
@@ -239,7 +239,7 @@ def untrained_summary(findings: Findings) -> Summary:
 
 
 def against_seeds(result: MetricResult) -> str:
-    """Whether a block × block similarity is beyond what untrained twins of several seeds span; empty with one seed."""
+    """Whether a block × block similarity is beyond what untrained copies of several seeds span; empty with one seed."""
     spread = {} if result.nulls is None else result.nulls.untrained_seeds
     if not spread or result.values is None:
         return ""
@@ -248,6 +248,6 @@ def against_seeds(result: MetricResult) -> str:
         return ""
     where = "above" if real > high else "below" if real < low else "within"
     return (
-        f"neighbouring blocks of the model are alike at {number(real)}, {where} what {len(spread['seeds'])} untrained twins of "
-        f"different seeds span ({number(low)} to {number(high)}, mean of the lowest and of the highest of each pair)"
+        f"neighbouring blocks of the model are alike at {number(real)}, {where} what {len(spread['seeds'])} untrained copies "
+        f"of different seeds span ({number(low)} to {number(high)}, mean of the lowest and of the highest of each pair)"
     )

@@ -11,7 +11,7 @@ from collapse_probe.statistics.pair_tests import FEWEST_IMAGES as FEWEST_IMAGES 
 ROWS = "attention-similarity@row"
 OURS = "our convention"
 FACT = "a fact of the run"
-TWIN_HALF = f"{OURS}: half of what the same architecture has with fresh weights"
+TWIN_HALF = f"{OURS}: half of what the same architecture has with fresh parameters"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ RULES = (
     Rule(
         "shared-row",
         ROWS,
-        "(row similarity − wrong-head null) / (1 − wrong-head null)",
+        "(row similarity − level of other heads) / (1 − level of other heads)",
         "the two blocks share where each head attends, beyond what different heads share",
         "That tokens matter: rows may agree although they hardly depend on the query.",
         0.5,
@@ -62,7 +62,7 @@ RULES = (
     Rule(
         "same-row",
         ROWS,
-        "(row similarity − wrong-key null) / (1 − wrong-key null), where neither queries nor heads differ",
+        "(row similarity − level of other keys) / (1 − level of other keys), where neither queries nor heads differ",
         "every query of every head attends with the same row in both blocks",
         "That heads or tokens have anything of their own to share: nothing is left to tell that from.",
         0.5,
@@ -78,16 +78,16 @@ RULES = (
     Rule(
         "beyond-untrained",
         "attention-similarity",
-        "(share − that of untrained twins) / (1 − that of untrained twins), in pairs that share their attention",
-        "the two blocks share more than blocks of untrained twins do",
+        "(share − that of untrained copies) / (1 − that of untrained copies), in pairs that share their attention",
+        "the two blocks share more than blocks of untrained copies do",
         "Whether training or its starting point did it.",
         0.5,
-        source=f"{OURS}: half of what untrained twins leave",
+        source=f"{OURS}: half of what untrained copies leave",
     ),
     Rule(
         "columns-alike",
         "attention-similarity",
-        "wrong-token null with the block before (columns)",
+        "chance level with the block before (columns)",
         "columns are alike whichever tokens are compared, so that rows alone can tell whether blocks share them",
         "Whether two blocks attend to the same tokens.",
         0.9,
@@ -97,15 +97,15 @@ RULES = (
         ROWS,
         "cosine between the rows of different queries, the lower of the two blocks'",
         "every query attends alike, or nearly uniformly",
-        "Whether two blocks attend to the same tokens; the rows against their wrong-head null say that.",
+        "Whether two blocks attend to the same tokens; the rows against their level of other heads say that.",
         0.98,
     ),
     Rule(
         "same-everywhere",
         ROWS,
-        "wrong-head null with the block before (rows)",
+        "level of other heads with the block before (rows)",
         "all heads of both blocks attend with nearly the same row",
-        "That two blocks share more than any two heads do: the rows against their wrong-key null say that.",
+        "That two blocks share more than any two heads do: the rows against their level of other keys say that.",
         0.98,
     ),
     Rule(
@@ -149,7 +149,7 @@ RULES = (
         "That training was unstable, or that heads which attend to one key are useless.",
         0.1,
         direction="below",
-        source=f"{OURS}; the illness is named in arXiv 2303.06296",
+        source=f"{OURS}; the failure type is named in arXiv 2303.06296",
         spoken=True,
     ),
     _tokens(
@@ -164,9 +164,9 @@ RULES = (
     _half_of_twin(
         "less-diverse-than-untrained",
         "patch-diversity",
-        "patch diversity after the last block over that of the untrained twin",
+        "patch diversity after the last block over that of the untrained copy",
         "training has made the patches of an image more alike",
-        "That they are alike: a twin may start with very different patches.",
+        "That they are alike: a copy may start with very different patches.",
     ),
     _tokens(
         "constant-tokens",
@@ -191,21 +191,21 @@ RULES = (
     _half_of_twin(
         "less-high-frequency-than-untrained",
         "token-frequency@all",
-        "‖HC‖/‖DC‖ after the last block over that of the untrained twin",
+        "‖HC‖/‖DC‖ after the last block over that of the untrained copy",
         "training has made the tokens' mean outweigh their differences",
         "That attention is the filter: MLPs and norms move the mean as well.",
     ),
     _half_of_twin(
         "lower-rank-than-untrained",
         "token-rank",
-        "effective rank of the patches after the last block over that of the untrained twin",
+        "effective rank of the patches after the last block over that of the untrained copy",
         "training has left the patches of an image fewer directions",
         "That directions are missing: a network may need few, and a few long tokens lower the rank by themselves.",
     ),
     _tokens(
         "outlier-tokens",
         "token-norm@outliers",
-        "share of patches longer than their image's median + 6 MAD after the last block, less the untrained twin's",
+        "share of patches longer than their image's median + 6 MAD after the last block, less the untrained copy's",
         "training has made some patches far longer than the rest",
         "That they hold global information, or that registers would remove them.",
         0.01,
@@ -223,7 +223,7 @@ RULES = (
     _half_of_twin(
         "weights-lost-rank",
         "weight-rank",
-        "effective rank of a block's matrices over that of the untrained twin (mean over matrices)",
+        "effective rank of a block's matrices over that of the untrained copy (mean over matrices)",
         "training has left the weight matrices of a block fewer directions",
         "That the block could be smaller without loss.",
         level="weights",
@@ -231,12 +231,12 @@ RULES = (
     Rule(
         "rows-more-alike",
         "weight-similarity",
-        "mean absolute cosine between rows of a block's matrices over that of the untrained twin (mean over matrices)",
+        "mean absolute cosine between rows of a block's matrices over that of the untrained copy (mean over matrices)",
         "training has made the neurons of a block's matrices more alike",
         "That neurons are redundant: a mean over pairs hides which are.",
         2.0,
         level="weights",
-        source=f"{OURS}: twice what the same architecture has with fresh weights",
+        source=f"{OURS}: twice what the same architecture has with fresh parameters",
         spoken=True,
     ),
     _fact(
@@ -257,8 +257,8 @@ RULES = (
         "mixed-maps",
         "",
         "1 where the model changes its maps after the softmax, else 0",
-        "this model changes its maps after the softmax. The similarity is that of the changed maps, which multiply V "
-        "(weights); the softmax itself (the @probs metrics) may be more or less alike",
+        "this model changes its maps after the softmax. The similarity is that of the final maps, which multiply the "
+        "values; its softmax maps (the @probs metrics) may be more or less alike",
         "Which of the two matters.",
     ),
 )
@@ -273,7 +273,7 @@ BEYOND_WEIGHTS = 4.0  # how many times the root mean square of a model's negativ
 # Conventions of comparisons, interventions and the demonstration; all are ours.
 NOTABLE = 0.1  # a difference of similarity, or of kappa, that a sentence names
 FALSE_DISCOVERY_RATE = 0.05  # over the blocks of a metric, at which a difference counts
-OF_ARCHITECTURE = 0.5  # share of a contrast that untrained twins show as well, from which on it is the architecture's
+OF_ARCHITECTURE = 0.5  # share of a contrast that untrained copies show as well, from which on it is the architecture's
 ROUNDING = 1e-5
 """A model whose logits vary less than this over the images, as a share of the largest, gives the same output for all."""
 KEEPS_ANSWERS = 0.95  # share of unchanged top answers from which on a replacement costs little

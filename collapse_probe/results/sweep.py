@@ -48,7 +48,7 @@ class CellResult:
     """How one cell ended.
 
     `numbers` is the summary of its findings on the held-out images and `untrained` that of the same architecture with
-    fresh weights on the same images; both with `pairs`, the adjacent pairs of blocks that were counted. Seconds are of
+    fresh parameters on the same images; both with `pairs`, the adjacent pairs of blocks that were counted. Seconds are of
     training and of measuring. `reason` says why a cell failed.
     """
 

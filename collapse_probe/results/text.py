@@ -32,11 +32,20 @@ def sentence_case(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}"
 
 
+def visible(text: str) -> str:
+    """A name that somebody else chose, with its line breaks and marks of direction as text.
+
+    >>> visible("a\nb\u202ec")
+    'a⟨U+000A⟩b⟨U+202E⟩c'
+    """
+    return "".join(letter if letter == " " or letter.isprintable() else f"⟨U+{ord(letter):04X}⟩" for letter in text)
+
+
 def interval(ends: Sequence[float] | Array | None, digits: int = 3) -> str:
     """The two ends of an interval, or a dash."""
     if ends is None or not np.isfinite(np.asarray(ends, dtype=np.float64)).all():
         return DASH
-    return f"{number(ends[0], digits)} … {number(ends[1], digits)}"
+    return f"[{number(ends[0], digits)}, {number(ends[1], digits)}]"
 
 
 def p_value(p: float | None) -> str:

@@ -30,10 +30,10 @@ ILLNESSES = {
 """The rules that are a collapse of their own, and in which sense; without one across depth they are said first."""
 MOST_LISTED = 2  # rules or metrics that are named one by one
 OPEN = {
-    WEIGHTS_ONLY: "Only the weights were measured, without images: how alike attention maps or tokens are is not judged here.",
+    WEIGHTS_ONLY: "Only the parameters were measured, without images: how alike maps or tokens are is not judged here.",
     NOT_JUDGED: "Whether attention has collapsed across depth is not judged here: attention-similarity was not asked for.",
 }
-ONE_SET = "A model has one set of weights, which is no sample: numbers of the weights have no interval."
+ONE_SET = "A model has one set of parameters, which is no sample: their numbers have no interval."
 MEANS = {"weight-rank": "effective rank over the full one", "weight-similarity": "|cosine| between rows"}
 
 
@@ -121,13 +121,17 @@ def _not_applicable(findings: Findings, similarity: MetricResult) -> str:
 
 def not_heard(findings: Findings) -> list[str]:
     """A sentence on the blocks whose attention could not be captured; empty where there are none."""
-    names = [str(each["where"]) for each in findings.model.get("left_out") or () if str(each["why"]).startswith("not heard")]
+    names = [
+        str(each["where"])
+        for each in findings.model.get("left_out") or ()
+        if str(each["why"]).startswith(("not captured", "not heard"))
+    ]
     count = sum(len(each["blocks"]) for each in findings.model.get("left_out") or () if str(each["where"]) in names)
     if not names:
         return []
     if count < 2:
-        return [f"Block {names[0]} was not heard: its neighbours are not compared."]
-    return [f"Blocks {', '.join(names)} were not heard: their neighbours are not compared."]
+        return [f"Block {names[0]} could not be captured: its neighbours are not compared."]
+    return [f"Blocks {', '.join(names)} could not be captured: their neighbours are not compared."]
 
 
 def _uncompared(findings: Findings, kinds: tuple[str, ...]) -> list[Sentence]:
@@ -159,7 +163,7 @@ def _across_depth(findings: Findings, pairs: Pairs, kinds: tuple[str, ...], outc
     if own := [i for i in shared if i + 1 not in untrained]:
         more = _as_untrained(kinds, [i for i in shared if i not in own], total, "Besides, ")
         if set(outcomes["beyond-untrained"].at("no")) & {i + 1 for i in own if i in tied}:
-            more.append(("Untrained twins share their attention as much: it comes with the architecture.", "beyond-untrained"))
+            more.append(("Untrained copies share their attention as much: it comes with the architecture.", "beyond-untrained"))
         return _shared(pairs, kinds, own, total, [i for i in own if i in tied], more)
     if shared:
         why = _as_untrained(kinds, shared, total, "It cannot be told from the architecture whether attention has collapsed: ")
@@ -194,14 +198,14 @@ def _shared(
     where = f"in {len(shared)} of {_compared_pairs(total, kinds)}"
     first = f"Attention has collapsed across depth {where}: {what}."
     if len(tied) == len(shared):
-        first = f"Attention is the same across depth by construction {where}, which share their weights: {what}."
+        first = f"Attention is the same across depth by construction {where}, which share their parameters: {what}."
     sentences = [(first, names[0])]
     for name in names:
         at = [i for i in shared if kinds[i] == name]
         which = "There" if len(names) == 1 else f"In {numbered([i + 1 for i in at])}"
         sentences.append((f"{which} {_numbers_of(name, pairs, at)}", name))
     if tied and len(tied) < len(shared):
-        sentences.append((f"Of these, {numbered([i + 1 for i in tied])} share their weights with the block before.", "shared"))
+        sentences.append((f"Of these, {numbered([i + 1 for i in tied])} share parameters with the block before.", "shared"))
     return "query-independent" if ignoring else "shared", True, [*sentences, *more]
 
 
@@ -211,7 +215,7 @@ def _numbers_of(kind: str, pairs: Pairs, at: list[int]) -> str:
     return {
         "shared": f"the raw similarity is {_beyond_chance(pairs, at)}",
         "shared-row": f"rows agree at {row} between the same heads of the two blocks, and at {head} between other heads.",
-        "same-row": f"rows agree at {row} whichever queries and heads are compared, and at {key} between wrong keys.",
+        "same-row": f"rows agree at {row} whichever queries and heads are compared, and at {key} between other keys.",
         "other-order": (
             f"heads of the same number agree at {row} by rows; paired as they are most alike, they reach {order} of what other "
             "heads leave."
@@ -220,12 +224,12 @@ def _numbers_of(kind: str, pairs: Pairs, at: list[int]) -> str:
 
 
 def _as_untrained(kinds: tuple[str, ...], at: list[int], total: int, start: str) -> list[Sentence]:
-    """What is said, after `start`, of pairs that share their attention, and in untrained twins do so as well."""
+    """What is said, after `start`, of pairs that share their attention, and in untrained copies do so as well."""
     if not at:
         return []
     blocks = f"{numbered([i + 1 for i in at])} attend{'s' if len(at) == 1 else ''} like the block before"
     where = f"in {len(at)} of {_compared_pairs(total, kinds)} {blocks}"
-    return [(f"{start}{where}, and in untrained twins, whose weights are fresh, they do so about as much.", "beyond-untrained")]
+    return [(f"{start}{where}, and in untrained copies, with fresh parameters, they do so about as much.", "beyond-untrained")]
 
 
 def _query_independent(pairs: Pairs, kinds: tuple[str, ...], total: int) -> Depth:
@@ -304,16 +308,16 @@ def _not_shared(findings: Findings, pairs: Pairs, kinds: tuple[str, ...], total:
 def _on_average(findings: Findings, pairs: Pairs) -> str:
     """The numbers of the pairs on average, with the interval of kappa where it is not above 0."""
     ends = [findings.summary.get(f"kappa_adjacent_ci_{end}") for end in ("low", "high")]
-    sure = "" if None in ends else f", 95 % {interval([end for end in ends if end is not None])}"
+    sure = "" if None in ends else f", 95 % CI {interval([end for end in ends if end is not None])}"
     return f"Neighbouring blocks have a raw similarity of {_beyond_chance(pairs, list(range(len(pairs.raw))), sure)}"
 
 
 def _beyond_chance(pairs: Pairs, at: list[int], sure: str = "") -> str:
-    """Raw similarity, the wrong-token null and kappa of the pairs `at`; `sure`: the interval of kappa in words."""
+    """Raw similarity, the chance level and kappa of the pairs `at`; `sure`: the interval of kappa in words."""
     raw, null, kappa = mean(pairs.raw[at]), mean(pairs.null[at]), mean(pairs.kappa[at])
-    text = f"{number(raw)}, and {number(null)} with the wrong tokens, which is the chance level"
+    text = f"{number(raw)}, against a chance level (other tokens) of {number(null)}"
     if kappa is None:
-        return f"{text}; κ is undefined, because nothing is left above that level."
+        return f"{text}: κ is undefined, because nothing is left above that level."
     if kappa <= 0:
         return f"{text}: on average nothing agrees beyond chance (κ {number(kappa)}{sure})."
     return f"{text}: of the agreement that chance cannot explain, {_percent(kappa)} is reached (κ {number(kappa)})."
@@ -379,7 +383,7 @@ def _mean_of_weights(result: MetricResult) -> str:
     parts = [part for part in (result.values, null_of(result, "untrained")) if part is not None]
     own, *fresh = (number(mean(adjacent(result, part) if len(set(result.dims)) == 1 else part / scale)) for part in parts)
     seeds = {} if result.nulls is None else result.nulls.untrained_seeds or {}
-    twin = f"mean of {len(seeds['seeds'])} untrained twins" if seeds else "untrained twin"
+    twin = f"mean of {len(seeds['seeds'])} untrained copies" if seeds else "untrained copy"
     return f"{own} ({twin} {fresh[0]})" if fresh else own
 
 

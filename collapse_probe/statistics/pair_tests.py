@@ -24,7 +24,7 @@ ASSUMPTION = (
     "The test is of one set of weights: whether the mean similarity of the right tokens is above that of the wrong ones over "
     "all images like these, of which the measured ones are an independent sample. A significant pair is more alike than "
     "chance, however little (κ says how much), and pairs of untrained networks pass as well: what counts is how many more "
-    "pass than in the untrained twin, on as many images, for more images find smaller differences. From 16 images on the test "
+    "pass than in the untrained copy, on as many images, for more images find smaller differences. From 16 images on the test "
     "errs little more often than it says on maps of trained models; where rare images far below the others decide, more often."
 )
 
@@ -39,7 +39,7 @@ def above_rounding(p: Array, difference: Array) -> Array:
 
 
 def neighbours_test(p: Array, rounded: int, images: int, untrained_p: Array | None, untrained_images: int) -> dict[str, Any]:
-    """The test of neighbouring pairs from their p [pairs], as plain data, beside that of the untrained twins [seeds, pairs].
+    """The test of neighbouring pairs from their p [pairs], as plain data, beside that of the untrained copies [seeds, pairs].
 
     In `rounded` of the pairs the difference is within rounding.
     """
@@ -50,7 +50,7 @@ def neighbours_test(p: Array, rounded: int, images: int, untrained_p: Array | No
         twins = {"significant": passed, "tested": int(np.isfinite(untrained_p[0]).sum()), "images": untrained_images}
     significant, tested, enough = int((q <= LEVEL).sum()), int(np.isfinite(p).sum()), images >= FEWEST_IMAGES
     sentence = (
-        f"{significant} of {tested} neighbouring pairs are more alike than with the wrong tokens (FDR {LEVEL:g}, {images} "
+        f"{significant} of {tested} neighbouring pairs are more alike than the chance level (FDR {LEVEL:g}, {images} "
         f"images); {_of_twins(twins, untrained_p is not None)}."
     )
     if rounded:
@@ -79,9 +79,9 @@ def neighbours_test(p: Array, rounded: int, images: int, untrained_p: Array | No
 
 def _of_twins(twins: Mapping[str, Any] | None, measured: bool) -> str:
     if twins is None:
-        return "the untrained twin has too few images for the test" if measured else "no untrained twin was tested beside them"
+        return "the untrained copy has too few images for the test" if measured else "no untrained copy was tested beside them"
     low, high = min(twins["significant"]), max(twins["significant"])
-    which = "twin" if len(twins["significant"]) == 1 else f"twins of {len(twins['significant'])} seeds"
+    which = "copy" if len(twins["significant"]) == 1 else f"copies of {len(twins['significant'])} seeds"
     count = f"{low}" if low == high else f"{low} to {high}"
     return f"in the untrained {which} {count} of {twins['tested']} ({twins['images']} images)"
 

@@ -39,7 +39,7 @@ class Monitor:
 
     `data` is a data address, an ImageSet or a data set of (image, label), of which a seeded subset of `limit` images is
     taken, or images made ready as a float tensor [n, 3, height, width] (the first `limit`). `metrics` are names as in
-    `analyze`, by default its default set; no untrained twin is measured, which would be the same at every step.
+    `analyze`, by default its default set; no untrained copy is measured, which would be the same at every step.
     `preprocess` is a Preprocess or a transform from picture to tensor; by default what the model declares. With a `folder`
     each measurement becomes a findings folder, `folder/step-0001000`; `collapse-probe compare folder` draws all of them
     over the training. `log(step, summary)` takes the defined numbers of the summary; for TensorBoard:

@@ -189,7 +189,7 @@ def prepare(
 
 
 def _assembled(recipe: Recipe, split: Split, output: Path, accelerator: Any, say: Say, origin: Mapping[str, Any]) -> Run:
-    """The run of a recipe on a split, with fresh weights. The generators are seeded anew before its first step."""
+    """The run of a recipe on a split, with fresh parameters. The generators are seeded anew before its first step."""
     rank, world = rank_and_world()
     seed_all(recipe.seed, rank)
     model = recipe.architecture.build(recipe.seed)

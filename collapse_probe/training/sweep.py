@@ -312,7 +312,7 @@ def run_cell(
 
 
 def _measured(cell: Cell, folder: Path, conditions: Conditions, say: Say) -> CellResult:
-    """Measure the trained model of a cell and its untrained twin."""
+    """Measure the trained model of a cell and its untrained copy."""
     began, images, account = time.perf_counter(), images_of(cell, conditions), _account(folder)
     assert account is not None
     address, device, null_images = f"ours:{folder / 'model.safetensors'}", conditions.device, conditions.null_images

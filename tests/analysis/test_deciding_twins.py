@@ -1,4 +1,4 @@
-"""Untrained twins are measured with several seeds where the answer hangs on them, and shared weights are seen."""
+"""Untrained copies are measured with several seeds where the answer hangs on them, and shared weights are seen."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def by_architecture():
 def test_what_untrained_twins_share_as_well_is_not_called_collapsed(by_architecture):
     assert by_architecture.answer["case"] == "as-untrained"
     assert by_architecture.answer["collapsed"] is None
-    assert "untrained twins, whose weights are fresh, they do so about as much" in by_architecture.answer["sentences"][0]
+    assert "untrained copies, with fresh parameters, they do so about as much" in by_architecture.answer["sentences"][0]
     assert not any("has collapsed across depth in" in sentence for sentence in by_architecture.answer["sentences"])
 
 
@@ -78,7 +78,7 @@ def test_blocks_made_with_the_same_tensors_are_the_same_by_construction():
     assert found.model["shares_weights"] == [True] * 23
     assert found.answer["collapsed"] is True
     assert found.answer["sentences"][0].startswith("Attention is the same across depth by construction in 2")
-    assert "Untrained twins share their attention as much: it comes with the architecture." in found.answer["sentences"]
+    assert "Untrained copies share their attention as much: it comes with the architecture." in found.answer["sentences"]
     model = ViT(**SHAPE)
     model.blocks[2].attn.qkv = model.blocks[1].attn.qkv
     assert analysed(model).model["shares_weights"] == [False, True, False]

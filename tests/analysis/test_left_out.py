@@ -1,4 +1,4 @@
-"""What a run says of blocks that are no neighbours, were not heard, or are left out: in numbers, verdict, terminal and page."""
+"""What a run says of blocks that are no neighbours, not captured, or left out: in numbers, verdict, terminal and page."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import adjacent
 from collapse_probe.results.verdict import judge
 
-NOT_HEARD = "not heard: its softmax is over another axis"
+NOT_HEARD = "not captured: its softmax is over another axis"
 EVERYTHING = tuple(name for name, kind in METRICS.items() if kind.level != "weights")
 
 
@@ -135,7 +135,7 @@ def test_a_comparison_pairs_neighbours_alone_and_names_what_was_not_heard(whole,
     hole = [{"where": "blocks.1", "why": NOT_HEARD, "blocks": [1]}]
     unheard_too = replace(apart, model={**apart.model, "left_out": hole})
     caveats = verdict_of_pair(pair, whole, unheard_too).caveats
-    assert "towers: Block blocks.1 was not heard: its neighbours are not compared." in caveats
+    assert "towers: Block blocks.1 could not be captured: its neighbours are not compared." in caveats
     assert not [text for text in caveats if "left out of its pairs" in text]
 
 
@@ -149,8 +149,8 @@ def test_a_block_that_was_not_heard_is_said_first_and_has_no_neighbours(monkeypa
     model = small_vit(sharpness=6.0)
     found = analysed(model, monkeypatch, lambda plan: unheard(plan, 1), EVERYTHING)
     first, *others = found.answer["sentences"]
-    assert first == "Block blocks.1 was not heard: its neighbours are not compared."
-    assert "blocks 1–2 (blocks.1 was not heard)" in " ".join(others)
+    assert first == "Block blocks.1 could not be captured: its neighbours are not compared."
+    assert "blocks 1–2 (blocks.1 was not captured)" in " ".join(others)
     assert others[0].startswith("1 of 3 pairs")  # few pairs are said before what they show
     assert np.isnan(found.matrix("attention-similarity")[1]).all()
     assert np.isfinite(found.matrix("attention-similarity")[2, 0])
@@ -227,7 +227,7 @@ def test_pairs_are_counted_by_why_they_are_not_compared():
     unlike = replace(plan, layers=(*layers[:3], channels, *layers[4:]))
     assert uncompared(unlike)["channel attention"] == [3, 4]  # what is not compared at all is no matter of neighbours
     assert uncompared(plan) == {
-        "blocks.1 was not heard": [1, 2],
+        "blocks.1 was not captured": [1, 2],
         "the output of one is not the input of the other": [4],
         "their maps have other shapes": [5],
     }

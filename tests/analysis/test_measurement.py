@@ -1,4 +1,4 @@
-"""The verbs say which arguments they take, and an untrained twin is one model on the same path as the model itself."""
+"""The verbs say which arguments they take, and an untrained copy is one model on the same path as the model itself."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_one_twin_a_seed_serves_maps_and_weights(photos):
         assert nulls.values["untrained"].shape == found.metrics[name].values.shape
         assert nulls.images["untrained"] == images
         assert nulls.untrained_seeds["seeds"] == [5, 6]
-    assert "untrained twins: fresh weights with seeds [5, 6] on 2 images" in found.run["notes"]
-    assert "untrained twins of the weights: fresh weights with seeds [5, 6]" in found.run["notes"]
+    assert "untrained copies: fresh parameters with seeds [5, 6] on 2 images" in found.run["notes"]
+    assert "untrained copies of the weights: fresh parameters with seeds [5, 6]" in found.run["notes"]
 
 
 def test_a_twin_sees_the_images_of_a_loader_that_can_be_run_through_once():

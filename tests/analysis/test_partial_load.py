@@ -19,8 +19,8 @@ ADDRESS = "timm:vit_tiny_patch16_224"
 SMALL = {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
 CALL = {"partial": True, "model_kwargs": SMALL}
 IN_PART = "the checkpoint was loaded in part, {} of 44 tensors of the model came from it."
-ONE = f"1 of 3 blocks holds random weights (block 1): {IN_PART.format(32)}"
-ALL = f"All 3 blocks hold random weights: {IN_PART.format(8)}"
+ONE = f"1 of 3 blocks holds random parameters (block 1): {IN_PART.format(32)}"
+ALL = f"All 3 blocks hold random parameters: {IN_PART.format(8)}"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_the_answer_begins_with_the_random_blocks(tmp_path, images, blocks, firs
     assert outcome["loaded-in-part"] == ("yes" if blocks else "no")
     assert outcome["untrained"] == ("yes" if untrained else "no")
     page = render(found, {})
-    assert ("random weights" in page) == bool(blocks)
+    assert ("random parameters" in page) == bool(blocks)
     assert ("<b>This model is untrained:</b>" in page) == untrained
 
 
@@ -63,7 +63,7 @@ def test_comparisons_and_interventions_begin_with_them_too(tmp_path, images):
     one = analysed(path, images)
     comparison = cp.compare({"a": one, "b": analysed(file_without(tmp_path, ()), images)})
     assert compared(comparison)[0].sentences[0] == f"a: {ONE}"
-    assert not any("random weights" in sentence for sentence in compared(comparison)[0].sentences[1:])
+    assert not any("random parameters" in sentence for sentence in compared(comparison)[0].sentences[1:])
     found = cp.intervene(ADDRESS, images, ("mean",), checkpoint=path, **CALL)
     assert replaced(found)[0].sentences[0] == ONE
 

@@ -1,4 +1,4 @@
-"""What befalls the untrained twin never costs the numbers of the model itself."""
+"""What befalls the untrained copy never costs the numbers of the model itself."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def test_the_model_s_numbers_are_kept_and_the_reason_is_said(error, photos, tmp_
     found = cp.analyze(subject, str(photos), limit=3, gallery_images=0, report=said.append)
     nulls = Findings.load(found.save(tmp_path / "out")).metrics["attention-similarity"].nulls
     assert nulls.values["untrained"] is None
-    assert f"the untrained twin failed ({type(error).__name__}" in nulls.reasons["untrained"]
+    assert f"the untrained copy failed ({type(error).__name__}" in nulls.reasons["untrained"]
     assert "\n" not in nulls.reasons["untrained"]
     assert any("the model's own numbers are kept" in line for line in said)

@@ -72,7 +72,7 @@ def test_the_twins_of_several_seeds_are_averaged_and_their_spread_is_kept():
     name = "timm:vit_tiny_patch16_224"
     given = {"metrics": ("weight-rank", "weight-similarity@depth"), **options}
     found = cp.analyze(name, null_seeds=3, **given)
-    alone = [cp.analyze(name, seed=seed, null_images=0, **given) for seed in (1, 2, 3)]  # fresh weights of these seeds
+    alone = [cp.analyze(name, seed=seed, null_images=0, **given) for seed in (1, 2, 3)]  # fresh parameters of these seeds
     for metric in given["metrics"]:
         each = np.stack([other.matrix(metric) for other in alone])
         nulls = found.metrics[metric].nulls
@@ -82,8 +82,8 @@ def test_the_twins_of_several_seeds_are_averaged_and_their_spread_is_kept():
         assert spread["sd"] == pytest.approx(each.std(0, ddof=1), rel=1e-4, abs=1e-9)
         assert (spread["low"], spread["high"]) == (pytest.approx(each.min(0)), pytest.approx(each.max(0)))
         assert (spread["sd"] > 0).any()
-    assert "untrained twins of the weights: fresh weights with seeds [1, 2, 3]" in found.run["notes"]
-    assert "mean of 3 untrained twins" in judge(found).sentences[1]
+    assert "untrained copies of the weights: fresh parameters with seeds [1, 2, 3]" in found.run["notes"]
+    assert "mean of 3 untrained copies" in judge(found).sentences[1]
     one = cp.analyze(name, **given)
     assert one.metrics["weight-rank"].nulls.untrained_seeds is None
     assert one.metrics["weight-rank"].nulls.values["untrained"] == pytest.approx(alone[0].matrix("weight-rank"))
@@ -104,7 +104,7 @@ def test_both_figures_of_the_weights_draw_every_matrix_and_its_twin():
         for m, matrix in enumerate(NAMES):
             assert drawn[matrix] == pytest.approx(values[:, m])
             assert dashed[m] == pytest.approx(fresh[:, m])
-        assert "untrained twin" in drawn
+        assert "untrained copy" in drawn
         low, high = axes.get_ylim()
         assert low <= 0
         assert high > max(values.max(), fresh.max())

@@ -82,7 +82,7 @@ def test_a_block_that_cannot_be_heard_is_listed_and_is_no_neighbour(attention, w
     assert plan.blocks == ("blocks.0", "blocks.1", "blocks.2", "blocks.3")
     assert [plan.layers[i].block for i in plan.token_layers] == [0, 2, 3]
     assert plan.adjacent == (False, False, True)
-    assert "not heard: blocks.1.attn" in plan.layers[1].reason
+    assert "not captured: blocks.1.attn" in plan.layers[1].reason
     assert words in plan.layers[1].reason
     assert [left.names for left in plan.left_out] == [("blocks.1",)]
 
@@ -101,7 +101,7 @@ def test_a_block_of_the_same_class_that_does_not_attend_is_listed():
     model.blocks[1].attn.plain = False
     plan = discover_plan(model, SIZE)
     assert plan.adjacent == (False, False)
-    assert plan.layers[1].reason == "not heard: blocks.1.attn (Sometimes) ran without a softmax that multiplies values"
+    assert plan.layers[1].reason == "not captured: blocks.1.attn (Sometimes) ran without a softmax that multiplies values"
 
 
 def test_a_shared_block_is_accounted_for_at_every_call():
@@ -117,7 +117,7 @@ def test_a_shared_block_is_accounted_for_at_every_call():
     plan = discover_plan(ToyViT([Block(Tiring())] * 2), SIZE)
     assert plan.blocks == ("blocks.0 (call 1)", "blocks.0 (call 2)")
     assert plan.adjacent == (False,)
-    assert plan.layers[1].reason.startswith("not heard: ")
+    assert plan.layers[1].reason.startswith("not captured: ")
 
 
 @pytest.mark.parametrize(

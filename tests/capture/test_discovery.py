@@ -1,4 +1,4 @@
-"""What the probe learns of real architectures with random weights: blocks, layers, prefix tokens, token streams."""
+"""What the probe learns of real architectures with random parameters: blocks, layers, prefix tokens, token streams."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def test_fix_and_recalibration_of_analyze(run, photos):
     assert content["model"]["mixes_maps"]
     notes = " ".join(content["run"]["notes"])
     assert "re-estimated over 1 batches" in notes
-    assert "untrained twin: fresh weights" in notes
+    assert "untrained copy: fresh parameters" in notes
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def left_out(plan):
 
 
 def places_of(plan):
-    """By block: the layers that hold its maps; blocks that were not heard have none."""
+    """By block: the layers that hold its maps; blocks that were not captured have none."""
     places = {}
     for index in plan.map_layers:
         layer = plan.layers[index]
@@ -204,7 +204,7 @@ def check_batch(verdict, model, plan, images, dtype):
         truth = truth[: len(blocks)] if len(blocks) < len(truth) else truth
     silent = [place for place, layers in enumerate(blocks) if not layers]
     if silent:
-        verdict.why.append(f"blocks {silent} not heard, and said so")
+        verdict.why.append(f"blocks {silent} not captured, and said so")
     for place, (layers, entries) in enumerate(zip(blocks, truth, strict=True)):
         for point, index in (("weights", 1), ("probs", 0)):
             if not layers:

@@ -9,7 +9,7 @@ from coverage_bench import ABSENT, REFUSED, RIGHT, WRONG
 
 HEAD = """# What is heard in which model
 
-Written by `make coverage`; not by hand. Each model is small, has random weights with maps far from uniform, and runs in the
+Written by `make coverage`; not by hand. Each model is small, has random parameters with maps far from uniform, and runs in the
 precisions named here. Maps are compared with an independent computation in float64 (of the model itself, or of every attention
 kernel and softmax that it calls), tokens with the library's own, for batches of 1, 3 and 5 images; outputs and gradients are
 compared bit for bit with and without the recording; nothing may be left behind, after an exception neither.

@@ -1,4 +1,4 @@
-"""The families of timm, torchvision, transformers, open_clip and vit-pytorch, each as a small model with random weights."""
+"""The families of timm, torchvision, transformers, open_clip and vit-pytorch, each as a small model with random parameters."""
 
 from __future__ import annotations
 

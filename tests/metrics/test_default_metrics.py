@@ -146,7 +146,7 @@ def test_query_independent_maps_have_no_kappa():
     assert found["attention-similarity"].values == pytest.approx(1.0, abs=1e-6)
     assert found["attention-similarity"].nulls.values["other_token"] == pytest.approx(1.0, abs=1e-6)
     assert found["attention-similarity"].nulls.values["kappa"] is None
-    assert "wrong-token null is 1" in found["attention-similarity"].nulls.reasons["kappa"]
+    assert "chance level is 1" in found["attention-similarity"].nulls.reasons["kappa"]
     assert found["attention-similarity@row"].values[1, 0] < 0.99
 
 

@@ -123,7 +123,7 @@ def test_the_panel_of_heads_shows_the_numbers_of_the_findings():
     figure = family_figure(replace(findings_with(), metrics={"attention-distance": reading}), ["attention-distance"])
     (axes,) = (panel.axes for panel in figure.panels)
     drawn = {line.get_label(): np.asarray(line.get_ydata()) for line in axes.lines}
-    np.testing.assert_allclose(drawn["measured (95 % interval)"], reading.values.mean(1))
+    np.testing.assert_allclose(drawn["measured (95 % CI)"], reading.values.mean(1))
     np.testing.assert_array_equal(drawn["one head"], reading.values.ravel())
     np.testing.assert_array_equal(drawn["uniform attention"], [0.3] * BLOCKS)
     assert axes.get_ylabel() == "pixels"
@@ -156,10 +156,10 @@ def test_scales_end_at_round_numbers(value, end):
 
 def test_the_untrained_twin_stands_beside_a_matrix_without_kappa():
     figure = family_figure(findings_with("layer-cka"), ["layer-cka"])
-    assert [panel.title for panel in figure.panels] == ["patch tokens", "untrained twin"]
+    assert [panel.title for panel in figure.panels[0].maps] == ["patch tokens", "untrained copy"]
     rolled = replace(reading_for("attention-rollout"), nulls=nulls_of(similarity(BLOCKS, 0.5, np.random.default_rng(0)), None))
     figure = family_figure(replace(findings_with(), metrics={"attention-rollout": rolled}), ["attention-rollout"])
-    assert figure.panels[1].title == "κ, null-corrected"
+    assert figure.views == ("raw similarity", "chance level", "κ")
 
 
 def test_probs_alone_are_drawn_among_the_variants():
@@ -223,7 +223,7 @@ def test_the_sensitivity_table_shows_the_interval_of_each_count():
         {**row, "ci95": [row["k"] - 1.0, 9.0] if row["threshold"] == 0.9 else None} for row in ratio().details["sensitivity"]
     ]
     (table,) = sensitivity_tables(replace(findings_with(), metrics={"similarity-ratio": ratio(rows)}))
-    assert table.rows[1] == ("3 blocks before", "3 of 11", "3 of 11 (2 … 9)", "4 of 11")
+    assert table.rows[1] == ("3 blocks before", "3 of 11", "3 of 11 [2, 9]", "4 of 11")
     assert "with the 95 % interval of the number" in table.notes[0]
 
 

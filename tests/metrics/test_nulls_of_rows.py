@@ -1,4 +1,4 @@
-"""The wrong-key null, the best order of heads, and vectors so small that their squares vanish, against slow NumPy."""
+"""The level of other keys, the best order of heads, and vectors so small that their squares vanish, against slow NumPy."""
 
 from __future__ import annotations
 

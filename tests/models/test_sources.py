@@ -117,7 +117,7 @@ def test_our_names_are_the_family_and_the_bundled_models():
         resolve("ours:deepvit_x")
 
 
-# fresh weights
+# fresh parameters
 
 
 def test_fresh_weights_follow_the_seed_and_leave_the_global_generator_alone():
@@ -388,7 +388,7 @@ def test_an_import_address_calls_the_users_class():
 def test_a_callable_that_always_makes_the_same_weights_has_no_untrained_twin():
     subject = resolve("import:their_models:constant")
     assert bool((subject.model.layer.weight == 1.0).all())
-    with pytest.raises(ModelError, match="no untrained twin"):
+    with pytest.raises(ModelError, match="no untrained copy"):
         subject.fresh(0)
     assert bool((resolve("import:their_models:constant", pretrained=False).model.layer.weight == 2.0).all())
 

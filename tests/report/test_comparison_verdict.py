@@ -98,7 +98,7 @@ def test_a_raw_difference_that_the_null_explains():
     other = shared_null(*[0.9] * PAIRS, kappa=[0.1] * PAIRS)
     found = said(one, other)
     assert found.case == "raw-only"
-    assert "not beyond what the wrong-token null explains" in found.sentences[0]
+    assert "not beyond what the chance level explains" in found.sentences[0]
 
 
 def test_a_sure_but_small_difference_is_called_small():

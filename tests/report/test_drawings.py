@@ -48,13 +48,13 @@ def test_a_cell_says_its_interval_and_its_nulls_where_there_are_any() -> None:
     values, null = matrix(2, 2), np.array([[np.nan, 0.25], [-0.5, 0.125]])
     ends = np.stack([values - 0.1, values + 0.1], -1)
     ends[1, 0] = np.nan
-    panel = Heatmap(values, "", UNSIGNED, "head", "depth (0: before)", beside={"95 %": ends, "<other> token": null})
+    panel = Heatmap(values, "", UNSIGNED, "head", "depth (0: before)", beside={"95 % CI": ends, "<other> token": null})
     found = cells(panel)
-    assert found[0, 0][1].startswith(f"head 0, depth 0: {values[0, 0]:.3f}; 95 % ")
+    assert found[0, 0][1].startswith(f"head 0, depth 0: {values[0, 0]:.3f}; 95 % CI [")
     assert "token" not in found[0, 0][1]
     assert found[1, 0][1] == f"head 1, depth 0: {values[1, 0]:.3f}; &lt;other&gt; token −0.500"
     low, high = map(cell_number, ends[1, 1])
-    assert found[1, 1][1].endswith(f"; 95 % {low} … {high}; &lt;other&gt; token 0.125")
+    assert found[1, 1][1].endswith(f"; 95 % CI [{low}, {high}]; &lt;other&gt; token 0.125")
 
 
 def contrast(one: str, other: str) -> float:

@@ -25,7 +25,7 @@ from collapse_probe.report.findings.figures import (
     probs_and_weights,
 )
 from collapse_probe.report.gallery import attention_gallery, overlays, spread_of, times_uniform
-from collapse_probe.report.heatmaps import SIGNED, UNDEFINED, UNSIGNED, Heatmap, scale_of, short, whole_ticks
+from collapse_probe.report.heatmaps import SIGNED, UNDEFINED, UNSIGNED, Heatmap, Switch, scale_of, short, whole_ticks
 from collapse_probe.report.html import save
 from collapse_probe.report.photographs import Photographs
 from collapse_probe.report.sheet import Sheet
@@ -53,8 +53,10 @@ def drawn(blocks: int) -> dict[str, Sheet | Photographs]:
 
 
 def heatmaps(sheet: Sheet | None) -> list[Heatmap]:
+    """Every matrix of a figure, those that share a place in the order of their switch."""
     assert sheet is not None
-    return [panel for panel in sheet.panels if isinstance(panel, Heatmap)]
+    apart = [panel.maps if isinstance(panel, Switch) else (panel,) for panel in sheet.panels]
+    return [panel for maps in apart for panel in maps if isinstance(panel, Heatmap)]
 
 
 def charts(sheet: Sheet | None) -> list[Axes]:
@@ -106,16 +108,17 @@ def test_drawing_leaves_no_trace_in_matplotlib() -> None:
 def test_heatmaps_show_the_matrices_on_fixed_scales() -> None:
     findings = synthetic(12)
     reading = findings.metrics["attention-similarity"]
-    raw, kappa = heatmaps(attention_similarity(findings))
+    raw, chance, kappa = heatmaps(attention_similarity(findings))
     np.testing.assert_array_equal(raw.values, reading.values)
-    assert ends(raw) == (0.0, 1.0)
+    np.testing.assert_array_equal(chance.values, reading.nulls.values["other_token"])
+    assert ends(raw) == ends(chance) == (0.0, 1.0)
     assert ends(kappa) == (-1.0, 1.0)
     np.testing.assert_array_equal(kappa.values, reading.nulls.values["kappa"])
 
 
 def test_the_scale_does_not_follow_the_data() -> None:
     pale = with_values(synthetic(4), "attention-similarity", np.full((4, 4), 0.3))
-    raw, _ = heatmaps(attention_similarity(pale))
+    raw, _, _ = heatmaps(attention_similarity(pale))
     assert ends(raw) == (0.0, 1.0)
 
 
@@ -129,7 +132,7 @@ def test_undefined_cells_are_hatched_and_explained() -> None:
 
 
 def test_a_negative_value_widens_the_scale_to_minus_one() -> None:
-    raw, _ = heatmaps(attention_similarity(synthetic(12, signed=True)))
+    raw, _, _ = heatmaps(attention_similarity(synthetic(12, signed=True)))
     assert ends(raw) == (-1.0, 1.0)
     assert scale_of(np.array([0.0, 1.0, np.nan])) is UNSIGNED
     assert scale_of(np.array([0.5]), np.array([-0.2])) is SIGNED
@@ -158,15 +161,15 @@ def pairs_of(blocks: int) -> np.ndarray:
 def test_a_dot_stands_where_a_pair_passes_its_test(blocks: int) -> None:
     q = pairs_of(blocks)
     figure = attention_similarity(with_tests(synthetic(blocks), q))
-    raw, kappa = heatmaps(figure)
+    raw, _, kappa = heatmaps(figure)
     expected = {(row, column) for row in range(blocks) for column in range(row) if q[row, column] <= 0.05}
     assert 1 <= len(expected) < blocks * (blocks - 1) / 2
     assert kappa.marked is not None
     assert set(map(tuple, np.argwhere(kappa.marked).tolist())) == expected
     assert raw.marked is None
     assert figure is not None
-    assert "dot (below the diagonal): more alike than with the wrong tokens, q ≤ 0.05" in [key.words for key in figure.below]
-    np.testing.assert_array_equal(kappa.beside["q"], q)
+    assert "dot (below the diagonal): more alike than the chance level, q ≤ 0.05" in [key.words for key in figure.below]
+    np.testing.assert_array_equal(raw.beside["q"], q)  # the cells of the first say the numbers of all
 
 
 def test_without_a_test_of_all_pairs_the_figure_stays_as_it_was() -> None:
@@ -199,11 +202,11 @@ def test_the_caption_says_what_a_dot_means_only_where_pairs_were_tested() -> Non
 
 def test_without_kappa_one_panel_remains() -> None:
     assert len(heatmaps(attention_similarity(synthetic(12, nulls=False)))) == 1
-    assert len(heatmaps(feature_similarity(synthetic(12)))) == 2
+    assert len(heatmaps(feature_similarity(synthetic(12)))) == 3
 
 
 def test_variants_are_drawn_and_centred_ones_around_zero() -> None:
-    row, _, centred, _ = heatmaps(attention_variants(synthetic(12)))
+    row, centred, _, _ = heatmaps(attention_variants(synthetic(12)))
     assert ends(row) == (0.0, 1.0)
     assert ends(centred) == (-1.0, 1.0)
     bare = without(synthetic(12), "attention-similarity@row", "attention-similarity@centred")

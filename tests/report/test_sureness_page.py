@@ -41,7 +41,7 @@ def test_the_tests_say_how_many_pairs_are_beyond_their_null():
     assert first["largest q among them"] == "< 0.001"
     assert second["largest q among them"] == "0.040"
     assert first["all pairs"] == "2 of 3 (paired t)"
-    assert first["untrained twin"] == "1, 2 of 2 (64 images)"
+    assert first["untrained copy"] == "1, 2 of 2 (64 images)"
     assert table.notes == ("of one set of weights",)
 
 
@@ -66,7 +66,7 @@ def settling(images=6):
 def test_settling_numbers_are_drawn_with_their_intervals():
     findings = stored(convergence=settling())
     (axes,) = (panel.axes for panel in convergence(findings).panels)
-    drawn = {line.get_label(): line for line in axes.lines}["measured (95 % interval)"]
+    drawn = {line.get_label(): line for line in axes.lines}["measured (95 % CI)"]
     np.testing.assert_allclose(drawn.get_ydata(), settling()["numbers"][NAME]["value"])
     np.testing.assert_allclose(drawn.get_xdata(), settling()["sizes"])
     assert axes.get_title(loc="left") == "raw similarity of neighbouring blocks"
@@ -147,7 +147,7 @@ def test_classes_that_differ_are_outlined():
     }
     classes = {"names": ["cat", "dog", "one"], "images": [5, 6, 1], "numbers": {NAME: entry}, "test": "Welch"}
     table = classes_table(stored(classes=classes))
-    assert table.rows[1] == ("dog", "6", "0.900", "0.800 … 1.000", "< 0.001")
+    assert table.rows[1] == ("dog", "6", "0.900", "[0.800, 1.000]", "< 0.001")
     assert table.rows[2] == ("one", "1", "–", "–", "–")
     assert table.marked == {(1, 2), (1, 4)}
 

@@ -192,8 +192,8 @@ def measured_xcit(pictures):
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        (0.4, ": on average nothing agrees beyond chance (κ −0.200, 95 % −0.260 … −0.140)."),
-        (0.5, ": on average nothing agrees beyond chance (κ 0.000, 95 % −0.060 … 0.060)."),
+        (0.4, ": on average nothing agrees beyond chance (κ −0.200, 95 % CI [−0.260, −0.140])."),
+        (0.5, ": on average nothing agrees beyond chance (κ 0.000, 95 % CI [−0.060, 0.060])."),
         (0.6, ": of the agreement that chance cannot explain, 20.0 % is reached (κ 0.200)."),
     ],
 )
@@ -202,9 +202,7 @@ def test_a_kappa_of_nothing_is_no_share_of_what_is_left(raw, said):
     kappa = found.summary["kappa_adjacent"]
     ends = {"kappa_adjacent_ci_low": kappa - 0.06, "kappa_adjacent_ci_high": kappa + 0.06}
     sure = judge(replace(found, summary={**found.summary, **ends})).sentences[1]
-    start = (
-        f"Neighbouring blocks have a raw similarity of {raw:.3f}, and 0.500 with the wrong tokens, which is the chance level"
-    )
+    start = f"Neighbouring blocks have a raw similarity of {raw:.3f}, against a chance level (other tokens) of 0.500"
     assert sure == f"{start}{said}"
     without = judge(found).sentences[1]
     assert without == sure.replace(sure[sure.index(", 95 %") : sure.rindex(")")], "") if kappa <= 0 else sure
@@ -216,7 +214,7 @@ def test_the_interval_beside_kappa_is_that_of_the_run(pictures):
     ends = [found.summary[f"kappa_adjacent_ci_{end}"] for end in ("low", "high")]
     mean = found.summary["kappa_adjacent"]
     assert ends[0] < mean < ends[1]
-    said = f"(κ {number(mean)}, 95 % {number(ends[0])} … {number(ends[1])})"
+    said = f"(κ {number(mean)}, 95 % CI [{number(ends[0])}, {number(ends[1])}])"
     assert (said in judge(found).sentences[1]) == (mean <= 0)
 
 
@@ -245,7 +243,7 @@ def test_one_image_decides_nothing(pictures):
 
 
 def of_weights(rank=0.9, alike=1.0, **more):
-    """Findings of the weights alone, two blocks and two matrices: the metrics over those of the untrained twin."""
+    """Findings of the weights alone, two blocks and two matrices: the metrics over those of the untrained copy."""
     fresh = {"weight-rank": np.full((2, 2), 40.0), "weight-similarity": np.full((2, 2), 0.1)}
     values = {"weight-rank": fresh["weight-rank"] * [[rank], [1]], "weight-similarity": fresh["weight-similarity"] * alike}
     full_rank = {"weight-rank": {"full_rank": np.full((2, 2), 80.0)}}
@@ -272,8 +270,8 @@ def test_weights_alone_are_answered_by_their_own_rules():
         assert sentence.startswith(f"No sign that {BY_NAME[name].says} ({BY_NAME[name].quantity}: ")
         assert f"; the rule holds {BY_NAME[name].direction} {BY_NAME[name].threshold:g})." in sentence
     assert "0.900 in block 0;" in answer.sentences[0]
-    assert "effective rank over the full one 0.475 (untrained twin 0.500)" in answer.sentences[2]
-    assert "|cosine| between rows 0.100 (untrained twin 0.100)" in answer.sentences[2]
+    assert "effective rank over the full one 0.475 (untrained copy 0.500)" in answer.sentences[2]
+    assert "|cosine| between rows 0.100 (untrained copy 0.100)" in answer.sentences[2]
     assert "not judged here" in answer.sentences[-1]
     assert len(answer.rules) == len(answer.sentences) == 4
     text = " ".join((*answer.sentences, *answer.caveats))
@@ -290,7 +288,7 @@ def test_what_the_weights_have_lost_is_said_first():
     assert answer.rules[0] == "weights-lost-rank"
     assert answer.sentences[0].startswith("Weights: training has left the weight matrices of a block fewer directions")
     assert "0.400, below 0.5, block 0" in answer.sentences[0]
-    assert "0.350 (untrained twin 0.500)" in answer.sentences[1]
+    assert "0.350 (untrained copy 0.500)" in answer.sentences[1]
     assert judge(of_weights(alike=3.0)).rules[0] == "rows-more-alike"
 
 
@@ -306,7 +304,7 @@ def test_numbers_without_a_rule_are_said_to_be_that():
         name: replace(r, nulls=Nulls({"untrained": None}, {}, {"untrained": "why"})) for name, r in of_weights().metrics.items()
     }
     answer = judge(replace(of_weights(), metrics=bare))
-    assert "the untrained twin of weight-rank was not measured: why" in answer.sentences[0]
+    assert "the untrained copy of weight-rank was not measured: why" in answer.sentences[0]
     assert "effective rank over the full one 0.475;" in answer.sentences[1]
 
 
@@ -314,7 +312,7 @@ def test_numbers_without_a_rule_are_said_to_be_that():
     ("metrics", "first", "count"),
     [
         (("attention-entropy",), "No sign that the heads of a block attend to hardly more than one key each (entropy", 2),
-        (("token-rank",), "There are numbers here and no verdict on them: the untrained twin of token-rank was not", 2),
+        (("token-rank",), "There are numbers here and no verdict on them: the untrained copy of token-rank was not", 2),
         (("head-similarity",), "There are numbers here and no verdict on them: no rule is about head-similarity.", 2),
     ],
 )

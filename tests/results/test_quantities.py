@@ -82,7 +82,7 @@ def test_a_share_within_chance_of_the_weights_is_undecided(elsewhere, answer):
     nulls = {"other_token": square(0.0), "kappa": shares}
     found = outcome(BY_NAME["shared"], findings({COLUMN: reading(shares, 0.01, nulls, dims=("block", "block"))}))
     assert found.answer == answer
-    assert ("chance agreement of the weights reaches 0.8" in found.reason) == (answer == "undecided")
+    assert ("chance agreement of the parameters reaches 0.8" in found.reason) == (answer == "undecided")
 
 
 def test_rows_beyond_the_heads_count_both_errors():

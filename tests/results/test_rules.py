@@ -111,7 +111,7 @@ CASES = {
     "norm-above-150": (lambda v, r: depths("token-norm@150", v, r), 0.02, 0.005, 0.1),
     "weights-lost-rank": (lambda v, r: weights("weight-rank", v), 0.4, 0.6, None),
     "rows-more-alike": (lambda v, r: weights("weight-similarity", v), 2.5, 1.5, None),
-    "untrained": (lambda v, r: findings({}, weights=v), "random weights, seed 0", "published", None),
+    "untrained": (lambda v, r: findings({}, weights=v), "random parameters, seed 0", "published", None),
     "loaded-in-part": (lambda v, r: findings({}, blocks=3, blocks_not_loaded=v), [1], [], None),
     "mixed-maps": (lambda v, r: findings({}, mixes_maps=v), True, False, None),
 }
@@ -220,7 +220,7 @@ def test_the_spread_over_seeds_is_read_as_json_holds_it():
     found = similarity(raw=0.5)
     metric = found.metrics["attention-similarity"]
     seen = against_seeds(replace(metric, nulls=replace(metric.nulls, untrained_seeds=spread)))
-    assert "0.500, above what 2 untrained twins of different seeds span (0.200 to 0.400" in seen
+    assert "0.500, above what 2 untrained copies of different seeds span (0.200 to 0.400" in seen
 
 
 def test_the_stored_verdict_is_the_one_that_is_read():

@@ -230,7 +230,7 @@ def test_neighbouring_pairs_are_tested_and_all_pairs_too(found):
 
 
 def beside_null(real, null, twins=(), twin_images=40):
-    """The tests of what `between_blocks` would give for these similarities [images, pairs], beside those of untrained twins."""
+    """The tests of what `between_blocks` would give for these similarities [images, pairs], beside those of copies."""
 
     def matrix(values):
         whole = np.full((real.shape[1] + 1,) * 2, np.nan)
@@ -259,15 +259,15 @@ def test_alike_pairs_are_found_and_chance_is_not():
     test = beside_null(*some_alike(60, 2))
     assert (test["q"] <= 0.05).tolist() == [True, True, False, False, False, False]
     assert test["sentence"].startswith("2 of 6 neighbouring pairs")
-    assert "no untrained twin was tested" in test["sentence"]
+    assert "no untrained copy was tested" in test["sentence"]
 
 
 def test_the_untrained_twins_stand_beside_the_test():
     one, other, few = some_alike(40, 3, seed=1), some_alike(40, 5, seed=2), some_alike(8, 5, seed=3)
-    assert "in the untrained twin 3 of 6 (40 images)" in beside_null(*some_alike(60, 2), [one])["sentence"]
+    assert "in the untrained copy 3 of 6 (40 images)" in beside_null(*some_alike(60, 2), [one])["sentence"]
     both = beside_null(*some_alike(60, 2), [one, other])
     assert both["untrained"] == {"significant": [3, 5], "tested": 6, "images": 40}
-    assert "in the untrained twins of 2 seeds 3 to 5 of 6" in both["sentence"]
+    assert "in the untrained copies of 2 seeds 3 to 5 of 6" in both["sentence"]
     assert "too few images for the test" in beside_null(*some_alike(60, 2), [few], 8)["sentence"]
 
 
@@ -423,7 +423,7 @@ def every_name(*levels):
 
 @pytest.fixture(scope="module")
 def everything():
-    """A small model beside its untrained twin, under every metric and variant."""
+    """A small model beside its untrained copy, under every metric and variant."""
     names = tuple(every_name("attention", "tokens", "weights"))
     return cp.analyze(NAME, "bundled:digits", limit=40, null_images=32, gallery_images=0, metrics=names, **TINY)
 
@@ -519,7 +519,7 @@ def test_several_twins_give_their_mean_and_their_spread():
         assert (spread["low"] <= one + 1e-12).all()
         assert (one <= spread["high"] + 1e-12).all()
     assert any("seeds [1, 2, 3]" in note for note in three.run["notes"])
-    assert any("untrained twins of different seeds span" in note for note in three.run["notes"])
+    assert any("untrained copies of different seeds span" in note for note in three.run["notes"])
 
 
 def test_the_spread_over_twins_is_that_of_their_values():

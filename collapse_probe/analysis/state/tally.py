@@ -30,7 +30,7 @@ class Tally:
 
     `coverage` holds the places of all images that were read, those that could not be used (`skipped`, and `nonfinite`: left out
     because their activations are not finite, each with the place) too; `remarks` counts what was done to images besides
-    decoding. `twin_pixels` are the images that untrained twins see, `glimpses` those of the gallery, `ends` those at both
+    decoding. `twin_pixels` are the images that untrained copies see, `glimpses` those of the gallery, `ends` those at both
     ends of the headline numbers. `seconds` is the time that it took. `no_logits` says why no outputs are kept.
     """
 

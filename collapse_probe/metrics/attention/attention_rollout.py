@@ -97,7 +97,7 @@ class AttentionRollout(MapMetric):
             f"blocks ({which}). R_l = Â_l R_(l−1), Â = (A + I) with each row divided by its sum, A the "
             f"{self.settings['heads']} over heads of the softmax (probs), R_0 = I (Abnar & Zuidema, arXiv 2005.00928). "
             "Products of stochastic maps settle in every deep network: a high value late is no illness by itself. Compare with "
-            "the untrained twin. Cost: the maps of one image at a time, fused over heads, are held about six times in float64 "
+            "the untrained copy. Cost: the maps of one image at a time, fused over heads, are held about six times in float64 "
             "(48 L N² bytes)."
         )
 

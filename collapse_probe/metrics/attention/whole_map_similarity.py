@@ -86,7 +86,7 @@ class WholeMapSimilarity(MapMetric):
     title = "How alike any two heads' whole maps are"
     seen = (
         "Mean absolute cosine between the whole maps of any two heads, in one block (diagonal) or in two (Diverse-ViT); "
-        f"right, where there is one, the untrained twin. {MATRICES}"
+        f"right, where there is one, the untrained copy. {MATRICES}"
     )
     limits = "Two maps that are both near uniform score near 1 whatever they attend to."
     panel = "what multiplies the values (weights)"
@@ -98,7 +98,7 @@ class WholeMapSimilarity(MapMetric):
             "1/H² Σ_gh |cos(A_g, B_h)| between the maps of head g of one block and head h of another (or the same), each "
             f"flattened to one vector, prefix tokens included, at {self.settings['point']}; per image, then averaged over "
             "images. A head with itself counts within a block, so that the diagonal never falls below 1/H. Diverse-ViT (arXiv "
-            "2203.06345) and its released code. Near-uniform maps are alike without having learned it: see the untrained twin."
+            "2203.06345) and its released code. Near-uniform maps are alike without having learned it: see the untrained copy."
         )
 
     def accumulators(self) -> list[Need]:

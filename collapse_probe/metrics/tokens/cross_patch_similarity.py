@@ -79,7 +79,7 @@ class CrossPatchSimilarity(TokenMetric):
     title = "How alike any two patches at two depths are"
     seen = (
         "Mean absolute cosine between every patch at one depth and every patch at another, of one image; right, where there is "
-        f"one, the untrained twin. {MATRICES}"
+        f"one, the untrained copy. {MATRICES}"
     )
     limits = "A common direction of all tokens alone makes it high."
     panel = "patch tokens"

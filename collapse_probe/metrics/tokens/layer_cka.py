@@ -43,7 +43,7 @@ class LayerCKA(TokenMetric):
     dims = ("depth", "depth")
     collapsed = "high"
     title = "Which depths tell the images apart in the same way"
-    seen = f"Unbiased CKA between the patch embeddings at two depths; right, where there is one, the untrained twin. {MATRICES}"
+    seen = f"Unbiased CKA between the patch embeddings at two depths; right, where there is one, the untrained copy. {MATRICES}"
     limits = (
         "High values between neighbouring depths are usual, trained or not, and a few dominant directions can carry all of it. "
         "With few images the estimate is rough."

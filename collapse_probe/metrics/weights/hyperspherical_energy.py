@@ -36,8 +36,8 @@ class HypersphericalEnergy(WeightMetric):
     )
     collapsed = "high"
     title = "Rows of the weights on the sphere"
-    seen = "How crowded the rows of each weight matrix of each block are on the sphere; dashed: the untrained twin."
-    limits = "Random rows have an energy of their own: only the distance from the untrained twin is learned."
+    seen = "How crowded the rows of each weight matrix of each block are on the sphere; dashed: the untrained copy."
+    limits = "Random rows have an energy of their own: only the distance from the untrained copy is learned."
     panel = unit = "mean 1 / distance"
     defaults = {"measure": "energy", "power": 1.0, "by_head": False}
     variants = {

@@ -36,7 +36,7 @@ class WeightOrthogonality(WeightMetric):
     summary = "exact conditional-orthogonality gap λmax − λmin of W Wᵀ; @soft its distance from the identity"
     collapsed = "high"
     title = "Orthogonality of the weights"
-    seen = "Spread of the eigenvalues of W Wᵀ of each weight matrix of each block; dashed: the untrained twin."
+    seen = "Spread of the eigenvalues of W Wᵀ of each weight matrix of each block; dashed: the untrained copy."
     limits = "The gap follows the largest direction, so that one outlying entry, which some initialisations draw, raises it."
     panel = "λmax − λmin of W Wᵀ"
     unit = "squared units"

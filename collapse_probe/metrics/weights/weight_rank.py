@@ -24,8 +24,8 @@ class WeightRank(WeightMetric):
     summary = "effective rank of q, k, v, proj, fc1, fc2; stable rank; PCA reconstruction error"
     collapsed = "low"
     title = "Rank of the weights"
-    seen = "Effective rank of each weight matrix of each block; dashed: the untrained twin."
-    limits = "A random matrix has a rank below the full one: only the distance from the untrained twin is learned."
+    seen = "Effective rank of each weight matrix of each block; dashed: the untrained copy."
+    limits = "A random matrix has a rank below the full one: only the distance from the untrained copy is learned."
     panel = "effective rank"
     unit = "rank"
     defaults = {"measure": "effective", "by_head": False, "divided": False}
@@ -64,7 +64,7 @@ class WeightRank(WeightMetric):
         divided = ", divided by the smaller of its sides" if self.settings["divided"] else ""
         return (
             f"{what}{parts}{divided}. From Diverse-ViT (arXiv 2203.06345), which names redundancy as a low rank and gives no "
-            "code for it. A random matrix has a rank of its own below the full one: the untrained twin says which."
+            "code for it. A random matrix has a rank of its own below the full one: the untrained copy says which."
         )
 
     def values(self, matrices: Matrices) -> tuple[Array, dict[str, Any]]:

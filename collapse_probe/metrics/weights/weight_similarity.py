@@ -73,8 +73,8 @@ class WeightSimilarity(WeightMetric):
     summary = "mean |cosine| between the rows of q, k, v, proj, fc1, fc2; @depth of the same matrix in two blocks"
     collapsed = "high"
     title = "Similarity of the rows of the weights"
-    seen = "Mean |cosine| between the rows of each weight matrix of each block; dashed: the untrained twin."
-    limits = "Random rows are not quite orthogonal: only the distance from the untrained twin is learned."
+    seen = "Mean |cosine| between the rows of each weight matrix of each block; dashed: the untrained copy."
+    limits = "Random rows are not quite orthogonal: only the distance from the untrained copy is learned."
     panel = "|cosine| between rows"
     unit = "|cosine|"
     defaults = {"between": "rows", "signed": False, "by_head": False}
@@ -108,7 +108,7 @@ class WeightSimilarity(WeightMetric):
         return (
             f"Mean {cosine} over pairs of different {rows}; rows are output neurons, zero rows are left out. Redundancy in the "
             "weights as in Diverse-ViT (arXiv 2203.06345), which gives no code for it. Random rows of length d give about "
-            "√(2/πd) without the sign: the untrained twin says how much."
+            "√(2/πd) without the sign: the untrained copy says how much."
         )
 
     def values(self, matrices: Matrices) -> tuple[Array, dict[str, Any]]:

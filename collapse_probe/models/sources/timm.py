@@ -58,7 +58,7 @@ class TimmSource(Source):
             return timm.create_model(place, pretrained=trained, **request.model_kwargs)
 
         def make(trained: bool) -> nn.Module:
-            # "hf-hub" needs the hub even for fresh weights: the configuration lies there
+            # "hf-hub" needs the hub even for fresh parameters: the configuration lies there
             hub = fetching_weights(request, hub=trained or self.scheme == "hf-hub")
             with contextlib.nullcontext() if self.scheme == "local-dir" else hub:
                 model: nn.Module = create(trained)

@@ -72,7 +72,7 @@ class TransformersSource(Source):
                 return _tower(auto.from_pretrained(name, config=config), resized)
             tower = _tower(auto.from_config(config), resized)
             if resized and native is not None and not _takes(tower, request.img_size):
-                other = copy.deepcopy(config)  # fresh weights may have any size from the start
+                other = copy.deepcopy(config)  # fresh parameters may have any size from the start
                 getattr(other, "vision_config", other).image_size = request.img_size
                 with contextlib.suppress(Exception):  # a size that the model cannot have: the probe says why
                     another = _tower(auto.from_config(other), resized)

@@ -49,7 +49,7 @@ from collapse_probe.statistics.intervals import Array
 MOST_SUBJECTS = 8  # whose curves can be told apart
 MOST_TICKS = 12
 NULL_LINES = {"other_token": (0, (1.2, 1.2)), "untrained": (0, (5, 2))}
-NULL_NAMES = {"other_token": "its other-token null", "untrained": "its untrained twin"}
+NULL_NAMES = {"other_token": "its chance level", "untrained": "its untrained copy"}
 CORRECTED = Role(f"corrected: κ > {KAPPA_ABOVE:g}", "#d55e00", marker="s", width=2.0)
 AT_SOFTMAX = Role("at the softmax (probs)", "#01855f", (0, (4, 1.5)), marker="^")
 OVER_BLOCKS = {  # title, unit, what it runs along
@@ -145,7 +145,7 @@ def adjacent_blocks(comparison: Comparison) -> Sheet | None:
         _overlay(axes[1], kappa, comparison)
         axes[1].axhline(0.0, color=MUTED, linewidth=0.8, zorder=0)
         axes[1].axhline(KAPPA_ABOVE, color=MUTED, linewidth=0.8, linestyle=(0, (1, 3)), zorder=0)
-        axes[1].set(ylabel="null-corrected κ", ylim=(min(floor(_every(kappa)), -0.25), 1.05))
+        axes[1].set(ylabel="κ", ylim=(min(floor(_every(kappa)), -0.25), 1.05))
     for each in axes:
         over_blocks(each, max((line.x for line in raw.values()), key=len), "block b, compared with block b − 1", 12)
     _name_nulls(axes[0], raw)
@@ -154,7 +154,7 @@ def adjacent_blocks(comparison: Comparison) -> Sheet | None:
 
 @drawn
 def per_block(comparison: Comparison) -> Sheet | None:
-    """Heads, images, entropy and patch diversity over the blocks, all subjects, each with its untrained twin."""
+    """Heads, images, entropy and patch diversity over the blocks, all subjects, each with its untrained copy."""
     each = {name: lines for name in OVER_BLOCKS if (lines := _lines(comparison, name))}
     if not each:
         return None
@@ -219,7 +219,7 @@ def paired_differences(comparison: Comparison) -> Sheet | None:
 
 @drawn
 def similar_blocks(comparison: Comparison) -> Sheet | None:
-    """How many adjacent pairs pass each threshold in each subject, with intervals; hollow: its untrained twin."""
+    """How many adjacent pairs pass each threshold in each subject, with intervals; hollow: its untrained copy."""
     looks = roles(comparison)
     subjects = {label: each for label in looks if (each := counts_of(comparison.subjects[label]))}
     if not subjects:

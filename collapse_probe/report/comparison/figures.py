@@ -6,6 +6,7 @@ import functools
 
 import numpy as np
 
+from collapse_probe.report.colours import VLAG
 from collapse_probe.report.comparison.curves import (
     adjacent_blocks,
     course,
@@ -36,7 +37,7 @@ def _matrices(comparison: Comparison, name: str, null: str | None = None) -> dic
 
 
 def matrices(comparison: Comparison) -> Sheet | None:
-    """Cosine between the maps of every two blocks: a column a subject, raw above and null-corrected beneath."""
+    """Cosine between the maps of every two blocks: a column a subject, raw above and κ beneath."""
     raw, kappa = _matrices(comparison, RAW), _matrices(comparison, RAW, "kappa")
     if not raw:
         return None
@@ -53,7 +54,7 @@ def matrices(comparison: Comparison) -> Sheet | None:
 
 
 def difference_maps(comparison: Comparison) -> Sheet | None:
-    """Each subject less the first, raw and null-corrected, all on one scale."""
+    """Each subject less the first, raw and κ, all on one scale."""
     room = 22
     first = printable(comparison.first, room)
     places: list[tuple[str, Array | None, dict[str, Array]]] = []
@@ -78,7 +79,7 @@ def difference_scale(matrices: list[Array]) -> Scale:
     """From −limit to limit, the smallest of LIMITS that holds every value; never finer than the first."""
     reach = max(float(np.abs(m[np.isfinite(m)]).max(initial=0.0)) for m in matrices)
     limit = next((limit for limit in LIMITS if reach <= limit + 1e-9), LIMITS[-1])
-    return Scale(-limit, limit, SIGNED.colours)
+    return Scale(-limit, limit, VLAG)
 
 
 def probs_and_weights(comparison: Comparison) -> Sheet | None:
@@ -107,21 +108,21 @@ FIGURES: dict[str, Drawing] = {
     "course": Drawing(
         "Over training",
         "The same quantities at every checkpoint, in the natural order of the file names: counts of similar blocks with "
-        "intervals over images, raw similarity with its wrong-token null and untrained twin, κ, patch diversity and, where "
+        "intervals over images, raw similarity with its chance level and untrained copy, κ, patch diversity and, where "
         "there are labels, accuracy.",
         "It is one training run. A raw number that moves with its null says nothing about the maps agreeing more or less.",
         course,
     ),
     "matrices": Drawing(
         "How alike the attention maps of two blocks are, on one common scale",
-        "First the raw cosine; then κ, what is left of it beyond the wrong-token null, on a fixed scale from −1 to 1. With "
+        "First the raw cosine; then κ, what is left of it beyond the chance level, on a fixed scale from −1 to 1. With "
         "more than four subjects, four evenly spaced ones are drawn.",
         "A darker raw panel is no collapse by itself: near-uniform maps score near 1 without any training.",
         matrices,
     ),
     "difference-maps": Drawing(
         "Each subject less the first",
-        "The matrix of each subject less that of the first, raw and null-corrected, all on one scale.",
+        "The matrix of each subject less that of the first, raw and κ, all on one scale.",
         "A difference in the raw panel that is missing beside it, in κ, is explained by the null.",
         difference_maps,
     ),
@@ -135,7 +136,7 @@ FIGURES: dict[str, Drawing] = {
     ),
     "adjacent": Drawing(
         "Each block compared with the one before",
-        "Measured similarity of every subject with its 95 % interval, its wrong-token null (dotted) and its untrained twin "
+        "Measured similarity of every subject with its 95 % interval, its chance level (dotted) and its untrained copy "
         "(dashed) in the same colour; then κ, with its threshold.",
         "Overlapping intervals do not mean that there is no difference: the images are the same, and the paired "
         "differences below are sharper.",
@@ -143,7 +144,7 @@ FIGURES: dict[str, Drawing] = {
     ),
     "similar-blocks": Drawing(
         "How many blocks count as similar",
-        "Adjacent pairs above each threshold, with 95 % intervals over images; hollow diamonds: the untrained twins.",
+        "Adjacent pairs above each threshold, with 95 % intervals over images; hollow diamonds: the untrained copies.",
         "A count depends on its threshold. Where the hollow diamonds lie as far apart as the filled marks, the contrast "
         "needs no training.",
         similar_blocks,
@@ -159,13 +160,13 @@ FIGURES: dict[str, Drawing] = {
         "What softmax gives, and what multiplies the values",
         "First the softmax (probs), then what is used (weights), a row a subject, on one scale. A fix such as Re-attention "
         "changes only the second.",
-        "Less similar weights can come from the mixing alone, also with random weights; they do not show that the softmax "
+        "Less similar weights can come from the mixing alone, also with random parameters; they do not show that the softmax "
         "has become more diverse.",
         probs_and_weights,
     ),
     "per-block": Drawing(
         "Heads, images, entropy and patches",
-        "The other signs of collapse, every subject with its 95 % interval and its untrained twin.",
+        "The other signs of collapse, every subject with its 95 % interval and its untrained copy.",
         "Patches can grow alike while attention stays diverse, and the other way round.",
         per_block,
     ),

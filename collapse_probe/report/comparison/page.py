@@ -27,8 +27,8 @@ from collapse_probe.statistics.paired import Paired
 
 MOST_COLUMNS = 4  # subjects that stand side by side
 OPEN = RAW + KAPPA  # the table that the page shows at once
-HEADER = ("first", "second", "difference", "95 % interval", "kind", "p", "q", "effect", "images", "left out")
-OF_WEIGHTS_ALONE = HEADER.index("95 % interval")  # columns that weights have: those from here on are about images
+HEADER = ("first", "second", "difference", "95 % CI", "kind", "p", "q", "effect", "images", "left out")
+OF_WEIGHTS_ALONE = HEADER.index("95 % CI")  # columns that weights have: those from here on are about images
 
 
 def subjects(comparison: Comparison) -> Table:
@@ -86,7 +86,7 @@ def paired(pair: Pair) -> list[Table]:
     names = dict.fromkeys(name for name in (OPEN, RAW, *pair.differences) if name in pair.differences)
     tables = [_differences(name, pair.differences[name]) for name in names]
     if pair.counts:
-        header = ("count", "first", "second", "difference", "95 % interval")
+        header = ("count", "first", "second", "difference", "95 % CI")
         rows = [
             (f"{c.name} > {c.threshold:g}", f"{c.first:g}", f"{c.second:g}", number(c.second - c.first, 0), interval(c.ci95, 0))
             for c in pair.counts
@@ -117,7 +117,7 @@ def agreement(pair: Pair, comparison: Comparison) -> str:
         weights = all(weights_only(comparison.subjects[label]) for label in (pair.first, pair.second))
         return "none, for the weights alone were compared, without images" if weights else f"not known: {outputs.reason}"
     kl = f"mean KL {outputs.kl:.3g} nats" if outputs.kl is not None else f"KL not known: {outputs.reason}"
-    ends = "" if outputs.top1_ci95 is None else f" (95 %: {interval([100 * end for end in outputs.top1_ci95], 1)})"
+    ends = "" if outputs.top1_ci95 is None else f" (95 % CI {interval([100 * end for end in outputs.top1_ci95], 1)})"
     return f"the same top answer on {100 * outputs.top1:.1f} % of {outputs.images} images{ends}; {kl}"
 
 

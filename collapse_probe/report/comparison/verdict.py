@@ -137,7 +137,7 @@ def _case(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:
         if twins[0] is not None and twins[1] is not None and (twins[1] - twins[0]) / contrast >= OF_ARCHITECTURE:
             return "architecture", (
                 f"The raw similarity is {number(raw.overall.second[0])} in {pair.second} and {number(raw.overall.first[0])} in "
-                f"{pair.first}, but their untrained twins differ as well ({number(twins[1])} and {number(twins[0])}): the "
+                f"{pair.first}, but their untrained copies differ as well ({number(twins[1])} and {number(twins[0])}): the "
                 "contrast comes with the architecture, not with what was learned."
             )
     difference, noun = (raw, "raw similarity") if kappa is None else (kappa, "κ")
@@ -145,7 +145,7 @@ def _case(pair: Pair, first: Findings, second: Findings) -> tuple[str, ...]:
         return "blocks", _blocks(pair, difference, noun)
     if kappa is not None and notable(raw).any():
         return "raw-only", (
-            f"{who} differ in raw similarity ({_both(raw)}), but not beyond what the wrong-token null explains: κ is "
+            f"{who} differ in raw similarity ({_both(raw)}), but not beyond what the chance level explains: κ is "
             f"{_both(kappa)}, and no block differs in it by {NOTABLE:g} or more."
         )
     if unsure(difference).any():
@@ -256,7 +256,7 @@ def _outputs(pair: Pair) -> str:
     if pair.agreement.top1 is not None:
         kl = "" if pair.agreement.kl is None else f", KL {pair.agreement.kl:.3g} nats"
         ends = pair.agreement.top1_ci95
-        sure = "" if ends is None else f" (95 % {interval([100 * end for end in ends], 1)})"
+        sure = "" if ends is None else f" (95 % CI {interval([100 * end for end in ends], 1)})"
         parts.append(f"the same top answer on {100 * pair.agreement.top1:.1f} % of the images{sure}{kl}")
     return f"Outputs: {'; '.join(parts)}." if parts else ""
 
@@ -269,7 +269,7 @@ def _both(difference: Difference) -> str:
 def _change(paired: Paired, at: int, test: str) -> str:
     """The difference at one place with its interval and its `test`: p or q."""
     value = p_value(getattr(paired, test)[at])
-    return f"difference {number(paired.difference[at])}, 95 % {interval(paired.ci95[at])}, {test} {value}"
+    return f"difference {number(paired.difference[at])}, 95 % CI {interval(paired.ci95[at])}, {test} {value}"
 
 
 def _caveats(case: str, pair: Pair, first: Findings, second: Findings) -> list[str]:
@@ -301,7 +301,7 @@ def over_training(comparison: Comparison) -> Verdict:
     for noun, (key, digits) in SUMMARIES.items():
         values = [number(findings.summary.get(key), digits) for findings in comparison.subjects.values()]
         difference = pair.differences.get({"κ": RAW + KAPPA, "raw similarity": RAW}.get(noun, ""))
-        change = "" if difference is None else f" (change 95 % {interval(difference.overall.ci95[0])})"
+        change = "" if difference is None else f" (change, 95 % CI {interval(difference.overall.ci95[0])})"
         if key in ("similar_blocks", "similar_blocks_corrected", ACCURACY):
             counts += [] if set(values) == {DASH} else [f"{sentence_case(noun)}: {', '.join(values)}."]
         else:

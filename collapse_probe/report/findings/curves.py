@@ -67,7 +67,7 @@ def adjacent_blocks(findings: Findings) -> Sheet | None:
         look = ROLES["other_token"]
         axes[1].axhline(0.0, color=look.colour, linestyle=look.line, linewidth=look.width, zorder=1)
         _thresholds(axes[1], (KAPPA_ABOVE,))
-        axes[1].set(ylabel="null-corrected κ", ylim=(min(floor(_all(adjacent(result, kappa), ci95)), -0.25), 1.05))
+        axes[1].set(ylabel="κ", ylim=(min(floor(_all(adjacent(result, kappa), ci95)), -0.25), 1.05))
         axes[1].grid(axis="y")
     for each in axes:
         over_blocks(each, x, "block b, compared with block b − 1", 12)

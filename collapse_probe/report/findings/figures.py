@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from collapse_probe.report.findings.curves import adjacent_blocks, convergence, entropy, per_block, similar_blocks
-from collapse_probe.report.findings.metric_figures import family_figure, kind, pair, weights
+from collapse_probe.report.findings.metric_figures import family_figure, kind, matrices, readings_of, switched, weights
 from collapse_probe.report.findings.outliers import outlier_places
 from collapse_probe.report.gallery import attention_gallery, rollout_gallery
 from collapse_probe.report.heatmaps import SIGNED, Heatmap, grid, scale_of
@@ -21,36 +21,35 @@ from collapse_probe.results.readings import null_of, result_of
 from collapse_probe.results.rules import KAPPA_ABOVE
 from collapse_probe.statistics.pair_tests import LEVEL, SHOWN, beyond_null, pairs_tested
 
-MARK = f"dot (below the diagonal): more alike than with the wrong tokens, q ≤ {LEVEL:g}"
+MARK = f"dot (below the diagonal): more alike than the chance level, q ≤ {LEVEL:g}"
 
 
 def similarity(findings: Findings, *, name: str) -> Sheet | None:
-    """Cosine between the maps of every two blocks, or the patches at every two depths, raw and null-corrected side by side."""
+    """Cosine between the maps of every two blocks, or the patches at every two depths, its chance level and κ, in one place."""
     result = result_of(findings, name)
     if result is None:
         return None
-    panels = pair(result, "raw cosine", "null-corrected κ (0: as alike as the null)")
+    first, *others = readings_of(result)
+    first = replace(first, title="raw similarity (mean cosine)")
     tested = pairs_tested(findings.sureness.get("tests") or {}, name)
-    if panels[1] is not None and tested is not None and name == SHOWN:
-        q = np.array(tested["q"], dtype=np.float64)
-        panels[1] = replace(
-            panels[1],
-            marked=np.tril(beyond_null(tested), -1),
-            mark=MARK,
-            beside={**panels[1].beside, "q": q},
-        )
-    return grid(panels, 2 if panels[1] else 1)
+    if others and others[-1].name == "κ" and tested is not None and name == SHOWN:
+        first = replace(first, beside={**first.beside, "q": np.array(tested["q"], dtype=np.float64)})
+        others[-1] = replace(others[-1], marked=np.tril(beyond_null(tested), -1), mark=MARK)
+    return switched([first, *(each for each in others if each.name != "untrained copy")])
 
 
 def attention_variants(findings: Findings) -> Sheet | None:
-    """The other readings of attention similarity (rows, centred, …), one row each: raw, null-corrected."""
-    panels: list[Heatmap | None] = []
+    """The other readings of attention similarity (rows, centred, …): raw and κ, with a switch between the readings."""
     beside = "probs" if result_of(findings, "attention-similarity") is not None else ""
+    results = {}
     for name, result in findings.metrics.items():
         family, _, variant = name.partition("@")
         if family == "attention-similarity" and variant not in ("", beside) and result.values is not None:
-            panels += pair(result, result.description.panel or variant, f"κ, {variant.replace('@', ', ')}")
-    return grid(panels, 2) if panels else None
+            panel = result.description.panel or variant.replace("@", ", ")
+            results[name] = replace(result, description=replace(result.description, panel=panel))
+    if not results:
+        return None
+    return matrices(results)
 
 
 def probs_and_weights(findings: Findings) -> Sheet | None:
@@ -59,8 +58,8 @@ def probs_and_weights(findings: Findings) -> Sheet | None:
     if weights is None or probs is None:
         return None
     scale = scale_of(weights.array, probs.array)
-    titles = {"probs: what softmax gives": probs, "weights: what multiplies V": weights}
-    return grid([Heatmap(result.array, title, scale) for title, result in titles.items()], 2)
+    titles = {"softmax map": probs, "final map": weights}
+    return grid([Heatmap(result.array, f"{title}: raw similarity", scale) for title, result in titles.items()], 2)
 
 
 def weights_depth(findings: Findings) -> Sheet | None:
@@ -86,28 +85,28 @@ class Entry(Drawing):
 FIGURES: dict[str, Entry] = {
     "attention-similarity": Entry(
         "How alike the attention maps of two blocks are",
-        "Raw: the mean cosine between the attention vectors of the same head and token in two blocks. Null-corrected: κ, "
-        "how much of the agreement that is possible beyond the other-token null is reached: 1 is the same map, 0 as "
-        "alike as the maps of unrelated tokens. The scales are the same on every page.",
-        "A dark raw panel alone is no collapse. Near-uniform maps, and maps in which every query looks at the same keys, "
-        "have a raw cosine near 1 whatever they attend to; only κ and the other readings below tell these apart.",
+        "Raw similarity is the mean cosine between the attention of the same head and token in two blocks; the chance level "
+        "is the same for other tokens. κ says how much of the possible agreement beyond that level is reached: 0 is no more "
+        "than chance, 1 identical maps. One colour is one number in all three, and on every page.",
+        "A dark matrix of raw similarity alone is no collapse. Near-uniform maps, and maps in which every query looks at "
+        "the same keys, have a raw similarity near 1 whatever they attend to; only κ and the other readings tell these apart.",
         partial(similarity, name="attention-similarity"),
         shows=("attention-similarity",),
     ),
     "attention-adjacent": Entry(
         "Each block compared with the one before",
-        "First the measured similarity with its 95 % interval over images, and what it would be for another token, "
-        "another image, another head, and the same architecture with fresh weights. Dotted: the thresholds at which "
+        "First the measured similarity with its 95 % CI over images, its chance level (other tokens), the same for other "
+        "images and other heads, and the untrained copy. Dotted: the thresholds at which "
         "blocks count as similar. Then κ of the same blocks.",
         "The interval covers the choice of images, not the training run: another seed may differ by more. A line at its "
-        "null is explained without the two blocks agreeing on anything.",
+        "chance level is explained without the two blocks agreeing on anything.",
         adjacent_blocks,
     ),
     "similar-blocks": Entry(
         "How many blocks count as similar",
         "Adjacent pairs whose mean similarity passes each threshold, with 95 % intervals over images; in the last row, "
         f"pairs whose κ passes {KAPPA_ABOVE:g}.",
-        "A count depends on its threshold, and a network with random weights can pass all of them; the raw rows are "
+        "A count depends on its threshold, and a network with random parameters can pass all of them; the raw rows are "
         "meant for comparison with published counts.",
         similar_blocks,
         shows=("similar-blocks",),
@@ -141,15 +140,16 @@ FIGURES: dict[str, Entry] = {
     ),
     "probs-and-weights": Entry(
         "What softmax gives, and what multiplies the values",
-        "This model changes its map between the softmax (probs) and the values (weights); both are on one scale.",
-        "A lower similarity of the weights can come from the mixing itself, also with random weights; it does not show "
-        "that the softmax has become more diverse.",
+        "This model changes its maps after the softmax: first the softmax map, then the final map, which multiplies the "
+        "values, on one scale.",
+        "A lower similarity of the final maps can come from the mixing itself, also with random parameters; it does not "
+        "show that the softmax maps have become more diverse.",
         probs_and_weights,
     ),
     "attention-entropy": Entry(
         "How spread out each head attends",
         "Entropy of the attention of every head as a share of log N, where N is the number of keys: 1 is uniform, 0 is a "
-        "single key. Beside it the mean over heads with its interval, the single heads, and the untrained twin.",
+        "single key. Beside it the mean over heads with its interval, the single heads, and the untrained copy.",
         "High entropy is not collapse by itself, yet it makes raw similarities high; low entropy says how sharp a head "
         "is, not whether it looks at the right place.",
         entropy,
@@ -165,8 +165,7 @@ FIGURES: dict[str, Entry] = {
     ),
     "feature-similarity": Entry(
         "How alike the patch embeddings at two depths are",
-        "Cosine of the embeddings of the same patch at two depths, raw and null-corrected; depth 0 is what enters the "
-        "first block.",
+        "Cosine of the embeddings of the same patch at two depths, raw and κ; depth 0 is what enters the first block.",
         "The residual stream carries each embedding on, so neighbouring depths are close to 1 in nearly every deep network.",
         partial(similarity, name="feature-similarity"),
         shows=("feature-similarity",),
@@ -185,19 +184,19 @@ FIGURES: dict[str, Entry] = {
         "For each depth the share of images in which the patch at that place is an outlier by its norm, and above each "
         "map the share of all patch tokens that are. One scale for all maps.",
         "A token is compared with the others of its image and depth: a heavy tail of ordinary lengths gives outliers "
-        "too, with random weights as well.",
+        "too, with random parameters as well.",
         outlier_places,
         "tokens",
         after="token-norm",
     ),
     "weights": Entry(
-        "How redundant the weights of each block are",
+        "How redundant the parameters of each block are",
         "For the query, key, value and projection matrices and the two layers of the MLP: mean |cosine| between the "
         "rows, effective rank as a share of the full one, the spread of the eigenvalues of W Wᵀ, and how crowded the "
         "rows are on the sphere. Dashed: the same matrices before training.",
-        "Weights are one sample of themselves, so there is no interval. A random matrix already has a rank below the "
+        "A model has one set of parameters, so there is no interval. A random matrix already has a rank below the "
         "full one and rows that are not quite orthogonal: only the distance from the dashed line is learned. One "
-        "outlying entry is enough to raise the gap. Redundant weights do not say that attention or tokens are alike.",
+        "outlying entry is enough to raise the gap. Redundant parameters do not say that attention or tokens are alike.",
         weights,
         "weights",
         shows=("weight-similarity", "weight-rank", "weight-orthogonality", "hyperspherical-energy"),
@@ -214,7 +213,7 @@ FIGURES: dict[str, Entry] = {
 }
 TESTED_PAIRS = Caption(
     "",
-    "Below the diagonal a dot marks the pairs that are more alike than with the wrong tokens (q ≤ {level:g}: {test}, false "
+    "Below the diagonal a dot marks the pairs that are more alike than the chance level (q ≤ {level:g}: {test}, false "
     "discoveries controlled over all pairs of blocks), here {significant} of {tested}.",
     "A dot says that a pair agrees on more than chance would give, however little: how much, κ says. No dot does not show "
     "that κ is 0: more images find more pairs.",

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from collapse_probe.report.findings.curves import counts
-from collapse_probe.report.heatmaps import SIGNED, Heatmap, grid, scale_of
+from collapse_probe.report.heatmaps import SIGNED, Heatmap, Switch, grid, scale_of
 from collapse_probe.report.sheet import Sheet
 from collapse_probe.report.style import (
     DEPTH,
@@ -31,6 +31,7 @@ from collapse_probe.statistics.intervals import Array
 
 STEPS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 TICKS = [m * 10.0**e for e in range(7) for m in (1, 2, 5)]
+RAW = "raw similarity"
 REFERENCE = Role("", "#22303c", (0, (1, 2)), width=1.2)
 
 
@@ -68,12 +69,7 @@ def family_figure(findings: Findings, names: Sequence[str]) -> Sheet | None:
         return None
     shape = kind(next(iter(results.values())))
     if shape == "matrix":
-        places: list[Heatmap | None] = []
-        for name, result in results.items():
-            title = result.description.panel
-            places += pair(result, title, "κ, null-corrected" if "@" not in name else f"κ; {title}", twin=True)
-        places = places if any(places[1::2]) else places[::2]
-        return grid(places, 4 if len(places) > 4 else min(len(places), 2))
+        return matrices(results)
     if shape == "counts":
         return counts(findings, list(results))
     if shape == "weights":
@@ -81,23 +77,56 @@ def family_figure(findings: Findings, names: Sequence[str]) -> Sheet | None:
     return _curves(findings, results)
 
 
-def pair(result: MetricResult, raw: str, corrected: str, twin: bool = False) -> list[Heatmap | None]:
-    """A matrix and beside it its kappa; where there is none and `twin`, that of the untrained twin."""
+def matrices(results: Mapping[str, MetricResult]) -> Sheet:
+    """One result with its chance level and κ in one place; of several a place for the values and one for what they are
+    compared with, each with a switch between the results.
+    """
+    readings = [readings_of(result) for result in results.values()]
+    if len(readings) == 1:
+        return switched(readings[0])
+    first = [maps[0] for maps in readings]
+    if len({each.values.shape for each in first}) > 1:
+        return grid([each for maps in readings for each in (maps[0], maps[-1] if len(maps) > 1 else None)], 2)
+    names = [each.title for each in first]
+    last = [maps[-1] if len(maps) > 1 else None for maps in readings]
+    return grid([Switch(tuple(first)), *([_filled(last, first)] if any(last) else [])], 2 if any(last) else 1, names)
+
+
+def switched(maps: Sequence[Heatmap]) -> Sheet:
+    """These matrices in one place, with a switch where there are several."""
+    return grid([Switch(tuple(maps)) if len(maps) > 1 else maps[0]], 1, [each.name for each in maps] if len(maps) > 1 else ())
+
+
+def _filled(maps: Sequence[Heatmap | None], like: Sequence[Heatmap]) -> Switch:
+    """A switch of as many matrices as `like`; one that is missing is undefined everywhere."""
+    blank = [replace(each, values=np.full_like(each.values, np.nan), title="not measured", beside={}) for each in like]
+    return Switch(tuple(one if one is not None else other for one, other in zip(maps, blank, strict=True)))
+
+
+def readings_of(result: MetricResult) -> list[Heatmap]:
+    """A matrix, which says all numbers, and what it is read against: its chance level and κ, else the untrained copy."""
     rows, columns = (DEPTH if dim == "depth" else dim for dim in result.dims)
-    kappa, fresh = null_of(result, "kappa"), null_of(result, "untrained") if twin else None
+    chance, kappa, fresh = (null_of(result, role) for role in ("other_token", "kappa", "untrained"))
     centred = result.settings.get("centred") is True  # a correlation, whichever sign it happens to have
-    scale = SIGNED if centred else scale_of(result.array, *([] if fresh is None or kappa is not None else [fresh]))
-    first = Heatmap(result.array, raw, scale, rows, columns, beside=beside(result))
+    others = [each for each in ((chance,) if kappa is not None else (fresh,)) if each is not None]
+    scale = SIGNED if centred else scale_of(result.array, *others)
+    title = result.description.panel
+    maps = [Heatmap(result.array, title or "raw similarity", scale, rows, columns, beside=beside(result), name=RAW)]
     if kappa is not None:
-        more = _defined({"95 %": null_ci95(result, "kappa"), "raw": result.array})
-        return [first, Heatmap(kappa, corrected, SIGNED, rows, columns, beside=more)]
-    return [first, None if fresh is None else Heatmap(fresh, "untrained twin", scale, rows, columns)]
+        if chance is not None:
+            maps.append(Heatmap(chance, ROLES["other_token"].label, scale, rows, columns, name="chance level"))
+        said = f"κ: agreement beyond chance{f', {title}' if title else ''}"
+        return [*maps, Heatmap(kappa, said, SIGNED, rows, columns, name="κ")]
+    return maps if fresh is None else [*maps, Heatmap(fresh, "untrained copy", scale, rows, columns, name="untrained copy")]
 
 
 def beside(result: MetricResult) -> dict[str, Array]:
-    """What the cells of a matrix say besides their values: the interval, every null, and kappa."""
+    """What the cells of a matrix say besides their values: the interval, what they are compared with, and κ with its own."""
     nulls = {ROLES[role].label: values for role, values in nulls_of(result).items()}
-    return _defined({"95 %": result.ci95, **nulls, "κ": null_of(result, "kappa")})
+    kappa = null_of(result, "kappa")
+    return _defined(
+        {"95 % CI": result.ci95, **nulls, "κ": kappa, "κ 95 % CI": None if kappa is None else null_ci95(result, "kappa")}
+    )
 
 
 def _defined(parts: Mapping[str, Array | None]) -> dict[str, Array]:
@@ -193,7 +222,7 @@ def weights(findings: Findings) -> Sheet | None:
 
 
 def matrix_lines(results: Mapping[str, MetricResult]) -> Sheet:
-    """A panel for each result: one line a matrix, thin dashed lines of the same colour for the untrained twin.
+    """A panel for each result: one line a matrix, thin dashed lines of the same colour for the untrained copy.
 
     Those of OF_WEIGHTS have titles of their own, and ranks among them are shares of the full one.
     """

@@ -9,13 +9,14 @@ from typing import Any
 
 from PIL import Image
 
+from collapse_probe.report.findings.answer import closest, headline, rows, small_figure
+from collapse_probe.report.findings.cards import key_numbers
 from collapse_probe.report.findings.figures import FIGURES, caption_of, draw_all, family_figures, metrics_of, undrawn
 from collapse_probe.report.findings.outliers import places_of
 from collapse_probe.report.findings.provenance import definitions, left_out, not_measured, provenance, skipped
 from collapse_probe.report.findings.tables import (
     certainty,
     followed,
-    key_numbers,
     per_block,
     rules_table,
     sensitivity_tables,
@@ -52,12 +53,17 @@ def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> s
     figures = draw_all(findings) if figures is None else figures
     listed, more = skipped(findings)
     verdict = verdict_of(findings)
+    answers = rows(findings, verdict)
     return paper(
         "findings.html",
         name=plain(findings.model.get("name")),
         weights=plain(findings.model.get("weights")),
         subject=looked_at(findings),
         weights_alone=weights_only(findings),
+        headline=headline(findings, answers, verdict),
+        answers=answers,
+        glance=small_figure(findings),
+        closest=closest(findings),
         verdict=verdict,
         caveats=[text for text, rule in zip(verdict.caveats, verdict.caveat_rules, strict=True) if rule != "untrained"],
         untrained=is_untrained(findings.model),
@@ -73,6 +79,8 @@ def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> s
         definitions=definitions(findings),
         presets=followed(findings),
         provenance=provenance(findings),
+        version=(findings.run.get("versions") or {}).get("collapse-probe", ""),
+        created=plain(findings.run["created"]) if findings.run.get("created") else "",
         skipped=listed,
         skipped_more=more,
     )
@@ -153,7 +161,7 @@ def _own_notes(findings: Findings, name: str) -> list[str]:
     if name not in similarities or result is None or null_of(result, "kappa") is not None:
         return []
     reasons = {} if result.nulls is None else result.nulls.reasons
-    return [f"κ is not drawn here: {reasons.get('kappa', 'the other-token null was not taken, or is 1 everywhere')}."]
+    return [f"κ is not drawn here: {reasons.get('kappa', 'the chance level was not taken, or is 1 everywhere')}."]
 
 
 def both_ends(findings: Findings) -> dict[str, Any] | None:

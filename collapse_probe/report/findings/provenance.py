@@ -15,7 +15,7 @@ from collapse_probe.results.text import DASH, plain, spans
 
 MOST_SKIPPED = 200  # names of skipped images that the page lists
 COLLAPSED = {"high": "high values are the collapsed end", "low": "low values are the collapsed end"}
-POINTS = {"probs": "probs, the softmax", "weights": "weights, what multiplies V"}
+POINTS = {"probs": "the softmax map", "weights": "the final map, which multiplies the values"}
 UNITS = {"seconds": "{:,.1f} s", "images_per_second": "{:,.1f}", "self_check": "{:.2g}"}
 FIRST = {
     "model": ("address", "source", "name", "weights", "checkpoint", "checkpoint_sha256", "class", "preprocess"),
@@ -60,7 +60,7 @@ def _metric(result: MetricResult) -> list[tuple[str, str]]:
         facts.append((str(key).replace("_", " "), text))
     nulls = Nulls({}, {}) if result.nulls is None else result.nulls
     for role, values in nulls.values.items():
-        name, count = f"null: {NULL_LABELS.get(role, role)}", nulls.images.get(role)
+        name, count = f"compared with: {NULL_LABELS.get(role, role)}", nulls.images.get(role)
         if values is None:
             facts.append((name, nulls.reasons.get(role, "not taken in this run")))
         elif role != "kappa":  # made of the others, on their images
@@ -89,7 +89,7 @@ def provenance(findings: Findings) -> list[Entry]:
     model = Entry("Model", "", _facts("model", {key: value for key, value in findings.model.items() if key not in SAID_ABOVE}))
     if weights_only(findings):
         run = {key: value for key, value in findings.run.items() if key not in OF_IMAGES}
-        return [model, Entry("Run", "", (("images", "none: the metrics are of the weights alone"), *_facts("run", run)))]
+        return [model, Entry("Run", "", (("images", "none: the metrics are of the parameters alone"), *_facts("run", run)))]
     left_out = findings.data.get("left_out") or {}
     unreadable = [image for image in findings.data.get("skipped") or () if image.get("reason") not in left_out]
     counts = [("skipped images", f"{len(unreadable):,}"), ("files that were not read", f"{sum(left_out.values()):,}")]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
+from collapse_probe.report.findings.cards import why_no_null
 from collapse_probe.report.html import Table
 from collapse_probe.report.style import NULL_LABELS
 from collapse_probe.results.findings import Findings, MetricResult
@@ -17,97 +17,16 @@ from collapse_probe.results.readings import (
     NULLS,
     adjacent,
     against_seeds,
-    corrected_count,
     entropy_share,
-    mean,
     null_ci95,
     null_of,
-    pair_count,
     result_of,
 )
-from collapse_probe.results.rules import KAPPA_ABOVE, RAW_ABOVE
+from collapse_probe.results.rules import RAW_ABOVE
 from collapse_probe.results.text import DASH, interval, number, numbered, p_value, plain, sentence_case
 from collapse_probe.statistics.estimates import HEADLINES
 from collapse_probe.statistics.intervals import Array
 from collapse_probe.statistics.pair_tests import LEVEL
-
-
-@dataclass(frozen=True)
-class Card:
-    """One key number: its value, the interval or count beside it, and what it would be without training."""
-
-    label: str
-    value: str
-    detail: str = ""
-    reference: str = ""
-
-
-def key_numbers(findings: Findings) -> list[Card]:
-    """The strip of key numbers; what was not measured is left out."""
-    cards, count, corrected = _similarity_cards(findings), findings.summary.get("similar_blocks"), corrected_count(findings)
-    if count is not None:
-        low, high = (findings.summary.get(f"similar_blocks_ci_{end}") for end in ("low", "high"))
-        ends = [] if low is None or high is None else [f"raw {low:g} … {high:g}"]
-        if corrected is not None and corrected.ci95 is not None:
-            ends.append(f"κ {corrected.ci95[0]:g} … {corrected.ci95[1]:g}")
-        above = KAPPA_ABOVE if corrected is None else corrected.above
-        value = f"{count:g} / {DASH if corrected is None else f'{corrected.value:g}'}"
-        pairs = f"{pair_count(findings)} {'compared ' if findings.model.get('uncompared') else ''}pairs"
-        detail = f"of {pairs}: raw above {RAW_ABOVE:g}, κ above {above:g}"
-        beside = f"95 %: {', '.join(ends)}" if ends else ""
-        cards.append(Card("similar blocks, raw / corrected", value, detail, beside))
-    share, diversity = entropy_share(findings), result_of(findings, "patch-diversity")
-    if share is not None and mean(share.mean) is not None:
-        detail, beside = f"of {share.unit}; 1 is uniform attention", _beside_twin(mean(share.untrained), 2)
-        cards.append(Card("attention entropy", number(mean(share.mean), 2), detail, beside))
-    if diversity is not None and len(diversity.array):
-        fresh = null_of(diversity, "untrained")
-        detail = "" if diversity.ci95 is None else f"95 %: {interval(diversity.ci95[-1])}"
-        beside = _beside_twin(None if fresh is None else fresh[-1])
-        cards.append(Card("patch diversity after the last block", number(diversity.array[-1]), detail, beside))
-    return cards
-
-
-def _similarity_cards(findings: Findings) -> list[Card]:
-    result = result_of(findings, "attention-similarity")
-    if result is None or len(result.array) < 2:
-        return []
-    kappa, fresh = adjacent(result, null_of(result, "kappa")), mean(adjacent(result, null_of(result, "untrained")))
-    raw_ends = _mean_interval(findings, result, "attention_similarity_adjacent", result.ci95)
-    raw = adjacent(result, result.array)
-    compared = int(np.isfinite(raw).sum())
-    undefined = compared - int(np.isfinite(kappa).sum())
-    detail = _mean_interval(findings, result, "kappa_adjacent", null_ci95(result, "kappa"))
-    beside = f"undefined for {undefined} of {compared} pairs" if undefined else ""
-    if mean(kappa) is None:
-        detail, beside = _why_no_null(result, "kappa") if compared else "no two neighbouring blocks are compared", ""
-    token = mean(adjacent(result, null_of(result, "other_token")))
-    return [
-        Card("similarity of adjacent blocks, raw", number(mean(raw)), raw_ends, _beside_twin(fresh)),
-        Card("the same with the wrong token", number(token), "null: what chance gives"),
-        Card("κ, similarity beyond that null", number(mean(kappa)), detail, beside),
-    ]
-
-
-def _beside_twin(value: float | None, digits: int = 3) -> str:
-    return "" if value is None else f"untrained twin {number(value, digits)}"
-
-
-def _mean_interval(findings: Findings, result: MetricResult, name: str, ci95: Array | None) -> str:
-    """The interval of a mean over adjacent pairs: the summary's, as the answer quotes it.
-
-    Without one (no values of single images) the mean of the pairs' ends, wide enough for any dependence.
-    """
-    low, high = (findings.summary.get(f"{name}_ci_{end}") for end in ("low", "high"))
-    if ci95 is not None and (low is None or high is None):
-        low, high = (mean(adjacent(result, ci95)[:, end]) for end in (0, 1))
-    return "" if low is None or high is None else f"95 %: {interval((low, high))}"
-
-
-def _why_no_null(result: MetricResult, role: str) -> str:
-    if result.nulls is None:
-        return "not taken in this run"
-    return result.nulls.reasons.get(role, "the other-token null is 1" if role == "kappa" else "not taken in this run")
 
 
 def uncompared(findings: Findings) -> list[str]:
@@ -134,15 +53,15 @@ def per_block(findings: Findings) -> Table:
 
         columns["adjacent similarity"] = cells(similarity.array)
         columns["stderr"] = cells(similarity.stderr, partial(number, digits=4))
-        columns["95 % interval"] = cells(similarity.ci95, interval)
+        columns["95 % CI"] = cells(similarity.ci95, interval)
         columns |= {NULL_LABELS[role]: cells(null_of(similarity, role)) for role in (*NULLS, "kappa")}
-        columns["κ, 95 % interval"] = cells(null_ci95(similarity, "kappa"), interval)
+        columns["κ, 95 % CI"] = cells(null_ci95(similarity, "kappa"), interval)
         notes.append("Block 0 has no block before it, so nothing to be compared with.")
         notes += [f"{note}." for note in uncompared(findings)]
         absent = [role for role in (*NULLS, "kappa") if null_of(similarity, role) is None]
-        notes += [f"{NULL_LABELS[role]}: {_why_no_null(similarity, role)}." for role in absent]
+        notes += [f"{NULL_LABELS[role]}: {why_no_null(similarity, role)}." for role in absent]
         if "kappa" not in absent and missing(null_of(similarity, "kappa")):
-            notes.append("κ is undefined where the other-token null is 1: nothing is left to be explained.")
+            notes.append("κ is undefined where the chance level is 1: nothing is left to be explained.")
         if missing(similarity.stderr):
             notes.append("Standard errors and intervals need at least two images.")
     share, diversity = entropy_share(findings), result_of(findings, "patch-diversity")
@@ -206,7 +125,7 @@ def _sensitivity_table(kind: str, results: Sequence[MetricResult]) -> Table:
     lines = list(dict.fromkeys((row["direction"], row["k"]) for row in stored))
     cells = [[DASH] * len(thresholds) for _ in lines]
     for row in stored:
-        ends = "" if row.get("ci95") is None else " ({:g} … {:g})".format(*row["ci95"])
+        ends = "" if row.get("ci95") is None else " [{:g}, {:g}]".format(*row["ci95"])
         at = lines.index((row["direction"], row["k"])), thresholds.index(row["threshold"])
         cells[at[0]][at[1]] = f"{row['similar_blocks']} of {row['blocks']}{ends}"
     marked = {
@@ -254,7 +173,7 @@ def rules_table(findings: Findings) -> Table | None:
             "what is asked": sentence_case(str(row["says"])),
             "number": f"{row['metric']}: {row['quantity']}" if row.get("metric") else str(row["quantity"]),
             "value": number(row["value"]),
-            "95 % interval": interval(row["ci95"]),
+            "95 % CI": interval(row["ci95"]),
             "yes if": f"{row['direction']} {row['threshold']:g}",
             "answer": str(row["answer"]),
             "where and why": str(row["reason"]),
@@ -271,7 +190,7 @@ def rules_table(findings: Findings) -> Table | None:
 
 
 def pair_tests_table(findings: Findings) -> Table | None:
-    """For each similarity how many neighbouring pairs are more alike than with the wrong tokens."""
+    """For each similarity how many neighbouring pairs are more alike than the chance level."""
     tests: Mapping[str, Any] = findings.sureness.get("tests") or {}
     if not tests:
         return None
@@ -284,19 +203,19 @@ def pair_tests_table(findings: Findings) -> Table | None:
             "pairs above their null": f"{test['significant']} of {test['tested']}",
             "largest q among them": p_value(max(passed)) if passed else DASH,
             "images": str(test["images"]),
-            "untrained twin": _twins_test(test.get("untrained")),
+            "untrained copy": _twins_test(test.get("untrained")),
             "all pairs": DASH if whole is None else f"{whole['significant']} of {whole['tested']} ({whole['test']})",
             "test": str(test["test"]),
         }
         rows.append(row if test["enough_images"] else {**row, "pairs above their null": "too few images to tell"})
     sentences = [f"{name}: {test['sentence']}" for name, test in tests.items() if not test["enough_images"]]
     notes = (*sentences, *dict.fromkeys(str(test["assumption"]) for test in tests.values()))
-    title = "Is a pair of blocks more alike than with the wrong tokens?"
+    title = "Is a pair of blocks more alike than the chance level?"
     return Table(tuple(rows[0]), tuple(tuple(row.values()) for row in rows), notes, title, words=frozenset((6,)))
 
 
 def _twins_test(twins: Mapping[str, Any] | None) -> str:
-    """How many pairs of each untrained twin pass the same test."""
+    """How many pairs of each untrained copy pass the same test."""
     if not twins:
         return DASH
     return f"{', '.join(map(str, twins['significant']))} of {twins['tested']} ({twins['images']} images)"
@@ -336,7 +255,7 @@ def classes_table(findings: Findings) -> Table | None:
     numbers: Mapping[str, Any] = classes["numbers"]
     header = ["class", "images"]
     for name in numbers:
-        header += [words_of(name), "95 % interval", "q"]
+        header += [words_of(name), "95 % CI", "q"]
     rows, marked = [], set()
     for at, (label, images) in enumerate(zip(classes["names"][:MOST_CLASSES], classes["images"], strict=False)):
         row = [str(label), str(images)]

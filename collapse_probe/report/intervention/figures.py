@@ -101,7 +101,7 @@ def beside_similarity(interventions: Interventions) -> Sheet | None:
         curve(top, x, np.array(interventions.similarity[name], dtype=np.float64), role)
     top.set(ylabel="cosine with the block before, κ", ylim=(min(-0.05, *top.get_ylim()), 1.05))
     top.grid(axis="y")
-    _curve(bottom, shared, "kl", Role("cost of sharing (95 % interval)", DISTINCT[1], marker="s", width=1.8))
+    _curve(bottom, shared, "kl", Role("cost of sharing (95 % CI)", DISTINCT[1], marker="s", width=1.8))
     _scale(bottom, "kl", [e.kl for e in shared])
     bottom.set_ylabel("KL when shared, nats")
     for axes in (top, bottom):
@@ -127,7 +127,7 @@ FIGURES: dict[str, Drawing] = {
     ),
     "beside-similarity": Drawing(
         "Similarity is one thing, redundancy another",
-        "First, how alike each block's map is to that of the block before: raw cosine, its wrong-token null, and κ, from "
+        "First, how alike each block's map is to that of the block before: raw cosine, its chance level, and κ, from "
         "the same images. Then, what it costs to use the map of the block before.",
         "A high cosine beside a high cost means that the small difference between the two maps matters; a low cosine "
         "beside no cost, that the map hardly matters.",

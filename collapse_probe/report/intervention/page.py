@@ -12,7 +12,7 @@ from collapse_probe.results.intervention import DEFINITIONS, Effect, Interventio
 from collapse_probe.results.rules import KEEPS_ANSWERS
 from collapse_probe.results.text import DASH, facts, interval, number, plain, spans
 
-HEADER = ("KL, nats", "95 % interval", "same top answer", "95 % interval", "accuracy", "change, points", "95 % interval")
+HEADER = ("KL, nats", "95 % CI", "same top answer", "95 % CI", "accuracy", "change, points", "95 % CI")
 
 
 def write_interventions(interventions: Interventions, folder: str | Path) -> Path:
@@ -57,7 +57,7 @@ def _plain_accuracy(interventions: Interventions) -> str:
 def _row(effect: Effect, accurate: bool) -> tuple[str, ...]:
     ends = effect.agreement_ci95
     cells = [spans(list(effect.blocks)), number(effect.kl, 4), interval(effect.kl_ci95, 4), _percent(effect.agreement)]
-    cells.append(DASH if ends is None else f"{ends[0]:.1%} … {ends[1]:.1%}")
+    cells.append(DASH if ends is None else f"[{ends[0]:.1%}, {ends[1]:.1%}]")
     if accurate:
         change, ends = effect.accuracy_change, effect.accuracy_change_ci95
         cells += [_percent(effect.accuracy), number(None if change is None else 100 * change, 1)]

@@ -109,10 +109,10 @@ def not_readable(interventions: Interventions) -> str:
 
 def _numbers(effect: Effect) -> str:
     assert effect.agreement is not None
-    ends = "" if effect.agreement_ci95 is None else f" (95 % {interval([100 * end for end in effect.agreement_ci95], 1)})"
+    ends = "" if effect.agreement_ci95 is None else f" (95 % CI {interval([100 * end for end in effect.agreement_ci95], 1)})"
     parts = [f"{effect.agreement:.1%} of the top answers stay{ends}", f"KL {number(effect.kl)} nats"]
     if effect.kl_ci95 is not None:
-        parts[-1] += f", 95 % interval {interval(effect.kl_ci95)}"
+        parts[-1] += f", 95 % CI {interval(effect.kl_ci95)}"
     if effect.accuracy is not None and effect.accuracy_change is not None:
         sign = "+" if effect.accuracy_change > 0 else ""
         parts.append(f"accuracy {effect.accuracy:.1%}, {sign}{number(100 * effect.accuracy_change, 1)} points")

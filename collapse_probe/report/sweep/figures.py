@@ -35,13 +35,13 @@ CAPTIONS = {
     "similar-blocks": Caption(
         "Similar blocks",
         "How many blocks count as similar to the block before: by the raw cosine, and by κ, which takes off what unrelated "
-        "tokens agree on. Dashed: the same architecture with fresh weights, on the same images.",
+        "tokens agree on. Dashed: the same architecture with fresh parameters, on the same images.",
         "More blocks leave more to count. A raw count that the dashed line reaches needs no training to come about.",
     ),
     "kappa": Caption(
         "κ and raw cosine",
         "The mean over adjacent blocks of κ (0: as alike as the maps of unrelated tokens; 1: the same map) and of the raw "
-        "cosine. Dashed: the same architecture with fresh weights.",
+        "cosine. Dashed: the same architecture with fresh parameters.",
         "A mean over blocks hides where in the network they are alike; every cell's findings say it block by block.",
     ),
     "accuracy": Caption(

@@ -80,7 +80,7 @@ def mean(cells: Sequence[CellResult], key: str, digits: int) -> str:
 
 
 def _along(axis: str, points: Points) -> list[str]:
-    """A sentence for each of NUMBERS, and one on the counts of the untrained twins."""
+    """A sentence for each of NUMBERS, and one on the counts of the untrained copies."""
     sentences = []
     for key, (name, digits) in NUMBERS.items():
         slope = trend(points, key)
@@ -96,7 +96,7 @@ def _along(axis: str, points: Points) -> list[str]:
             more = f", untrained {number(untrained[0])} and {number(untrained[1])}"
         sure = "one seed each, no interval"
         if (along := slope.slope).ci95 is not None:
-            sure = f"slope over {axis} {number(along.mean, 4)}, 95 % {interval(along.ci95, 4)} over {along.seeds} seeds"
+            sure = f"slope over {axis} {number(along.mean, 4)}, 95 % CI {interval(along.ci95, 4)} over {along.seeds} seeds"
         sentences.append(f"The {name} {slope.case}: {first}, {last}{more} ({sure}).")
         if key == SHARE and (case := against_twin(points)):
             counts = [_mean(cells, UNTRAINED + "similar_blocks") for _, cells in points]
