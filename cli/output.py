@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,12 +10,6 @@ from typing import Any
 import click
 
 ANSWER = "collapse-probe/answer/1"
-PAGES = {  # the package of a result's page, and what writes it; imported for a page alone, for matplotlib comes with it
-    "Findings": ("findings", "write_report"),
-    "Comparison": ("comparison", "write_comparison"),
-    "Interventions": ("intervention", "write_interventions"),
-    "Sweep": ("sweep", "write_sweep"),
-}
 Summary = Mapping[str, "float | int | None"]
 
 
@@ -49,16 +42,11 @@ def say_tidied(folder: str | Path, quiet: bool = False) -> None:
             click.echo(line, err=True)
 
 
-def draw_page(result: Any, inside: Path) -> None:
-    """Write the page and the figures of a result into an existing folder."""
-    package, write = PAGES[type(result).__name__]
-    getattr(importlib.import_module(f"collapse_probe.report.{package}.page"), write)(result, inside)
-
-
 def deliver(
     result: Any, folder: Path | None, text: str, content: Mapping[str, Any], as_json: str | None, no_page: bool
 ) -> None:
     """Write the folder, with its page unless `no_page`, and print `text`, or as JSON the whole result or `content`."""
+    from collapse_probe.display import draw_page
     from collapse_probe.files import PAGE, write_with_page
 
     if folder is not None:

@@ -14,8 +14,9 @@ from collapse_probe.cli import options
 @options.talking
 def command(folder: str, quiet: bool, verbose: int) -> None:
     """Rebuild figures and page from what DIR holds (findings, a comparison, interventions, a sweep); needs no model."""
-    from collapse_probe.cli.output import draw_page, say_tidied
+    from collapse_probe.cli.output import say_tidied
 
+    from collapse_probe.display import draw_page
     from collapse_probe.errors import CollapseProbeError, OutputError
     from collapse_probe.files import PAGE, changed_since, page_folder
 

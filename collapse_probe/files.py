@@ -30,9 +30,9 @@ STATES = ".state"
 """Where a run keeps its state while it is under way."""
 MANIFEST_SCHEMA = "collapse-probe/manifest/1"
 DOCUMENTS = ("findings.json", "comparison.json", "interventions.json", "sweep.json")
-ARRAYS = ("images.npz", "gallery.npz")
 PAGE, FIGURE_FOLDER, SUBJECT_FOLDER, MADE_BY = "report.html", "figures", "subjects", "collapse-probe"
-NAMES = (*DOCUMENTS, *ARRAYS, "matrices.npz", "blocks.csv", "table.csv", PAGE, MANIFEST)
+ARRAYS, TABLES = ("images.npz", "gallery.npz"), ("blocks.csv", "comparison.csv", "interventions.csv", "table.csv")
+NAMES = (*DOCUMENTS, *ARRAYS, *TABLES, "matrices.npz", PAGE, MANIFEST)
 TEMPORARY = re.compile(r".*\.tmp-(\d+)-(.*)-[^-]+")
 
 

@@ -12,6 +12,15 @@ from collapse_probe.errors import SettingError
 S = TypeVar("S", bound="Settings")
 
 
+def names_in(names: str | Iterable[str]) -> tuple[str, ...]:
+    """Names as they may be given: one alone, or several.
+
+    >>> names_in("map-rank"), names_in(["map-rank", "token-rank"])
+    (('map-rank',), ('map-rank', 'token-rank'))
+    """
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 @dataclass(frozen=True)
 class Settings:
     """A frozen dataclass whose fields are settings, checked by their types.

@@ -150,6 +150,7 @@ NOWHERE = ("--data", "/no/such/folder", "-q")  # which is found out after all th
         (command("--help"), HEAVY),
         (command("analyze", "--help"), HEAVY),
         *((command("ls", kind), HEAVY) for kind in ("models", "metrics", "presets", "fixes", "penalties", "recipes", "data")),
+        ("import collapse_probe.results.findings", ("torch", "matplotlib", "pandas", "collapse_probe.report")),
         ("import collapse_probe.report.findings.page", ("torch", "timm", "torchvision")),
         ("import collapse_probe.report.comparison.page", ("torch", "timm", "torchvision")),
         ("import collapse_probe.report.intervention.page", ("torch", "timm", "torchvision")),
@@ -164,6 +165,7 @@ NOWHERE = ("--data", "/no/such/folder", "-q")  # which is found out after all th
     ids=[
         *("front door", "help", "help of analyze"),
         *("ls models", "ls metrics", "ls presets", "ls fixes", "ls penalties", "ls recipes", "ls data"),
+        "results, which name what draws them",
         *("findings page", "comparison page", "intervention page", "sweep page"),
         *("analysis", "comparison and intervention", "a whole analysis"),
         *("analyze before its first output", "intervene before its first output"),

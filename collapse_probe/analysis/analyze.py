@@ -32,14 +32,15 @@ from collapse_probe.distributed import check_processes
 from collapse_probe.errors import OutOfTimeError
 from collapse_probe.models.loading import Subject, resolve
 from collapse_probe.results.findings import Findings
+from collapse_probe.settings import names_in
 
 
 def analyze(
     model: str | nn.Module | Subject,
     data: str | Path | Images | None = None,
     *,
-    metrics: Sequence[str] = (),
-    presets: Sequence[str] = (),
+    metrics: str | Sequence[str] = (),
+    presets: str | Sequence[str] = (),
     split: str | None = None,
     limit: int | None = None,
     max_pixels: int | None = None,
@@ -93,8 +94,8 @@ def analyze(
         batch_size=batch_size,
         workers=workers,
         seed=seed,
-        metrics=tuple(metrics),
-        presets=tuple(presets),
+        metrics=names_in(metrics),
+        presets=names_in(presets),
         null_images=null_images,
         null_seeds=null_seeds,
         until_ci=until_ci,

@@ -42,6 +42,7 @@ from collapse_probe.models.loading import Subject
 from collapse_probe.provenance import stamp
 from collapse_probe.results.comparison import LABELS, TOP1, Comparison, Pair
 from collapse_probe.results.findings import Findings
+from collapse_probe.settings import names_in
 
 __all__ = ["Comparison", "compare"]
 COST_BATCH = 16  # images a time when throughput is measured; fewer where the run's own batch is smaller
@@ -76,8 +77,8 @@ def compare(
     subjects: Mapping[str, Candidate] | Sequence[Candidate],
     data: str | Path | Images | None = None,
     *,
-    metrics: Sequence[str] = (),
-    presets: Sequence[str] = (),
+    metrics: str | Sequence[str] = (),
+    presets: str | Sequence[str] = (),
     cka: bool = False,
     split: str | None = None,
     limit: int | None = None,
@@ -89,7 +90,7 @@ def compare(
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: Size | None = None,
     blocks_pattern: str | None = None,
-    fixes: Sequence[str] = (),
+    fixes: str | Sequence[str] = (),
     fix_blocks: Sequence[int] | None = None,
     recalibrate_bn: int = 0,
     batch_size: int | None = None,
@@ -129,8 +130,8 @@ def compare(
         batch_size=batch_size,
         workers=workers,
         seed=seed,
-        metrics=tuple(metrics),
-        presets=tuple(presets),
+        metrics=names_in(metrics),
+        presets=names_in(presets),
         null_images=null_images,
         null_seeds=null_seeds,
         gallery_images=gallery_images,
@@ -147,7 +148,7 @@ def compare(
         model_kwargs=model_kwargs or {},
         img_size=img_size,
         blocks_pattern=blocks_pattern,
-        fixes=tuple(fixes),
+        fixes=names_in(fixes),
         fix_blocks=None if fix_blocks is None else tuple(fix_blocks),
         seed=seed,
     )

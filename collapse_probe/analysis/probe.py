@@ -61,6 +61,7 @@ from collapse_probe.provenance import escaped
 from collapse_probe.results.findings import Findings, plain, result_from_json, result_to_json
 from collapse_probe.results.readings import partial_sentence, trained_on
 from collapse_probe.results.verdict import with_verdict
+from collapse_probe.settings import names_in
 from collapse_probe.statistics.estimates import per_image_values
 
 PAD = (
@@ -92,8 +93,8 @@ class Probe:
         self,
         model: str | nn.Module | Subject,
         *,
-        metrics: Sequence[str] = (),
-        presets: Sequence[str] = (),
+        metrics: str | Sequence[str] = (),
+        presets: str | Sequence[str] = (),
         device: str = "auto",
         amp: bool = False,
         amp_dtype: str | None = None,
@@ -111,8 +112,8 @@ class Probe:
             amp=amp,
             amp_dtype=amp_dtype,
             seed=seed,
-            metrics=(metrics,) if isinstance(metrics, str) else tuple(metrics),
-            presets=(presets,) if isinstance(presets, str) else tuple(presets),
+            metrics=names_in(metrics),
+            presets=names_in(presets),
             null_images=null_images,
             null_seeds=null_seeds,
             gallery_images=gallery_images,
@@ -202,6 +203,9 @@ class Probe:
         if self._measurement is None:
             raise DataError("the probe has seen no images yet: call update(images) first")
         return self._measurement
+
+    def __repr__(self) -> str:
+        return f"<Probe of {self._subject.name}: {self.images} images so far; .update(images, names), .findings()>"
 
     @property
     def images(self) -> int:

@@ -59,6 +59,10 @@ class Recording:
         if plan is not None:
             self._follow(plan)
 
+    def __repr__(self) -> str:
+        held = "nothing recorded yet: call the model inside the `with`" if self._last is None else f".last is {self._last!r}"
+        return f"<Recording of {type(self.model).__name__}: {held}>"
+
     @property
     def last(self) -> Trace:
         """The trace of the newest forward pass; raises CaptureError where there was none."""

@@ -119,7 +119,7 @@ class LeftOut:
     why: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What the probe found in a model.
 
@@ -147,6 +147,11 @@ class Plan:
     frames: tuple[Frame, ...] = ()
     input_shape: tuple[int, ...] = ()
     by_hand: bool = False
+
+    def __repr__(self) -> str:
+        prefix = f"{len(self.prefix)} of them prefix tokens" if self.prefix else "no prefix tokens"
+        what = f"{len(self.blocks)} blocks, {len(self.layers)} attention layers, {self.tokens} tokens ({prefix})"
+        return f"<Plan: {what}, width {self.width}; .blocks, .layers, .left_out, .notes>"
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:

@@ -51,7 +51,16 @@ def micro_batch(plan: Plan, device: torch.device, images: int | None = None) -> 
     return most if images is None else math.ceil(images / math.ceil(images / most)) if images else 1
 
 
-@dataclass
+def shaped(shape: Sequence[int]) -> str:
+    """A shape in words.
+
+    >>> shaped((2, 17, 64))
+    '2 × 17 × 64'
+    """
+    return " × ".join(map(str, shape))
+
+
+@dataclass(repr=False)
 class Attention:
     """The attention of one layer for one batch: q and k (a fused kernel) or the map itself (eager attention).
 
@@ -69,6 +78,10 @@ class Attention:
     logsumexp: Tensor | None = None
     probs: Tensor | None = None
     weights: Tensor | None = None
+
+    def __repr__(self) -> str:
+        mixed = ", mixed after the softmax" if self.mixed else ""
+        return f"<Attention of {self.owner or 'the model'}: {self.operation}, maps {shaped(self.shape)}{mixed}>"
 
     @property
     def mixed(self) -> bool:
@@ -255,7 +268,7 @@ class MapTile:
         return [t for t in range(span.start, span.stop) if t not in without]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
     """What was captured of one batch: `tokens[d]` [B, N, D] at each depth, `attention` by layer.
 
@@ -268,6 +281,13 @@ class Trace:
     tokens: tuple[Tensor | None, ...]
     attention: tuple[Attention, ...]
     output: object
+
+    def __repr__(self) -> str:
+        tokens = [tuple(each.shape) for each in self.tokens if each is not None]
+        shape = f", tokens {shaped(tokens[0])} at {len(tokens)} depths" if tokens else ", no tokens"
+        return (
+            f"<Trace of {self.images} images: {len(self.attention)} attention layers{shape}; .attention[b], .tokens[d], .plan>"
+        )
 
     @property
     def device(self) -> torch.device:

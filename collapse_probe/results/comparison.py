@@ -6,18 +6,26 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from collapse_probe.display import Shown
 from collapse_probe.errors import OutputError
-from collapse_probe.files import SUBJECT_FOLDER, Numbers, read_document, write_document
+from collapse_probe.files import SUBJECT_FOLDER, read_document, write_document
 from collapse_probe.results import checks
-from collapse_probe.results.findings import Findings, plain
+from collapse_probe.results.findings import Findings, plain, unknown
 from collapse_probe.statistics.paired import NO_INTERVAL, OF_KAPPAS, OF_MEANS, OF_SHARES, SAME, Paired
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 SCHEMA = "collapse-probe/comparison/1"
-FILE = "comparison.json"
+FILE, TABLE = "comparison.json", "comparison.csv"
+COLUMNS = [
+    *("first", "second", "metric", "axis", "place", "first_value", "second_value", "difference", "ci_low", "ci_high"),
+    *("interval", "p", "q", "effect", "images", "left_out"),
+]
 TOP1, LABELS = "top1", "label"
 ACCURACY = "accuracy"
 PROBS = "@probs"  # behind the name of a metric taken at the softmax, where that is not what multiplies V
@@ -150,8 +158,8 @@ class Pair:
         )
 
 
-@dataclass(frozen=True)
-class Comparison(Numbers):
+@dataclass(frozen=True, repr=False)
+class Comparison(Shown):
     """Subjects by label, the first being what each other is compared with in `pairs`.
 
     `trajectory` says that the subjects are checkpoints of one training, in order. What a model costs and
@@ -177,6 +185,37 @@ class Comparison(Numbers):
             differences[f"{name}_difference"] = None if value is None or other is None else value - other
         return {**own, **differences}
 
+    def __getitem__(self, label: str) -> Findings:
+        if label not in self.subjects:
+            raise unknown("subject", label, self.subjects, "there are")
+        return self.subjects[label]
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self.subjects)
+
+    def frame(self) -> pd.DataFrame:
+        """The content of comparison.csv: one row per pair of subjects, metric and block, and one of its mean over blocks.
+
+        `place` is the block (of a pair of blocks the later one), blank for the mean. See METHODS for what the columns hold;
+        `metric` also names NAME/kappa, and accuracy. An interval that was not taken is NaN.
+
+        Example::
+
+            table = comparison.frame()
+            table[table.place.isna()][["second", "metric", "difference", "ci_low", "ci_high", "p"]]
+        """
+        import pandas as pd
+
+        rows = []
+        for pair in self.pairs:
+            for name, difference in pair.differences.items():
+                parts = ((difference.places, difference.paired), ((None,), difference.overall))
+                for places, paired in parts:
+                    rows += [
+                        [pair.first, pair.second, name, difference.axis, *_row(paired, i, at)] for i, at in enumerate(places)
+                    ]
+        return pd.DataFrame(rows, columns=COLUMNS).astype({"place": "Int64"})
+
     def to_json(self) -> dict[str, Any]:
         """The content of comparison.json: JSON types alone, undefined numbers as None."""
         folders = _folders(self.subjects)
@@ -197,8 +236,9 @@ class Comparison(Numbers):
         return ("subject-",)
 
     def write(self, inside: Path) -> None:
-        """Write comparison.json, and every subject's findings into subjects/LABEL, into an existing folder."""
+        """Write comparison.json, comparison.csv, and every subject's findings into subjects/LABEL, into an existing folder."""
         write_document(inside / FILE, self.to_json())
+        self.frame().to_csv(inside / TABLE, index=False)
         folders = _folders(self.subjects)
         for label, findings in self.subjects.items():
             findings.save(inside / folders[label])
@@ -215,6 +255,13 @@ class Comparison(Numbers):
             if entry.get("run") != findings.run.get("id"):
                 raise OutputError(f"{Path(folder) / entry['folder']} is of another run than {FILE}: compare again")
         return cls(subjects, tuple(map(Pair.from_json, content["pairs"])), content["trajectory"], content["run"])
+
+
+def _row(paired: Paired, i: int, place: int | None) -> list[Any]:
+    """The columns of `frame` from `place` on."""
+    numbers = [float(part[i]) for part in (paired.first, paired.second, paired.difference, *paired.ci95.T)]
+    tested = [float(part[i]) for part in (paired.p, paired.q, paired.effect)]
+    return [place, *numbers, paired.interval[i], *tested, int(paired.images[i]), int(paired.left_out[i])]
 
 
 def _folders(labels: Iterable[str]) -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collapse_probe.errors import OutputError, UnknownNameError
-from collapse_probe.files import Numbers, read_document, write_document
+from collapse_probe.display import Shown
+from collapse_probe.errors import UnknownNameError
+from collapse_probe.files import read_document, write_document
 from collapse_probe.results import checks
+from collapse_probe.results.stored.arrays import Gallery as Gallery
+from collapse_probe.results.stored.arrays import load_gallery, load_images, write_gallery
 from collapse_probe.statistics.intervals import Array
 
 if TYPE_CHECKING:
@@ -97,26 +101,11 @@ class MetricResult:
         return self.values
 
 
-@dataclass(frozen=True)
-class Gallery:
-    """A few of the images with the attention map of every block, for the report.
-
-    `pictures` uint8 [I, height, width, 3] (the model's own crop), `maps` float64 [I, blocks, rows, columns]
-    (attention paid to each patch, mean over heads and over the queries that `query` names) of the blocks numbered `blocks`
-    (empty: of all, from 0). `rollouts`, of the same shape, is the same for attention rollout up to each block, from the mean
-    over heads, where that was measured.
-    """
-
-    names: tuple[str, ...]
-    pictures: NDArray[np.uint8]
-    maps: Array
-    query: str
-    rollouts: Array | None = None
-    blocks: tuple[int, ...] = ()
-
-
 SCHEMA = "collapse-probe/findings/1"
-CSV_COLUMNS = ["metric", "block", "head", "value", "stderr", "ci_low", "ci_high"]
+CSV_COLUMNS = [
+    *("metric", "block", "head", "value", "stderr", "ci_low", "ci_high"),
+    *("chance_level", "chance_ci_low", "chance_ci_high", "kappa", "kappa_ci_low", "kappa_ci_high", "untrained"),
+]
 STORED = (
     *("dims", "values", "stderr", "ci95", "collapsed", "point", "settings", "details", "description", "definition", "nulls"),
     "not_applicable",
@@ -208,7 +197,7 @@ def _array(value: Any) -> Array | None:
 
 
 def block_rows(name: str, result: MetricResult) -> list[list[Any]]:
-    """The rows of blocks.csv for one metric, as CSV_COLUMNS; NaN where it has no standard error or interval.
+    """The rows of blocks.csv for one metric, as CSV_COLUMNS; NaN where it has no such number.
 
     Blocks × blocks and depths × depths give each with the one before where the two are neighbours, blocks × matrices a metric
     NAME/MATRIX for each matrix.
@@ -216,121 +205,68 @@ def block_rows(name: str, result: MetricResult) -> list[list[Any]]:
     """
     if result.values is None:
         return []
-    blank = np.full((*result.values.shape, 2), np.nan)
-    stderr = blank[..., 0] if result.stderr is None else result.stderr
-    parts, dims = (result.values, stderr, blank if result.ci95 is None else result.ci95), result.dims
+    cells, dims = _columns(result), result.dims
     blocks = range(len(result.values))
     if len(dims) == 2 and dims[0] == dims[1]:
         neighbours = result.adjacent or (True,) * len(blocks[1:])
-        return [[name, b, None, *_cell(parts, b, b - 1)] for b, known in zip(blocks[1:], neighbours, strict=True) if known]
+        pairs = zip(blocks[1:], neighbours, strict=True)
+        return [[name, b, None, *cells[b, b - 1].tolist()] for b, known in pairs if known]
     if dims == ("block", "matrix"):
         matrices = result.details.get("matrices", range(result.values.shape[1]))
-        return [[f"{name}/{matrix}", b, None, *_cell(parts, b, m)] for m, matrix in enumerate(matrices) for b in blocks]
+        return [[f"{name}/{matrix}", b, None, *cells[b, m].tolist()] for m, matrix in enumerate(matrices) for b in blocks]
     if dims == ("block", "head"):
-        rows = [[name, b, h, *_cell(parts, b, h)] for b, h in np.ndindex(result.values.shape)]
-        mean = result.head_mean
-        return rows if mean is None else rows + [[name, b, None, *_cell(mean, b)] for b in blocks]
+        rows = [[name, b, h, *cells[b, h].tolist()] for b, h in np.ndindex(result.values.shape)]
+        return rows if result.head_mean is None else [*rows, *([name, b, None, *_over_heads(result, b)] for b in blocks)]
     if dims in (("block",), ("depth",)):
-        return [[name, b, None, *_cell(parts, b)] for b in blocks]
+        return [[name, b, None, *cells[b].tolist()] for b in blocks]
     return []
 
 
-def _cell(parts: tuple[Array, Array, Array], *at: int) -> list[float]:
-    values, stderr, ci95 = parts
-    return [float(values[at]), float(stderr[at]), float(ci95[at][0]), float(ci95[at][1])]
+def _columns(result: MetricResult) -> Array:
+    """The numbers of CSV_COLUMNS, from `value` on, along a last axis behind those of a result that has values."""
+    values, nulls = result.array, result.nulls or Nulls({}, {})
+
+    def one(part: Array | None) -> Array:
+        return np.full(values.shape, np.nan) if part is None else part
+
+    def ends(part: Array | None) -> tuple[Array, Array]:
+        return (one(None), one(None)) if part is None else (part[..., 0], part[..., 1])
+
+    chance, kappa = nulls.values.get("other_token"), nulls.values.get("kappa")
+    beyond = (one(chance), *ends(nulls.ci95.get("other_token")), one(kappa), *ends(nulls.kappa_ci95))
+    return np.stack(
+        [values, one(result.stderr), *ends(result.ci95), *beyond, one(nulls.values.get("untrained"))], -1, dtype=np.float64
+    )
 
 
-AGAIN = "take the folder from where it was written, or measure again"
+def _over_heads(result: MetricResult, block: int) -> list[float]:
+    """A row of the mean over heads; chance level, κ and untrained copy are means over the heads that have them."""
+    assert result.head_mean is not None
+    value, stderr, ci95 = (part[block] for part in result.head_mean)
+    heads = _columns(result)[block]
+    means = [float(np.mean(known)) if (known := part[np.isfinite(part)]).size else math.nan for part in heads.T]
+    blank = [math.nan, math.nan]
+    return [float(value), float(stderr), *map(float, ci95), means[4], *blank, means[7], *blank, means[10]]
 
 
-def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The content of an npz file; empty where there is no such file. OutputError for one that is damaged."""
-    if not path.exists():
-        return {}
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            arrays = {key: np.asarray(stored[key]) for key in stored.files}
-    except Exception as error:  # damaged files fail in many ways, an empty one with EOFError
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise OutputError(f"{path} cannot be read as arrays of NumPy ({why}); {AGAIN}") from error
-    if strange := [key for key, values in arrays.items() if values.dtype.kind not in "biufU"]:
-        raise OutputError(f"{path} holds {strange[0]!r}, which is no array of numbers or names; {AGAIN}")
-    return arrays
+def parts_of(result: MetricResult) -> dict[str, Array | None]:
+    """The values of a result, and by their names all that stands beside them."""
+    nulls = result.nulls or Nulls({}, {})
+    ends = {"value": result.ci95, "kappa": nulls.kappa_ci95, **nulls.ci95}
+    known = {name: each for name, each in ends.items() if each is not None}
+    bounds = {f"{name}_ci_{end}": each[..., at] for name, each in known.items() for at, end in enumerate(("low", "high"))}
+    return {"value": result.values, "stderr": result.stderr, **nulls.values, **bounds}
 
 
-def write_gallery(path: Path, gallery: Gallery | None, thumbnails: Mapping[str, NDArray[np.uint8]]) -> None:
-    """Write gallery.npz, the maps in float32, the thumbnails (all of one size) in one array; no file where there is neither."""
-    arrays: dict[str, Any] = {}
-    if thumbnails:
-        arrays["thumbnail_names"] = np.array(list(thumbnails), dtype=np.str_)
-        arrays["thumbnails"] = np.stack(list(thumbnails.values()))
-    if gallery is not None:
-        arrays |= {"names": np.array(gallery.names, dtype=np.str_), "query": np.array(gallery.query)}
-        arrays["blocks"] = np.array(gallery.blocks, dtype=np.int64)
-        arrays |= {"pictures": gallery.pictures, "maps": gallery.maps.astype(np.float32)}
-        arrays |= {} if gallery.rollouts is None else {"rollouts": gallery.rollouts.astype(np.float32)}
-    if arrays:
-        np.savez_compressed(path, **arrays)
+def unknown(noun: str, name: str, known: Iterable[str], there: str) -> UnknownNameError:
+    """The error for a name that is not among those `known`: it names the nearest, or all."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"{there} {', '.join(known)}"
+    return UnknownNameError(f"no {noun} called {name!r}; {hint}")
 
 
-def load_gallery(path: Path) -> tuple[Gallery | None, dict[str, NDArray[np.uint8]]]:
-    """The gallery (None where there is none) and the thumbnails by name out of gallery.npz, which may not exist.
-
-    OutputError where its arrays do not fit each other.
-    """
-    stored = load_arrays(path)
-    if not _fits(stored):
-        came = ", ".join(f"{key} {values.dtype} {list(values.shape)}" for key, values in stored.items())
-        raise OutputError(f"{path} is no gallery: its arrays do not fit each other ({came}); {AGAIN}")
-    thumbnails = dict(zip(map(str, stored.get("thumbnail_names", ())), stored.get("thumbnails", ()), strict=True))
-    if "maps" not in stored:
-        return None, thumbnails
-    rollouts = stored["rollouts"].astype(np.float64) if "rollouts" in stored else None
-    names, maps = tuple(map(str, stored["names"])), stored["maps"].astype(np.float64)
-    blocks = tuple(int(block) for block in stored.get("blocks", ()))
-    return Gallery(names, stored["pictures"], maps, str(stored["query"]), rollouts, blocks), thumbnails
-
-
-def _fits(stored: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether the arrays of a gallery, and of thumbnails, have the shapes and types of `Gallery`."""
-
-    def pictures(names: str, key: str) -> bool:
-        text, seen = stored.get(names), stored.get(key)
-        if text is None or seen is None:
-            return text is None and seen is None
-        shaped = text.ndim == 1 and seen.ndim == 4 and len(text) == len(seen) and seen.shape[3] == 3 and seen.size > 0
-        return shaped and text.dtype.kind == "U" and seen.dtype == np.uint8
-
-    if not pictures("thumbnail_names", "thumbnails") or not pictures("names", "pictures"):
-        return False
-    if ("maps" in stored) != ("pictures" in stored):
-        return False
-    if "maps" not in stored:
-        return "rollouts" not in stored
-    maps, blocks, query = stored["maps"], stored.get("blocks", np.zeros(0, int)), stored.get("query")
-    layers = maps.shape[1] if maps.ndim == 4 else 0
-    shaped = layers and len(maps) == len(stored["names"]) and stored.get("rollouts", maps).shape == maps.shape
-    numbered = blocks.ndim == 1 and blocks.dtype.kind == "i" and len(blocks) in (0, layers)
-    finite = all(values.dtype.kind == "f" and np.isfinite(values).all() for values in (maps, stored.get("rollouts", maps)))
-    return bool(shaped and numbered and finite and query is not None and query.ndim == 0 and query.dtype.kind == "U")
-
-
-def load_images(path: Path, images: int) -> dict[str, NDArray[Any]]:
-    """The per-image table out of images.npz, which may not exist; OutputError where it is not one row for each of `images`."""
-    stored = load_arrays(path)
-    names = stored.get("names")
-    if names is not None and (names.ndim != 1 or names.dtype.kind != "U" or len(names) != images):
-        raise OutputError(f"{path} names {list(names.shape)} images, the findings are of {images}; {AGAIN}")
-    for key, values in stored.items():
-        if values.ndim < 1 or len(values) != images or (key != "names" and values.dtype.kind == "U"):
-            raise OutputError(
-                f"{path} holds {key!r} {values.dtype} {list(values.shape)}, not a row for each of {images} images; {AGAIN}"
-            )
-    return stored
-
-
-@dataclass(frozen=True)
-class Findings(Numbers):
+@dataclass(frozen=True, repr=False)
+class Findings(Shown):
     """What one run found. `images` maps "names" and each metric's name to per-image arrays, first axis images.
 
     `thumbnails` are small pictures, uint8 [height, width, 3] by image name, of those at both ends of the headline number.
@@ -358,24 +294,63 @@ class Findings(Numbers):
 
     @property
     def blocks(self) -> pd.DataFrame:
-        """One row per metric and block (and head): metric, block, head, value, stderr, ci_low, ci_high.
+        """`frame()` of all metrics: the content of blocks.csv."""
+        return self.frame()
 
-        For a block × block metric the row of block b holds its value with the block before (b − 1), where that gives it its
-        input; a metric of the weights is
-        called NAME/MATRIX. Errors are NaN where none was taken (a model is no sample of weights). See `block_rows`.
+    def frame(self, *names: str) -> pd.DataFrame:
+        """One row per metric (all, or those called `names`) and block (and head), with the columns CSV_COLUMNS.
+
+        `value` has its standard error and 95 % interval over images beside it, then its chance level (other tokens), κ and the
+        untrained copy's value. For a block × block metric the row of block b holds its value with the block before (b − 1),
+        where that gives it its input; a metric of the weights is called NAME/MATRIX. What was not taken is NaN (a model is no
+        sample of weights, so these have no error). See `block_rows`.
+
+        Example::
+
+            table = findings.frame("attention-similarity")
+            table[["block", "value", "chance_level", "kappa"]]
         """
         import pandas as pd
 
-        rows = [row for name, result in self.metrics.items() for row in block_rows(name, result)]
-        return pd.DataFrame(rows, columns=CSV_COLUMNS).astype({"block": "Int64", "head": "Int64"})
+        results = {name: self[name] for name in names} if names else self.metrics
+        rows = [row for name, result in results.items() for row in block_rows(name, result)]
+        table = pd.DataFrame(rows, columns=CSV_COLUMNS).astype({"block": "Int64", "head": "Int64"})
+        return table.astype(dict.fromkeys(CSV_COLUMNS[3:], "float64"))
 
-    def matrix(self, name: str) -> Array:
-        """The values of metric `name`, float64, with its dims; raises where it has none."""
+    def __getitem__(self, name: str) -> MetricResult:
         if name not in self.metrics:
-            raise UnknownNameError(f"these findings hold no metric {name!r}; they hold {', '.join(self.metrics)}")
-        values = self.metrics[name].values
-        if values is None:
+            raise unknown("metric", name, self.metrics, "these findings hold")
+        return self.metrics[name]
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self.metrics)
+
+    def matrix(self, name: str, part: str = "value") -> Array:
+        """The values of metric `name`, float64, with its dims; raises UnknownNameError where it has none.
+
+        `part` asks for what stands beside them: stderr, kappa, untrained, other_token (the chance level), other_image,
+        other_head, and with `_ci_low` or `_ci_high` behind it an end of an interval (value_ci_low, kappa_ci_high, …).
+
+        Example::
+
+            findings.matrix("attention-similarity")
+            findings.matrix("attention-similarity", "kappa")
+        """
+        if name not in self.metrics and part == "value" and name in ("kappa", "untrained", "other_token", "chance_level"):
+            raise UnknownNameError(
+                f"{name!r} stands beside a metric: matrix(METRIC, {name!r}), as METRIC any of these findings"
+            )
+        parts = parts_of(self[name])
+        if parts["value"] is None:
             raise UnknownNameError(f"{name!r} does not apply here: {self.metrics[name].not_applicable}")
+        wanted = part.replace("chance_level", "other_token")
+        if wanted not in parts:
+            raise unknown(f"part of {name}", part, parts, "there are")
+        values = parts[wanted]
+        if values is None:
+            nulls = self.metrics[name].nulls
+            reason = "it was not taken in this run" if nulls is None else nulls.reasons.get(wanted, "it was not taken")
+            raise UnknownNameError(f"{name!r} has no {part} here: {reason}")
         return values
 
     def to_json(self) -> dict[str, Any]:

@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from collapse_probe.files import Numbers, read_document, write_document
+from collapse_probe.display import Shown
+from collapse_probe.files import read_document, write_document
 from collapse_probe.results import checks
-from collapse_probe.results.findings import load_arrays
 from collapse_probe.results.findings import plain as json_values
+from collapse_probe.results.stored.arrays import load_arrays
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = "collapse-probe/interventions/1"
-FILE, IMAGES = "interventions.json", "images.npz"
+FILE, IMAGES, TABLE = "interventions.json", "images.npz", "interventions.csv"
+COLUMNS = [
+    *("kind", "how", "first_block", "last_block", "kl", "kl_ci_low", "kl_ci_high"),
+    *("agreement", "agreement_ci_low", "agreement_ci_high", "accuracy", "accuracy_change"),
+    *("accuracy_change_ci_low", "accuracy_change_ci_high"),
+]
 PARTS, EFFECTS = ("model", "data", "run", "kinds", "plain", "similarity"), ("single", "cumulative")
 Ends = tuple[float, float] | None
 DEFINITIONS = {
@@ -48,8 +57,8 @@ class Effect:
     not_applicable: str | None = None
 
 
-@dataclass(frozen=True)
-class Interventions(Numbers):
+@dataclass(frozen=True, repr=False)
+class Interventions(Shown):
     """Effects of replacing maps: `single` one block at a time, `cumulative` from the top (the last block) down, by kind.
 
     The set of `cumulative[kind][i]` holds all chosen blocks from one block up to the last; `single` has an entry for every
@@ -80,6 +89,30 @@ class Interventions(Numbers):
                     numbers[f"{kind}_{name}_{number}"] = None if effect is None else getattr(effect, number)
         return numbers
 
+    def frame(self) -> pd.DataFrame:
+        """The content of interventions.csv: one row per kind of replacement and set of blocks, with 95 % intervals over images.
+
+        `how` is single (one block) or cumulative (from `first_block` up to the last); see DEFINITIONS for the numbers.
+
+        Example::
+
+            table = interventions.frame()
+            table[table.how == "single"].sort_values("kl", ascending=False).head(3)
+        """
+        import pandas as pd
+
+        rows = []
+        for how in EFFECTS:
+            for kind, effects in getattr(self, how).items():
+                for effect in effects:
+                    kl, agreement, change = (
+                        [getattr(effect, name), *(getattr(effect, f"{name}_ci95") or (None, None))]
+                        for name in ("kl", "agreement", "accuracy_change")
+                    )
+                    blocks = [min(effect.blocks), max(effect.blocks)]
+                    rows.append([kind, how, *blocks, *kl, *agreement, effect.accuracy, *change])
+        return pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(COLUMNS[4:], "float64"))
+
     def to_json(self) -> dict[str, Any]:
         """The content of interventions.json: JSON types alone, undefined numbers as None."""
         parts = {part: json_values(getattr(self, part)) for part in PARTS}
@@ -92,8 +125,9 @@ class Interventions(Numbers):
         return ("similarity-", "means-", "conditions-")
 
     def write(self, inside: Path) -> None:
-        """Write interventions.json and images.npz into an existing folder."""
+        """Write interventions.json, interventions.csv and images.npz into an existing folder."""
         write_document(inside / FILE, self.to_json())
+        self.frame().to_csv(inside / TABLE, index=False)
         np.savez_compressed(inside / IMAGES, **dict(self.images))  # type: ignore[arg-type]
 
     @classmethod

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from collapse_probe.display import Shown
 from collapse_probe.errors import OutputError
-from collapse_probe.files import Numbers, read_document, write_document
+from collapse_probe.files import read_document, write_document
 from collapse_probe.results import checks
 from collapse_probe.results.findings import plain
 from collapse_probe.statistics.intervals import interval
@@ -153,8 +154,8 @@ def trend(points: Points, key: str) -> Trend | None:
     return Trend(RISES if slope.ci95[0] > 0 else FALLS if slope.ci95[1] < 0 else UNCLEAR, slope)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sweep(Numbers):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Sweep(Shown):
     """The results of a grid: `varied` maps each varied name to its values, `recipe` is the one that was varied."""
 
     recipe: Mapping[str, Any]
@@ -221,6 +222,15 @@ class Sweep(Numbers):
             row |= {name: getattr(cell, name) for name in names}
             rows.append({**row, **cell.numbers, **{UNTRAINED + name: value for name, value in cell.untrained.items()}})
         return pd.DataFrame(rows)
+
+    def frame(self) -> pd.DataFrame:
+        """The content of table.csv: one row a cell; see `table`.
+
+        Example::
+
+            sweep.frame()[["cell", "kappa_adjacent", "accuracy"]]
+        """
+        return self.table
 
     def to_json(self) -> dict[str, Any]:
         """The content of sweep.json: JSON types alone, undefined numbers as None."""

@@ -23,6 +23,7 @@ from collapse_probe.files import check_writable
 from collapse_probe.models.loading import resolve
 from collapse_probe.results.findings import Findings
 from collapse_probe.seeding import random_kept
+from collapse_probe.settings import names_in
 
 Log = Callable[[int, dict[str, float]], None]
 Transform = Callable[[Image], Tensor]
@@ -60,7 +61,7 @@ class Monitor:
         every: int,
         folder: str | Path | None = None,
         limit: int | None = 64,
-        metrics: Sequence[str] = (),
+        metrics: str | Sequence[str] = (),
         preprocess: Preprocess | Transform | None = None,
         seed: int = 0,
         log: Log | None = None,
@@ -69,7 +70,7 @@ class Monitor:
             raise SettingError(f"a monitor measures every so many steps, from 1 on, not every {every}")
         self.every, self.log, self.seed = every, log, seed
         self.images = _images(data, limit, seed)
-        self.metrics = tuple(metrics)
+        self.metrics = names_in(metrics)
         self.preprocess = _preprocess(preprocess, self.images)
         self.unmeasured: dict[int, str] = {}
         self.folder = None if folder is None else Path(folder)

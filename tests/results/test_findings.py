@@ -109,7 +109,7 @@ def test_what_has_no_error_stands_in_blocks_with_blanks(found, tmp_path):
     blank = table[table.metric != "curve"][["stderr", "ci_low", "ci_high"]]
     assert blank.isna().all(axis=None)
     lines = (findings.save(tmp_path / "out") / "blocks.csv").read_text(encoding="utf-8").splitlines()
-    assert lines[1:3] == ["weight-rank/q,0,,0.0,,,", "weight-rank/q,1,,2.0,,,"]
+    assert lines[1:3] == ["weight-rank/q,0,,0.0" + 10 * ",", "weight-rank/q,1,,2.0" + 10 * ","]
     pd.testing.assert_frame_equal(Findings.load(tmp_path / "out").blocks, table)
 
 

@@ -1,0 +1,1 @@
+"""Results at a glance: the few numbers that matter, and a short text."""

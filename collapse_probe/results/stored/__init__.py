@@ -1,0 +1,1 @@
+"""The arrays that lie beside findings.json."""
