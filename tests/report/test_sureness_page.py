@@ -37,7 +37,7 @@ def test_the_tests_say_how_many_pairs_are_beyond_their_null():
         stored(tests={"attention-similarity": outcome_of([0.0004, 0.2]), "other": outcome_of([0.01, 0.04])})
     )
     first, second = (dict(zip(table.header, row, strict=True)) for row in table.rows)
-    assert first["pairs above their null"] == "1 of 2"
+    assert first["pairs above chance level"] == "1 of 2"
     assert first["largest q among them"] == "< 0.001"
     assert second["largest q among them"] == "0.040"
     assert first["all pairs"] == "2 of 3 (paired t)"

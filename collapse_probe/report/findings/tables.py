@@ -200,14 +200,14 @@ def pair_tests_table(findings: Findings) -> Table | None:
         whole = test.get("all_pairs")
         row = {
             "metric": name,
-            "pairs above their null": f"{test['significant']} of {test['tested']}",
+            "pairs above chance level": f"{test['significant']} of {test['tested']}",
             "largest q among them": p_value(max(passed)) if passed else DASH,
             "images": str(test["images"]),
             "untrained copy": _twins_test(test.get("untrained")),
             "all pairs": DASH if whole is None else f"{whole['significant']} of {whole['tested']} ({whole['test']})",
             "test": str(test["test"]),
         }
-        rows.append(row if test["enough_images"] else {**row, "pairs above their null": "too few images to tell"})
+        rows.append(row if test["enough_images"] else {**row, "pairs above chance level": "too few images to tell"})
     sentences = [f"{name}: {test['sentence']}" for name, test in tests.items() if not test["enough_images"]]
     notes = (*sentences, *dict.fromkeys(str(test["assumption"]) for test in tests.values()))
     title = "Is a pair of blocks more alike than the chance level?"

@@ -1,0 +1,296 @@
+"""In a real browser a page is whole: nothing fetched, nothing complains, every control works by mouse and by keyboard."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from factories import synthetic
+
+from collapse_probe.report.findings.page import render
+from collapse_probe.results.findings import Findings
+from collapse_probe.results.verdict import with_verdict
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed: none of its names is on the path")
+HOSTILE = "<script>alert(1)</script>\n\"'\u202egnp.x"
+SERIOUS = ("serious", "critical")
+
+
+def plain() -> Findings:
+    """A ViT of twelve blocks, its pairs of blocks tested."""
+    findings = synthetic(12)
+    q = np.where(np.eye(12, dtype=bool), np.nan, 0.01)
+    whole = {"q": [[None if np.isnan(x) else x for x in row] for row in q], "test": "paired t", "significant": 66, "tested": 66}
+    return replace(findings, sureness={"tests": {"attention-similarity": {"all_pairs": whole, **of_neighbours(11)}}})
+
+
+def of_neighbours(pairs: int) -> dict[str, Any]:
+    """The test of neighbouring pairs as findings hold it."""
+    return {
+        "q": [0.01] * pairs, "level": 0.05, "significant": pairs, "tested": pairs, "untrained": None, "images": 64,
+        "enough_images": True, "test": "paired t", "assumption": "independent images", "sentence": "All are.",
+    }  # fmt: skip
+
+
+def windows() -> Findings:
+    """A Swin: most pairs of blocks are not compared, and layers are left out."""
+    findings = synthetic(12, gallery=False)
+    apart = np.where(np.abs(np.subtract.outer(range(12), range(12))) < 1, 1.0, np.nan)
+    apart[11, 10] = apart[10, 11] = 0.97
+    reading = findings.metrics["attention-similarity"]
+    nulls = replace(reading.nulls, values={name: np.where(np.isfinite(apart), 0.9, np.nan) for name in reading.nulls.values})
+    metrics = {**findings.metrics, "attention-similarity": replace(reading, values=apart, nulls=nulls)}
+    why = "their windows do not hold the same tokens"
+    left_out = [{"where": "layers.0.blocks.0.attn", "why": "attention inside windows", "blocks": [0, 1]}]
+    model = {**findings.model, "uncompared": [{"why": why, "blocks": list(range(1, 11))}], "left_out": left_out}
+    return replace(findings, metrics=metrics, model=model)
+
+
+def partial() -> Findings:
+    """A run that was stopped, whose names are markup."""
+    findings = synthetic(4, name=HOSTILE, images=(HOSTILE, "b.png"))
+    data = {**findings.data, "address": HOSTILE, "partial": {"read": 64, "of": 1000, "why": "the run's time (60 s) is over"}}
+    data["skipped"] = [{"name": HOSTILE, "reason": HOSTILE}]
+    return replace(findings, data=data)
+
+
+def nothing() -> Findings:
+    """Every metric was refused."""
+    findings = synthetic(4, gallery=False)
+    refused = {
+        name: replace(result, values=None, nulls=None, stderr=None, ci95=None, not_applicable="no attention over tokens")
+        for name, result in findings.metrics.items()
+    }
+    return replace(findings, metrics=refused, summary={"images": 64})
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "plain": lambda: render(with_verdict(plain())),
+    "deepvit": lambda: render(with_verdict(synthetic(32, signed=True))),
+    "swin": lambda: render(with_verdict(windows())),
+    "partial": lambda: render(with_verdict(partial())),
+    "nothing": lambda: render(with_verdict(nothing())),
+}
+"""The pages that are opened; other kinds of pages are added here."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("pages")
+
+    @functools.cache
+    def path(name: str) -> Path:
+        file = folder / f"{name}.html"
+        file.write_text(PAGES[name](), encoding="utf-8")
+        return file
+
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser: Any, files: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
+    """Opens a page; when the test is over nothing must have been said on the console and nothing fetched."""
+    contexts, said, asked = [], [], []
+
+    def page(name: str, **options: Any) -> Any:
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
+        contexts.append(context)
+        if options.get("java_script_enabled", True):
+            context.grant_permissions(["clipboard-read", "clipboard-write"])
+        one = context.new_page()
+        one.on("console", lambda message: said.append(message.text))
+        one.on("pageerror", lambda error: said.append(str(error)))
+        one.on("request", lambda request: asked.append(request.url))
+        one.goto(files(name).as_uri())
+        return one
+
+    yield page
+    for context in contexts:
+        context.close()
+    assert said == []
+    assert [url for url in asked if not url.startswith("data:")] == [url for url in asked if url.startswith("file:")]
+    assert len([url for url in asked if url.startswith("file:")]) == len(contexts)
+
+
+def shown(page: Any) -> str:
+    """The words of a page that can be seen or opened, without those of its script."""
+    return re.sub(r"\s+", " ", page.evaluate("document.querySelector('main').textContent"))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_has_one_heading_no_violation_and_fits_a_phone(opened, name):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    page = opened(name, viewport={"width": 360, "height": 800})
+    page.add_style_tag(content=".long { content-visibility: visible !important }")
+    page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.locator("h1").count() == 1
+    whole = {"exclude": [[".cells"]]}  # a thousand squares without a word
+    for scheme, options in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):
+        page.emulate_media(color_scheme=scheme)
+        found = axe.Axe().run(page, whole, options).response["violations"]
+        assert [(each["id"], each["nodes"][0]["html"][:200]) for each in found if each["impact"] in SERIOUS] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_without_its_script_a_page_says_the_same(opened, name):
+    scripted, bare = (opened(name, java_script_enabled=enabled) for enabled in (True, False))
+    words = shown(bare)
+    scripted.locator(".tools, .readout, .player").evaluate_all("found => found.forEach(each => each.remove())")
+    assert shown(scripted).replace(" ", "") == words.replace(" ", "")
+    assert bare.locator("button").count() == 0
+    for box in bare.locator(".switch").all():
+        choices = box.locator("label")
+        choices.nth(choices.count() - 1).click()
+        views = box.locator("xpath=ancestor::figure").locator(f".v{choices.count() - 1}")
+        assert views.count()
+        assert all(view.evaluate("each => getComputedStyle(each).display") == "inline" for view in views.all())
+
+
+def test_a_switch_shows_one_matrix_in_the_place_of_another_by_mouse_and_by_keyboard(opened):
+    page = opened("plain")
+    figure = page.locator("#attention-similarity")
+    cell = figure.locator(".cells path").nth(1)
+
+    def colour() -> str:
+        return str(cell.evaluate("each => getComputedStyle(each).fill"))
+
+    def place() -> list[float]:
+        return cell.evaluate(
+            "each => { const a = each.getBoundingClientRect(), b = each.closest('figure').getBoundingClientRect();"
+            "return [a.x - b.x, a.y - b.y, a.width, a.height]; }"
+        )
+
+    figure.scroll_into_view_if_needed()
+    before, first = place(), colour()
+    figure.locator(".switch").get_by_text("κ", exact=True).click()
+    assert place() == pytest.approx(before, abs=0.1)
+    assert colour() != first
+    assert figure.locator(".v2").is_visible()
+    assert not figure.locator(".v0").is_visible()
+    page.keyboard.press("ArrowLeft")
+    assert figure.locator(".v1").is_visible()
+
+
+def test_pointing_at_a_cell_marks_its_blocks_in_every_matrix_and_on_every_curve(opened):
+    page = opened("plain")
+    cells = page.locator("#attention-similarity .cells path")
+    cells.nth(12 * 7 + 7).hover()
+    assert "blocks 7 and 7: raw similarity 1.000" in page.locator("#attention-similarity .readout").inner_text()
+    matrices = page.locator(".cells").count()
+    heads = page.locator('.cells[data-rows="head"]').count()
+    assert page.locator("path.cross").count() == 2 * (matrices - heads) + heads
+    at_seven = [path.get_attribute("d") for path in page.locator("#attention-similarity path.cross").all()]
+    assert at_seven == ["M0 7h12v1h-12z", "M7 0h1v12h-1z"]
+    assert page.locator("#feature-similarity path.cross").first.get_attribute("d") == "M0 8h13v1h-13z"  # what leaves block 7
+    dots = page.locator("#attention-adjacent .dots circle")
+    assert dots.count() >= 2
+    svg = page.locator("#attention-adjacent svg[data-chart]").first
+    chart = svg.evaluate("each => JSON.parse(each.dataset.chart)")
+    measured = chart["lines"]["measured (95 % CI)"]
+    at = measured[1].index(7)
+    start, step, _ = chart["y"]
+    assert float(dots.first.get_attribute("cy")) == pytest.approx(start + step * measured[2][at], abs=0.1)
+
+
+def test_arrow_keys_walk_over_a_matrix_and_enter_copies_a_cell(opened):
+    page = opened("plain")
+    page.locator("#attention-similarity .panels svg").focus()
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp", "ArrowLeft", "ArrowDown", "ArrowLeft"):
+        page.keyboard.press(key)
+    said = page.locator("#attention-similarity .readout").inner_text()
+    assert said.startswith("blocks 2 and 0: raw similarity ")
+    assert all(word in said for word in ("95 % CI [", "chance level (other tokens) ", "untrained copy ", "κ ", "q 0.010"))
+    page.keyboard.press("Enter")
+    assert page.evaluate("navigator.clipboard.readText()") == said
+
+
+def test_what_is_copied_from_a_figure_is_what_the_findings_hold(opened):
+    page, findings = opened("plain"), plain()
+    page.locator("#attention-similarity .tools button").click()
+    head, *rows = (line.split(",") for line in page.evaluate("navigator.clipboard.readText()").splitlines())
+    assert len(rows) == 144
+    reading = findings.metrics["attention-similarity"]
+    for row in rows:
+        cell = dict(zip(head, row, strict=True))
+        at = int(cell["block (row)"]), int(cell["block (column)"])
+        assert float(cell["raw similarity"]) == pytest.approx(reading.array[at], abs=6e-4)
+        assert float(cell["95 % CI low"]) == pytest.approx(reading.ci95[at][0], abs=6e-4)
+    page.locator("#attention-adjacent .tools button").first.click()
+    head, *rows = (line.split(",") for line in page.evaluate("navigator.clipboard.readText()").splitlines())
+    assert head[:2] == ["block", "measured (95 % CI)"]
+    np.testing.assert_allclose([float(row[1]) for row in rows], np.diagonal(reading.array, -1), atol=1e-3)
+
+
+def test_a_table_sorts_by_number_and_gives_its_rows(opened):
+    page = opened("plain")
+    table = page.locator("h2:has-text('Block by block') ~ .scroll table").first
+    column = table.locator("thead th").nth(1)
+
+    def values() -> list[float]:
+        texts = table.locator("tbody tr td:nth-child(2)").all_inner_texts()
+        return [float(text) for text in texts if text != "–"]
+
+    column.locator("button").click()
+    assert values() == sorted(values())
+    assert column.get_attribute("aria-sort") == "ascending"
+    column.locator("button").focus()
+    page.keyboard.press("Enter")
+    assert values() == sorted(values(), reverse=True)
+    assert table.locator("tbody tr").last.locator("td").first.inner_text() == "–"  # undefined stays last
+    table.locator("tbody th button").first.click()
+    copied = page.evaluate("navigator.clipboard.readText()").strip()
+    assert copied.split(",")[1] == table.locator("tbody tr").first.locator("td").first.inner_text()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_control_answers(opened, name):
+    page = opened(name)
+    page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true; })")
+    silent = page.evaluate(
+        """async () => {
+            const silent = [], said = document.querySelector('.said');
+            for (const button of document.querySelectorAll('main button')) {
+                const lasting = button.closest('th[aria-sort]') ?? button.closest('thead, [aria-pressed]');
+                said.textContent = '';
+                button.focus();
+                if (document.activeElement !== button) silent.push('no focus: ' + button.textContent);
+                button.click();
+                for (let at = 0; at < 50 && !said.textContent && !lasting; at++) await new Promise(done => setTimeout(done, 2));
+                if (!said.textContent && !lasting) silent.push(button.textContent);
+            }
+            return silent; }"""
+    )
+    assert silent == []
+
+
+def test_names_that_are_markup_are_text(opened):
+    page = opened("partial")
+    words = shown(page)
+    assert words.count("<script>alert(1)</script>⟨U+000A⟩\"'⟨U+202E⟩gnp.x") >= 3
+    assert "\u202e" not in words
+    assert "Partial: 64 of 1,000" in words
+
+
+def test_a_page_of_twelve_blocks_prints_on_twelve_sheets(opened, tmp_path):
+    page = opened("plain")
+    page.pdf(path=tmp_path / "page.pdf", format="A4")
+    pages = len(re.findall(rb"/Type\s*/Page\b", (tmp_path / "page.pdf").read_bytes()))
+    assert 2 <= pages <= 12
