@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo listing test coverage fuzz check test-lowest format lock bench bundled clean
+.PHONY: demo docs listing test coverage fuzz check test-lowest format lock bench bundled clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -12,6 +12,11 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	$(BIN)/collapse-probe demo --output demo
+
+# The site, into docs/_build/html; a warning is an error.
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
 
 listing: $(VENV)/.installed
 	$(BIN)/python -c "from collapse_probe.cli.ls import STORED, listing; STORED.write_text(listing(), encoding='utf-8')"

@@ -95,7 +95,7 @@ def bundled(name: str) -> Pictures:
         return BUNDLED[name]()
     except ImportError as error:
         way_out = 'pip install "collapse-probe[demo]"'
-        raise DataError(f"bundled:{name} needs scikit-learn and scikit-image ({error}); {way_out}") from error
+        raise DataError(f"bundled:{name} needs a package that is not installed ({error}); {way_out}") from error
     except OSError as error:  # scikit-image would have to download
         raise DataError(f"bundled:{name} cannot be loaded: {error}") from error
 

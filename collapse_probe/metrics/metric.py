@@ -17,6 +17,11 @@ from collapse_probe.results.findings import Description, MetricResult
 from collapse_probe.statistics.intervals import Array
 
 LEVELS = ("attention", "tokens", "weights")
+FAILURE_TYPES = {
+    "depth": "attention maps alike across depth (attention collapse)",
+    "tokens": "tokens alike within an image (over-smoothing, rank collapse)",
+    "entropy": "rows that go to a single key (entropy collapse)",
+}
 BESIDE_TWIN = "The grey dashed line is the untrained copy, the same architecture with fresh parameters."
 DOTS = f"One dot for each head; the line is the mean over heads with its 95 % interval over images. {BESIDE_TWIN}"
 CURVE = f"The line is the mean over images with its 95 % interval. {BESIDE_TWIN}"
@@ -40,7 +45,9 @@ class Metric(ABC):
     """One metric with its settings, for one model's plan.
 
     A child states its nature in class attributes: `variants` by suffix (`@row`), `choices` the words that a setting may be,
-    `title` to `reference` what `Description` holds, `level` attention, tokens or weights (as the three bases set it). It says
+    `title` to `reference` what `Description` holds, `level` attention, tokens or weights (as the three bases set it). The
+    documentation shows `formula` (in LaTeX, of the plain metric), `value_range`, `source`, `traps` and the `failure_types` that
+    it sees (keys of FAILURE_TYPES; none: it sees none of them by itself). It says
     which accumulators it needs (equal keys are shared between the metrics of a run). Where it needs one and is a mean over
     images, that is all: `quantity`, or the setting `quantity_from`, names which of the accumulator's means it is. Others
     override `compute`. Every number is a function of the set of images, whatever their order and batches.
@@ -54,6 +61,11 @@ class Metric(ABC):
     title: ClassVar[str] = ""
     seen: ClassVar[str] = ""
     limits: ClassVar[str] = ""
+    failure_types: ClassVar[tuple[str, ...]] = ()
+    formula: ClassVar[str] = ""
+    value_range: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    traps: ClassVar[str] = ""
     panel: ClassVar[str] = ""
     unit: ClassVar[str] = "value"
     top: ClassVar[float | None] = None

@@ -14,7 +14,7 @@ from collapse_probe.registry import METRICS
 
 NAMES = [*METRICS, *(f"{name}@{variant}" for name, kind in METRICS.items() for variant in kind.variants)]
 OF_LARGEST, BESIDES = 0.005, 2e-4
-"""The tolerance that the README states: this share of the metric's largest value, and so much besides."""
+"""The tolerance that docs/recording.md states: this share of the metric's largest value, and so much besides."""
 OF_COUNTS = 0.005
 """The same for shares of vectors or tokens above a threshold, which rounding can carry over it one by one."""
 COUNTS = {"similarity-ratio", "token-norm@outliers", "token-norm@150"}

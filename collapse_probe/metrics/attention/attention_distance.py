@@ -94,6 +94,15 @@ class AttentionDistance(HeadMetric):
         "A head on the dotted line may attend uniformly, or to patches that lie as far away; only the entropy tells these "
         "apart. Nearness is not quality."
     )
+    failure_types = ()
+    formula = r"\frac{1}{n} \sum_i \sum_j p_{ij}\, d_{ij}"
+    value_range = "0 (a patch attends to itself) to the diagonal of the input, in pixels"
+    source = "ViT, Dosovitskiy et al., arXiv 2010.11929, Fig. 7"
+    traps = (
+        "Published code treats the class token in three ways, whose numbers differ: compare like with like. Uniform "
+        "attention over 14 × 14 patches of 16 pixels gives 116.5 pixels, so that a large distance alone is no long "
+        "range."
+    )
     panel = "prefix tokens left out, rows renormalised"
     unit = "pixels"
     reference = ("uniform", "uniform attention")

@@ -55,6 +55,14 @@ class AttentionEntropy(HeadMetric):
     limits = (
         "High entropy is not collapse by itself; low entropy says how sharp a head is, not whether it looks at the right place."
     )
+    failure_types = ("entropy",)
+    formula = r"-\frac{1}{N} \sum_i \sum_j p_{ij} \log p_{ij}"
+    value_range = "0 (one key alone) to log N nats (uniform; 5.28 for 197 tokens)"
+    source = "Zhai et al., arXiv 2303.06296, and its code (apple/ml-sigma-reparam)"
+    traps = (
+        "log N grows with the input: between input sizes compare the share of log N. After Re-attention, Refiner or "
+        "talking heads the final map is no distribution and has no entropy: this one is of the softmax map."
+    )
     panel = "entropy"
     unit = "nats"
     defaults = {"point": "probs"}

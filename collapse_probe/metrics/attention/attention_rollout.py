@@ -62,6 +62,14 @@ class AttentionRollout(MapMetric):
         "Products of stochastic maps settle in every deep network, so that late blocks look alike without any illness. Rollout "
         "ignores values and MLPs."
     )
+    failure_types = ()
+    formula = r"\cos(R_a[t,:],\, R_b[t,:]), \quad R_l = \hat A_l R_{l-1}, \quad R_0 = I"
+    value_range = "0 to 1: rollouts have no negative entry"
+    source = "Abnar & Zuidema, arXiv 2005.00928"
+    traps = (
+        "Much-copied code divides columns in place of rows and leaves the weakest entries out by default; this does "
+        "neither. It is of the softmax map, for products of signed maps are no rollout."
+    )
     panel = "mean over heads, by rows"
     unit = "cosine"
     defaults = {"axis": "row", "heads": "mean", "prefix": True, "point": "probs"}

@@ -26,6 +26,15 @@ class AttentionSimilarity(MapMetric):
         "Near-uniform maps, and maps in which every query looks at the same keys, have a raw cosine near 1 whatever they "
         "attend to; κ and the other readings tell these apart."
     )
+    failure_types = ("depth",)
+    formula = r"\cos(A^p[h,:,t],\, A^q[h,:,t])"
+    value_range = "0 to 1 for softmax maps, −1 to 1 for final maps with negative entries (Re-attention)"
+    source = "DeepViT, arXiv 2103.11886, Eq. 2"
+    traps = (
+        "Columns (DeepViT) and rows (some later papers) are two numbers, and so are the mean of cosines and the "
+        "cosine of mean maps. After Re-attention the final map is unlike from the first step on while the softmax map "
+        "is not: read both. Heads are matched by index, though they have no order of their own."
+    )
     panel = "raw cosine"
     unit = "cosine"
     defaults = {"axis": "column", "centred": False, "prefix": True, "point": "weights"}

@@ -92,6 +92,11 @@ class AttentionSink(HeadMetric):
     title = "How much attention one key receives"
     seen = f"Share of all attention that goes to the key which receives most of it. {DOTS} Dotted: uniform attention."
     limits = "A sink is no collapse by itself: a head may park its attention on a token where it does nothing."
+    failure_types = ()
+    formula = r"\max_j \frac{1}{N} \sum_i p_{ij}"
+    value_range = "1/N (uniform) to 1 (all queries on one key)"
+    source = "this project; the name after Xiao et al., arXiv 2309.17453"
+    traps = "A sink raises similarity between blocks by rows, for all queries look at one key there. Softmax map alone."
     panel = "the most attended key"
     unit = "share of attention"
     reference = ("uniform", "uniform attention")

@@ -127,6 +127,11 @@ class DistanceFromImageMean(MapMetric):
         f"the maps of two images do not overlap. {DOTS}"
     )
     limits = "A map that follows the picture need not follow what matters in it."
+    failure_types = ()
+    formula = r"\sqrt{\frac{\sum_b \|A_b - \bar A\|^2 / (B-1)}{\sum_b \|A_b\|^2 / B}}"
+    value_range = "0 (one map for all images) to 1 (maps of two images do not overlap)"
+    source = "this project"
+    traps = "Needs many different images: repeated ones lower it."
     panel = "what multiplies the values (weights)"
     unit = "relative distance"
     top = 1.0

@@ -50,6 +50,14 @@ class DistanceFromUniform(HeadMetric):
         "the largest distance that there is."
     )
     limits = "Both ends can be ill: near 0 attention chooses nothing, near the dotted line it chooses a single token."
+    failure_types = ("entropy",)
+    formula = r"\frac{1}{2} \sum_j \left| p_j - \frac{1}{N} \right|"
+    value_range = "0 (uniform) to 1 − 1/N (one key alone)"
+    source = "this project; total variation distance"
+    traps = (
+        "The failure that it sees lies at the upper end; near 0 attention is uniform, which is another matter and "
+        "makes raw similarities high."
+    )
     panel = "all keys"
     unit = "total variation distance"
     top = 1.0

@@ -27,6 +27,11 @@ class HeadSimilarity(MapMetric):
     title = "Heads of one block"
     seen = f"Cosine between the heads of one block. {CURVE}"
     limits = "Near-uniform maps are alike in all heads, whatever these attend to."
+    failure_types = ()
+    formula = r"\cos(A[g,:,t],\, A[h,:,t]), \quad g \ne h"
+    value_range = "0 to 1 for softmax maps, −1 to 1 for final maps with negative entries"
+    source = "DeepViT, arXiv 2103.11886, Fig. 3, by this project's reading"
+    traps = "It is of one block, and says nothing of depth. It rises to 1 for uniform maps as every raw similarity does."
     panel = "by columns"
     unit = "cosine"
     top = 1.0

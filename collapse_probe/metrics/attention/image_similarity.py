@@ -28,6 +28,11 @@ class ImageSimilarity(MapMetric):
     title = "Maps of different images"
     seen = f"Cosine between a block's maps of two images. {CURVE}"
     limits = "Near 1 attention ignores the picture, or is close to uniform: the entropy tells these apart."
+    failure_types = ()
+    formula = r"\cos(A_a[h,:,t],\, A_b[h,:,t]), \quad a \ne b"
+    value_range = "0 to 1 for softmax maps, −1 to 1 for final maps with negative entries"
+    source = "this project"
+    traps = "Images that are alike raise it: measure on the images that the model is for."
     panel = "by columns"
     unit = "cosine"
     windowed = True

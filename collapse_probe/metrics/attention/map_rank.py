@@ -121,6 +121,14 @@ class MapRank(HeadMetric):
         "The rank is taken uncentred, so that a strong uniform part alone brings it near 1; a low rank is how "
         "query-independent attention looks, not how useless attention looks."
     )
+    failure_types = ("tokens",)
+    formula = r"\exp\left(-\sum_k p_k \log p_k\right), \quad p_k = \sigma_k / \sum_l \sigma_l"
+    value_range = "1 (every query attends alike) to N"
+    source = "Roy & Vetterli 2007 for the rank; Dong et al., arXiv 2103.03404 for rank one as collapse"
+    traps = (
+        "Squared singular values give another rank under the same name. A map of rank one gives all tokens one "
+        "mixture, but the skip connection keeps them apart: read the token metrics beside it."
+    )
     panel = "effective rank of what multiplies the values (weights)"
     unit = "rank"
     logarithmic = True

@@ -46,6 +46,14 @@ class SimilarBlocks(MapMetric):
     title = "Similar blocks"
     seen = "Adjacent pairs whose mean similarity is above each threshold, and those whose κ is above 0.5."
     limits = "A count depends on its threshold, and a network with random weights can pass all of them."
+    failure_types = ("depth",)
+    formula = r"\#\{\, l : s_{l-1,l} > 0.9 \,\}"
+    value_range = "0 to the number of adjacent pairs"
+    source = "DeepViT, arXiv 2103.11886, Fig. 3b and the table in its README; the count is not defined there"
+    traps = (
+        "Our reading of the count: the published 5, 11 and 15 for 16, 24 and 32 blocks may stand for another. "
+        "Untrained networks can pass every threshold."
+    )
     panel = "by columns"
     unit = "adjacent pairs"
     windowed = True

@@ -184,6 +184,14 @@ class SimilarityRatio(MapMetric):
         "The paper leaves threshold, number and side of the neighbours open, and these decide the count: see the table. Raw "
         "cosines near 1 are also what near-uniform attention gives without any training."
     )
+    failure_types = ("depth",)
+    formula = r"\frac{1}{H N} \#\{\, (h,t) : \cos(A^l[h,:,t],\, A^{l-1}[h,:,t]) > 0.9 \,\}"
+    value_range = "0 to 1"
+    source = "DeepViT, arXiv 2103.11886, Fig. 3a, by this project's reading"
+    traps = (
+        "With a mean as the threshold maps that agree by chance give about one half. Of the choices left open by the "
+        "paper each changes the number."
+    )
     panel = "the nearest block before, cosine above 0.9"
     unit = "share of vectors"
     top = 1.0

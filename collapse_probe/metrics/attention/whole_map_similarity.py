@@ -89,6 +89,11 @@ class WholeMapSimilarity(MapMetric):
         f"right, where there is one, the untrained copy. {MATRICES}"
     )
     limits = "Two maps that are both near uniform score near 1 whatever they attend to."
+    failure_types = ("depth",)
+    formula = r"\frac{1}{H^2} \sum_{g,h} |\cos(\mathrm{vec}\, A_g,\, \mathrm{vec}\, B_h)|"
+    value_range = "0 to 1; within one block never below 1/H"
+    source = "Diverse-ViT, arXiv 2203.06345, and its released code"
+    traps = "It has no chance level of other tokens: compare with the untrained copy, for near-uniform maps score near 1."
     panel = "what multiplies the values (weights)"
     unit = "|cosine|"
 

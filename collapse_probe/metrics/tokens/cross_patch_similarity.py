@@ -82,6 +82,11 @@ class CrossPatchSimilarity(TokenMetric):
         f"one, the untrained copy. {MATRICES}"
     )
     limits = "A common direction of all tokens alone makes it high."
+    failure_types = ("tokens",)
+    formula = r"\frac{1}{NM} \sum_{i,j} |\cos(x_i, y_j)|"
+    value_range = "0 to 1"
+    source = "Diverse-ViT, arXiv 2203.06345, and its released code"
+    traps = "A patch counts with itself, so that a depth against itself never falls below 1/N."
     panel = "patch tokens"
     unit = "|cosine|"
     defaults = {"prefix": False}

@@ -55,6 +55,11 @@ class DirichletEnergy(DepthMetric):
         f"they have nothing in common. {CURVE}"
     )
     limits = "Neighbours in a photograph are alike to begin with: compare with depth 0, not with 1."
+    failure_types = ("tokens",)
+    formula = r"\frac{\sum_{(i,j)} \|x_i - x_j\|^2}{\sum_i \deg_i \|x_i\|^2}"
+    value_range = "0 (neighbours equal) to 2 (neighbours opposite); 1 where they have nothing in common"
+    source = "Rusch, Bronstein & Mishra, arXiv 2303.10993, relative to the norms by this project"
+    traps = "Undivided by norms (@raw) it follows the norms of the residual stream, which grow with depth in most networks."
     panel = "neighbours on the grid, relative"
     unit = "energy"
     top = 1.0

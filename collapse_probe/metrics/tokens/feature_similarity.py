@@ -26,6 +26,14 @@ class FeatureSimilarity(TokenMetric):
         "The residual stream carries each embedding on, so that neighbouring depths are close to 1 in nearly every deep "
         "network, healthy or not."
     )
+    failure_types = ("depth",)
+    formula = r"\cos(x^a_t,\, x^b_t)"
+    value_range = "−1 to 1"
+    source = "DeepViT, arXiv 2103.11886, Fig. 4, whose averaging is not stated; this is our reading"
+    traps = (
+        "Before the final norm; after it the cosine is another. It sees features that stop changing, which need not "
+        "come from attention: the skip connection alone keeps them alike."
+    )
     panel = "patch tokens"
     unit = "cosine"
     quantity = "real"

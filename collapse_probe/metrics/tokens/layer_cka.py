@@ -48,6 +48,14 @@ class LayerCKA(TokenMetric):
         "High values between neighbouring depths are usual, trained or not, and a few dominant directions can carry all of it. "
         "With few images the estimate is rough."
     )
+    failure_types = ()
+    formula = r"\frac{\mathrm{HSIC}_1(a, b)}{\sqrt{\mathrm{HSIC}_1(a, a)\, \mathrm{HSIC}_1(b, b)}}"
+    value_range = "at most about 1; negative values are possible, for the estimate is unbiased"
+    source = "Nguyen et al., arXiv 2010.15327; Raghu et al., arXiv 2108.08810"
+    traps = (
+        "Biased and unbiased CKA differ widely with few images (0.354 and −0.062 on one matrix of eight rows in our "
+        "tests). A mean of CKAs over batches is a third number; here all images are one sum."
+    )
     panel = "patch tokens"
     unit = "CKA"
     defaults = {"prefix": False}

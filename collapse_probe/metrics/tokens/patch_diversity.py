@@ -70,6 +70,14 @@ class PatchDiversity(TokenMetric):
     title = "Patch diversity"
     seen = f"One minus the mean absolute cosine of two patches. {CURVE}"
     limits = "Patches can grow alike while attention stays diverse, and the other way round."
+    failure_types = ("tokens",)
+    formula = r"1 - \frac{1}{n(n-1)} \sum_{i \ne j} |\cos(h_i, h_j)|"
+    value_range = "0 (all patches parallel) to 1 (all orthogonal)"
+    source = "Patch Diversification, arXiv 2104.12753, as 1 − P"
+    traps = (
+        "With signed cosines opposite patches would cancel. Prefix tokens, or the place behind the final norm, change "
+        "the number: both are left out."
+    )
     panel = "patch tokens"
     unit = "1 − mean |cosine|"
     top = 1.0

@@ -51,6 +51,14 @@ class RankResidual(DepthMetric):
     title = "How far the tokens are from one repeated vector"
     seen = f"Distance of an image's patch embeddings from their mean, relative to their size: 0 is rank collapse. {CURVE}"
     limits = "The skip connections carry a common part along: a low value alone does not show that attention made it."
+    failure_types = ("tokens",)
+    formula = r"\frac{\|X - 1 \bar x^T\|}{\|X\|}"
+    value_range = "0 (all tokens are one vector) to 1 in the Frobenius norm; the composite norm has no such end"
+    source = "Dong et al., arXiv 2103.03404, and its code"
+    traps = (
+        "The paper's norm is the composite one (@composite) and counts all tokens (@all); one of its scripts leaves "
+        "the root out. Below about 1e-7 it is rounding in float32."
+    )
     panel = "Frobenius norm"
     unit = "relative distance"
     top = 1.0

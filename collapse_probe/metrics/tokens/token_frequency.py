@@ -37,6 +37,11 @@ class TokenFrequency(DepthMetric):
         f"over-smoothing, a low-pass filter. {CURVE}"
     )
     limits = "The ratio has no upper end and grows where the common part happens to be small."
+    failure_types = ("tokens",)
+    formula = r"\frac{\|HC\|_F}{\|DC\|_F}, \quad DC = \frac{1}{N} 1 1^T X, \quad HC = X - DC"
+    value_range = "0 (only the mean token is left) upwards; @total stays within 0 and 1"
+    source = "Anti-Oversmoothing, arXiv 2203.05962, and its code"
+    traps = "The released code counts the class token in the mean (@all); its norm can move the ratio by itself."
     panel = "over the norm of the mean"
     unit = "ratio"
     quantity_from = "over"

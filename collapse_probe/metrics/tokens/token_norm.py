@@ -95,6 +95,13 @@ class TokenNorm(TokenMetric):
         "Norms grow along the residual stream of most networks. High-norm outliers are a known habit of large trained models; "
         "a threshold taken from one model does not fit another."
     )
+    failure_types = ()
+    formula = r"\frac{1}{n} \sum_i \|x_i\|_2"
+    value_range = "0 upwards; the shares 0 to 1"
+    source = "Darcet et al., arXiv 2309.16588"
+    traps = (
+        "Behind the final norm all norms are alike and no outlier is seen. The threshold of 150 was chosen by hand for DINOv2."
+    )
     panel = "mean norm"
     unit = "ℓ2 norm"
     defaults = {"value": "norm", "deviations": DEVIATIONS, "threshold": None}

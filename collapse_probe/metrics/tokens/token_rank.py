@@ -42,6 +42,14 @@ class TokenRank(DepthMetric):
         "Uncentred, a strong common part of all tokens lowers the rank even where they still differ; a few tokens of large "
         "norm lower it too."
     )
+    failure_types = ("tokens",)
+    formula = r"\exp\left(-\sum_k p_k \log p_k\right), \quad p_k = \sigma_k / \sum_l \sigma_l"
+    value_range = "1 (all tokens parallel) to min(N, D)"
+    source = "Roy & Vetterli 2007"
+    traps = (
+        "Squared singular values give another rank under the same name. One outlier token of large norm lowers it, "
+        "and so does the mean that all tokens share (@centred)."
+    )
     panel = "effective rank"
     unit = "rank"
     logarithmic = True

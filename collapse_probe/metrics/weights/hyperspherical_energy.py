@@ -38,6 +38,11 @@ class HypersphericalEnergy(WeightMetric):
     title = "Rows of the weights on the sphere"
     seen = "How crowded the rows of each weight matrix of each block are on the sphere; dashed: the untrained copy."
     limits = "Random rows have an energy of their own: only the distance from the untrained copy is learned."
+    failure_types = ()
+    formula = r"\frac{1}{n(n-1)} \sum_{i \ne j} \frac{1}{\|\hat r_i - \hat r_j\|}"
+    value_range = "1/2 upwards; about 0.71 for random directions in many dimensions"
+    source = "Liu et al., arXiv 1805.09298; @separation and @gram after arXiv 2103.01649"
+    traps = "The released code of Diverse-ViT passes over duplicate rows, which have the largest energy; here they count."
     panel = unit = "mean 1 / distance"
     defaults = {"measure": "energy", "power": 1.0, "by_head": False}
     variants = {

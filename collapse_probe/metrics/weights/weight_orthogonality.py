@@ -38,6 +38,14 @@ class WeightOrthogonality(WeightMetric):
     title = "Orthogonality of the weights"
     seen = "Spread of the eigenvalues of W Wᵀ of each weight matrix of each block; dashed: the untrained copy."
     limits = "The gap follows the largest direction, so that one outlying entry, which some initialisations draw, raises it."
+    failure_types = ()
+    formula = r"\lambda_{\max}(W W^T) - \lambda_{\min}(W W^T)"
+    value_range = "0 (rows orthogonal and equally long) upwards"
+    source = "Diverse-ViT, arXiv 2203.06345, and its released code"
+    traps = (
+        "The released code estimates the squared gap by one random power step, which is biased low; this is exact. A "
+        "matrix with more rows than columns cannot reach 0."
+    )
     panel = "λmax − λmin of W Wᵀ"
     unit = "squared units"
     defaults = {"measure": "gap", "by_head": False}

@@ -26,6 +26,11 @@ class WeightRank(WeightMetric):
     title = "Rank of the weights"
     seen = "Effective rank of each weight matrix of each block; dashed: the untrained copy."
     limits = "A random matrix has a rank below the full one: only the distance from the untrained copy is learned."
+    failure_types = ()
+    formula = r"\exp\left(-\sum_k p_k \log p_k\right), \quad p_k = \sigma_k / \sum_l \sigma_l"
+    value_range = "1 to the smaller side of the matrix"
+    source = "Diverse-ViT, arXiv 2203.06345, which gives no code for it; the rank after Roy & Vetterli 2007"
+    traps = "Squared singular values give another rank under the same name (@squared)."
     panel = "effective rank"
     unit = "rank"
     defaults = {"measure": "effective", "by_head": False, "divided": False}

@@ -75,6 +75,13 @@ class WeightSimilarity(WeightMetric):
     title = "Similarity of the rows of the weights"
     seen = "Mean |cosine| between the rows of each weight matrix of each block; dashed: the untrained copy."
     limits = "Random rows are not quite orthogonal: only the distance from the untrained copy is learned."
+    failure_types = ()
+    formula = r"\frac{1}{n(n-1)} \sum_{i \ne j} |\cos(r_i, r_j)|"
+    value_range = "0 to 1; −1 to 1 for @signed, @depth and @directions"
+    source = "Diverse-ViT, arXiv 2203.06345, which gives no code for it"
+    traps = (
+        "Rows of length d give about √(2/πd) at random. Two blocks whose neurons are permuted are alike only for @directions."
+    )
     panel = "|cosine| between rows"
     unit = "|cosine|"
     defaults = {"between": "rows", "signed": False, "by_head": False}

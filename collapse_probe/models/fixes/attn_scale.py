@@ -33,6 +33,7 @@ class AttnScale(Fix):
     name = "attn-scale"
     summary = "a learnable gain per head on the non-uniform part of the map (Anti-Oversmoothing)"
     source = "Anti-Oversmoothing, arXiv 2203.05962, official attnscale.py"
+    failure_types = ("tokens",)
     neutral = {"init": 0.0}
 
     @classmethod

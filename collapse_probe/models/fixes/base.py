@@ -63,11 +63,13 @@ class Fix(Settings):
     """One remedy: its settings are the fields, its sockets the methods it overrides.
 
     `neutral` holds the settings under which the model computes what it computed without the fix; None where no such setting
-    exists. `unseen` names the settings that matter to a trained model and leave no trace in its weights.
+    exists. `unseen` names the settings that matter to a trained model and leave no trace in its weights. `failure_types` are
+    those that the source sets it against: "depth", "tokens", "entropy", or none of them.
     """
 
     summary: ClassVar[str]
     source: ClassVar[str]
+    failure_types: ClassVar[tuple[str, ...]] = ()
     neutral: ClassVar[Mapping[str, Any] | None] = None
     home: ClassVar[Literal["attention", "block", "model", "modules"]] = "attention"
     unseen: ClassVar[tuple[str, ...]] = ()

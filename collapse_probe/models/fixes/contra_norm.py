@@ -54,6 +54,7 @@ class ContraNorm(Fix):
     name = "contra-norm"
     summary = "every LayerNorm first pushes similar tokens apart"
     source = "ContraNorm, arXiv 2303.06562"
+    failure_types = ("tokens",)
     neutral = {"scale": 0.0}
     home = "modules"
 

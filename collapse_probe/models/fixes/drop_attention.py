@@ -38,6 +38,7 @@ class DropAttention(Fix):
     name = "drop-attention"
     summary = "drops random keys or entries of the map while training, rows renormalised"
     source = "after DropAttention, arXiv 1907.11065; compared in DeepViT, arXiv 2103.11886"
+    failure_types = ("depth",)
     neutral = {"p": 0.0}
 
     def probs(self, probs_BHNN: Tensor, site: FixSite) -> Tensor:

@@ -38,6 +38,7 @@ class FeatScale(Fix):
     name = "feat-scale"
     summary = "learnable gains per channel on the mean and the rest of the attention output"
     source = "Anti-Oversmoothing, arXiv 2203.05962"
+    failure_types = ("tokens",)
     unseen = ("multiplicity",)
     neutral = {"init": 0.0}
     home = "block"

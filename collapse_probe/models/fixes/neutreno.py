@@ -24,6 +24,7 @@ class NeuTRENO(Fix):
     name = "neutreno"
     summary = "pulls each head's output towards the values of the first block"
     source = "NeuTRENO, arXiv 2312.00751"
+    failure_types = ("tokens",)
     neutral = {"alpha": 0.0}
 
     def reach(self, blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:

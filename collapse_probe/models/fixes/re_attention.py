@@ -47,6 +47,7 @@ class ReAttention(Fix):
     name = "re-attention"
     summary = "mixes the heads of the map with a learnable matrix, then normalises (DeepViT)"
     source = "DeepViT, arXiv 2103.11886"
+    failure_types = ("depth",)
     unseen = ("scale",)
     neutral = {"norm": "none", "init": "identity"}
 

@@ -67,6 +67,7 @@ class SigmaReparam(Fix):
     name = "sigma-reparam"
     summary = "weights divided by their spectral norm, times a learnable size"
     source = "arXiv 2303.06296"
+    failure_types = ("entropy",)
     neutral = {"gamma": "sigma"}
     home = "modules"
 

@@ -28,6 +28,7 @@ class Temperature(Fix):
     name = "temperature"
     summary = "divides the attention logits by a temperature, fixed or learnable per head"
     source = "compared in DeepViT, arXiv 2103.11886"
+    failure_types = ("depth",)
     neutral = {"tau": 1.0}
 
     @classmethod

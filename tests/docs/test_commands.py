@@ -1,0 +1,138 @@
+"""Every command and every Python block of README and documentation: run in the order of its page, or marked with what it needs.
+
+`# needs: …` at the end of a line, or as the first line of a block, names what a test machine lacks (a network, ImageNet, a GPU,
+hours, …). Such commands, and those in running text, are held against the program: the command and its options exist.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import pytest
+from collapse_probe.cli.main import COMMANDS, group, main
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.name != "CHANGELOG.md")
+TESTED_ELSEWHERE = {"scaling.md": "tests/analysis/test_scaling_examples.py"}  # its blocks need several processes
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.M | re.S)
+INLINE = re.compile(r"`((?:torchrun .+? -m collapse_probe|srun .*?collapse-probe|collapse-probe) [^`]+)`")
+NEEDS = re.compile(r"# needs: \w")
+NOT_OURS = ("pip", "git", "make", "docker")
+
+
+class Block(NamedTuple):
+    """A block of code: its language, its text, and whether it is to be run."""
+
+    language: str
+    text: str
+    runs: bool
+
+
+def blocks(page):
+    """The blocks of a page in their order."""
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [Block(language, text, not NEEDS.match(text) and page.name not in TESTED_ELSEWHERE) for language, text in found]
+
+
+def lines(text):
+    """The commands of a block, continued lines joined; comments alone left out."""
+    joined = text.replace("\\\n", " ")
+    return [line.strip() for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def commands():
+    """Every command of every page: (page, the line)."""
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "bash":
+                yield from ((page.name, line) for line in lines(block.text))
+        yield from ((page.name, line) for line in INLINE.findall(BLOCK.sub("", page.read_text(encoding="utf-8"))))
+
+
+def words_of(line):
+    """The words after the program's name, comments dropped; None where the line does not call it."""
+    words = shlex.split(line, comments=True)
+    if words[0] in NOT_OURS:
+        return None
+    for program in (["collapse-probe"], ["-m", "collapse_probe"]):
+        for place in range(len(words)):
+            if words[place : place + len(program)] == program:
+                return words[place + len(program) :]
+    return None
+
+
+@pytest.mark.parametrize(("page", "line"), sorted(set(commands())))
+def test_commands_and_their_options_exist(page, line):
+    words = words_of(line)
+    if words is None:
+        program, *rest = shlex.split(line, comments=True)
+        assert program in NOT_OURS or page in TESTED_ELSEWHERE, f"what is {program!r}?"
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+        assert program != "make" or rest[0] in targets
+        extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+        assert program != "pip" or {*re.findall(r"\[(.*?)\]", line.partition("#")[0])} <= {*extras}
+        return
+    if words[0].isupper() or words[0].startswith("-"):
+        return
+    assert words[0] in COMMANDS
+    known = {option for parameter in group.get_command(click.Context(group), words[0]).params for option in parameter.opts}
+    given = {word.partition("=")[0] for word in words[1:] if re.match(r"--?[a-z]", word)}
+    given -= {word for word in given if word.startswith("--no-") and f"--{word.removeprefix('--no-')}" in known}
+    assert given <= known | {"-h", "--help"}
+
+
+@pytest.fixture(scope="session")
+def outputs(tmp_path_factory):
+    """Runs a command once; where a page repeats it, what it wrote is brought there."""
+    kept = tmp_path_factory.mktemp("outputs")
+
+    def call(words, capsys):
+        folder = Path(words[words.index("-o") + 1]) if "-o" in words else None
+        store = kept / hashlib.sha256(repr(words).encode()).hexdigest()
+        if store.exists():
+            shutil.copytree(store, folder, dirs_exist_ok=True)
+            return
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"
+        if folder is not None and words[0] in ("analyze", "compare", "intervene", "train") and "--plugin" not in words:
+            shutil.copytree(folder, store)
+
+    return call
+
+
+def runnable():
+    return [page for page in PAGES if any(block.runs for block in blocks(page))]
+
+
+@pytest.mark.parametrize("page", runnable(), ids=lambda page: page.name)
+def test_a_page_runs_as_it_is_printed(page, tmp_path, monkeypatch, capsys, outputs):
+    """Block by block in one folder. A Python block that names its file is written there as well."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks(page):
+        if block.language == "python":
+            ast.parse(block.text)
+            if file := re.match(r"# (\w+\.py)\n", block.text):
+                Path(file[1]).write_text(block.text, encoding="utf-8")
+            elif block.runs:
+                exec(compile(block.text, page.name, "exec"), names)
+            continue
+        for line in lines(block.text) if block.runs else ():
+            if (words := words_of(line)) is not None and not NEEDS.search(line):
+                outputs(words, capsys)
+
+
+def test_what_is_marked_needs_something():
+    """No marked line would do without its mark: each names data, a checkpoint, a network, or hours."""
+    here = ("bundled:", "ours:")
+    for page, line in commands():
+        if NEEDS.search(line) and words_of(line):
+            assert "hours" in line or not all(place in line for place in here), f"{page}: {line}"
