@@ -121,10 +121,10 @@ def of_comparison(comparison: Comparison) -> str:
     rows = []
     for label in labels[:MOST_SUBJECTS]:
         numbers = {each.name: each for each in headlines(comparison.subjects[label])}
-        kappa, raw = numbers.get("κ of adjacent pairs"), numbers.get("raw similarity of adjacent pairs")
+        kappa, raw = numbers.get("κ of adjacent pairs"), numbers.get("raw similarity")
         count, diversity = (
             next((n for n in numbers.values() if n.name.startswith("similar blocks")), None),
-            numbers.get("patch diversity, last block"),
+            numbers.get("patch diversity, last"),
         )
         cells = [DASH if each is None else each.written for each in (kappa, raw)]
         chance = DASH if raw is None or raw.chance is None else number(raw.chance)

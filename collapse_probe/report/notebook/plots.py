@@ -24,7 +24,7 @@ from collapse_probe.results.sweep import SHARE, Sweep, estimate
 from collapse_probe.statistics.intervals import Array
 
 WIDE, TALL = 4.6, 3.2  # inches of a panel
-DOTS = 100  # an inch of a notebook's picture
+DOTS = 80  # an inch of a notebook's picture
 MEASURED, CHANCE, FRESH = "#0b5fa5", "#d55e00", "#6b7680"
 CYCLE = ("#0b5fa5", "#d55e00", "#01855f", "#b5579b", "#8a6d00", "#6b7680")
 EFFECTS = {"kl": "KL of the outputs [nats]", "agreement": "top answers that stay", "accuracy_change": "change of accuracy"}

@@ -52,7 +52,7 @@ class Headline:
     @property
     def interval(self) -> str:
         """The 95 % interval, or nothing."""
-        return "" if self.ci95 is None else f"[{', '.join(interval(self.ci95, self.digits).split(' … '))}]"
+        return "" if self.ci95 is None else interval(self.ci95, self.digits)
 
     @property
     def beside(self) -> str:
@@ -99,7 +99,7 @@ def raw_of_pairs(findings: Findings) -> Headline | None:
         return None
     pairs = adjacent(result, result.values)
     return Headline(
-        "raw similarity of adjacent pairs",
+        "raw similarity",
         mean(pairs),
         ci95=_ends(findings, "attention_similarity_adjacent"),
         chance=mean(adjacent(result, null_of(result, "other_token"))),
@@ -139,7 +139,7 @@ def across_images(findings: Findings) -> Headline | None:
     """How alike the maps of a block are for different images."""
     if (result := result_of(findings, "image-similarity")) is None:
         return None
-    return _of_blocks("similarity across images", result)
+    return _of_blocks("image similarity", result)
 
 
 def diversity(findings: Findings) -> Headline | None:
@@ -149,7 +149,7 @@ def diversity(findings: Findings) -> Headline | None:
         return None
     fresh = null_of(result, "untrained")
     return Headline(
-        "patch diversity, last block",
+        "patch diversity, last",
         mean(result.array[-1:]),
         ci95=_ends(findings, "patch_diversity_last"),
         untrained=None if fresh is None else mean(fresh[-1:]),

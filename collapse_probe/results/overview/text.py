@@ -56,7 +56,7 @@ def of_findings(findings: Findings) -> list[str]:
 
 def brief(each: Headline) -> str:
     """A number with its interval, or with chance level and untrained copy, in few words."""
-    name = {"κ of adjacent pairs": "κ", "raw similarity of adjacent pairs": "raw similarity"}.get(each.name, each.name)
+    name = each.name.partition(" of adjacent")[0]
     if name == "κ" and each.interval:
         return f"κ {each.written}, 95 % CI {each.interval}"
     return f"{name} {each.written}" + (f" (chance level {number(each.chance, each.digits)})" if each.chance else "")
