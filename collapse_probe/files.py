@@ -104,8 +104,8 @@ def _finite(text: str) -> float:
 
 def write_document(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content`, of JSON types alone, for `read_document`; ValueError for NaN and infinity. Raises OutputError."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda stream: stream.write(text.encode()))
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items())
+    write_whole(path, lambda stream: stream.write(f"{{\n{lines}\n}}\n".encode()))  # indentation takes ten times as long
 
 
 class Numbers(ABC):

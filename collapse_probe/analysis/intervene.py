@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from collapse_probe.analysis.analyze import measure
+from collapse_probe.analysis.analyze import read_all
 from collapse_probe.analysis.facts import behaviour_facts, source_facts, weights_sha256
 from collapse_probe.analysis.measurement import (
     FAIL,
@@ -23,7 +24,6 @@ from collapse_probe.analysis.measurement import (
     Report,
     RunSettings,
     model_input,
-    plan_of,
     restored,
     settled,
     with_input,
@@ -33,13 +33,14 @@ from collapse_probe.analysis.state.keeper import SAVE_EVERY, Keeper, Saving, all
 from collapse_probe.analysis.state.passes import Answers, MapSums, Pass, identity_of
 from collapse_probe.capture.capture import same
 from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.recorder import ModuleTable
 from collapse_probe.capture.replacement import KINDS, Branch, Replacement, branches_of, refusal, replacements_for, replacing
 from collapse_probe.capture.trace import TRACE_BYTES
 from collapse_probe.data.images import OwnImages, batches_of, images_from
 from collapse_probe.data.loading import Batch
 from collapse_probe.data.preprocessing import Size
 from collapse_probe.devices import autocast, choose_device, floating_like
-from collapse_probe.distributed import check_processes
+from collapse_probe.distributed import check_processes, unwrap
 from collapse_probe.errors import CaptureError, DataError, ModelError, NonFiniteError, OutOfTimeError, SettingError
 from collapse_probe.metrics.nonfinite import all_ill, nonfinite_error
 from collapse_probe.models.loading import Subject, resolve
@@ -149,8 +150,8 @@ def intervene(
             say("measuring the similarity of the maps")
             without = hashlib.sha256("\n".join(sorted(ill)).encode()).hexdigest()[:8] if ill else "all"
             first = None if saving is None else saving.of(f"similarity-{without}")
-            findings = measure(subject, images, settings, report=say, left_out=ill, saving=first)
-            plan = plan_of(subject, device, seed)
+            probe, stopper = read_all(subject, images, settings, say=say, left_out=ill, saving=first)
+            findings, plan = probe.conclude(say, stopper), probe.measurement.plan
             branches = branches_of(subject.model, plan, made.size, made.channels, seed) if "skip" in kinds else {}
             skipped = frozenset(str(each["name"]) for each in findings.data["skipped"])
             keeping = None if saving is None else saving.of(without)
@@ -189,6 +190,11 @@ class ReplacementRunner:
     def model(self) -> nn.Module:
         """The model that is run."""
         return self.subject.model
+
+    @cached_property
+    def modules(self) -> ModuleTable:
+        """Its modules, read off it once for all conditions."""
+        return ModuleTable.of(unwrap(self.model))
 
     def over(
         self, images: Images, gathered: Pass, name: str, take: Callable[[Batch], None], progress: Progress | None = None
@@ -240,7 +246,7 @@ class ReplacementRunner:
 
     def run(self, images: Tensor, replacements: Mapping[int, Replacement]) -> Any:
         """What the model returns with maps replaced."""
-        replaced = replacing(self.model, self.plan, replacements, means=self.means)
+        replaced = replacing(self.model, self.plan, replacements, means=self.means, modules=self.modules)
         with replaced, autocast(self.device, self.settings.amp_as):
             return self.model(images)
 

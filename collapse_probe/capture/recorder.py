@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,6 +142,32 @@ class PassLog:
     again: set[int] = field(default_factory=set)
 
 
+@dataclass(frozen=True)
+class ModuleTable:
+    """A model's modules: their `names` by id, the storages of their weights (`fixed`), and the names of those that have weights
+    of their own or in a module inside (`holders`). True while no module and no weight is exchanged. The `weights` are held, so
+    that the memory of one that a module drops (a map that it keeps for whoever asks) is not taken for another tensor's.
+    """
+
+    names: Mapping[int, str]
+    fixed: frozenset[int]
+    holders: frozenset[str]
+    weights: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModuleTable:
+        """Read off the model, which takes as long as a forward pass of a small one."""
+        holders: set[str] = set()
+        for name, module in model.named_modules(remove_duplicate=False):
+            if next(_own_weights(module), None) is not None:
+                while name not in holders:
+                    holders.add(name)
+                    name = name.rpartition(".")[0]
+        names = {id(module): name for name, module in model.named_modules()}
+        weights = tuple(weights_of(model))
+        return cls(names, frozenset(storage_of(weight) for weight in weights), frozenset(holders), weights)
+
+
 _RECORDED: set[int] = set()
 """The ids of the models that are being recorded."""
 
@@ -154,10 +180,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     softmax written by hand is heard only if `by_hand`. `on_operator` is called after each operator with its call, whose `out`
     it may replace, and with the attention events that it completed, while their tensors are there; the log then keeps no more
     than the shapes of the modules' inputs and outputs. `on_module` is called with each module call and its output; what it
-    returns, unless None, takes the output's place.
+    returns, unless None, takes the output's place. `modules` spares reading them off the model again.
     """
 
     supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether PyTorch wraps every call of the mode in a guard against its compiler; `attached` switches that off once."""
+        return not hasattr(torch.compiler, "set_stance")
 
     def __init__(
         self,
@@ -169,18 +200,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         by_hand: bool = False,
         on_operator: Callable[[OperatorCall, list[AttentionEvent]], None] | None = None,
         on_module: Callable[[Frame, Any], Any] | None = None,
+        modules: ModuleTable | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.on_forward, self.on_operator, self.on_module = model, on_forward, on_operator, on_module
         self.thorough, self.watched, self.by_hand = thorough, watched, by_hand
-        self.names = {id(module): name for name, module in model.named_modules()}
-        self.fixed = frozenset(storage_of(weight) for weight in weights_of(model))
-        self.holders: set[str] = set()  # modules that have weights, of their own or of a module inside
-        for name, module in model.named_modules(remove_duplicate=False):
-            if next(_own_weights(module), None) is not None:
-                while name not in self.holders:
-                    self.holders.add(name)
-                    name = name.rpartition(".")[0]
+        modules = ModuleTable.of(model) if modules is None else modules
+        self.names, self.fixed, self.holders = modules.names, modules.fixed, modules.holders
         self.thread = threading.get_ident()
         self.stack: list[ModuleCall] = []
         self.error_before: BaseException | None = None

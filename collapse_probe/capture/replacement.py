@@ -17,7 +17,7 @@ from collapse_probe.capture.capture import noise
 from collapse_probe.capture.layers import frame_of
 from collapse_probe.capture.layout import laid_out, read_part
 from collapse_probe.capture.plan import IMAGE, Frame, Layer, Plan
-from collapse_probe.capture.recorder import AttentionEvent, Recorder
+from collapse_probe.capture.recorder import AttentionEvent, ModuleTable, Recorder
 from collapse_probe.capture.trace import Attention
 from collapse_probe.distributed import unwrap
 from collapse_probe.errors import CaptureError
@@ -157,8 +157,11 @@ class MapReplacer:
         replacements: Mapping[int, Replacement],
         means: Mapping[int, Tensor],
         gather: Gather | None,
+        modules: ModuleTable | None = None,
     ) -> None:
-        self.recorder = Recorder(model, by_hand=plan.by_hand, on_operator=self._on_operator, on_module=self._on_module)
+        self.recorder = Recorder(
+            model, by_hand=plan.by_hand, on_operator=self._on_operator, on_module=self._on_module, modules=modules
+        )
         self.plan, self.replacements, self.means, self.gather = plan, replacements, means, gather
         self.zeroed = {r.branch for r in replacements.values()} - {None}
         self.searching = any(r.kind == ZEROS for r in replacements.values())
@@ -274,13 +277,14 @@ def replacing(
     *,
     means: Mapping[int, Tensor] | None = None,
     gather: Gather | None = None,
+    modules: ModuleTable | None = None,
 ) -> Iterator[MapReplacer]:
     """Run `model` with other maps inside the `with`, by index into `plan.layers`; with no replacements it runs as it is.
 
     `means` holds the maps [H, N, N] in float32 that `mean` puts in; `gather` is called with each layer's map. Raises
-    CaptureError where a forward pass is not the one that was planned.
+    CaptureError where a forward pass is not the one that was planned. `modules` as in `Recorder`.
     """
-    replacer = MapReplacer(unwrap(model), plan, replacements, means or {}, gather)
+    replacer = MapReplacer(unwrap(model), plan, replacements, means or {}, gather, modules)
     with torch.inference_mode(False), torch.no_grad(), replacer.recorder.attached():
         yield replacer
 

@@ -28,7 +28,9 @@ from toy_models import (
     toy,
 )
 
+from collapse_probe.capture.attention_operators import storage_of
 from collapse_probe.capture.capture import discover_plan, same
+from collapse_probe.capture.recorder import ModuleTable
 from collapse_probe.capture.replacement import KINDS, Replacement, branches_of, refusal, replacements_for, replacing, source_of
 from collapse_probe.errors import CaptureError
 from collapse_probe.models.vit import ViT, ViTSettings
@@ -140,6 +142,31 @@ def test_the_replacements_are_different_things():
 
 def test_a_lent_map_stays_when_its_owner_overwrites_it():
     torch.testing.assert_close(run(toy(ErasesMap, 2), "share", [1], images()), run(toy(Matmul, 2), "share", [1], images()))
+
+
+class KeepsItsMap(Matmul):
+    """Keeps the map, and the product with it, for whoever asks later."""
+
+    def mix(self, q, k, v):
+        self.newest = self.logits(q, k).softmax(-1)
+        self.product = self.newest @ v
+        return self.product
+
+
+def test_modules_read_off_once_serve_every_condition_also_where_one_keeps_its_maps():
+    model, pictures = toy(KeepsItsMap, 3), images()
+    plan = discover_plan(model, SIZE)
+    conditions = [{}, *(replacements_for(plan, "share", blocks, {}) for blocks in ([1], [2], [1, 2]))]
+    model(pictures)
+    once = ModuleTable.of(model)
+    for _ in range(3):
+        for replacements in conditions:
+            with replacing(model, plan, replacements, modules=once):
+                shared = model(pictures)
+            with replacing(model, plan, replacements):
+                assert torch.equal(shared, model(pictures))
+    assert once.fixed == {storage_of(weight) for weight in once.weights}  # held: their memory is nobody else's
+    assert any(weight.shape[-2:] == (plan.tokens, plan.tokens) for weight in once.weights)  # also the maps of the first pass
 
 
 def test_share_is_the_shared_attention_fix():

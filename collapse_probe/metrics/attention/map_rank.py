@@ -24,7 +24,7 @@ MEASURES = {
     "stable": "the stable rank ‖A‖_F²/σ_1²; 1 … N",
     "residual": "the distance to rank one ‖A − σ_1 u_1 v_1ᵀ‖_F/‖A‖_F; 0 (all rows parallel) … √(1 − 1/N)",
 }
-SPECTRA_IMAGES = 64
+SPECTRA_IMAGES = 32
 SAMPLE = (
     "beyond that a random sample by a hash of their names; details.images is how many entered, details.of how many there were"
 )
