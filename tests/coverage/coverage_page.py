@@ -1,4 +1,4 @@
-"""Writes docs/coverage.md: what is heard in which model, what is left out of it, or why it is refused."""
+"""Writes docs/coverage.md: what is recorded in which model, what is left out of it, or why it is refused."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections import Counter
 
 from coverage_bench import ABSENT, REFUSED, RIGHT, WRONG
 
-HEAD = """# What is heard in which model
+HEAD = """# What is recorded in which model
 
 Written by `make coverage`; not by hand. Each model is small, has random parameters with maps far from uniform, and runs in the
 precisions named here. Maps are compared with an independent computation in float64 (of the model itself, or of every attention
 kernel and softmax that it calls), tokens with the library's own, for batches of 1, 3 and 5 images; outputs and gradients are
 compared bit for bit with and without the recording; nothing may be left behind, after an exception neither.
 
-*right*: all that is heard is right, and what is left out is listed. *refused*: the capture says in one sentence why not.
+*right*: all that is recorded is right, and what is left out is listed. *refused*: the capture says in one sentence why not.
 *wrong*: a map or a token is not the model's own. *does not run*: the model itself fails in this precision.
 """
 PACKAGES = ("torch", "timm", "torchvision", "transformers", "open_clip_torch", "vit-pytorch")
@@ -33,7 +33,7 @@ def page(verdicts):
             numbers = " | ".join(str(counts[outcome]) for outcome in (RIGHT, REFUSED, WRONG, ABSENT))
             lines.append(f"| {family}, {precision} | {numbers} |")
     for family, members in groups.items():
-        lines += ["", f"## {family}", "", "| model | precision | what was heard | left out, or why not |", "|---|---|---|---|"]
+        lines += ["", f"## {family}", "", "| model | precision | what was recorded | left out, or why not |", "|---|---|---|---|"]
         for (name, *_), alike in _alike(members).items():
             first = alike[0]
             said = "; ".join(first.why) if first.outcome != RIGHT else "; ".join([*first.left_out, *first.why])
