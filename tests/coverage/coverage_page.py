@@ -33,7 +33,7 @@ def page(verdicts):
             numbers = " | ".join(str(counts[outcome]) for outcome in (RIGHT, REFUSED, WRONG, ABSENT))
             lines.append(f"| {family}, {precision} | {numbers} |")
     for family, members in groups.items():
-        lines += ["", f"## {family}", "", "| model | precision | what was recorded | left out, or why not |", "|---|---|---|---|"]
+        lines += ["", f"## {family}", "", "| model | precision | recorded | left out, or why not |", "|---|---|---|---|"]
         for (name, *_), alike in _alike(members).items():
             first = alike[0]
             said = "; ".join(first.why) if first.outcome != RIGHT else "; ".join([*first.left_out, *first.why])
