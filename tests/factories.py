@@ -242,7 +242,10 @@ def make_gallery(blocks: int, *, signed: bool = False, names: tuple[str, ...] = 
         maps = maps - maps.mean()
     count = len(names)
     pictures = np.repeat((picture * 255).astype(np.uint8)[None], count, 0)
-    return Gallery(names, pictures, np.repeat(maps[None], count, 0), "the class token")
+    heads = np.stack([maps, np.flip(maps, 1)], 1)
+    patches = np.broadcast_to(np.stack([maps, np.flip(maps, 2)], 1)[:, :, None], (blocks, 2, 2, 7, 7))
+    more = {"heads": np.repeat(heads[None], count, 0), "patches": np.repeat(patches[None], count, 0)}
+    return Gallery(names, pictures, np.repeat(maps[None], count, 0), "the class token", **more)
 
 
 def synthetic(

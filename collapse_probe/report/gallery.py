@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from PIL import Image
 
 from collapse_probe.report.colours import SHADES, Ramp, ramp
-from collapse_probe.report.photographs import Album, Photographs, Pixels, resized
+from collapse_probe.report.photographs import Album, Photographs, Pixels, data_url, resized
 from collapse_probe.report.style import printable
 from collapse_probe.results.findings import Findings, Gallery
+from collapse_probe.results.text import number, visible
+from collapse_probe.statistics.breakdowns import pictured
+from collapse_probe.statistics.estimates import per_image_values
 from collapse_probe.statistics.intervals import Array
 
 FOLD = 8.0  # the scale runs from 1/8 to 8 times uniform attention
-MOST_PICTURES, MOST_ROLLED = 4, 2
+MOST_PICTURES, MOST_ROLLED, MOST_SHOTS = 4, 2, 3
+LONGEST = 320  # pixels of a picture on the page
 TILE, SMALL_TILE, MANY = 150, 116, 12  # pixels of a map's longer side, and where there are more blocks than MANY
 COLOURS = ramp("1d4f9c 6ea4da f2f2f2 f39a3b b3200c")
 ATTENTION = "attention to a patch, times uniform attention (1/N)"
@@ -89,10 +95,163 @@ def _over_grey() -> Ramp:
 SHADES_OVER_GREY = _over_grey()
 
 
-def attention_gallery(findings: Findings) -> Photographs | None:
-    """Each picture and then the map of every block that has one over the picture, all on one scale."""
+LEVELS = 64  # colours of a map: eleven steps for each doubling
+FLAT = (
+    1.25  # maps that nowhere give a patch more than so many times, or less than one over that, uniform attention are not drawn
+)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One image of the gallery: its picture, and one small picture of all its maps, tile beside tile.
+
+    Column b of the tiles is block b; row 0 is the mean over heads, then comes each head, then each cell of patches.
+    """
+
+    name: str
+    place: str
+    picture: str
+    size: tuple[int, int]
+    tiles: str
+
+
+@dataclass(frozen=True)
+class Player:
+    """The attention gallery: for every image the maps of all blocks, and with a script block, head or patch to choose."""
+
+    shots: tuple[Shot, ...]
+    blocks: tuple[int, ...]
+    grid: tuple[int, int]
+    heads: int
+    cells: tuple[int, int]
+    query: str
+    ticks: tuple[tuple[float, str], ...]
+    pooled: bool
+    album: Callable[[], Photographs]
+    name: str = "figure"
+    suffix = "jpg"
+
+    def called(self, name: str) -> Player:
+        """The same under a name."""
+        return replace(self, name=name)
+
+    @property
+    def rows(self) -> int:
+        """Tiles from top to bottom."""
+        return 1 + self.heads + self.cells[0] * self.cells[1]
+
+    @property
+    def stops(self) -> list[tuple[str, str]]:
+        """The colours along the scale, as a page's gradient takes them."""
+        return [(f"{100 * at:.0f}%", SHADES_OVER_GREY.codes[round(at * 255)]) for at in np.linspace(0, 1, 13).tolist()]
+
+    def content(self) -> bytes:
+        """The maps of all blocks over the pictures, as one picture of photographs."""
+        return self.album().content()
+
+
+def attention_gallery(findings: Findings) -> Player | None:
+    """Each picture and the maps of every block that has one over it, all on one scale; None where no map leaves uniform."""
     gallery = findings.gallery
-    return _laid_over(findings, gallery, ATTENTION) if gallery is not None and gallery.names else None
+    if gallery is None or not gallery.names or is_flat(findings):
+        return None
+    order = chosen(findings)
+    maps = times_uniform(findings, gallery)
+    spread, scale = spread_of(maps[list(order)]), float(findings.model.get("tokens") or maps[0, 0].size)
+    heads = gallery.maps[:, :, None][:, :, :0] if gallery.heads is None else gallery.heads
+    patches = gallery.patches
+    rows, columns = heads.shape[-2:]
+    cells = (0, 0) if patches is None else (int(patches.shape[2]), int(patches.shape[3]))
+    shots = []
+    for at, place in order.items():
+        parts = [_fitted(gallery.maps[at], (rows, columns))[:, None], heads[at]]
+        parts += [] if patches is None else [patches[at].reshape(len(patches[at]), -1, rows, columns)]
+        tiles = spread.place(scale * np.concatenate(parts, 1))  # [blocks, tiles, rows, columns]
+        sheet = tiles.transpose(1, 2, 0, 3).reshape(tiles.shape[1] * rows, -1)
+        small = resized(gallery.pictures[at], _within(gallery.pictures.shape[1:3]))
+        url = data_url(_jpeg(small), "jpeg")
+        shots.append(
+            Shot(visible(gallery.names[at]), place, url, (small.shape[1], small.shape[0]), data_url(_png(sheet), "png"))
+        )
+    pooled = (rows, columns) != gallery.maps.shape[-2:]
+    blocks = gallery.blocks or tuple(range(gallery.maps.shape[1]))
+    ticks = tuple((100 * (at + 1) / 2, text) for at, text in spread.ticks.items())
+    whole = replace(gallery, **{key: getattr(gallery, key)[list(order)] for key in ("pictures", "maps")})
+    whole = replace(whole, names=tuple(gallery.names[at] for at in order))
+    album = partial(_laid_over, findings, whole, ATTENTION)
+    return Player(tuple(shots), blocks, (rows, columns), heads.shape[2], cells, gallery.query, ticks, pooled, album)
+
+
+def chosen(findings: Findings) -> dict[int, str]:
+    """The images to show, by their places in the gallery, and why: where they lie by the headline number."""
+    gallery = findings.gallery
+    assert gallery is not None
+    found = pictured(findings.sureness.get("extremes") or {})
+    values = {} if found is None else _values(findings, found[0])
+    known = {at: values[name] for at, name in enumerate(gallery.names) if name in values}
+    if found is None or len(known) < MOST_SHOTS:
+        return dict.fromkeys(range(min(len(gallery.names), MOST_SHOTS)), "")
+    name, entry = found
+    median, low = float(entry["median"]), entry["collapsed"] == "low"
+    most, least = (choose(known, key=known.__getitem__) for choose in ((min, max) if low else (max, min)))
+    typical = min(known, key=lambda at: (at in (most, least), abs(known[at] - median)))
+    said = {typical: "closest to the median", most: "most collapsed", least: "least collapsed"}
+    words = {"kappa_adjacent": "κ", "attention_similarity_adjacent": "raw similarity"}.get(name, "patch diversity")
+    of = f"of the {len(known)} images kept"
+    return {at: f"{why} {of}: {words} {number(known[at])}, median of all {number(median)}" for at, why in said.items()}
+
+
+def _values(findings: Findings, name: str) -> dict[str, float]:
+    """The headline number of every image, by its name."""
+    each = per_image_values(findings.images).each().get(name) if "names" in findings.images else None
+    if each is None:
+        return {}
+    pairs = zip(map(str, findings.images["names"]), each.tolist(), strict=True)
+    return {image: value for image, value in pairs if math.isfinite(value)}
+
+
+def is_flat(findings: Findings) -> bool:
+    """Whether no map of the gallery, of a head neither, shows anything but uniform attention."""
+    gallery = findings.gallery
+    if gallery is None or not gallery.names:
+        return False
+    scale = float(findings.model.get("tokens") or gallery.maps[0, 0].size)
+    parts = [part for part in (gallery.maps, gallery.heads) if part is not None]
+    ends = [float(choose(scale * part)) for part in parts for choose in (np.nanmin, np.nanmax) if part.size]
+    return bool(ends) and min(ends) > 1 / FLAT and max(ends) < FLAT
+
+
+def _fitted(maps: Array, shape: tuple[int, int]) -> Array:
+    """Maps [blocks, rows, columns] as means over the squares that `shape` leaves."""
+    if maps.shape[1:] == shape:
+        return maps
+    side = -(-maps.shape[1] // shape[0])
+    more = (0, shape[0] * side - maps.shape[1]), (0, shape[1] * side - maps.shape[2])
+    padded = np.pad(maps, ((0, 0), *more), constant_values=np.nan)
+    return np.asarray(np.nanmean(padded.reshape(len(maps), shape[0], side, shape[1], side), (2, 4)))
+
+
+def _within(shape: tuple[int, ...]) -> tuple[int, int]:
+    height, width = shape[:2]
+    scale = min(LONGEST / max(height, width), 1.0)
+    return max(round(width * scale), 1), max(round(height * scale), 1)
+
+
+def _jpeg(picture: Pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "jpeg", quality=78, optimize=True)
+    return buffer.getvalue()
+
+
+def _png(positions: Array) -> bytes:
+    """Positions in −1 … 1 as a small picture of LEVELS colours, which covers what lies beneath as far as `COVER` says."""
+    steps = np.round((np.nan_to_num(positions) + 1) / 2 * (LEVELS - 1)).astype(np.uint8)
+    places = np.linspace(0, SHADES - 1, LEVELS).round().astype(int)
+    picture = Image.fromarray(steps, "P")
+    picture.putpalette(COLOURS.table[places].tobytes())
+    buffer = io.BytesIO()
+    picture.save(buffer, "png", optimize=True, transparency=bytes((255 * COVER[places]).round().astype(np.uint8)))
+    return buffer.getvalue()
 
 
 def rollout_gallery(findings: Findings) -> Photographs | None:

@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from collapse_probe.files import FIGURE_FOLDER, PAGE
+from collapse_probe.report.gallery import Player
 from collapse_probe.report.photographs import Photographs, data_url
 from collapse_probe.report.sheet import Sheet
 from collapse_probe.results.findings import Findings
@@ -24,8 +25,8 @@ from collapse_probe.results.glossary import GLOSSARY
 from collapse_probe.results.readings import weights_only
 from collapse_probe.results.text import plain, visible
 
-Figure = Sheet | Photographs
-"""What a page shows and its folder holds: panels as SVG, or photographs as one picture."""
+Figure = Sheet | Photographs | Player
+"""What a page shows and its folder holds: panels as SVG, photographs as one picture, or maps to choose from."""
 
 
 @dataclass(frozen=True)

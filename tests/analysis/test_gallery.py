@@ -11,7 +11,8 @@ from factories import small_vit
 from PIL import Image
 
 import collapse_probe as cp
-from collapse_probe.analysis.state.gallery import LONGEST, thumbnail
+from collapse_probe.analysis.state import gallery
+from collapse_probe.analysis.state.gallery import LONGEST, overlays, pooled, thumbnail
 from collapse_probe.data.images import open_data
 from collapse_probe.data.preprocessing import Preprocess
 from collapse_probe.results.findings import Findings
@@ -84,3 +85,47 @@ def test_without_a_gallery_no_image_is_read_again(photos):
     found = cp.analyze(small_vit(), str(photos), img_size=64, null_images=0, gallery_images=0)
     assert found.gallery is None
     assert found.thumbnails == {}
+
+
+def test_maps_by_head_and_by_patch_survive_the_folder(photos, tmp_path):
+    options = {"img_size": 64, "null_images": 0, "gallery_images": 2, "metrics": ("patch-diversity",)}
+    found = cp.analyze(small_vit(sharpness=8), str(photos), **options)
+    kept = Findings.load(found.save(tmp_path / "out")).gallery
+    assert kept is not None
+    np.testing.assert_allclose(kept.heads.mean(2), found.gallery.maps, rtol=2e-3)
+    np.testing.assert_allclose(kept.patches, found.gallery.patches, rtol=2e-3, atol=1e-6)
+
+
+def test_maps_of_many_patches_are_pooled_to_means():
+    maps = torch.arange(24.0 * 24).reshape(1, 24, 24)
+    found = pooled(maps)
+    assert found.shape == (1, 12, 12)
+    assert found[0, 0, 0] == maps[0, :2, :2].mean()
+    assert found[0, -1, -1] == maps[0, -2:, -2:].mean()
+    assert pooled(maps[:, :20, :20]).shape == (1, 20, 20)  # 400 are not too many
+    assert pooled(torch.ones(1, 21, 21)).unique().tolist() == [1.0]  # a border of half squares is a mean too
+
+
+def test_what_single_patches_attend_to_is_a_mean_over_the_queries_of_a_cell():
+    model = small_vit(sharpness=8).eval()
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with cp.record(model) as recording, torch.no_grad():
+        model(pixels)
+    trace = recording.last
+    maps, heads, patches = overlays(trace, 0)
+    rows, columns = trace.plan.grid
+    for block, index in enumerate(trace.plan.map_layers):
+        whole = trace.map_of(index, 0)
+        first = len(trace.plan.prefix)
+        torch.testing.assert_close(heads[block].flatten(1), whole[:, 0, first:])
+        torch.testing.assert_close(maps[block].flatten(), whole[:, 0, first:].mean(0))
+        torch.testing.assert_close(patches[block].flatten(2).flatten(0, 1), whole.mean(0)[first:, first:])
+    assert patches.shape[1:] == (rows, columns, rows, columns)
+
+
+def test_queries_are_pooled_where_they_are_too_many(monkeypatch):
+    monkeypatch.setattr(gallery, "MOST_NUMBERS", 4 * 16 * 2)
+    maps = torch.arange(16.0 * 16).reshape(16, 4, 4)  # of each of 4 × 4 queries
+    found = gallery._of_cells(maps, (4, 4), 2)
+    assert found.shape == (2, 2, 4, 4)
+    torch.testing.assert_close(found[0, 1], maps.reshape(4, 4, 4, 4)[:2, 2:].mean((0, 1)))

@@ -200,7 +200,7 @@ def test_pointing_at_a_cell_marks_its_blocks_in_every_matrix_and_on_every_curve(
     at_seven = [path.get_attribute("d") for path in page.locator("#attention-similarity path.cross").all()]
     assert at_seven == ["M0 7h12v1h-12z", "M7 0h1v12h-1z"]
     assert page.locator("#feature-similarity path.cross").first.get_attribute("d") == "M0 8h13v1h-13z"  # what leaves block 7
-    dots = page.locator("#attention-adjacent .dots circle")
+    dots = page.locator("#attention-adjacent circle.dots")
     assert dots.count() >= 2
     svg = page.locator("#attention-adjacent svg[data-chart]").first
     chart = svg.evaluate("each => JSON.parse(each.dataset.chart)")
@@ -237,6 +237,26 @@ def test_what_is_copied_from_a_figure_is_what_the_findings_hold(opened):
     head, *rows = (line.split(",") for line in page.evaluate("navigator.clipboard.readText()").splitlines())
     assert head[:2] == ["block", "measured (95 % CI)"]
     np.testing.assert_allclose([float(row[1]) for row in rows], np.diagonal(reading.array, -1), atol=1e-3)
+
+
+def test_the_gallery_shows_a_block_a_head_and_a_patch_in_one_place(opened):
+    page = opened("plain")
+    box = page.locator(".gallery")
+    lens = box.locator(".large").first.locator("svg")
+    box.locator("input[type=range]").focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert lens.get_attribute("viewBox").split(",") == ["21", "0", "7", "7"]
+    assert [each.text_content() for each in box.locator(".now text").all()] == ["3", "3"]
+    assert "M0 3h12v1h-12z" in [path.get_attribute("d") for path in page.locator("#attention-similarity path.cross").all()]
+    box.locator("select").select_option("head 1")
+    assert lens.get_attribute("viewBox").split(",") == ["21", "14", "7", "7"]
+    place = box.locator(".large").first.bounding_box()
+    box.locator(".large").first.click(position={"x": place["width"] * 0.9, "y": place["height"] * 0.9})
+    assert lens.get_attribute("viewBox").split(",") == ["21", str(7 * (1 + 2 + 3)), "7", "7"]
+    assert box.locator("select option:checked").text_content() == "patch at row 1, column 1"
+    box.locator("[data-block='9']").first.click()
+    assert lens.get_attribute("viewBox").split(",")[0] == "63"
 
 
 def test_a_table_sorts_by_number_and_gives_its_rows(opened):

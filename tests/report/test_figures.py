@@ -339,8 +339,9 @@ def test_uniform_attention_leaves_the_picture_grey() -> None:
 @pytest.mark.parametrize("blocks", [2, 3, 12, 24, 32])
 def test_no_tile_of_the_gallery_hides_another_and_each_is_the_map_of_its_block(blocks: int) -> None:
     findings = synthetic(blocks)
-    gallery = attention_gallery(findings)
-    assert gallery is not None
+    player = attention_gallery(findings)
+    assert player is not None
+    gallery = player.album()
     height, width = gallery.picture.shape[:2]
     seen = np.zeros((height, width), dtype=int)
     for strip in gallery.strips:

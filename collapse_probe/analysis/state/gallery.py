@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,21 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.functional.rollout import fused, rollouts
 from collapse_probe.results.findings import Gallery
+from collapse_probe.statistics.intervals import Array
 
 Pixels = NDArray[np.uint8]
 LONGEST = 144  # pixels of a thumbnail's longer side
 Glimpse = tuple[Tensor, ...]
-"""A picture as the model saw it, [3, height, width], its overlays, [L, rows, columns], and its rollouts, as these or empty."""
+"""A picture as the model saw it, [3, height, width], its maps, [L, rows, columns], its rollouts, as these or empty, and its
+maps by head and by patch, as `overlays` gives them."""
+MOST_PATCHES = 400  # of a map by head or by patch; more are pooled
+MOST_NUMBERS = 200_000  # of all maps by patch of one image
 
 
 def on_the_grid(plan: Plan) -> dict[int, list[int]]:
@@ -33,17 +39,47 @@ def on_the_grid(plan: Plan) -> dict[int, list[int]]:
     return places
 
 
-def overlay(trace: Trace, image: int) -> Tensor:
-    """What each patch receives in every block that is `on_the_grid`, [L, rows, columns]: mean over heads, from the class token
-    or all queries.
+def overlays(trace: Trace, image: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What each patch receives in every block that is `on_the_grid`, all empty where there is none.
+
+    From the class token or all queries: mean over heads [L, rows, columns], and head by head [L, H, rows, columns], NaN where
+    a block has fewer heads. From single patches, mean over heads: [L, down, along, rows, columns]. The last two are pooled to
+    at most MOST_PATCHES patches, and the queries to so many that one image has no more than MOST_NUMBERS.
     """
-    plan, maps = trace.plan, []
+    plan, maps, heads, queries = trace.plan, [], [], []
     for place, patches in on_the_grid(plan).items():
         assert plan.grid is not None
-        mean_NN = trace.map_of(plan.map_layers[place], image).mean(0)
-        received = mean_NN[plan.prefix[0]] if plan.prefix and plan.prefix[0] < len(mean_NN) else mean_NN.mean(0)
-        maps.append(received[patches].reshape(plan.grid).cpu())
-    return torch.stack(maps) if maps else torch.empty(0)
+        map_HNN = trace.map_of(plan.map_layers[place], image)
+        first = plan.prefix[0] if plan.prefix and plan.prefix[0] < map_HNN.shape[1] else None
+        each_HN = (map_HNN.mean(1) if first is None else map_HNN[:, first])[:, patches]
+        maps.append(each_HN.mean(0).reshape(plan.grid).cpu())
+        heads.append(pooled(each_HN.reshape(-1, *plan.grid)).cpu())
+        if map_HNN.shape[1] == map_HNN.shape[2]:
+            from_each = pooled(map_HNN.mean(0)[patches][:, patches].reshape(-1, *plan.grid))
+            queries.append(_of_cells(from_each, plan.grid, len(on_the_grid(plan))).cpu())
+    if not maps:
+        return (torch.empty(0),) * 3
+    most = max(len(each) for each in heads)
+    whole = [torch.cat([each, each.new_full((most - len(each), *each.shape[1:]), math.nan)]) for each in heads]
+    return torch.stack(maps), torch.stack(whole), torch.stack(queries) if len(queries) == len(maps) else torch.empty(0)
+
+
+def pooled(maps: Tensor) -> Tensor:
+    """Maps [..., rows, columns] of at most MOST_PATCHES patches: means over squares of neighbours, the smallest that do."""
+    side = 1
+    while -(-maps.shape[-2] // side) * -(-maps.shape[-1] // side) > MOST_PATCHES:
+        side += 1
+    return avg_pool2d(maps, side, ceil_mode=True) if side > 1 else maps
+
+
+def _of_cells(maps: Tensor, grid: tuple[int, int], blocks: int) -> Tensor:
+    """Maps of every query, [rows · columns, …], as means over the queries of square cells, [down, along, …]."""
+    size, side = maps[0].numel() * blocks, 1
+    while -(-grid[0] // side) * -(-grid[1] // side) * size > MOST_NUMBERS:
+        side += 1
+    by_key = maps.flatten(1).T.reshape(1, -1, *grid)
+    cells = avg_pool2d(by_key, side, ceil_mode=True)[0] if side > 1 else by_key[0]
+    return cells.permute(1, 2, 0).reshape(*cells.shape[1:], *maps.shape[1:])
 
 
 def rollout_overlay(trace: Trace, image: int, fusion: str = "mean") -> Tensor:
@@ -66,7 +102,8 @@ def rollout_overlay(trace: Trace, image: int, fusion: str = "mean") -> Tensor:
 
 def glimpse(trace: Trace, image: int, pixels_CHW: Tensor, rolled: bool) -> Glimpse:
     """What the gallery keeps of one image; its rollouts only where `rolled`."""
-    return pixels_CHW.cpu().float(), overlay(trace, image), rollout_overlay(trace, image) if rolled else torch.empty(0)
+    maps, heads, patches = overlays(trace, image)
+    return pixels_CHW.cpu().float(), maps, rollout_overlay(trace, image) if rolled else torch.empty(0), heads, patches
 
 
 def gallery_of(glimpses: Iterable[tuple[str, Glimpse]], plan: Plan, preprocess: Mapping[str, Any]) -> Gallery | None:
@@ -74,15 +111,22 @@ def gallery_of(glimpses: Iterable[tuple[str, Glimpse]], plan: Plan, preprocess: 
     by_name = {name: parts for name, parts in sorted(glimpses) if parts[1].numel()}
     if not by_name:
         return None
-    pictures, maps, rolled = zip(*by_name.values(), strict=True)
+    pictures, maps, rolled, heads, patches = zip(*by_name.values(), strict=True)
     return Gallery(
         names=tuple(by_name),
         pictures=np.stack([as_seen(pixels, preprocess) for pixels in pictures]),
         maps=np.stack([each.double().numpy() for each in maps]),
         query="the class token" if plan.prefix else "all patches",
         blocks=tuple(on_the_grid(plan)),
-        rollouts=np.stack([each.double().numpy() for each in rolled]) if all(each.numel() for each in rolled) else None,
+        rollouts=_stacked(rolled),
+        heads=_stacked(heads),
+        patches=_stacked(patches),
     )
+
+
+def _stacked(parts: Sequence[Tensor]) -> Array | None:
+    """The parts of all images in one array; None where they are empty."""
+    return np.stack([each.double().numpy() for each in parts]) if all(each.numel() for each in parts) else None
 
 
 def as_seen(pixels_CHW: Tensor, facts: Mapping[str, Any]) -> Pixels:

@@ -25,6 +25,7 @@ from collapse_probe.report.findings.tables import (
     with_undefined,
     words_of,
 )
+from collapse_probe.report.gallery import FLAT, is_flat
 from collapse_probe.report.html import Figure, Plate, looked_at, paper, picture_url, write_page
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import is_untrained, null_of, result_of, weights_only
@@ -72,6 +73,7 @@ def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> s
         places=findings.model.get("places") or (),
         left_out=left_out(findings),
         sections=_with_plates(findings, figures),
+        flat=flat_gallery(findings),
         absent=[*not_measured(findings), *undrawn(findings)],
         sure=certainty(findings),
         both_ends=both_ends(findings),
@@ -162,6 +164,17 @@ def _own_notes(findings: Findings, name: str) -> list[str]:
         return []
     reasons = {} if result.nulls is None else result.nulls.reasons
     return [f"κ is not drawn here: {reasons.get('kappa', 'the chance level was not taken, or is 1 everywhere')}."]
+
+
+def flat_gallery(findings: Findings) -> str:
+    """That the maps over pictures are uniform and not drawn; empty where they are drawn or were not kept."""
+    if findings.gallery is None or not is_flat(findings):
+        return ""
+    count = len(findings.gallery.names)
+    return (
+        f"Where each block looks is not drawn: in {count} images that were kept, no map of any block or head gives a patch "
+        f"more than {FLAT:g} times, or less than {1 / FLAT:g} times, uniform attention."
+    )
 
 
 def both_ends(findings: Findings) -> dict[str, Any] | None:

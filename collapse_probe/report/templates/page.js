@@ -2,138 +2,146 @@
 // Everything on the page is there without this script; it links what belongs together and saves typing.
 (() => {
 const all = (what, where = document) => [...where.querySelectorAll(what)];
-const make = (tag, facts = {}, ...inside) => { const one = Object.assign(document.createElement(tag), facts); one.append(...inside); return one; };
+const on = (one, what, act) => one.addEventListener(what, act);
+const make = (tag, facts, ...inside) => { const one = Object.assign(document.createElement(tag), facts); one.append(...inside); return one; };
+const press = (text, act) => { const one = make("button", { type: "button" }, ...[text].flat()); on(one, "click", act); return one; };
 const draw = (tag, facts) => { const one = document.createElementNS(all("svg")[0].namespaceURI, tag);
-  for (const name in facts) one.setAttribute(name, facts[name]); return one; };
-const said = make("output", { className: "said", hidden: true }); said.setAttribute("role", "status"); document.body.append(said);
+  for (const name in facts) one.setAttribute(name, facts[name]);
+  return one; };
+const remove = (what, where) => all(what, where).forEach(each => each.remove());
+const said = make("output", { className: "said", hidden: true });
+document.body.append(said);
 let wait = 0;
 const say = text => { said.textContent = text; said.hidden = false; clearTimeout(wait); wait = setTimeout(() => { said.hidden = true; }, 1600); };
-const copy = (text, what) => {
-  const by_hand = () => { const box = make("textarea", { value: text }); document.body.append(box); box.select();
-    const done = document.execCommand("copy"); box.remove(); say(done ? `Copied ${what}` : "The browser does not let a page copy"); };
-  if (navigator.clipboard) navigator.clipboard.writeText(text).then(() => say(`Copied ${what}`), by_hand); else by_hand(); };
-const cell = text => /[",\n]/.test(text) ? `"${text.replace(/"/g, '""')}"` : text;
-const csv = rows => rows.map(row => row.map(each => cell(String(each ?? ""))).join(",")).join("\n") + "\n";
+const copy = (text, what) => navigator.clipboard.writeText(text).then(() => say(`Copied ${what}`), () => say("The browser does not let a page copy"));
+const csv = rows => rows.map(row => row.map(each => /[",\n]/.test(each ?? "") ? `"${each.replace(/"/g, '""')}"` : each ?? "").join(",")).join("\n") + "\n";
 
-// Blocks: depth d is what leaves block d - 1, so that a block has one number everywhere.
-const kind = name => /^block/.test(name) ? "block" : /^depth/.test(name) ? "depth" : "";
-const block_of = (name, at) => kind(name) === "depth" ? at - 1 : kind(name) === "block" ? at : null;
-const index_of = (name, block) => kind(name) === "depth" ? block + 1 : block;
+// Depth d is what leaves block d - 1, so that a block has one number everywhere.
+const shift = { block: 0, depth: 1 }, axis = name => shift[name.split(" ")[0]];
 const matrices = all("figure .cells").map(cells => {
-  const across = +cells.dataset.across, count = cells.children.length;
-  return { cells, across, down: count / across, rows: cells.dataset.rows, columns: cells.dataset.columns, svg: cells.closest("svg") };
+  const { across, rows, columns } = cells.dataset, paths = [...cells.children];
+  return { cells, rows, columns, paths, across: +across, down: paths.length / across, svg: cells.closest("svg"), at: 0 };
 });
-const charts = all("svg[data-chart]").map(svg => ({ svg, data: JSON.parse(svg.dataset.chart) }));
+const charts = all("svg[data-chart]").map(svg => ({ svg, ...JSON.parse(svg.dataset.chart) }));
 const place = ([start, step, log], value) => start + step * (log ? Math.log10(value) : value);
 let marked = "";
 const mark = blocks => {
-  const now = blocks.join(); if (now === marked) return; marked = now;
-  for (const { cells, across, down, rows, columns } of matrices) {
-    all(".cross", cells.parentNode).forEach(each => each.remove());
-    const group = draw("g", { class: "cross", transform: cells.getAttribute("transform") });
-    for (const block of blocks) {
-      const r = index_of(rows, block), c = index_of(columns, block);
-      if (kind(rows) && r >= 0 && r < down) group.append(draw("path", { class: "cross", d: `M0 ${r}h${across}v1h-${across}z` }));
-      if (kind(columns) && c >= 0 && c < across) group.append(draw("path", { class: "cross", d: `M${c} 0h1v${down}h-1z` }));
-    }
-    if (group.firstChild) cells.after(group);
+  if (marked === (marked = blocks.join())) return;
+  remove(".cross, .dots");
+  for (const { cells, across, down, rows, columns } of matrices) for (const block of blocks) {
+    const r = block + axis(rows), c = block + axis(columns);
+    const line = d => cells.after(draw("path", { class: "cross", d, transform: cells.getAttribute("transform") }));
+    if (c >= 0 && c < across) line(`M${c} 0h1v${down}h-1z`);
+    if (r >= 0 && r < down) line(`M0 ${r}h${across}v1h-${across}z`);
   }
-  for (const { svg, data } of charts) {
-    all(".dots", svg).forEach(each => each.remove());
-    if (!kind(data.of)) continue;
-    const group = draw("g", { class: "dots" });
-    for (const block of blocks) for (const [colour, xs, ys] of Object.values(data.lines)) {
-      const at = xs.indexOf(index_of(data.of, block));
-      if (at >= 0 && ys[at] !== null) group.append(draw("circle", { cx: place(data.x, xs[at]), cy: place(data.y, ys[at]), r: 4.5, fill: colour, "stroke-width": 2 }));
-    }
-    if (group.firstChild) svg.append(group);
+  for (const { svg, of, x, y, lines } of charts) for (const block of blocks) for (const [fill, xs, ys] of Object.values(lines)) {
+    const at = xs.indexOf(block + axis(of));
+    if (at >= 0 && ys[at] !== null) svg.append(draw("circle", { class: "dots", cx: place(x, xs[at]), cy: place(y, ys[at]), r: 4.5, fill }));
   }
 };
 
 // A matrix: pointing, touching and arrow keys say what a cell holds; Enter or a click copies it.
 for (const one of matrices) {
-  const { cells, across, down, svg } = one, figure = svg.closest("figure"), paths = [...cells.children];
-  let readout = figure.querySelector(".readout");
-  if (!readout) { readout = make("p", { className: "readout" }); readout.setAttribute("aria-live", "polite"); (figure.querySelector(".drawing") ?? figure).append(readout); }
-  const show = at => { const r = Math.floor(at / across), c = at % across;
-    one.at = at; readout.textContent = paths[at].textContent;
-    mark([...new Set([block_of(one.rows, r), block_of(one.columns, c)])].filter(block => block !== null && block >= 0)); };
-  cells.addEventListener("pointerover", event => { const at = paths.indexOf(event.target.closest("path")); if (at >= 0) show(at); });
-  cells.addEventListener("click", event => { const at = paths.indexOf(event.target.closest("path")); if (at >= 0) { show(at); copy(paths[at].textContent, "the cell"); } });
-  svg.addEventListener("pointerleave", () => { if (document.activeElement !== svg) mark([]); });
+  const { across, paths, svg } = one, drawing = svg.closest(".drawing");
+  let readout = drawing.querySelector(".readout");
+  if (!readout) drawing.append(readout = make("p", { className: "readout", ariaLive: "polite" }));
+  const show = at => { one.at = at; readout.textContent = paths[at].textContent;
+    mark([...new Set([Math.floor(at / across) - axis(one.rows), at % across - axis(one.columns)])].filter(block => block >= 0)); };
+  const take = () => copy(paths[one.at].textContent, "the cell");
+  const pointed = (event, then) => { const at = paths.indexOf(event.target.closest("path")); if (at >= 0) { show(at); then?.(); } };
+  on(one.cells, "pointerover", event => pointed(event));
+  on(one.cells, "click", event => pointed(event, take));
+  on(svg, "pointerleave", () => mark([]));
+  on(svg, "focus", () => show(one.at));
+  on(svg, "blur", () => mark([]));
   svg.tabIndex = 0;
-  svg.addEventListener("focus", () => show(one.at ?? 0)); svg.addEventListener("blur", () => mark([]));
-  svg.addEventListener("keydown", event => {
-    const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -across, ArrowDown: across }[event.key];
-    if (event.key === "Enter") copy(paths[one.at].textContent, "the cell");
-    if (step === undefined) return;
-    const next = one.at + step;
+  on(svg, "keydown", event => {
+    const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -across, ArrowDown: across }[event.key], next = one.at + step;
+    if (event.key === "Enter") take();
+    if (!step) return;
     event.preventDefault();
-    if (next >= 0 && next < paths.length && (Math.abs(step) > 1 || Math.floor(next / across) === Math.floor(one.at / across))) show(next); });
+    if (paths[next] && (step ** 2 > 1 || Math.floor(next / across) === Math.floor(one.at / across))) show(next); });
 }
-for (const { svg, data } of charts) if (kind(data.of)) svg.addEventListener("pointermove", event => {
-  const box = svg.getBoundingClientRect(), wide = svg.viewBox.baseVal.width;
-  const x = (event.clientX - box.left) / box.width * wide, block = block_of(data.of, Math.round((x - data.x[0]) / data.x[1]));
-  mark([block].filter(each => each >= 0)); });
-for (const { svg } of charts) svg.addEventListener("pointerleave", () => mark([]));
+for (const { svg, of, x } of charts) {
+  on(svg, "pointermove", event => { const box = svg.getBoundingClientRect();
+    mark([Math.round(((event.clientX - box.left) / box.width * svg.viewBox.baseVal.width - x[0]) / x[1]) - axis(of)].filter(block => block >= 0)); });
+  on(svg, "pointerleave", () => mark([]));
+}
 
 // What a figure holds, as CSV.
-const of_matrix = ({ cells, across, rows, columns }) => {
-  const records = [...cells.children].map((path, at) => {
-    const record = { [`${rows} (row)`]: Math.floor(at / across), [`${columns} (column)`]: at % across }, text = path.textContent;
-    for (const part of text.slice(text.indexOf(": ") + 2).split("; ")) {
-      const found = /^(.*?) ?(\[.*\]|[−\d.]+|undefined)$/.exec(part);
-      if (!found) continue;
-      const number = found[2].replace(/−/g, "-"), name = found[1] || "value";
-      if (number[0] === "[") [record[`${name} low`], record[`${name} high`]] = number.slice(1, -1).split(", "); else record[name] = number === "undefined" ? "" : number;
+const of_matrix = ({ paths, across, rows, columns }) => {
+  const records = paths.map((path, at) => {
+    const record = { [`${rows} (row)`]: Math.floor(at / across), [`${columns} (column)`]: at % across };
+    for (const part of path.textContent.replace(/^.*?: /, "").split("; ")) {
+      const [, name, value] = /^(.*?) ?(\[.*\]|[−\d.]+|undefined)$/.exec(part), plain = value.replace(/−/g, "-");
+      if (value[0] === "[") [record[`${name} low`], record[`${name} high`]] = plain.slice(1, -1).split(", ");
+      else record[name || "value"] = plain.replace("undefined", "");
     }
     return record; });
   const names = [...new Set(records.flatMap(Object.keys))];
   return csv([names, ...records.map(record => names.map(name => record[name]))]); };
-const of_chart = ({ data }) => {
-  const names = Object.keys(data.lines), xs = [...new Set(names.flatMap(name => data.lines[name][1]))].sort((a, b) => a - b);
-  return csv([[data.of, ...names], ...xs.map(x => [x, ...names.map(name => { const at = data.lines[name][1].indexOf(x); return at < 0 ? "" : data.lines[name][2][at]; })])]); };
-for (const figure of all("figure:not(.glance)")) {
-  const panels = [...matrices.filter(one => figure.contains(one.svg)).map(one => () => of_matrix(one)), ...charts.filter(one => figure.contains(one.svg)).map(one => () => of_chart(one))];
-  if (!panels.length) continue;
-  const tools = make("div", { className: "tools" });
-  panels.forEach((text, at) => tools.append(make("button", { type: "button", textContent: panels.length > 1 ? `Copy panel ${at + 1} as CSV` : "Copy as CSV", onclick: () => copy(text(), "the panel") })));
-  (figure.querySelector(".drawing") ?? figure).append(tools);
+const of_chart = ({ of, lines }) => {
+  const xs = [...new Set(Object.values(lines).flatMap(line => line[1]))].sort((a, b) => a - b);
+  return csv([[of, ...Object.keys(lines)], ...xs.map(x => [x, ...Object.values(lines).map(([, at, ys]) => ys[at.indexOf(x)])])]); };
+for (const drawing of all(".drawing")) {
+  const inside = each => drawing.contains(each.svg), tools = make("div", { className: "tools" });
+  const panels = [...matrices.filter(inside).map(one => () => of_matrix(one)), ...charts.filter(inside).map(one => () => of_chart(one))];
+  panels.forEach((text, at) => tools.append(press(panels[1] ? `Copy panel ${at + 1} as CSV` : "Copy as CSV", () => copy(text(), "the panel"))));
+  if (panels[0]) drawing.append(tools);
 }
 
-// Tables sort by a column, and give a row, a number or all of themselves.
-const value = text => { const found = /^[<≤]?\s*\[?[−-]?[\d.,]+/.exec(text.trim()); return found ? parseFloat(found[0].replace(/[<≤\s[,]/g, "").replace("−", "-")) : NaN; };
+// Tables sort by a column, and give a number, a row or all of themselves.
+const number = text => parseFloat(text.replace(/^[<≤[\s]+/, "").replace(/−/g, "-").replace(/,(?=\d{3})/g, ""));
 for (const table of all(".scroll > table")) {
-  const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
-  const texts = row => [...row.cells].map(each => each.textContent.trim());
+  const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells], texts = row => [...row.cells].map(each => each.textContent.trim());
   heads.forEach((head, at) => {
-    if (!head.textContent.trim() || body.rows.length < 2) return;
-    const button = make("button", { type: "button" }); button.append(...head.childNodes); head.append(button);
-    button.addEventListener("click", () => {
-      const up = head.getAttribute("aria-sort") !== "ascending";
-      heads.forEach(each => each.removeAttribute("aria-sort")); head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const rows = [...body.rows].map(row => [row.cells[at].textContent.trim(), row]);
-      rows.sort(([a], [b]) => { const x = value(a), y = value(b);
-        if (isNaN(x) || isNaN(y)) return isNaN(x) && isNaN(y) ? (up ? 1 : -1) * a.localeCompare(b) : isNaN(x) ? 1 : -1;
-        return up ? x - y : y - x; });
-      body.append(...rows.map(([, row]) => row)); });
+    if (head.textContent.trim() && body.rows[1]) head.append(press([...head.childNodes], () => {
+      const up = head.ariaSort === "ascending" ? -1 : 1;
+      for (const each of heads) each.removeAttribute("aria-sort");
+      head.ariaSort = up > 0 ? "ascending" : "descending";
+      const key = row => texts(row)[at];
+      body.append(...[...body.rows].sort((a, b) => { const [x, y] = [a, b].map(row => number(key(row)));
+        return isNaN(x) || isNaN(y) ? isNaN(x) - isNaN(y) || up * key(a).localeCompare(key(b)) : up * (x - y); })); }));
   });
-  for (const row of body.rows) { const head = row.cells[0];
-    if (head.tagName !== "TH") continue;
-    const button = make("button", { type: "button", title: "Copy this row" }); button.append(...head.childNodes); head.append(button);
-    button.addEventListener("click", () => copy(csv([texts(row)]), "the row")); }
-  body.addEventListener("click", event => { const one = event.target.closest("td"); if (one && getSelection().isCollapsed) copy(one.textContent.trim(), "the number"); });
-  table.parentNode.after(make("div", { className: "tools" }, make("button", { type: "button", textContent: "Copy table as CSV", onclick: () => copy(csv([...table.rows].map(texts)), "the table") })));
+  for (const row of body.rows) if (row.cells[0].tagName === "TH") row.cells[0].append(press([...row.cells[0].childNodes], () => copy(csv([texts(row)]), "the row")));
+  on(body, "click", event => { const one = event.target.closest("td"); if (one && getSelection().isCollapsed) copy(one.textContent.trim(), "the number"); });
+  table.parentNode.after(make("div", { className: "tools" }, press("Copy table as CSV", () => copy(csv([...table.rows].map(texts)), "the table"))));
+}
+
+// The gallery: block and head, or a patch that is clicked, for every picture at once, which stays where it is.
+for (const box of all(".gallery")) {
+  const numbers = name => box.dataset[name].split(" ").map(Number), heads = +box.dataset.heads;
+  const blocks = numbers("blocks"), [tall, wide] = numbers("grid"), [down, along] = numbers("cells"), tiles = all("[data-block]", box);
+  const range = make("input", { type: "range", max: blocks.length - 1, value: 0 }), label = make("b"), head = make("select");
+  head.append(new Option("nothing: the picture", -1));
+  for (let at = 0; at <= heads + down * along; at++) { const cell = at - heads - 1;
+    head.append(new Option(!at ? "the mean over heads" : cell < 0 ? `head ${at - 1}` : `patch at row ${Math.floor(cell / along)}, column ${cell % along}`, at, !at, !at)); }
+  const lenses = all(".large", box).map(large => {
+    const picture = large.querySelector("use"), lens = draw("svg", { preserveAspectRatio: "none" });
+    lens.append(draw("use", { class: "map", href: picture.getAttribute("href").replace(/p$/, "m") }));
+    large.append(lens);
+    on(large, "click", event => { const at = large.getBoundingClientRect(), share = (from, all, parts) => Math.floor(from / all * parts);
+      head.value = 1 + heads + share(event.clientY - at.top, at.height, down) * along + share(event.clientX - at.left, at.width, along);
+      show(); });
+    return [lens, picture]; });
+  const show = () => { const at = +range.value;
+    label.textContent = blocks[at];
+    lenses.forEach(([lens, picture]) => { picture.classList.toggle("grey", head.value >= 0); lens.setAttribute("viewBox", [at * wide, head.value * tall, wide, tall]); });
+    tiles.forEach(each => each.classList.toggle("now", +each.dataset.block === blocks[at])); };
+  on(range, "input", () => { show(); mark([blocks[range.value]]); });
+  on(head, "change", show);
+  tiles.forEach((tile, at) => on(tile, "click", () => { range.value = at % blocks.length; show(); }));
+  box.prepend(make("div", { className: "player" }, make("label", {}, "Block ", range, " ", label), make("label", {}, "Attention of ", head)));
+  show();
 }
 
 // Two views by turns in one place.
 for (const box of all(".switch[data-blink]")) {
-  const [one, other] = all("input", box); let turning = 0;
-  const turn = () => { (one.checked ? other : one).checked = true; };
-  const button = make("button", { type: "button", textContent: "Blink" }); button.setAttribute("aria-pressed", "false");
-  button.addEventListener("click", () => {
-    if (matchMedia("(prefers-reduced-motion: reduce)").matches) { turn(); return; }
-    if (turning) clearInterval(turning); turning = turning ? 0 : (turn(), setInterval(turn, 700)); button.setAttribute("aria-pressed", String(!!turning)); });
+  const [one, other] = all("input", box), turn = () => { (one.checked ? other : one).checked = true; };
+  let turning = 0;
+  const button = press("Blink", () => { clearInterval(turning); turn();
+    turning = turning || matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : setInterval(turn, 700);
+    button.ariaPressed = !!turning; });
   box.append(button);
 }
 })();

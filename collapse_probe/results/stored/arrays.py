@@ -24,6 +24,10 @@ class Gallery:
     (attention paid to each patch, mean over heads and over the queries that `query` names) of the blocks numbered `blocks`
     (empty: of all, from 0). `rollouts`, of the same shape, is the same for attention rollout up to each block, from the mean
     over heads, where that was measured.
+
+    `heads` [I, blocks, heads, rows, columns] is the attention of every head by itself, NaN where a block has fewer heads, and
+    `patches` [I, blocks, down, along, rows, columns] that of single patches, mean over heads and over the queries of a cell of
+    a grid of `down` by `along`. Their rows and columns are fewer than those of `maps` where patches were pooled.
     """
 
     names: tuple[str, ...]
@@ -32,6 +36,8 @@ class Gallery:
     query: str
     rollouts: Array | None = None
     blocks: tuple[int, ...] = ()
+    heads: Array | None = None
+    patches: Array | None = None
 
 
 def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -60,6 +66,8 @@ def write_gallery(path: Path, gallery: Gallery | None, thumbnails: Mapping[str, 
         arrays["blocks"] = np.array(gallery.blocks, dtype=np.int64)
         arrays |= {"pictures": gallery.pictures, "maps": gallery.maps.astype(np.float32)}
         arrays |= {} if gallery.rollouts is None else {"rollouts": gallery.rollouts.astype(np.float32)}
+        parts = {"heads": gallery.heads, "patches": gallery.patches}
+        arrays |= {key: each.astype(np.float16) for key, each in parts.items() if each is not None}
     if arrays:
         np.savez_compressed(path, **arrays)
 
@@ -79,7 +87,8 @@ def load_gallery(path: Path) -> tuple[Gallery | None, dict[str, NDArray[np.uint8
     rollouts = stored["rollouts"].astype(np.float64) if "rollouts" in stored else None
     names, maps = tuple(map(str, stored["names"])), stored["maps"].astype(np.float64)
     blocks = tuple(int(block) for block in stored.get("blocks", ()))
-    return Gallery(names, stored["pictures"], maps, str(stored["query"]), rollouts, blocks), thumbnails
+    heads, patches = (stored[key].astype(np.float64) if key in stored else None for key in ("heads", "patches"))
+    return Gallery(names, stored["pictures"], maps, str(stored["query"]), rollouts, blocks, heads, patches), thumbnails
 
 
 def _fits(stored: Mapping[str, NDArray[Any]]) -> bool:
@@ -97,12 +106,16 @@ def _fits(stored: Mapping[str, NDArray[Any]]) -> bool:
     if ("maps" in stored) != ("pictures" in stored):
         return False
     if "maps" not in stored:
-        return "rollouts" not in stored
+        return not {"rollouts", "heads", "patches"} & set(stored)
     maps, blocks, query = stored["maps"], stored.get("blocks", np.zeros(0, int)), stored.get("query")
     layers = maps.shape[1] if maps.ndim == 4 else 0
     shaped = layers and len(maps) == len(stored["names"]) and stored.get("rollouts", maps).shape == maps.shape
     numbered = blocks.ndim == 1 and blocks.dtype.kind == "i" and len(blocks) in (0, layers)
-    finite = all(values.dtype.kind == "f" and np.isfinite(values).all() for values in (maps, stored.get("rollouts", maps)))
+    parts = [(stored[key], axes) for key, axes in (("heads", 5), ("patches", 6)) if key in stored]
+    single = all(each.ndim == axes and each.shape[:2] == maps.shape[:2] and each.dtype.kind == "f" for each, axes in parts)
+    finite = single and all(
+        values.dtype.kind == "f" and np.isfinite(values).all() for values in (maps, stored.get("rollouts", maps))
+    )
     return bool(shaped and numbered and finite and query is not None and query.ndim == 0 and query.dtype.kind == "U")
 
 
