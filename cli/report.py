@@ -11,9 +11,20 @@ from collapse_probe.cli import options
 
 @click.command("report", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("folder", metavar="DIR")
+@click.option("--figures", type=click.Choice(("pdf", "svg", "png")), help="Write figures for papers too, as this kind of file.")
+@click.option(
+    "--style",
+    "size",
+    type=click.Choice(("paper", "screen")),
+    help="Their size: for the columns of a paper (default), or for slides. Alone: as PDF.",
+)
 @options.talking
-def command(folder: str, quiet: bool, verbose: int) -> None:
-    """Rebuild figures and page from what DIR holds (findings, a comparison, interventions, a sweep); needs no model."""
+def command(folder: str, figures: str | None, size: str | None, quiet: bool, verbose: int) -> None:
+    """Rebuild figures and page from what DIR holds (findings, a comparison, interventions, a sweep); needs no model.
+
+    With --figures or --style also what DeepViT's Figures 3, 4 and 6 show, into figures/paper (or figures/screen), with the
+    numbers of each as CSV.
+    """
     from collapse_probe.cli.output import say_tidied
 
     from collapse_probe.display import draw_page
@@ -22,16 +33,23 @@ def command(folder: str, quiet: bool, verbose: int) -> None:
 
     say_tidied(folder, quiet)
     place = Path(folder)
-    numbers = _opened(place)
+    numbers, written = _opened(place), list[Path]()
     with page_folder(place) as inside:
         try:
             draw_page(numbers, inside)
+            if figures or size:
+                from collapse_probe.report.paper import write_figures
+
+                written = write_figures(numbers, inside / "figures" / (size or "paper"), figures or "pdf", size or "paper")
         except (CollapseProbeError, OSError):
             raise
         except Exception as error:
             why = f"the page of {folder} cannot be drawn from its numbers ({type(error).__name__}: {error})"
             raise OutputError(f"{why}; {changed_since(place)}") from error
     click.echo(f"report: {place / PAGE}")
+    if written:
+        names = ", ".join(path.stem for path in written[::2])
+        click.echo(f"figures: {names} in {place / 'figures' / written[0].parent.name}, each with its numbers (CSV)")
 
 
 def _opened(folder: Path) -> Any:

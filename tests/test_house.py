@@ -204,7 +204,7 @@ FLAGS = {
         " --metric --null-images", ""
     ),
     "merge": f"--allow-missing --device {KEPT}",
-    "report": TALK,
+    "report": f"--figures --style {TALK}",
     "doctor": f"{MODEL} --device --seed --json {PLUGIN}",
     "ls": PLUGIN,
     "demo": f"-o --output {TALK}",
