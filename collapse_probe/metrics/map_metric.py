@@ -96,6 +96,11 @@ class MapMetric(Metric):
         return self.settings["point"] if any(layer.mixed for layer in self.layers) else "weights"
 
     @property
+    def map_name(self) -> str:
+        """Which map a definition is of, in words."""
+        return {"weights": "the final map (weights)", "probs": "the softmax map (probs)"}[self.settings["point"]]
+
+    @property
     def measured(self) -> list[int]:
         """The places on the `block` axis whose maps are taken."""
         without = self.plan.prefix if self.settings.get("prefix") is False else ()

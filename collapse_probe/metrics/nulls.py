@@ -16,10 +16,10 @@ from collapse_probe.statistics.pair_tests import above_rounding
 
 NO_TWIN = "no untrained copy was measured"
 ONE_IMAGE = "needs two different images"
-NO_KAPPA_INTERVAL = "undefined: how kappa's null varies with the images was not kept"
-OPEN_KAPPA = "with so few images the room that kappa's null leaves cannot be told from 0"
+NO_KAPPA_INTERVAL = "undefined: how kappa's chance level varies with the images was not kept"
+OPEN_KAPPA = "with so few images the room that kappa's chance level leaves cannot be told from 0"
 NO_PAIR_INTERVAL = "none: a mean over all pairs of images, of which the run keeps one sum and not how it varies with the images"
-NO_NULL_INTERVAL = "none: how this null varies with the images was not kept"
+NO_NULL_INTERVAL = "none: how this chance level varies with the images was not kept"
 BEYOND = ("other_token", "other_head", "other_key")
 """The nulls beyond which blocks can agree."""
 SAMPLED = ("other_token", "other_image", "other_head", "other_key")

@@ -21,7 +21,9 @@ class AttentionSimilarity(MapMetric):
     dims = ("block", "block")
     collapsed = "high"
     title = "Attention similarity"
-    seen = "Mean cosine between the attention vectors of the same head and token in two blocks, raw and corrected by its nulls."
+    seen = (
+        "Mean cosine between the attention vectors of the same head and token in two blocks, raw and beyond its chance level."
+    )
     limits = (
         "Near-uniform maps, and maps in which every query looks at the same keys, have a raw cosine near 1 whatever they "
         "attend to; κ and the other readings tell these apart."
@@ -50,8 +52,8 @@ class AttentionSimilarity(MapMetric):
         centred = ", each with its mean subtracted (Pearson correlation)" if self.settings["centred"] else ""
         tokens = "all tokens" if self.settings["prefix"] else "patch tokens only (prefix queries and keys dropped)"
         return (
-            f"Mean over images, heads h and {tokens} t of the cosine between the {which}{centred} of two blocks, taken at "
-            f"{self.settings['point']}: per image, head and token first, then averaged. Heads are matched by index."
+            f"Mean over images, heads h and {tokens} t of the cosine between the {which}{centred} of two blocks, taken on "
+            f"{self.map_name}: per image, head and token first, then averaged. Heads are matched by index."
         )
 
     def accumulators(self) -> list[Need]:

@@ -140,8 +140,8 @@ class DistanceFromImageMean(MapMetric):
     def definition(self) -> str:
         return (
             "√(Σ_b ‖A_b − Ā‖²/(B − 1)) over √(Σ_b ‖A_b‖²/B) for the B images' maps A_b of one head, Ā their mean, Frobenius "
-            "norms over all queries and keys (or over details.queries seeded queries where the sums would be too large), at "
-            f"{self.settings['point']}. 0: one map for all images; 1: maps that do not overlap. With B − 1 the number of "
+            "norms over all queries and keys (or over details.queries seeded queries where the sums would be too large), on "
+            f"{self.map_name}. 0: one map for all images; 1: maps that do not overlap. With B − 1 the number of "
             f"images does not matter. Standard errors: a jackknife over {GROUPS} groups of images (by a hash of their names) "
             f"on {JACKKNIFE_TOKENS} seeded queries or fewer."
         )

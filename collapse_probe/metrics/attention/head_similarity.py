@@ -50,8 +50,8 @@ class HeadSimilarity(MapMetric):
     def definition(self) -> str:
         return (
             f"Mean over images, tokens t and pairs of different heads of the cosine between the {self.settings['axis']}s t of "
-            f"their maps in the same block, at {self.settings['point']}. Its other_token null compares different heads and "
-            "different tokens; other_image different heads of different images."
+            f"their maps in the same block, on {self.map_name}. Its chance level (other tokens) compares different heads "
+            "and different tokens; other_image different heads of different images."
         )
 
     def accumulators(self) -> list[Need]:

@@ -44,7 +44,7 @@ class ImageSimilarity(MapMetric):
     def definition(self) -> str:
         return (
             f"Mean over all pairs of different images, heads and tokens t of the cosine between the {self.settings['axis']}s t "
-            f"of the same head of one block, at {self.settings['point']}; exact over all pairs, from sums over images. Its "
+            f"of the same head of one block, on {self.map_name}; exact over all pairs, from sums over images. Its "
             f"standard error is a jackknife over {GROUPS} groups of images (by a hash of their names) on {JACKKNIFE_TOKENS} "
             "seeded tokens."
         )

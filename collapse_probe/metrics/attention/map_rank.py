@@ -149,7 +149,7 @@ class MapRank(HeadMetric):
         tokens = "" if self.settings["prefix"] else ", prefix queries and keys dropped"
         return (
             f"Mean over images of {MEASURES[self.settings['measure']]}, of the whole map of one head A (N × N{tokens}) with "
-            f"singular values σ, at {self.settings['point']}. Rank one is collapse: every query attends alike, up to a factor. "
+            f"singular values σ, on {self.map_name}. Rank one is collapse: every query attends alike, up to a factor. "
             f"Not centred. Of at most {SPECTRA_IMAGES} images: {SAMPLE}. "
             "Cost: one spectrum in float64 for each of these, block and head, a few N³ each; "
             f"maps are taken {SPECTRUM_BYTES // 2**20} MiB at a time. Zero maps have no rank."

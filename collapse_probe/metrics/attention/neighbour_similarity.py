@@ -94,9 +94,9 @@ class NeighbourSimilarity(MapMetric):
     def definition(self) -> str:
         return (
             "Mean over images, heads h and all tokens t of the cosine between the columns A[h, :, t] of a block and of the "
-            f"block before it, at {self.settings['point']}: the values beside the diagonal of attention-similarity, with their "
-            "wrong-token null and kappa. Two blocks' columns are held at a time, and a few tokens' of them, so that memory "
-            "grows with the number of tokens and not with its square."
+            f"block before it, on {self.map_name}: the values beside the diagonal of attention-similarity, with their "
+            "chance level (other tokens) and κ. Two blocks' columns are held at a time, and a few tokens' of them, so that "
+            "memory grows with the number of tokens and not with its square."
         )
 
     def accumulators(self) -> list[Need]:
@@ -104,7 +104,7 @@ class NeighbourSimilarity(MapMetric):
         return [(("neighbours", point), lambda: NeighbourCosine(self.plan, point))]
 
     def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
-        """Values by block, with the wrong-token null and kappa."""
+        """Values by block, with the chance level (other tokens) and kappa."""
         (cosines,) = accumulators
         facts = between_blocks(cosines, NOT_HERE)
         nulls = replace(facts["nulls"], reasons={**facts["nulls"].reasons, "other_image": NOT_HERE})

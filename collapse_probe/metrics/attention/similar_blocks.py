@@ -68,7 +68,7 @@ class SimilarBlocks(MapMetric):
     def definition(self) -> str:
         return (
             "Number of blocks whose attention-similarity with the block before, averaged over images, heads and tokens, is "
-            f"above the threshold ({self.settings['axis']}s, at {self.settings['point']}). DeepViT does not define its count; "
+            f"above the threshold ({self.settings['axis']}s, on {self.map_name}). DeepViT does not define its count; "
             f"this is our reading. The corrected count asks for kappa above {KAPPA_ABOVE:g} instead. Standard errors: "
             "bootstrap over the images whose values were kept. Intervals: from the pairs surely above the threshold to those "
             "not surely below it, by one-sided bounds at 5 % over the number of pairs (Bonferroni), which cover at least 95 %."

@@ -222,8 +222,8 @@ class SimilarityRatio(MapMetric):
         if self.choice.threshold == "mean":
             above = "not below its mean over the heads and tokens of that image and block"
         return (
-            f"Share of the {self.settings['axis']}s A[h, t] of a block (heads h, tokens t; prefix tokens included), at "
-            f"{self.settings['point']}, whose mean cosine with the same {self.settings['axis']} of the {self.choice.k} nearest "
+            f"Share of the {self.settings['axis']}s A[h, t] of a block (heads h, tokens t; prefix tokens included), on "
+            f"{self.map_name}, whose mean cosine with the same {self.settings['axis']} of the {self.choice.k} nearest "
             f"block(s) {sides} is {above}; per image, then averaged over images. DeepViT (arXiv 2103.11886, Fig. 3a) leaves "
             "number, side and threshold open: these are our readings. details.similar_blocks counts the blocks with a ratio "
             f"above {SIMILAR_ABOVE} (interval: from those surely above it to those not surely below it, by one-sided bounds "

@@ -101,7 +101,7 @@ class WholeMapSimilarity(MapMetric):
     def definition(self) -> str:
         return (
             "1/H² Σ_gh |cos(A_g, B_h)| between the maps of head g of one block and head h of another (or the same), each "
-            f"flattened to one vector, prefix tokens included, at {self.settings['point']}; per image, then averaged over "
+            f"flattened to one vector, prefix tokens included, on {self.map_name}; per image, then averaged over "
             "images. A head with itself counts within a block, so that the diagonal never falls below 1/H. Diverse-ViT (arXiv "
             "2203.06345) and its released code. Near-uniform maps are alike without having learned it: see the untrained copy."
         )

@@ -21,7 +21,7 @@ class FeatureSimilarity(TokenMetric):
     dims = ("depth", "depth")
     collapsed = "high"
     title = "Feature similarity"
-    seen = "Cosine of the embeddings of the same patch at two depths, raw and corrected by its nulls."
+    seen = "Cosine of the embeddings of the same patch at two depths, raw and beyond its chance level."
     limits = (
         "The residual stream carries each embedding on, so that neighbouring depths are close to 1 in nearly every deep "
         "network, healthy or not."
