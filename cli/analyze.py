@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 from collapse_probe.cli import options
+from collapse_probe.cli.fail_on import failing, stop_if_tripped, thresholds
 
 
 @click.command("analyze", cls=options.Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -18,7 +19,7 @@ from collapse_probe.cli import options
 @options.measuring
 @options.surer
 @options.remedies
-@options.failing
+@failing
 @options.records
 @options.keeping
 @click.option(
@@ -40,12 +41,15 @@ def command(
     quiet: bool,
     verbose: int,
     fail_on: tuple[str, ...],
+    junit: str | None,
     part: tuple[int, int] | None,
     **flags: Any,
 ) -> None:
     """Measure the collapse of one model over a data set: one pass, all metrics, findings and report."""
-    from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
-    from collapse_probe.cli.output import deliver, of_findings, output_folder, prepare
+    from collapse_probe.cli.console import Talk
+    from collapse_probe.cli.output import keep, of_findings, output_folder, prepare, tell
+
+    from collapse_probe.phases import IMAGES, LOAD, PAGE, PROBE, UNTRAINED, WEIGHTS
 
     rules = thresholds(fail_on, "analyze")
     options.check_metrics(flags["levels"], flags["presets"], flags["metrics"], data)
@@ -54,37 +58,45 @@ def command(
     elif output is not None:
         prepare(output, quiet)
 
-    options.load_libraries()
-    from collapse_probe.cli.console import Talk, answer
+    talk, drawn = Talk(quiet), [] if no_page or part is not None else [PAGE]
+    with talk.stages(LOAD, PROBE, WEIGHTS if data is None else IMAGES, UNTRAINED, *drawn):
+        options.load_libraries()
+        from collapse_probe.analysis.analyze import analyze
+        from collapse_probe.analysis.merge import analyze_part
+        from collapse_probe.distributed import rank_and_world
+        from collapse_probe.metrics.metric import of_level
+        from collapse_probe.metrics.presets import with_presets
 
-    from collapse_probe.analysis.analyze import analyze
-    from collapse_probe.analysis.merge import analyze_part
-    from collapse_probe.distributed import rank_and_world
-    from collapse_probe.metrics.metric import of_level
-    from collapse_probe.metrics.presets import with_presets
-
-    talk = Talk(quiet)
-    names = (*of_level(*flags.pop("levels")), *with_presets(flags["metrics"], flags["presets"]))
-    flags["metrics"] = tuple(dict.fromkeys(names))
-    images, subject = options.open_subject(data, flags)
-    folder = None if part else output_folder(output, as_json, Path("findings") / subject.name.replace("/", "-"))
-    talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
-    talk.say("preprocessing " + ", ".join(f"{k} {v}" for k, v in subject.preprocess.description.items()))
-    talk.say("no data: the weights alone" if images is None else options.data_line(images))
-    flags |= {"command": options.command_line(), "report": talk.say}
-    if part is not None and output is not None:
-        with talk.bar(None if images.count is None else -(-(images.count - part[0] + 1) // part[1])) as progress:
-            file = analyze_part(subject, images, part, output, **flags, progress=progress)
-        if rank_and_world()[0] == 0:
-            click.echo(file)
+        names = (*of_level(*flags.pop("levels")), *with_presets(flags["metrics"], flags["presets"]))
+        flags["metrics"] = tuple(dict.fromkeys(names))
+        images, subject = options.open_subject(data, flags)
+        folder = None if part else output_folder(output, as_json, Path("findings") / subject.name.replace("/", "-"))
+        talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
+        talk.say("preprocessing " + ", ".join(f"{k} {v}" for k, v in subject.preprocess.description.items()))
+        talk.say("no data: the weights alone" if images is None else options.data_line(images))
+        flags |= {"command": options.command_line(), "report": talk.say}
+        talk.begin(PROBE)
+        if part is not None and output is not None:
+            with talk.bar(None if images.count is None else -(-(images.count - part[0] + 1) // part[1])) as progress:
+                file = analyze_part(subject, images, part, output, **flags, progress=progress)
+        else:
+            if folder is None and (flags["resume"] or flags["max_time"]):
+                raise click.UsageError("--resume and --max-time need an output folder for the state: give -o.")
+            with talk.bar(0 if images is None else images.count) as progress:
+                findings = analyze(subject, images, save_to=folder, **flags, progress=progress)
+        first = rank_and_world()[0] == 0
+        if first and part is None:
+            talk.begin(PAGE)
+            keep(findings, folder, no_page)
+    if not first:
         return
-    if folder is None and (flags["resume"] or flags["max_time"]):
-        raise click.UsageError("--resume and --max-time need an output folder for the state: give -o.")
-    with talk.bar(0 if images is None else images.count) as progress:
-        findings = analyze(subject, images, save_to=folder, **flags, progress=progress)
-    if rank_and_world()[0] == 0:
-        deliver(findings, folder, answer(findings), of_findings(findings), as_json, no_page)
-        stop_if_tripped(rules, {"": findings.summary})
+    if part is not None:
+        click.echo(file)
+        return
+    from collapse_probe.cli.summary import answer
+
+    tell(findings, folder, answer(findings), of_findings(findings), as_json, no_page)
+    stop_if_tripped(rules, {"": findings.summary}, junit)
 
 
 def check_part_flags(

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 from collapse_probe.cli import options
+from collapse_probe.cli.fail_on import failing, stop_if_tripped, thresholds
 
 
 @click.command("compare", cls=options.Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -19,7 +20,7 @@ from collapse_probe.cli import options
 @options.running
 @options.measuring
 @options.remedies
-@options.failing
+@failing
 @options.records
 @options.keeping
 @options.output
@@ -28,7 +29,14 @@ from collapse_probe.cli import options
 @options.talking
 @options.across_processes
 def command(
-    output: str | None, as_json: str | None, no_page: bool, quiet: bool, verbose: int, fail_on: tuple[str, ...], **flags: Any
+    output: str | None,
+    as_json: str | None,
+    no_page: bool,
+    quiet: bool,
+    verbose: int,
+    fail_on: tuple[str, ...],
+    junit: str | None,
+    **flags: Any,
 ) -> None:
     """Set two or more subjects side by side on the same images; each is compared with the first.
 
@@ -36,34 +44,39 @@ def command(
     or a folder of checkpoints: alone, its checkpoints in natural order are shown over the training. A
     --fix goes into every model after the first; one model alone is compared with itself with the fix.
     """
-    from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
-    from collapse_probe.cli.output import answer_lines, deliver, of_comparison, output_folder, summary_lines
+    from collapse_probe.cli.console import Talk
+    from collapse_probe.cli.output import keep, of_comparison, output_folder, tell
+
+    from collapse_probe.phases import IMAGES, LOAD, PAGE, PROBE, UNTRAINED
 
     rules = thresholds(fail_on, "compare")
     options.check_metrics((), (), flags["metrics"], flags["data"] or "")
     folder = output_folder(output, as_json, Path("comparison"))
-
-    options.load_libraries()
-    from collapse_probe.cli.console import Talk
-
-    from collapse_probe.analysis.compare import compare
-    from collapse_probe.distributed import rank_and_world
-
-    talk = Talk(quiet)
     if folder is None and (flags["resume"] or flags["max_time"]):
         raise click.UsageError("--resume and --max-time need an output folder for the state: give -o.")
-    comparison = compare(
-        **flags,
-        save_to=folder,
-        watch=lambda label, total: talk.bar(total),
-        report=talk.say,
-        command=options.command_line(),
-    )
-    if rank_and_world()[0] == 0:
+    talk, drawn = Talk(quiet), [] if no_page else [PAGE]
+    with talk.stages(LOAD, PROBE, IMAGES, UNTRAINED, *drawn):
+        options.load_libraries()
+        from collapse_probe.analysis.compare import compare
+        from collapse_probe.distributed import rank_and_world
+
+        comparison = compare(
+            **flags,
+            save_to=folder,
+            watch=lambda label, total: talk.bar(total),
+            report=talk.say,
+            command=options.command_line(),
+        )
+        first = rank_and_world()[0] == 0
+        if first:
+            talk.begin(PAGE)
+            keep(comparison, folder, no_page)
+    if first:
+        from collapse_probe.cli.summary import answers
+
         from collapse_probe.report.comparison.verdict import verdicts
 
-        summaries = {label: findings.summary for label, findings in comparison.subjects.items()}
-        answers = verdicts(comparison)
-        text = "\n".join([*answer_lines(answers), *summary_lines(summaries)])
-        deliver(comparison, folder, text, of_comparison(comparison, answers), as_json, no_page)
-        stop_if_tripped(rules, {label: comparison.numbers(label) for label in comparison.subjects})
+        said = verdicts(comparison)
+        text = answers(said, subjects=comparison.subjects)
+        tell(comparison, folder, text, of_comparison(comparison, said), as_json, no_page)
+        stop_if_tripped(rules, {label: comparison.numbers(label) for label in comparison.subjects}, junit)

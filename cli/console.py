@@ -1,42 +1,123 @@
-"""What a command says while it works: lines and a progress bar on stderr, results on stdout."""
+"""What a command says while it works: lines on stderr, and on a terminal one live display of its phases beneath them."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from collapse_probe.distributed import rank_and_world
-from collapse_probe.results.findings import Findings
-from collapse_probe.results.readings import trained_on
-from collapse_probe.results.verdict import verdict_of
+from collapse_probe.phases import IMAGES, Phase
+from collapse_probe.processes.launchers import announced
 
 PLAIN_WIDTH = 160
 LINE_EVERY = 10.0
+WIDEST = 100  # columns of the live display
+
+
+class Stages(Progress):
+    """The live display: a line with the phases of the work, and beneath it the one under way, with a bar where it is counted.
+
+    It is gone when the work ends; lines that were said stay.
+    """
+
+    def __init__(self, names: Iterable[str], console: Console) -> None:
+        self.names = list(names)
+        self.seconds: dict[str, float] = {}
+        self.current = ""
+        self.begun = time.perf_counter()
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"))
+        super().__init__(*columns, console=console, transient=True)
+        self.task = self.add_task("", total=None, detail="")
+
+    def begin(self, name: str) -> None:
+        """The phase before has ended, and this one begins; phases that come after it have not been yet."""
+        if name == self.current:
+            return
+        now = time.perf_counter()
+        if self.current:
+            self.seconds[self.current] = now - self.begun
+        if name not in self.names:
+            self.names.insert(self.names.index(self.current) + 1 if self.current in self.names else 0, name)
+        self.seconds = {each: its for each, its in self.seconds.items() if self.names.index(each) < self.names.index(name)}
+        self.current, self.begun = name, now
+        self.update(self.task, description=name, total=None, completed=0, detail="", refresh=True)
+
+    def counted(self, done: int, total: int | None) -> None:
+        """How far the phase under way is, in images."""
+        speed = done / max(time.perf_counter() - self.begun, 1e-9)
+        left = "" if not total or not done else f", {max(total - done, 0) / max(speed, 1e-9):.0f} s left"
+        of = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+        self.update(self.task, total=total, completed=done, detail=f"{of}, {speed:.1f}/s{left}")
+
+    def strip(self) -> Text:
+        """All phases on one line: those that are over with their seconds, the one under way, those to come."""
+        text = Text(no_wrap=True, overflow="ellipsis")
+        passed = self.names.index(self.current) if self.current else 0
+        for at, name in enumerate(self.names):
+            if at < passed and name not in self.seconds:
+                continue  # it was not needed
+            text.append("  " if text else "")
+            if name == self.current:
+                text.append(f"▸ {name}", style="bold")
+            elif name in self.seconds:
+                text.append(f"✓ {name} {self.seconds[name]:.1f} s", style="green")
+            else:
+                text.append(f"· {name}", style="dim")
+        return text
+
+    def get_renderables(self) -> Iterator[Text | object]:  # type: ignore[override]  # what rich calls a renderable
+        """The line of phases, then the bar."""
+        yield self.strip()
+        yield self.make_tasks_table(self.tasks)
 
 
 class Talk:
     """Lines on stderr, unless they were asked to be left out or another process speaks for all."""
 
     def __init__(self, quiet: bool) -> None:
-        self.silent = quiet or rank_and_world()[0] > 0
-        self.live: Progress | None = None  # the bar that is shown
+        launch = announced()
+        self.silent = quiet or (launch is not None and launch.rank > 0)
+        self.live: Progress | None = None  # the display that is shown
+
+    @property
+    def on_terminal(self) -> bool:
+        """Whether somebody watches."""
+        return not self.silent and sys.stderr.isatty()
 
     def say(self, text: str) -> None:
-        """One line on stderr, above the bar where there is one."""
+        """One line on stderr, above the display where there is one; a `Phase` moves that on as well."""
+        if isinstance(self.live, Stages) and isinstance(text, Phase):
+            self.live.begin(text.name)
         if self.live is not None:
             self.live.console.print(text, markup=False, highlight=False)
         elif not self.silent:
             click.echo(text, err=True)
 
+    def begin(self, phase: str) -> None:
+        """A phase begins of which there is nothing to say."""
+        if isinstance(self.live, Stages):
+            self.live.begin(phase)
+
+    @contextmanager
+    def stages(self, *names: str) -> Iterator[None]:
+        """A display of these phases inside the `with`, the first of them under way; lines alone where nobody watches."""
+        if not self.on_terminal or self.live is not None:
+            yield
+            return
+        stages = Stages(names, self._console())
+        stages.begin(names[0])
+        with self.shown(stages):
+            yield
+
     @contextmanager
     def shown(self, progress: Progress) -> Iterator[None]:
-        """Lines go above this bar inside the `with`."""
+        """Lines go above this display inside the `with`."""
         with progress:
             self.live = progress
             try:
@@ -44,13 +125,19 @@ class Talk:
             finally:
                 self.live = None
 
+    @staticmethod
+    def _console() -> Console:
+        console = Console(stderr=True)
+        console.width = min(console.width, WIDEST)
+        return console
+
     @contextmanager
     def steps(self, shares: Mapping[str, float]) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
         """One bar over work of several parts, whose shares of all are known beforehand.
 
         Yields what begins a part and gives its callback for (done, of how many); parts elsewhere than on a terminal are lines.
         """
-        if self.silent or not sys.stderr.isatty():
+        if not self.on_terminal:
 
             def begin(name: str) -> Callable[[int, int], None]:
                 self.say(name)
@@ -73,21 +160,16 @@ class Talk:
 
     @contextmanager
     def bar(self, total: int | None) -> Iterator[Callable[[int, int], None]]:
-        """A callback for images done; a bar with speed and time left on a terminal, now and then a line elsewhere."""
-        if self.silent or not sys.stderr.isatty():
+        """A callback for images done: the bar of the display, which is shown if it was not; now and then a line elsewhere."""
+        if not self.on_terminal:
             yield self._lines(total)
             return
-        speed_column = TextColumn("{task.fields[speed]}")
-        columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), speed_column, TimeRemainingColumn())
-        progress = Progress(*columns, console=Console(stderr=True))
-        with self.shown(progress):
-            task, start = progress.add_task("images", total=total, speed=""), time.perf_counter()
-
-            def move(done: int, skipped: int) -> None:
-                speed = f"{done / max(time.perf_counter() - start, 1e-9):.1f} images/s"
-                progress.update(task, completed=done + skipped, speed=speed)
-
-            yield move
+        with self.stages(IMAGES):
+            stages = self.live
+            if not isinstance(stages, Stages):  # a bar over several parts is shown, which counts for itself
+                yield lambda done, skipped: None
+                return
+            yield lambda done, skipped: stages.counted(done + skipped, total)
 
     def _lines(self, total: int | None) -> Callable[[int, int], None]:
         start = last = time.perf_counter()
@@ -107,24 +189,3 @@ class Talk:
 def table() -> Console:
     """A console for tables on stdout: as wide as the terminal, or wide enough where there is none."""
     return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
-
-
-def answer(findings: Findings) -> str:
-    """The verdict and the summary as text."""
-    verdict = verdict_of(findings)
-    known = [f"Note: {text}"] if (text := trained_on(findings.data)) else []
-    left_out = [f"Left out: {each['where']}: {each['why']}" for each in findings.model.get("left_out", ())]
-    settled = (findings.sureness.get("convergence") or {}).get("known") or ()
-    lines = [*verdict.sentences, *(f"Note: {caveat}" for caveat in verdict.caveats), *known, *left_out, *settled, ""]
-    width = max(len(name) for name in findings.summary)
-    for name, value in findings.summary.items():
-        lines.append(f"  {name:<{width}}  {'undefined' if value is None else f'{value:.6g}'}")
-    left_out = findings.data.get("left_out", {})
-    skipped = [each for each in findings.data.get("skipped") or () if each["reason"] not in left_out]
-    if skipped:
-        first = f"{skipped[0]['name']} ({skipped[0]['reason']})"
-        said = "1 image was skipped" if len(skipped) == 1 else f"{len(skipped):,} images were skipped, the first"
-        lines.append(f"\n{said}: {first}")
-    if left_out:
-        lines.append(f"\nLeft out of the data: {', '.join(f'{count:,} × {reason}' for reason, count in left_out.items())}")
-    return "\n".join(lines)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 from collapse_probe.cli import options
+from collapse_probe.cli.fail_on import failing, stop_if_tripped, thresholds
 
 KINDS = ("share", "mean", "uniform", "identity", "skip")
 
@@ -29,7 +30,7 @@ KINDS = ("share", "mean", "uniform", "identity", "skip")
 )
 @options.running
 @options.remedies
-@options.failing
+@failing
 @options.keeping
 @options.output
 @options.answering()
@@ -44,36 +45,44 @@ def command(
     quiet: bool,
     verbose: int,
     fail_on: tuple[str, ...],
+    junit: str | None,
     **flags: Any,
 ) -> None:
     """Replace the attention maps of blocks, one at a time and from the last block down: the change in logits and accuracy."""
-    from collapse_probe.cli.fail_on import stop_if_tripped, thresholds
-    from collapse_probe.cli.output import answer_lines, deliver, of_interventions, output_folder, prepare, summary_lines
+    from collapse_probe.cli.console import Talk
+    from collapse_probe.cli.output import keep, of_interventions, output_folder, prepare, tell
+
+    from collapse_probe.phases import IMAGES, LOAD, PAGE, PROBE, REPLACED, UNTRAINED
 
     rules = thresholds(fail_on, "intervene")
     if output is not None:
         prepare(output, quiet)
+    talk, drawn = Talk(quiet), [] if no_page else [PAGE]
+    with talk.stages(LOAD, PROBE, IMAGES, UNTRAINED, REPLACED, *drawn):
+        options.load_libraries()
+        from collapse_probe.analysis.intervene import intervene
+        from collapse_probe.distributed import rank_and_world
 
-    options.load_libraries()
-    from collapse_probe.cli.console import Talk
+        images, subject = options.open_subject(data, flags)
+        folder = output_folder(output, as_json, Path("interventions") / subject.name.replace("/", "-"))
+        talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
+        talk.say(options.data_line(images))
+        if folder is None and (flags["resume"] or flags["max_time"]):
+            raise click.UsageError("--resume and --max-time need an output folder for the state: give -o.")
+        flags |= {"save_to": folder, "command": options.command_line(), "report": talk.say}
+        talk.begin(PROBE)
+        with talk.bar(images.count) as progress:
+            interventions = intervene(subject, images, **flags, progress=progress)
+        first = rank_and_world()[0] == 0
+        if first:
+            talk.begin(PAGE)
+            keep(interventions, folder, no_page)
+    if first:
+        from collapse_probe.cli.summary import answers
 
-    from collapse_probe.analysis.intervene import intervene
-    from collapse_probe.distributed import rank_and_world
-
-    talk = Talk(quiet)
-    images, subject = options.open_subject(data, flags)
-    folder = output_folder(output, as_json, Path("interventions") / subject.name.replace("/", "-"))
-    talk.say(f"model {subject.source}:{subject.name}, weights {subject.weights}")
-    talk.say(options.data_line(images))
-    if folder is None and (flags["resume"] or flags["max_time"]):
-        raise click.UsageError("--resume and --max-time need an output folder for the state: give -o.")
-    flags |= {"save_to": folder, "command": options.command_line(), "report": talk.say}
-    with talk.bar(images.count) as progress:
-        interventions = intervene(subject, images, **flags, progress=progress)
-    if rank_and_world()[0] == 0:
         from collapse_probe.report.intervention.verdict import verdicts
 
-        answers = verdicts(interventions)
-        text = "\n".join([*answer_lines(answers), *summary_lines({"": interventions.summary})])
-        deliver(interventions, folder, text, of_interventions(interventions, answers), as_json, no_page)
-        stop_if_tripped(rules, {"": interventions.summary})
+        said = verdicts(interventions)
+        text = answers(said, {"": interventions.summary})
+        tell(interventions, folder, text, of_interventions(interventions, said), as_json, no_page)
+        stop_if_tripped(rules, {"": interventions.summary}, junit)

@@ -427,12 +427,6 @@ remedies = _all(
         says="Re-estimate BatchNorm statistics over N batches of the images first.",
     ),
 )
-failing = click.option(
-    "--fail-on",
-    multiple=True,
-    metavar="'NAME OP NUMBER'",
-    help="Exit with code 3 where this holds of the summary, or is undefined: 'similar_blocks > 4'. May be given several times.",
-)
 records = count(
     "--records",
     least=1,

@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 ANSWER = "collapse-probe/answer/1"
-Summary = Mapping[str, "float | int | None"]
 
 
 def output_folder(output: str | None, as_json: str | None, default: Path) -> Path | None:
@@ -42,18 +41,23 @@ def say_tidied(folder: str | Path, quiet: bool = False) -> None:
             click.echo(line, err=True)
 
 
-def deliver(
-    result: Any, folder: Path | None, text: str, content: Mapping[str, Any], as_json: str | None, no_page: bool
-) -> None:
-    """Write the folder, with its page unless `no_page`, and print `text`, or as JSON the whole result or `content`."""
+def keep(result: Any, folder: Path | None, no_page: bool) -> None:
+    """Write the folder, with its page unless `no_page`."""
     from collapse_probe.display import draw_page
-    from collapse_probe.files import PAGE, write_with_page
+    from collapse_probe.files import write_with_page
 
-    if folder is not None:
-        if no_page:
-            result.save(folder)
-        else:
-            write_with_page(folder, result, draw_page)
+    if folder is None:
+        return
+    if no_page:
+        result.save(folder)
+    else:
+        write_with_page(folder, result, draw_page)
+
+
+def tell(result: Any, folder: Path | None, text: str, content: Mapping[str, Any], as_json: str | None, no_page: bool) -> None:
+    """Print `text` and where the folder is, or as JSON the whole result or `content`."""
+    from collapse_probe.files import PAGE
+
     if as_json == "full":
         click.echo(json.dumps(result.to_json(), allow_nan=False))
     elif as_json:
@@ -172,27 +176,3 @@ def of_sweep(sweep: Any) -> dict[str, Any]:
         "summary": cells,
         "notes": sweep.notes,
     }
-
-
-def answer_lines(answers: Iterable[Any]) -> list[str]:
-    """The sentences of answers, with their caveats."""
-    lines: list[str] = []
-    for answer in answers:
-        lines += [*answer.sentences, *(f"Note: {caveat}" for caveat in answer.caveats), ""]
-    return lines
-
-
-def summary_lines(summaries: Mapping[str, Summary]) -> list[str]:
-    """Summaries side by side, a column each under its label (no head where the label is empty)."""
-    names = list(dict.fromkeys(name for summary in summaries.values() for name in summary))
-    columns = [
-        [label, *("–" if summary.get(name) is None else f"{summary[name]:.6g}" for name in names)]
-        for label, summary in summaries.items()
-    ]
-    width, widths = max(map(len, names)) + 2, [max(len(column[0]), 12) if column[0] else 0 for column in columns]
-    rows = zip(["", *(f"  {name}" for name in names)], *columns, strict=True)
-    lines = [
-        "  ".join([f"{name:<{width}}", *(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))])
-        for name, *cells in rows
-    ]
-    return lines if any(summaries) else lines[1:]

@@ -69,7 +69,7 @@ def run(
     options.load_libraries()
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.options import command_line
-    from collapse_probe.cli.output import deliver, of_sweep, prepare
+    from collapse_probe.cli.output import keep, of_sweep, prepare, tell
 
     from collapse_probe.distributed import rank_and_world
     from collapse_probe.registry import RECIPES
@@ -102,7 +102,8 @@ def run(
         click.echo(f"interrupted; the same command with -o {folder} goes on", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     if first:
-        deliver(result, folder, answer_text(result), of_sweep(result), as_json, no_page)
+        keep(result, folder, no_page)
+        tell(result, folder, answer_text(result), of_sweep(result), as_json, no_page)
     if result.failed:
         cell = result.failed[0]
         line = f"error: {len(result.failed)} of {len(result.cells)} cells failed, the first: {cell.name} ({cell.reason})"

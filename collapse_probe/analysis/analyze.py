@@ -31,6 +31,7 @@ from collapse_probe.data.preprocessing import Size
 from collapse_probe.distributed import check_processes
 from collapse_probe.errors import OutOfTimeError
 from collapse_probe.models.loading import Subject, resolve
+from collapse_probe.phases import IMAGES, WEIGHTS, Phase
 from collapse_probe.results.findings import Findings
 from collapse_probe.settings import names_in
 
@@ -197,10 +198,10 @@ def read_all(
     measurement = probe.measurement
     settings = measurement.settings
     if not measurement.tally.accumulators:
-        say(f"reading the weights of {len(measurement.plan.blocks)} blocks")
+        say(Phase(WEIGHTS, f"reading the weights of {len(measurement.plan.blocks)} blocks"))
         return probe, None
     assert images is not None
-    say(budget_line(measurement.plan, measurement.device))
+    say(Phase(IMAGES, budget_line(measurement.plan, measurement.device)))
     say(f"batches of {settings.batch} images, {settings.readers or 'no'} processes that read ahead")
     stopper = None if settings.until_ci is None else Stopper(settings.until_ci, measurement.metrics, measurement.heads)
     keeper = Keeper(saving, say)

@@ -39,6 +39,7 @@ from collapse_probe.errors import DataError, NonFiniteError, SettingError
 from collapse_probe.models.batchnorm import recalibrated
 from collapse_probe.models.cost import measure_cost
 from collapse_probe.models.loading import Subject
+from collapse_probe.phases import LOAD, Phase
 from collapse_probe.provenance import stamp
 from collapse_probe.results.comparison import LABELS, TOP1, Comparison, Pair
 from collapse_probe.results.findings import Findings
@@ -183,7 +184,7 @@ def _compare_all(specs: Sequence[SubjectSpec], run: ComparisonRun, cka: bool) ->
     pairs: list[Pair] = []
     first: MeasuredSubject | None = None
     for place, spec in enumerate(specs):
-        run.say(f"subject {spec.label}")
+        run.say(Phase(LOAD, f"subject {spec.label}"))
         current = measure_subject(spec, run, place)
         if spec.is_model and (ill := _newly_ill(current, run)):
             run = replace(run, left_out={**run.left_out, **ill})

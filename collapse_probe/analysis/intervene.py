@@ -44,6 +44,7 @@ from collapse_probe.distributed import check_processes, unwrap
 from collapse_probe.errors import CaptureError, DataError, ModelError, NonFiniteError, OutOfTimeError, SettingError
 from collapse_probe.metrics.nonfinite import all_ill, nonfinite_error
 from collapse_probe.models.loading import Subject, resolve
+from collapse_probe.phases import REPLACED, Phase
 from collapse_probe.results.findings import Findings, plain
 from collapse_probe.results.intervention import Effect, Ends, Interventions
 from collapse_probe.results.readings import adjacent
@@ -162,7 +163,7 @@ def intervene(
             if grid.able.get("mean"):
                 say("gathering each block's mean map")
                 runner.means.update(mean_maps(runner, images, grid.able["mean"]))
-            say(f"{len(grid.conditions)} runs with maps replaced, beside the plain one, over every image")
+            say(Phase(REPLACED, f"{len(grid.conditions)} runs with maps replaced, beside the plain one, over every image"))
             outputs = run_conditions(runner, images, grid.conditions, progress)
             if not outputs.nonfinite:
                 break

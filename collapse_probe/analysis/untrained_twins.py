@@ -17,6 +17,7 @@ from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import ModelError
 from collapse_probe.metrics.nulls import with_twins
 from collapse_probe.models.loading import Subject
+from collapse_probe.phases import UNTRAINED, Phase
 from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.quantities import SHARED_BY, kinds_of, pairs_of
 from collapse_probe.results.readings import against_seeds
@@ -118,7 +119,7 @@ def measure_twins(
     images = [*few]
     own = images[rank::world]
     for seed in seeds:
-        say(f"measuring the untrained copy of seed {seed}" + (f" on {len(images)} images" if images else ""))
+        say(Phase(UNTRAINED, f"measuring the untrained copy of seed {seed}" + (f" on {len(images)} images" if images else "")))
         twin = replace(subject, model=subject.fresh(seed))
         own_plan = plan_of_twin(twin, plan, settings)
         bare = replace(settings, null_images=0, gallery_images=0)

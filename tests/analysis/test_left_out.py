@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from collapse_probe.cli.console import answer
+from collapse_probe.cli.summary import answer
 from factories import plan_for, random_maps, readings, small_vit, trace_of
 
 from collapse_probe.analysis import analyze as analyzing

@@ -1,13 +1,19 @@
-"""What is said while a command works: one bar, lines above it, and lines alone where there is no terminal."""
+"""What is said while a command works: one live display, lines above it, and lines alone where there is no terminal."""
 
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
 import sys
 
-from collapse_probe.cli.console import Talk
+import pytest
+from collapse_probe.cli.console import Stages, Talk
 from collapse_probe.cli.demo import shares
+from rich.console import Console
+
+from collapse_probe.phases import Phase
 
 
 class Terminal(io.StringIO):
@@ -75,3 +81,129 @@ def test_where_there_is_no_terminal_each_part_is_a_line(capsys):
 def test_the_parts_of_the_demonstration_are_known_beforehand():
     assert len(shares()) == 7
     assert list(shares())[-1] == "figures and pages"
+
+
+def strip_of(stages):
+    return stages.strip().plain
+
+
+def test_the_display_shows_what_is_over_what_is_under_way_and_what_comes(monkeypatch):
+    screen = at_a_terminal(monkeypatch)
+    talk = Talk(quiet=False)
+    with talk.stages("load", "probe", "images", "untrained copy", "page"):
+        assert strip_of(talk.live) == "▸ load  · probe  · images  · untrained copy  · page"
+        talk.begin("probe")
+        talk.say(Phase("images", "batches of 8 images"))
+        assert re.fullmatch(r"✓ load \d+\.\d s  ✓ probe \d+\.\d s  ▸ images  · untrained copy  · page", strip_of(talk.live))
+        with talk.bar(12) as move:
+            move(5, 1)
+        (task,) = talk.live.tasks
+        assert (task.completed, task.total) == (6, 12)
+        assert task.fields["detail"].startswith("6 of 12, ")
+        talk.begin("page")  # no untrained copy was asked for
+        assert "untrained copy" not in strip_of(talk.live)
+    assert talk.live is None
+    assert "batches of 8 images" in rows(screen)
+
+
+def test_a_second_model_begins_the_phases_anew():
+    stages = Stages(["load", "images"], Console(file=io.StringIO()))
+    for name in ("load", "images", "images", "load"):
+        stages.begin(name)
+    assert strip_of(stages) == "▸ load  · images"
+    stages.begin("once more")
+    assert re.fullmatch(r"✓ load \d+\.\d s  ▸ once more  · images", strip_of(stages))
+
+
+def test_a_phase_is_a_line_where_nobody_watches(capsys):
+    talk = Talk(quiet=False)
+    with talk.stages("load", "images"):
+        talk.say(Phase("images", "batches of 8 images"))
+        talk.begin("load")
+        assert talk.live is None
+    assert capsys.readouterr().err == "batches of 8 images\n"
+    assert Phase("images", "a line") == "a line"
+
+
+PROGRAM = """
+import sys, time
+from collapse_probe.cli.console import Talk
+from collapse_probe.phases import Phase
+talk = Talk(False)
+with talk.stages("load", "probe", "images", "untrained copy", "page"):
+    talk.say("a line " + "x" * 150)
+    with talk.bar(40) as move:
+        talk.say(Phase("images", "images begin"))
+        for done in range(41):
+            move(done, 0)
+            if done % 20 == 0:
+                talk.say(f"done {done}")
+            time.sleep(0.01)
+    talk.begin("page")
+    time.sleep(0.15)
+sys.stdout.write("the answer\\n")
+"""
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are of Unix")
+def test_on_a_real_terminal_no_line_runs_through_the_display(columns):
+    seen = at_a_pseudo_terminal(PROGRAM, columns)
+    lines = [line.rstrip() for line in final(seen, columns) if line.strip()]
+    long = "a line " + "x" * 150
+    assert "".join(lines).replace(" ", "") == (long + "images begin" + "done 0" + "done 20" + "done 40" + "the answer").replace(
+        " ", ""
+    )
+    shown = [line for line in re.split(r"[\r\n]+", plain(seen)) if "▸" in line]
+    assert shown
+    assert all(len(line) <= columns for line in shown)
+    assert any(line.startswith("✓ load") and "▸ images" in line for line in shown)
+
+
+def at_a_pseudo_terminal(program, columns):
+    """All that a program writes to a terminal of so many columns."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR", "CI")}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=theirs, stdout=theirs, stderr=theirs, env={**environment, "TERM": "xterm"}
+    ) as process:
+        os.close(theirs)
+        parts = []
+        try:
+            while part := os.read(ours, 65536):
+                parts.append(part)
+        except OSError:  # Linux says so where macOS gives an empty answer
+            pass
+        assert process.wait(60) == 0
+    os.close(ours)
+    return b"".join(parts).decode()
+
+
+def plain(text):
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def final(text, columns):
+    """The lines that stand on the screen in the end: what is written, with the few movements that a live display makes."""
+    grid, row, column = {}, 0, 0
+    for code, letter in re.findall(r"(\x1b\[[0-9;?]*[A-Za-z])|(.)", text, re.DOTALL):
+        if code.endswith("A"):
+            row = max(row - int(code[2:-1] or 1), 0)
+        elif code.endswith("K"):
+            grid[row] = "" if code == "\x1b[2K" else grid.get(row, "")[:column]
+        elif letter == "\r":
+            column = 0
+        elif letter == "\n":
+            row += 1
+        elif letter:
+            if column == columns:
+                row, column = row + 1, 0
+            grid[row] = grid.get(row, "").ljust(column)[:column] + letter + grid.get(row, "")[column + 1 :]
+            column += 1
+    return [grid.get(at, "") for at in range(max(grid, default=0) + 1)]

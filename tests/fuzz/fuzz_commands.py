@@ -118,6 +118,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "config": ("config.yaml", "list.yaml", "bomb.yaml", "photos", "photos/0.png"),
     "plugin": ("broken.py", "raises.py", "no.such.module", "photos"),
     "checkpoint": ("photos", "photos/0.png", "text.txt", "results"),
+    "junit": ("cases.xml", "photos", "nowhere/cases.xml"),
     "fail_on": ("images > 0", "images >", "nothing > 1", "kappa_adjacent < nan", "similar_blocks > 1e400"),
     "metrics": ("attention-entropy", "attention-similarity@row", "attention-similarity@nothing", "weight-norm"),
     "model_kwargs": (

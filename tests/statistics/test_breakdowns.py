@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from collapse_probe.cli.console import answer
+from collapse_probe.cli.summary import answer
 from factories import random_maps, readings, trace_of
 from scipy import stats
 
