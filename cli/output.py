@@ -41,6 +41,26 @@ def say_tidied(folder: str | Path, quiet: bool = False) -> None:
             click.echo(line, err=True)
 
 
+def open_results(folder: str | Path) -> Any:
+    """The numbers in `folder`: a comparison, interventions, a sweep, or findings."""
+    folder = Path(folder)
+    if (folder / "comparison.json").exists():
+        from collapse_probe.results.comparison import Comparison
+
+        return Comparison.load(folder)
+    if (folder / "interventions.json").exists():
+        from collapse_probe.results.intervention import Interventions
+
+        return Interventions.load(folder)
+    if (folder / "sweep.json").exists():
+        from collapse_probe.results.sweep import Sweep
+
+        return Sweep.load(folder)
+    from collapse_probe.results.findings import Findings
+
+    return Findings.load(folder)
+
+
 def keep(result: Any, folder: Path | None, no_page: bool) -> None:
     """Write the folder, with its page unless `no_page`."""
     from collapse_probe.display import draw_page

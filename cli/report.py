@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 from collapse_probe.cli import options
@@ -25,7 +24,7 @@ def command(folder: str, figures: str | None, size: str | None, quiet: bool, ver
     With --figures or --style also what DeepViT's Figures 3, 4 and 6 show, into figures/paper (or figures/screen), with the
     numbers of each as CSV.
     """
-    from collapse_probe.cli.output import say_tidied
+    from collapse_probe.cli.output import open_results, say_tidied
 
     from collapse_probe.display import draw_page
     from collapse_probe.errors import CollapseProbeError, OutputError
@@ -33,7 +32,7 @@ def command(folder: str, figures: str | None, size: str | None, quiet: bool, ver
 
     say_tidied(folder, quiet)
     place = Path(folder)
-    numbers, written = _opened(place), list[Path]()
+    numbers, written = open_results(place), list[Path]()
     with page_folder(place) as inside:
         try:
             draw_page(numbers, inside)
@@ -50,22 +49,3 @@ def command(folder: str, figures: str | None, size: str | None, quiet: bool, ver
     if written:
         names = ", ".join(path.stem for path in written[::2])
         click.echo(f"figures: {names} in {place / 'figures' / written[0].parent.name}, each with its numbers (CSV)")
-
-
-def _opened(folder: Path) -> Any:
-    """The numbers in `folder`."""
-    if (folder / "comparison.json").exists():
-        from collapse_probe.results.comparison import Comparison
-
-        return Comparison.load(folder)
-    if (folder / "interventions.json").exists():
-        from collapse_probe.results.intervention import Interventions
-
-        return Interventions.load(folder)
-    if (folder / "sweep.json").exists():
-        from collapse_probe.results.sweep import Sweep
-
-        return Sweep.load(folder)
-    from collapse_probe.results.findings import Findings
-
-    return Findings.load(folder)

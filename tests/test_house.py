@@ -205,6 +205,7 @@ FLAGS = {
     ),
     "merge": f"--allow-missing --device {KEPT}",
     "report": f"--figures --style {TALK}",
+    "cite": TALK,
     "doctor": f"{MODEL} --device --seed --json {PLUGIN}",
     "ls": PLUGIN,
     "demo": f"-o --output {TALK}",

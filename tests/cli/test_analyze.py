@@ -45,7 +45,7 @@ def test_analyze_writes_the_whole_folder(run, photos, tmp_path):
     } <= names
     assert "figures/attention-similarity.svg" in names
     assert out.splitlines()[0].endswith(".")
-    assert "attention_similarity_adjacent" in out
+    assert "\nraw similarity  " in out
     assert "weights random (seed 0)" in err
     assert "mean [0.5, 0.5, 0.5]" in err
     assert "tiles of" in err

@@ -51,10 +51,12 @@ def test_two_checkpoints(run, photos, checkpoints):
     assert [s["label"] for s in content["subjects"]] == ["epoch-1", "epoch-10"]
     assert content["subjects"][0]["checkpoint_sha256"] != content["subjects"][1]["checkpoint_sha256"]
     assert content["run"]["command"].startswith("collapse-probe ")
-    assert {"comparison.json", "manifest.json", "report.html", "figures", "subjects"} == {p.name for p in Path("out").iterdir()}
+    assert {"comparison.json", "comparison.csv", "manifest.json", "report.html", "figures", "subjects"} == {
+        p.name for p in Path("out").iterdir()
+    }
     assert Path("out/subjects/epoch-10/findings.json").exists()
     assert out.splitlines()[0].endswith(".")
-    assert "kappa_adjacent" in out
+    assert "\nκ of adjacent pairs  " in out
     assert "out/report.html" in out
 
 
@@ -142,7 +144,7 @@ def test_fail_on_of_analyze_comes_after_the_output(run, photos):
     code, out, err = analyze(run, photos, "out", "--fail-on", "similar_blocks >= 1", "--fail-on", "images > 100")
     assert code == 3
     assert err == "threshold 'similar_blocks >= 1' tripped: similar_blocks is 1\n"
-    assert "similar_blocks" in out
+    assert "\nsimilar blocks, κ > 0.5  " in out
     assert Path("out/report.html").exists()
     assert analyze(run, photos, "out", "--json=full", "--fail-on", "similar_blocks > 1")[0] == 0
 

@@ -1,0 +1,311 @@
+"""The papers behind metrics, presets and fixes, each once, for `cite`, pages and documentation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One publication: `authors` as BibTeX takes them, `arxiv` its number there, `venue` where it was published."""
+
+    key: str
+    title: str
+    authors: str
+    year: int
+    arxiv: str = ""
+    venue: str = ""
+    pages: str = ""
+
+    @property
+    def short(self) -> str:
+        """As a sentence names it: Dong et al., 2021."""
+        names = [name.partition(",")[0].strip("{}") for name in self.authors.split(" and ")]
+        who = names[0] if len(names) == 1 else " & ".join(names) if len(names) == 2 else f"{names[0]} et al."
+        return f"{who}, {self.year}"
+
+    @property
+    def bibtex(self) -> str:
+        """The entry of a BibTeX file."""
+        kind = "inproceedings" if self.venue else "misc"
+        fields = {"title": f"{{{self.title}}}", "author": self.authors, "year": str(self.year)}
+        if self.venue:
+            fields["booktitle"] = self.venue
+        if self.venue in JOURNALS:
+            kind, fields["journal"] = "article", fields.pop("booktitle")
+        fields |= {"pages": self.pages} if self.pages else {}
+        fields |= {"eprint": self.arxiv, "archivePrefix": "arXiv"} if self.arxiv else {}
+        return entry(kind, self.key, fields)
+
+
+def entry(kind: str, key: str, fields: dict[str, str]) -> str:
+    """One entry of a BibTeX file.
+
+    >>> print(entry("misc", "a2020", {"title": "A title", "year": "2020"}))
+    @misc{a2020,
+      title = {A title},
+      year = {2020},
+    }
+    """
+    lines = "\n".join(f"  {name} = {{{value}}}," for name, value in fields.items())
+    return f"@{kind}{{{key},\n{lines}\n}}"
+
+
+CVPR = "Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition"
+ICLR, ICML = "International Conference on Learning Representations", "International Conference on Machine Learning"
+NEURIPS, JMLR = "Advances in Neural Information Processing Systems", "Journal of Machine Learning Research"
+JOURNALS = (JMLR,)
+REFERENCES = (
+    Reference(
+        "zhou2021deepvit",
+        "DeepViT: Towards Deeper Vision Transformer",
+        "Zhou, Daquan and Kang, Bingyi and Jin, Xiaojie and Yang, Linjie and Lian, Xiaochen and Jiang, Zihang and Hou, Qibin "
+        "and Feng, Jiashi",
+        2021,
+        "2103.11886",
+    ),
+    Reference(
+        "chen2022diversity",
+        "The Principle of Diversity: Training Stronger Vision Transformers Calls for Reducing All Levels of Redundancy",
+        "Chen, Tianlong and Zhang, Zhenyu and Cheng, Yu and Awadallah, Ahmed and Wang, Zhangyang",
+        2022,
+        "2203.06345",
+        CVPR,
+        "12020--12030",
+    ),
+    Reference(
+        "gong2021patch",
+        "Vision Transformers with Patch Diversification",
+        "Gong, Chengyue and Wang, Dilin and Li, Meng and Chandra, Vikas and Liu, Qiang",
+        2021,
+        "2104.12753",
+    ),
+    Reference(
+        "dong2021attention",
+        "Attention is Not All You Need: Pure Attention Loses Rank Doubly Exponentially with Depth",
+        "Dong, Yihe and Cordonnier, Jean-Baptiste and Loukas, Andreas",
+        2021,
+        "2103.03404",
+        ICML,
+        "2793--2803",
+    ),
+    Reference(
+        "wang2022antioversmoothing",
+        "Anti-Oversmoothing in Deep Vision Transformers via the Fourier Domain Analysis: From Theory to Practice",
+        "Wang, Peihao and Zheng, Wenqing and Chen, Tianlong and Wang, Zhangyang",
+        2022,
+        "2203.05962",
+        ICLR,
+    ),
+    Reference(
+        "zhai2023stabilizing",
+        "Stabilizing Transformer Training by Preventing Attention Entropy Collapse",
+        "Zhai, Shuangfei and Likhomanenko, Tatiana and Littwin, Etai and Busbridge, Dan and Ramapuram, Jason and Zhang, Yizhe "
+        "and Gu, Jiatao and Susskind, Joshua M.",
+        2023,
+        "2303.06296",
+        ICML,
+        "40770--40803",
+    ),
+    Reference(
+        "darcet2024registers",
+        "Vision Transformers Need Registers",
+        "Darcet, Timothée and Oquab, Maxime and Mairal, Julien and Bojanowski, Piotr",
+        2024,
+        "2309.16588",
+        ICLR,
+    ),
+    Reference(
+        "guo2023contranorm",
+        "ContraNorm: A Contrastive Learning Perspective on Oversmoothing and Beyond",
+        "Guo, Xiaojun and Wang, Yifei and Du, Tianqi and Wang, Yisen",
+        2023,
+        "2303.06562",
+        ICLR,
+    ),
+    Reference(
+        "nguyen2023mitigating",
+        "Mitigating Over-smoothing in Transformers via Regularized Nonlocal Functionals",
+        "Nguyen, Tam and Nguyen, Tan M. and Baraniuk, Richard G.",
+        2023,
+        "2312.00751",
+        NEURIPS,
+    ),
+    Reference(
+        "touvron2021going",
+        "Going deeper with Image Transformers",
+        "Touvron, Hugo and Cord, Matthieu and Sablayrolles, Alexandre and Synnaeve, Gabriel and Jégou, Hervé",
+        2021,
+        "2103.17239",
+    ),
+    Reference(
+        "zhou2021refiner",
+        "Refiner: Refining Self-attention for Vision Transformers",
+        "Zhou, Daquan and Shi, Yujun and Kang, Bingyi and Yu, Weihao and Jiang, Zihang and Li, Yuan and Jin, Xiaojie and "
+        "Hou, Qibin and Feng, Jiashi",
+        2021,
+        "2106.03714",
+    ),
+    Reference(
+        "zehui2019dropattention",
+        "DropAttention: A Regularization Method for Fully-Connected Self-Attention Networks",
+        "Zehui, Lin and Liu, Pengfei and Huang, Luyao and Chen, Junkun and Qiu, Xipeng and Huang, Xuanjing",
+        2019,
+        "1907.11065",
+    ),
+    Reference(
+        "liu2021hyperspherical",
+        "Learning with Hyperspherical Uniformity",
+        "Liu, Weiyang and Lin, Rongmei and Liu, Zhen and Xiong, Li and Schölkopf, Bernhard and Weller, Adrian",
+        2021,
+        "2103.01649",
+        "AISTATS",
+    ),
+    Reference(
+        "liu2018learning",
+        "Learning towards Minimum Hyperspherical Energy",
+        "Liu, Weiyang and Lin, Rongmei and Liu, Zhen and Liu, Lixin and Yu, Zhiding and Dai, Bo and Song, Le",
+        2018,
+        "1805.09298",
+        NEURIPS,
+    ),
+    Reference(
+        "abnar2020quantifying",
+        "Quantifying Attention Flow in Transformers",
+        "Abnar, Samira and Zuidema, Willem",
+        2020,
+        "2005.00928",
+        "Proceedings of the 58th Annual Meeting of the Association for Computational Linguistics",
+        "4190--4197",
+    ),
+    Reference(
+        "nguyen2020wide",
+        "Do Wide and Deep Networks Learn the Same Things? Uncovering How Neural Network Representations Vary with Width and "
+        "Depth",
+        "Nguyen, Thao and Raghu, Maithra and Kornblith, Simon",
+        2020,
+        "2010.15327",
+    ),
+    Reference(
+        "raghu2021vision",
+        "Do Vision Transformers See Like Convolutional Neural Networks?",
+        "Raghu, Maithra and Unterthiner, Thomas and Kornblith, Simon and Zhang, Chiyuan and Dosovitskiy, Alexey",
+        2021,
+        "2108.08810",
+        NEURIPS,
+    ),
+    Reference(
+        "xiao2024streaming",
+        "Efficient Streaming Language Models with Attention Sinks",
+        "Xiao, Guangxuan and Tian, Yuandong and Chen, Beidi and Han, Song and Lewis, Mike",
+        2024,
+        "2309.17453",
+        ICLR,
+    ),
+    Reference(
+        "rusch2023survey",
+        "A Survey on Oversmoothing in Graph Neural Networks",
+        "Rusch, T. Konstantin and Bronstein, Michael M. and Mishra, Siddhartha",
+        2023,
+        "2303.10993",
+    ),
+    Reference(
+        "dosovitskiy2021image",
+        "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",
+        "Dosovitskiy, Alexey and Beyer, Lucas and Kolesnikov, Alexander and Weissenborn, Dirk and Zhai, Xiaohua and "
+        "Unterthiner, Thomas and Dehghani, Mostafa and Minderer, Matthias and Heigold, Georg and Gelly, Sylvain and "
+        "Uszkoreit, Jakob and Houlsby, Neil",
+        2021,
+        "2010.11929",
+        ICLR,
+    ),
+    Reference(
+        "roy2007effective",
+        "The Effective Rank: A Measure of Effective Dimensionality",
+        "Roy, Olivier and Vetterli, Martin",
+        2007,
+        venue="15th European Signal Processing Conference",
+        pages="606--610",
+    ),
+    Reference(
+        "song2012feature",
+        "Feature Selection via Dependence Maximization",
+        "Song, L. and Smola, A. and Gretton, A. and Bedo, J. and Borgwardt, K.",
+        2012,
+        venue=JMLR,
+        pages="1393--1434",
+    ),
+)
+BY_KEY = {each.key: each for each in REFERENCES}
+DEEPVIT, DIVERSITY, RANK = "zhou2021deepvit", "chen2022diversity", "roy2007effective"
+METRICS: dict[str, tuple[str, ...]] = {  # by a metric's name without its settings; others are this project's own
+    "attention-distance": ("dosovitskiy2021image",),
+    "attention-entropy": ("zhai2023stabilizing",),
+    "attention-rollout": ("abnar2020quantifying",),
+    "attention-similarity": (DEEPVIT,),
+    "attention-sink": ("xiao2024streaming",),
+    "cross-patch-similarity": (DIVERSITY,),
+    "dirichlet-energy": ("rusch2023survey",),
+    "feature-similarity": (DEEPVIT,),
+    "head-similarity": (DEEPVIT,),
+    "hyperspherical-energy": ("liu2018learning", "liu2021hyperspherical"),
+    "layer-cka": ("nguyen2020wide", "raghu2021vision", "song2012feature"),
+    "map-rank": (RANK, "dong2021attention"),
+    "neighbour-similarity": (DEEPVIT,),
+    "patch-diversity": ("gong2021patch",),
+    "rank-residual": ("dong2021attention",),
+    "similar-blocks": (DEEPVIT,),
+    "similarity-ratio": (DEEPVIT,),
+    "token-frequency": ("wang2022antioversmoothing",),
+    "token-norm": ("darcet2024registers",),
+    "token-rank": (RANK,),
+    "weight-orthogonality": (DIVERSITY,),
+    "weight-rank": (DIVERSITY, RANK),
+    "weight-similarity": (DIVERSITY,),
+    "whole-map-similarity": (DIVERSITY,),
+}
+CAIT, REFINER = "touvron2021going", "zhou2021refiner"
+FIXES: dict[str, tuple[str, ...]] = {
+    "attn-scale": ("wang2022antioversmoothing",),
+    "class-attention": (CAIT,),
+    "contra-norm": ("guo2023contranorm",),
+    "drop-attention": ("zehui2019dropattention", DEEPVIT),
+    "feat-scale": ("wang2022antioversmoothing",),
+    "layer-scale": (CAIT,),
+    "neutreno": ("nguyen2023mitigating",),
+    "re-attention": (DEEPVIT,),
+    "refiner": (REFINER,),
+    "registers": ("darcet2024registers",),
+    "shared-attention": (REFINER,),
+    "sigma-reparam": ("zhai2023stabilizing",),
+    "talking-heads": (CAIT,),
+    "temperature": (DEEPVIT,),
+}
+ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
+
+
+def named_in(text: str) -> list[Reference]:
+    """The publications whose arXiv number a text names.
+
+    >>> [each.key for each in named_in("DeepViT, arXiv 2103.11886, Eq. 2")]
+    ['zhou2021deepvit']
+    """
+    numbers = set(ARXIV.findall(text))
+    return [each for each in REFERENCES if each.arxiv in numbers]
+
+
+def of_metrics(names: Iterable[str]) -> list[Reference]:
+    """The publications behind metrics, by their names with or without settings, in the order of REFERENCES."""
+    keys = {key for name in names for key in METRICS.get(name.partition("@")[0], ())}
+    return [each for each in REFERENCES if each.key in keys]
+
+
+def fixes_in(text: str) -> list[str]:
+    """The fixes that a text names.
+
+    >>> fixes_in("vit_tiny + re-attention in all blocks")
+    ['re-attention']
+    """
+    return [name for name in FIXES if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)]
