@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 import click
 import pytest
+import yaml
 from collapse_probe.cli.main import COMMANDS, group, main
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.name != "CHANGELOG.md")
 TESTED_ELSEWHERE = {"scaling.md": "tests/analysis/test_scaling_examples.py"}  # its blocks need several processes
-BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.M | re.S)
+BLOCK = re.compile(r"^```(bash|python|text)\n(.*?)^```", re.M | re.S)
 INLINE = re.compile(r"`((?:torchrun .+? -m collapse_probe|srun .*?collapse-probe|collapse-probe) [^`]+)`")
 NEEDS = re.compile(r"# needs: \w")
 NOT_OURS = ("pip", "git", "make", "docker")
@@ -90,22 +91,31 @@ def test_commands_and_their_options_exist(page, line):
 
 @pytest.fixture(scope="session")
 def outputs(tmp_path_factory):
-    """Runs a command once; where a page repeats it, what it wrote is brought there."""
+    """Runs a command once, and gives what it printed; where a page repeats it, what it wrote is brought there."""
     kept = tmp_path_factory.mktemp("outputs")
+    printed = {}
 
     def call(words, capsys):
         folder = Path(words[words.index("-o") + 1]) if "-o" in words else None
         store = kept / hashlib.sha256(repr(words).encode()).hexdigest()
         if store.exists():
             shutil.copytree(store, folder, dirs_exist_ok=True)
-            return
+            return printed[store]
         with pytest.raises(SystemExit) as stop:
             main(words)
-        assert stop.value.code == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"
+        printed[store], errors = capsys.readouterr()
+        assert stop.value.code == 0, f"{shlex.join(words)}\n{errors}"
         if folder is not None and words[0] in ("analyze", "compare", "intervene", "train") and "--plugin" not in words:
             shutil.copytree(folder, store)
+        return printed[store]
 
     return call
+
+
+def shape(text):
+    """The lines of an output with numbers and curves masked, and spaces taken as one: what another machine prints as well."""
+    masked = re.sub(r"[▁▂▃▄▅▆▇█ ]+", " ", re.sub(r"−?\d+(?:[.,]\d+)*", "0", text))
+    return [line.strip() for line in masked.splitlines() if line.strip()]
 
 
 def runnable():
@@ -114,10 +124,15 @@ def runnable():
 
 @pytest.mark.parametrize("page", runnable(), ids=lambda page: page.name)
 def test_a_page_runs_as_it_is_printed(page, tmp_path, monkeypatch, capsys, outputs):
-    """Block by block in one folder. A Python block that names its file is written there as well."""
+    """Block by block in one folder. A Python block that names its file is written there as well; a block of text is what the
+    command before it prints, or a part of it.
+    """
     monkeypatch.chdir(tmp_path)
-    names = {}
+    names, out = {}, ""
     for block in blocks(page):
+        if block.language == "text":
+            assert [line for line in shape(block.text) if line not in shape(out)] == []
+            continue
         if block.language == "python":
             ast.parse(block.text)
             if file := re.match(r"# (\w+\.py)\n", block.text):
@@ -127,7 +142,7 @@ def test_a_page_runs_as_it_is_printed(page, tmp_path, monkeypatch, capsys, outpu
             continue
         for line in lines(block.text) if block.runs else ():
             if (words := words_of(line)) is not None and not NEEDS.search(line):
-                outputs(words, capsys)
+                out = outputs(words, capsys)
 
 
 def test_no_mark_hides_a_command_that_could_be_run():
@@ -138,3 +153,16 @@ def test_no_mark_hides_a_command_that_could_be_run():
                 if words_of(line) and (mark := NEEDS.match(block.text) or NEEDS.search(line)):
                     long = re.search(r"needs: .*(minute|hours)", mark.string[mark.start() :].partition("\n")[0])
                     assert long or not ("bundled:" in line and "ours:" in line), f"{page.name}: {line}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob(".github/workflows/*.yml"), *ROOT.glob("docs/*.yml")]), ids=lambda path: path.name
+)
+def test_the_steps_of_a_workflow_name_options_and_targets_that_exist(path):
+    """The program's options, and the Makefile's targets; the service itself cannot be run here."""
+    jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+    steps = [line for job in jobs.values() for step in job["steps"] for line in lines(step.get("run", ""))]
+    assert steps
+    for line in steps:
+        if words_of(line) or line.startswith(NOT_OURS):
+            test_commands_and_their_options_exist(path.name, line)
