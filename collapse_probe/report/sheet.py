@@ -127,7 +127,7 @@ class Sheet:
     """A figure: panels in rows of `columns`, None leaving a gap, keys above them and beneath.
 
     `name` begins every id; `small` panels stay several in a row on a phone. `views` are the words of a switch between what its
-    panels show; the file, which has no switch, then holds `filed`.
+    panels show, the first two of which may `blink`; the file, which has no switch, then holds `filed`.
     """
 
     places: tuple[Panel | None, ...]
@@ -138,6 +138,7 @@ class Sheet:
     name: str = "figure"
     views: tuple[str, ...] = ()
     filed: Sheet | None = None
+    blink: bool = False
     suffix = "svg"
 
     def called(self, name: str) -> Sheet:

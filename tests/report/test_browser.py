@@ -142,10 +142,10 @@ def test_a_page_has_one_heading_no_violation_and_fits_a_phone(opened, name):
     page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert page.locator("h1").count() == 1
-    whole = {"exclude": [[".cells"]]}  # a thousand squares without a word
+    page.evaluate("document.querySelectorAll('svg').forEach(each => each.replaceChildren())")  # pictures, by their names alone
     for scheme, options in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):
         page.emulate_media(color_scheme=scheme)
-        found = axe.Axe().run(page, whole, options).response["violations"]
+        found = axe.Axe().run(page, None, options).response["violations"]
         assert [(each["id"], each["nodes"][0]["html"][:200]) for each in found if each["impact"] in SERIOUS] == []
 
 
@@ -180,7 +180,7 @@ def test_a_switch_shows_one_matrix_in_the_place_of_another_by_mouse_and_by_keybo
 
     figure.scroll_into_view_if_needed()
     before, first = place(), colour()
-    figure.locator(".switch").get_by_text("κ", exact=True).click()
+    figure.locator(".switch > label").get_by_text("κ", exact=True).click()
     assert place() == pytest.approx(before, abs=0.1)
     assert colour() != first
     assert figure.locator(".v2").is_visible()
