@@ -20,6 +20,9 @@ from docutils.utils.math.latex2mathml import tex2mathml
 
 from collapse_probe.metrics.metric import FAILURE_TYPES, Metric
 from collapse_probe.registry import FIXES, METRICS, PENALTIES, PRESETS
+from collapse_probe.results.citing.references import FIXES as OF_FIXES
+from collapse_probe.results.citing.references import METRICS as OF_METRICS
+from collapse_probe.results.citing.references import REFERENCES
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.results.glossary import GLOSSARY
 from collapse_probe.training.penalties.presets import PRESETS as PENALTY_PRESETS
@@ -207,6 +210,17 @@ def notebook_page(names: list[str]) -> str:
     return f"# Notebooks\n\nThey need no network, and lie in `notebooks/`.\n\n{body}\n"
 
 
+def reference_page() -> str:
+    """The publications, what here follows each, and their BibTeX."""
+    parts = ["# References", "`collapse-probe cite DIR` prints those that a run used, with a paragraph on how it was measured."]
+    for each in REFERENCES:
+        users = named(name for table in (OF_METRICS, OF_FIXES) for name, keys in table.items() if each.key in keys)
+        link = f" [arXiv {each.arxiv}](https://arxiv.org/abs/{each.arxiv})" if each.arxiv else ""
+        parts += [f"## {each.short}", f"*{plain(each.title)}*.{link}", *([f"Here: {users}."] if users else [])]
+        parts.append(f"```bibtex\n{each.bibtex}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
 def sentence(text: str) -> str:
     """A line of a listing as a sentence."""
     return plain(text[:1].upper() + text[1:].rstrip(".") + ".")
@@ -246,6 +260,7 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "presets.md", preset_page()
     yield "commands.md", command_page()
     yield "glossary.md", glossary_page()
+    yield "references.md", reference_page()
 
 
 def write_pages(app: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from collapse_probe.metrics.metric import FAILURE_TYPES
 from collapse_probe.registry import FIXES, METRICS, PENALTIES, PRESETS
+from collapse_probe.results.citing.references import BY_KEY
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,3 +75,10 @@ def test_links_between_pages_lead_somewhere():
         for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith("reference/"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_papers_references_are_those_that_cite_prints():
+    entries = (ROOT / "paper.bib").read_text(encoding="utf-8").strip().split("\n\n")
+    assert all(entry == BY_KEY[re.match(r"@\w+\{(\w+),", entry)[1]].bibtex for entry in entries)
+    cited = set(re.findall(r"@(\w+)", (ROOT / "paper.md").read_text(encoding="utf-8")))
+    assert cited == {re.match(r"@\w+\{(\w+),", entry)[1] for entry in entries}
