@@ -48,9 +48,9 @@ class Stages(Progress):
         self.current, self.begun = name, now
         self.update(self.task, description=name, total=None, completed=0, detail="", refresh=True)
 
-    def counted(self, done: int, total: int | None) -> None:
-        """How far the phase under way is, in images."""
-        speed = done / max(time.perf_counter() - self.begun, 1e-9)
+    def counted(self, done: int, total: int | None, seconds: float) -> None:
+        """How far the work under way is, in images, after so many seconds."""
+        speed = done / max(seconds, 1e-9)
         left = "" if not total or not done else f", {max(total - done, 0) / max(speed, 1e-9):.0f} s left"
         of = f"{done:,}" if total is None else f"{done:,} of {total:,}"
         self.update(self.task, total=total, completed=done, detail=f"{of}, {speed:.1f}/s{left}")
@@ -165,11 +165,11 @@ class Talk:
             yield self._lines(total)
             return
         with self.stages(IMAGES):
-            stages = self.live
+            stages, start = self.live, time.perf_counter()
             if not isinstance(stages, Stages):  # a bar over several parts is shown, which counts for itself
                 yield lambda done, skipped: None
                 return
-            yield lambda done, skipped: stages.counted(done + skipped, total)
+            yield lambda done, skipped: stages.counted(done + skipped, total, time.perf_counter() - start)
 
     def _lines(self, total: int | None) -> Callable[[int, int], None]:
         start = last = time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
@@ -49,9 +49,25 @@ def command(output: str, quiet: bool, verbose: int) -> None:
         begin(WRITING)
         with new_folder(folder) as inside:
             write_demonstration(demonstration, inside, json.loads((FOLDER / "spread.json").read_text(encoding="utf-8")))
-    for title, sentences in chapters(demonstration).items():
-        click.echo("\n".join([title, *(f"  {sentence}" for sentence in sentences), ""]))
+    click.echo(told(chapters(demonstration)))
     click.echo(f"open this page in a browser: {(folder / PAGE).absolute().as_uri()}")
+
+
+def told(chapters: Mapping[str, Sequence[str]]) -> str:
+    """What the demonstration shows, as text."""
+    from collapse_probe.cli.summary import written
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    def draw(console: Console) -> None:
+        for title, sentences in chapters.items():
+            console.print(Text(title, style="bold"))
+            for sentence in sentences:
+                console.print(Padding(Text(sentence), (0, 0, 0, 2)))
+            console.print()
+
+    return written(draw) + "\n"
 
 
 WRITING = "figures and pages"

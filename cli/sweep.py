@@ -43,10 +43,7 @@ def command(quiet: bool, verbose: int, **flags: Any) -> None:
     Run again with the same folder: finished cells are kept, begun ones go on, failed ones are tried again. A
     cell that fails does not stop the others; the exit code is then 1.
     """
-    from collapse_probe.distributed import joined
-
-    with joined():
-        run(quiet=quiet, **flags)
+    options.across_processes(run)(quiet=quiet, **flags)
 
 
 def run(
@@ -66,43 +63,49 @@ def run(
     **flags: Any,
 ) -> None:
     """Sweep, write the page, print the answer; exit with FAILED where a cell failed."""
-    options.load_libraries()
     from collapse_probe.cli.console import Talk
-    from collapse_probe.cli.options import command_line
     from collapse_probe.cli.output import keep, of_sweep, prepare, tell
 
-    from collapse_probe.distributed import rank_and_world
-    from collapse_probe.registry import RECIPES
-    from collapse_probe.training.sweep import sweep
+    from collapse_probe.phases import CELLS, LOAD, PAGE
 
     talk, vary = Talk(quiet), varied(words, seeds)
-    named = RECIPES[recipe]()
-    changes |= {} if steps is None else {"steps": steps}
-    changes |= {"amp": amp_dtype} if amp else {}
-    first = rank_and_world()[0] == 0
+    with talk.stages(LOAD, CELLS, *([] if no_page else [PAGE])):
+        options.load_libraries()
+        from collapse_probe.distributed import rank_and_world
+        from collapse_probe.registry import RECIPES
+        from collapse_probe.training.sweep import sweep
+
+        named = RECIPES[recipe]()
+        changes |= {} if steps is None else {"steps": steps}
+        changes |= {"amp": amp_dtype} if amp else {}
+        first = rank_and_world()[0] == 0
+        folder = Path(output or Path("sweeps") / named.name)
+        if not dry_run:
+            prepare(folder, quiet)
+            talk.begin(CELLS)
+            try:
+                result = sweep(
+                    named,
+                    vary,
+                    folder,
+                    seeds=seeds,
+                    changes=changes,
+                    watch=lambda total: talk.bar(total),
+                    report=talk.say,
+                    command=options.command_line(),
+                    **flags,
+                )
+            except KeyboardInterrupt:
+                click.echo(f"interrupted; the same command with -o {folder} goes on", err=True)
+                raise click.exceptions.Exit(INTERRUPTED) from None
+            if first:
+                talk.begin(PAGE)
+                keep(result, folder, no_page)
     if dry_run:
         if first:
             click.echo(forecasts(named, vary, seeds, changes, flags["device"]))
         return
-    folder = Path(output or Path("sweeps") / named.name)
-    prepare(folder, quiet)
-    try:
-        result = sweep(
-            named,
-            vary,
-            folder,
-            seeds=seeds,
-            changes=changes,
-            watch=lambda total: talk.bar(total),
-            report=talk.say,
-            command=command_line(),
-            **flags,
-        )
-    except KeyboardInterrupt:
-        click.echo(f"interrupted; the same command with -o {folder} goes on", err=True)
-        raise click.exceptions.Exit(INTERRUPTED) from None
     if first:
-        keep(result, folder, no_page)
         tell(result, folder, answer_text(result), of_sweep(result), as_json, no_page)
     if result.failed:
         cell = result.failed[0]
@@ -128,12 +131,24 @@ def varied(words: Sequence[str], seeds: int) -> dict[str, list[Any]]:
 
 def answer_text(result: Any) -> str:
     """The answers and the caveats as text."""
+    from collapse_probe.cli.summary import sentences, written
+    from rich.console import Console
+    from rich.text import Text
+
     from collapse_probe.report.sweep.verdict import caveats, headline, verdicts
 
-    lines: list[str] = [headline(result), ""]
-    for verdict in verdicts(result):
-        lines += [*([f"{verdict.label}:"] if verdict.label else []), *verdict.sentences, ""]
-    return "\n".join([*lines, *(f"Note: {caveat}" for caveat in caveats(result))])
+    def draw(console: Console) -> None:
+        sentences(console, [headline(result)])
+        for verdict in verdicts(result):
+            console.print()
+            if verdict.label:
+                console.print(Text(f"{verdict.label}:"))
+            for sentence in verdict.sentences:
+                console.print(Text(sentence))
+        console.print()
+        sentences(console, (), caveats(result))
+
+    return written(draw)
 
 
 def forecasts(recipe: Any, vary: dict[str, list[Any]], seeds: int, changes: dict[str, Any], device: str) -> str:

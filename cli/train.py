@@ -80,10 +80,7 @@ def command(quiet: bool, verbose: int, **flags: Any) -> None:
     Writes model.safetensors, which `analyze -m` and `compare` read, with training.json, checkpoints and
     TensorBoard logs. Works under torchrun and accelerate launch.
     """
-    from collapse_probe.distributed import joined
-
-    with joined():
-        run(quiet=quiet, **flags)
+    options.across_processes(run)(quiet=quiet, **flags)
 
 
 def run(
@@ -107,6 +104,7 @@ def run(
     from collapse_probe.distributed import rank_and_world
     from collapse_probe.errors import SettingError
     from collapse_probe.files import check_writable
+    from collapse_probe.phases import TRAINING
     from collapse_probe.training.trainer import train
 
     changed = changed_recipe(recipe, **flags)
@@ -121,7 +119,7 @@ def run(
     talk = Talk(quiet)
     talk.say(f"recipe {changed.name} on {address}, into {folder}")
     try:
-        with talk.bar(None if changed.steps is None else changed.steps * changed.batch_size) as progress:
+        with talk.stages(TRAINING), talk.bar(None if changed.steps is None else changed.steps * changed.batch_size) as progress:
             trained = train(
                 changed,
                 address,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 LOAD, PROBE, WEIGHTS, IMAGES, UNTRAINED = "load", "probe", "weights", "images", "untrained copy"
 REPLACED, PAGE = "maps replaced", "page"
+TRAINING, CELLS = "training", "cells"
 
 
 class Phase(str):
