@@ -54,6 +54,7 @@ SAID: Mapping[str, tuple[Tone, str, str]] = {
 }
 """Badge and sentence of the first row by the case of the verdict, where attention has not collapsed."""
 CLOSEST = 3  # pairs of blocks that are named
+LEAST = 0.01  # a κ below it is no agreement worth a name
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,12 @@ def headline(findings: Findings, answers: list[Row], verdict: Verdict) -> str:
     return open_answers.get(first.word, "Undecided whether attention has collapsed")
 
 
-def closest(findings: Findings) -> list[str]:
+def closest(findings: Findings) -> str:
     """The pairs of adjacent blocks that agree most beyond chance, highest first, by name and with their intervals."""
     result = result_of(findings, "attention-similarity")
     kappa = None if result is None else null_of(result, "kappa")
     if result is None or kappa is None:
-        return []
+        return ""
     values, ends = adjacent(result, kappa), null_ci95(result, "kappa")
     around = None if ends is None else adjacent(result, ends)
     order = [at for at in np.argsort(-np.nan_to_num(values, nan=-np.inf)).tolist() if np.isfinite(values[at])][:CLOSEST]
@@ -113,7 +114,9 @@ def closest(findings: Findings) -> list[str]:
     for at in order:
         sure = "" if around is None or not np.isfinite(around[at]).all() else f", 95 % CI {interval(around[at])}"
         said.append(f"block {at + 1} with block {at}: κ {number(values[at])}{sure}")
-    return said
+    if order and values[order[0]] < LEAST:
+        return f"No adjacent blocks agree beyond chance: the largest κ is {number(values[order[0]])}."
+    return f"Closest adjacent blocks: {'; '.join(said)}." if said else ""
 
 
 def _outcomes(findings: Findings) -> dict[str, Mapping[str, Any]]:
@@ -163,7 +166,9 @@ def _depth_said(findings: Findings, verdict: Verdict, compared: int) -> tuple[To
         return "bad", "collapsed", f"In {shared} of {pairs} a block attends like the one before, beyond chance."
     if (findings.data.get("images") or 0) < FEWEST_IMAGES and verdict.case == "undecided":
         return "unsure", "too few images", f"{_images(findings)} are too few to tell; at least {FEWEST_IMAGES} are needed."
-    return SAID.get(verdict.case, ("unsure", "undecided", "Too close to call: the interval includes the limit in some pairs."))
+    return SAID.get(
+        verdict.case, ("unsure", "undecided", "Some adjacent pairs are too close to call; the reasons stand below.")
+    )
 
 
 def _tokens(findings: Findings, outcomes: Mapping[str, Mapping[str, Any]]) -> Row:
@@ -184,6 +189,8 @@ def _tokens(findings: Findings, outcomes: Mapping[str, Mapping[str, Any]]) -> Ro
         tone, word = "unsure", "less than untrained"
         sentence = "Patches still differ, but less than half as much as in the untrained copy."
     fresh = null_of(result, "untrained")
+    if tone == "bad" and fresh is not None and fresh[-1] < limit:
+        sentence = "After the last block the patches of an image are nearly parallel; so they are in the untrained copy."
     against = (
         "" if fresh is None or not np.isfinite(fresh[-1]) else f"Untrained copy {number(fresh[-1])}; 0 means all patches alike."
     )
