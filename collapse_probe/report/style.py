@@ -120,9 +120,16 @@ class Chart:
     @property
     def label(self) -> str:
         """What it shows, in words."""
-        title, lines = self.axes.get_title(loc="left"), dict.fromkeys(self.axes.get_legend_handles_labels()[1])
+        title = self.axes.get_title(loc="left")
         about = f"{title or self.axes.get_ylabel()} along {self.axes.get_xlabel()}".replace("\n", " ").strip()
-        return f"{about}: {', '.join(lines)}" if lines else about
+        ends: dict[str, list[float]] = {}
+        for line in self.axes.get_lines():
+            values = np.ma.filled(np.ma.asarray(line.get_ydata(), dtype=np.float64), np.nan)
+            if not str(line.get_label()).startswith("_"):
+                ends.setdefault(str(line.get_label()), []).extend(values[np.isfinite(values)].tolist())
+        said = [name if not each else f"{name} from {_said(min(each))} to {_said(max(each))}" for name, each in ends.items()]
+        others = [name for name in dict.fromkeys(self.axes.get_legend_handles_labels()[1]) if name not in ends]
+        return f"{about}: {', '.join([*said, *others])}" if said or others else about
 
     @property
     def data(self) -> str:
@@ -157,6 +164,10 @@ class Chart:
             svg.print_svg(buffer, metadata={"Date": None, "Creator": None})
             self.figure.set_canvas(canvas)
         return _lean(buffer.getvalue(), name)
+
+
+def _said(value: float) -> str:
+    return f"{value:.3g}".replace("-", "−")
 
 
 def _few(values: Array) -> list[float | None]:

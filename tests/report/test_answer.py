@@ -141,10 +141,8 @@ def test_the_closest_blocks_are_named_with_their_intervals():
     nulls = replace(reading.nulls, values={**reading.nulls.values, "kappa": kappa}, kappa_ci95=None)
     changed = replace(reading, nulls=nulls)
     said = closest(replace(findings, metrics={**findings.metrics, "attention-similarity": changed}))
-    assert (
-        said
-        == "Closest adjacent blocks: block 2 with block 1: κ 0.700; block 5 with block 4: κ 0.400; block 1 with block 0: κ 0.200."
-    )
+    named = ["block 2 with block 1: κ 0.700", "block 5 with block 4: κ 0.400", "block 1 with block 0: κ 0.200"]
+    assert said == f"Closest adjacent blocks: {'; '.join(named)}."
     tiny = replace(changed, nulls=replace(changed.nulls, values={**changed.nulls.values, "kappa": kappa / 1000}))
     said = closest(replace(findings, metrics={**findings.metrics, "attention-similarity": tiny}))
     assert said == "No adjacent blocks agree beyond chance: the largest κ is 0.001."
