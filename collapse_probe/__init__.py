@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from collapse_probe.analysis.merge import merge
     from collapse_probe.analysis.probe import Probe
     from collapse_probe.capture.capture import record as record
+    from collapse_probe.results.comparison import Comparison
     from collapse_probe.results.findings import Findings
+    from collapse_probe.results.intervention import Interventions
+    from collapse_probe.results.sweep import Sweep
     from collapse_probe.training.monitor import Monitor
     from collapse_probe.training.sweep import sweep
 
@@ -22,13 +25,30 @@ _HOMES = {
     "compare": "analysis.compare",
     "record": "capture.capture",
     "Findings": "results.findings",
+    "Comparison": "results.comparison",
+    "Interventions": "results.intervention",
+    "Sweep": "results.sweep",
     "Monitor": "training.monitor",
     "intervene": "analysis.intervene",
     "Probe": "analysis.probe",
     "merge": "analysis.merge",
     "sweep": "training.sweep",
 }
-__all__ = ["Findings", "Monitor", "Probe", "__version__", "analyze", "compare", "intervene", "merge", "record", "sweep"]
+__all__ = [
+    "Comparison",
+    "Findings",
+    "Interventions",
+    "Monitor",
+    "Probe",
+    "Sweep",
+    "__version__",
+    "analyze",
+    "compare",
+    "intervene",
+    "merge",
+    "record",
+    "sweep",
+]
 
 
 def __getattr__(name: str) -> Any:  # loaded on first use, so that the import stays light
