@@ -23,3 +23,5 @@ myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 4
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+default_role = "code"  # what docstrings put in single backquotes
+maximum_signature_line_length = 100
