@@ -26,6 +26,7 @@ COMMANDS = {
     "sweep": "Train and measure a recipe over a grid of depths, widths, fixes and seeds: one table, one page.",
     "intervene": "Say what the attention of each block is worth: replace its map, report the change in logits and accuracy.",
     "merge": "Add the parts of one measurement, or take what a stopped run left: findings and page.",
+    "gallery": "Measure every model of a list on the same images: a page each, and one table over all.",
     "cite": "Print a methods paragraph, and BibTeX of what a findings folder used.",
     "report": "Rebuild figures and page from a findings folder.",
     "doctor": "Say whether a model can be probed, block by block.",

@@ -56,6 +56,10 @@ def open_results(folder: str | Path) -> Any:
         from collapse_probe.results.sweep import Sweep
 
         return Sweep.load(folder)
+    if (folder / "gallery.json").exists():
+        from collapse_probe.results.survey import Survey
+
+        return Survey.load(folder)
     from collapse_probe.results.findings import Findings
 
     return Findings.load(folder)

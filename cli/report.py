@@ -28,7 +28,7 @@ def command(folder: str, figures: str | None, size: str | None, quiet: bool, ver
 
     from collapse_probe.display import draw_page
     from collapse_probe.errors import CollapseProbeError, OutputError
-    from collapse_probe.files import PAGE, changed_since, page_folder
+    from collapse_probe.files import INDEX, PAGE, changed_since, page_folder
 
     say_tidied(folder, quiet)
     place = Path(folder)
@@ -45,7 +45,7 @@ def command(folder: str, figures: str | None, size: str | None, quiet: bool, ver
         except Exception as error:
             why = f"the page of {folder} cannot be drawn from its numbers ({type(error).__name__}: {error})"
             raise OutputError(f"{why}; {changed_since(place)}") from error
-    click.echo(f"report: {place / PAGE}")
+    click.echo(f"report: {place / (INDEX if (place / INDEX).exists() else PAGE)}")
     if written:
         names = ", ".join(path.stem for path in written[::2])
         click.echo(f"figures: {names} in {place / 'figures' / written[0].parent.name}, each with its numbers (CSV)")

@@ -20,6 +20,7 @@ PAGES = {  # by the class of a result: the package of its page, and what writes 
     "Comparison": ("comparison", "write_comparison"),
     "Interventions": ("intervention", "write_interventions"),
     "Sweep": ("sweep", "write_sweep"),
+    "Survey": ("survey", "write_survey"),
 }
 
 

@@ -29,9 +29,10 @@ MANIFEST, INCOMING = "manifest.json", ".incoming"
 STATES = ".state"
 """Where a run keeps its state while it is under way."""
 MANIFEST_SCHEMA = "collapse-probe/manifest/1"
-DOCUMENTS = ("findings.json", "comparison.json", "interventions.json", "sweep.json")
-PAGE, FIGURE_FOLDER, SUBJECT_FOLDER, MADE_BY = "report.html", "figures", "subjects", "collapse-probe"
-ARRAYS, TABLES = ("images.npz", "gallery.npz"), ("blocks.csv", "comparison.csv", "interventions.csv", "table.csv")
+DOCUMENTS = ("findings.json", "comparison.json", "interventions.json", "sweep.json", "gallery.json")
+PAGE, INDEX, FIGURE_FOLDER, SUBJECT_FOLDER, MADE_BY = "report.html", "index.html", "figures", "subjects", "collapse-probe"
+ARRAYS = ("images.npz", "gallery.npz")
+TABLES = ("blocks.csv", "comparison.csv", "interventions.csv", "table.csv", "gallery.csv")
 NAMES = (*DOCUMENTS, *ARRAYS, *TABLES, "matrices.npz", PAGE, MANIFEST)
 TEMPORARY = re.compile(r".*\.tmp-(\d+)-(.*)-[^-]+")
 
@@ -75,8 +76,7 @@ def read_document(
     settle(folder)
     path = Path(folder) / file
     try:
-        text = path.read_text(encoding="utf-8")
-        content: Any = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        content: Any = json.loads(path.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
     except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"{folder} {refusal} ({error}); expected {file} as {command} writes it") from error
     if not isinstance(content, dict) or content.get("schema") != schema:
@@ -104,8 +104,8 @@ def _finite(text: str) -> float:
 
 def write_document(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content`, of JSON types alone, for `read_document`; ValueError for NaN and infinity. Raises OutputError."""
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items())
-    write_whole(path, lambda stream: stream.write(f"{{\n{lines}\n}}\n".encode()))  # indentation takes ten times as long
+    parts = ",\n".join(f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items())
+    write_whole(path, lambda stream: stream.write(f"{{\n{parts}\n}}\n".encode()))  # indentation takes ten times as long
 
 
 class Numbers(ABC):

@@ -203,6 +203,7 @@ FLAGS = {
     "intervene": f"{MODEL} {GIVEN} {RUN} --recalibrate-bn --replace --blocks {SAVED} {KEPT}".replace(
         " --metric --null-images", ""
     ),
+    "gallery": f"--data --split --limit --max-pixels {RUN} --null-images -o --output {PLUGIN}",
     "merge": f"--allow-missing --device {KEPT}",
     "report": f"--figures --style {TALK}",
     "cite": TALK,
