@@ -14,8 +14,8 @@ import numpy as np
 from collapse_probe.display import Shown
 from collapse_probe.errors import OutputError
 from collapse_probe.files import read_document, write_document
-from collapse_probe.results import checks
 from collapse_probe.results.findings import plain
+from collapse_probe.results.stored import checks
 from collapse_probe.statistics.intervals import interval
 
 if TYPE_CHECKING:

@@ -1,1 +1,1 @@
-"""The arrays that lie beside findings.json."""
+"""What lies beside findings.json, and the checks that stored documents go through."""
