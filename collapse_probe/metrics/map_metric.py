@@ -20,7 +20,7 @@ from collapse_probe.statistics.intervals import Array
 
 BY_ROWS = Variant({"axis": "row"}, "by rows: where one query looks")
 CENTRED = Variant({"centred": True}, "centred: each vector's mean taken off")
-OF_PROBS = Variant({"point": "probs"}, "of the softmax (probs)")
+OF_PROBS = Variant({"point": "probs"}, "softmax map")
 WITHOUT_PREFIX = Variant({"prefix": False}, "without prefix tokens")
 RowValues = Callable[[Trace, MapTile], Tensor]
 """Takes a tile with whole rows; gives a value for each of its queries, [b, h, L, R], NaN where it is undefined."""

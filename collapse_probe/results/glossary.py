@@ -40,7 +40,7 @@ GLOSSARY = (
     ),
     Term(
         "untrained copy",
-        "The same architecture with fresh random parameters, measured on the same images in the same run. What it shows as "
+        "The same architecture with fresh parameters drawn at random, measured on the same images in the same run. What it shows as "
         "well comes with the architecture, not with training.",
         ("untrained copies",),
     ),

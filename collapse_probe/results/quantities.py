@@ -29,7 +29,7 @@ ONE_SIDE = "the interval is that of the similarity alone"
 TAIL = 0.025
 """What an interval may miss at each end; over all pairs of blocks together, where a rule is about pairs."""
 LOWEST = 0.99
-ONE_SET = "decided by its value: a model has one set of weights, which is no sample"
+ONE_SET = "decided by its value: a model has one set of parameters, which is no sample"
 TWIN_EXACT = "the copy's own sampling error is not counted"
 
 

@@ -136,7 +136,7 @@ RULES = (
     Rule(
         "mostly-explained",
         "attention-similarity",
-        "share of the neighbouring pairs of blocks whose high raw similarity the nulls explain",
+        "share of the neighbouring pairs of blocks whose high raw similarity the chance levels explain",
         "raw similarity is high in most pairs of blocks, but no more than chance would give",
         "Anything about the other pairs.",
         0.5,
@@ -242,15 +242,15 @@ RULES = (
     _fact(
         "untrained",
         "",
-        "1 where the model's weights are random, else 0",
+        "1 where the model's parameters are random, else 0",
         "the model is untrained: these numbers describe its architecture and initialisation, not anything learned",
         "What training would change.",
     ),
     _fact(
         "loaded-in-part",
         "",
-        "1 where blocks hold weights that are not the checkpoint's, else 0",
-        "the checkpoint lacks weights of some blocks: theirs are from elsewhere",
+        "1 where blocks hold parameters that are not the checkpoint's, else 0",
+        "the checkpoint lacks parameters of some blocks: theirs are from elsewhere",
         "That the other blocks work as they did in the model that was saved.",
     ),
     _fact(

@@ -21,7 +21,7 @@ ROUNDING = 1e-5
 """Cosines are taken in float32: a mean difference of no more than this is not told from its rounding, however many images."""
 TEST = "paired t over images, guarded against skewness, one-sided"
 ASSUMPTION = (
-    "The test is of one set of weights: whether the mean similarity of the right tokens is above that of the wrong ones over "
+    "The test is of one set of parameters: whether the mean similarity of the same tokens is above that of other ones over "
     "all images like these, of which the measured ones are an independent sample. A significant pair is more alike than "
     "chance, however little (κ says how much), and pairs of untrained networks pass as well: what counts is how many more "
     "pass than in the untrained copy, on as many images, for more images find smaller differences. From 16 images on the test "

@@ -164,7 +164,7 @@ def test_a_block_that_was_not_heard_is_said_first_and_has_no_neighbours(monkeypa
     text = answer(found)
     assert text.startswith(first)
     assert f"Left out: blocks.1: {NOT_HEARD}" in text
-    assert f"<code>blocks.1</code> (block 1): {NOT_HEARD}" in render(found)
+    assert f"<code><bdi>blocks.1</bdi></code> (block 1): {NOT_HEARD}" in render(found)
 
 
 def test_without_any_neighbours_depth_is_not_judged(monkeypatch):

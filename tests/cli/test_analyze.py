@@ -35,15 +35,9 @@ def test_analyze_writes_the_whole_folder(run, photos, tmp_path):
     code, out, err = analyze(run, photos, "-o", "out", "-b", "4")
     assert code == 0
     names = {str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file()}
-    assert {
-        "findings.json",
-        "blocks.csv",
-        "matrices.npz",
-        "images.npz",
-        "report.html",
-        "figures/attention-gallery.jpg",
-    } <= names
+    assert {"findings.json", "blocks.csv", "matrices.npz", "images.npz", "gallery.npz", "report.html"} <= names
     assert "figures/attention-similarity.svg" in names
+    assert "Where each block looks is not drawn" in Path("out/report.html").read_text()  # fresh parameters, uniform maps
     assert out.splitlines()[0].endswith(".")
     assert "\nraw similarity  " in out
     assert "weights random (seed 0)" in err

@@ -52,6 +52,16 @@ def test_attention_across_depth_is_answered_by_the_verdict(raw, chance, tone, sa
     assert "untrained copy 0.9" in first.against
 
 
+def test_blocks_that_share_their_parameters_are_alike_by_construction():
+    findings = with_pairs(0.9, 0.1)
+    tied = replace(findings, model={**findings.model, "shares_weights": [True, True, True]})
+    first = rows(tied, judge(findings))[0]
+    assert (first.tone, first.word) == ("bad", "collapsed by construction")
+    assert first.sentence == "In 3 of 3 adjacent pairs both blocks have the same parameters, and attend alike by construction."
+    one_of_its_own = replace(findings, model={**findings.model, "shares_weights": [True, False, True]})
+    assert rows(one_of_its_own, judge(findings))[0].word == "collapsed"
+
+
 def test_the_headline_names_what_has_collapsed_and_nothing_else():
     bad, good = with_pairs(0.9, 0.1), with_pairs(0.3, 0.29)
     assert headline(bad, rows(bad, judge(bad)), judge(bad)) == "Collapse: attention across depth"

@@ -158,9 +158,13 @@ def _depth(findings: Findings, verdict: Verdict) -> Row:
 
 def _depth_said(findings: Findings, verdict: Verdict, compared: int) -> tuple[Tone, str, str]:
     """Badge and sentence of the first row."""
-    shared = sum(kind in ("shared", "shared-row", "same-row", "other-order") for kind in verdict.pairs)
-    pairs = f"{compared} adjacent pairs"
+    at = [i for i, kind in enumerate(verdict.pairs) if kind in ("shared", "shared-row", "same-row", "other-order")]
+    shared, pairs = len(at), f"{compared} adjacent pairs"
+    tied = set(np.flatnonzero(findings.model.get("shares_weights") or ()))
     if verdict.collapsed:
+        if at and tied.issuperset(at):
+            same = f"In {shared} of {pairs} both blocks have the same parameters, and attend alike by construction."
+            return "bad", "collapsed by construction", same
         if verdict.case == "query-independent":
             return "bad", "collapsed", f"In {shared} of {pairs} every query attends with the same row as in the block before."
         return "bad", "collapsed", f"In {shared} of {pairs} a block attends like the one before, beyond chance."
@@ -220,7 +224,7 @@ def _entropy(findings: Findings, outcomes: Mapping[str, Mapping[str, Any]]) -> R
     word = "no collapse, nearly uniform" if uniform and tone == "good" else word
     against = "" if share.untrained is None else f"Untrained copy {number(mean(share.untrained), 2)}; 1 is uniform attention."
     ends = entropy_ends(findings)
-    return Row(title, tone, word, f"{number(average, 2)} of {share.unit}", sentence, _sure(findings, ends), against)
+    return Row(title, tone, word, f"{number(average, 2)} of uniform", sentence, _sure(findings, ends), against)
 
 
 def _answered(answer: Any, yes: str, no: str, unsure: str, findings: Findings) -> tuple[Tone, str, str]:

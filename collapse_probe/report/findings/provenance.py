@@ -25,6 +25,9 @@ FIRST = {
 OF_IMAGES = ("batch_size", "images_per_second", "tile_bytes", "until_ci")  # facts of a run that mean nothing without images
 SAID_ABOVE = ("adjacent", "places", "uncompared", "left_out")  # facts of a model that the page tells beside its numbers
 LABELS = {
+    "weights": "parameters are",
+    "parameters": "number of parameters",
+    "shares_weights": "shares parameters",
     "self_check": "self-check, worst error",
     "names_sha256": "names, SHA-256",
     "checkpoint_sha256": "checkpoint, SHA-256",
@@ -54,6 +57,8 @@ def _metric(result: MetricResult) -> list[tuple[str, str]]:
     facts += [("taken at", POINTS.get(result.point, result.point))] if result.point else []
     facts += [("numbers are", result.covers)] if result.covers else []
     for key, value in {**result.settings, **result.details}.items():
+        if key == "point" and result.point:
+            continue  # said above
         text = f"{' × '.join(map(str, np.shape(value)))} numbers, in findings.json" if np.ndim(value) > 1 else plain(value)
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
             text = f"a table of {len(value)} rows, in findings.json"
