@@ -11,6 +11,7 @@ import hashlib
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ TESTED_ELSEWHERE = {"scaling.md": "tests/analysis/test_scaling_examples.py"}  # 
 BLOCK = re.compile(r"^```(bash|python|text)\n(.*?)^```", re.M | re.S)
 INLINE = re.compile(r"`((?:torchrun .+? -m collapse_probe|srun .*?collapse-probe|collapse-probe) [^`]+)`")
 NEEDS = re.compile(r"# needs: \w")
-NOT_OURS = ("pip", "git", "make", "docker")
+NOT_OURS = ("pip", "git", "make", "docker", "printf")
 
 
 class Block(NamedTuple):
@@ -141,7 +142,9 @@ def test_a_page_runs_as_it_is_printed(page, tmp_path, monkeypatch, capsys, outpu
                 exec(compile(block.text, page.name, "exec"), names)
             continue
         for line in lines(block.text) if block.runs else ():
-            if (words := words_of(line)) is not None and not NEEDS.search(line):
+            if line.startswith("printf"):
+                subprocess.run(line, shell=True, check=True)
+            elif (words := words_of(line)) is not None and not NEEDS.search(line):
                 out = outputs(words, capsys)
 
 
