@@ -40,8 +40,8 @@ GLOSSARY = (
     ),
     Term(
         "untrained copy",
-        "The same architecture with fresh parameters drawn at random, measured on the same images in the same run. What it shows "
-        "as well comes with the architecture, not with training.",
+        "The same architecture with fresh parameters drawn at random, measured on the same images in the same run. What it "
+        "shows as well comes with the architecture, not with training.",
         ("untrained copies",),
     ),
     Term(
