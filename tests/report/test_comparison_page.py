@@ -18,6 +18,8 @@ from collapse_probe.report.comparison.figures import FIGURES, difference_scale, 
 from collapse_probe.report.comparison.page import paired, render, subjects, write_comparison
 from collapse_probe.report.style import evenly_spaced
 from collapse_probe.results.comparison import Comparison
+from collapse_probe.results.rules import FALSE_DISCOVERY_RATE
+from collapse_probe.results.text import number
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +69,17 @@ def test_drawn_twice_it_is_the_same(mixed):
 
 
 def test_all_subjects_share_one_scale(mixed):
-    for name in ("matrices", "probs-and-weights"):
-        raw = [panel.scale for panel in FIGURES[name].draw(mixed).panels if "κ" not in panel.title]
-        assert len(raw) >= 2
-        assert len(set(raw)) == 1
+    raw, kappa = FIGURES["matrices"].draw(mixed).panels
+    for place in (raw, kappa):
+        first, second, difference = place.maps
+        assert first.scale == second.scale
+        np.testing.assert_array_equal(difference.values, second.values - first.values)
+        assert (difference.scale.low, difference.scale.high) == (-difference.scale.high, difference.scale.high)
+        assert np.nanmax(np.abs(difference.values)) <= difference.scale.high
+        assert [*first.beside] == [second.title.rpartition(": ")[0], difference.title.rpartition(": ")[0]]
+    panels = FIGURES["probs-and-weights"].draw(mixed).panels
+    assert len(panels) >= 2
+    assert len({panel.scale for panel in panels}) == 1
 
 
 @pytest.mark.parametrize(("reach", "limit"), [(0.0, 0.02), (0.019, 0.02), (0.021, 0.05), (0.7, 1.0), (1.9, 2.0)])
@@ -87,12 +96,13 @@ def test_adjacent_curves_do_not_make_much_of_tiny_differences(mixed):
     assert kappa.get_ylim()[1] >= 1.0
 
 
-def test_other_depths_leave_the_difference_map_out():
+def test_other_depths_have_a_place_of_their_own_and_no_difference():
     rng = np.random.default_rng(0)
     one, other = findings_of(*rng.uniform(0.2, 0.8, (2, 6, 3))), findings_of(*rng.uniform(0.2, 0.8, (2, 6, 5)))
     found = compare({"short": one, "long": other})
     figures = draw_all(found)
-    assert "difference-maps" not in figures
+    assert [type(panel).__name__ for panel in figures["matrices"].panels] == ["Heatmap"] * 4
+    assert not figures["matrices"].views
     assert {"matrices", "adjacent"} <= set(figures)
     assert "cannot be paired" in render(found)
 
@@ -107,7 +117,13 @@ def test_the_page_stands_alone_and_starts_with_the_answer(mixed, tmp_path):
     page = write_comparison(mixed, tmp_path).read_text(encoding="utf-8")
     assert not re.search(r'(?:src|href|srcset)="(?!data:|#)', page)
     assert page.count("<script") == 1
-    assert page.index("exists without any training") < page.index("<h2>")
+    assert page.count("<h1>") == 1
+    assert (
+        page.index("<h1>")
+        < page.index('aria-label="the subjects"')
+        < page.index("exists without any training")
+        < page.index("<h2>Pictures")
+    )
     assert "&lt;plain&gt; &amp; simple" in page
     assert "<plain>" not in page
     assert page.count("<figure ") == len(FIGURES) - 2
@@ -120,14 +136,15 @@ def test_the_page_stands_alone_and_starts_with_the_answer(mixed, tmp_path):
 def test_the_page_of_a_training(course):
     page = render(course)
     assert "From epoch-0 to epoch-4, over 5 checkpoints" in page
-    assert "epoch-4 (second) against epoch-0 (first)" in page
-    assert "epoch-2 (second)" not in page
+    assert "<bdi>epoch-4</bdi> against <bdi>epoch-0</bdi>" in page
+    assert "<bdi>epoch-2</bdi> against" not in page
+    assert "<h1>5 checkpoints of one training</h1>" in page
 
 
 def test_the_table_of_subjects_stands_upright_for_few_and_leaves_out_what_nobody_has(mixed, course):
     few, many = subjects(mixed), subjects(course)
     assert few.header == ("subject", "<plain> & simple", "re-attention")
-    assert [row[0] for row in few.rows][:3] == ["weights", "blocks", "parameters"]
+    assert [row[0] for row in few.rows][:3] == ["attention across depth", "κ, 95 % CI", "raw similarity"]
     assert "accuracy" not in [row[0] for row in few.rows]
     assert any("BatchNorm" in note for note in few.notes)
     assert many.header[0] == "subject"
@@ -135,12 +152,21 @@ def test_the_table_of_subjects_stands_upright_for_few_and_leaves_out_what_nobody
     assert "GFLOPs" not in many.header
 
 
-def test_the_table_of_a_pair_holds_every_number(mixed):
-    tables = {table.title: table for table in paired(mixed.pairs[0])}
-    kappa = tables["attention-similarity/kappa"]
-    assert [row[0] for row in kappa.rows] == ["1", "2", "mean"]
-    assert all(len(row) == len(kappa.header) for row in kappa.rows)
-    assert "counts of similar blocks" in tables
+def test_three_tables_of_a_pair_hold_every_quantity_and_mark_what_differs(mixed):
+    pair = mixed.pairs[0]
+    tables = {table.title: table for table in paired(pair)}
+    along = f"{pair.second} − {pair.first}, by "
+    assert list(tables) == ["Means over blocks", "Counts of similar blocks", f"{along}block", f"{along}depth"]
+    assert {row[0] for row in tables["Means over blocks"].rows} == set(pair.differences)
+    assert tables["Means over blocks"].rows[0][0] == "attention-similarity/kappa"
+    blocks = tables[f"{along}block"]
+    assert all(len(row) == len(table.header) for table in tables.values() for row in table.rows)
+    assert [row[0] for row in blocks.rows] == ["0", "1", "2"]
+    column = blocks.header.index("attention-similarity")
+    paired_raw = pair.differences["attention-similarity"].paired
+    assert [row[column] for row in blocks.rows] == ["–", *(number(value) for value in paired_raw.difference)]
+    marked = {row for row, at in blocks.marked if at == column}
+    assert marked == {1 + at for at, q in enumerate(paired_raw.q) if q <= FALSE_DISCOVERY_RATE}
 
 
 def test_findings_without_anything_to_draw_still_make_a_page():

@@ -51,7 +51,7 @@ MOST_TICKS = 12
 NULL_LINES = {"other_token": (0, (1.2, 1.2)), "untrained": (0, (5, 2))}
 NULL_NAMES = {"other_token": "its chance level", "untrained": "its untrained copy"}
 CORRECTED = Role(f"corrected: κ > {KAPPA_ABOVE:g}", "#d55e00", marker="s", width=2.0)
-AT_SOFTMAX = Role("at the softmax (probs)", "#01855f", (0, (4, 1.5)), marker="^")
+AT_SOFTMAX = Role("raw similarity of the softmax map", "#01855f", (0, (4, 1.5)), marker="^")
 OVER_BLOCKS = {  # title, unit, what it runs along
     "head-similarity": ("between heads of one block", "cosine", "block"),
     "image-similarity": ("between images", "cosine", "block"),
@@ -61,7 +61,7 @@ OVER_BLOCKS = {  # title, unit, what it runs along
 DIFFERENCES = {
     RAW: "raw similarity with the block before",
     RAW + KAPPA: "κ of that similarity",
-    RAW + PROBS: "raw similarity at the softmax (probs)",
+    RAW + PROBS: "raw similarity of the softmax map",
     "head-similarity": "similarity of heads in one block",
     "attention-entropy": "attention entropy, nats",
     "patch-diversity": "patch diversity",
@@ -297,8 +297,8 @@ def _course_panels(subjects: Sequence[Findings]) -> Panels:
     similar = [(measured, *count(row)), (CORRECTED, *count(f"κ > {KAPPA_ABOVE:g}"))]
     return [
         (f"similar blocks, of {pairs} pairs ({row})", "count", similar),
-        ("raw similarity, mean over neighbours", "cosine", similarities),
-        ("κ, mean over neighbours", "number", [(measured, similarity(RAW, "kappa"), None)]),
+        ("raw similarity, mean over adjacent blocks", "cosine", similarities),
+        ("κ, mean over adjacent blocks", "number", [(measured, similarity(RAW, "kappa"), None)]),
         ("patch diversity after the last block", "number", [(measured, summary("patch_diversity_last"), None)]),
         ("accuracy", "number", [(measured, summary(ACCURACY), None)]),
     ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,15 +19,14 @@ from collapse_probe.report.comparison.curves import (
 )
 from collapse_probe.report.comparison.gallery import attention_gallery
 from collapse_probe.report.comparison.verdict import RAW
-from collapse_probe.report.findings.metric_figures import beside
-from collapse_probe.report.heatmaps import SIGNED, Heatmap, Scale, grid, scale_of
+from collapse_probe.report.heatmaps import SIGNED, Heatmap, Scale, Switch, grid, scale_of
 from collapse_probe.report.html import Drawing, draw_figures
 from collapse_probe.report.sheet import Sheet
 from collapse_probe.report.style import evenly_spaced, printable
 from collapse_probe.results.comparison import PROBS, Comparison
 from collapse_probe.statistics.intervals import Array
 
-MOST_IN_A_ROW = 4  # subjects
+MOST_IN_A_ROW, ROOM = 4, 24  # subjects, and letters of a name
 LIMITS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # where the scale of differences may end
 
 
@@ -37,42 +38,46 @@ def _matrices(comparison: Comparison, name: str, null: str | None = None) -> dic
 
 
 def matrices(comparison: Comparison) -> Sheet | None:
-    """Cosine between the maps of every two blocks: a column a subject, raw above and κ beneath."""
+    """Cosine between the maps of every two blocks, raw and κ: each subject, and what it has more than the first, in one place.
+
+    Subjects of another depth than the first have a place of their own.
+    """
     raw, kappa = _matrices(comparison, RAW), _matrices(comparison, RAW, "kappa")
     if not raw:
         return None
-    scale = scale_of(*raw.values())
-    upper = [
-        Heatmap(matrix, f"{printable(label, 30)}: raw cosine", scale, beside=beside(comparison.subjects[label].metrics[RAW]))
-        for label, matrix in raw.items()
-    ]
-    lower = [
-        Heatmap(kappa[label], f"{printable(label, 30)}: κ", SIGNED, beside={"raw": raw[label]}) if label in kappa else None
-        for label in raw
-    ]
-    return grid([*upper, *(lower if kappa else [])], len(raw))
+    first = comparison.first if comparison.first in raw else next(iter(raw))
+    alike = [label for label in raw if raw[label].shape == raw[first].shape]
+    views = [*(printable(label, ROOM) for label in alike), *(_less_name(label, first) for label in alike if label != first)]
+    kinds = {"raw similarity": (raw, scale_of(*raw.values())), "κ": (kappa, SIGNED)}
+    if not all(label in kappa for label in alike):
+        del kinds["κ"]
+    places = [_one_place(kind, each, scale, first, alike) for kind, (each, scale) in kinds.items()]
+    columns = len(places)
+    for label in (label for label in raw if label not in alike):
+        places.append(Heatmap(raw[label], f"{printable(label, ROOM)}: raw similarity", kinds["raw similarity"][1], name="raw"))
+        if columns > 1:
+            beyond = kappa.get(label)
+            places.append(None if beyond is None else Heatmap(beyond, f"{printable(label, ROOM)}: κ", SIGNED, name="κ"))
+    sheet = grid(places, columns, views if len(views) > 1 else ())
+    return replace(sheet, blink=len(alike) > 1)
 
 
-def difference_maps(comparison: Comparison) -> Sheet | None:
-    """Each subject less the first, raw and κ, all on one scale."""
-    room = 22
-    first = printable(comparison.first, room)
-    places: list[tuple[str, Array | None, dict[str, Array]]] = []
-    kinds = {"raw": _matrices(comparison, RAW), "κ": _matrices(comparison, RAW, "kappa")}
-    for label in kinds["raw"]:
-        differences = {kind: _less(each.get(label), each.get(comparison.first)) for kind, each in kinds.items()}
-        if label != comparison.first and differences["raw"] is not None:
-            for kind, matrix in differences.items():
-                both = {printable(each, room): kinds[kind][each] for each in (label, comparison.first) if each in kinds[kind]}
-                places.append((f"{printable(label, room)} − {first}, {kind}", matrix, both))
-    if not places:
-        return None
-    scale = difference_scale([matrix for _, matrix, _ in places if matrix is not None])
-    return grid([None if m is None else Heatmap(m, title, scale, beside=both) for title, m, both in places], 2)
+def _one_place(
+    kind: str, values: Mapping[str, Array], scale: Scale, first: str, labels: Sequence[str]
+) -> Heatmap | Switch | None:
+    """The matrices of subjects, and the difference of each other one from the first, which the cells of the first say too."""
+    differences = {_less_name(label, first): values[label] - values[first] for label in labels if label != first}
+    apart = difference_scale(list(differences.values())) if differences else scale
+    others = {printable(label, ROOM): values[label] for label in labels if label != first}
+    own = printable(first, ROOM)
+    maps = [Heatmap(values[first], f"{own}: {kind}", scale, beside={**others, **differences}, name=own)]
+    maps += [Heatmap(matrix, f"{label}: {kind}", scale) for label, matrix in others.items()]
+    maps += [Heatmap(matrix, f"{name}: {kind}", apart) for name, matrix in differences.items()]
+    return Switch(tuple(maps)) if len(maps) > 1 else maps[0]
 
 
-def _less(one: Array | None, other: Array | None) -> Array | None:
-    return None if one is None or other is None or one.shape != other.shape else one - other
+def _less_name(label: str, first: str) -> str:
+    return f"{printable(label, ROOM)} − {printable(first, ROOM)}"
 
 
 def difference_scale(matrices: list[Array]) -> Scale:
@@ -89,8 +94,9 @@ def probs_and_weights(comparison: Comparison) -> Sheet | None:
         return None
     scale, places = scale_of(*weights.values(), *probs.values()), []
     for label, matrix in weights.items():
-        name, same = printable(label, 22), "" if label in probs else " = probs"
-        places += [Heatmap(probs.get(label, matrix), f"{name}: probs", scale), Heatmap(matrix, f"{name}: weights{same}", scale)]
+        name, same = printable(label, 22), "" if label in probs else " (the same)"
+        places += [Heatmap(probs.get(label, matrix), f"{name}: softmax map", scale)]
+        places += [Heatmap(matrix, f"{name}: final map{same}", scale)]
     return grid(places, 2)
 
 
@@ -110,21 +116,17 @@ FIGURES: dict[str, Drawing] = {
         "The same quantities at every checkpoint, in the natural order of the file names: counts of similar blocks with "
         "intervals over images, raw similarity with its chance level and untrained copy, κ, patch diversity and, where "
         "there are labels, accuracy.",
-        "It is one training run. A raw number that moves with its null says nothing about the maps agreeing more or less.",
+        "It is one training run. A raw number that moves with its chance level says nothing about maps agreeing more or less.",
         course,
     ),
     "matrices": Drawing(
-        "How alike the attention maps of two blocks are, on one common scale",
-        "First the raw cosine; then κ, what is left of it beyond the chance level, on a fixed scale from −1 to 1. With "
-        "more than four subjects, four evenly spaced ones are drawn.",
-        "A darker raw panel is no collapse by itself: near-uniform maps score near 1 without any training.",
+        "How alike the attention maps of two blocks are",
+        "Raw similarity, and κ: how much of the possible agreement beyond chance is reached. The switch shows one subject "
+        "after the other in the same place, then what each has more than the first, on a scale as wide as these differences. "
+        "With more than four subjects, four evenly spaced ones are drawn.",
+        "A darker raw matrix is no collapse by itself: near-uniform maps score near 1 without any training. A difference in "
+        "raw similarity that is missing in κ is one of the chance level.",
         matrices,
-    ),
-    "difference-maps": Drawing(
-        "Each subject less the first",
-        "The matrix of each subject less that of the first, raw and κ, all on one scale.",
-        "A difference in the raw panel that is missing beside it, in κ, is explained by the null.",
-        difference_maps,
     ),
     "cross-cka": Drawing(
         "Which depths of two models tell the images apart alike",
@@ -158,10 +160,10 @@ FIGURES: dict[str, Drawing] = {
     ),
     "probs-and-weights": Drawing(
         "What softmax gives, and what multiplies the values",
-        "First the softmax (probs), then what is used (weights), a row a subject, on one scale. A fix such as Re-attention "
-        "changes only the second.",
-        "Less similar weights can come from the mixing alone, also with random parameters; they do not show that the softmax "
-        "has become more diverse.",
+        "First the softmax map, then the final map, which multiplies the values; a row a subject, on one scale. A fix such as "
+        "Re-attention changes only the second.",
+        "Less similar final maps can come from the mixing alone, also with random parameters; they do not show that the "
+        "softmax has become more diverse.",
         probs_and_weights,
     ),
     "per-block": Drawing(

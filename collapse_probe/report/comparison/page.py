@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from collapse_probe.report.comparison.figures import FIGURES, draw_all
 from collapse_probe.report.comparison.verdict import CASES, RAW, verdicts
+from collapse_probe.report.findings.answer import SAID, SYMBOLS, Tone
 from collapse_probe.report.findings.provenance import provenance
 from collapse_probe.report.html import Figure, Table, looked_at, paper, plates_of, write_page
 from collapse_probe.results.comparison import (
@@ -20,14 +23,15 @@ from collapse_probe.results.comparison import (
     Pair,
 )
 from collapse_probe.results.findings import Findings
-from collapse_probe.results.readings import weights_only
+from collapse_probe.results.readings import untrained_summary, weights_only
+from collapse_probe.results.rules import FALSE_DISCOVERY_RATE
 from collapse_probe.results.text import DASH, facts, interval, number, p_value, plain
 from collapse_probe.results.verdict import verdict_of
-from collapse_probe.statistics.paired import Paired
 
 MOST_COLUMNS = 4  # subjects that stand side by side
-OPEN = RAW + KAPPA  # the table that the page shows at once
-HEADER = ("first", "second", "difference", "95 % CI", "kind", "p", "q", "effect", "images", "left out")
+FIRST = (RAW + KAPPA, RAW)  # the quantities that stand above the others
+SURE_MARK = f"Marked: q ≤ {FALSE_DISCOVERY_RATE:g} over the blocks. Intervals, p and q of every block are in comparison.csv."
+HEADER = ("mean over blocks", "first", "second", "difference", "95 % CI", "p", "effect", "images", "left out")
 OF_WEIGHTS_ALONE = HEADER.index("95 % CI")  # columns that weights have: those from here on are about images
 
 
@@ -43,22 +47,32 @@ def subjects(comparison: Comparison) -> Table:
 
 def _subject(label: str, findings: Findings) -> dict[str, str]:
     cost: Mapping[str, Any] = findings.run.get("cost") or {}
-    model, summary = findings.model, findings.summary
+    model, summary, fresh = findings.model, findings.summary, untrained_summary(findings)
     flops, parameters = cost.get("flops"), model.get("parameters")
-    counts = (summary.get("similar_blocks"), summary.get("similar_blocks_corrected"))
+    verdict = verdict_of(findings)
+    bad: tuple[Tone, str, str] = ("bad", "collapsed", "")
+    tone, word, _ = bad if verdict.collapsed else SAID.get(verdict.case, ("unsure", "undecided", ""))
+    ends = [summary.get(f"kappa_adjacent_ci_{end}") for end in ("low", "high")]
+    around = "" if None in ends else f" {interval(np.array(ends, dtype=np.float64))}"
+    counts = [summary.get(f"similar_blocks{what}") for what in ("", "_corrected")]
+    pairs = summary.get("similar_blocks_pairs")
+    counted = " / ".join(DASH if count is None else f"{count:g}" for count in counts)
     return {
         "subject": label,
-        "weights": plain(model.get("weights")),
-        "blocks": plain(model.get("blocks")),
+        "attention across depth": f"{SYMBOLS[tone]} {word}",
+        "κ, 95 % CI": f"{number(summary.get('kappa_adjacent'))}{around}",
+        "raw similarity": number(summary.get("attention_similarity_adjacent")),
+        "its chance level": number(summary.get("other_token_adjacent")),
+        "that of an untrained copy": number(fresh.get("attention_similarity_adjacent")),
+        "similar blocks, raw / by κ": f"{counted} of {pairs:g}" if pairs else counted,
+        "attention entropy, share of log N": number(summary.get("attention_entropy_share")),
+        "patch diversity": number(summary.get("patch_diversity_last")),
+        "accuracy": number(summary.get(ACCURACY)),
         "parameters": DASH if parameters is None else f"{parameters / 1e6:.2f} M",
         "GFLOPs": DASH if flops is None else number(flops / 1e9, 3 if flops < 1e10 else 1),
         "images/s": number(cost.get("images_per_second"), 1),
-        "accuracy": number(summary.get(ACCURACY)),
-        "raw similarity": number(summary.get("attention_similarity_adjacent")),
-        "κ": number(summary.get("kappa_adjacent")),
-        "similar blocks, raw / corrected": " / ".join(DASH if count is None else f"{count:g}" for count in counts),
-        "patch diversity": number(summary.get("patch_diversity_last")),
-        "verdict alone": verdict_of(findings).case,
+        "blocks": plain(model.get("blocks")),
+        "weights": plain(model.get("weights")),
     }
 
 
@@ -82,32 +96,46 @@ def _notes(comparison: Comparison) -> list[str]:
 
 
 def paired(pair: Pair) -> list[Table]:
-    """A table with its title for each quantity that was paired: kappa and raw similarity first, the counts last."""
-    names = dict.fromkeys(name for name in (OPEN, RAW, *pair.differences) if name in pair.differences)
-    tables = [_differences(name, pair.differences[name]) for name in names]
+    """The mean of every quantity that was paired, κ and raw similarity first; counts; then differences by block and depth."""
+    names = list(dict.fromkeys(name for name in (*FIRST, *pair.differences) if name in pair.differences))
+    header = (HEADER[0], pair.first, pair.second, *HEADER[3:])
+    bare = all(pair.differences[name].unsampled for name in names)
+    columns = OF_WEIGHTS_ALONE if bare else len(header)
+    rows = tuple(_mean(name, pair.differences[name])[:columns] for name in names)
+    tables = [Table(header[:columns], rows, (), "Means over blocks")] if names else []
     if pair.counts:
-        header = ("count", "first", "second", "difference", "95 % CI")
-        rows = [
+        of_counts = ("adjacent pairs", pair.first, pair.second, "difference", "95 % CI")
+        counts = tuple(
             (f"{c.name} > {c.threshold:g}", f"{c.first:g}", f"{c.second:g}", number(c.second - c.first, 0), interval(c.ci95, 0))
             for c in pair.counts
-        ]
-        tables.append(Table(header, tuple(rows), (), "counts of similar blocks"))
-    return tables
+        )
+        tables.append(Table(of_counts, counts, (), "Counts of similar blocks"))
+    axes = dict.fromkeys(each.axis for each in pair.differences.values() if each.axis != "all")
+    return [*tables, *(_by_place(pair, axis, [n for n in names if pair.differences[n].axis == axis]) for axis in axes)]
 
 
-def _differences(name: str, difference: Difference) -> Table:
-    places = () if difference.axis == "all" else enumerate(difference.places)
-    rows = [_row(str(place), difference.paired, at, p_value(difference.paired.q[at])) for at, place in places]
-    rows.append(_row("mean", difference.overall, 0, DASH))
-    columns = 1 + (OF_WEIGHTS_ALONE if difference.unsampled else len(HEADER))
-    return Table((difference.axis, *HEADER)[:columns], tuple(row[:columns] for row in rows), (), name)
+def _mean(name: str, difference: Difference) -> tuple[str, ...]:
+    paired = difference.overall
+    sides = (number(values[0]) for values in (paired.first, paired.second, paired.difference))
+    counts = (str(int(paired.images[0])), str(int(paired.left_out[0])))
+    return (name, *sides, interval(paired.ci95[0]), p_value(paired.p[0]), number(paired.effect[0], 2), *counts)
 
 
-def _row(name: str, paired: Paired, at: int, q: str) -> tuple[str, ...]:
-    sides = (number(values[at]) for values in (paired.first, paired.second, paired.difference))
-    test = (p_value(paired.p[at]), q, number(paired.effect[at], 2))
-    counts = (str(int(paired.images[at])), str(int(paired.left_out[at])))
-    return (name, *sides, interval(paired.ci95[at]), paired.interval[at], *test, *counts)
+def _by_place(pair: Pair, axis: str, names: Sequence[str]) -> Table:
+    """The difference of every quantity along one axis, a row a place; marked where it is beyond the false discovery rate."""
+    places = sorted({place for name in names for place in pair.differences[name].places})
+    rows, marked = [], set()
+    for row, place in enumerate(places):
+        cells = [str(place)]
+        for column, name in enumerate(names, start=1):
+            difference = pair.differences[name]
+            at = difference.places.index(place) if place in difference.places else None
+            cells.append(DASH if at is None else number(difference.paired.difference[at]))
+            if at is not None and difference.paired.q[at] <= FALSE_DISCOVERY_RATE:
+                marked.add((row, column))
+        rows.append(tuple(cells))
+    title = f"{pair.second} − {pair.first}, by {axis}"
+    return Table((axis, *names), tuple(rows), (SURE_MARK,) if marked else (), title, frozenset(marked))
 
 
 def agreement(pair: Pair, comparison: Comparison) -> str:
@@ -119,6 +147,16 @@ def agreement(pair: Pair, comparison: Comparison) -> str:
     kl = f"mean KL {outputs.kl:.3g} nats" if outputs.kl is not None else f"KL not known: {outputs.reason}"
     ends = "" if outputs.top1_ci95 is None else f" (95 % CI {interval([100 * end for end in outputs.top1_ci95], 1)})"
     return f"the same top answer on {100 * outputs.top1:.1f} % of {outputs.images} images{ends}; {kl}"
+
+
+def headline(comparison: Comparison) -> str:
+    """The answer of the page in a few words."""
+    said = verdicts(comparison)
+    if comparison.trajectory:
+        return f"{len(comparison.subjects)} checkpoints of one training"
+    if len(said) == 1:
+        return f"{comparison.pairs[0].second} against {comparison.first}: {CASES[said[0].case]}"
+    return f"{len(said)} subjects against {comparison.first}"
 
 
 def write_comparison(comparison: Comparison, folder: str | Path) -> Path:
@@ -141,7 +179,7 @@ def render(comparison: Comparison, figures: Mapping[str, Figure] | None = None) 
         subjects=subjects(comparison),
         plates=plates_of(FIGURES, draw_all(comparison) if figures is None else figures),
         pairs=[(pair, paired(pair), agreement(pair, comparison)) for pair in pairs],
-        open=OPEN,
+        headline=headline(comparison),
         methods={name: METHODS[name] for name in OF_WEIGHTS} if bare else METHODS,
         run=facts(comparison.run),
         provenance=[(label, provenance(findings)) for label, findings in comparison.subjects.items()],

@@ -69,11 +69,11 @@ def verdict_of_pair(pair: Pair, first: Findings, second: Findings) -> Verdict:
         for noun, name in (("raw similarity", RAW), ("κ", RAW + KAPPA)):
             if (difference := pair.differences.get(name)) and np.isfinite(difference.paired.difference).any():
                 parts.append(f"{noun} {_both(difference)} ({_change(difference.overall, 0, 'p')})")
-        sentences += [f"Mean over neighbouring blocks: {'; '.join(parts)}."] if parts else []
+        sentences += [f"Mean over adjacent blocks: {'; '.join(parts)}."] if parts else []
         probs = pair.differences.get(RAW + PROBS)
         if probs is not None and bool(first.model.get("mixes_maps")) != bool(second.model.get("mixes_maps")):
-            who = f"the raw similarities of {pair.first} and {pair.second}"
-            sentences.append(f"Before the mixing, at the softmax (probs), {who} are {_both(probs)}.")
+            who = f"{pair.first} and {pair.second}"
+            sentences.append(f"Before the mixing, the raw similarities of the softmax maps of {who} are {_both(probs)}.")
         sentences.append(_outputs(pair))
     caveats = tuple(_caveats(case, pair, first, second))
     sentences = [*_said_first({pair.first: first, pair.second: second}), *filter(None, sentences)]
