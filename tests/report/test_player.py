@@ -101,3 +101,19 @@ def test_a_page_shows_the_tiles_of_all_blocks_without_a_script() -> None:
     html = render(synthetic(5))
     boxes = re.findall(r'<svg viewBox="(\d+) 0 7 7" preserveAspectRatio="none"><use class="map" href="#([^"]*)"/>', html)
     assert boxes == [(str(7 * block), f"attention-gallery-{at}-m") for at in (0, 1) for block in range(5)]
+
+
+def test_a_page_of_24_blocks_with_every_map_is_below_two_and_a_half_megabytes() -> None:
+    rng = np.random.default_rng(0)
+
+    def maps(*shape: int) -> np.ndarray:
+        raised = np.exp(rng.normal(0, 0.8, (*shape, 14, 14)))  # as uneven as attention, without anything to compress
+        return raised / raised.sum((-2, -1), keepdims=True)
+
+    gallery = replace(
+        make_gallery(24, names=("a", "b", "c")), maps=maps(3, 24), heads=maps(3, 24, 16), patches=maps(3, 24, 5, 5)
+    )
+    findings = synthetic(24, heads=16)
+    html = render(replace(findings, gallery=gallery, model={**findings.model, "tokens": 197}))
+    assert html.count('class="map"') == 3 * 24
+    assert len(html.encode()) < 2_500_000
