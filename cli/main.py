@@ -57,6 +57,19 @@ class Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
+class StderrHandler(logging.StreamHandler[Any]):
+    """Writes to what stderr is at the time: a live display puts something in its place that writes above it."""
+
+    @property
+    def stream(self) -> Any:
+        """Where lines go now."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        pass
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="collapse-probe")
 def group() -> None:
@@ -71,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own, inherited, need not be installed here
     words = list(sys.argv[1:] if arguments is None else arguments)
     verbose = any(word == "--verbose" or (word.startswith("-v") and set(word[1:]) == {"v"}) for word in words)
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr)
+    level = logging.INFO if verbose else logging.ERROR
+    logging.basicConfig(level=level, format="%(name)s: %(message)s", handlers=[StderrHandler()])
     signals: list[int] = []
     try:
         with ended_as_interrupted(signals):

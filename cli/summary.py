@@ -34,7 +34,7 @@ def written(draw: Callable[[Console], None]) -> str:
         width=None if seen else PLAIN_WIDTH,
         highlight=False,
         soft_wrap=not seen,
-        no_color=not seen,
+        no_color=None if seen else True,  # NO_COLOR decides on a terminal
     )
     draw(console)
     return page.getvalue().rstrip("\n")

@@ -126,8 +126,10 @@ def test_a_phase_is_a_line_where_nobody_watches(capsys):
 
 
 PROGRAM = """
-import sys, time
+import logging, sys, time
 from collapse_probe.cli.console import Talk
+from collapse_probe.cli.main import StderrHandler
+logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[StderrHandler()])
 from collapse_probe.phases import Phase
 talk = Talk(False)
 with talk.stages("load", "probe", "images", "untrained copy", "page"):
@@ -139,6 +141,8 @@ with talk.stages("load", "probe", "images", "untrained copy", "page"):
             if done % 20 == 0:
                 talk.say(f"done {done}")
             time.sleep(0.01)
+    logging.info("a library speaks")
+    print("and another", file=sys.stderr)
     talk.begin("page")
     time.sleep(0.15)
 sys.stdout.write("the answer\\n")
@@ -151,9 +155,8 @@ def test_on_a_real_terminal_no_line_runs_through_the_display(columns):
     seen = at_a_pseudo_terminal(PROGRAM, columns)
     lines = [line.rstrip() for line in final(seen, columns) if line.strip()]
     long = "a line " + "x" * 150
-    assert "".join(lines).replace(" ", "") == (long + "images begin" + "done 0" + "done 20" + "done 40" + "the answer").replace(
-        " ", ""
-    )
+    said = ["images begin", "done 0", "done 20", "done 40", "a library speaks", "and another", "the answer"]
+    assert "".join(lines).replace(" ", "") == "".join([long, *said]).replace(" ", "")
     shown = [line for line in re.split(r"[\r\n]+", plain(seen)) if "▸" in line]
     assert shown
     assert all(len(line) <= columns for line in shown)
