@@ -82,3 +82,7 @@ def test_the_papers_references_are_those_that_cite_prints():
     assert all(entry == BY_KEY[re.match(r"@\w+\{(\w+),", entry)[1]].bibtex for entry in entries)
     cited = set(re.findall(r"@(\w+)", (ROOT / "paper.md").read_text(encoding="utf-8")))
     assert cited == {re.match(r"@\w+\{(\w+),", entry)[1] for entry in entries}
+
+
+def test_the_readme_counts_the_metrics():
+    assert f"measure {len(ours(METRICS))} metrics in all" in (ROOT / "README.md").read_text(encoding="utf-8")
