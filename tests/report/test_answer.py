@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from factories import findings_of, synthetic
+from factories import TOKENS, findings_of, synthetic
 
 from collapse_probe.report.findings.answer import SAID, SYMBOLS, closest, headline, rows, small_figure
-from collapse_probe.report.findings.cards import Bar, Mark, key_numbers
+from collapse_probe.report.findings.cards import Bar, Mark, entropy_ends, key_numbers
 from collapse_probe.report.findings.page import render
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.rules import BY_NAME, KAPPA_ABOVE
@@ -131,6 +131,19 @@ def test_a_bar_holds_what_was_measured_in_this_run():
     ]
     assert bar.interval == tuple(diversity.ci95[-1])
     assert bar.share(diversity.array[-1]) == f"{100 * diversity.array[-1]:.1f}".removesuffix(".0")
+
+
+def test_an_interval_of_the_entropy_is_shown_only_beside_the_mean_that_it_is_of():
+    findings = synthetic(5)
+    average = float(findings.matrix("attention-entropy").mean())
+    ends = {"attention_entropy_mean_ci_low": average - 0.1, "attention_entropy_mean_ci_high": average + 0.1}
+
+    def found(mean: float) -> tuple[float, float] | None:
+        return entropy_ends(replace(findings, summary={**findings.summary, **ends, "attention_entropy_mean": mean}))
+
+    low, high = found(average)
+    assert (low, high) == pytest.approx(((average - 0.1) / np.log(TOKENS), (average + 0.1) / np.log(TOKENS)))
+    assert found(average + 0.01) is None  # a mean over all heads, where blocks have different numbers of them
 
 
 def test_a_bar_says_its_numbers_and_keeps_all_within_its_ends():

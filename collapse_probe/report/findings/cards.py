@@ -24,6 +24,8 @@ from collapse_probe.results.rules import BY_NAME, KAPPA_ABOVE, RAW_ABOVE
 from collapse_probe.results.text import DASH, interval, number
 from collapse_probe.statistics.intervals import Array
 
+SAME = 1e-6  # two means that differ by less are one
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -82,14 +84,18 @@ def key_numbers(findings: Findings) -> list[Card]:
 
 
 def entropy_ends(findings: Findings) -> tuple[float, float] | None:
-    """The 95 % CI of the mean entropy as a share of log N; None where blocks have different N."""
+    """The 95 % CI of the mean entropy as a share of log N; None where the one that is stored is of another mean.
+
+    That is so where blocks have different N, or different numbers of heads, over all of which the stored one is a mean.
+    """
     share = entropy_share(findings)
-    ends = [findings.summary.get(f"attention_entropy_mean_ci_{end}") for end in ("low", "high")]
-    if share is None or share.unit == "log N":
+    stored = [findings.summary.get(f"attention_entropy_mean{end}") for end in ("", "_ci_low", "_ci_high")]
+    average = None if share is None else mean(share.mean)
+    if share is None or average is None or share.unit == "log N" or None in stored:
         return None
-    known = share.keys[np.isfinite(share.mean)]
-    numbers = [float(end) / float(np.log(known[0])) for end in ends if end is not None]
-    return (numbers[0], numbers[1]) if len(numbers) == 2 else None
+    scale = float(np.log(share.keys[np.isfinite(share.mean)][0]))
+    value, low, high = (float(each) / scale for each in stored if each is not None)
+    return (low, high) if abs(value - average) < SAME else None
 
 
 def _similarity_cards(findings: Findings) -> tuple[Card, ...]:
