@@ -28,13 +28,13 @@ PAIRS = {
 LABELS = ("MHSA", "Re-attention")
 COLUMNS = {
     "accuracy": "accuracy",
-    "raw cosine": "attention_similarity_adjacent",
-    "wrong token": "other_token_adjacent",
+    "raw similarity": "attention_similarity_adjacent",
+    "chance level": "other_token_adjacent",
     "κ": "kappa_adjacent",
     f"similar at {RAW_ABOVE:g}": "similar_blocks",
-    "beyond the null": "similar_blocks_corrected",
-    "raw, softmax": "attention_similarity_probs_adjacent",
-    "κ, softmax": "kappa_probs_adjacent",
+    "similar by κ": "similar_blocks_corrected",
+    "raw, softmax map": "attention_similarity_probs_adjacent",
+    "κ, softmax map": "kappa_probs_adjacent",
     "entropy, share": "attention_entropy_share",
     "patch diversity": "patch_diversity_last",
 }
@@ -67,10 +67,10 @@ def _control(summary: Mapping[str, Any]) -> list[str]:
     text = f"This control should show collapse, but κ is {number(kappa)} (raw {number(raw)}): read it with care."
     if kappa >= CONTROL_COLLAPSED:
         text = (
-            f"One block, reused 24 times and trained to read digits, attends alike throughout: neighbouring blocks have a raw "
-            f"cosine of {number(raw)}, other tokens' attention explains {number(null)} of it, and of what is left to agree "
-            f"{number(100 * kappa, 1)} % does (κ {number(kappa)}); {summary['similar_blocks_corrected']} of 23 pairs count as "
-            "shared."
+            f"One block, reused 24 times and trained to read digits, attends alike throughout: adjacent blocks have a raw "
+            f"similarity of {number(raw)}, against a chance level of {number(null)}. Of the agreement that chance cannot "
+            f"explain, {number(100 * kappa, 1)} % is reached (κ {number(kappa)}); {summary['similar_blocks_corrected']} of 23 "
+            "pairs count as shared."
         )
     caveat = (
         "This collapse is by construction and there before any training: it shows what every number here is when maps are "
@@ -82,8 +82,8 @@ def _control(summary: Mapping[str, Any]) -> list[str]:
 def _mixed(summary: Mapping[str, Any]) -> list[str]:
     weights, probs = summary["attention_similarity_adjacent"], summary["attention_similarity_probs_adjacent"]
     text = (
-        f"In its twin with Re-attention the raw cosine of what multiplies V (weights) is {number(weights)}; that of the "
-        f"softmax before the mixing (probs) is {number(probs)}, with κ {number(summary['kappa_probs_adjacent'])}."
+        f"In the version with Re-attention the raw similarity of the final maps is {number(weights)}; that of the softmax "
+        f"maps, before the mixing, is {number(probs)}, with κ {number(summary['kappa_probs_adjacent'])}."
     )
     if abs(weights) <= CONTROL_MIXED and probs >= CONTROL_COLLAPSED:
         text += " The blocks still attend alike, and each mixes its heads in another way: only the number after mixing falls."
@@ -106,10 +106,10 @@ def _ordinary(plain: Mapping[str, Any], mixed: Mapping[str, Any]) -> list[str]:
         meaning = "attention is alike for all tokens"
     weights, probs = (number(mixed[f"attention_similarity{point}_adjacent"]) for point in ("", "_probs"))
     return [
-        f"With 24 blocks of their own and the same training, the raw cosine is {number(raw)}: {plain['similar_blocks']} of 23 "
-        f"pairs are similar at {RAW_ABOVE:g}, {plain['similar_blocks_corrected']} beyond their null. Other tokens explain "
-        f"{number(null)} of it (κ {number(kappa)}): {meaning}.",
-        f"Its twin with Re-attention has a raw cosine of {weights} in weights and {probs} in probs.",
+        f"With 24 blocks of their own and the same training, the raw similarity is {number(raw)}: {plain['similar_blocks']} of "
+        f"23 pairs are similar at {RAW_ABOVE:g}, {plain['similar_blocks_corrected']} by κ. The chance level is "
+        f"{number(null)} (κ {number(kappa)}): {meaning}.",
+        f"The version with Re-attention has a raw similarity of {weights} between final maps and {probs} between softmax maps.",
     ]
 
 
@@ -121,8 +121,8 @@ def _worth(sharing: Mapping[str, Mapping[str, Interventions]]) -> list[str]:
             parts.append(f"{model} {number(100 * effect.accuracy, 1)} %, {points}")
     return [
         f"Accuracy when the upper 18 of 24 blocks all use the map of the block below them: {'; '.join(parts)}.",
-        "This tests the function: a raw cosine near one does not say what sharing costs, and sharing can cost little where the "
-        "cosine is low. The models were not trained for it, and these are digits, 8 pixels wide.",
+        "This tests the function: a raw similarity near one does not say what sharing costs, and sharing can cost little where "
+        "the similarity is low. The models were not trained for it, and these are digits, 8 pixels wide.",
     ]
 
 
@@ -183,8 +183,8 @@ def _table(demonstration: Demonstration) -> Table:
             cells = [demonstration.summary(pair, label).get(key) for key in COLUMNS.values()]
             rows.append((f"{pair}, {label}", *(number(c, 0) if isinstance(c, int) else number(c) for c in cells)))
     note = (
-        "Means over the 23 pairs of neighbouring blocks; of what multiplies V (weights) unless the column says softmax, which "
-        "is another map for Re-attention alone."
+        "Means over the 23 pairs of adjacent blocks; of the final map unless the column says softmax map, which is another one "
+        "for Re-attention alone."
     )
     return Table(("model", *COLUMNS), tuple(rows), (note,))
 

@@ -21,7 +21,7 @@ Depth = tuple[str, bool | None, list[Sentence]]
 """Whether attention has collapsed across depth: the case, the answer and its two sentences."""
 WEIGHTS_ONLY, NOT_JUDGED = "weights-only", "not-judged"
 LEVELS = {"attention": "Attention", "tokens": "Tokens", "weights": "Weights"}
-ILLNESSES = {
+FAILURES = {
     "parallel-patches": "Collapse within the image",
     "constant-tokens": "Collapse within the image",
     "constant-tokens-composite": "Collapse within the image",
@@ -91,7 +91,7 @@ def judge(findings: Findings, table: Sequence[Outcome] | None = None) -> Verdict
         case, collapsed, across_depth = _across_depth(findings, pairs, kinds, outcomes)
         compared = _uncompared(findings, kinds)
         most = sum(kind != "undefined" for kind in kinds) > len(kinds) / 2  # else it is said first of how few pairs this is
-        own = [] if collapsed else [each for each in others if each[1] in ILLNESSES]
+        own = [] if collapsed else [each for each in others if each[1] in FAILURES]
         rest = [each for each in others if each not in own]
         sentences = [*own, *([*across_depth, *compared] if most else [*compared, *across_depth]), *rest]
     if any(result.description.level == "attention" for result in findings.metrics.values()) or similarity is not None:
@@ -331,7 +331,7 @@ def _other_rules(outcomes: Mapping[str, Outcome]) -> list[Sentence]:
         if rule.spoken and outcome.answer == "yes":
             where = f", {numbered(blocks)}" if blocks else ""
             value = f"{rule.quantity}: {number(outcome.value)}, {rule.direction} {rule.threshold:g}"
-            sentences.append((f"{ILLNESSES.get(name, LEVELS[rule.level])}: {rule.says} ({value}{where}).", name))
+            sentences.append((f"{FAILURES.get(name, LEVELS[rule.level])}: {rule.says} ({value}{where}).", name))
     return sentences
 
 

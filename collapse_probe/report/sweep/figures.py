@@ -25,23 +25,23 @@ ROUND = 1.3  # room around places on an axis, in shares of its nearest step
 LOGARITHMIC_FROM = 30  # largest over smallest value of an axis
 PANELS = {
     "similar-blocks": {
-        "similar_blocks": f"raw: adjacent pairs with a cosine above {RAW_ABOVE:g}",
-        "similar_blocks_corrected": f"corrected: adjacent pairs with κ above {KAPPA_ABOVE:g}",
+        "similar_blocks": f"adjacent pairs with a raw similarity above {RAW_ABOVE:g}",
+        "similar_blocks_corrected": f"adjacent pairs with κ above {KAPPA_ABOVE:g}",
     },
-    "kappa": {"kappa_adjacent": "mean κ of adjacent blocks", "attention_similarity_adjacent": "mean raw cosine"},
+    "kappa": {"kappa_adjacent": "mean κ of adjacent blocks", "attention_similarity_adjacent": "mean raw similarity"},
     "accuracy": {"accuracy": "share of held-out images right"},
 }
 CAPTIONS = {
     "similar-blocks": Caption(
         "Similar blocks",
-        "How many blocks count as similar to the block before: by the raw cosine, and by κ, which takes off what unrelated "
-        "tokens agree on. Dashed: the same architecture with fresh parameters, on the same images.",
+        "How many blocks count as similar to the block before: by raw similarity, and by κ, which takes off the chance level "
+        "(other tokens). Dashed: an untrained copy of the same architecture, on the same images.",
         "More blocks leave more to count. A raw count that the dashed line reaches needs no training to come about.",
     ),
     "kappa": Caption(
-        "κ and raw cosine",
-        "The mean over adjacent blocks of κ (0: as alike as the maps of unrelated tokens; 1: the same map) and of the raw "
-        "cosine. Dashed: the same architecture with fresh parameters.",
+        "κ and raw similarity",
+        "The mean over adjacent blocks of κ (0: no more than chance; 1: identical maps) and of raw similarity. Dashed: an "
+        "untrained copy of the same architecture.",
         "A mean over blocks hides where in the network they are alike; every cell's findings say it block by block.",
     ),
     "accuracy": Caption(

@@ -14,12 +14,12 @@ from collapse_probe.results.text import DASH, facts, number, plain
 
 COLUMNS = {
     "similar_blocks": ("similar blocks", 1),
-    UNTRAINED + "similar_blocks": ("the same, untrained", 1),
-    "similar_blocks_probs": ("the same, of the softmax", 1),
+    UNTRAINED + "similar_blocks": ("the same, untrained copy", 1),
+    "similar_blocks_probs": ("the same, softmax map", 1),
     "similar_blocks_corrected": ("similar blocks by κ", 1),
     "kappa_adjacent": ("κ", 3),
-    UNTRAINED + "kappa_adjacent": ("κ, untrained", 3),
-    "attention_similarity_adjacent": ("raw cosine", 3),
+    UNTRAINED + "kappa_adjacent": ("κ, untrained copy", 3),
+    "attention_similarity_adjacent": ("raw similarity", 3),
     "patch_diversity_last": ("patch diversity", 3),
     "accuracy": ("accuracy", 3),
 }
