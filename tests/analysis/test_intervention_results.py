@@ -22,7 +22,7 @@ from collapse_probe.errors import DataError, ModelError, OutputError, SettingErr
 from collapse_probe.models.loading import resolve
 from collapse_probe.report.intervention.figures import draw_all
 from collapse_probe.report.intervention.page import render, write_interventions
-from collapse_probe.report.intervention.verdict import MIXED, ONLY_ALONE, SPARED, USED, case_of, verdicts
+from collapse_probe.report.intervention.verdict import MIXED, ONLY_ALONE, SPARED, USED, case_of, headline, verdicts
 from collapse_probe.results.intervention import Effect, Interventions
 
 SIZE = 64
@@ -182,10 +182,17 @@ def test_the_sentences_follow_the_numbers(found):
     turned = replace(found, single={"share": single}, cumulative={"share": (single[2], effect(0.6, 0.8, (1, 2)))})
     answer = verdicts(turned)[0]
     assert "in 2 of 3 blocks" in answer.sentences[0]
-    assert "block 1 changes the output most (50.0% of the top answers stay; KL 0.700 nats)" in answer.sentences[0]
-    assert "In all 3 together 60.0%" in answer.sentences[1]
+    assert "block 1 changes the output most (50.0 % of the top answers stay; KL 0.700 nats)" in answer.sentences[0]
+    assert "In all 3 together 60.0 %" in answer.sentences[1]
+    assert len(answer.sentences) == 2  # one block alone is no "from a block on"
+    cumulative = (single[2], effect(0.96, 0.1, (1, 2)), effect(0.6, 0.8, (0, 1, 2)))
+    upper = verdicts(replace(turned, cumulative={"share": cumulative}))[0].sentences[2]
+    assert upper == "From block 1 on, all maps can be replaced together: 96.0 % of the top answers stay; KL 0.100 nats."
+    fallen = (single[2], effect(0.6, 0.1, (1, 2)), effect(0.99, 0.8, (0, 1, 2)))  # what comes back later does not count
+    assert len(verdicts(replace(turned, cumulative={"share": fallen}))[0].sentences) == 2
+    assert headline([answer]) == "Own attention maps are needed in some blocks"
     assert any("random" in c for c in verdicts(replace(turned, model={**found.model, "weights": "random (seed 0)"}))[0].caveats)
-    assert any("raw cosine" in c for c in answer.caveats)
+    assert any("raw similarity" in c for c in answer.caveats)
 
 
 def test_effects_against_numbers_worked_by_hand():

@@ -12,10 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from factories import synthetic
+from factories import findings_of, synthetic
 
+from collapse_probe.analysis.compare import compare
+from collapse_probe.analysis.comparison.pairing import pair_up
+from collapse_probe.report.comparison import page as comparison_page
 from collapse_probe.report.findings.page import render
+from collapse_probe.report.intervention import page as intervention_page
+from collapse_probe.report.survey import page as survey_page
+from collapse_probe.report.sweep import page as sweep_page
+from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.findings import Findings
+from collapse_probe.results.intervention import Effect, Interventions
+from collapse_probe.results.survey import Survey, SurveyRow, row_of
+from collapse_probe.results.sweep import CellResult, Sweep
 from collapse_probe.results.verdict import with_verdict
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
@@ -73,14 +83,76 @@ def nothing() -> Findings:
     return replace(findings, metrics=refused, summary={"images": 64})
 
 
+def comparison() -> str:
+    """Three subjects of one depth, the last with a name that is markup."""
+    rng = np.random.default_rng(0)
+    sides = rng.uniform(0.2, 0.8, (3, 2, 6, 5))
+    subjects = {name: findings_of(*each) for name, each in zip(("one", "two", HOSTILE), sides, strict=True)}
+    return comparison_page.render(compare(subjects))
+
+
+def training() -> str:
+    """A folder of checkpoints."""
+    rng = np.random.default_rng(1)
+    steps = {f"epoch-{i}": findings_of(*rng.uniform(0.3, 0.6 + 0.1 * i, (2, 6, 4))) for i in range(3)}
+    pairs = tuple(pair_up(steps["epoch-0"], each, ("epoch-0", name)) for name, each in steps.items() if name != "epoch-0")
+    return comparison_page.render(Comparison(steps, pairs, True, {"command": "made up"}))
+
+
+def intervention() -> str:
+    """Two kinds of replacement in three blocks."""
+    each = {kind: [Effect(kind, (b,), 0.1 * b, (0.05 * b, 0.2 * b), 0.9, (0.8, 0.95)) for b in (1, 2, 3)] for kind in KINDS}
+    kinds = {kind: tuple(effects) for kind, effects in each.items()}
+    facts: dict[str, Any] = {"model": {"address": HOSTILE}, "data": {"images": 8, "address": "photos"}, "run": {}}
+    kinds_said = {kind: f"what {kind} does" for kind in KINDS}
+    made = Interventions(
+        **facts,
+        plain={"accuracy": None, "reason": "no labels"},
+        single=kinds,
+        cumulative=kinds,
+        similarity={},
+        kinds=kinds_said,
+    )
+    return intervention_page.render(made)
+
+
+KINDS = ("share", "uniform")
+
+
+def sweep() -> str:
+    """Two depths, two seeds, and a cell that failed."""
+    numbers = {"similar_blocks": 1.0, "similar_blocks_corrected": 0.0, "kappa_adjacent": 0.2, "pairs": 3.0}
+    cells = [
+        CellResult(name=f"depth={d},seed={s}", values={"depth": d}, seed=s, status="finished", numbers=numbers, accuracy=0.9)
+        for d in (4, 8)
+        for s in (0, 1)
+    ]
+    cells.append(CellResult(name=HOSTILE, values={"depth": 16}, seed=0, status="failed", reason=HOSTILE))
+    facts: dict[str, Any] = {"recipe": {"name": "digits"}, "seeds": [0, 1], "changes": {}, "data": {}, "run": {}}
+    return sweep_page.render(Sweep(varied={"depth": [4, 8, 16]}, cells=tuple(cells), **facts))
+
+
+def gallery() -> str:
+    """Two models, and one that failed."""
+    findings = synthetic(12)
+    rows = [row_of(with_verdict(findings), name, {}, f"models/{at}") for at, name in enumerate(("a model", HOSTILE))]
+    rows.append(SurveyRow(label="no such", conditions={}, folder="models/2", status="failed", reason=HOSTILE))
+    return survey_page.render(Survey(tuple(rows), {"address": HOSTILE, "images": 64}, {"command": "gallery"}))
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "plain": lambda: render(with_verdict(plain())),
     "deepvit": lambda: render(with_verdict(synthetic(32, signed=True))),
     "swin": lambda: render(with_verdict(windows())),
     "partial": lambda: render(with_verdict(partial())),
     "nothing": lambda: render(with_verdict(nothing())),
+    "comparison": comparison,
+    "training": training,
+    "intervention": intervention,
+    "sweep": sweep,
+    "gallery": gallery,
 }
-"""The pages that are opened; other kinds of pages are added here."""
+"""The pages that are opened."""
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +259,19 @@ def test_a_switch_shows_one_matrix_in_the_place_of_another_by_mouse_and_by_keybo
     assert not figure.locator(".v0").is_visible()
     page.keyboard.press("ArrowLeft")
     assert figure.locator(".v1").is_visible()
+
+
+def test_two_subjects_blink_in_one_place(opened):
+    page = opened("comparison")
+    figure = page.locator("#matrices")
+    button = figure.get_by_role("button", name="Blink")
+    assert figure.locator(".v0").first.is_visible()
+    button.click()
+    assert figure.locator(".v1").first.is_visible()
+    assert button.get_attribute("aria-pressed") == "true"
+    figure.locator(".v0").first.wait_for(state="visible", timeout=5000)
+    button.click()
+    assert button.get_attribute("aria-pressed") == "false"
 
 
 def test_pointing_at_a_cell_marks_its_blocks_in_every_matrix_and_on_every_curve(opened):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from collapse_probe.report.html import Figure, Table, paper, plates_of, write_page
 from collapse_probe.report.intervention.figures import FIGURES, draw_all
-from collapse_probe.report.intervention.verdict import verdicts
+from collapse_probe.report.intervention.verdict import TEXTS, WORDS, headline, verdicts
 from collapse_probe.results.intervention import DEFINITIONS, Effect, Interventions
 from collapse_probe.results.rules import KEEPS_ANSWERS
 from collapse_probe.results.text import DASH, facts, interval, number, plain, spans
@@ -23,7 +23,7 @@ def write_interventions(interventions: Interventions, folder: str | Path) -> Pat
 
 def render(interventions: Interventions, figures: Mapping[str, Figure] | None = None) -> str:
     """One self-contained HTML page; `figures` are drawn where not given."""
-    accuracy = interventions.plain["accuracy"]
+    accuracy, answers = interventions.plain["accuracy"], verdicts(interventions)
     header, tables = ("blocks", *HEADER[: None if accuracy is not None else 4]), []
     for kind, effects in interventions.single.items():
         measured = ([e for e in effects if e.kl is not None], interventions.cumulative[kind])
@@ -35,8 +35,11 @@ def render(interventions: Interventions, figures: Mapping[str, Figure] | None = 
         images=plain(interventions.data.get("images")),
         data=plain(interventions.data.get("address")),
         plain_accuracy=_plain_accuracy(interventions),
-        verdicts=verdicts(interventions),
-        keeps=f"{KEEPS_ANSWERS:.0%}",
+        verdicts=answers,
+        keeps=f"{100 * KEEPS_ANSWERS:g} %",
+        words=WORDS,
+        acts={kind: texts[0] for kind, texts in TEXTS.items()},
+        headline=headline(answers),
         plates=plates_of(FIGURES, draw_all(interventions) if figures is None else figures),
         tables=tables,
         refused=[(e.kind, e.blocks[0], e.not_applicable) for e in every if e.not_applicable],
@@ -51,13 +54,13 @@ def _plain_accuracy(interventions: Interventions) -> str:
     accuracy, count = interventions.plain["accuracy"], interventions.data.get("trained_on")
     if accuracy is None:
         return f"not known: {interventions.plain['reason']}"
-    return f"{accuracy:.1%}" + (f" ({count} of the {interventions.data['images']} images were trained on)" if count else "")
+    return _percent(accuracy) + (f" ({count} of the {interventions.data['images']} images were trained on)" if count else "")
 
 
 def _row(effect: Effect, accurate: bool) -> tuple[str, ...]:
     ends = effect.agreement_ci95
     cells = [spans(list(effect.blocks)), number(effect.kl, 4), interval(effect.kl_ci95, 4), _percent(effect.agreement)]
-    cells.append(DASH if ends is None else f"[{ends[0]:.1%}, {ends[1]:.1%}]")
+    cells.append(DASH if ends is None else f"{interval([100 * end for end in ends], 1)} %")
     if accurate:
         change, ends = effect.accuracy_change, effect.accuracy_change_ci95
         cells += [_percent(effect.accuracy), number(None if change is None else 100 * change, 1)]
@@ -66,4 +69,4 @@ def _row(effect: Effect, accurate: bool) -> tuple[str, ...]:
 
 
 def _percent(share: float | None) -> str:
-    return DASH if share is None else f"{share:.1%}"
+    return DASH if share is None else f"{number(100 * share, 1)} %"

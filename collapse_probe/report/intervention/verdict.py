@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,14 @@ from collapse_probe.results.verdict import Verdict
 
 SPARED, ONLY_ALONE, USED, MIXED = "spared", "spared only one at a time", "used", "used in some blocks"
 NOT_READABLE = "nothing can be read"
+WORDS = {
+    SPARED: "not needed: all can be replaced together",
+    ONLY_ALONE: "not needed one at a time, but needed together",
+    MIXED: "needed in some blocks",
+    USED: "needed in most blocks",
+    NOT_READABLE: "not judged: the answers do not vary",
+}
+"""What each case says of a model's own maps."""
 TEXTS = {  # what is done; what it means where it costs little; what it does not say
     "share": (
         "Using the map of the block before",
@@ -76,8 +85,8 @@ def _verdict(interventions: Interventions, kind: str) -> Verdict:
         second = f"On these images {worth if case == SPARED else 'the block uses what was replaced'}."
     else:
         first = (
-            f"{act} keeps at least {KEEPS_ANSWERS:.0%} of the top answers in {cheap} of {count} blocks, one at a time; block "
-            f"{block} changes the output most ({_numbers(largest)})."
+            f"{act} keeps at least {100 * KEEPS_ANSWERS:g} % of the top answers in {cheap} of {count} blocks, one at a time; "
+            f"block {block} changes the output most ({_numbers(largest)})."
         )
         meaning = {
             SPARED: f"on these images {worth}",
@@ -86,8 +95,23 @@ def _verdict(interventions: Interventions, kind: str) -> Verdict:
             USED: "most of these blocks use what was replaced",
         }
         second = f"In all {count} together {_numbers(whole)}: {meaning[case]}."
-    sentences = (*said_first(interventions), first, second)
+    sentences = (*said_first(interventions), first, second, *_from_a_block_on(interventions.cumulative[kind]))
     return Verdict(case, sentences, tuple(_caveats(interventions, kind, not_said)), label=kind)
+
+
+def headline(answers: Sequence[Verdict]) -> str:
+    """The answer of the page in a few words."""
+    if len(answers) == 1:
+        return f"Own attention maps are {WORDS[answers[0].case]}"
+    return "What a model's own attention maps are worth"
+
+
+def _from_a_block_on(cumulative: Sequence[Effect]) -> list[str]:
+    """From which block on all maps can be replaced together; nothing where that is none, one block, or all of them."""
+    spared = list(itertools.takewhile(keeps, cumulative))
+    if len(spared) < 2 or len(spared) == len(cumulative):
+        return []
+    return [f"From block {min(spared[-1].blocks)} on, all maps can be replaced together: {_numbers(spared[-1])}."]
 
 
 def said_first(interventions: Interventions) -> list[str]:
@@ -110,12 +134,12 @@ def not_readable(interventions: Interventions) -> str:
 def _numbers(effect: Effect) -> str:
     assert effect.agreement is not None
     ends = "" if effect.agreement_ci95 is None else f" (95 % CI {interval([100 * end for end in effect.agreement_ci95], 1)})"
-    parts = [f"{effect.agreement:.1%} of the top answers stay{ends}", f"KL {number(effect.kl)} nats"]
+    parts = [f"{number(100 * effect.agreement, 1)} % of the top answers stay{ends}", f"KL {number(effect.kl)} nats"]
     if effect.kl_ci95 is not None:
         parts[-1] += f", 95 % CI {interval(effect.kl_ci95)}"
     if effect.accuracy is not None and effect.accuracy_change is not None:
         sign = "+" if effect.accuracy_change > 0 else ""
-        parts.append(f"accuracy {effect.accuracy:.1%}, {sign}{number(100 * effect.accuracy_change, 1)} points")
+        parts.append(f"accuracy {number(100 * effect.accuracy, 1)} %, {sign}{number(100 * effect.accuracy_change, 1)} points")
     return "; ".join(parts)
 
 
@@ -130,7 +154,7 @@ def _caveats(interventions: Interventions, kind: str, not_said: str) -> list[str
     raw, kappa = (mean(np.array(interventions.similarity.get(name, ()), np.float64)) for name in ("raw", "kappa"))
     if kind == "share" and raw is not None:
         caveats.append(
-            f"The raw cosine of neighbouring maps is {number(raw)} on average on the same images, κ "
+            f"The raw similarity of adjacent blocks is {number(raw)} on average on the same images, κ "
             f"{'undefined' if kappa is None else number(kappa)}; it can be high where sharing costs much, and low where it "
             "costs nothing."
         )

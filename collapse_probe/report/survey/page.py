@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from collapse_probe.files import INDEX, PAGE
 from collapse_probe.report.findings.answer import SAID, SYMBOLS, Tone
-from collapse_probe.report.html import Drawing, draw_figures, paper, plates_of, save
+from collapse_probe.report.html import Drawing, Figure, draw_figures, paper, plates_of, save
 from collapse_probe.report.sheet import MUTED, Sheet
 from collapse_probe.report.style import ROLES, charts, drawn, panels, printable
 from collapse_probe.results.rules import KAPPA_ABOVE, RAW_ABOVE
@@ -34,22 +35,25 @@ def write_survey(survey: Survey, folder: str | Path) -> Path:
     figures = draw_figures({"kappa": KAPPAS}, survey)
     save(figures, folder)
     page = Path(folder) / INDEX
-    page.write_text(
-        paper(
-            "survey.html",
-            headline=headline(survey),
-            trouble=trouble(survey),
-            data=survey.data,
-            columns=COLUMNS,
-            rows=[cells(row) for row in survey.rows],
-            fresh=sum(bool(row.model.get("untrained")) for row in survey.finished),
-            total=len(survey.finished),
-            plates=plates_of({"kappa": KAPPAS}, figures),
-            run=facts(survey.run),
-        ),
-        encoding="utf-8",
-    )
+    page.write_text(render(survey, figures), encoding="utf-8")
     return page
+
+
+def render(survey: Survey, figures: Mapping[str, Figure] | None = None) -> str:
+    """One HTML page; `figures` are drawn where not given."""
+    figures = draw_figures({"kappa": KAPPAS}, survey) if figures is None else figures
+    return paper(
+        "survey.html",
+        headline=headline(survey),
+        trouble=trouble(survey),
+        data=survey.data,
+        columns=COLUMNS,
+        rows=[cells(row) for row in survey.rows],
+        fresh=sum(bool(row.model.get("untrained")) for row in survey.finished),
+        total=len(survey.finished),
+        plates=plates_of({"kappa": KAPPAS}, figures),
+        run=facts(survey.run),
+    )
 
 
 def headline(survey: Survey) -> str:

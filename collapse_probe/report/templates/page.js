@@ -142,6 +142,7 @@ for (const box of all(".switch[data-blink]")) {
   const button = press("Blink", () => { clearInterval(turning); turn();
     turning = turning || matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : setInterval(turn, 700);
     button.ariaPressed = !!turning; });
-  box.querySelector(".panels").before(button);
+  button.ariaPressed = "false";
+  box.querySelector(".panels").before(make("span", { className: "tools" }, button));
 }
 })();
