@@ -476,7 +476,7 @@ def _interventions(findings: Findings, grid: ConditionGrid, outputs: ConditionOu
 
 
 def _similarity(findings: Findings) -> dict[str, Sequence[float | None]]:
-    """Cosine with the block before, its wrong-token null and kappa, for each block from 1 on; empty where not defined."""
+    """Cosine with the block before, its chance level and kappa, for each block from 1 on; empty where not defined."""
     result = findings.metrics[SIMILARITY]
     if result.values is None or result.nulls is None:
         return {}

@@ -63,7 +63,7 @@ class Interventions(Shown):
 
     The set of `cumulative[kind][i]` holds all chosen blocks from one block up to the last; `single` has an entry for every
     chosen block. `plain` holds the unreplaced model's accuracy and why there is none; `similarity` the attention similarity of
-    every block from 1 on with the one before, its wrong-token null and kappa, from the same images. `images` holds names, top
+    every block from 1 on with the one before, its chance level and kappa, from the same images. `images` holds names, top
     answers and per-image KL: arrays with one row for each entry of `plain["conditions"]`.
     """
 

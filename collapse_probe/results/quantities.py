@@ -276,7 +276,7 @@ def fact(holds: Callable[[Mapping[str, Any]], bool]) -> Reader:
 class Pairs:
     """The numbers of each neighbouring pair of blocks that its kind depends on; NaN where undefined or not measured.
 
-    Of columns: `raw`, the wrong-token `null` and `kappa`. Of rows: `row`, what it is between other heads and other keys, and
+    Of columns: `raw`, the chance level `null` and `kappa`. Of rows: `row`, what it is between other heads and other keys, and
     `queries`, the cosine between the rows of different queries of a block (the lower of the two blocks'). `share` is the
     entropy over log N, `order` the share under another order of the heads.
     """

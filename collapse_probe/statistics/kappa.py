@@ -1,4 +1,4 @@
-"""Kappa: the share of what could agree beyond the wrong-token null that does, with its interval over images."""
+"""Kappa: how much of the possible agreement beyond chance (other tokens) is reached, with its interval over images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from collapse_probe.statistics.intervals import Array, Parts, corrected, mean_parts, skewness_of
 
 UNDEFINED_KAPPA = 1e-5
-"""Where the wrong-token null is nearer to one than this, kappa is a quotient of rounding errors."""
+"""Where the chance level is nearer to one than this, kappa is a quotient of rounding errors."""
 MONOMIALS = tuple((order - power, power) for order in (1, 2, 3) for power in range(order + 1))
 """The powers of x = 1 − real and y = 1 − null whose sums over images the moments need: x, y, x², xy, y², x³, x²y, xy², y³."""
 HALVINGS = 40

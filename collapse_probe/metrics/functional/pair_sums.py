@@ -8,7 +8,7 @@ block and y[h, t] those of another:
     any head, same token         T3 =     Σ_t  <Σ_h x_ht, Σ_h y_ht>
     any head, any token          T4 =          <Σ_ht x_ht, Σ_ht y_ht>
 
-so that T2 − T1 is the sum over all wrong tokens: the exact mean of the wrong-token null over every permutation without
+so that T2 − T1 is the sum over all other tokens: the exact mean of their chance level over every permutation without
 fixed points, with no permutation drawn. The same sums over images (vectors added over images first) give the wrong-image null.
 The same formulas over the number of defined vectors give the number of defined pairs. With the sums of the entries of single
 vectors, <1, x_ht> <1, y_ht> − <x_ht, y_ht> is in the same way the sum over all wrong keys.

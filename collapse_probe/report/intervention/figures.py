@@ -81,6 +81,8 @@ def _scale(axes: Axes, name: str, numbers: Sequence[float | None]) -> None:
         powers_of_ten(axes)
     elif name == "accuracy_change":
         axes.axhline(0.0, color=ROLES["untrained"].colour, linewidth=0.9, zorder=0)
+    elif name == "agreement":
+        axes.set_ylim(0.0, 1.03)
     else:
         axes.set_ylim(bottom=0.0)
 
