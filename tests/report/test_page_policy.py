@@ -15,7 +15,7 @@ from collapse_probe.report.html import paper
 TEMPLATES = Path(collapse_probe.report.__file__).parent / "templates"
 POLICY = "img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 OURS = "<script>{{ script }}</script>"
-MOST_BYTES = 10 * 1024
+MOST_BYTES = 10_000
 USED = re.compile(r"<script|<link|<iframe|<object|<embed|<form|<base|@import|url\(|\son\w+\s*=|javascript:", re.IGNORECASE)
 
 

@@ -1,7 +1,8 @@
 "use strict";
-// Everything on the page is there without this script; it links what belongs together and saves typing.
+// The page is whole without this script, which links what belongs together and copies.
 (() => {
 const all = (what, where = document) => [...where.querySelectorAll(what)];
+const { floor } = Math;
 const on = (one, what, act) => one.addEventListener(what, act);
 const make = (tag, facts, ...inside) => { const one = Object.assign(document.createElement(tag), facts); one.append(...inside); return one; };
 const press = (text, act) => { const one = make("button", { type: "button" }, ...[text].flat()); on(one, "click", act); return one; };
@@ -13,7 +14,7 @@ const said = make("output", { className: "said", hidden: true });
 document.body.append(said);
 let wait = 0;
 const say = text => { said.textContent = text; said.hidden = false; clearTimeout(wait); wait = setTimeout(() => { said.hidden = true; }, 1600); };
-const copy = (text, what) => navigator.clipboard.writeText(text).then(() => say(`Copied ${what}`), () => say("The browser does not let a page copy"));
+const copy = (text, what) => navigator.clipboard.writeText(text).then(() => say(`Copied ${what}`), () => say("Copying is not allowed here"));
 const csv = rows => rows.map(row => row.map(each => /[",\n]/.test(each ?? "") ? `"${each.replace(/"/g, '""')}"` : each ?? "").join(",")).join("\n") + "\n";
 
 // Depth d is what leaves block d - 1, so that a block has one number everywhere.
@@ -40,38 +41,38 @@ const mark = blocks => {
   }
 };
 
-// A matrix: pointing, touching and arrow keys say what a cell holds; Enter or a click copies it.
+// A matrix says the cell that is pointed at or walked to; Enter or a click copies it.
 for (const one of matrices) {
   const { across, paths, svg } = one, drawing = svg.closest(".drawing");
   let readout = drawing.querySelector(".readout");
   if (!readout) drawing.append(readout = make("p", { className: "readout", ariaLive: "polite" }));
   const show = at => { one.at = at; readout.textContent = paths[at].textContent;
-    mark([...new Set([Math.floor(at / across) - axis(one.rows), at % across - axis(one.columns)])].filter(block => block >= 0)); };
+    mark([...new Set([floor(at / across) - axis(one.rows), at % across - axis(one.columns)])].filter(block => block >= 0)); };
   const take = () => copy(paths[one.at].textContent, "the cell");
-  const pointed = (event, then) => { const at = paths.indexOf(event.target.closest("path")); if (at >= 0) { show(at); then?.(); } };
-  on(one.cells, "pointerover", event => pointed(event));
-  on(one.cells, "click", event => pointed(event, take));
+  const pointed = (e, then) => { const at = paths.indexOf(e.target.closest("path")); if (at >= 0) { show(at); then?.(); } };
+  on(one.cells, "pointerover", e => pointed(e));
+  on(one.cells, "click", e => pointed(e, take));
   on(svg, "pointerleave", () => mark([]));
   on(svg, "focus", () => show(one.at));
   on(svg, "blur", () => mark([]));
   svg.tabIndex = 0;
-  on(svg, "keydown", event => {
-    const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -across, ArrowDown: across }[event.key], next = one.at + step;
-    if (event.key === "Enter") take();
+  on(svg, "keydown", e => {
+    const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -across, ArrowDown: across }[e.key], next = one.at + step;
+    if (e.key === "Enter") take();
     if (!step) return;
-    event.preventDefault();
-    if (paths[next] && (step ** 2 > 1 || Math.floor(next / across) === Math.floor(one.at / across))) show(next); });
+    e.preventDefault();
+    if (paths[next] && (step ** 2 > 1 || floor(next / across) === floor(one.at / across))) show(next); });
 }
 for (const { svg, of, x } of charts) {
-  on(svg, "pointermove", event => { const box = svg.getBoundingClientRect();
-    mark([Math.round(((event.clientX - box.left) / box.width * svg.viewBox.baseVal.width - x[0]) / x[1]) - axis(of)].filter(block => block >= 0)); });
+  on(svg, "pointermove", e => { const box = svg.getBoundingClientRect();
+    mark([Math.round(((e.clientX - box.left) / box.width * svg.viewBox.baseVal.width - x[0]) / x[1]) - axis(of)].filter(block => block >= 0)); });
   on(svg, "pointerleave", () => mark([]));
 }
 
-// What a figure holds, as CSV.
+// A figure as CSV.
 const of_matrix = ({ paths, across, rows, columns }) => {
   const records = paths.map((path, at) => {
-    const record = { [`${rows} (row)`]: Math.floor(at / across), [`${columns} (column)`]: at % across };
+    const record = { [`${rows} (row)`]: floor(at / across), [`${columns} (column)`]: at % across };
     for (const part of path.textContent.replace(/^.*?: /, "").split("; ")) {
       const [, name, value] = /^(.*?) ?(\[.*\]|[−\d.]+|undefined)$/.exec(part), plain = value.replace(/−/g, "-");
       if (value[0] === "[") [record[`${name} low`], record[`${name} high`]] = plain.slice(1, -1).split(", ");
@@ -90,7 +91,7 @@ for (const drawing of all(".drawing")) {
   if (panels[0]) drawing.append(tools);
 }
 
-// Tables sort by a column, and give a number, a row or all of themselves.
+// Tables sort, and give a number, a row or all of themselves.
 const number = text => parseFloat(text.replace(/^[<≤[\s]+/, "").replace(/−/g, "-").replace(/,(?=\d{3})/g, ""));
 for (const table of all(".scroll > table")) {
   const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells], texts = row => [...row.cells].map(each => each.textContent.trim());
@@ -104,24 +105,24 @@ for (const table of all(".scroll > table")) {
         return isNaN(x) || isNaN(y) ? isNaN(x) - isNaN(y) || up * key(a).localeCompare(key(b)) : up * (x - y); })); }));
   });
   for (const row of body.rows) if (row.cells[0].tagName === "TH") row.cells[0].append(press([...row.cells[0].childNodes], () => copy(csv([texts(row)]), "the row")));
-  on(body, "click", event => { const one = event.target.closest("td"); if (one && getSelection().isCollapsed) copy(one.textContent.trim(), "the number"); });
+  on(body, "click", e => { const one = e.target.closest("td"); if (one && getSelection().isCollapsed) copy(one.textContent.trim(), "the number"); });
   table.parentNode.after(make("div", { className: "tools" }, press("Copy table as CSV", () => copy(csv([...table.rows].map(texts)), "the table"))));
 }
 
-// The gallery: block and head, or a patch that is clicked, for every picture at once, which stays where it is.
+// The gallery: block and head, or a clicked patch, for all pictures at once.
 for (const box of all(".gallery")) {
   const numbers = name => box.dataset[name].split(" ").map(Number), heads = +box.dataset.heads;
   const blocks = numbers("blocks"), [tall, wide] = numbers("grid"), [down, along] = numbers("cells"), tiles = all("[data-block]", box);
   const range = make("input", { type: "range", max: blocks.length - 1, value: 0 }), label = make("b"), head = make("select");
   head.append(new Option("nothing: the picture", -1));
   for (let at = 0; at <= heads + down * along; at++) { const cell = at - heads - 1;
-    head.append(new Option(!at ? "the mean over heads" : cell < 0 ? `head ${at - 1}` : `patch at row ${Math.floor(cell / along)}, column ${cell % along}`, at, !at, !at)); }
+    head.append(new Option(!at ? "the mean over heads" : cell < 0 ? `head ${at - 1}` : `patch at row ${floor(cell / along)}, column ${cell % along}`, at, !at, !at)); }
   const lenses = all(".large", box).map(large => {
     const picture = large.querySelector("use"), lens = draw("svg", { preserveAspectRatio: "none" });
     lens.append(draw("use", { class: "map", href: picture.getAttribute("href").replace(/p$/, "m") }));
     large.append(lens);
-    on(large, "click", event => { const at = large.getBoundingClientRect(), share = (from, all, parts) => Math.floor(from / all * parts);
-      head.value = 1 + heads + share(event.clientY - at.top, at.height, down) * along + share(event.clientX - at.left, at.width, along);
+    on(large, "click", e => { const at = large.getBoundingClientRect(), share = (from, all, parts) => floor(from / all * parts);
+      head.value = 1 + heads + share(e.clientY - at.top, at.height, down) * along + share(e.clientX - at.left, at.width, along);
       show(); });
     return [lens, picture]; });
   const show = () => { const at = +range.value;
@@ -135,7 +136,7 @@ for (const box of all(".gallery")) {
   show();
 }
 
-// Two views by turns in one place.
+// Two views by turns.
 for (const box of all(".switch[data-blink]")) {
   const [one, other] = all("input", box), turn = () => { (one.checked ? other : one).checked = true; };
   let turning = 0;
