@@ -72,7 +72,6 @@ def _subject(label: str, findings: Findings) -> dict[str, str]:
         "GFLOPs": DASH if flops is None else number(flops / 1e9, 3 if flops < 1e10 else 1),
         "images/s": number(cost.get("images_per_second"), 1),
         "blocks": plain(model.get("blocks")),
-        "weights": plain(model.get("weights")),
     }
 
 
@@ -83,6 +82,7 @@ def _notes(comparison: Comparison) -> list[str]:
         "multiplication and an addition are two operations."
         for batch, device in sorted({(cost["batch_size"], cost["device"]) for cost in costs.values() if cost})
     ]
+    notes += [f"{label}: weights {plain(f.model.get('weights'))}." for label, f in comparison.subjects.items()]
     notes += [f"{label}: {cost['note']}." for label, cost in costs.items() if cost.get("note")]
     if missing := [label for label, cost in costs.items() if not cost]:
         notes.append(f"{', '.join(missing)}: findings that analyze wrote hold no cost; compare measures it.")
