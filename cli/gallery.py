@@ -84,6 +84,8 @@ def lines_of(path: Path) -> list[tuple[str, str, dict[str, Any]]]:
     entries: list[tuple[str, str, dict[str, Any]]] = []
     for at, line in enumerate(text.splitlines(), 1):
         try:
+            if line.lstrip().startswith("#"):
+                continue
             label, named, rest = line.partition(" = ")
             words = shlex.split(rest if named else line, comments=True)
             if not words and not (named and label.strip()):

@@ -42,7 +42,7 @@ def say_tidied(folder: str | Path, quiet: bool = False) -> None:
 
 
 def open_results(folder: str | Path) -> Any:
-    """The numbers in `folder`: a comparison, interventions, a sweep, or findings."""
+    """The numbers in `folder`: a comparison, interventions, a sweep, a gallery, or findings."""
     folder = Path(folder)
     if (folder / "comparison.json").exists():
         from collapse_probe.results.comparison import Comparison

@@ -19,7 +19,7 @@ from collapse_probe.cli import options
 )
 @options.talking
 def command(folder: str, figures: str | None, size: str | None, quiet: bool, verbose: int) -> None:
-    """Rebuild figures and page from what DIR holds (findings, a comparison, interventions, a sweep); needs no model.
+    """Rebuild figures and page from what DIR holds (findings, a comparison, interventions, a sweep, a gallery); needs no model.
 
     With --figures or --style also what DeepViT's Figures 3, 4 and 6 show, into figures/paper (or figures/screen), with the
     numbers of each as CSV.

@@ -37,7 +37,7 @@ def written(draw: Callable[[Console], None]) -> str:
         no_color=None if seen else True,  # NO_COLOR decides on a terminal
     )
     draw(console)
-    return page.getvalue().rstrip("\n")
+    return "\n".join(line.rstrip() for line in page.getvalue().rstrip("\n").split("\n"))
 
 
 def answer(findings: Findings) -> str:

@@ -431,7 +431,7 @@ def effects_of(
         same = int((replaced[i] == plain).sum())
         numbers: dict[str, Any] = {
             "kl": float(divergence.difference[i]),
-            "kl_ci95": _ends(divergence.ci95[i]),
+            "kl_ci95": _ends(np.maximum(divergence.ci95[i], 0.0)),  # no KL lies below
             "agreement": same / kl.shape[1],
             "agreement_ci95": wilson(same, kl.shape[1]),
         }

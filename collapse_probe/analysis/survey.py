@@ -8,13 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from collapse_probe import __version__
 from collapse_probe.analysis.analyze import analyze
 from collapse_probe.analysis.measurement import DEFAULT_METRICS
+from collapse_probe.analysis.state.files import remove_states
 from collapse_probe.data.images import ImageSet
 from collapse_probe.display import draw_page
 from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import OutOfTimeError, SettingError
-from collapse_probe.files import write_with_page
+from collapse_probe.files import PAGE, write_with_page
 from collapse_probe.models.loading import resolve
 from collapse_probe.provenance import names_sha256, stamp
 from collapse_probe.results.survey import FAILED, FILE, FINISHED, MODELS, SINK, Survey, SurveyRow, row_of
@@ -51,18 +53,28 @@ def survey(
     """
     folder, first = Path(folder), rank_and_world()[0] == 0
     folders = folders_of(entries)
-    known = {row.label: row for row in Survey.load(folder).rows} if (folder / FILE).is_file() else {}
+    before = {row.folder: row for row in Survey.load(folder).rows} if (folder / FILE).is_file() else {}
     data = {"address": images.address, "images": len(images), "listing": listing(images)}
-    rows = [
+    facts = {"command": command, **stamp()}
+    asked = [
         SurveyRow(label=each.label, conditions=conditions(each, data, settings), folder=folders[each.label]) for each in entries
     ]
+    rows = [_kept(row, before.get(row.folder), folder) or row for row in asked]
+
+    def write() -> Survey:
+        whole = Survey(tuple(rows), data, facts)
+        if first:
+            write_with_page(folder, whole, draw_page)
+        return whole
+
+    whole = write()  # an interrupted run leaves what it kept, and of what its states are
     for at, (entry, row) in enumerate(zip(entries, rows, strict=True)):
-        old = known.get(row.label)
-        if old is not None and old.status == FINISHED and old.conditions == row.conditions and _kept(folder / old.folder):
-            rows[at] = old
+        if row.status == FINISHED:
             say(f"{row.label}: measured before, kept")
             continue
-        target = folder / row.folder
+        target, old = folder / row.folder, before.get(row.folder)
+        if first and (old is None or old.conditions != row.conditions):
+            remove_states(target, "run")  # of another measurement
         target.parent.mkdir(parents=True, exist_ok=True)
         say(f"{row.label} ({at + 1} of {len(rows)})")
         try:
@@ -80,47 +92,48 @@ def survey(
                 raise
             rows[at] = replace(row, status=FAILED, reason=" ".join(f"{type(error).__name__}: {error}".split()))
             say(f"{row.label} failed: {rows[at].reason}")
-        if first:
-            write_with_page(folder, Survey(tuple(rows), data, {"command": command, **stamp()}), draw_page)
-    whole = Survey(tuple(rows), data, {"command": command, **stamp()})
-    if first:
-        write_with_page(folder, whole, draw_page)
+        whole = write()
     return whole
 
 
-def _kept(folder: Path) -> bool:
-    return (folder / "findings.json").is_file()
+def _kept(row: SurveyRow, old: SurveyRow | None, folder: Path) -> SurveyRow | None:
+    """The row of the run before, where it is of the same model, measured alike, and its findings and page are there."""
+    same = old is not None and (old.label, old.status, old.conditions) == (row.label, FINISHED, row.conditions)
+    return old if same and all((folder / row.folder / name).is_file() for name in ("findings.json", PAGE)) else None
 
 
 def folders_of(entries: Sequence[Entry]) -> dict[str, str]:
-    """A folder for each label, of its letters and digits; SettingError for a label that comes twice."""
+    """A folder for each label, of its letters and digits, another for each on every system; SettingError for a label that
+    comes twice.
+    """
     folders: dict[str, str] = {}
     for entry in entries:
         if entry.label in folders:
             raise SettingError(f"the list names {entry.label!r} twice; give one of them another label: LABEL = ADDRESS")
         name = re.sub(r"[^0-9A-Za-z._-]+", "-", entry.label).strip("-.") or "model"
-        while f"{MODELS}/{name}" in folders.values():
+        while f"{MODELS}/{name}".lower() in map(str.lower, folders.values()):
             name += "_"
         folders[entry.label] = f"{MODELS}/{name}"
     return folders
 
 
 def listing(images: ImageSet) -> str:
-    """What tells these images from others: their names and labels, and the content where the source knows it."""
-    content = getattr(images, "content_sha256", None) or getattr(images, "sample_sha256", None) or ""
-    return names_sha256([*images.names, "".join(map(str, images.labels or ())), str(content)])
+    """What tells these images from others: their names, labels and limit, and the content or files where these are known."""
+    content = images.content_sha256 or f"{images.sample_sha256} {images.files_sha256()}"
+    return names_sha256([*images.names, f"{images.labels} {images.max_pixels}", content])
 
 
 def conditions(entry: Entry, data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """All that the numbers of a model depend on, as JSON types."""
-    files = {}
+    files: dict[str, list[int]] = {}
     for name in (entry.how.get("checkpoint"), entry.address.partition(":")[2], entry.address):
-        path = None if not name else Path(str(name))
-        if path is not None and path.is_file():
-            files[str(name)] = [path.stat().st_size, path.stat().st_mtime_ns]
+        path = Path(str(name or ""))
+        inside = [path] if path.is_file() else sorted(path.glob("*")) if name and path.is_dir() else []
+        files |= {str(each): [each.stat().st_size, each.stat().st_mtime_ns] for each in inside if each.is_file()}
     passing = {key: value for key, value in settings.items() if key not in ("workers", "save_every", "max_time")}
     how = {key: str(value) for key, value in entry.how.items() if value not in (None, False, {}, ())}
     return {
+        "version": __version__,
         "model": entry.address,
         "how": how,
         "files": files,

@@ -25,6 +25,7 @@ from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.intervention import Interventions
 from collapse_probe.results.readings import adjacent, counts_of, null_ci95, null_of, over_heads, result_of
 from collapse_probe.results.rules import KAPPA_ABOVE
+from collapse_probe.results.survey import Survey
 from collapse_probe.results.sweep import UNTRAINED, Sweep, estimate
 from collapse_probe.statistics.intervals import Array
 
@@ -117,6 +118,8 @@ class PaperFigure:
 
 def write_figures(results: Any, folder: Path, kind: str, size: str) -> list[Path]:
     """Write every figure of `results` and its numbers as CSV into a new folder; raises OutputError where there is none."""
+    if isinstance(results, Survey):
+        raise OutputError("DeepViT's figures are of one model: ask for them of a model's own folder, below models/")
     figures = figures_of(results)
     if not figures:
         raise OutputError(

@@ -30,7 +30,7 @@ PARTS, EFFECTS = ("model", "data", "run", "kinds", "plain", "similarity"), ("sin
 Ends = tuple[float, float] | None
 DEFINITIONS = {
     "kl": "mean over images of KL(softmax of the plain logits ‖ softmax of the logits with maps replaced), in nats; t interval "
-    "over images, wider on the side of the longer tail",
+    "over images, wider on the side of the longer tail, ending at 0 where it would go below",
     "agreement": "share of images whose top answer stays the same; Wilson interval",
     "accuracy": "share of images whose top answer is their label, with maps replaced",
     "accuracy_change": "that share less the plain model's on the same images; Tango's score interval",

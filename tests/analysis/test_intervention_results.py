@@ -154,7 +154,8 @@ def test_one_image_and_one_block_have_intervals_of_shares_alone(model, digits):
     assert effect.kl is not None
     assert effect.kl_ci95 is None
     assert effect.agreement_ci95 == pytest.approx((0.206549, 1.0), abs=1e-5)
-    assert len(verdicts(one)[0].sentences) == 2
+    assert verdicts(one)[0].sentences[0] == "Only block 1 of 3 was tried."
+    assert len(verdicts(one)[0].sentences) == 3
     assert "one-at-a-time" in draw_all(one)
     assert "cumulative" not in draw_all(one)
     assert render(one)
@@ -188,6 +189,10 @@ def test_the_sentences_follow_the_numbers(found):
     cumulative = (single[2], effect(0.96, 0.1, (1, 2)), effect(0.6, 0.8, (0, 1, 2)))
     upper = verdicts(replace(turned, cumulative={"share": cumulative}))[0].sentences[2]
     assert upper == "From block 1 on, all maps can be replaced together: 96.0 % of the top answers stay; KL 0.100 nats."
+    some = replace(turned, model={**found.model, "blocks": 12}, run={**found.run, "blocks": [0, 1, 2]})
+    said = verdicts(replace(some, cumulative={"share": cumulative}))[0].sentences
+    assert said[0] == "Only blocks 0–2 of 12 were tried."
+    assert said[3].startswith("The maps of blocks 1–2 can be replaced together: 96.0 %")  # of blocks above nothing is known
     fallen = (single[2], effect(0.6, 0.1, (1, 2)), effect(0.99, 0.8, (0, 1, 2)))  # what comes back later does not count
     assert len(verdicts(replace(turned, cumulative={"share": fallen}))[0].sentences) == 2
     assert headline([answer]) == "Own attention maps are needed in some blocks"

@@ -107,3 +107,9 @@ def test_a_list_that_cannot_be_read_is_told_by_its_line(tmp_path, text, said):
 def test_a_label_that_comes_twice_is_told_before_anything_is_measured(tmp_path):
     result = gallery(tmp_path, "one = timm:vit_tinny\none = vit_b_32\n")
     assert "names 'one' twice" in str(result.exception)
+
+
+def test_a_line_that_is_commented_out_is_no_model(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("# old = vit_b_32\n  # older = vit_b_16\nnew = vit_l_16  # a = b\n", encoding="utf-8")
+    assert [(label, address) for label, address, _ in lines_of(path)] == [("new", "vit_l_16")]

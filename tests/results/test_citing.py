@@ -14,6 +14,7 @@ from collapse_probe import registry
 from collapse_probe.results.citing.methods import bibtex, methods, references
 from collapse_probe.results.citing.references import ARXIV, BY_KEY, FIXES, METRICS, REFERENCES, Reference, fixes_in, named_in
 from collapse_probe.results.intervention import Effect, Interventions
+from collapse_probe.results.survey import FAILED, FINISHED, Survey, SurveyRow
 from collapse_probe.results.sweep import Sweep
 
 BESIDE = {"song2012feature", "roy2007effective"}  # no number of arXiv stands for these
@@ -149,3 +150,33 @@ def test_interventions_and_sweeps_have_a_paragraph():
     )  # fmt: skip
     assert "One seed ranks nothing." in methods(sweep)
     assert "zhou2021deepvit" in {each.key for each in references(sweep)}
+
+
+def test_a_gallery_has_a_paragraph_of_what_was_measured():
+    settings = {"metrics": ["attention-similarity", "attention-sink", "image-similarity"]}
+    one = {"address": "vit_b_32 + contra-norm in all blocks", "blocks": 12, "weights": "random (seed 0)"}
+    rows = (
+        SurveyRow(label="one", conditions=settings, folder="models/one", status=FINISHED, model=one),
+        SurveyRow(label="two", conditions={"metrics": ["token-norm"]}, folder="models/two", status=FAILED, reason="no"),
+    )
+    found = Survey(rows, {"images": 8, "address": "photos"}, {"versions": {"collapse-probe": "0.1.0"}})
+    text, entries = methods(found), bibtex(found)
+    assert "We measured 1 model (one: vit_b_32 + contra-norm in all blocks (12 blocks" in text
+    assert "on 8 images of photos" in text
+    assert "1 more on the list was not measured." in text
+    assert "one holds contra-norm [guo2023contranorm]." in text
+    assert "attention-sink [xiao2024streaming], image-similarity." in text
+    keys = {key for group in re.findall(r"\[([\w, ]+)\]", text) for key in group.split(", ")}
+    assert keys == set(re.findall(r"^@\w+\{(\w+),", entries, re.MULTILINE))
+
+
+def test_the_accuracy_of_an_intervention_is_not_its_agreement_and_blocks_are_those_replaced():
+    effects = (Effect("share", (0,), not_applicable="no block before"), Effect("share", (1,), 0.1, None, 0.9, None, 0.8, -0.1))
+    parts = {"model": {"address": "some:model", "blocks": 2}, "data": {"images": 8, "address": "photos"}, "run": {}}
+    found = Interventions(
+        **parts, kinds={"share": "the map before"}, plain={"accuracy": 0.9}, single={"share": effects},
+        cumulative={"share": effects[1:]}, similarity={},
+    )  # fmt: skip
+    text = methods(found)
+    assert "Accuracy is the share of images whose top answer is their label, with maps replaced; its change is that" in text
+    assert "the maps of block 1, one" in text

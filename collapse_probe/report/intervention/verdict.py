@@ -10,13 +10,13 @@ import numpy as np
 from collapse_probe.results.intervention import Effect, Interventions
 from collapse_probe.results.readings import is_untrained, mean, not_loaded, trained_on
 from collapse_probe.results.rules import KEEPS_ANSWERS, MOST_BLOCKS, ROUNDING
-from collapse_probe.results.text import interval, number
+from collapse_probe.results.text import interval, number, numbered
 from collapse_probe.results.verdict import Verdict
 
 SPARED, ONLY_ALONE, USED, MIXED = "spared", "spared only one at a time", "used", "used in some blocks"
 NOT_READABLE = "nothing can be read"
 WORDS = {
-    SPARED: "not needed: all can be replaced together",
+    SPARED: "not needed: all that were tried can be replaced together",
     ONLY_ALONE: "not needed one at a time, but needed together",
     MIXED: "needed in some blocks",
     USED: "needed in most blocks",
@@ -91,11 +91,16 @@ def _verdict(interventions: Interventions, kind: str) -> Verdict:
         meaning = {
             SPARED: f"on these images {worth}",
             ONLY_ALONE: "each can be spared alone, but not all of them",
-            MIXED: f"{cheap} blocks can be spared one at a time, the others cannot",
+            MIXED: f"{cheap} blocks can be spared one at a time, the other{'' if count - cheap == 1 else 's'} cannot",
             USED: "most of these blocks use what was replaced",
         }
         second = f"In all {count} together {_numbers(whole)}: {meaning[case]}."
-    sentences = (*said_first(interventions), first, second, *_from_a_block_on(interventions.cumulative[kind]))
+    sentences = (
+        *said_first(interventions),
+        first,
+        second,
+        *_from_a_block_on(interventions.cumulative[kind], interventions.model.get("blocks")),
+    )
     return Verdict(case, sentences, tuple(_caveats(interventions, kind, not_said)), label=kind)
 
 
@@ -106,18 +111,29 @@ def headline(answers: Sequence[Verdict]) -> str:
     return "What a model's own attention maps are worth"
 
 
-def _from_a_block_on(cumulative: Sequence[Effect]) -> list[str]:
-    """From which block on all maps can be replaced together; nothing where that is none, one block, or all of them."""
+def _from_a_block_on(cumulative: Sequence[Effect], count: int | None) -> list[str]:
+    """From which block on all maps can be replaced together, of a model of `count` blocks.
+
+    Nothing where that is none, one block, or all of them. Where only some blocks were tried, or could be, these are named.
+    """
     spared = list(itertools.takewhile(keeps, cumulative))
     if len(spared) < 2 or len(spared) == len(cumulative):
         return []
-    return [f"From block {min(spared[-1].blocks)} on, all maps can be replaced together: {_numbers(spared[-1])}."]
+    blocks = spared[-1].blocks
+    if list(blocks) == list(range(min(blocks), count or 0)):
+        return [f"From block {min(blocks)} on, all maps can be replaced together: {_numbers(spared[-1])}."]
+    return [f"The maps of {numbered(blocks)} can be replaced together: {_numbers(spared[-1])}."]
 
 
 def said_first(interventions: Interventions) -> list[str]:
-    """What stands above all answers: images and weights that are not finite, a checkpoint that was loaded in part."""
+    """What stands above all answers: images and weights that are not finite, a checkpoint that was loaded in part, blocks that
+    were not tried.
+    """
     ill, part = interventions.run.get("nonfinite"), not_loaded(interventions.model)
-    return [*([str(ill["sentence"])] if ill else []), *([f"{part}."] if part else [])]
+    chosen, count = interventions.run.get("blocks"), interventions.model.get("blocks")
+    tried = "was tried" if chosen and len(chosen) == 1 else "were tried"
+    some = f"Only {numbered(chosen)} of {count} {tried}." if chosen and count and len(chosen) < count else ""
+    return [*([str(ill["sentence"])] if ill else []), *([f"{part}."] if part else []), *([some] if some else [])]
 
 
 def not_readable(interventions: Interventions) -> str:

@@ -11,8 +11,9 @@ from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.intervention import DEFINITIONS, Interventions
 from collapse_probe.results.readings import is_untrained, null_of, trained_on, weights_only
+from collapse_probe.results.survey import Survey, SurveyRow
 from collapse_probe.results.sweep import Sweep
-from collapse_probe.results.text import plain, sentence_case, spans
+from collapse_probe.results.text import numbered, plain, sentence_case
 
 TOOL = "collapse_probe"
 TITLE = "collapse-probe: has the attention of a Vision Transformer collapsed, and does a fix cure it?"
@@ -27,6 +28,8 @@ def methods(results: Any) -> str:
         return of_interventions(results)
     if isinstance(results, Sweep):
         return of_sweep(results)
+    if isinstance(results, Survey):
+        return of_survey(results)
     return of_findings(results)
 
 
@@ -46,7 +49,16 @@ def references(results: Any) -> list[Reference]:
         text = f"{plain(results.recipe)} {plain(results.varied)} {plain(results.changes)}"
         found |= {key for name in fixes_in(text) for key in FIXES[name]} | {each.key for each in named_in(text)}
         found |= {key for name in ("similar-blocks", "patch-diversity", "attention-entropy") for key in METRICS[name]}
+    if isinstance(results, Survey):
+        for row in results.finished:
+            found |= {key for name in metrics_of(row) for key in METRICS.get(name.partition("@")[0], ())}
+            found |= {key for name in fixes_of(row.model, {"notes": row.notes}) for key in FIXES[name]}
     return [each for each in REFERENCES if each.key in found]
+
+
+def metrics_of(row: SurveyRow) -> list[str]:
+    """What a model of a gallery was measured by."""
+    return [str(name) for name in row.conditions.get("metrics", ())]
 
 
 def of_one(findings: Findings) -> list[Reference]:
@@ -112,13 +124,13 @@ def of_comparison(comparison: Comparison) -> str:
 def of_interventions(interventions: Interventions) -> str:
     """The paragraph on replaced maps."""
     data, kinds = interventions.data, "; ".join(f"{kind}: {says}" for kind, says in interventions.kinds.items())
-    effects = [effect for each in interventions.single.values() for effect in each]
+    effects = [effect for each in interventions.single.values() for effect in each if effect.kl is not None]
     blocks = sorted({block for effect in effects for block in effect.blocks})
     numbers = [
         f"KL is the {DEFINITIONS['kl']}.",
         f"Agreement is the {DEFINITIONS['agreement']}.",
         *(
-            [f"The change of accuracy is {DEFINITIONS['accuracy_change']}."]
+            [f"Accuracy is the {DEFINITIONS['accuracy']}; its change is {DEFINITIONS['accuracy_change']}."]
             if interventions.plain.get("accuracy") is not None
             else []
         ),
@@ -127,7 +139,7 @@ def of_interventions(interventions: Interventions) -> str:
         [
             f"In {model_words(interventions.model)} we replaced attention maps while it ran, on {plain(data.get('images'))} "
             f"images of {plain(data.get('address'))}, with {tool(interventions)}.",
-            f"Replaced were the maps of blocks {spans(blocks)}, one block at a time and cumulatively from the last block down "
+            f"Replaced were the maps of {numbered(blocks)}, one block at a time and cumulatively from the last block down "
             f"({kinds}).",
             *numbers,
             LIMIT,
@@ -147,6 +159,24 @@ def of_sweep(sweep: Sweep) -> str:
         f"{plain(sweep.data.get('address') or sweep.data)} with {tool(sweep)}. {ended}, each beside an untrained copy (the "
         f"same architecture with fresh parameters) on the same images. {sureness} {run_words(sweep.run)}"
     )
+
+
+def of_survey(survey: Survey) -> str:
+    """The paragraph on a gallery of models."""
+    rows, data = survey.finished, survey.data
+    models = "; ".join(f"{row.label}: {model_words(row.model)}" for row in rows)
+    names = list(dict.fromkeys(name for row in rows for name in metrics_of(row)))
+    missing = len(survey.rows) - len(rows)
+    sentences = [
+        f"We measured {len(rows)} model{'' if len(rows) == 1 else 's'} ({models or 'none could be measured'}), each with its "
+        f"own preprocessing, on {data.get('images'):,} images of {plain(data.get('address'))} with {tool(survey)}.",
+        f"{missing} more on the list {'was' if missing == 1 else 'were'} not measured." if missing else "",
+        *(f"{row.label} holds {holding}." for row in rows if (holding := fix_words(row.model, {"notes": row.notes}))),
+        f"Measured were {', '.join(map(cited, names))}." if names else "",
+        LIMIT if rows else "",
+        run_words(survey.run),
+    ]
+    return " ".join(filter(None, sentences))
 
 
 def tool(results: Any) -> str:
@@ -205,8 +235,13 @@ def what(findings: Findings) -> list[str]:
 
 def held(who: str, findings: Findings) -> list[str]:
     """Which fixes a model holds."""
-    fixes = ", ".join(f"{name} [{', '.join(FIXES[name])}]" for name in fixes_of(findings.model, findings.run))
+    fixes = fix_words(findings.model, findings.run)
     return [f"{who} holds {fixes}."] if fixes else []
+
+
+def fix_words(model: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """The fixes that a model holds, with their citations."""
+    return ", ".join(f"{name} [{', '.join(FIXES[name])}]" for name in fixes_of(model, run))
 
 
 def how(findings: Findings) -> list[str]:
