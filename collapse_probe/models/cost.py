@@ -58,10 +58,16 @@ def measure_cost(model: nn.Module, shape: tuple[int, int, int], batch_size: int)
         flops=flops,
         images_per_second=batch_size / float(np.median(seconds)),
         batch_size=batch_size,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads",
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {threads_in_words()}",
         runs=len(seconds),
         note=note,
     )
+
+
+def threads_in_words() -> str:
+    """How many threads compute on a CPU."""
+    count = torch.get_num_threads()
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 @torch.no_grad()

@@ -165,7 +165,8 @@ def draw(figure: PaperFigure, size: Size) -> Figure:
         maps = [(axes, panel) for axes, panel in shown if isinstance(panel, Matrix)]
         if maps:
             images = [_matrix(axes, panel, first=axes is maps[0][0]) for axes, panel in maps]
-            sheet.colorbar(images[-1], ax=[axes for axes, _ in maps], aspect=18, pad=0.02, shrink=0.9)
+            widest = min(range(len(maps)), key=lambda at: maps[at][1].scale.low)
+            sheet.colorbar(images[widest], ax=[axes for axes, _ in maps], aspect=18, pad=0.02, shrink=0.9)
     names = {name: handle for axes in sheet.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     if len(names) > 1:
         letter = size.letters / 72  # inches
@@ -221,8 +222,11 @@ def figures_of(results: Any) -> dict[str, PaperFigure]:
     if isinstance(results, Sweep):
         figures = {f"deepvit-figure-3b-by-{axis}": counts_along(results, axis) for axis in results.axes}
         return {name: figure for name, figure in figures.items() if figure.panels[0]}
-    subjects = results.subjects if isinstance(results, Comparison) else {"": results}
-    tints = colours(results) if isinstance(results, Comparison) else {"": ROLES["measured"].colour}
+    subjects, tints = {"": results}, {"": ROLES["measured"].colour}
+    if isinstance(results, Comparison):
+        names = short_names(list(results.subjects))
+        subjects = {names[label]: findings for label, findings in results.subjects.items()}
+        tints = {names[label]: colour for label, colour in colours(results).items()}
     similar = [panel for make in (ratio_or_cosine, counts, heads) if (panel := make(subjects, tints)).lines]
     last, maps = with_the_last_depth(subjects, tints), block_by_block(subjects)
     return {
@@ -230,6 +234,17 @@ def figures_of(results: Any) -> dict[str, PaperFigure]:
         **({"deepvit-figure-4": PaperFigure([[last]], wide=False, tall=0.66)} if last.lines else {}),
         **({"deepvit-figure-6": maps} if maps is not None else {}),
     }
+
+
+def short_names(labels: Sequence[str]) -> dict[str, str]:
+    """A name for each label that fits into a legend, and is another for each: a number tells those that would look alike."""
+    names: dict[str, str] = {}
+    seen: list[str] = []
+    for label in labels:
+        shortest = printable(label, 18)
+        seen.append(shortest)
+        names[label] = label if seen.count(shortest) == 1 else f"{printable(label, 20)} ({seen.count(shortest)})"
+    return names
 
 
 def _over(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,8 @@ from collapse_probe.analysis.compare import compare
 from collapse_probe.analysis.intervene import intervene
 from collapse_probe.data.images import open_data
 from collapse_probe.errors import OutputError
-from collapse_probe.report.paper import DOTS, SIZES, figures_of
+from collapse_probe.report.heatmaps import UNSIGNED, scale_of
+from collapse_probe.report.paper import DOTS, SIZES, Matrix, PaperFigure, draw, figures_of
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.readings import adjacent, null_of
 from collapse_probe.results.sweep import FINISHED, CellResult, Sweep
@@ -102,6 +104,15 @@ def test_what_replacing_maps_costs(tmp_path):
         each.accuracy_change if each.accuracy_change is not None else each.kl for each in interventions.single["uniform"]
     ]
     np.testing.assert_allclose(alone.value, effects)
+    assert table[table.panel == "b"].x.tolist() == [0, 1, 2]  # the first of the blocks that are replaced
+
+
+def test_a_matrix_that_is_not_symmetric_keeps_its_rows_and_columns():
+    values = np.arange(9.0).reshape(3, 3)
+    panel = Matrix("one", values, UNSIGNED, "block", np.stack([values - 1, values + 1], -1))
+    table = PaperFigure([[panel]]).table
+    for column, expected in (("value", values), ("ci_low", values - 1), ("ci_high", values + 1)):
+        np.testing.assert_allclose(table.pivot(index="y", columns="x", values=column), expected)
 
 
 def test_counts_of_a_sweep_along_depth():
@@ -130,3 +141,21 @@ def test_findings_without_any_of_them_are_told_and_keep_their_page(tmp_path):
     with pytest.raises(OutputError, match="nothing here belongs"):
         report(tmp_path / "out", "--style", "paper")
     assert (tmp_path / "out" / "report.html").read_bytes() == before
+
+
+def test_subjects_whose_names_are_shortened_alike_stay_apart():
+    rng = np.random.default_rng(0)
+    labels = ("runs/a-long-name/step-000100/model.safetensors", "runs/a-long-name/step-000200/model.safetensors")
+    figures = figures_of(compare({label: findings_of(*rng.uniform(0.2, 0.8, (2, 6, 3))) for label in labels}))
+    measured = figures["deepvit-figure-3"].table.query("panel == 'a'")
+    assert not measured.duplicated(["series", "x"]).any()
+    assert figures["deepvit-figure-6"].table.series.nunique() == 4
+
+
+@pytest.mark.parametrize("negative", ["raw", "kappa"])
+def test_the_colour_bar_of_one_subject_reaches_as_far_as_either_matrix(negative):
+    raw, kappa = figures_of(synthetic(4))["deepvit-figure-6"].panels[0]
+    shifted = [replace(each, values=each.values * sign, scale=scale_of(each.values * sign)) for each, sign in (
+        (raw, -1.0 if negative == "raw" else 1.0), (kappa, -1.0 if negative == "kappa" else 1.0))]  # fmt: skip
+    sheet = draw(PaperFigure([shifted]), SIZES["paper"])
+    assert sheet.axes[-1].get_ylim() == (-1.0, 1.0)

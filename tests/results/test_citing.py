@@ -88,7 +88,7 @@ def test_the_paragraph_says_what_was_measured_on_what_and_beside_what():
         "An untrained copy (the same architecture with fresh parameters), on 16 of the images",
         "95 % t intervals",
         "not the training run",
-        "1 image could not be used",
+        "1 image was left out, because it could not be used.",
         "torch 2.13",
         "Command: collapse-probe analyze -m vit_b_32",
     ):
@@ -128,6 +128,11 @@ def test_a_comparison_says_how_differences_were_tested():
     compared = cp.compare({"plain": one, "with re-attention": replace(other, model={**other.model, "name": "re-attention"})})
     text = methods(compared)
     assert "Benjamini–Hochberg" in text
+    assert text.count("Preprocessing") == 1
+    wide = replace(other, model={**other.model, "name": "re-attention", "preprocess": {"size": [384, 384]}})
+    both = methods(cp.compare({"plain": one, "with re-attention": wide}))
+    assert "Preprocessing of plain: " in both
+    assert "Preprocessing of with re-attention: size (384, 384)." in both
     assert "compared with plain" in text
     assert "with re-attention holds re-attention [zhou2021deepvit]." in text
     assert "zhou2021deepvit" in bibtex(compared)

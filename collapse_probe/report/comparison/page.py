@@ -66,7 +66,7 @@ def _subject(label: str, findings: Findings) -> dict[str, str]:
         "that of an untrained copy": number(fresh.get("attention_similarity_adjacent")),
         "similar blocks, raw / by κ": f"{counted} of {pairs:g}" if pairs else counted,
         "attention entropy, share of log N": number(summary.get("attention_entropy_share")),
-        "patch diversity": number(summary.get("patch_diversity_last")),
+        "patch diversity after the last block": number(summary.get("patch_diversity_last")),
         "accuracy": number(summary.get(ACCURACY)),
         "parameters": DASH if parameters is None else f"{parameters / 1e6:.2f} M",
         "GFLOPs": DASH if flops is None else number(flops / 1e9, 3 if flops < 1e10 else 1),

@@ -23,7 +23,7 @@ COLUMNS = (
         f"at κ {KAPPA_ABOVE:g}",
         "of pairs",
         "entropy, share of log N",
-        "patch diversity",
+        "patch diversity, last",
         "largest sink",
     ),
 )

@@ -94,7 +94,7 @@ def of_findings(findings: Findings) -> str:
         f"We measured {model_words(findings.model)}{on_images(findings)} with {tool(findings)}.",
         *held("The model", findings),
         *what(findings),
-        *how(findings),
+        *how({"": findings}, findings.run),
     ]
     return " ".join(sentences)
 
@@ -118,7 +118,7 @@ def of_comparison(comparison: Comparison) -> str:
             "p belongs to the interval (two-sided), and q controls the false discovery rate over the blocks of a metric "
             "(Benjamini–Hochberg).",
         ]
-    return " ".join([*sentences, *how(first)])
+    return " ".join([*sentences, *how(comparison.subjects, {**first.run, **comparison.run})])
 
 
 def of_interventions(interventions: Interventions) -> str:
@@ -154,10 +154,12 @@ def of_sweep(sweep: Sweep) -> str:
     seeds = "1 seed each" if len(sweep.seeds) == 1 else f"{len(sweep.seeds)} seeds each"
     ended = f"{len(sweep.finished)} of {len(sweep.cells)} trainings were finished and measured on held-out images"
     sureness = "One seed ranks nothing." if len(sweep.seeds) == 1 else "Means over seeds have 95 % t intervals."
+    changed = f" with {plain(sweep.changes)}" if sweep.changes else ""
+    data = plain(sweep.data.get("address") or sweep.data.get("data") or sweep.recipe.get("data"))
     return (
-        f"We trained the recipe {plain(sweep.recipe.get('name'))} over a grid ({varied or 'nothing varied'}; {seeds}) on "
-        f"{plain(sweep.data.get('address') or sweep.data)} with {tool(sweep)}. {ended}, each beside an untrained copy (the "
-        f"same architecture with fresh parameters) on the same images. {sureness} {run_words(sweep.run)}"
+        f"We trained the recipe {plain(sweep.recipe.get('name'))}{changed} over a grid ({varied or 'nothing varied'}; {seeds}) "
+        f"on {data} with {tool(sweep)}. {ended}, each beside an untrained copy (the same architecture with fresh parameters) "
+        f"on the same images. {sureness} {run_words(sweep.run)}"
     )
 
 
@@ -244,10 +246,11 @@ def fix_words(model: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} [{', '.join(FIXES[name])}]" for name in fixes_of(model, run))
 
 
-def how(findings: Findings) -> list[str]:
-    """Untrained copies, intervals, what was left out, and how it was run."""
+def how(subjects: Mapping[str, Findings], run: Mapping[str, Any]) -> list[str]:
+    """Untrained copies, intervals, what was left out of each subject by label ("" where it is alone), and how it was run."""
     sentences = []
-    nulls = [result.nulls for result in findings.metrics.values() if result.nulls is not None]
+    metrics = [result for findings in subjects.values() for result in findings.metrics.values()]
+    nulls = [result.nulls for result in metrics if result.nulls is not None]
     copies = [each for each in nulls if each.values.get("untrained") is not None]
     if copies:
         images = max(each.images.get("untrained", 0) for each in copies)
@@ -258,17 +261,23 @@ def how(findings: Findings) -> list[str]:
             f"{several} (the same architecture with fresh parameters){seen}, "
             f"stand{'' if seeds > 1 else 's'} beside the numbers."
         )
-    if any(result.ci95 is not None for result in findings.metrics.values()):
+    if any(result.ci95 is not None for result in metrics):
         sentences.append(
             "Means over images have 95 % t intervals, wider on the side of the longer tail (Hall's correction of skewness); κ "
             f"has Fieller's interval. {LIMIT}"
         )
-    skipped = len(findings.data.get("skipped") or ())
-    sentences += [f"{skipped} image{'' if skipped == 1 else 's'} could not be used and were left out."] if skipped else []
-    sentences += [note] if (note := trained_on(findings.data)) else []
-    if not weights_only(findings):
-        sentences.append(f"Preprocessing: {plain(findings.model.get('preprocess'))}.")
-    return [*sentences, run_words(findings.run)]
+    made: dict[str, list[str]] = {}
+    for label, findings in subjects.items():
+        who, skipped = f"{label}: " if label else "", len(findings.data.get("skipped") or ())
+        left_out = f"{skipped} image{' was' if skipped == 1 else 's were'} left out, because"
+        sentences += [f"{who}{left_out} {'it' if skipped == 1 else 'they'} could not be used."] if skipped else []
+        sentences += [f"{who}{note}"] if (note := trained_on(findings.data)) else []
+        if not weights_only(findings):
+            made.setdefault(plain(findings.model.get("preprocess")), []).append(label)
+    if len(made) == 1:
+        sentences.append(f"Preprocessing: {next(iter(made))}.")
+    sentences += [f"Preprocessing of {', '.join(labels)}: {text}." for text, labels in made.items() if len(made) > 1]
+    return [*sentences, run_words(run)]
 
 
 def run_words(run: Mapping[str, Any]) -> str:
