@@ -33,7 +33,7 @@ def test_without_data_the_whole_folder_is_written(run):
     files = {"findings.json", "blocks.csv", "matrices.npz", "images.npz", "report.html", "figures/weights.svg"}
     assert files <= names
     assert "no data: the weights alone" in err
-    assert "weight_rank_mean" in out
+    assert "effective rank over the full one" in out
     found = Findings.load("out")
     none = {"address": None, "names_sha256": None, "bundled": False, "trained_on": None}
     assert found.data == {"images": 0, "skipped": [], **none}

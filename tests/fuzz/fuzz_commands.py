@@ -88,6 +88,8 @@ BASES: dict[str, tuple[str, ...]] = {
     "train": (*TRAINED, "--dry-run"),
     "sweep": (*TRAINED, "--vary", "depth=2,3", "--dry-run"),
     "merge": ("results", "--json=full"),
+    "gallery": ("models.txt", "--data", "photos", "--null-images", "0", "-o", "site"),
+    "cite": ("results",),
     "report": ("results",),
     "doctor": MODEL,
     "ls": ("metrics",),
@@ -164,6 +166,7 @@ def prepare(place: Path) -> Path:
         "broken.py": "def",
         "raises.py": "raise RuntimeError('no')",
         "text.txt": "nothing\n",
+        "models.txt": f"tiny = {shlex.join([*MODEL[1:-2]])}\n",
     }
     for name, text in texts.items():
         (place / name).write_text(text)

@@ -117,7 +117,7 @@ def paired(pair: Pair) -> list[Table]:
 def _mean(name: str, difference: Difference) -> tuple[str, ...]:
     paired = difference.overall
     sides = (number(values[0]) for values in (paired.first, paired.second, paired.difference))
-    counts = (str(int(paired.images[0])), str(int(paired.left_out[0])))
+    counts = (DASH, DASH) if difference.unsampled else (str(int(paired.images[0])), str(int(paired.left_out[0])))
     return (name, *sides, interval(paired.ci95[0]), p_value(paired.p[0]), number(paired.effect[0], 2), *counts)
 
 
