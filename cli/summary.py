@@ -71,6 +71,9 @@ def sentences(console: Console, said: Iterable[str], caveats: Iterable[str] = ()
 def numbers(console: Console, findings: Findings) -> None:
     """The numbers that matter in a table, with a curve along the blocks: in it where there is room, else below."""
     rows = headlines(findings)
+    if not rows:
+        names = [name for name, result in findings.metrics.items() if result.values is not None]
+        console.print(Text(f"Measured: {', '.join(names) or 'nothing'}. The numbers of each block are in blocks.csv."))
     longest = max((len(each.along) for each in rows), default=0)
     beside = longest > 1 and console.width >= BESIDE + longest
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -84,7 +87,13 @@ def numbers(console: Console, findings: Findings) -> None:
     accuracy = findings.summary.get("accuracy")
     if accuracy is not None:
         table.add_row("accuracy", number(accuracy), *([""] * (4 if beside else 3)))
-    console.print(table)
+    if table.row_count and console.width >= BESIDE:
+        console.print(table)
+    elif table.row_count:  # a cell that is cut short would read as another number
+        for each in rows:
+            console.print(Text(in_words(each)))
+        if accuracy is not None:
+            console.print(Text(f"accuracy {number(accuracy)}"))
     if not beside and longest > 1:
         for each in rows[:1]:
             blocks = f"blocks {each.first}–{each.first + len(each.along) - 1}"
@@ -92,6 +101,17 @@ def numbers(console: Console, findings: Findings) -> None:
     images = findings.summary.get("images")
     if images:
         console.print(Text(f"{images:,} image{'' if images == 1 else 's'}; --json prints every number of the summary"))
+
+
+def in_words(each: Headline) -> str:
+    """A number and what stands beside it, as a line."""
+    beside = (("95 % CI", each.interval), ("chance level", each.chance), ("untrained copy", each.untrained))
+    known = (
+        (name, value if isinstance(value, str) else number(value, each.digits))
+        for name, value in beside
+        if value not in (None, "")
+    )
+    return "; ".join([f"{each.name} {each.written}", *(f"{name} {value}" for name, value in known)])
 
 
 def curve(each: Headline, most: int = PLAIN_WIDTH) -> str:

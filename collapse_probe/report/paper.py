@@ -274,8 +274,10 @@ def _before(result: MetricResult, values: Array, ci95: Array | None) -> tuple[Ar
 
 
 def _each(result: MetricResult, values: Array, ci95: Array | None) -> tuple[Array, Array, Array | None]:
-    """Each block by itself, the mean over its heads where there are some."""
+    """Each block by itself, the mean over its heads where there are some, with the interval that this has."""
     if values.ndim == 2:
+        if ci95 is not None and result.head_mean is not None:
+            return np.arange(float(len(values))), result.head_mean[0], result.head_mean[2]
         return np.arange(float(len(values))), over_heads(values), None
     return np.arange(float(len(values))), values, ci95
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 
 import pytest
 from collapse_probe.cli.summary import answer, answers, curve
@@ -11,6 +12,7 @@ from factories import findings_of, synthetic
 
 import collapse_probe as cp
 from collapse_probe.results.overview.headline import Headline, headlines
+from collapse_probe.results.text import number
 from collapse_probe.results.verdict import verdict_of
 
 
@@ -82,3 +84,20 @@ def test_a_summary_can_be_listed_whole():
 def test_findings_of_weights_alone_have_a_summary():
     found = cp.analyze("timm:vit_tiny_patch16_224", pretrained=False, model_kwargs={"depth": 2}, metrics="weight-rank")
     assert "weight rank mean" in answer(found)
+
+
+def test_on_a_narrow_terminal_numbers_are_whole(monkeypatch):
+    on_a_screen(monkeypatch, 60)
+    words = " ".join(answer(synthetic(24)).split())
+    assert "…" not in words
+    for each in headlines(synthetic(24)):
+        assert each.written in words
+        assert each.interval in words
+        assert each.chance is None or f"chance level {number(each.chance, each.digits)}" in words
+
+
+def test_metrics_without_a_headline_are_named_in_place_of_an_empty_table():
+    only = {"rank-residual": replace(synthetic().metrics["patch-diversity"])}
+    text = answer(replace(synthetic(), metrics=only, summary={"images": 64}))
+    assert "Measured: rank-residual. The numbers of each block are in blocks.csv." in text
+    assert "95 % CI" not in text.partition("Measured")[2]

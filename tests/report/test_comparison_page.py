@@ -18,6 +18,7 @@ from collapse_probe.report.comparison.figures import FIGURES, difference_scale, 
 from collapse_probe.report.comparison.page import paired, render, subjects, write_comparison
 from collapse_probe.report.style import evenly_spaced
 from collapse_probe.results.comparison import Comparison
+from collapse_probe.results.readings import untrained_summary
 from collapse_probe.results.rules import FALSE_DISCOVERY_RATE
 from collapse_probe.results.text import number
 
@@ -167,6 +168,54 @@ def test_three_tables_of_a_pair_hold_every_quantity_and_mark_what_differs(mixed)
     assert [row[column] for row in blocks.rows] == ["–", *(number(value) for value in paired_raw.difference)]
     marked = {row for row, at in blocks.marked if at == column}
     assert marked == {1 + at for at, q in enumerate(paired_raw.q) if q <= FALSE_DISCOVERY_RATE}
+
+
+def test_every_mark_stands_at_the_difference_that_it_is_of(mixed):
+    pair, sure = mixed.pairs[0], {}
+    for at, (name, each) in enumerate(mixed.pairs[0].differences.items()):
+        q = np.where((np.arange(len(each.places)) + at) % 3 == 0, 0.01, 0.9)
+        sure[name] = replace(each, paired=replace(each.paired, q=q))
+    pair = replace(pair, differences=sure)
+    marks = 0
+    for table in paired(pair):
+        if ", by " not in table.title:
+            continue
+        expected = set()
+        for column, name in enumerate(table.header[1:], 1):
+            each = pair.differences[name]
+            places = {str(place) for place, q in zip(each.places, each.paired.q, strict=True) if q <= FALSE_DISCOVERY_RATE}
+            expected |= {(row, column) for row, cells in enumerate(table.rows) if cells[0] in places}
+        assert table.marked == expected
+        marks += len(expected)
+    assert marks > 3
+
+
+def test_the_numbers_of_a_pair_are_those_of_the_comparison(mixed):
+    pair = mixed.pairs[0]
+    means, counts, *_ = paired(pair)
+    assert means.header[1:4] == (pair.first, pair.second, "difference")
+    for name, *cells in means.rows:
+        overall = pair.differences[name].overall
+        assert cells[:3] == [number(values[0]) for values in (overall.first, overall.second, overall.difference)]
+    assert len(counts.rows) == len(pair.counts)
+    for row, count in zip(counts.rows, pair.counts, strict=True):
+        assert row[1:4] == (f"{count.first:g}", f"{count.second:g}", number(count.second - count.first, 0))
+    assert any(count.second != count.first for count in pair.counts)
+
+
+def test_the_numbers_of_a_subject_are_those_of_its_findings(mixed):
+    table = subjects(mixed)
+    rows = {row[0]: row[1:] for row in table.rows}
+    for at, findings in enumerate(mixed.subjects.values()):
+        summary, fresh = findings.summary, untrained_summary(findings)
+        assert rows["raw similarity"][at] == number(summary["attention_similarity_adjacent"])
+        assert rows["its chance level"][at] == number(summary["other_token_adjacent"])
+        assert rows["that of an untrained copy"][at] == number(fresh["attention_similarity_adjacent"])
+        counted = (
+            f"{summary['similar_blocks']:g} / {summary['similar_blocks_corrected']:g} of {summary['similar_blocks_pairs']:g}"
+        )
+        assert rows["similar blocks, raw / by κ"][at] == counted
+        assert rows["patch diversity after the last block"][at] == number(summary["patch_diversity_last"])
 
 
 def test_findings_without_anything_to_draw_still_make_a_page():

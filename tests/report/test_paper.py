@@ -17,8 +17,8 @@ from collapse_probe.analysis.intervene import intervene
 from collapse_probe.data.images import open_data
 from collapse_probe.errors import OutputError
 from collapse_probe.report.heatmaps import UNSIGNED, scale_of
-from collapse_probe.report.paper import DOTS, SIZES, Matrix, PaperFigure, draw, figures_of
-from collapse_probe.results.findings import Findings
+from collapse_probe.report.paper import DOTS, SIZES, Matrix, PaperFigure, draw, figures_of, ratio_or_cosine
+from collapse_probe.results.findings import Findings, Nulls
 from collapse_probe.results.readings import adjacent, null_of
 from collapse_probe.results.sweep import FINISHED, CellResult, Sweep
 
@@ -55,6 +55,8 @@ def test_the_numbers_beside_a_figure_are_those_of_the_findings(saved):
     counts = three[(three.panel == "b") & (three.series == "measured, 95 % CI")]
     assert counts.value.tolist() == [*findings["similar-blocks"].array, 1.0]
     assert counts.x.tolist() == ["> 0.8", "> 0.9", "> 0.95", "κ > 0.5"]
+    heads = three[(three.panel == "c") & (three.series == "measured, 95 % CI")]
+    np.testing.assert_allclose(heads.value, findings["head-similarity"].array)
     np.testing.assert_allclose(four[four.series == "measured, 95 % CI"].value, features.array[:, -1])
     for series, matrix in (("raw similarity", similarity.array), ("κ", null_of(similarity, "kappa"))):
         drawn = six[six.series == series].pivot(index="y", columns="x", values="value")
@@ -159,3 +161,26 @@ def test_the_colour_bar_of_one_subject_reaches_as_far_as_either_matrix(negative)
         (raw, -1.0 if negative == "raw" else 1.0), (kappa, -1.0 if negative == "kappa" else 1.0))]  # fmt: skip
     sheet = draw(PaperFigure([shifted]), SIZES["paper"])
     assert sheet.axes[-1].get_ylim() == (-1.0, 1.0)
+
+
+def test_counts_of_the_untrained_copy_stand_beside_those_measured():
+    whole = synthetic(8)
+    similar = replace(whole["similar-blocks"], nulls=Nulls({"untrained": np.array([7.0, 6.0, 4.0])}, {"untrained": 16}))
+    table = figures_of(replace(whole, metrics={**whole.metrics, "similar-blocks": similar}))["deepvit-figure-3"].table
+    copies = table[(table.panel == "b") & (table.series == "untrained copy")]
+    assert copies.value.tolist() == [7.0, 6.0, 4.0]
+    assert copies.x.tolist() == ["> 0.8", "> 0.9", "> 0.95"]
+
+
+def test_the_ratio_is_drawn_where_every_subject_has_it():
+    whole = synthetic(4)
+    by_head, ends = np.random.default_rng(0).uniform(size=(4, 2)), np.tile([0.1, 0.9], (4, 2, 1))
+    mean = (by_head.mean(1), np.full(4, 0.1), np.tile([0.2, 0.8], (4, 1)))
+    ratio = replace(whole["patch-diversity"], dims=("block", "head"), values=by_head, ci95=ends, head_mean=mean)
+    findings = replace(whole, metrics={**whole.metrics, "similarity-ratio": ratio})
+    tints = {"one": "#000000", "two": "#ffffff"}
+    drawn = ratio_or_cosine({"one": findings, "two": findings}, tints)
+    assert drawn.title == "similarity ratio"
+    np.testing.assert_allclose(drawn.lines[0].values, by_head.mean(1))
+    np.testing.assert_allclose(drawn.lines[0].ci95, mean[2])
+    assert ratio_or_cosine({"one": findings, "two": whole}, tints).title == "attention, with the block before"
