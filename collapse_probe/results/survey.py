@@ -36,7 +36,8 @@ class SurveyRow:
     """One model: what was asked for, and how it ended.
 
     `conditions` are all that its numbers depend on: they are taken up again where these are the same. `folder` is that of its
-    findings, below that of the gallery; `reason` says why it failed.
+    findings, below that of the gallery; `reason` says why it failed. `collapsed` is the verdict on its attention across depth,
+    `alike` how many pairs of adjacent blocks attend alike beyond chance, and of how many that are compared.
     """
 
     label: str
@@ -47,6 +48,8 @@ class SurveyRow:
     model: Mapping[str, Any] = field(default_factory=dict)
     images: int = 0
     case: str = ""
+    collapsed: bool | None = None
+    alike: tuple[int, int] = (0, 0)
     answer: str = ""
     numbers: Mapping[str, float | None] = field(default_factory=dict)
     untrained: Mapping[str, float | None] = field(default_factory=dict)
@@ -71,6 +74,8 @@ def row_of(findings: Findings, label: str, conditions: Mapping[str, Any], folder
         model={**facts, "untrained": is_untrained(findings.model)},
         images=int(findings.data["images"]),
         case=verdict.case,
+        collapsed=verdict.collapsed,
+        alike=verdict.alike,
         answer=verdict.sentences[0],
         numbers=numbers,
         untrained={name: value for name, value in untrained_summary(findings).items() if name in NUMBERS},
@@ -111,6 +116,8 @@ class Survey(Numbers):
                     "images": row.images,
                     **{name: row.model.get(name) for name in ("parameters", "blocks", "heads", "tokens")},
                     "case": row.case,
+                    "collapsed": row.collapsed,
+                    **dict(zip(("pairs_alike", "pairs_compared"), row.alike, strict=True)),
                     **row.numbers,
                     **{f"untrained_{name}": value for name, value in row.untrained.items()},
                 }
@@ -137,7 +144,9 @@ class Survey(Numbers):
         """Read the folder of a gallery back; OutputError where it holds none, or one of another schema."""
         refusal = "is not the folder of a gallery"
         content = read_document(Path(folder), FILE, schema=SCHEMA, refusal=refusal, command="gallery", check=check)
-        rows = tuple(SurveyRow(**{**row, "notes": tuple(row["notes"])}) for row in content["rows"])
+        rows = tuple(
+            SurveyRow(**{**row, "notes": tuple(row["notes"]), "alike": tuple(row["alike"])}) for row in content["rows"]
+        )
         return cls(rows, content["data"], content["run"])
 
 

@@ -57,6 +57,11 @@ class Verdict:
     caveat_rules: tuple[str, ...] = ()
     pairs: tuple[str, ...] = ()
 
+    @property
+    def alike(self) -> tuple[int, int]:
+        """How many of a run's pairs of neighbouring blocks attend alike beyond chance, and of how many that are compared."""
+        return sum(kind in SHARED_BY for kind in self.pairs), sum(kind != "undefined" for kind in self.pairs)
+
 
 def with_verdict(findings: Findings) -> Findings:
     """The findings with how each rule came out (`verdict`) and what that says (`answer`)."""

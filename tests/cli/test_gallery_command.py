@@ -11,9 +11,12 @@ import pytest
 from click.testing import CliRunner
 from collapse_probe.cli.gallery import lines_of
 from collapse_probe.cli.main import group
+from factories import findings_of
 
+from collapse_probe.report.survey.page import headline, render
 from collapse_probe.results.findings import Findings
-from collapse_probe.results.survey import Survey
+from collapse_probe.results.survey import Survey, row_of
+from collapse_probe.results.verdict import verdict_of, with_verdict
 
 TINY = "--no-pretrained --img-size 32 --model-kwargs depth=2 --model-kwargs num_classes=4"
 MODELS = f"""# two that work, one that does not
@@ -50,6 +53,8 @@ def test_the_table_holds_what_each_model_s_own_findings_say(site):
             assert row.numbers[name] == findings.summary[name]
         assert row.numbers["sink_largest"] == pytest.approx(np.nanmax(findings["attention-sink"].array.mean(1)))
         assert row.model["untrained"]
+        verdict = verdict_of(findings)
+        assert (row.collapsed, row.alike) == (verdict.collapsed, verdict.alike)
     assert "did you mean" in rows[2].reason
 
 
@@ -113,3 +118,14 @@ def test_a_line_that_is_commented_out_is_no_model(tmp_path):
     path = tmp_path / "list.txt"
     path.write_text("# old = vit_b_32\n  # older = vit_b_16\nnew = vit_l_16  # a = b\n", encoding="utf-8")
     assert [(label, address) for label, address, _ in lines_of(path)] == [("new", "vit_l_16")]
+
+
+def test_one_shared_pair_of_an_untrained_model_is_said_to_be_that():
+    raw, null = np.full((20, 5), 0.5), np.full((20, 5), 0.4)
+    raw[:, 2] = 0.99
+    findings = with_verdict(findings_of(raw, null, weights="random (seed 0)"))
+    row = row_of(findings, "fresh", {}, "models/fresh")
+    assert (row.collapsed, row.alike) == (True, (1, 5))
+    survey = Survey((row,), {"address": "photos", "images": 20})
+    assert headline(survey) == "In 1 of 1 models (1 of them untrained) some adjacent blocks attend alike beyond chance"
+    assert "collapsed in 1 of 5 pairs" in render(survey)

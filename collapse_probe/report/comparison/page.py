@@ -10,7 +10,7 @@ import numpy as np
 
 from collapse_probe.report.comparison.figures import FIGURES, draw_all
 from collapse_probe.report.comparison.verdict import CASES, RAW, verdicts
-from collapse_probe.report.findings.answer import SAID, SYMBOLS, Tone
+from collapse_probe.report.findings.answer import SYMBOLS, badge
 from collapse_probe.report.findings.provenance import provenance
 from collapse_probe.report.html import Figure, Table, looked_at, paper, plates_of, write_page
 from collapse_probe.results.comparison import (
@@ -50,8 +50,7 @@ def _subject(label: str, findings: Findings) -> dict[str, str]:
     model, summary, fresh = findings.model, findings.summary, untrained_summary(findings)
     flops, parameters = cost.get("flops"), model.get("parameters")
     verdict = verdict_of(findings)
-    bad: tuple[Tone, str, str] = ("bad", "collapsed", "")
-    tone, word, _ = bad if verdict.collapsed else SAID.get(verdict.case, ("unsure", "undecided", ""))
+    tone, word = badge(verdict.collapsed, verdict.case, verdict.alike)
     ends = [summary.get(f"kappa_adjacent_ci_{end}") for end in ("low", "high")]
     around = "" if None in ends else f" {interval(np.array(ends, dtype=np.float64))}"
     counts = [summary.get(f"similar_blocks{what}") for what in ("", "_corrected")]

@@ -13,6 +13,7 @@ from collapse_probe.report.heatmaps import SIGNED, Scale, mosaic, scale_of
 from collapse_probe.report.sheet import FAINT, Sheet, coordinate, words
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.outcomes import verdict_table
+from collapse_probe.results.quantities import SHARED_BY
 from collapse_probe.results.readings import (
     adjacent,
     entropy_share,
@@ -119,6 +120,13 @@ def closest(findings: Findings) -> str:
     return f"Closest adjacent blocks: {'; '.join(said)}." if said else ""
 
 
+def badge(collapsed: bool | None, case: str, alike: tuple[int, int]) -> tuple[Tone, str]:
+    """Sign and words of a verdict in the cell of a table."""
+    if collapsed:
+        return "bad", f"collapsed in {alike[0]} of {alike[1]} pairs"
+    return SAID.get(case, ("unsure", "undecided", ""))[:2]
+
+
 def _outcomes(findings: Findings) -> dict[str, Mapping[str, Any]]:
     stored = findings.verdict or [each.plain() for each in verdict_table(findings)]
     return {str(row["rule"]): row for row in stored}
@@ -147,7 +155,7 @@ def _depth(findings: Findings, verdict: Verdict) -> Row:
     parts += [f"untrained copy {number(fresh)}"] if fresh is not None else []
     raw = None if result is None else mean(adjacent(result, result.array))
     against = f"Raw similarity {number(raw)} against {' and '.join(parts)}." if raw is not None and parts else ""
-    compared = sum(kind != "undefined" for kind in verdict.pairs)
+    _, compared = verdict.alike
     total = len(verdict.pairs)
     tone, word, sentence = _depth_said(findings, verdict, compared)
     if total and compared <= total / 2 and tone in ("good", "unsure"):
@@ -158,7 +166,7 @@ def _depth(findings: Findings, verdict: Verdict) -> Row:
 
 def _depth_said(findings: Findings, verdict: Verdict, compared: int) -> tuple[Tone, str, str]:
     """Badge and sentence of the first row."""
-    at = [i for i, kind in enumerate(verdict.pairs) if kind in ("shared", "shared-row", "same-row", "other-order")]
+    at = [i for i, kind in enumerate(verdict.pairs) if kind in SHARED_BY]
     shared, pairs = len(at), f"{compared} adjacent pairs"
     tied = set(np.flatnonzero(findings.model.get("shares_weights") or ()))
     if verdict.collapsed:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from collapse_probe.files import INDEX, PAGE
-from collapse_probe.report.findings.answer import SAID, SYMBOLS, Tone
+from collapse_probe.report.findings.answer import SAID, SYMBOLS, badge
 from collapse_probe.report.html import Drawing, Figure, draw_figures, paper, plates_of, save
 from collapse_probe.report.sheet import MUTED, Sheet
 from collapse_probe.report.style import ROLES, charts, drawn, panels, printable
@@ -57,11 +57,14 @@ def render(survey: Survey, figures: Mapping[str, Figure] | None = None) -> str:
 
 
 def headline(survey: Survey) -> str:
-    """How many of the models have collapsed across depth, by the rules of their own pages."""
+    """In how many of the models blocks share attention, by the rules of their own pages."""
     judged = [row for row in survey.finished if SAID.get(row.case, ("",))[0] != "none"]
-    shared = sum(row.case == "shared" for row in judged)
-    what = "attention has collapsed across depth"
-    return f"In {shared} of {len(judged)} models {what}" if judged else f"No model could be judged on whether {what}"
+    if not judged:
+        return "No model could be judged on whether attention has collapsed across depth"
+    alike = [row for row in judged if row.collapsed]
+    fresh = sum(bool(row.model.get("untrained")) for row in alike)
+    which = f" ({fresh} of them untrained)" if fresh else ""
+    return f"In {len(alike)} of {len(judged)} models{which} some adjacent blocks attend alike beyond chance"
 
 
 def trouble(survey: Survey) -> str:
@@ -73,8 +76,7 @@ def trouble(survey: Survey) -> str:
 
 def cells(row: SurveyRow) -> dict[str, object]:
     """The cells of a row, in the order of COLUMNS without the model; where it failed, the reason."""
-    shared: tuple[Tone, str, str] = ("bad", "collapsed", "")
-    tone, word, _ = shared if row.case == "shared" else SAID.get(row.case, ("unsure", "undecided", ""))
+    tone, word = badge(row.collapsed, row.case, row.alike)
     n = row.numbers.get
     low, high = n("kappa_adjacent_ci_low"), n("kappa_adjacent_ci_high")
     texts = (
