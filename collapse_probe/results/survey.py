@@ -156,6 +156,8 @@ def check(content: Mapping[str, Any], file: str) -> None:
     if not isinstance(rows, list) or not isinstance(content.get("data"), dict) or not isinstance(content.get("run"), dict):
         raise ValueError(f"{file} lacks rows, data or run")
     for at, row in enumerate(rows):
+        if not isinstance(row, dict) or not {"notes", "alike", "conditions"} <= row.keys():
+            raise ValueError(f"{file}.rows[{at}] lacks notes, alike or conditions")
         try:
             SurveyRow(**row)
         except TypeError as error:

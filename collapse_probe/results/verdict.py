@@ -45,7 +45,8 @@ class Verdict:
     explained, distinct, undecided or not-applicable; where attention-similarity was not asked for, weights-only (all metrics
     are of the weights) or not-judged. `collapsed` is whether its attention has collapsed across depth: True, False, or None
     where the numbers cannot tell. `rules` and `caveat_rules` name the rule behind each sentence and caveat of a run (shared
-    where none of them holds), `pairs` the rule that each of its neighbouring pairs of blocks fell under.
+    where none of them holds), `pairs` the rule that each of its neighbouring pairs of blocks fell under, `shared` the places
+    of those in which attention has collapsed.
     """
 
     case: str
@@ -56,11 +57,12 @@ class Verdict:
     rules: tuple[str, ...] = ()
     caveat_rules: tuple[str, ...] = ()
     pairs: tuple[str, ...] = ()
+    shared: tuple[int, ...] = ()
 
     @property
     def alike(self) -> tuple[int, int]:
-        """How many of a run's pairs of neighbouring blocks attend alike beyond chance, and of how many that are compared."""
-        return sum(kind in SHARED_BY for kind in self.pairs), sum(kind != "undefined" for kind in self.pairs)
+        """In how many of a run's pairs of neighbouring blocks attention has collapsed, and how many are compared."""
+        return len(self.shared), sum(kind != "undefined" for kind in self.pairs)
 
 
 def with_verdict(findings: Findings) -> Findings:
@@ -112,7 +114,8 @@ def judge(findings: Findings, table: Sequence[Outcome] | None = None) -> Verdict
     caveats += [(ONE_SET, "shared")] if case == WEIGHTS_ONLY else []
     texts, rules = zip(*sentences, strict=True)
     notes, note_rules = zip(*caveats, strict=True) if caveats else ((), ())
-    return Verdict(case, texts, notes, collapsed, rules=rules, caveat_rules=note_rules, pairs=kinds)
+    shared = tuple(_shared_pairs(findings, kinds, outcomes)[0]) if collapsed else ()
+    return Verdict(case, texts, notes, collapsed, rules=rules, caveat_rules=note_rules, pairs=kinds, shared=shared)
 
 
 def _not_applicable(findings: Findings, similarity: MetricResult) -> str:
@@ -153,6 +156,16 @@ def _reasons(findings: Findings) -> dict[str, list[int]]:
     return {str(each["why"]): list(each["blocks"]) for each in findings.model.get("uncompared") or ()}
 
 
+def _shared_pairs(
+    findings: Findings, kinds: tuple[str, ...], outcomes: Mapping[str, Outcome]
+) -> tuple[list[int], list[int], set[int]]:
+    """The pairs that share their attention more than an untrained copy does, all that share it, and those of tied blocks."""
+    shared = [i for i, kind in enumerate(kinds) if kind in SHARED_BY and i + 1 in outcomes[kind].at("yes")]
+    tied = set(np.flatnonzero(findings.model.get("shares_weights") or ()).tolist())
+    untrained = set(outcomes["beyond-untrained"].at("no")) - {i + 1 for i in tied}
+    return [i for i in shared if i + 1 not in untrained], shared, tied
+
+
 def _across_depth(findings: Findings, pairs: Pairs, kinds: tuple[str, ...], outcomes: Mapping[str, Outcome]) -> Depth:
     total = sum(kind != "undefined" for kind in kinds)
     images = findings.data.get("images") or 0
@@ -162,10 +175,8 @@ def _across_depth(findings: Findings, pairs: Pairs, kinds: tuple[str, ...], outc
             "needed."
         )
         return "undecided", None, [(first, "shared"), (_on_average(findings, pairs), "shared")]
-    shared = [i for i, kind in enumerate(kinds) if kind in SHARED_BY and i + 1 in outcomes[kind].at("yes")]
-    tied = set(np.flatnonzero(findings.model.get("shares_weights") or ()))
-    untrained = set(outcomes["beyond-untrained"].at("no")) - {i + 1 for i in tied}
-    if own := [i for i in shared if i + 1 not in untrained]:
+    own, shared, tied = _shared_pairs(findings, kinds, outcomes)
+    if own:
         more = _as_untrained(kinds, [i for i in shared if i not in own], total, "Besides, ")
         if set(outcomes["beyond-untrained"].at("no")) & {i + 1 for i in own if i in tied}:
             more.append(("Untrained copies share their attention as much: it comes with the architecture.", "beyond-untrained"))

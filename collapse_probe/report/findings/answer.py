@@ -13,7 +13,6 @@ from collapse_probe.report.heatmaps import SIGNED, Scale, mosaic, scale_of
 from collapse_probe.report.sheet import FAINT, Sheet, coordinate, words
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.outcomes import verdict_table
-from collapse_probe.results.quantities import SHARED_BY
 from collapse_probe.results.readings import (
     adjacent,
     entropy_share,
@@ -166,8 +165,8 @@ def _depth(findings: Findings, verdict: Verdict) -> Row:
 
 def _depth_said(findings: Findings, verdict: Verdict, compared: int) -> tuple[Tone, str, str]:
     """Badge and sentence of the first row."""
-    at = [i for i, kind in enumerate(verdict.pairs) if kind in SHARED_BY]
-    shared, pairs = len(at), f"{compared} adjacent pairs"
+    at, pairs = verdict.shared, f"{compared} adjacent pairs"
+    shared = len(at)
     tied = set(np.flatnonzero(findings.model.get("shares_weights") or ()))
     if verdict.collapsed:
         if at and tied.issuperset(at):
