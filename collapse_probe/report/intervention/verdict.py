@@ -97,6 +97,7 @@ def _verdict(interventions: Interventions, kind: str) -> Verdict:
         second = f"In all {count} together {_numbers(whole)}: {meaning[case]}."
     sentences = (
         *said_first(interventions),
+        *_tried(interventions),
         first,
         second,
         *_from_a_block_on(interventions.cumulative[kind], interventions.model.get("blocks")),
@@ -126,14 +127,17 @@ def _from_a_block_on(cumulative: Sequence[Effect], count: int | None) -> list[st
 
 
 def said_first(interventions: Interventions) -> list[str]:
-    """What stands above all answers: images and weights that are not finite, a checkpoint that was loaded in part, blocks that
-    were not tried.
-    """
+    """What stands above all answers: images and weights that are not finite, a checkpoint that was loaded in part."""
     ill, part = interventions.run.get("nonfinite"), not_loaded(interventions.model)
+    return [*([str(ill["sentence"])] if ill else []), *([f"{part}."] if part else [])]
+
+
+def _tried(interventions: Interventions) -> list[str]:
+    """That not all blocks were tried; nothing where they were."""
     chosen, count = interventions.run.get("blocks"), interventions.model.get("blocks")
-    tried = "was tried" if chosen and len(chosen) == 1 else "were tried"
-    some = f"Only {numbered(chosen)} of {count} {tried}." if chosen and count and len(chosen) < count else ""
-    return [*([str(ill["sentence"])] if ill else []), *([f"{part}."] if part else []), *([some] if some else [])]
+    if not chosen or not count or len(chosen) >= count:
+        return []
+    return [f"Only {numbered(chosen)} of {count} {'was' if len(chosen) == 1 else 'were'} tried."]
 
 
 def not_readable(interventions: Interventions) -> str:
