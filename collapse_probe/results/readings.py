@@ -52,6 +52,9 @@ def partial_sentence(data: Mapping[str, Any]) -> str:
     return f"Partial: {part['read']:,}{share} images of the data were read, and every number is of these alone: {part['why']}."
 
 
+TRAINED_ON = "The model was trained on"
+
+
 def trained_on(data: Mapping[str, Any]) -> str:
     """How many of the images of a run its model was trained on, in a sentence; empty where that is not known."""
     count, images = data.get("trained_on"), data.get("images")
@@ -59,7 +62,7 @@ def trained_on(data: Mapping[str, Any]) -> str:
         return ""
     if not count:
         return f"None of these {images} images was trained on: they were held out."
-    return f"The model was trained on {count} of these {images} images: numbers and accuracy are not those of unseen images."
+    return f"{TRAINED_ON} {count:,} of these {images:,} images: numbers and accuracy are not those of unseen images."
 
 
 def weights_only(findings: Findings) -> bool:

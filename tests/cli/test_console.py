@@ -210,3 +210,12 @@ def final(text, columns):
             grid[row] = grid.get(row, "").ljust(column)[:column] + letter + grid.get(row, "")[column + 1 :]
             column += 1
     return [grid.get(at, "") for at in range(max(grid, default=0) + 1)]
+
+
+def test_the_time_that_is_left_is_that_of_the_images_that_are_left():
+    stages = Stages(["images"], Console(file=io.StringIO()))
+    stages.begin("images")
+    stages.counted(20, 100, 4.0)
+    assert stages.tasks[0].fields["detail"] == "20 of 100, 5.0/s, 16 s left"
+    stages.counted(20, None, 4.0)
+    assert stages.tasks[0].fields["detail"] == "20, 5.0/s"

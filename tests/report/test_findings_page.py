@@ -182,6 +182,14 @@ def test_an_untrained_model_is_called_so_before_the_answer() -> None:
     assert "untrained:" not in words(synthetic(4))
 
 
+def test_images_that_the_model_was_trained_on_are_told_before_the_pictures() -> None:
+    findings = synthetic(4)
+    page = render(replace(findings, data={**findings.data, "trained_on": 50}))
+    told = page.index("The model was trained on 50 of these 64 images")
+    assert told < page.index('id="pictures"')
+    assert "was trained on" not in render(findings)
+
+
 def test_without_a_gallery_the_page_still_stands() -> None:
     findings = synthetic(3, gallery=False)
     figures = draw_all(findings, names=["attention-gallery", "per-block"])

@@ -36,8 +36,8 @@ def test_each_number_stands_in_its_column():
 
 
 def test_the_headline_counts_the_collapsed_among_those_that_are_judged():
-    rows = (row("one", "shared"), row("two", "distinct"), row("three"), row("four", status=FAILED, reason="no"))
-    assert headline(gallery(*rows)) == "In 1 of 3 models attention has collapsed across depth"
+    rows = (row("one", "shared", collapsed=True), row("two", "distinct"), row("three"), row("four", status=FAILED, reason="no"))
+    assert headline(gallery(*rows)) == "In 1 of 3 models some adjacent blocks attend alike beyond chance"
     assert headline(gallery(rows[3])).startswith("No model could be judged")
     assert trouble(gallery(*rows, row("five", status=WAITING))) == "Of 5 models 1 failed and 1 not measured yet."
 
@@ -51,3 +51,10 @@ def test_a_model_that_failed_says_why_and_links_nowhere():
     page = render(gallery(row("one"), row("two", status=FAILED, reason="<b>no</b>")))
     assert re.findall(r'href="(models/[^"]*)"', page) == ["models/one/report.html"]
     assert "&lt;b&gt;no&lt;/b&gt;" in page
+
+
+def test_images_that_a_model_was_trained_on_are_told():
+    note = "The model was trained on 5 of these 8 images: numbers and accuracy are not those of unseen images."
+    page = render(gallery(row("one", notes=(note, "another note")), row("two")))
+    assert page.count(note) == 1
+    assert "another note" not in page

@@ -14,7 +14,7 @@ from factories import small_vit, synthetic
 import collapse_probe as cp
 from collapse_probe.errors import OutputError, UnknownNameError
 from collapse_probe.files import check_writable, new_folder
-from collapse_probe.results.findings import CSV_COLUMNS, Description, Findings, MetricResult
+from collapse_probe.results.findings import CSV_COLUMNS, Description, Findings, MetricResult, Nulls
 from collapse_probe.statistics.intervals import mean_parts, parts_interval
 
 NULL_NAMES = {"untrained", "other_token", "other_image", "other_head", "kappa"}
@@ -215,3 +215,19 @@ def test_a_description_is_stored_with_its_metric(tmp_path):
     found = synthetic(3)
     found = replace(found, metrics={"my-own": replace(found.metrics["patch-diversity"], description=stated)})
     assert Findings.load(found.save(tmp_path / "out")).metrics["my-own"].description == stated
+
+
+def test_the_mean_over_heads_stands_beside_means_of_what_the_heads_have():
+    rng = np.random.default_rng(0)
+    values, chance, kappa, untrained = rng.uniform(size=(4, 3, 2))
+    ends = np.stack([kappa - 0.1, kappa + 0.1], -1)
+    nulls = Nulls({"other_token": chance, "kappa": kappa, "untrained": untrained}, {"untrained": 8}, kappa_ci95=ends)
+    mean = (values.mean(1), np.full(3, 0.01), np.tile([0.2, 0.8], (3, 1)))
+    kept = synthetic()["patch-diversity"]
+    result = replace(kept, dims=("block", "head"), values=values, stderr=None, ci95=None, nulls=nulls, head_mean=mean)
+    table = replace(synthetic(), metrics={"by-head": result}).frame()
+    over = table[table["head"].isna()]
+    for column, expected in (("value", values), ("chance_level", chance), ("kappa", kappa), ("untrained", untrained)):
+        np.testing.assert_allclose(over[column], expected.mean(1))
+        np.testing.assert_allclose(table[table["head"].notna()][column], expected.ravel())
+    assert over["kappa_ci_low"].isna().all()

@@ -28,9 +28,9 @@ from collapse_probe.report.findings.tables import (
 from collapse_probe.report.gallery import FLAT, is_flat
 from collapse_probe.report.html import Figure, Plate, looked_at, paper, picture_url, write_page
 from collapse_probe.results.findings import Findings
-from collapse_probe.results.readings import is_untrained, null_of, result_of, weights_only
+from collapse_probe.results.readings import is_untrained, null_of, result_of, trained_on, weights_only
 from collapse_probe.results.text import number, plain, sentence_case
-from collapse_probe.results.verdict import verdict_of
+from collapse_probe.results.verdict import Verdict, verdict_of
 from collapse_probe.statistics.breakdowns import pictured
 
 SECTIONS = {
@@ -66,7 +66,7 @@ def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> s
         glance=small_figure(findings),
         closest=closest(findings),
         verdict=verdict,
-        caveats=[text for text, rule in zip(verdict.caveats, verdict.caveat_rules, strict=True) if rule != "untrained"],
+        caveats=caveats(findings, verdict),
         untrained=is_untrained(findings.model),
         rules=rules_table(findings),
         cards=key_numbers(findings),
@@ -86,6 +86,12 @@ def render(findings: Findings, figures: Mapping[str, Figure] | None = None) -> s
         skipped=listed,
         skipped_more=more,
     )
+
+
+def caveats(findings: Findings, verdict: Verdict) -> list[str]:
+    """What the answer does not mean, and whether the images are those that the model was trained on."""
+    said = [text for text, rule in zip(verdict.caveats, verdict.caveat_rules, strict=True) if rule != "untrained"]
+    return [*([known] if (known := trained_on(findings.data)) else []), *said]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collapse_probe.report.findings.answer import SAID, SYMBOLS, badge
 from collapse_probe.report.html import Drawing, Figure, draw_figures, paper, plates_of, save
 from collapse_probe.report.sheet import MUTED, Sheet
 from collapse_probe.report.style import ROLES, charts, drawn, panels, printable
+from collapse_probe.results.readings import TRAINED_ON
 from collapse_probe.results.rules import KAPPA_ABOVE, RAW_ABOVE
 from collapse_probe.results.survey import FINISHED, Survey, SurveyRow
 from collapse_probe.results.text import DASH, facts, interval, number
@@ -51,6 +52,7 @@ def render(survey: Survey, figures: Mapping[str, Figure] | None = None) -> str:
         rows=[cells(row) for row in survey.rows],
         fresh=sum(bool(row.model.get("untrained")) for row in survey.finished),
         total=len(survey.finished),
+        known=[(row.label, note) for row in survey.finished for note in row.notes if note.startswith(TRAINED_ON)],
         plates=plates_of({"kappa": KAPPAS}, figures),
         run=facts(survey.run),
     )
