@@ -15,7 +15,7 @@ from collapse_probe.analysis.state.files import remove_states
 from collapse_probe.data.images import ImageSet
 from collapse_probe.display import draw_page
 from collapse_probe.distributed import rank_and_world
-from collapse_probe.errors import OutOfTimeError, SettingError
+from collapse_probe.errors import OutOfTimeError, OutputError, SettingError
 from collapse_probe.files import PAGE, write_with_page
 from collapse_probe.models.loading import resolve
 from collapse_probe.provenance import names_sha256, stamp
@@ -49,11 +49,11 @@ def survey(
     Called again with the same folder, models that were measured with the same settings on the same images are kept, one that
     was stopped goes on, and one that failed is tried again. `settings` are arguments of `analyze`; `progress(label)` gives the
     callback of a model. A model that fails does not stop the others, except in several processes, which would part. Raises
-    SettingError where two entries have one label, OutputError where `folder` holds something else.
+    SettingError where two entries have one label, OutputError where `folder` cannot be written.
     """
     folder, first = Path(folder), rank_and_world()[0] == 0
     folders = folders_of(entries)
-    before = {row.folder: row for row in Survey.load(folder).rows} if (folder / FILE).is_file() else {}
+    before = _measured_before(folder, say)
     data = {"address": images.address, "images": len(images), "listing": listing(images)}
     facts = {"command": command, **stamp()}
     asked = [
@@ -94,6 +94,17 @@ def survey(
             say(f"{row.label} failed: {rows[at].reason}")
         whole = write()
     return whole
+
+
+def _measured_before(folder: Path, say: Callable[[str], None]) -> dict[str, SurveyRow]:
+    """The rows of the run before, by their folder; none where their file is damaged or of another version."""
+    if not (folder / FILE).is_file():
+        return {}
+    try:
+        return {row.folder: row for row in Survey.load(folder).rows}
+    except OutputError as error:
+        say(f"every model is measured again, for what was measured before cannot be read: {error}")
+        return {}
 
 
 def _kept(row: SurveyRow, old: SurveyRow | None, folder: Path) -> SurveyRow | None:

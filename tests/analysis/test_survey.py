@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,3 +115,15 @@ def test_the_state_of_another_measurement_is_not_taken_up(run, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             run({"one": "stop"}, **settings)
         assert state.exists() is kept
+
+
+def test_a_gallery_whose_file_is_damaged_is_measured_again(run, tmp_path):
+    run({"one": "first"})
+    path = tmp_path / "site" / "gallery.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["rows"][0]["notes"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    lines: list[str] = []
+    assert run({"one": "first"}, say=lines.append) == ["first"]
+    assert lines[0].startswith("every model is measured again")
+    assert run({"one": "first"}) == []
