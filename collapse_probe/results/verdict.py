@@ -72,9 +72,10 @@ def with_verdict(findings: Findings) -> Findings:
 
 
 def verdict_of(findings: Findings) -> Verdict:
-    """The verdict that the findings hold; computed where they were stored without one."""
+    """The verdict that the findings hold; computed where they were stored without one, or without the pairs it is about."""
     stored: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in findings.answer.items()}
-    return Verdict(**stored) if stored else judge(findings)
+    whole = stored and ("shared" in stored or not stored.get("collapsed"))
+    return Verdict(**stored) if whole else judge(findings)
 
 
 def judge(findings: Findings, table: Sequence[Outcome] | None = None) -> Verdict:
