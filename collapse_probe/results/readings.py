@@ -60,8 +60,10 @@ def trained_on(data: Mapping[str, Any]) -> str:
     count, images = data.get("trained_on"), data.get("images")
     if count is None:
         return ""
+    if images == 1:
+        return f"{TRAINED_ON} this image." if count else "The image was not trained on: it was held out."
     if not count:
-        return f"None of these {images} images was trained on: they were held out."
+        return f"None of these {images:,} images was trained on: they were held out."
     return f"{TRAINED_ON} {count:,} of these {images:,} images: numbers and accuracy are not those of unseen images."
 
 

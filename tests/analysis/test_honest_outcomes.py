@@ -23,6 +23,7 @@ from collapse_probe.report.intervention.page import render
 from collapse_probe.report.intervention.verdict import NOT_READABLE
 from collapse_probe.report.intervention.verdict import verdicts as intervention_verdicts
 from collapse_probe.results.findings import MetricResult, Nulls
+from collapse_probe.results.readings import trained_on
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DIGITS, ENTROPY = "ours:digits-tied-mhsa", {"metrics": ("attention-entropy",), "null_images": 0, "gallery_images": 0}
@@ -84,6 +85,14 @@ def test_a_comparison_says_which_subject_answers_nothing():
     (verdict,) = comparison_verdicts(found)
     said = [caveat for caveat in verdict.caveats if "same logits for all images" in caveat]
     assert [caveat.partition(" gives")[0] for caveat in said] == ["fresh"]
+    found = compare({"own": vit_with_head(tiny), "fresh": vit_with_head(zero)}, pictures(1), **given)
+    assert not any("same logits" in caveat for caveat in comparison_verdicts(found)[0].caveats)  # one image is all there is
+
+
+def test_one_image_that_was_trained_on_is_told_in_plain_words():
+    assert trained_on({"trained_on": 1, "images": 1}) == "The model was trained on this image."
+    assert trained_on({"trained_on": 0, "images": 1}) == "The image was not trained on: it was held out."
+    assert trained_on({"trained_on": 1437, "images": 1797}).startswith("The model was trained on 1,437 of these 1,797 images:")
 
 
 def test_bundled_models_say_how_many_of_their_images_they_were_trained_on():

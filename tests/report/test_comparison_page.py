@@ -16,6 +16,7 @@ from collapse_probe.models.loading import resolve, with_fixes
 from collapse_probe.report.comparison.curves import colours
 from collapse_probe.report.comparison.figures import FIGURES, difference_scale, draw_all
 from collapse_probe.report.comparison.page import paired, render, subjects, write_comparison
+from collapse_probe.report.comparison.verdict import verdicts
 from collapse_probe.report.style import evenly_spaced
 from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.readings import untrained_summary
@@ -168,6 +169,12 @@ def test_three_tables_of_a_pair_hold_every_quantity_and_mark_what_differs(mixed)
     assert [row[column] for row in blocks.rows] == ["–", *(number(value) for value in paired_raw.difference)]
     marked = {row for row, at in blocks.marked if at == column}
     assert marked == {1 + at for at, q in enumerate(paired_raw.q) if q <= FALSE_DISCOVERY_RATE}
+
+
+def test_a_training_says_that_it_saw_these_images(course):
+    seen = {label: replace(each, data={**each.data, "trained_on": 5}) for label, each in course.subjects.items()}
+    (verdict,) = verdicts(replace(course, subjects=seen))
+    assert verdict.caveats[0].startswith("The model was trained on 5 of these")
 
 
 def test_every_mark_stands_at_the_difference_that_it_is_of(mixed):

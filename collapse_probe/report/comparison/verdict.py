@@ -283,7 +283,7 @@ def _caveats(case: str, pair: Pair, first: Findings, second: Findings) -> list[s
     caveats += [
         f"{label} gives the same logits for all images: its answers, their agreement and their accuracy say nothing of it."
         for label, f in both
-        if (f.run.get("outputs") or {}).get("logit_spread", 1.0) <= ROUNDING
+        if (f.run.get("outputs") or {}).get("logit_spread", 1.0) <= ROUNDING and int(f.data["images"]) > 1
     ]
     caveats += [f"{label}: {text}" for label, f in both for text in not_heard(f)]
     left_out = {name: int(d.paired.left_out[d.paired.images > 0].max(initial=0)) for name, d in pair.differences.items()}
@@ -307,7 +307,8 @@ def over_training(comparison: Comparison) -> Verdict:
         else:
             head.append(f"{noun} {values[0]} → {values[-1]}{change}")
     first = f"From {labels[0]} to {labels[-1]}, over {len(labels)} checkpoints: {', '.join(head)}."
-    caveats = ("This is one training run: another seed may take another course.", SEED_CAVEAT)
+    known = trained_on(comparison.subjects[labels[-1]].data)
+    caveats = (*([known] if known else []), "This is one training run: another seed may take another course.", SEED_CAVEAT)
     label = f"{labels[-1]} compared with {labels[0]}"
     sentences = [*_said_first(comparison.subjects), *filter(None, (first, " ".join(counts), _outputs(pair)))]
     return Verdict("course", tuple(sentences), caveats, label=label)
