@@ -183,4 +183,6 @@ def test_the_ratio_is_drawn_where_every_subject_has_it():
     assert drawn.title == "similarity ratio"
     np.testing.assert_allclose(drawn.lines[0].values, by_head.mean(1))
     np.testing.assert_allclose(drawn.lines[0].ci95, mean[2])
+    bare = replace(findings, metrics={**findings.metrics, "similarity-ratio": replace(ratio, ci95=None, head_mean=None)})
+    np.testing.assert_allclose(ratio_or_cosine({"": bare}, {"": "#000000"}).lines[0].values, by_head.mean(1))
     assert ratio_or_cosine({"one": findings, "two": whole}, tints).title == "attention, with the block before"
