@@ -172,3 +172,29 @@ def test_a_matrix_on_top_of_itself_has_the_same_rank_and_components(n, d, seed):
     errors = [pca_error(matrix, share).item() for share in (0.1, 0.5, 0.9, 1.0)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_small_matrices_have_the_same_bits_for_any_number_of_threads_and_in_any_company():
+    maps = torch.rand(7, 60, 60, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found += [singular_values(maps), torch.cat([singular_values(one[None]) for one in maps])]
+            assert torch.get_num_threads() == threads
+        with torch.inference_mode():
+            found.append(singular_values(maps))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], each) for each in found)
+
+
+def test_the_number_of_threads_is_put_back_where_a_matrix_fails(monkeypatch):
+    def fails(matrix):
+        raise torch.linalg.LinAlgError("no")
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr("collapse_probe.metrics.functional.spectra._eigenvalues", fails)
+    with pytest.raises(torch.linalg.LinAlgError):
+        singular_values(torch.eye(3)[None])
+    assert torch.get_num_threads() == before

@@ -144,8 +144,8 @@ def test_the_untrained_twin_has_its_case(pairs, case):
 
 def test_the_sentences_turn_with_the_numbers():
     up, down = deep((2.0, 9.0, 20.0), fresh=1.0), deep((20.0, 9.0, 2.0), fresh=30.0)
-    assert "the share of adjacent blocks that are similar by the raw cosine rises in both curves" in headline(up)
-    assert "the share of adjacent blocks that are similar by the raw cosine falls in both curves" in headline(down)
+    assert "the share of adjacent blocks that count as similar by raw similarity rises in both curves" in headline(up)
+    assert "the share of adjacent blocks that count as similar by raw similarity falls in both curves" in headline(down)
     first = verdicts(up)[0]
     assert first.label == "no fix"
     assert "rises: 0.357 at depth 8, 0.941 at depth 24 (2.5 of 7 and 21.6 of 23 pairs)" in first.sentences[0]
@@ -164,16 +164,16 @@ def test_curves_that_differ_are_named_or_counted():
         ]
         return headline(sweep_of(cells, {"depth": [8, 16], "fix": fixes}))
 
-    assert "raw cosine rises (no fix), stays the same (a)" in told([None, "a"])
-    assert "raw cosine rises in 1 of 4 curves, stays the same in 3 of 4 curves" in told([None, "a", "b", "c"])
+    assert "raw similarity rises (no fix), stays the same (a)" in told([None, "a"])
+    assert "raw similarity rises in 1 of 4 curves, stays the same in 3 of 4 curves" in told([None, "a", "b", "c"])
 
 
 def test_a_count_that_grows_with_the_depth_alone_is_no_trend():
     same_share = [outcome({"depth": d}, seed, raw=0.5 * (d - 1)) for d in (9, 17, 25) for seed in range(2)]
     text = headline(sweep_of(same_share, {"depth": [9, 17, 25]}))
-    assert "similar by the raw cosine stays the same" in text
+    assert "similar by raw similarity stays the same" in text
     fewer = [outcome({"depth": d}, seed, raw=2 + 0.05 * (d + seed)) for d in (9, 17, 25) for seed in range(2)]
-    assert "similar by the raw cosine falls" in headline(sweep_of(fewer, {"depth": [9, 17, 25]}))
+    assert "similar by raw similarity falls" in headline(sweep_of(fewer, {"depth": [9, 17, 25]}))
 
 
 def test_one_seed_is_told_as_one_seed():

@@ -56,7 +56,7 @@ class AttentionRollout(MapMetric):
     title = "How alike the attention rollouts after two blocks are"
     seen = (
         "Rollout multiplies the maps of all blocks up to one, with the skip connections as identity (Abnar & Zuidema). Left "
-        f"the raw cosine of two rollouts, right κ, what is left of it beyond chance. {MATRICES}"
+        f"the raw similarity of two rollouts, right κ, what is left of it beyond chance. {MATRICES}"
     )
     limits = (
         "Products of stochastic maps settle in every deep network, so that late blocks look alike without any illness. Rollout "

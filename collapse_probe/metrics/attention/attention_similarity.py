@@ -25,7 +25,7 @@ class AttentionSimilarity(MapMetric):
         "Mean cosine between the attention vectors of the same head and token in two blocks, raw and beyond its chance level."
     )
     limits = (
-        "Near-uniform maps, and maps in which every query looks at the same keys, have a raw cosine near 1 whatever they "
+        "Near-uniform maps, and maps in which every query looks at the same keys, have a raw similarity near 1 whatever they "
         "attend to; κ and the other readings tell these apart."
     )
     failure_types = ("depth",)

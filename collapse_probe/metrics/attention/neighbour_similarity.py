@@ -74,13 +74,13 @@ class NeighbourSimilarity(MapMetric):
     collapsed = "high"
     title = "Similarity with the block before"
     seen = f"What attention-similarity is for each block and the one before it, with kappa beside it. {CURVE}"
-    limits = "Near-uniform maps have a raw cosine near 1 whatever they attend to; other pairs of blocks are not looked at."
+    limits = "Near-uniform maps have a raw similarity near 1 whatever they attend to; other pairs of blocks are not looked at."
     failure_types = ("depth",)
     formula = r"\cos(A^{l-1}[h,:,t],\, A^l[h,:,t])"
     value_range = "0 to 1 for softmax maps, −1 to 1 for final maps with negative entries"
     source = "DeepViT, arXiv 2103.11886, Eq. 2"
     traps = "Those of attention-similarity; and blocks that resemble one further away are not seen."
-    panel = "raw cosine with the block before"
+    panel = "raw similarity with the block before"
     unit = "cosine"
     top = 1.0
     quantity = "real"

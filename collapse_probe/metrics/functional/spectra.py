@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from collapse_probe.errors import SettingError
 
 ROUNDING = 1e-9
 """Share of a total that is rounding: a sum of shares this close below a threshold has reached it."""
+SMALL = 512
+"""Sides of a Gram matrix up to which one thread is enough."""
 
 
 def singular_values(matrices: Tensor) -> Tensor:
@@ -33,14 +37,32 @@ def singular_values(matrices: Tensor) -> Tensor:
     sound = size.isfinite()
     scaled = torch.where(sound, wide, 0.0) / torch.where(sound & (size > 0), size, 1.0)
     each = scaled.reshape(-1, n, d)
-    eigenvalues = torch.stack([_eigenvalues(one.clone()) for one in each]).view(*scaled.shape[:-2], min(n, d))
+    eigenvalues = torch.stack(_each_of_one_thread(_eigenvalues, each)).view(*scaled.shape[:-2], min(n, d))
     floor = max(n, d) * torch.finfo(torch.float64).eps * eigenvalues[..., :1]
     roots = torch.where(eigenvalues > floor, eigenvalues, 0.0).sqrt()
     return torch.where(sound[..., 0], roots * size[..., 0], math.nan)
 
 
+def _each_of_one_thread(function: Callable[[Tensor], Tensor], matrices: Tensor) -> list[Tensor]:
+    """`function` of each matrix; of small ones on a CPU as many at a time as there are threads, each on one of them.
+
+    Several threads for one small matrix wait for one another: on a machine that does something else besides, a hundred times
+    as long as they work. So it is the same to the bit for any number of threads.
+    """
+    threads = torch.get_num_threads()
+    if matrices.device.type != "cpu" or min(matrices.shape[-2:]) > SMALL:
+        return [function(one) for one in matrices]
+    torch.set_num_threads(1)  # for the threads of the pool too, which begin with what holds then
+    try:
+        with ThreadPoolExecutor(min(threads, len(matrices))) as pool:
+            return list(pool.map(function, matrices))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _eigenvalues(matrix: Tensor) -> Tensor:
     """Those of the smaller Gram matrix, descending, [n, d] -> [min(n, d)]; by itself, so that other matrices do not matter."""
+    matrix = matrix.clone()
     gram = matrix @ matrix.mT if len(matrix) <= matrix.shape[1] else matrix.mT @ matrix
     eigenvalues: Tensor = torch.linalg.eigvalsh(gram)
     return eigenvalues.flip(-1)

@@ -96,7 +96,7 @@ def beside_similarity(interventions: Interventions) -> Sheet | None:
     top, bottom = panels(2, tall=3.0)
     x = np.arange(1.0, len(interventions.similarity["raw"]) + 1)
     for name, role in {
-        "raw": Role("raw cosine", ROLES["measured"].colour, marker="o", width=2.0),
+        "raw": Role("raw similarity", ROLES["measured"].colour, marker="o", width=2.0),
         "other_token": ROLES["other_token"],
         "kappa": Role("κ", DISTINCT[2], marker="D", width=1.8),
     }.items():
@@ -129,7 +129,7 @@ FIGURES: dict[str, Drawing] = {
     ),
     "beside-similarity": Drawing(
         "Similarity is one thing, redundancy another",
-        "First, how alike each block's map is to that of the block before: raw cosine, its chance level, and κ, from "
+        "First, how alike each block's map is to that of the block before: raw similarity, its chance level, and κ, from "
         "the same images. Then, what it costs to use the map of the block before.",
         "A high cosine beside a high cost means that the small difference between the two maps matters; a low cosine "
         "beside no cost, that the map hardly matters.",

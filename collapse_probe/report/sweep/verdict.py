@@ -12,7 +12,7 @@ from collapse_probe.results.verdict import Verdict
 BEYOND, EXPLAINED, PARTLY, NEITHER, GONE = "beyond", "explained", "partly", "neither", "gone"
 MOST_VERDICTS, MOST_NAMED = 6, 3
 NUMBERS = {  # by their names, with decimals
-    SHARE: ("share of adjacent blocks that are similar by the raw cosine", 3),
+    SHARE: ("share of adjacent blocks that count as similar by raw similarity", 3),
     "kappa_adjacent": ("mean κ of adjacent blocks", 3),
     "accuracy": ("accuracy on the held-out images", 3),
 }
@@ -50,7 +50,7 @@ def verdicts(sweep: Sweep) -> list[Verdict]:
         levels = []
         for label, cells in list(sweep.groups.items())[:MOST_VERDICTS]:
             pairs = mean(cells, "pairs", 0).partition(" ")[0]
-            counts = f"{mean(cells, 'similar_blocks', 1)} of {pairs} adjacent pairs count as similar by the raw cosine"
+            counts = f"{mean(cells, 'similar_blocks', 1)} of {pairs} adjacent pairs count as similar by raw similarity"
             corrected, kappa = mean(cells, "similar_blocks_corrected", 1), mean(cells, "kappa_adjacent", 3)
             text = f"{counts}, {corrected} by κ; mean κ {kappa}, accuracy {mean(cells, 'accuracy', 3)}."
             levels.append(Verdict("levels", (text,), label=label))
