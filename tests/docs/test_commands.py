@@ -20,6 +20,8 @@ import pytest
 import yaml
 from collapse_probe.cli.main import COMMANDS, group, main
 
+from collapse_probe import registry
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.name != "CHANGELOG.md")
 TESTED_ELSEWHERE = {"scaling.md": "tests/analysis/test_scaling_examples.py"}  # its blocks need several processes
@@ -123,6 +125,21 @@ def runnable():
     return [page for page in PAGES if any(block.runs for block in blocks(page))]
 
 
+@pytest.fixture
+def tables_as_before():
+    """What a page's examples register is gone after it, so that no other test sees it."""
+    tables = [table for table in vars(registry).values() if isinstance(table, registry.Registry)]
+    before = [(len(table), dict(table._entries), dict(table._modules)) for table in tables]  # len fills a table
+    plugins = list(registry.loaded_plugins)
+    yield
+    for table, (_, entries, modules) in zip(tables, before, strict=True):
+        for held, known in ((table._entries, entries), (table._modules, modules)):
+            held.clear()
+            held.update(known)
+    registry.loaded_plugins[:] = plugins
+
+
+@pytest.mark.usefixtures("tables_as_before")
 @pytest.mark.parametrize("page", runnable(), ids=lambda page: page.name)
 def test_a_page_runs_as_it_is_printed(page, tmp_path, monkeypatch, capsys, outputs):
     """Block by block in one folder. A Python block that names its file is written there as well; a block of text is what the
