@@ -49,7 +49,7 @@ def command(
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.output import keep, of_findings, output_folder, prepare, tell
 
-    from collapse_probe.phases import IMAGES, LOAD, PAGE, PROBE, UNTRAINED, WEIGHTS
+    from collapse_probe.analysis.state.phases import IMAGES, LOAD, PAGE, PROBE, UNTRAINED, WEIGHTS
 
     rules = thresholds(fail_on, "analyze")
     options.check_metrics(flags["levels"], flags["presets"], flags["metrics"], data)

@@ -47,7 +47,7 @@ def command(
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.output import keep, of_comparison, output_folder, tell
 
-    from collapse_probe.phases import IMAGES, LOAD, PAGE, PROBE, UNTRAINED
+    from collapse_probe.analysis.state.phases import IMAGES, LOAD, PAGE, PROBE, UNTRAINED
 
     rules = thresholds(fail_on, "compare")
     options.check_metrics((), (), flags["metrics"], flags["data"] or "")

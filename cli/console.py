@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from collapse_probe.phases import IMAGES, Phase
+from collapse_probe.analysis.state.phases import IMAGES, Phase
 from collapse_probe.processes.launchers import announced
 
 PLAIN_WIDTH = 160

@@ -52,7 +52,7 @@ def command(
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.output import keep, of_interventions, output_folder, prepare, tell
 
-    from collapse_probe.phases import IMAGES, LOAD, PAGE, PROBE, REPLACED, UNTRAINED
+    from collapse_probe.analysis.state.phases import IMAGES, LOAD, PAGE, PROBE, REPLACED, UNTRAINED
 
     rules = thresholds(fail_on, "intervene")
     if output is not None:

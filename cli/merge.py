@@ -38,7 +38,7 @@ def command(
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.output import keep, of_findings, output_folder, tell
 
-    from collapse_probe.phases import LOAD, PAGE, UNTRAINED
+    from collapse_probe.analysis.state.phases import LOAD, PAGE, UNTRAINED
 
     rules = thresholds(fail_on, "analyze")
     folder = output_folder(output, as_json, Path("findings") / "merged")

@@ -67,8 +67,8 @@ def open_results(folder: str | Path) -> Any:
 
 def keep(result: Any, folder: Path | None, no_page: bool) -> None:
     """Write the folder, with its page unless `no_page`."""
-    from collapse_probe.display import draw_page
     from collapse_probe.files import write_with_page
+    from collapse_probe.results.overview.display import draw_page
 
     if folder is None:
         return

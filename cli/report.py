@@ -26,9 +26,9 @@ def command(folder: str, figures: str | None, size: str | None, quiet: bool, ver
     """
     from collapse_probe.cli.output import open_results, say_tidied
 
-    from collapse_probe.display import draw_page
     from collapse_probe.errors import CollapseProbeError, OutputError
     from collapse_probe.files import INDEX, PAGE, changed_since, page_folder
+    from collapse_probe.results.overview.display import draw_page
 
     say_tidied(folder, quiet)
     place = Path(folder)

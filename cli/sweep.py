@@ -66,7 +66,7 @@ def run(
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.output import keep, of_sweep, prepare, tell
 
-    from collapse_probe.phases import CELLS, LOAD, PAGE
+    from collapse_probe.analysis.state.phases import CELLS, LOAD, PAGE
 
     talk, vary = Talk(quiet), varied(words, seeds)
     with talk.stages(LOAD, CELLS, *([] if no_page else [PAGE])):

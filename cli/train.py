@@ -101,10 +101,10 @@ def run(
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.options import command_line
 
+    from collapse_probe.analysis.state.phases import TRAINING
     from collapse_probe.distributed import rank_and_world
     from collapse_probe.errors import SettingError
     from collapse_probe.files import check_writable
-    from collapse_probe.phases import TRAINING
     from collapse_probe.training.trainer import train
 
     changed = changed_recipe(recipe, **flags)

@@ -21,6 +21,7 @@ from collapse_probe.analysis.measurement import (
 from collapse_probe.analysis.outputs import ModelOutputs
 from collapse_probe.analysis.probe import Probe
 from collapse_probe.analysis.state.keeper import SAVE_EVERY, Keeper, Saving, all_in_time, saving_of, signals_deferred
+from collapse_probe.analysis.state.phases import IMAGES, WEIGHTS, Phase
 from collapse_probe.analysis.state.records import RECORDS
 from collapse_probe.analysis.state.stopping import Stopper
 from collapse_probe.analysis.state.tally import LOGITS, table_of
@@ -31,7 +32,6 @@ from collapse_probe.data.preprocessing import Size
 from collapse_probe.distributed import check_processes
 from collapse_probe.errors import OutOfTimeError
 from collapse_probe.models.loading import Subject, resolve
-from collapse_probe.phases import IMAGES, WEIGHTS, Phase
 from collapse_probe.results.findings import Findings
 from collapse_probe.settings import names_in
 

@@ -31,6 +31,7 @@ from collapse_probe.analysis.measurement import (
 )
 from collapse_probe.analysis.outputs import Bounds, ModelOutputs, labels_for, mean_kl
 from collapse_probe.analysis.state.keeper import SAVE_EVERY, Saving, saving_of
+from collapse_probe.analysis.state.phases import LOAD, Phase
 from collapse_probe.analysis.state.records import RECORDS
 from collapse_probe.data.images import ImageSet, OwnImages, images_from
 from collapse_probe.data.preprocessing import Size
@@ -39,7 +40,6 @@ from collapse_probe.errors import DataError, NonFiniteError, SettingError
 from collapse_probe.models.batchnorm import recalibrated
 from collapse_probe.models.cost import measure_cost
 from collapse_probe.models.loading import Subject
-from collapse_probe.phases import LOAD, Phase
 from collapse_probe.provenance import stamp
 from collapse_probe.results.comparison import LABELS, TOP1, Comparison, Pair
 from collapse_probe.results.findings import Findings

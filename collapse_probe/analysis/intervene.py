@@ -31,6 +31,7 @@ from collapse_probe.analysis.measurement import (
 from collapse_probe.analysis.outputs import kl_divergence, labels_for, logits_in
 from collapse_probe.analysis.state.keeper import SAVE_EVERY, Keeper, Saving, all_in_time, saving_of, signals_deferred
 from collapse_probe.analysis.state.passes import Answers, MapSums, Pass, identity_of
+from collapse_probe.analysis.state.phases import REPLACED, Phase
 from collapse_probe.capture.capture import same
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.recorder import ModuleTable
@@ -44,7 +45,6 @@ from collapse_probe.distributed import check_processes, unwrap
 from collapse_probe.errors import CaptureError, DataError, ModelError, NonFiniteError, OutOfTimeError, SettingError
 from collapse_probe.metrics.nonfinite import all_ill, nonfinite_error
 from collapse_probe.models.loading import Subject, resolve
-from collapse_probe.phases import REPLACED, Phase
 from collapse_probe.results.findings import Findings, plain
 from collapse_probe.results.intervention import Effect, Ends, Interventions
 from collapse_probe.results.readings import adjacent

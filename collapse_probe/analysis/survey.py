@@ -13,12 +13,12 @@ from collapse_probe.analysis.analyze import analyze
 from collapse_probe.analysis.measurement import DEFAULT_METRICS
 from collapse_probe.analysis.state.files import remove_states
 from collapse_probe.data.images import ImageSet
-from collapse_probe.display import draw_page
 from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import OutOfTimeError, OutputError, SettingError
 from collapse_probe.files import PAGE, write_with_page
 from collapse_probe.models.loading import resolve
 from collapse_probe.provenance import names_sha256, stamp
+from collapse_probe.results.overview.display import draw_page
 from collapse_probe.results.survey import FAILED, FILE, FINISHED, MODELS, SINK, Survey, SurveyRow, row_of
 
 METRICS = (*DEFAULT_METRICS, SINK)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from collapse_probe.analysis.measurement import Measurement, Report, RunSettings, make_metrics, need_images, plan_of
+from collapse_probe.analysis.state.phases import UNTRAINED, Phase
 from collapse_probe.analysis.state.records import Lowest
 from collapse_probe.capture.capture import plan_again
 from collapse_probe.capture.plan import Plan
@@ -17,7 +18,6 @@ from collapse_probe.distributed import rank_and_world
 from collapse_probe.errors import ModelError
 from collapse_probe.metrics.nulls import with_twins
 from collapse_probe.models.loading import Subject
-from collapse_probe.phases import UNTRAINED, Phase
 from collapse_probe.results.findings import Findings, MetricResult
 from collapse_probe.results.quantities import SHARED_BY, kinds_of, pairs_of
 from collapse_probe.results.readings import against_seeds

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from collapse_probe.display import Shown
 from collapse_probe.errors import OutputError
 from collapse_probe.files import SUBJECT_FOLDER, read_document, write_document
 from collapse_probe.results.findings import Findings, plain, unknown
+from collapse_probe.results.overview.display import Shown
 from collapse_probe.results.stored import checks
 from collapse_probe.statistics.paired import NO_INTERVAL, OF_KAPPAS, OF_MEANS, OF_SHARES, SAME, Paired
 

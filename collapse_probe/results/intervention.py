@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collapse_probe.display import Shown
 from collapse_probe.files import read_document, write_document
 from collapse_probe.results.findings import plain as json_values
+from collapse_probe.results.overview.display import Shown
 from collapse_probe.results.stored import checks
 from collapse_probe.results.stored.arrays import load_arrays
 

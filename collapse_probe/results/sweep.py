@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from collapse_probe.display import Shown
 from collapse_probe.errors import OutputError
 from collapse_probe.files import read_document, write_document
 from collapse_probe.results.findings import plain
+from collapse_probe.results.overview.display import Shown
 from collapse_probe.results.stored import checks
 from collapse_probe.statistics.intervals import interval
 

@@ -13,7 +13,7 @@ from collapse_probe.cli.console import Stages, Talk
 from collapse_probe.cli.demo import shares
 from rich.console import Console
 
-from collapse_probe.phases import Phase
+from collapse_probe.analysis.state.phases import Phase
 
 
 class Terminal(io.StringIO):
@@ -130,7 +130,7 @@ import logging, sys, time
 from collapse_probe.cli.console import Talk
 from collapse_probe.cli.main import StderrHandler
 logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[StderrHandler()])
-from collapse_probe.phases import Phase
+from collapse_probe.analysis.state.phases import Phase
 talk = Talk(False)
 with talk.stages("load", "probe", "images", "untrained copy", "page"):
     talk.say("a line " + "x" * 150)

@@ -16,11 +16,11 @@ from factories import findings_of, small_vit, synthetic
 from matplotlib.figure import Figure
 
 import collapse_probe as cp
-from collapse_probe.display import PAGES, Shown
 from collapse_probe.errors import UnknownNameError
 from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.findings import CSV_COLUMNS, Findings
 from collapse_probe.results.intervention import Effect, Interventions
+from collapse_probe.results.overview.display import PAGES, Shown
 from collapse_probe.results.overview.headline import headlines, spark
 from collapse_probe.results.sweep import FINISHED, CellResult, Sweep
 
