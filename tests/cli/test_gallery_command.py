@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import click
 import numpy as np
@@ -129,3 +130,12 @@ def test_one_shared_pair_of_an_untrained_model_is_said_to_be_that():
     survey = Survey((row,), {"address": "photos", "images": 20})
     assert headline(survey) == "In 1 of 1 models (1 of them untrained) some adjacent blocks attend alike beyond chance"
     assert "collapsed in 1 of 5 pairs" in render(survey)
+
+
+def test_findings_that_were_stored_without_their_shared_pairs_are_judged_again():
+    raw, null = np.full((20, 5), 0.5), np.full((20, 5), 0.4)
+    raw[:, 2] = 0.99
+    findings = with_verdict(findings_of(raw, null))
+    older = replace(findings, answer={name: value for name, value in findings.answer.items() if name != "shared"})
+    assert verdict_of(older) == verdict_of(findings)
+    assert verdict_of(older).alike == (1, 5)

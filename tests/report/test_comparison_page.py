@@ -211,9 +211,13 @@ def test_the_numbers_of_a_pair_are_those_of_the_comparison(mixed):
 
 
 def test_the_numbers_of_a_subject_are_those_of_its_findings(mixed):
-    table = subjects(mixed)
+    apart = {  # a chance level that is no other number of these findings
+        label: replace(each, summary={**each.summary, "other_token_adjacent": 0.123 + at})
+        for at, (label, each) in enumerate(mixed.subjects.items())
+    }
+    table = subjects(replace(mixed, subjects=apart))
     rows = {row[0]: row[1:] for row in table.rows}
-    for at, findings in enumerate(mixed.subjects.values()):
+    for at, findings in enumerate(apart.values()):
         summary, fresh = findings.summary, untrained_summary(findings)
         assert rows["raw similarity"][at] == number(summary["attention_similarity_adjacent"])
         assert rows["its chance level"][at] == number(summary["other_token_adjacent"])
