@@ -33,9 +33,10 @@ from collapse_probe.analysis.state.keeper import SAVE_EVERY, Keeper, Saving, all
 from collapse_probe.analysis.state.passes import Answers, MapSums, Pass, identity_of
 from collapse_probe.analysis.state.phases import REPLACED, Phase
 from collapse_probe.capture.capture import same
+from collapse_probe.capture.edits.branches import branches_of
+from collapse_probe.capture.edits.replacement import KINDS, Branch, Replacement, refusal, replacements_for, replacing
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.recorder import ModuleTable
-from collapse_probe.capture.replacement import KINDS, Branch, Replacement, branches_of, refusal, replacements_for, replacing
 from collapse_probe.capture.trace import TRACE_BYTES
 from collapse_probe.data.images import OwnImages, batches_of, images_from
 from collapse_probe.data.loading import Batch

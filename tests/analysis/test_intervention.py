@@ -30,8 +30,9 @@ from toy_models import (
 
 from collapse_probe.capture.attention_operators import storage_of
 from collapse_probe.capture.capture import discover_plan, same
+from collapse_probe.capture.edits.branches import branches_of
+from collapse_probe.capture.edits.replacement import KINDS, Replacement, refusal, replacements_for, replacing, source_of
 from collapse_probe.capture.recorder import ModuleTable
-from collapse_probe.capture.replacement import KINDS, Replacement, branches_of, refusal, replacements_for, replacing, source_of
 from collapse_probe.errors import CaptureError
 from collapse_probe.models.vit import ViT, ViTSettings
 

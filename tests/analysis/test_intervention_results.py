@@ -16,7 +16,7 @@ from torch import nn
 
 import collapse_probe as cp
 from collapse_probe.analysis.intervene import effects_of
-from collapse_probe.capture.replacement import KINDS
+from collapse_probe.capture.edits.replacement import KINDS
 from collapse_probe.data.images import ImageSet, open_data
 from collapse_probe.errors import DataError, ModelError, OutputError, SettingError
 from collapse_probe.models.loading import resolve

@@ -18,8 +18,8 @@ from collapse_probe.analysis.comparison.pairing import pair_up
 from collapse_probe.analysis.intervene import intervene
 from collapse_probe.analysis.measurement import plan_of
 from collapse_probe.capture.capture import discover_plan
+from collapse_probe.capture.edits.replacement import refusal, source_of
 from collapse_probe.capture.plan import Plan
-from collapse_probe.capture.replacement import refusal, source_of
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.coverage import covered, places_of_blocks, uncompared
 from collapse_probe.metrics.metric import make

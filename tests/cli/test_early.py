@@ -13,7 +13,7 @@ import pytest
 from collapse_probe.cli import intervene, options
 from collapse_probe.cli.fail_on import EFFECTS, check_names, thresholds
 
-from collapse_probe.capture.replacement import KINDS
+from collapse_probe.capture.edits.replacement import KINDS
 from collapse_probe.registry import METRICS, PRESETS
 
 VIT = ("-m", "timm:vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32")

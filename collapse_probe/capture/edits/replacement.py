@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from collapse_probe.capture import attention_operators
 from collapse_probe.capture.attention_operators import OperatorCall, tensors_in
-from collapse_probe.capture.capture import noise
 from collapse_probe.capture.layers import frame_of
 from collapse_probe.capture.layout import laid_out, read_part
 from collapse_probe.capture.plan import IMAGE, Frame, Layer, Plan
@@ -287,28 +286,6 @@ def replacing(
     replacer = MapReplacer(unwrap(model), plan, replacements, means or {}, gather, modules)
     with torch.inference_mode(False), torch.no_grad(), replacer.recorder.attached():
         yield replacer
-
-
-def branches_of(model: nn.Module, plan: Plan, size: tuple[int, int], channels: int = 3, seed: int = 0) -> dict[int, Branch]:
-    """For each layer what has to give zeros so that its attention adds nothing; layers without such a place are missing.
-
-    With all maps zero, two different images are run: the outermost module between the block and its attention whose output is
-    then the same for both adds nothing but attention (and biases), and so can be zeroed. The residual stream differs.
-    """
-    model = unwrap(model)
-    zeros = {index: Replacement(ZEROS) for index in plan.map_layers}
-    with torch.inference_mode(False), torch.no_grad(), replacing(model, plan, zeros) as replacer:
-        model(noise(model, size, channels, seed))
-    branches: dict[int, Branch] = dict.fromkeys(replacer.fused_blocks)
-    for index, stack in replacer.stacks.items():
-        block = plan.layers[index].block
-        if index in branches or block is None:
-            continue
-        inside = plan.blocks[block].partition(" (call ")[0] + "."
-        frame = next((f for f in stack if f[0].startswith(inside) and f in replacer.steady), None)
-        if frame is not None:
-            branches[index] = frame
-    return branches
 
 
 def _kernel_with(call: OperatorCall, new: Tensor) -> Any:
