@@ -12,6 +12,7 @@ from collapse_probe.analysis.state.tally import Tally
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.results.readings import Summary, adjacent, mean
 from collapse_probe.results.rules import RAW_ABOVE
+from collapse_probe.results.summary.places import key_of_weights, means, of_weights
 from collapse_probe.statistics.breakdowns import COUNT, classes_of, convergence_of, extremes_of, pictured
 from collapse_probe.statistics.estimates import HEADLINES, PerImageValues
 from collapse_probe.statistics.pair_tests import ROUNDING, above_rounding, all_pairs_test, neighbours_test
@@ -59,28 +60,14 @@ def measured(results: Mapping[str, MetricResult]) -> Summary:
     """The numbers of a summary that come from the results alone."""
     summary: Summary = {}
     for variant in ("", "@row", "@centred", "@probs"):
-        if result := results.get(f"attention-similarity{variant}"):
-            nulls, key = {} if result.nulls is None else result.nulls.values, variant.replace("@", "_")
-            summary[f"attention_similarity{key}_adjacent"] = mean(adjacent(result, result.values))
-            summary[f"other_token{key}_adjacent"] = mean(adjacent(result, nulls.get("other_token")))
-            summary[f"kappa{key}_adjacent"] = mean(adjacent(result, nulls.get("kappa")))
+        summary |= means(results, f"attention-similarity{variant}")
     for variant in ("", "@probs"):
         if result := results.get(f"similar-blocks{variant}"):
             summary |= _counts(result, f"similar_blocks{variant.replace('@', '_')}")
-    if result := results.get("attention-entropy"):
-        share = None if result.values is None else np.asarray(result.details["share"], dtype=np.float64)
-        summary |= {"attention_entropy_mean": mean(result.values), "attention_entropy_share": mean(share)}
-    for name, key in (
-        ("head-similarity", "head_similarity_mean"),
-        ("image-similarity", "image_similarity_mean"),
-        ("feature-similarity", "feature_similarity_adjacent"),
-    ):
-        if result := results.get(name):
-            summary[key] = mean(adjacent(result, result.values) if key.endswith("adjacent") else result.values)
-    if result := results.get("patch-diversity"):
-        summary["patch_diversity_last"] = None if result.values is None else mean(result.values[-1:])
-    of_weights = {name: result for name, result in results.items() if result.description.level == "weights"}
-    return summary | summarise_weights(of_weights)
+    for name in ("attention-entropy", "head-similarity", "image-similarity", "feature-similarity", "patch-diversity"):
+        summary |= means(results, name)
+    weights = {name: result for name, result in results.items() if result.description.level == "weights"}
+    return summary | summarise_weights(weights)
 
 
 def _counts(result: MetricResult, key: str) -> Summary:
@@ -105,12 +92,10 @@ def summarise_weights(results: Mapping[str, MetricResult]) -> Summary:
     """
     summary: Summary = {}
     for name, result in results.items():
-        across = result.dims == ("block", "block")
-        key = f"{name.replace('-', '_').replace('@', '_')}_{'adjacent' if across else 'mean'}"
-        fresh = None if result.nulls is None else result.nulls.values.get("untrained")
-        summary[key] = mean(adjacent(result, result.values) if across else result.values)
+        key, fresh = key_of_weights(name, result), None if result.nulls is None else result.nulls.values.get("untrained")
+        summary[key] = mean(of_weights(result, result.values))
         if fresh is not None:
-            summary[f"{key}_untrained"] = mean(adjacent(result, fresh) if across else fresh)
+            summary[f"{key}_untrained"] = mean(of_weights(result, fresh))
     return summary
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from collapse_probe.cli import intervene, options
-from collapse_probe.cli.fail_on import EFFECTS, check_names, thresholds
+from collapse_probe.cli.fail_on import thresholds
 
 from collapse_probe.capture.edits.replacement import KINDS
 from collapse_probe.registry import METRICS, PRESETS
+from collapse_probe.results.summary.thresholds import EFFECTS
 
 VIT = ("-m", "timm:vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32")
 TINY = (*VIT, "--model-kwargs", "depth=2 embed_dim=24 num_heads=2")
@@ -100,8 +101,8 @@ def test_every_number_of_a_run_may_stand_in_a_threshold(run, photos):
     code, out, err = run("analyze", *TINY, *words, "--level", "all")
     assert code == 0, err
     names = json.loads(out)["summary"]
-    check_names(thresholds([f"{name} > 0" for name in names]), "analyze")
-    check_names(thresholds([f"{name}_difference > 0" for name in names]), "compare")
+    thresholds([f"{name} > 0" for name in names], "analyze")
+    thresholds([f"{name}_difference > 0" for name in names], "compare")
     code, out, _ = run(
         "intervene", *TINY, "--data", photos, "--limit", "3", "--replace", "share", "--replace", "skip", "--json"
     )

@@ -97,7 +97,7 @@ def test_junit_has_a_case_for_each_threshold_and_subject(tmp_path):
     failed = cases[0].find("failure")
     assert failed.get("message") == "threshold 'similar_blocks > 4' tripped: similar_blocks is 5"
     assert [len(case) for case in cases] == [1, 1, 0, 0, 1, 1, 1, 1]
-    assert cases[-1].find("error").get("message").startswith("--fail-on names 'nonsense'")
+    assert cases[-1].find("error").get("message").startswith("threshold 'nonsense > 1' names 'nonsense'")
 
 
 @pytest.mark.parametrize(("threshold", "code", "failures"), [("images > 1", 3, "1"), ("images > 100", 0, "0")])

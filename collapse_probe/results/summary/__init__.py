@@ -1,0 +1,1 @@
+"""The few numbers that stand for a run: which there are, what they are means of, and thresholds on them."""
