@@ -18,6 +18,8 @@ OF_LARGEST, BESIDES = 0.005, 2e-4
 OF_COUNTS = 0.005
 """The same for shares of vectors or tokens above a threshold, which rounding can carry over it one by one."""
 COUNTS = {"similarity-ratio", "token-norm@outliers", "token-norm@150"}
+EXCESS = {"massive-activations@kurtosis": 3.0}
+"""What was taken off: the tolerance is a share of the whole."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def test_bfloat16_changes_no_number_by_more_than_is_stated(runs, name, kind):
     if wide.values is None:
         assert narrow.not_applicable == wide.not_applicable
         return
-    allowed = OF_LARGEST * np.nanmax(np.abs(wide.values), initial=0.0) + BESIDES
+    allowed = OF_LARGEST * np.nanmax(np.abs(wide.values + EXCESS.get(name, 0.0)), initial=0.0) + BESIDES
     if name in COUNTS or name.partition("@")[0] in COUNTS:
         allowed = OF_COUNTS
     assert np.array_equal(np.isnan(narrow.values), np.isnan(wide.values))

@@ -230,6 +230,13 @@ REFERENCES = (
         pages="606--610",
     ),
     Reference(
+        "sun2024massive",
+        "Massive Activations in Large Language Models",
+        "Sun, Mingjie and Chen, Xinlei and Kolter, J. Zico and Liu, Zhuang",
+        2024,
+        "2402.17762",
+    ),
+    Reference(
         "song2012feature",
         "Feature Selection via Dependence Maximization",
         "Song, L. and Smola, A. and Gretton, A. and Bedo, J. and Borgwardt, K.",
@@ -252,6 +259,7 @@ METRICS: dict[str, tuple[str, ...]] = {  # by a metric's name without its settin
     "head-similarity": (DEEPVIT,),
     "hyperspherical-energy": ("liu2018learning", "liu2021hyperspherical"),
     "layer-cka": ("nguyen2020wide", "raghu2021vision", "song2012feature"),
+    "massive-activations": ("sun2024massive",),
     "map-rank": (RANK, "dong2021attention"),
     "neighbour-similarity": (DEEPVIT,),
     "patch-diversity": ("gong2021patch",),
