@@ -23,7 +23,7 @@ from collapse_probe.analysis.state.records import BY_CONTENT, NO_NUMBER, RECORDS
 from collapse_probe.analysis.state.tally import LOGITS, Tally, columns_of, image_table, result_of, table_of
 from collapse_probe.capture.capture import discover_plan, noise, record
 from collapse_probe.capture.plan import Plan
-from collapse_probe.capture.trace import TILE_BYTES, Trace, micro_batch
+from collapse_probe.capture.trace import TILE_BYTES, Trace, extra_bytes, micro_batch
 from collapse_probe.capture.weights.matrices import NAMES, Matrices
 from collapse_probe.capture.weights.recording import record_matrices
 from collapse_probe.data.images import ImageSet
@@ -44,7 +44,7 @@ from collapse_probe.devices import (
 from collapse_probe.distributed import rank_and_world, shared, unwrap
 from collapse_probe.errors import DataError, NonFiniteError, SettingError, StateError
 from collapse_probe.metrics.accumulators import Accumulator, vectors_of
-from collapse_probe.metrics.metric import Metric, make
+from collapse_probe.metrics.metric import Metric, extras_of, make
 from collapse_probe.metrics.nonfinite import all_ill, nonfinite_error, nonfinite_images
 from collapse_probe.metrics.weight_metric import WeightMetric
 from collapse_probe.models.loading import Subject
@@ -194,7 +194,9 @@ class Measurement:
         self.tally = new_tally(subject, plan, metrics, settings, self.device)
         self.heads = np.array([plan.layers[i].heads for i in plan.map_layers], dtype=np.float64)
         self._of_weights: dict[str, MetricResult] | None = None
-        self.room = Room(self.device, TILE_BYTES[self.device.type], micro_batch(plan, self.device))
+        self._extras = extras_of(metrics)
+        images = micro_batch(plan, self.device, more=extra_bytes(plan, **self._extras))
+        self.room = Room(self.device, TILE_BYTES[self.device.type], images)
         self._like = torch.empty(0, dtype=floating_like(subject.model).dtype, device=self.device)
 
     def update(self, batch: Batch) -> dict[str, Any]:
@@ -261,7 +263,7 @@ class Measurement:
         count, unit = len(pixels), self._unit
         if missing := -count % unit:
             pixels = torch.cat([pixels, pixels[-1:].expand(missing, *pixels.shape[1:])])
-        with record(model, self.plan) as recordings, autocast(self.device, self.settings.amp_as):
+        with record(model, self.plan, **self._extras) as recordings, autocast(self.device, self.settings.amp_as):
             model(model_input(pixels, self.plan, self._like))
         return recordings.take().first(count)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, cached_property
@@ -120,6 +121,25 @@ def opaque(operator: Operator) -> bool:
 def four_axes(x: Tensor) -> Tensor:
     """A tensor of at least four axes, the first ones of size one where it has fewer."""
     return (x.reshape((1,) * (4 - x.ndim) + x.shape) if x.ndim < 4 else x).detach()
+
+
+def values_of(attention: Attention, values: Tensor | None, call: OperatorCall) -> Tensor | None:
+    """The values [B, H, N, K] that an eager product multiplied by a map; None where it cannot be told how they are laid out.
+
+    A layout counts where the map times the values is what the product gave, for the first and last head and image.
+    """
+    own = attention.probs if attention.weights is None else attention.weights
+    if values is None or own is None or values.ndim != 3 or len(values) != math.prod(own.shape[:-2]):
+        return None
+    *lead, queries, keys = own.shape
+    ends = [(*(0 for _ in lead),), (*(0 for _ in lead[:-1]), -1), (-1, *(0 for _ in lead[1:]))]
+    for turned, out in ((values, call.out), (values.mT, call.out.mT)):
+        if turned.shape[1] != keys or out.shape[1] != queries:
+            continue
+        read, given = (x.detach().reshape(*lead, *x.shape[1:]) for x in (turned, out))
+        if all(torch.allclose((own[i] @ read[i].to(own.dtype)).float(), given[i].float(), rtol=1e-2, atol=1e-3) for i in ends):
+            return read
+    return None
 
 
 def read_fused(call: OperatorCall) -> KernelCall:

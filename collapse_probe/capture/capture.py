@@ -27,7 +27,7 @@ from collapse_probe.capture.discovery import (
     steady_at,
 )
 from collapse_probe.capture.layers import frame_of, is_attention, read_layers
-from collapse_probe.capture.plan import Plan, SelfCheck
+from collapse_probe.capture.plan import Plan, SelfCheck, Tap
 from collapse_probe.capture.recorder import AttentionEvent, PassLog, Recorder
 from collapse_probe.capture.trace import Trace
 from collapse_probe.devices import floating_like, modes_kept
@@ -52,10 +52,10 @@ channels."""
 class Recording:
     """What `record` yields: `last`, the Trace of the newest forward pass, and the model's `plan`."""
 
-    def __init__(self, model: nn.Module, plan: Plan | None) -> None:
-        self.model, self.plan = model, plan
+    def __init__(self, model: nn.Module, plan: Plan | None, values: bool = False, middles: bool = False) -> None:
+        self.model, self.plan, self.middles = model, plan, middles
         self._last: Trace | None = None
-        self.recorder = Recorder(model, self._on_forward)
+        self.recorder = Recorder(model, self._on_forward, values=values)
         if plan is not None:
             self._follow(plan)
 
@@ -80,7 +80,8 @@ class Recording:
 
     def _follow(self, plan: Plan) -> None:
         self.plan = plan
-        self.recorder.watched, self.recorder.by_hand = call_frames(plan.taps), plan.by_hand
+        taps = [tap for tap in (*plan.taps, *(plan.middles if self.middles else ())) if tap is not None]
+        self.recorder.watched, self.recorder.by_hand = call_frames(taps), plan.by_hand
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the model: without a plan, make one with noise of the kind of this very input."""
@@ -100,21 +101,27 @@ class Recording:
                 "(channels, height, width); make a plan for this shape, and give every batch in it"
             )
         attention = read_layers(self.plan, log)
-        tokens = tuple(as_tokens(read_tap(tap, log), log.images, tap.layout) for tap in self.plan.taps)
-        self._last = Trace(self.plan, log.images, tokens, attention, log.output)
+
+        def read(tap: Tap | None) -> Tensor | None:
+            return None if tap is None else as_tokens(read_tap(tap, log), log.images, tap.layout)
+
+        tokens = tuple(map(read, self.plan.taps))
+        middles = tuple(map(read, self.plan.middles)) if self.middles else ()
+        self._last = Trace(self.plan, log.images, tokens, attention, log.output, middles)
 
 
 @contextmanager
-def record(model: nn.Module, plan: Plan | None = None) -> Iterator[Recording]:
+def record(model: nn.Module, plan: Plan | None = None, *, values: bool = False, middles: bool = False) -> Iterator[Recording]:
     """Record the tokens and attention of every block of `model` in each forward pass inside the `with`.
 
     Without a `plan` (from `discover_plan`) the first forward pass makes one: before it, the model runs on noise of the shape
-    and type of its input, in eval mode, with the random numbers left as they were. Raises NoAttentionFoundError or
-    CaptureError where attention cannot be captured.
+    and type of its input, in eval mode, with the random numbers left as they were. With `values` each trace also holds what the
+    maps multiply (`trace.attention[layer].v`), with `middles` the stream between attention and MLP (`trace.middles[block]`).
+    Raises NoAttentionFoundError or CaptureError where attention cannot be captured.
     """
     model = unwrap(model)
     check_module(model)
-    recording = Recording(model, plan)
+    recording = Recording(model, plan, values, middles)
     with recording.recorder.attached():
         hook = model.register_forward_pre_hook(recording.before_forward, with_kwargs=True) if plan is None else None
         try:

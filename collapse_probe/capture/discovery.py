@@ -24,8 +24,9 @@ from collapse_probe.capture.layers import (
     is_pool,
     layer_of,
 )
+from collapse_probe.capture.midstreams import middle_tap
 from collapse_probe.capture.plan import Frame, Layer, Plan, SelfCheck, Tap
-from collapse_probe.capture.recorder import AttentionEvent, PassLog, steady_tokens
+from collapse_probe.capture.recorder import AttentionEvent, ModuleCall, PassLog, steady_tokens
 from collapse_probe.capture.softmax_tracking import BY_HAND
 from collapse_probe.capture.trace import expand_heads
 from collapse_probe.errors import CaptureError
@@ -154,6 +155,7 @@ def make_plan(model: nn.Module, log: PassLog, again: PassLog, check: SelfCheck, 
         frames=tuple(dict.fromkeys(frame_of(event) for event in log.events)),
         input_shape=() if log.input is None else tuple(log.input.shape[1:]),
         by_hand=any(event.attention.operation == BY_HAND for event in log.events),
+        middles=tuple(middle_tap(f, _call_at(inputs[f], log), inputs[f].layout, log) for f in blocks),
     )
 
 
@@ -212,17 +214,18 @@ def _first_call(frame: Frame, log: PassLog) -> Frame:
 
 def steady_at(tap: Tap, log: PassLog) -> list[bool] | None:
     """Which positions where the tap points are the same for different images, and so do not come from the image."""
-    for call in log.calls:
-        if (call.path, call.number) == (tap.path, tap.call):
-            return steady_tokens(call.input, log.images) if call.steady is None else call.steady
-    return None
+    call = _call_at(tap, log)
+    return None if call is None else steady_tokens(call.input, log.images) if call.steady is None else call.steady
+
+
+def _call_at(tap: Tap, log: PassLog) -> ModuleCall | None:
+    return next((call for call in log.calls if (call.path, call.number) == (tap.path, tap.call)), None)
 
 
 def read_tap(tap: Tap, log: PassLog) -> object:
     """The tensor or tuple of tensors that passed where the tap points; CaptureError where nothing did."""
-    for call in log.calls:
-        if (call.path, call.number) == (tap.path, tap.call):
-            return call.input if tap.side == "input" else call.output
+    if (call := _call_at(tap, log)) is not None:
+        return call.input if tap.side == "input" else call.output
     raise CaptureError(
         f"module {tap.path!r} did not run in this forward pass as it did in the probe: a depth that depends "
         "on the data cannot be analysed"

@@ -168,6 +168,7 @@ def _arranged(part: Part, calls: Sequence[Attention], images: int) -> Attention:
         logsumexp=put([call.logsumexp for call in calls], 1),
         probs=put([call.probs for call in calls], 2),
         weights=put([call.probs if call.weights is None else call.weights for call in calls], 2) if changed else None,
+        v=put([call.v for call in calls], 2, few=True),
     )
 
 
@@ -175,7 +176,7 @@ def materialised(attention: Attention) -> Attention:
     """The same attention with its maps in place of queries and keys."""
     if attention.q is None:
         return attention
-    return Attention(attention.owner, attention.operation, probs=attention.maps()["probs"])
+    return Attention(attention.owner, attention.operation, probs=attention.maps()["probs"], v=attention.v)
 
 
 def _along_queries(calls: Sequence[Attention]) -> Attention:
@@ -184,7 +185,7 @@ def _along_queries(calls: Sequence[Attention]) -> Attention:
     probs = torch.cat([a.probs for a in maps if a.probs is not None], 2)
     changed = [a.probs if a.weights is None else a.weights for a in maps]
     weights = torch.cat([w for w in changed if w is not None], 2) if any(a.mixed for a in maps) else None
-    return Attention(maps[0].owner, maps[0].operation, probs=probs, weights=weights)
+    return Attention(maps[0].owner, maps[0].operation, probs=probs, weights=weights, v=maps[0].v)
 
 
 def joined(parts: Sequence[Attention]) -> Attention:
@@ -192,18 +193,21 @@ def joined(parts: Sequence[Attention]) -> Attention:
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
+    values = [a.v for a in parts if a.v is not None and a.v.shape[1] == a.shape[1]]
+    alike = len(values) == len(parts) and len({v.shape[-1] for v in values}) == 1
+    v = torch.cat(values, 1) if alike else None
     if all(
         a.q is not None and a.k is not None and a.bias is None and not a.causal and a.scale == first.scale
         and a.q.shape[-1] == first.q.shape[-1] and a.q.shape[1] == a.k.shape[1]  # type: ignore[union-attr]
         for a in parts
     ):  # fmt: skip
         q, k = (torch.cat([getattr(a, name) for a in parts], 1) for name in ("q", "k"))
-        return Attention(first.owner, first.operation, q, k, scale=first.scale)
+        return Attention(first.owner, first.operation, q, k, scale=first.scale, v=v)
     maps = [materialised(a) for a in parts]
     probs = torch.cat([a.probs for a in maps if a.probs is not None], 1)
     changed = [a.probs if a.weights is None else a.weights for a in maps]
     weights = torch.cat([w for w in changed if w is not None], 1) if any(a.mixed for a in maps) else None
-    return Attention(first.owner, first.operation, probs=probs, weights=weights)
+    return Attention(first.owner, first.operation, probs=probs, weights=weights, v=v)
 
 
 def laid_out(x: Tensor, part: Part, like: Tensor, images: int) -> Tensor:

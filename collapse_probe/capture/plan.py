@@ -128,7 +128,8 @@ class Plan:
     where they form no rectangle; `image_size` is (height, width) of the input in pixels, None where the input was no image.
     `adjacent` says for each two consecutive places of the `block` axis whether the first gives its output to the second.
     `frames` are the module calls in which attention ran, `input_shape` the shape of one input, `by_hand` says that a softmax is
-    written by hand somewhere.
+    written by hand somewhere. `middles` says for each block where the residual stream is read between its attention and its
+    MLP; None where it is not (`midstreams.NO_MIDDLE`).
     """
 
     blocks: tuple[str, ...]
@@ -147,6 +148,7 @@ class Plan:
     frames: tuple[Frame, ...] = ()
     input_shape: tuple[int, ...] = ()
     by_hand: bool = False
+    middles: tuple[Tap | None, ...] = ()
 
     def __repr__(self) -> str:
         prefix = f"{len(self.prefix)} of them prefix tokens" if self.prefix else "no prefix tokens"

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from collapse_probe.capture import attention_operators
 from collapse_probe.capture.attention_operators import NO_SOFTMAX, KernelCall, OperatorCall, Products, storage_of, tensors_in
+from collapse_probe.capture.midstreams import NOTHING, ResidualSums, Sum
 from collapse_probe.capture.plan import Frame
 from collapse_probe.capture.softmax_tracking import (
     SAMPLED,
@@ -91,7 +92,7 @@ class AttentionEvent:
     def sketch(self) -> None:
         """Keep only the shapes of the tensors, and in `memory` the bytes that they took."""
         self.memory = self.held_bytes()
-        for name in ("q", "k", "bias", "probs", "weights"):
+        for name in ("q", "k", "v", "bias", "probs", "weights"):
             setattr(self.attention, name, sketch(getattr(self.attention, name)))
         self.kernel = self.operand = self.attention.logsumexp = None
 
@@ -108,7 +109,7 @@ class ModuleCall:
 
     In a sketch both have no memory, and `steady` says which token positions of the input are the same for all images. `bit`
     stands for the call in masks: `read` are the calls from whose outputs something was made that this one read, `entered` those
-    from whose outputs its input was made.
+    from whose outputs its input was made. Its input is the result of `sum`, and it gave that of `gave`.
     """
 
     path: str
@@ -117,6 +118,8 @@ class ModuleCall:
     bit: int = 0
     read: int = 0
     entered: int = 0
+    sum: Sum = NOTHING
+    gave: Sum = NOTHING
     input: Tensor | None = None
     output: Any = None
     steady: list[bool] | None = None
@@ -180,7 +183,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     softmax written by hand is heard only if `by_hand`. `on_operator` is called after each operator with its call, whose `out`
     it may replace, and with the attention events that it completed, while their tensors are there; the log then keeps no more
     than the shapes of the modules' inputs and outputs. `on_module` is called with each module call and its output; what it
-    returns, unless None, takes the output's place. `modules` spares reading them off the model again.
+    returns, unless None, takes the output's place. `modules` spares reading them off the model again. With `values` what the
+    maps multiply is kept as well.
     """
 
     supports_higher_order_operators = True
@@ -201,10 +205,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         on_operator: Callable[[OperatorCall, list[AttentionEvent]], None] | None = None,
         on_module: Callable[[Frame, Any], Any] | None = None,
         modules: ModuleTable | None = None,
+        values: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.on_forward, self.on_operator, self.on_module = model, on_forward, on_operator, on_module
-        self.thorough, self.watched, self.by_hand = thorough, watched, by_hand
+        self.thorough, self.watched, self.by_hand, self.values = thorough, watched, by_hand, values
         modules = ModuleTable.of(model) if modules is None else modules
         self.names, self.fixed, self.holders = modules.names, modules.fixed, modules.holders
         self.thread = threading.get_ident()
@@ -217,7 +222,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _reset(self) -> None:
         self.log = PassLog()
         self.counts: dict[str, int] = {}
-        self.softmaxes, self.products = Softmaxes(self.fixed), Products(self.fixed)
+        self.softmaxes, self.products, self.sums = Softmaxes(self.fixed), Products(self.fixed), ResidualSums()
         self.lineage: dict[int, int] = {}  # by storage: the module calls from whose outputs it was made, as bits
         self.operands: dict[int, tuple[int, int]] = {}  # the same of the two operands of the newest product that went into it
 
@@ -291,6 +296,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 with self.paused():
                     call.steady, call.input = steady_tokens(first, log.images), sketch(first)
             call.bit = 1 << len(log.calls)
+            call.sum = self.sums.enter(first, call.bit) if self.thorough else NOTHING
             log.calls.append(call)
         self.stack.append(call)
         self.lowered = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -306,6 +312,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.products.forget(path)
         for result in tensors_in((output,)) if self.thorough else ():
             self.lineage[storage_of(result)] = self.lineage.get(storage_of(result), 0) | call.bit
+            call.gave = call.gave if call.gave != NOTHING else self.sums.of(result)
         if self.thorough or (path, call.number) in self.watched:
             with self.paused():
                 call.output = _detached(output) if self.on_operator is None else sketch(_detached(output))
@@ -353,6 +360,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._note(call)
             if self.thorough:
                 self._inherit(call)
+                self.sums.follow(call, sum(1 << event.index for event in self.log.events[first:]))
             if self.on_operator is not None:
                 self.on_operator(call, self.log.events[first:])
         return call.out
@@ -361,6 +369,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         func, holder = call.func, self._holder()
         if func in attention_operators.READERS:
             kernel, stack = attention_operators.READERS[func](call), self.frames()
+            kernel.attention.v = kernel.value if self.values else None
             if func in attention_operators.ENCODER_LAYER:  # which stands for its attention module without calling it
                 holder = f"{holder}.self_attn".removeprefix(".")
                 stack = (*stack, (holder, stack[-1][1]))
@@ -385,6 +394,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         heard_here = self.softmaxes.follow(call) if self.softmaxes.pending else []
         for heard in heard_here:
             origin = len(self.log.events) if heard.direct else None
+            if self.values:
+                heard.attention.v = attention_operators.values_of(heard.attention, heard.values, call)
             self._add_event(
                 heard.attention,
                 heard.holder,
@@ -452,7 +463,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 call.output = tuple(x.clone() if storage_of(x) in storages else x for x in call.output)
 
 
-CAPTURED = ("q", "k", "bias", "probs", "weights", "logsumexp")
+CAPTURED = ("q", "k", "v", "bias", "probs", "weights", "logsumexp")
 
 
 def copy_before_write(holder: Any, storages: set[int], names: Iterable[str] = CAPTURED) -> None:

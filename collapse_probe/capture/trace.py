@@ -43,12 +43,19 @@ def tile_bytes(plan: Plan, device: torch.device) -> int:
     return largest
 
 
-def micro_batch(plan: Plan, device: torch.device, images: int | None = None) -> int:
+def micro_batch(plan: Plan, device: torch.device, images: int | None = None, more: int = 0) -> int:
     """How many images go through the model at a time, so that what is held of them stays within the budget; `images` are
-    split evenly, because a few left over cost nearly as much as many.
+    split evenly, because a few left over cost nearly as much as many. `more` bytes are held of each beside the plan's.
     """
-    most = max(1, TRACE_BYTES[device.type] // max(plan.bytes_per_image, 1))
+    most = max(1, TRACE_BYTES[device.type] // max(plan.bytes_per_image + more, 1))
     return most if images is None else math.ceil(images / math.ceil(images / most)) if images else 1
+
+
+def extra_bytes(plan: Plan, values: bool, middles: bool) -> int:
+    """Bytes of an image that a request for values, and one for the stream between attention and MLP, holds; of the latter with
+    what the module that reads it gives.
+    """
+    return plan.tokens * plan.width * 4 * len(plan.blocks) * (values + 2 * middles)
 
 
 def shaped(shape: Sequence[int]) -> str:
@@ -65,7 +72,8 @@ class Attention:
     """The attention of one layer for one batch: q and k (a fused kernel) or the map itself (eager attention).
 
     q [B, H, N, K], k [B, H or fewer, N, K], `bias` broadcast to [B, H, N, N] or None (bool: True may be
-    seen); `probs` [B, H, N, N] the softmax, `weights` what multiplies V where that is another map, else None.
+    seen); `probs` [B, H, N, N] the softmax, `weights` what multiplies V where that is another map, else None. The values
+    v [B, H or fewer, N, K] are kept on request, and None where it cannot be told which they are.
     """
 
     owner: str
@@ -78,6 +86,7 @@ class Attention:
     logsumexp: Tensor | None = None
     probs: Tensor | None = None
     weights: Tensor | None = None
+    v: Tensor | None = None
 
     def __repr__(self) -> str:
         mixed = ", mixed after the softmax" if self.mixed else ""
@@ -109,7 +118,7 @@ class Attention:
             return self
         size = len(whole)
         kept = {}
-        for name in ("q", "k", "bias", "logsumexp", "probs", "weights"):
+        for name in ("q", "k", "v", "bias", "logsumexp", "probs", "weights"):
             tensor = getattr(self, name)
             if tensor is not None and tensor.ndim > (3 if name == "bias" else 0) and len(tensor) == size:
                 kept[name] = tensor[: images * (size // of)]
@@ -273,7 +282,8 @@ class Trace:
     """What was captured of one batch: `tokens[d]` [B, N, D] at each depth, `attention` by layer.
 
     Depth 0 is the sequence that enters the first block; None stands where a depth has no token sequence.
-    `output` is what the model returned.
+    `output` is what the model returned. `middles[l]` [B, N, D], kept on request, is the stream in block l between its attention
+    and its MLP; None where it is read by no module.
     """
 
     plan: Plan
@@ -281,6 +291,7 @@ class Trace:
     tokens: tuple[Tensor | None, ...]
     attention: tuple[Attention, ...]
     output: object
+    middles: tuple[Tensor | None, ...] = ()
 
     def __repr__(self) -> str:
         tokens = [tuple(each.shape) for each in self.tokens if each is not None]
@@ -310,11 +321,16 @@ class Trace:
             tokens=tuple(None if x is None else x[:images] for x in self.tokens),
             attention=tuple(attention.first(images, self.images) for attention in self.attention),
             output=first_of(self.output, images, self.images),
+            middles=tuple(None if x is None else x[:images] for x in self.middles),
         )
 
     def patches(self, depth: int) -> Tensor | None:
         """The patch tokens at `depth` in float32, [B, P, D]; prefix tokens are left out."""
-        tokens_BND, shape = self.tokens[depth], self.plan.patch_shapes[depth]
+        return self.patches_of(self.tokens[depth], depth)
+
+    def patches_of(self, tokens_BND: Tensor | None, depth: int) -> Tensor | None:
+        """The patches among tokens laid out as those at a depth, as `patches` gives them."""
+        shape = self.plan.patch_shapes[depth]
         if tokens_BND is None or shape is None:
             return None
         extra = tokens_BND.shape[1] - shape[0]

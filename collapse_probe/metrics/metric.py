@@ -50,7 +50,8 @@ class Metric(ABC):
     it sees (keys of FAILURE_TYPES; none: it sees none of them by itself). It says
     which accumulators it needs (equal keys are shared between the metrics of a run). Where it needs one and is a mean over
     images, that is all: `quantity`, or the setting `quantity_from`, names which of the accumulator's means it is. Others
-    override `compute`. Every number is a function of the set of images, whatever their order and batches.
+    override `compute`. `needs` names what a trace holds beside tokens, queries and keys: "values", "middles" (see `record`).
+    Every number is a function of the set of images, whatever their order and batches.
     """
 
     name: ClassVar[str]
@@ -75,6 +76,7 @@ class Metric(ABC):
     variants: ClassVar[Mapping[str, Variant]] = {}
     choices: ClassVar[Mapping[str, Collection[str]]] = {}
     quantity_from: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
     quantity: str = "value"
 
     def __init__(self, plan: Plan, **settings: Any) -> None:
@@ -154,6 +156,12 @@ def of_level(*levels: str) -> tuple[str, ...]:
     """The plain metrics of some levels ("all" for every one), in the order of the table."""
     asked = [level for level in (*LEVELS, "other") if level in levels or "all" in levels]
     return tuple(name for level in asked for name, kind in METRICS.items() if kind.level == level)
+
+
+def extras_of(metrics: Mapping[str, Metric]) -> dict[str, bool]:
+    """What a trace must hold for these metrics beside tokens, queries and keys, as `record` takes it."""
+    asked = {name for metric in metrics.values() if not metric.inapplicable() for name in metric.needs}
+    return {name: name in asked for name in ("values", "middles")}
 
 
 def make(name: str, plan: Plan) -> Metric:

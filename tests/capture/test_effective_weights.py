@@ -338,13 +338,11 @@ def test_frozen_weights_kept_as_buffers():
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
 @pytest.mark.parametrize("version", ["flat", 1, 2])
-def test_sharded_matrices_are_read_while_they_are_whole(version, monkeypatch):
+def test_sharded_matrices_are_read_while_they_are_whole(version, tmp_path):
     from torch import distributed
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713", "RANK": "0", "WORLD_SIZE": "1"}.items():
-        monkeypatch.setenv(name, value)
-    distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         model = toy()
         expected = effective(model)

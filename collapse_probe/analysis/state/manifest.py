@@ -13,7 +13,7 @@ from collapse_probe.data.preprocessing import given_pixels
 from collapse_probe.errors import ModelError, StateError
 from collapse_probe.models.loading import Subject, resolve
 
-STATE_SCHEMA = "collapse-probe/state/1"
+STATE_SCHEMA = "collapse-probe/state/2"
 
 
 def read_manifest(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,96 @@
+"""Where the residual stream stands between a block's attention and its MLP: x′ = x + Attn(x), the block gives x′ + MLP(x′)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from collapse_probe.capture.attention_operators import OperatorCall, storage_of, tensors_in
+from collapse_probe.capture.plan import Frame, Tap
+
+if TYPE_CHECKING:
+    from collapse_probe.capture.recorder import ModuleCall, PassLog
+
+NO_MIDDLE = (
+    "where its attention has been added and its MLP not yet, no module reads the residual stream: both are added at once, a "
+    "norm follows the sum, or the block is one operator"
+)
+Place = tuple[int, int, int]
+Sum = tuple[tuple[int, int], ...]
+"""Of a sum, for each of its two tensors: the module calls, as bits, whose input it was, and the attention calls, as bits, that
+went into the other one."""
+NOTHING: Sum = ()
+ADDITIONS = ("aten::add", "aten::add_")
+
+
+def _place(x: Tensor) -> Place:
+    """The memory that a tensor takes: the same for one that is only viewed otherwise, another for a part of it."""
+    return storage_of(x), int(x.storage_offset()), x.numel()
+
+
+class ResidualSums:
+    """Of one forward pass, which tensors are the sum of what entered a module and of what attention gave."""
+
+    def __init__(self) -> None:
+        self._inputs: dict[Place, int] = {}
+        self._attended: dict[int, int] = {}
+        self._sums: dict[Place, Sum] = {}
+
+    def enter(self, x: Tensor | None, bit: int) -> Sum:
+        """A module call gets a tensor: returns of which sum it is the result."""
+        if x is None or x.is_nested:
+            return NOTHING
+        self._inputs[_place(x)] = self._inputs.get(_place(x), 0) | bit
+        return self.of(x)
+
+    def of(self, x: Tensor | None) -> Sum:
+        """The sum whose result a tensor is."""
+        return NOTHING if x is None or x.is_nested else self._sums.get(_place(x), NOTHING)
+
+    def follow(self, call: OperatorCall, attention: int) -> None:
+        """An operator ran, in which these attention calls (as bits) ended."""
+        given = [x for x in tensors_in((*call.args, *call.kwargs.values())) if not x.is_nested]
+        storages = {storage_of(x) for x in given}
+        for storage in storages:
+            attention |= self._attended.get(storage, 0)
+        total = self._sum(call, given)
+        for x in tensors_in((call.out,)):
+            if x.is_nested:
+                continue
+            if storage_of(x) not in storages or call.func._schema.is_mutable:  # new numbers, in memory that others may have had
+                self._inputs.pop(_place(x), None)
+                self._sums.pop(_place(x), None)
+                if total != NOTHING:
+                    self._sums[_place(x)] = total
+            self._attended[storage_of(x)] = attention
+
+    def _sum(self, call: OperatorCall, given: Sequence[Tensor]) -> Sum:
+        if call.func._schema.name not in ADDITIONS or len(given) != 2 or call.bound.get("alpha", 1) != 1:
+            return NOTHING
+        if given[0].shape != call.out.shape or given[1].shape != call.out.shape:
+            return NOTHING
+        pairs = (given, given[::-1])
+        return tuple((self._inputs.get(_place(x), 0), self._attended.get(storage_of(branch), 0)) for x, branch in pairs)
+
+
+def middle_tap(block: Frame, entered: ModuleCall | None, layout: str, log: PassLog) -> Tap | None:
+    """Where x′ is read in a block that `entered` gave its input x; None where it cannot be told (NO_MIDDLE)."""
+    if entered is None or entered.input is None:
+        return None
+    own = sum(1 << event.index for event in log.events if block in event.stack)
+    whole = next((call for call in log.calls if (call.path, call.number) == block), None)
+    grid = entered.input
+    for call in log.calls:
+        if call.input is None or not call.path.startswith(f"{block[0]}."):
+            continue
+        alike, flat = call.input.shape == grid.shape, layout == "BhwD" and call.input.shape == grid.flatten(1, 2).shape
+        if not (alike or flat):
+            continue
+        if not any(readers & entered.bit and attention & own for readers, attention in call.sum):
+            continue
+        given = [whole.gave] if whole is not None else [later.sum for later in log.calls]
+        if any(readers & call.bit for total in given for readers, _ in total):
+            return Tap(call.path, call.number, "input", "BND" if flat else layout)
+    return None
