@@ -70,8 +70,7 @@ GALLERY_IMAGES = 4
 TWIN_BYTES = 256 * 2**20
 """Bytes that the images for untrained copies may take."""
 FEWEST_TWIN = 16
-FAIL, SKIP = "fail", "skip"
-ON_NONFINITE = (FAIL, SKIP)
+ON_NONFINITE = FAIL, SKIP = "fail", "skip"
 """What to do where activations are not finite: stop with an error, or leave these images out of everything and name them."""
 
 Images = ImageSet | ImageStream | Iterable[Any]

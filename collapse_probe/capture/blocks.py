@@ -12,9 +12,13 @@ from torch import nn
 
 from collapse_probe.capture.attention_operators import LINEAR
 from collapse_probe.capture.layers import is_attention, module_class
-from collapse_probe.capture.plan import Frame, Plan
+from collapse_probe.capture.plan import Frame, Plan, Tap
 from collapse_probe.capture.recorder import ModuleCall, PassLog, weights_of
 
+NO_MIDDLE = (
+    "where its attention has been added and its MLP not yet, no module reads the residual stream: both are added at once, a "
+    "norm follows the sum, or the block is one operator"
+)
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
@@ -237,3 +241,27 @@ def notes_beside(model: nn.Module, log: PassLog, plan: Plan) -> list[str]:
                 f"{owner or 'the model'} ({module_class(model, owner)}) computes {what}; it is not counted as attention"
             )
     return list(dict.fromkeys(notes))
+
+
+def middle_tap(block: Frame, entered: ModuleCall | None, layout: str, log: PassLog) -> Tap | None:
+    """Where the stream x′ = x + Attn(x) is read in a block that `entered` gave its input x, and that gives x′ + MLP(x′).
+
+    None where it cannot be told (`NO_MIDDLE`).
+    """
+    if entered is None or entered.input is None:
+        return None
+    own = sum(1 << event.index for event in log.events if block in event.stack)
+    whole = next((call for call in log.calls if (call.path, call.number) == block), None)
+    grid = entered.input
+    for call in log.calls:
+        if call.input is None or not call.path.startswith(f"{block[0]}."):
+            continue
+        alike, flat = call.input.shape == grid.shape, layout == "BhwD" and call.input.shape == grid.flatten(1, 2).shape
+        if not (alike or flat):
+            continue
+        if not any(readers & entered.bit and attention & own for readers, attention in call.sum):
+            continue
+        given = [whole.gave] if whole is not None else [later.sum for later in log.calls]
+        if any(readers & call.bit for total in given for readers, _ in total):
+            return Tap(call.path, call.number, "input", "BND" if flat else layout)
+    return None

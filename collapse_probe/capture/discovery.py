@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from collapse_probe.capture.attention_operators import OperatorCall, tensors_in
-from collapse_probe.capture.blocks import Span, block_paths, chains, unheard_blocks
+from collapse_probe.capture.blocks import Span, block_paths, chains, middle_tap, unheard_blocks
 from collapse_probe.capture.layers import (
     MOST_ADDED_TOKENS,
     attends_elsewhere,
@@ -24,7 +24,6 @@ from collapse_probe.capture.layers import (
     is_pool,
     layer_of,
 )
-from collapse_probe.capture.midstreams import middle_tap
 from collapse_probe.capture.plan import Frame, Layer, Plan, SelfCheck, Tap
 from collapse_probe.capture.recorder import AttentionEvent, ModuleCall, PassLog, steady_tokens
 from collapse_probe.capture.softmax_tracking import BY_HAND

@@ -129,7 +129,7 @@ class Plan:
     `adjacent` says for each two consecutive places of the `block` axis whether the first gives its output to the second.
     `frames` are the module calls in which attention ran, `input_shape` the shape of one input, `by_hand` says that a softmax is
     written by hand somewhere. `middles` says for each block where the residual stream is read between its attention and its
-    MLP; None where it is not (`midstreams.NO_MIDDLE`).
+    MLP; None where it is not (`blocks.NO_MIDDLE`).
     """
 
     blocks: tuple[str, ...]

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from collapse_probe.capture import attention_operators
 from collapse_probe.capture.attention_operators import NO_SOFTMAX, KernelCall, OperatorCall, Products, storage_of, tensors_in
-from collapse_probe.capture.midstreams import NOTHING, ResidualSums, Sum
 from collapse_probe.capture.plan import Frame
+from collapse_probe.capture.residual_sums import NOTHING, ResidualSums, Sum
 from collapse_probe.capture.softmax_tracking import (
     SAMPLED,
     Softmaxes,

@@ -1,22 +1,13 @@
-"""Where the residual stream stands between a block's attention and its MLP: x′ = x + Attn(x), the block gives x′ + MLP(x′)."""
+"""Which tensors of a forward pass are sums of what entered a module and of what attention gave: x′ = x + Attn(x)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from collapse_probe.capture.attention_operators import OperatorCall, storage_of, tensors_in
-from collapse_probe.capture.plan import Frame, Tap
 
-if TYPE_CHECKING:
-    from collapse_probe.capture.recorder import ModuleCall, PassLog
-
-NO_MIDDLE = (
-    "where its attention has been added and its MLP not yet, no module reads the residual stream: both are added at once, a "
-    "norm follows the sum, or the block is one operator"
-)
 Place = tuple[int, int, int]
 Sum = tuple[tuple[int, int], ...]
 """Of a sum, for each of its two tensors: the module calls, as bits, whose input it was, and the attention calls, as bits, that
@@ -73,24 +64,3 @@ class ResidualSums:
             return NOTHING
         pairs = (given, given[::-1])
         return tuple((self._inputs.get(_place(x), 0), self._attended.get(storage_of(branch), 0)) for x, branch in pairs)
-
-
-def middle_tap(block: Frame, entered: ModuleCall | None, layout: str, log: PassLog) -> Tap | None:
-    """Where x′ is read in a block that `entered` gave its input x; None where it cannot be told (NO_MIDDLE)."""
-    if entered is None or entered.input is None:
-        return None
-    own = sum(1 << event.index for event in log.events if block in event.stack)
-    whole = next((call for call in log.calls if (call.path, call.number) == block), None)
-    grid = entered.input
-    for call in log.calls:
-        if call.input is None or not call.path.startswith(f"{block[0]}."):
-            continue
-        alike, flat = call.input.shape == grid.shape, layout == "BhwD" and call.input.shape == grid.flatten(1, 2).shape
-        if not (alike or flat):
-            continue
-        if not any(readers & entered.bit and attention & own for readers, attention in call.sum):
-            continue
-        given = [whole.gave] if whole is not None else [later.sum for later in log.calls]
-        if any(readers & call.bit for total in given for readers, _ in total):
-            return Tap(call.path, call.number, "input", "BND" if flat else layout)
-    return None
