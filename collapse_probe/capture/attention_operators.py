@@ -1,10 +1,11 @@
-"""Which operators are attention, how each one's arguments are read into an `Attention`, and products that look like it."""
+"""Which operators are attention, how each one's arguments are read into an `Attention`, products that look like it, and sums of
+its results."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -277,3 +278,105 @@ class Products:
     def forget(self, holder: str) -> None:
         """A module ends."""
         self.made = {key: made for key, made in self.made.items() if made.holder != holder}
+
+
+# ---- sums of attention results ----
+
+SCALED_SUMS = MULTIPLY | SUMS
+
+
+@dataclass(eq=False)
+class Attended:
+    """What an attention gave, times a `factor` since: its `event`, the `values` that its map multiplied, its layout in memory
+    (`shape`, `stride`) and the `memory` itself, which is kept from being used again.
+    """
+
+    event: Any
+    values: Tensor
+    shape: torch.Size
+    stride: tuple[int, ...]
+    memory: Any
+    factor: Tensor | float = 1.0
+
+    def matches(self, other: Attended) -> bool:
+        """Whether another map multiplied the same values, and its result lies in memory in the same way."""
+        alike = (self.shape, self.stride) == (other.shape, other.stride) and self.values.shape == other.values.shape
+        return alike and (self.values.data_ptr() == other.values.data_ptr() or torch.equal(self.values, other.values))
+
+
+class AttendedSums:
+    """Two attentions whose results are added or subtracted, each times a factor, after they multiplied the same values, are one
+    map that the model never forms (differential attention).
+    """
+
+    def __init__(self) -> None:
+        self.results: dict[int, Attended] = {}
+
+    def begin(self, event: Any, values: Tensor, out: Tensor) -> None:
+        """An attention gave `out`: follow it, and forget those of other modules."""
+        owner = event.attention.owner
+        self.results = {key: each for key, each in self.results.items() if each.event.attention.owner == owner}
+        self.results[storage_of(out)] = Attended(event, values.detach(), out.shape, out.stride(), out.untyped_storage())
+
+    def follow(self, call: OperatorCall) -> Any:
+        """An operator ran: where it adds two results, the event of one gets the map of both, and the other's, which stands for
+        nothing any more, is returned.
+        """
+        if not self.results or call.func not in SCALED_SUMS or len(call.args) < 2:
+            return None
+        if call.func in MULTIPLY:
+            for x, factor in (call.args[:2], call.args[1::-1]):
+                self._scaled(call.out, x, factor)
+            return None
+        left, right = call.args[:2]
+        first, second = (self.results.get(storage_of(x)) if isinstance(x, Tensor) else None for x in (left, right))
+        if first is None or second is None or first.event is second.event:
+            return None
+        if not _laid_out_alike(left, right) or not first.matches(second):
+            return None
+        alpha = call.bound.get("alpha", 1)
+        signs = {"aten::sub": (1, -alpha), "aten::rsub": (-alpha, 1)}.get(call.func._schema.name, (1, alpha))
+        terms = sorted(zip((first, second), signs, strict=True), key=lambda term: isinstance(term[0].factor, Tensor))
+        lead, other = (each.event for each, _ in terms)  # the one that is no more than itself leads
+        lead.attention.weights = _sum_of_maps(terms)
+        lead.softmaxes += other.softmaxes
+        if lead.attention.weights.is_meta:  # a sketch, which counts its bytes
+            lead.memory += lead.attention.weights.nbytes
+        self.results = {key: each for key, each in self.results.items() if each.event not in (lead, other)}
+        return other
+
+    def _scaled(self, out: Any, x: Any, factor: Any) -> None:
+        """Follow a result times a number, or times one number for each image, head and query."""
+        before = self.results.get(storage_of(x)) if isinstance(x, Tensor) else None
+        if before is None or not isinstance(out, Tensor) or not _laid_out_alike(out, x):
+            return
+        if isinstance(factor, Tensor):
+            by_row = (
+                factor.ndim <= 4
+                and factor.shape[-1:] == (1,)
+                and x.ndim == 4
+                and x.shape[:3] == before.event.attention.shape[:3]
+            )
+            if factor.numel() > 1 and not by_row:
+                return
+            factor = factor.detach()
+        memory = out.untyped_storage()
+        self.results[storage_of(out)] = replace(before, memory=memory, factor=before.factor * factor)
+
+
+def _laid_out_alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset())
+
+
+def _sum_of_maps(terms: Iterable[tuple[Attended, float]]) -> Tensor:
+    """Σ sign · factor · map, [B, H, N, N] in float32; without memory where the maps have none."""
+    total: Any = 0
+    for each, sign in terms:
+        attention = each.event.attention
+        held = attention.probs if attention.q is None else attention.q
+        if held.is_meta:
+            return torch.empty(attention.shape, dtype=torch.float32, device="meta")
+        factor = each.factor.float() if isinstance(each.factor, Tensor) else each.factor
+        total = total + sign * factor * attention.maps()["weights"]
+    assert isinstance(total, Tensor)
+    return total

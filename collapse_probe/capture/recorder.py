@@ -15,7 +15,15 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from collapse_probe.capture import attention_operators
-from collapse_probe.capture.attention_operators import NO_SOFTMAX, KernelCall, OperatorCall, Products, storage_of, tensors_in
+from collapse_probe.capture.attention_operators import (
+    NO_SOFTMAX,
+    AttendedSums,
+    KernelCall,
+    OperatorCall,
+    Products,
+    storage_of,
+    tensors_in,
+)
 from collapse_probe.capture.plan import Frame
 from collapse_probe.capture.residual_sums import NOTHING, ResidualSums, Sum
 from collapse_probe.capture.softmax_tracking import (
@@ -223,6 +231,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.log = PassLog()
         self.counts: dict[str, int] = {}
         self.softmaxes, self.products, self.sums = Softmaxes(self.fixed), Products(self.fixed), ResidualSums()
+        self.softmaxes, self.products = Softmaxes(self.fixed), Products(self.fixed)
+        self.sums = AttendedSums()
         self.lineage: dict[int, int] = {}  # by storage: the module calls from whose outputs it was made, as bits
         self.operands: dict[int, tuple[int, int]] = {}  # the same of the two operands of the newest product that went into it
 
@@ -380,6 +390,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
                 more = {"kernel": kernel, "sample": _sample_of(kernel.attention), "sources": (q, k)}
             self._add_event(kernel.attention, holder, stack, **more)
+            self.sums.begin(self.log.events[-1], kernel.value, kernel.out)
         elif func in attention_operators.SOFTMAX:
             direct = self.thorough and not self.products.made_from(call.bound["self"])
             self.softmaxes.begin(call, self.frames(), holder, direct, sampled=self.thorough)
@@ -387,6 +398,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif attention_operators.opaque(func):
             self.log.opaque.append((self.frames(), func._schema.name))
         else:
+            if (merged := self.sums.follow(call)) is not None:
+                self.log.events.remove(merged)
             self._note_product(call, holder)
 
     def _note_product(self, call: OperatorCall, holder: str) -> None:
@@ -408,6 +421,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 lost=heard.lost,
                 sources=(0, 0) if heard.direct else self._sources(heard.attention.probs),
             )
+            if heard.values is not None and isinstance(call.out, Tensor):
+                self.sums.begin(self.log.events[-1], heard.values, call.out)
         if not (self.thorough or self.by_hand):
             return
         again = self.products.follow(call, holder, origin)

@@ -34,29 +34,54 @@ SMALL = {
     "init_std": 0.2,
 }
 LEARNING = {"temperature": {"learnable": True, "tau": 0.7}}  # settings with parameters, where the default has none
-WITHOUT_PARAMETERS = {"contra-norm", "drop-attention", "neutreno", "shared-attention"}
-NO_NEUTRAL = {"class-attention", "registers", "shared-attention"}
+WITHOUT_PARAMETERS = {
+    "contra-norm",
+    "drop-attention",
+    "exclusive-self-attention",
+    "layernorm-scaling",
+    "neutreno",
+    "shared-attention",
+    "value-residual",
+}
+NO_NEUTRAL = {
+    "class-attention",
+    "differential",
+    "exclusive-self-attention",
+    "layernorm-scaling",
+    "qk-norm",
+    "registers",
+    "shared-attention",
+}
 MIXES = {
     "attn-scale",
+    "differential",
     "re-attention",
     "refiner",
+    "shaped-attention",
     "talking-heads",
 }  # those whose weights are not the softmax's probs
 BAD: dict[str, dict[str, Any]] = {
     "attn-scale": {"init": "one"},
     "class-attention": {"depth": 0},
     "contra-norm": {"tau": 0},
+    "differential": {"heads": 3},
     "drop-attention": {"p": 1.0},
+    "exclusive-self-attention": {"strength": 1.0},
     "feat-scale": {"multiplicity": 3},
+    "gated-attention": {"gate": "global"},
     "layer-scale": {"init": 0.0},
+    "layernorm-scaling": {"power": 0.5},
     "neutreno": {"alpha": math.nan},
+    "qk-norm": {"norm": "batch"},
     "re-attention": {"norm": "group"},
     "refiner": {"kernel": 4},
     "registers": {"count": 0},
+    "shaped-attention": {"alpha": math.inf},
     "shared-attention": {"source_block": -1},
     "sigma-reparam": {"gamma": 1.0},
     "talking-heads": {"where": "values"},
     "temperature": {"tau": 0.0},
+    "value-residual": {"mix": 1.5},
 }
 
 
@@ -161,7 +186,9 @@ def test_it_runs_under_bf16_autocast_and_in_bf16(name: str, images: Tensor) -> N
         "talking-heads",
         "class-attention",
         "registers",
+        "differential",
         "layer-scale",
+        "gated-attention",
     }:
         torch.testing.assert_close(rough.float(), exact, rtol=0.1, atol=0.1)  # those draw their start at random
     assert torch.isfinite(model.bfloat16()(images.bfloat16())).all()

@@ -21,8 +21,18 @@ SETTINGS = {
     "registers": [{"count": 4}, {"count": 2}],
     "class-attention": [{"depth": 2, "mlp_ratio": 4.0}, {"depth": 1, "mlp_ratio": 3.0}],
     "temperature": [{"learnable": True}],
+    "gated-attention": [{"gate": "elementwise"}, {"gate": "headwise"}],
+    "qk-norm": [{"norm": "layer"}, {"norm": "rms"}],
 }
-NO_TRACE = {"contra-norm", "drop-attention", "neutreno", "shared-attention"}
+NO_TRACE = {
+    "contra-norm",
+    "drop-attention",
+    "exclusive-self-attention",
+    "layernorm-scaling",
+    "neutreno",
+    "shared-attention",
+    "value-residual",
+}
 CASES = [
     (name, settings, blocks)
     for name in FIXES

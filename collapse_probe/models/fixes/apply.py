@@ -43,12 +43,17 @@ class AttentionWithSockets(Attention):
         norm, gate = getattr(self, "norm", None), getattr(self, "gate", None)  # older timm has neither
         out_BND = out_BND if norm is None else norm(out_BND)
         out_BND = out_BND if gate is None else out_BND * gate(x).sigmoid()
+        out_BND = apply_sites(self.sites, "joined", out_BND, x)
         projected: Tensor = self.proj_drop(self.proj(out_BND))
         return projected
 
 
 def _branch(sites: Sites, kind: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return apply_sites(sites, "branch", output, kind)
+
+
+def _normed(sites: Sites, kind: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return apply_sites(sites, "normed", output, kind)
 
 
 def _enter(sites: Sites, module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -63,8 +68,9 @@ def open_block(block: Any) -> None:
     """Give a block of timm its sockets, in place."""
     block.attn.__class__ = AttentionWithSockets
     block.attn.sites, block.sites = [], []
-    block.attn.register_forward_hook(partial(_branch, block.sites, "attention"))
-    block.mlp.register_forward_hook(partial(_branch, block.sites, "mlp"))
+    for kind, norm, branch in (("attention", "norm1", "attn"), ("mlp", "norm2", "mlp")):
+        getattr(block, branch).register_forward_hook(partial(_branch, block.sites, kind))
+        getattr(block, norm).register_forward_hook(partial(_normed, block.sites, kind))
 
 
 def open_sockets(model: Any) -> None:
@@ -83,8 +89,9 @@ def open_sockets(model: Any) -> None:
             what = "no attention" if attention is type(None) else f"{attention.__module__}.{attention.__qualname__}"
             raise ModelError(f"block {i} of {kind} has {what}; a fix has its place in timm.layers.Attention alone")
     missing = [name for name in ("embed_dim", "num_prefix_tokens", "norm_pre", "norm") if not hasattr(model, name)]
-    if missing or not all(hasattr(block, "mlp") for block in blocks):
-        raise ModelError(f"{kind} is not built like timm's VisionTransformer (no {', '.join(missing) or 'mlp'})")
+    missing += [name for name in ("mlp", "norm1", "norm2") if not all(hasattr(block, name) for block in blocks)]
+    if missing:
+        raise ModelError(f"{kind} is not built like timm's VisionTransformer (no {', '.join(missing)})")
     for block in model.blocks:
         open_block(block)
     model.sites, model.fixes = [], ()

@@ -6,8 +6,8 @@ checkpoints fit. A socket is a method that receives a tensor and returns it chan
 Several fixes in one place act in the order in which they were added.
 
     model      enter → blocks → leave → norm → head
-    block      x + branch(attention(norm1(x))),  x + branch(mlp(norm2(x)))
-    attention  query → logits → softmax → probs → dropout → weights → @v → heads → proj
+    block      x + branch(attention(normed(norm1(x)))),  x + branch(mlp(normed(norm2(x))))
+    attention  query, values → logits → softmax → probs → dropout → weights → @v → heads → joined → proj
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Fix(Settings):
 
     `neutral` holds the settings under which the model computes what it computed without the fix; None where no such setting
     exists. `unseen` names the settings that matter to a trained model and leave no trace in its weights. `failure_types` are
-    those that the source sets it against: "depth", "tokens", "entropy", or none of them.
+    those that the source sets it against: "depth", "tokens", "entropy", or none of them. `beside_no` names fixes with which it
+    cannot share a model.
     """
 
     summary: ClassVar[str]
@@ -73,6 +74,7 @@ class Fix(Settings):
     neutral: ClassVar[Mapping[str, Any] | None] = None
     home: ClassVar[Literal["attention", "block", "model", "modules"]] = "attention"
     unseen: ClassVar[tuple[str, ...]] = ()
+    beside_no: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_keys(cls, shapes: Shapes) -> Mapping[str, Any] | None:
@@ -95,6 +97,14 @@ class Fix(Settings):
         """Queries, before they meet the keys."""
         return q_BHNK
 
+    def values(self, v_BHNK: Tensor, site: FixSite) -> Tensor:
+        """Values, before the map multiplies them."""
+        return v_BHNK
+
+    def maps(self, q_BHNK: Tensor, k_BHNK: Tensor, site: FixSite) -> list[tuple[Tensor, Tensor]]:
+        """Queries and keys of each map that a head makes; `merged` makes one of them."""
+        return [(q_BHNK, k_BHNK)]
+
     def logits(self, logits_BHNN: Tensor, site: FixSite) -> Tensor:
         """Scaled logits, before the mask and the softmax."""
         return logits_BHNN
@@ -103,6 +113,10 @@ class Fix(Settings):
         """The map after the softmax, before attention dropout."""
         return probs_BHNN
 
+    def merged(self, maps: list[Tensor], site: FixSite) -> Tensor:
+        """One map of those that `maps` asked for, each after its softmax and dropout."""
+        return maps[0]
+
     def weights(self, weights_BHNN: Tensor, site: FixSite) -> Tensor:
         """The map after attention dropout; the result multiplies V."""
         return weights_BHNN
@@ -110,6 +124,14 @@ class Fix(Settings):
     def heads(self, out_BHNK: Tensor, v_BHNK: Tensor, site: FixSite) -> Tensor:
         """What each head gives, before the projection."""
         return out_BHNK
+
+    def joined(self, out_BND: Tensor, x_BND: Tensor, site: FixSite) -> Tensor:
+        """The heads side by side, before the projection; `x_BND` is what entered the attention."""
+        return out_BND
+
+    def normed(self, x_BND: Tensor, kind: Literal["attention", "mlp"], site: FixSite) -> Tensor:
+        """What the norm before a branch gives."""
+        return x_BND
 
     def branch(self, x_BND: Tensor, kind: Literal["attention", "mlp"], site: FixSite) -> Tensor:
         """What a branch of the block adds to the residual stream."""
@@ -134,7 +156,8 @@ class Fix(Settings):
     @property
     def needs_map(self) -> bool:
         """Whether the fix must see the attention map, which rules out fused attention."""
-        return any(getattr(type(self), socket) is not getattr(Fix, socket) for socket in ("logits", "probs", "weights"))
+        sockets = ("maps", "logits", "probs", "weights")
+        return any(getattr(type(self), socket) is not getattr(Fix, socket) for socket in sockets)
 
 
 Sites = list[tuple[Fix, FixSite]]
@@ -191,21 +214,26 @@ def attend(
 
     `dropout` is the rate in force now (0 in eval mode); `mask` is boolean (True: may be seen) or added to the logits.
     """
-    q_BHNK = apply_sites(sites, "query", q_BHNK)
+    q_BHNK, v_BHNK = apply_sites(sites, "query", q_BHNK), apply_sites(sites, "values", v_BHNK)
     if fused and not any(fix.needs_map for fix, _ in sites):
         out_BHNK = F.scaled_dot_product_attention(
             q_BHNK, k_BHNK, v_BHNK, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
         )
     else:
-        logits_BHNN = apply_sites(sites, "logits", (q_BHNK * scale) @ k_BHNK.transpose(-2, -1))
         if causal:
-            mask = torch.ones_like(logits_BHNN[0, 0], dtype=torch.bool).tril()
-        if mask is not None and mask.dtype == torch.bool:
-            logits_BHNN = logits_BHNN.masked_fill(~mask, float("-inf"))
-        elif mask is not None:
-            logits_BHNN = logits_BHNN + mask
-        probs_BHNN = apply_sites(sites, "probs", torch.softmax(logits_BHNN, dim=-1))
-        weights_BHNN = F.dropout(probs_BHNN, dropout) if dropout else probs_BHNN
+            mask = torch.ones(q_BHNK.shape[-2], k_BHNK.shape[-2], dtype=torch.bool, device=q_BHNK.device).tril()
+        splitting = next((each for each in sites if type(each[0]).maps is not Fix.maps), None)
+        pairs = [(q_BHNK, k_BHNK)] if splitting is None else splitting[0].maps(q_BHNK, k_BHNK, splitting[1])
+        maps = []
+        for q, k in pairs:
+            logits_BHNN = apply_sites(sites, "logits", (q * scale) @ k.transpose(-2, -1))
+            if mask is not None and mask.dtype == torch.bool:
+                logits_BHNN = logits_BHNN.masked_fill(~mask, float("-inf"))
+            elif mask is not None:
+                logits_BHNN = logits_BHNN + mask
+            probs_BHNN = apply_sites(sites, "probs", torch.softmax(logits_BHNN, dim=-1))
+            maps.append(F.dropout(probs_BHNN, dropout) if dropout else probs_BHNN)
+        weights_BHNN = maps[0] if splitting is None else splitting[0].merged(maps, splitting[1])
         out_BHNK = apply_sites(sites, "weights", weights_BHNN) @ v_BHNK
     return apply_sites(sites, "heads", out_BHNK, v_BHNK)
 
@@ -226,6 +254,8 @@ def add_fix(model: Any, fix: Fix, blocks: Sequence[int] | None = None) -> None:
     for before in model.fixes:
         if before.name == fix.name and set(before.blocks) & set(reach):
             raise ModelError(f"the model already has {fix.name} in blocks {list(before.blocks)}: once is enough")
+        if before.name in fix.beside_no or fix.name in FIXES[before.name].beside_no:
+            raise ModelError(f"{fix.name} cannot stand beside {before.name}, which the model already has")
     if fix.home == "modules":
         roots = [model] if chosen is None else [model.blocks[i] for i in chosen]
         modules = [module for root in roots for module in root.modules()]

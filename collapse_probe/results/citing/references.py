@@ -244,6 +244,85 @@ REFERENCES = (
         venue=JMLR,
         pages="1393--1434",
     ),
+    Reference(
+        "qiu2025gated",
+        "Gated Attention for Large Language Models: Non-linearity, Sparsity, and Attention-Sink-Free",
+        "Qiu, Zihan and Wang, Zekun and Zheng, Bo and Huang, Zeyu and Wen, Kaiyue and Yang, Songlin and Men, Rui and Yu, Le "
+        "and Huang, Fei and Huang, Suozhi and Liu, Dayiheng and Zhou, Jingren and Lin, Junyang",
+        2025,
+        "2505.06708",
+        NEURIPS,
+    ),
+    Reference(
+        "zhou2025value",
+        "Value Residual Learning",
+        "Zhou, Zhanchao and Wu, Tianyi and Jiang, Zhiyun and Obeid, Fares and Lan, Zhenzhong",
+        2025,
+        "2410.17897",
+    ),
+    Reference(
+        "henry2020query",
+        "Query-Key Normalization for Transformers",
+        "Henry, Alex and Dachapally, Prudhvi Raj and Pawar, Shubham Shantaram and Chen, Yuxuan",
+        2020,
+        "2010.04245",
+    ),
+    Reference(
+        "dehghani2023scaling",
+        "Scaling Vision Transformers to 22 Billion Parameters",
+        "Dehghani, Mostafa and Djolonga, Josip and Mustafa, Basil and Padlewski, Piotr and Heek, Jonathan and Gilmer, Justin "
+        "and Steiner, Andreas and Caron, Mathilde and Geirhos, Robert and Alabdulmohsin, Ibrahim and Jenatton, Rodolphe and "
+        "Beyer, Lucas and Tschannen, Michael and Arnab, Anurag and Wang, Xiao and Riquelme, Carlos and Minderer, Matthias and "
+        "Puigcerver, Joan and Evci, Utku and Kumar, Manoj and van Steenkiste, Sjoerd and Elsayed, Gamaleldin F. and "
+        "Mahendran, Aravindh and Yu, Fisher and Oliver, Avital and Huot, Fantine and Bastings, Jasmijn and Collier, Mark "
+        "Patrick and Gritsenko, Alexey and Birodkar, Vighnesh and Vasconcelos, Cristina and Tay, Yi and Mensink, Thomas and "
+        "Kolesnikov, Alexander and Paveti{\\'c}, Filip and Tran, Dustin and Kipf, Thomas and Lu{\\v{c}}i{\\'c}, Mario and "
+        "Zhai, Xiaohua and Keysers, Daniel and Harmsen, Jeremiah and Houlsby, Neil",
+        2023,
+        "2302.05442",
+        ICML,
+    ),
+    Reference(
+        "sun2025curse",
+        "The Curse of Depth in Large Language Models",
+        "Sun, Wenfang and Song, Xinyuan and Li, Pengxiang and Yin, Lu and Zheng, Yefeng and Liu, Shiwei",
+        2025,
+        "2502.05795",
+    ),
+    Reference(
+        "noci2023shaped",
+        "The Shaped Transformer: Attention Models in the Infinite Depth-and-Width Limit",
+        "Noci, Lorenzo and Li, Chuning and Li, Mufan Bill and He, Bobby and Hofmann, Thomas and Maddison, Chris J. and Roy, "
+        "Daniel M.",
+        2023,
+        "2306.17759",
+        NEURIPS,
+    ),
+    Reference(
+        "he2024simplifying",
+        "Simplifying Transformer Blocks",
+        "He, Bobby and Hofmann, Thomas",
+        2024,
+        "2311.01906",
+        ICLR,
+    ),
+    Reference(
+        "naitsaada2025mind",
+        "Mind the Gap: a Spectral Analysis of Rank Collapse and Signal Propagation in Attention Layers",
+        "Nait Saada, Thiziri and Naderi, Alireza and Tanner, Jared",
+        2025,
+        "2410.07799",
+        ICML,
+    ),
+    Reference(
+        "ye2025differential",
+        "Differential Transformer",
+        "Ye, Tianzhu and Dong, Li and Xia, Yuqing and Sun, Yutao and Zhu, Yi and Huang, Gao and Wei, Furu",
+        2025,
+        "2410.05258",
+        ICLR,
+    ),
+    Reference("zhai2026exclusive", "Exclusive Self Attention", "Zhai, Shuangfei", 2026, "2603.09078"),
 )
 BY_KEY = {each.key: each for each in REFERENCES}
 DEEPVIT, DIVERSITY, RANK = "zhou2021deepvit", "chen2022diversity", "roy2007effective"
@@ -279,17 +358,24 @@ FIXES: dict[str, tuple[str, ...]] = {
     "attn-scale": ("wang2022antioversmoothing",),
     "class-attention": (CAIT,),
     "contra-norm": ("guo2023contranorm",),
+    "differential": ("ye2025differential",),
     "drop-attention": ("zehui2019dropattention", DEEPVIT),
+    "exclusive-self-attention": ("zhai2026exclusive",),
     "feat-scale": ("wang2022antioversmoothing",),
+    "gated-attention": ("qiu2025gated",),
     "layer-scale": (CAIT,),
+    "layernorm-scaling": ("sun2025curse",),
     "neutreno": ("nguyen2023mitigating",),
+    "qk-norm": ("henry2020query", "dehghani2023scaling"),
     "re-attention": (DEEPVIT,),
     "refiner": (REFINER,),
     "registers": ("darcet2024registers",),
+    "shaped-attention": ("noci2023shaped", "he2024simplifying", "naitsaada2025mind"),
     "shared-attention": (REFINER,),
     "sigma-reparam": ("zhai2023stabilizing",),
     "talking-heads": (CAIT,),
     "temperature": (DEEPVIT,),
+    "value-residual": ("zhou2025value",),
 }
 ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
 
