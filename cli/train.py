@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 from collapse_probe.cli import options
+from collapse_probe.cli.fail_on import TRIPPED, thresholds
 
 INTERRUPTED = 130
 
@@ -71,6 +72,13 @@ def training(function: Any) -> Any:
 @click.option(
     "--monitor-every", type=click.IntRange(min=0), metavar="N", help="Measure collapse every N steps, on a few images."
 )
+@click.option(
+    "--alarm",
+    multiple=True,
+    metavar="'NAME OP NUMBER'",
+    help="Stop with exit code 3 where this holds of what --monitor-every measures, or is undefined: "
+    "'attention_entropy_share < 0.05'. The last model before is kept. May be given several times.",
+)
 @click.option("--stop-after", type=click.IntRange(min=1), metavar="N", help="End after N steps in all; --resume goes on.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the output folder.")
 @training
@@ -92,18 +100,20 @@ def run(
     device: str,
     resume: bool,
     stop_after: int | None,
+    alarm: tuple[str, ...],
     dry_run: bool,
     quiet: bool,
     **flags: Any,
 ) -> None:
     """Make the recipe, train it, print how it ended."""
+    thresholds(alarm, "train", "--alarm")
     options.load_libraries()
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.options import command_line
 
     from collapse_probe.analysis.state.phases import TRAINING
     from collapse_probe.distributed import rank_and_world
-    from collapse_probe.errors import SettingError
+    from collapse_probe.errors import AlarmError, SettingError
     from collapse_probe.files import check_writable
     from collapse_probe.training.trainer import train
 
@@ -131,10 +141,15 @@ def run(
                 report=talk.say,
                 stop_after=stop_after,
                 command=command_line(),
+                alarm=alarm,
             )
     except KeyboardInterrupt:
         click.echo(f"interrupted; --resume -o {folder} goes on from the last checkpoint", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
+    except AlarmError as error:
+        if rank_and_world()[0] == 0:
+            click.echo(str(error), err=True)
+        raise click.exceptions.Exit(TRIPPED) from None
     if rank_and_world()[0] > 0:
         return
     if not trained.finished:

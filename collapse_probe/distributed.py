@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import pickle
 import socket
@@ -206,3 +207,24 @@ def shared_out(count: int) -> Iterator[int]:
     store, name = c10d._get_default_store(), f"turn/{next(_turns)}"
     while (turn := store.add(name, 1) - 1) < count:
         yield turn
+
+
+def told(name: str, text: str | None = None) -> str | None:
+    """The text that the first process passes, in every process of the group that calls this with the same, unused, `name`.
+
+    The first process waits for no other one, and the others wait for it: where it alone calls this, nothing hangs.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return text
+    c10d: Any = dist.distributed_c10d
+    store, pause = c10d._get_default_store(), 0.001
+    if rank == 0:
+        store.set(name, json.dumps(text))
+        return text
+    while not store.check([name]):
+        check_processes()
+        time.sleep(pause)
+        pause = min(pause * 1.2, 0.05)
+    content: str | None = json.loads(store.get(name))
+    return content

@@ -1,5 +1,9 @@
 """The errors of collapse-probe: each message says what was expected, what came and what to do."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 
 class CollapseProbeError(Exception):
     """Base of every error that a user's input can cause; the command line shows its text as one line."""
@@ -66,3 +70,28 @@ class ProcessError(CollapseProbeError):
 
 class InUseError(OutputError):
     """An output folder in which another run keeps its state."""
+
+
+class AlarmError(CollapseProbeError):
+    """A number that passed the threshold of an alarm while training, or of which that cannot be decided.
+
+    `alarm` is the threshold as it was given, `quantity` the name of the number, `value` what it is (None: undefined), `step`
+    where. `block` and `head` are where it is lowest, or highest, as far as it has places (of a pair of blocks, the later one).
+    `state` is the file of the newest model for which no alarm held; None where there is none.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        alarm: str,
+        quantity: str,
+        value: float | None,
+        step: int,
+        block: int | None = None,
+        head: int | None = None,
+        state: Path | None = None,
+    ) -> None:
+        super().__init__(text)
+        self.alarm, self.quantity, self.value, self.step = alarm, quantity, value, step
+        self.block, self.head, self.state = block, head, state

@@ -193,7 +193,7 @@ MEASURED = "--metric --null-images"
 GIVEN = "--fix --fix-blocks --data --split --limit --max-pixels"
 SAVED = "--save-every --max-time --resume"
 KEPT = f"-o --output --json --no-page --fail-on --junit {PLUGIN}"
-TRAINED = "--fix --penalty --set --seed --steps --device -j --workers --monitor-every --stop-after"
+TRAINED = "--fix --penalty --set --seed --steps --device -j --workers --monitor-every --alarm --stop-after"
 FLAGS = {
     "analyze": f"{MODEL} {GIVEN} {RUN} {MEASURED} --null-seeds --until-ci --level --preset --recalibrate-bn --part --records "
     f"{SAVED} {KEPT}",

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from collapse_probe.analysis.analyze import measure
-from collapse_probe.analysis.measurement import SKIP, RunSettings, restored
+from collapse_probe.analysis.measurement import DEFAULT_METRICS, PROBS_METRICS, SKIP, RunSettings, restored
 from collapse_probe.data.images import ImageSet, check_count, images_from
 from collapse_probe.data.preprocessing import Preprocess, from_callable, given_pixels
-from collapse_probe.distributed import alone
+from collapse_probe.distributed import alone, rank_and_world
 from collapse_probe.errors import DataError, ModelError, NonFiniteError, SettingError
 from collapse_probe.files import check_writable
 from collapse_probe.models.loading import resolve
 from collapse_probe.results.findings import Findings
 from collapse_probe.seeding import random_kept
 from collapse_probe.settings import names_in
+from collapse_probe.training.alarm import Alarm, Save, save_weights
 
 Log = Callable[[int, dict[str, float]], None]
 Transform = Callable[[Image], Tensor]
@@ -52,6 +53,14 @@ class Monitor:
     waits for no other. Hooks of one's own on the model are called for the monitor's forward passes as well. Weights and
     activations that are NaN or infinite stop no training: images that have some are left out, and their share is in the row
     (`nonfinite`); where nothing is left the row holds that alone, and `unmeasured` (by step) and a text in `folder` say why.
+
+    With an `alarm` the training stops where a number of the summary passes a threshold, as those of `--fail-on` are written
+    (`alarm="attention_entropy_share < 0.05"`, or several): `step` raises AlarmError, which names the number, where it is
+    lowest or highest, and the file of the newest model for which no alarm held. That is `folder/last-good/step-0001000.pth`,
+    written at every measurement in place of the one before (`save` writes it otherwise); no state is kept in memory, and none
+    without a `folder`. A number of the summary is a mean over blocks and heads, and the alarm is about the mean. One that
+    cannot be told trips, and so does any alarm where activations are not finite. Under torch.distributed call `step` in every
+    process, of monitors made alike: the first one measures, and all raise.
     """
 
     def __init__(
@@ -65,6 +74,8 @@ class Monitor:
         preprocess: Preprocess | Transform | None = None,
         seed: int = 0,
         log: Log | None = None,
+        alarm: str | Sequence[str] = (),
+        save: Save = save_weights,
     ) -> None:
         if every < 1:
             raise SettingError(f"a monitor measures every so many steps, from 1 on, not every {every}")
@@ -74,28 +85,53 @@ class Monitor:
         self.preprocess = _preprocess(preprocess, self.images)
         self.unmeasured: dict[int, str] = {}
         self.folder = None if folder is None else Path(folder)
-        if self.folder is not None:
+        if self.folder is not None and rank_and_world()[0] == 0:
             check_writable(self.folder)
+        asked = self.metrics or (*DEFAULT_METRICS, *PROBS_METRICS)
+        self.alarm = Alarm(names_in(alarm), asked, self.folder, save) if alarm else None
+
+    def wanted_in(self, first: bool) -> bool:
+        """Whether `step` is to be called in this process, `first` or another one of the training."""
+        return first or (self.alarm is not None and rank_and_world()[1] > 1)
 
     def step(self, model: nn.Module, step: int) -> Findings | None:
         """Measure `model` where `step` is a multiple of `every`, write and log the findings, and return them; None at other
         steps, and where the model is not finite.
 
-        `model` may be wrapped in DistributedDataParallel or torch.compile. Raises ModelError for parameters that are spread
-        over devices or processes, CollapseProbeError where the model cannot be measured.
+        `model` may be wrapped in DistributedDataParallel or torch.compile. Raises AlarmError where an alarm holds, after what
+        was measured is written and logged, ModelError for parameters that are spread over devices or processes,
+        CollapseProbeError where the model cannot be measured.
         """
         if step % self.every:
             return None
+        if self.alarm is None:
+            return self._step(model, step)[0]
+        findings, tripped = None, None
+        if rank_and_world()[0] == 0:
+            try:
+                findings, why = self._step(model, step)
+                tripped = self.alarm.undecided(step, why) if findings is None else self.alarm.judge(findings, step)
+                if tripped is None:
+                    self.alarm.keep(model, step)
+            except BaseException as error:
+                self.alarm.failed(error)
+                raise
+        if (tripped := self.alarm.everywhere(tripped)) is not None:
+            raise tripped.error()
+        return findings
+
+    def _step(self, model: nn.Module, step: int) -> tuple[Findings | None, str]:
+        """The findings, written and logged; or why there are none."""
         try:
             findings = self.measure(model, step)
         except NonFiniteError as error:
             self._say_why(step, str(error))
-            return None
+            return None, str(error)
         if self.folder is not None:
             findings.save(self.folder / f"step-{step:07d}")
         if self.log is not None:
             self.log(step, row_of(findings))
-        return findings
+        return findings, ""
 
     def _say_why(self, step: int, why: str) -> None:
         """Nothing could be measured at `step`: into the log, and beside the findings of other steps."""

@@ -278,17 +278,17 @@ def save_run_state(run: Run) -> Path:
 
 
 def save_run_model(run: Run, path: Path, model: nn.Module, facts: Mapping[str, Any]) -> None:
-    """Write the model file, in the first process, with the run's facts and these."""
+    """Write the model file, in the first process, with the run's facts and these, which count where both have one."""
     if rank_and_world()[0] > 0:
         return
     recipe = run.recipe
     origin = {
         **run.facts,
-        **facts,
         "step": run.train_step.done,
         "recipe": recipe.to_json(),
         "weights": "live" if recipe.ema is None else f"average with decay {recipe.ema}",
         "recalibrated_batches": recipe.recalibrate,
+        **facts,
     }
     names = ("architecture", "mean", "std", "interpolation", "crop_pct")
     card = ModelCard(**{name: getattr(recipe, name) for name in names}, input_size=tuple(run.facts["input_size"]), facts=origin)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from collapse_probe.devices import autocast, peak_memory
 from collapse_probe.distributed import gathered, rank_and_world
+from collapse_probe.errors import SettingError
 from collapse_probe.files import write_document
+from collapse_probe.models.model_file import SUFFIX
 from collapse_probe.seeding import random_kept
-from collapse_probe.training.monitor import NONFINITE, Monitor, row_of
+from collapse_probe.training.monitor import Monitor
 from collapse_probe.training.recipe import Recipe
 from collapse_probe.training.run import (
     Run,
@@ -82,6 +84,7 @@ def train(
     report: Say | None = None,
     stop_after: int | None = None,
     command: str = "",
+    alarm: str | Sequence[str] = (),
 ) -> Trained:
     """Train `recipe` on the data at an address and write everything into the folder `output`.
 
@@ -89,21 +92,38 @@ def train(
     state/ (complete checkpoints), logs/ (TensorBoard), models/ (with `snapshot_every`), monitor/ (with
     `monitor_every`). Under torchrun or `accelerate launch` every process calls this alike. With `resume` the
     run goes on from the newest checkpoint, on the CPU to the bit; without one it begins. `monitor.step(model,
-    step)` is called before the first step and after each; `stop_after` ends the run after that many steps.
+    step)` is called before the first step and after each; `stop_after` ends the run after that many steps. An `alarm`
+    (see Monitor) ends it with AlarmError in all processes; the last good model is a model file in monitor/last-good/.
 
     Raises SettingError, DataError, ModelError, OutputError, CheckpointError; DivergedError where a loss is NaN or infinite,
     which names the step, the term and the last checkpoint.
     """
+    if alarm and not recipe.monitor_every:
+        raise SettingError("an alarm is about what a monitor measures, and this run has none: --monitor-every N")
     output, accelerator = Path(output), accelerator_on(device)
     with random_kept(accelerator.device):
         run = prepare(recipe, data, val_data, output, resume, accelerator, report or (lambda text: None), command)
-        if monitor is None and recipe.monitor_every and accelerator.is_main_process:
-            images = run.data.sample(recipe.monitor_images)
-            monitor = Monitor(images, every=recipe.monitor_every, folder=output / "monitor", limit=recipe.monitor_images)
+        if monitor is None and recipe.monitor_every and (accelerator.is_main_process or alarm):
+            monitor = _monitor_of(run, alarm)
         try:
             return _train(run, monitor, progress, min(run.total, stop_after or run.total))
         finally:
             run.log.close()
+
+
+def _monitor_of(run: Run, alarm: str | Sequence[str]) -> Monitor:
+    """The monitor that a recipe asks for, on held-out images."""
+
+    def save(model: nn.Module, path: Path, step: int) -> Path:
+        path = path.with_suffix(SUFFIX)
+        save_run_model(run, path, model, {"weights": "live", "recalibrated_batches": 0, "step": step})
+        return path
+
+    def log(step: int, numbers: dict[str, float]) -> None:
+        run.log.scalars("collapse", numbers, step)
+
+    count, every, folder = run.recipe.monitor_images, run.recipe.monitor_every, run.output / "monitor"
+    return Monitor(run.data.sample(count), every=every, folder=folder, limit=count, log=log, alarm=alarm, save=save)
 
 
 def _train(run: Run, monitor: Any, progress: Progress | None, until: int) -> Trained:
@@ -153,11 +173,8 @@ def _due(step: int, every: int) -> bool:
 def _monitor(run: Run, monitor: Any) -> None:
     step = run.train_step.done
     findings = None if monitor is None else monitor.step(run.train_step.loss.model, step)
-    if findings is not None:
-        run.log.scalars("collapse", row_of(findings), step)
-    elif why := getattr(monitor, "unmeasured", {}).get(step):
+    if findings is None and (why := getattr(monitor, "unmeasured", {}).get(step)):
         run.say(f"step {step}: nothing measured, {why}")
-        run.log.scalars("collapse", {NONFINITE: 1.0}, step)
 
 
 def _evaluate(run: Run, model: nn.Module) -> tuple[float, float]:

@@ -106,3 +106,34 @@ def test_recipes_and_penalties_are_listed(run):
     assert "positive control" in out
     code, out, _ = run("ls", "penalties")
     assert "patch-cosine" in out
+
+
+def test_an_alarm_stops_with_its_own_code_and_leaves_a_model_that_can_be_analysed(run, photos):
+    watched = (*QUICK, "--monitor-every", "2", "--set", "monitor_images=8")
+    code, out, err = run(*watched, "-o", "out", "--alarm", "attention_entropy_share > 2", "--alarm", "images > 7")
+    assert code == 3
+    assert out == ""
+    assert err.splitlines()[-1].startswith("step 0: images is 8, for which the alarm 'images > 7' stops the training; no state")
+    code, _, err = run(*watched, "-o", "well", "--alarm", "attention_entropy_share > 2")
+    assert code == 0, err
+    kept = [path.name for path in Path("well/monitor/last-good").iterdir()]
+    assert kept == ["step-0000006.safetensors"]
+    words = ("--data", photos, "--null-images", "0", "--json=full", "-q", "--metric", "patch-diversity")
+    code, out, err = run("analyze", "-m", f"well/monitor/last-good/{kept[0]}", *words)
+    assert code == 0, err
+    assert json.loads(out)["model"]["source"] == "ours"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--alarm", "images >", "--monitor-every", "2"), 2, "expected NAME OP NUMBER"),
+        (("--alarm", "imges > 3", "--monitor-every", "2"), 2, "no run of train has a number 'imges'; did you mean images"),
+        (("--alarm", "accuracy < 0.3", "--monitor-every", "2"), 1, "which this monitor does not measure"),
+        (("--alarm", "images > 3"), 1, "this run has none: --monitor-every N"),
+    ],
+)
+def test_an_alarm_that_cannot_be_is_told_before_the_first_step(run, words, code, said):
+    found, _, err = run(*QUICK, *words)
+    assert found == code
+    assert said in " ".join(err.split())

@@ -29,7 +29,8 @@ class LightningMonitor(_callback_class()):  # type: ignore[misc]
 
     `model_of` takes the model out of the LightningModule (`lambda module: module.net`); by default the module itself is called
     with images. Measures before the first step and after every optimizer step that the monitor wants, in the main process only;
-    with accumulated gradients several batches are one step, which is measured once.
+    with accumulated gradients several batches are one step, which is measured once. Where the monitor's alarm holds, all
+    processes raise AlarmError.
     """
 
     def __init__(self, monitor: Monitor, model_of: Callable[[Any], nn.Module] | None = None) -> None:
@@ -46,6 +47,6 @@ class LightningMonitor(_callback_class()):  # type: ignore[misc]
 
     def _measure(self, trainer: Any, module: Any) -> None:
         step = int(trainer.global_step)
-        if trainer.is_global_zero and step != self.last:
+        if self.monitor.wanted_in(trainer.is_global_zero) and step != self.last:
             self.monitor.step(module if self.model_of is None else self.model_of(module), step)
         self.last = step

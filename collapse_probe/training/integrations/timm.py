@@ -16,7 +16,7 @@ class MonitoredScheduler:
     One line in the script, before its loop: `lr_scheduler = MonitoredScheduler(lr_scheduler, model, monitor)`. The script
     calls `lr_scheduler.step_update(num_updates=…)` after each optimizer step, and that number is the monitor's step. Everything
     else is passed on to the scheduler. `model` is what is measured: the trained model, wrapped or not, or its EMA copy. Only
-    the main process measures.
+    the main process measures; where the monitor's alarm holds, all of them raise AlarmError.
     """
 
     def __init__(self, scheduler: Any, model: nn.Module, monitor: Monitor) -> None:
@@ -25,7 +25,7 @@ class MonitoredScheduler:
     def step_update(self, num_updates: int, *args: Any, **options: Any) -> Any:
         """Set the learning rate as the scheduler does, then measure where the monitor wants it."""
         result = self.scheduler.step_update(num_updates, *args, **options)
-        if rank_and_world()[0] == 0:
+        if self.monitor.wanted_in(rank_and_world()[0] == 0):
             self.monitor.step(self.model, num_updates)
         return result
 

@@ -13,7 +13,8 @@ class TrainerMonitor(TrainerCallback):
     """A callback for transformers' Trainer: `Trainer(…, callbacks=[TrainerMonitor(monitor)])`.
 
     Measures before the first step and after every optimizer step that the monitor wants, in the main process only. The model's
-    images come from the monitor's own data, so give it the `preprocess` with which the training images were made.
+    images come from the monitor's own data, so give it the `preprocess` with which the training images were made. Where the
+    monitor's alarm holds, all processes raise AlarmError.
     """
 
     def __init__(self, monitor: Monitor) -> None:
@@ -26,5 +27,5 @@ class TrainerMonitor(TrainerCallback):
         self._measure(model, state)
 
     def _measure(self, model: Any, state: Any) -> None:
-        if state.is_world_process_zero:
+        if self.monitor.wanted_in(state.is_world_process_zero):
             self.monitor.step(model, state.global_step)
