@@ -21,11 +21,10 @@ from collapse_probe.analysis.state.gallery import glimpse, thumbnail
 from collapse_probe.analysis.state.memory import Room, alike
 from collapse_probe.analysis.state.records import BY_CONTENT, NO_NUMBER, RECORDS, Lowest, Records, Table
 from collapse_probe.analysis.state.tally import LOGITS, Tally, columns_of, image_table, result_of, table_of
-from collapse_probe.capture.capture import discover_plan, noise, record
+from collapse_probe.capture.capture import discover_plan, record
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import TILE_BYTES, Trace, extra_bytes, micro_batch
-from collapse_probe.capture.weights.matrices import NAMES, Matrices
-from collapse_probe.capture.weights.recording import record_matrices
+from collapse_probe.capture.weights.recording import read_matrices
 from collapse_probe.data.images import ImageSet
 from collapse_probe.data.loading import Batch
 from collapse_probe.data.preprocessing import ASSUMED, given_pixels, shown, sides_of
@@ -41,7 +40,7 @@ from collapse_probe.devices import (
     modes_kept,
     moved,
 )
-from collapse_probe.distributed import rank_and_world, shared, unwrap
+from collapse_probe.distributed import rank_and_world, shared
 from collapse_probe.errors import DataError, NonFiniteError, SettingError, StateError
 from collapse_probe.metrics.accumulators import Accumulator, vectors_of
 from collapse_probe.metrics.metric import Metric, extras_of, make
@@ -205,6 +204,7 @@ class Measurement:
         """
         start, newest = time.perf_counter(), list[tuple[Sequence[str], dict[str, NDArray[Any]]]]()
         model = moved(self.subject.model, self.device)
+        self._give_matrices(model)
         ill = [i for i, name in enumerate(batch.names) if name in self.left_out]
         self._leave_out(batch, {i: self.left_out[batch.names[i]] for i in ill})
         pending = self._steps([i for i in range(len(batch.names)) if i not in ill])
@@ -234,6 +234,13 @@ class Measurement:
         names = [name for some, _ in newest for name in some]
         columns = {key: np.concatenate([part[key] for _, part in newest]) for key in (newest[0][1] if newest else ())}
         return image_table(self.metrics, tally.accumulators, names, columns)
+
+    def _give_matrices(self, model: nn.Module) -> None:
+        """Let metrics of images that need the weights have them, before the first images."""
+        asking = [m for m in self.metrics.values() if "matrices" in m.needs and m.matrices is None]
+        matrices = read_matrices(model, self.plan, self.settings.seed) if asking else None
+        for metric in asking:
+            metric.matrices = matrices
 
     def _steps(self, rows: Sequence[int]) -> list[Sequence[int]]:
         """Rows by what goes through the model at a time: split evenly, in multiples of `alike` where memory allows."""
@@ -488,13 +495,3 @@ def plan_of(subject: Subject, device: str, seed: int) -> Plan:
     model = moved(subject.model, choose_device(device)).eval()
     made = subject.preprocess
     return discover_plan(model, made.size, made.channels, seed, blocks=subject.blocks_pattern)
-
-
-def read_matrices(model: nn.Module, plan: Plan, seed: int = 0) -> Matrices:
-    """The weight matrices of every block of `plan`, recorded in one forward pass of noise; no data are needed."""
-    if plan.image_size is None:
-        reason = "the probe saw no image, so that no pass could be made to record the products of the blocks"
-        missing = tuple(dict.fromkeys(NAMES, reason) for _ in plan.blocks)
-        return Matrices(plan.blocks, tuple({} for _ in plan.blocks), missing)
-    model = unwrap(model)
-    return record_matrices(model, noise(model, plan.image_size, plan.input_shape[0], seed), plan.blocks)

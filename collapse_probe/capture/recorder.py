@@ -26,12 +26,7 @@ from collapse_probe.capture.attention_operators import (
 )
 from collapse_probe.capture.plan import Frame
 from collapse_probe.capture.residual_sums import NOTHING, ResidualSums, Sum
-from collapse_probe.capture.softmax_tracking import (
-    SAMPLED,
-    Softmaxes,
-    is_normalised,
-    read_operand,
-)
+from collapse_probe.capture.softmax_tracking import SAMPLED, Softmaxes, is_normalised, read_operand
 from collapse_probe.capture.trace import Attention
 from collapse_probe.errors import CaptureError
 
@@ -230,8 +225,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _reset(self) -> None:
         self.log = PassLog()
         self.counts: dict[str, int] = {}
-        self.softmaxes, self.products, self.sums = Softmaxes(self.fixed), Products(self.fixed), ResidualSums()
-        self.softmaxes, self.products = Softmaxes(self.fixed), Products(self.fixed)
+        self.softmaxes, self.products, self.residual = Softmaxes(self.fixed), Products(self.fixed), ResidualSums()
         self.sums = AttendedSums()
         self.lineage: dict[int, int] = {}  # by storage: the module calls from whose outputs it was made, as bits
         self.operands: dict[int, tuple[int, int]] = {}  # the same of the two operands of the newest product that went into it
@@ -306,7 +300,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 with self.paused():
                     call.steady, call.input = steady_tokens(first, log.images), sketch(first)
             call.bit = 1 << len(log.calls)
-            call.sum = self.sums.enter(first, call.bit) if self.thorough else NOTHING
+            call.sum = self.residual.enter(first, call.bit) if self.thorough else NOTHING
             log.calls.append(call)
         self.stack.append(call)
         self.lowered = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -322,7 +316,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.products.forget(path)
         for result in tensors_in((output,)) if self.thorough else ():
             self.lineage[storage_of(result)] = self.lineage.get(storage_of(result), 0) | call.bit
-            call.gave = call.gave if call.gave != NOTHING else self.sums.of(result)
+            call.gave = call.gave if call.gave != NOTHING else self.residual.of(result)
         if self.thorough or (path, call.number) in self.watched:
             with self.paused():
                 call.output = _detached(output) if self.on_operator is None else sketch(_detached(output))
@@ -370,7 +364,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._note(call)
             if self.thorough:
                 self._inherit(call)
-                self.sums.follow(call, sum(1 << event.index for event in self.log.events[first:]))
+                self.residual.follow(call, sum(1 << event.index for event in self.log.events[first:]))
             if self.on_operator is not None:
                 self.on_operator(call, self.log.events[first:])
         return call.out

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from collapse_probe.capture.plan import Plan
+from collapse_probe.capture.weights.matrices import Matrices
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.accumulators import Accumulator, Means
 from collapse_probe.metrics.coverage import depth_neighbours
@@ -50,7 +51,8 @@ class Metric(ABC):
     it sees (keys of FAILURE_TYPES; none: it sees none of them by itself). It says
     which accumulators it needs (equal keys are shared between the metrics of a run). Where it needs one and is a mean over
     images, that is all: `quantity`, or the setting `quantity_from`, names which of the accumulator's means it is. Others
-    override `compute`. `needs` names what a trace holds beside tokens, queries and keys: "values", "middles" (see `record`).
+    override `compute`. `needs` names what a trace holds beside tokens, queries and keys: "values", "middles" (see `record`);
+    or "matrices": `matrices`, the weights of every block, are there then before the first images.
     Every number is a function of the set of images, whatever their order and batches.
     """
 
@@ -76,7 +78,8 @@ class Metric(ABC):
     variants: ClassVar[Mapping[str, Variant]] = {}
     choices: ClassVar[Mapping[str, Collection[str]]] = {}
     quantity_from: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
+    matrices: Matrices | None = None
     quantity: str = "value"
 
     def __init__(self, plan: Plan, **settings: Any) -> None:

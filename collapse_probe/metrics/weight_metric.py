@@ -29,7 +29,6 @@ class WeightMetric(Metric):
 
     level = "weights"
     dims = ("block", "matrix")
-    matrices: Matrices | None = None
 
     def inapplicable(self) -> str:
         """Some block must have been found."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from collapse_probe.capture import attention_operators
 from collapse_probe.capture.attention_operators import OperatorCall, storage_of
-from collapse_probe.capture.plan import Frame
+from collapse_probe.capture.capture import noise
+from collapse_probe.capture.plan import Frame, Plan
 from collapse_probe.capture.recorder import AttentionEvent, Recorder
 from collapse_probe.capture.weights.linear_maps import Ids, LinearMaps
 from collapse_probe.capture.weights.matrices import (
@@ -30,6 +31,7 @@ from collapse_probe.capture.weights.matrices import (
     vectors_of,
     wholes,
 )
+from collapse_probe.distributed import unwrap
 
 
 @dataclass(eq=False)
@@ -241,3 +243,13 @@ def _values(event: AttentionEvent, call: OperatorCall) -> list[Tensor]:
     *leading, _, keys = event.attention.shape
     turned = [x for x in (value, value.mT) if x.shape[1] == keys and len(x) == leading[0] * leading[1]]
     return [x.reshape(*leading, keys, -1) for x in turned]
+
+
+def read_matrices(model: nn.Module, plan: Plan, seed: int = 0) -> Matrices:
+    """The weight matrices of every block of `plan`, recorded in one forward pass of noise; no data are needed."""
+    if plan.image_size is None:
+        reason = "the probe saw no image, so that no pass could be made to record the products of the blocks"
+        missing = tuple(dict.fromkeys(NAMES, reason) for _ in plan.blocks)
+        return Matrices(plan.blocks, tuple({} for _ in plan.blocks), missing)
+    model = unwrap(model)
+    return record_matrices(model, noise(model, plan.image_size, plan.input_shape[0], seed), plan.blocks)
