@@ -318,32 +318,33 @@ class AttendedSums:
         self.results = {key: each for key, each in self.results.items() if each.event.attention.owner == owner}
         self.results[storage_of(out)] = Attended(event, values.detach(), out.shape, out.stride(), out.untyped_storage())
 
-    def follow(self, call: OperatorCall) -> Any:
-        """An operator ran: where it adds two results, the event of one gets the map of both, and the other's, which stands for
-        nothing any more, is returned.
+    def follow(self, call: OperatorCall, events: list[Any]) -> None:
+        """An operator ran: where it adds two results, the first of both events gets the map of both, and the other, the newest
+        of `events`, leaves them.
         """
         if not self.results or call.func not in SCALED_SUMS or len(call.args) < 2:
-            return None
-        if call.func in MULTIPLY:
-            for x, factor in (call.args[:2], call.args[1::-1]):
-                self._scaled(call.out, x, factor)
-            return None
+            return
         left, right = call.args[:2]
+        if call.func in MULTIPLY:
+            self._scaled(call.out, left, right)
+            self._scaled(call.out, right, left)
+            return
         first, second = (self.results.get(storage_of(x)) if isinstance(x, Tensor) else None for x in (left, right))
-        if first is None or second is None or first.event is second.event:
-            return None
-        if not _laid_out_alike(left, right) or not first.matches(second):
-            return None
+        if first is None or second is None or not _laid_out_alike(left, right) or not first.matches(second):
+            return
+        kept, other = sorted((first.event, second.event), key=lambda event: int(event.index))
+        if kept is other or other is not events[-1]:
+            return
         alpha = call.bound.get("alpha", 1)
         signs = {"aten::sub": (1, -alpha), "aten::rsub": (-alpha, 1)}.get(call.func._schema.name, (1, alpha))
         terms = sorted(zip((first, second), signs, strict=True), key=lambda term: isinstance(term[0].factor, Tensor))
-        lead, other = (each.event for each, _ in terms)  # the one that is no more than itself leads
-        lead.attention.weights = _sum_of_maps(terms)
-        lead.softmaxes += other.softmaxes
-        if lead.attention.weights.is_meta:  # a sketch, which counts its bytes
-            lead.memory += lead.attention.weights.nbytes
-        self.results = {key: each for key, each in self.results.items() if each.event not in (lead, other)}
-        return other
+        weights = _sum_of_maps(terms)
+        kept.attention = terms[0][0].event.attention  # the softmax map is that of the one without a factor
+        kept.attention.weights, kept.softmaxes = weights, kept.softmaxes + other.softmaxes
+        if weights.is_meta:  # a sketch, which counts its bytes
+            kept.memory += weights.nbytes
+        events.pop()
+        self.results = {key: each for key, each in self.results.items() if each.event not in (kept, other)}
 
     def _scaled(self, out: Any, x: Any, factor: Any) -> None:
         """Follow a result times a number, or times one number for each image, head and query."""
@@ -351,13 +352,8 @@ class AttendedSums:
         if before is None or not isinstance(out, Tensor) or not _laid_out_alike(out, x):
             return
         if isinstance(factor, Tensor):
-            by_row = (
-                factor.ndim <= 4
-                and factor.shape[-1:] == (1,)
-                and x.ndim == 4
-                and x.shape[:3] == before.event.attention.shape[:3]
-            )
-            if factor.numel() > 1 and not by_row:
+            rows = x.ndim == 4 and x.shape[:3] == before.event.attention.shape[:3]
+            if factor.numel() > 1 and not (rows and factor.ndim <= 4 and factor.shape[-1] == 1):
                 return
             factor = factor.detach()
         memory = out.untyped_storage()

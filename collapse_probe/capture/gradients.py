@@ -248,7 +248,14 @@ class GradientTrace:
         self.passed: dict[Place, Tensor] = {}
         self.calls: dict[int, list[AttentionCall]] = {}
         self.patch_count: int | None = None
+        self.input: Any = None
         self._maps: dict[tuple[int, str], Tensor] = {}
+
+    def images(self) -> Tensor:
+        """The images that entered the model, [B, C, height, width]."""
+        if not isinstance(self.input, Tensor):
+            raise CaptureError("the model was not called with images as its first argument, which a penalty reads")
+        return self.input
 
     def tokens(self, place: Place) -> Tensor:
         """All tokens at a place, [B, N, D]."""
@@ -328,6 +335,7 @@ def record_with_gradients(parts: ViTParts, requests: Requests) -> Iterator[list[
 
     def begin(module: nn.Module, args: Any) -> None:
         newest[0] = GradientTrace(parts)
+        newest[0].input = args[0] if args else None
         recorder.block, recorder.calls = None, newest[0].calls
 
     def take(place: Place, module: nn.Module, *passed: Any) -> None:  # (input,) before the module, (input, output) after it

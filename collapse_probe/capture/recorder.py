@@ -226,7 +226,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.log = PassLog()
         self.counts: dict[str, int] = {}
         self.softmaxes, self.products, self.residual = Softmaxes(self.fixed), Products(self.fixed), ResidualSums()
-        self.sums = AttendedSums()
+        self.attended = AttendedSums()
         self.lineage: dict[int, int] = {}  # by storage: the module calls from whose outputs it was made, as bits
         self.operands: dict[int, tuple[int, int]] = {}  # the same of the two operands of the newest product that went into it
 
@@ -384,7 +384,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
                 more = {"kernel": kernel, "sample": _sample_of(kernel.attention), "sources": (q, k)}
             self._add_event(kernel.attention, holder, stack, **more)
-            self.sums.begin(self.log.events[-1], kernel.value, kernel.out)
+            self.attended.begin(self.log.events[-1], kernel.value, kernel.out)
         elif func in attention_operators.SOFTMAX:
             direct = self.thorough and not self.products.made_from(call.bound["self"])
             self.softmaxes.begin(call, self.frames(), holder, direct, sampled=self.thorough)
@@ -392,8 +392,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif attention_operators.opaque(func):
             self.log.opaque.append((self.frames(), func._schema.name))
         else:
-            if (merged := self.sums.follow(call)) is not None:
-                self.log.events.remove(merged)
+            self.attended.follow(call, self.log.events)
             self._note_product(call, holder)
 
     def _note_product(self, call: OperatorCall, holder: str) -> None:
@@ -416,7 +415,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 sources=(0, 0) if heard.direct else self._sources(heard.attention.probs),
             )
             if heard.values is not None and isinstance(call.out, Tensor):
-                self.sums.begin(self.log.events[-1], heard.values, call.out)
+                self.attended.begin(self.log.events[-1], heard.values, call.out)
         if not (self.thorough or self.by_hand):
             return
         again = self.products.follow(call, holder, origin)

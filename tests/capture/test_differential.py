@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from collapse_probe.analysis.intervene import intervene
 from collapse_probe.capture.capture import record
+from collapse_probe.errors import CaptureError
 from collapse_probe.models.fixes.apply import apply
 
 vision_transformer = pytest.importorskip("timm.models.vision_transformer")
@@ -122,3 +124,11 @@ def test_what_is_no_map_on_one_set_of_values_stays_two(way: str) -> None:
     with torch.no_grad(), record(model) as recording:
         model(torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0)))
     assert not any(recording.plan.layers[i].mixed for i in recording.plan.map_layers)
+
+
+@with_timms_own
+def test_a_map_that_is_never_formed_is_not_replaced() -> None:
+    with pytest.raises(CaptureError, match=r"a sum of several kernels' maps, .* TIMM_FUSED_ATTN=0"):
+        intervene(of_timm(True), torch.randn(4, 3, 32, 32), replace="uniform")
+    done = intervene(of_timm(False), torch.randn(4, 3, 32, 32), replace="uniform")
+    assert len(done.single["uniform"]) == 2

@@ -132,4 +132,4 @@ def test_alone_it_moves_its_metric_where_it_says(name, settings, where):
 
 
 def test_every_penalty_was_trained():
-    assert {name for name, _, _ in CASES} == set(PENALTIES)
+    assert {name for name, _, _ in CASES} == set(PENALTIES) - {"gram-anchor"}, "which holds still what others move"

@@ -203,6 +203,12 @@ class MapReplacer:
                     self.fused_blocks.add(index)
             part, raw, replacement = self.plan.layers[index].parts[0], event.attention, self.replacements.get(index)
             images = self.recorder.log.images
+            skipped = replacement is None or replacement.kind == "skip"
+            if self.plan.layers[index].mixed and raw.weights is None and not (skipped and self.gather is None):
+                raise CaptureError(
+                    f"the map in effect in {part.frame[0]} is a sum of several kernels' maps, which the model never forms and "
+                    "which cannot be replaced; switch its fused attention off (timm: TIMM_FUSED_ATTN=0)"
+                )
             new = self._new_map(index, read_part(part, [raw], images))
             if replacement is not None and replacement.kind == "skip":
                 if call.func in attention_operators.ENCODER_LAYER:  # elsewhere the branch gives zeros where its module ends
