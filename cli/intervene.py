@@ -1,4 +1,4 @@
-"""`collapse-probe intervene`: what the attention of each block is worth, by replacing its map while the model runs."""
+"""`collapse-probe intervene`: what blocks and their attention are worth, by changing them while the model runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collapse_probe.cli import options
 from collapse_probe.cli.fail_on import failing, stop_if_tripped, thresholds
 
 KINDS = ("share", "mean", "uniform", "identity", "skip")
+PARTS = ("block", "attention")
 
 
 @click.command("intervene", cls=options.Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -18,13 +19,21 @@ KINDS = ("share", "mean", "uniform", "identity", "skip")
 @click.option(
     "--replace",
     multiple=True,
-    default=("share",),
-    show_default=True,
     type=click.Choice(KINDS),
     help="What stands in for a block's map: share (the map of the block before), mean (the block's mean map over the images), "
     "uniform (the same weight for every key), identity (every token itself), or skip: the whole attention branch is left out. "
-    "May be given several times.",
+    "May be given several times.  [default: share, where nothing else is asked for]",
 )
+@click.option(
+    "--drop",
+    multiple=True,
+    type=click.Choice(PARTS),
+    help="Leave out each block, or its attention: one at a time, and greedily, each time the one that costs least after those "
+    "that are gone. A third of the images chooses the order (256 at most), another settles how many can go (512 at most), all "
+    "others give the price.",
+)
+@options.count("--window", least=1, default=1, says="With --drop: also every N consecutive blocks together.")
+@options.count("--keep", least=0, default=1, says="With --drop: go on until N of the model's blocks are left.")
 @click.option(
     "--blocks", callback=options.block_numbers, metavar="BLOCKS", help="Which blocks: 6-23, or 0,2,5-7.  [default: all]"
 )
@@ -48,17 +57,17 @@ def command(
     junit: str | None,
     **flags: Any,
 ) -> None:
-    """Replace the attention maps of blocks, one at a time and from the last block down: the change in logits and accuracy."""
+    """Replace the attention maps of blocks, or leave blocks out: what it changes in logits and accuracy, and what can go."""
     from collapse_probe.cli.console import Talk
     from collapse_probe.cli.output import keep, of_interventions, output_folder, prepare, tell
 
-    from collapse_probe.analysis.state.phases import IMAGES, LOAD, PAGE, PROBE, REPLACED, UNTRAINED
+    from collapse_probe.analysis.state.phases import CHOSEN, IMAGES, LOAD, PAGE, PROBE, REPLACED, UNTRAINED
 
     rules = thresholds(fail_on, "intervene")
     if output is not None:
         prepare(output, quiet)
-    talk, drawn = Talk(quiet), [] if no_page else [PAGE]
-    with talk.stages(LOAD, PROBE, IMAGES, UNTRAINED, REPLACED, *drawn):
+    talk, drawn, chosen = Talk(quiet), [] if no_page else [PAGE], [CHOSEN] * len(flags["drop"])
+    with talk.stages(LOAD, PROBE, IMAGES, UNTRAINED, *chosen, REPLACED, *drawn):
         options.load_libraries()
         from collapse_probe.analysis.intervene import intervene
         from collapse_probe.distributed import rank_and_world
@@ -72,6 +81,7 @@ def command(
         flags |= {"save_to": folder, "command": options.command_line(), "report": talk.say}
         talk.begin(PROBE)
         with talk.bar(images.count) as progress:
+            flags["replace"] = flags["replace"] or None
             interventions = intervene(subject, images, **flags, progress=progress)
         first = rank_and_world()[0] == 0
         if first:

@@ -24,7 +24,7 @@ COMMANDS = {
     "compare": "Set two or more models, checkpoints or findings side by side on the same images.",
     "train": "Train a recipe, with any fixes and penalties, and watch for collapse.",
     "sweep": "Train and measure a recipe over a grid of depths, widths, fixes and seeds: one table, one page.",
-    "intervene": "Say what the attention of each block is worth: replace its map, report the change in logits and accuracy.",
+    "intervene": "Say what each block and its attention are worth: replace its map or leave it out; which blocks can go.",
     "merge": "Add the parts of one measurement, or take what a stopped run left: findings and page.",
     "gallery": "Measure every model of a list on the same images: a page each, and one table over all.",
     "cite": "Print a methods paragraph, and BibTeX of what a findings folder used.",

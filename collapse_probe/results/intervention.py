@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from collapse_probe.files import read_document, write_document
 from collapse_probe.results.findings import plain as json_values
 from collapse_probe.results.overview.display import Shown
+from collapse_probe.results.rules import KEEPS_ANSWERS
 from collapse_probe.results.stored import checks
 from collapse_probe.results.stored.arrays import load_arrays
 
@@ -24,15 +26,21 @@ FILE, IMAGES, TABLE = "interventions.json", "images.npz", "interventions.csv"
 COLUMNS = [
     *("kind", "how", "first_block", "last_block", "kl", "kl_ci_low", "kl_ci_high"),
     *("agreement", "agreement_ci_low", "agreement_ci_high", "accuracy", "accuracy_change"),
-    *("accuracy_change_ci_low", "accuracy_change_ci_high"),
+    *("accuracy_change_ci_low", "accuracy_change_ci_high", "blocks"),
 ]
-PARTS, EFFECTS = ("model", "data", "run", "kinds", "plain", "similarity"), ("single", "cumulative")
+GREEDY = "greedy"
+"""The order in which each time the block goes that costs least."""
+ORDERED = ("chosen", "settled", "priced")
+"""The parts of the images of which an order has effects; see `Order`."""
+INFLUENCE = "influence"
+"""The order of block influence, the least first."""
+PARTS, EFFECTS = ("model", "data", "run", "kinds", "plain", "similarity"), ("single", "cumulative", "windows")
 Ends = tuple[float, float] | None
 DEFINITIONS = {
-    "kl": "mean over images of KL(softmax of the plain logits ‖ softmax of the logits with maps replaced), in nats; t interval "
+    "kl": "mean over images of KL(softmax of the plain logits ‖ softmax of the changed model's logits), in nats; t interval "
     "over images, wider on the side of the longer tail, ending at 0 where it would go below",
     "agreement": "share of images whose top answer stays the same; Wilson interval",
-    "accuracy": "share of images whose top answer is their label, with maps replaced",
+    "accuracy": "share of images whose top answer is their label, in the changed model",
     "accuracy_change": "that share less the plain model's on the same images; Tango's score interval",
 }
 
@@ -57,14 +65,41 @@ class Effect:
     not_applicable: str | None = None
 
 
+@dataclass(frozen=True)
+class Order:
+    """Blocks in the order in which they are left out, and what the model is worth after each: over the images on which the
+    order was chosen (`chosen`), over those that settle how many can go (`settled`), and over all others, which alone say what
+    it costs (`priced`).
+    """
+
+    blocks: tuple[int, ...]
+    chosen: tuple[Effect, ...]
+    settled: tuple[Effect, ...]
+    priced: tuple[Effect, ...]
+
+    @property
+    def spared(self) -> int:
+        """How many of the first blocks can go, by the images that settle it: with each of them gone, KEEPS_ANSWERS of the top
+        answers stay, by the lower end of the interval; where the images are too few for that, all of them.
+        """
+        return len([*itertools.takewhile(_surely_kept, self.settled)])
+
+
+def _surely_kept(effect: Effect) -> bool:
+    low, _ = effect.agreement_ci95 or (0.0, 1.0)
+    return effect.agreement == 1 or low >= KEEPS_ANSWERS
+
+
 @dataclass(frozen=True, repr=False)
 class Interventions(Shown):
     """Effects of replacing maps: `single` one block at a time, `cumulative` from the top (the last block) down, by kind.
 
     The set of `cumulative[kind][i]` holds all chosen blocks from one block up to the last; `single` has an entry for every
-    chosen block. `plain` holds the unreplaced model's accuracy and why there is none; `similarity` the attention similarity of
-    every block from 1 on with the one before, its chance level and kappa, from the same images. `images` holds names, top
-    answers and per-image KL: arrays with one row for each entry of `plain["conditions"]`.
+    chosen block. `windows` holds every window of consecutive blocks that were left out together, `orders` by kind the orders in
+    which blocks were left out one after the other. `plain` holds the unchanged model's accuracy and why there is none;
+    `similarity` the attention similarity of every block from 1 on with the one before, its chance level and kappa, from the
+    same images. `images` holds names, top answers and per-image KL: arrays with one row for each entry of
+    `plain["conditions"]`; and which images `chose` the orders, `settled` and `priced` them.
     """
 
     model: Mapping[str, Any]
@@ -75,16 +110,23 @@ class Interventions(Shown):
     cumulative: Mapping[str, tuple[Effect, ...]]
     similarity: Mapping[str, Sequence[float | None]]
     kinds: Mapping[str, str]
+    windows: Mapping[str, tuple[Effect, ...]] = field(default_factory=dict)
+    orders: Mapping[str, Mapping[str, Order]] = field(default_factory=dict)
     images: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
     def summary(self) -> dict[str, float | int | None]:
-        """Flat names and numbers, for thresholds: the largest effect of one block, and that of all chosen blocks together."""
+        """Flat names and numbers, for thresholds: the largest effect of one block, and that of all chosen blocks together; of
+        blocks that are left out, how many can go, and their price.
+        """
         numbers: dict[str, float | int | None] = {"images": self.data["images"], "accuracy": self.plain["accuracy"]}
         for kind, effects in self.single.items():
             largest = max((e for e in effects if e.kl is not None), key=lambda e: e.kl or 0.0, default=None)
-            whole = self.cumulative[kind][-1] if self.cumulative[kind] else None
-            for name, effect in (("largest", largest), ("all", whole)):
+            together = {"all": self.cumulative[kind][-1] if self.cumulative.get(kind) else None}
+            if (order := self.orders.get(kind, {}).get(GREEDY)) is not None:
+                numbers[f"{kind}_spared"] = order.spared
+                together = {"spared": order.priced[order.spared - 1] if order.spared else None}
+            for name, effect in {"largest": largest, **together}.items():
                 for number in ("kl", "agreement", "accuracy_change"):
                     numbers[f"{kind}_{name}_{number}"] = None if effect is None else getattr(effect, number)
         return numbers
@@ -92,7 +134,9 @@ class Interventions(Shown):
     def frame(self) -> pd.DataFrame:
         """The content of interventions.csv: one row per kind of replacement and set of blocks, with 95 % intervals over images.
 
-        `how` is single (one block) or cumulative (from `first_block` up to the last); see DEFINITIONS for the numbers.
+        `how` is single (one block), cumulative (from `first_block` up to the last), windows (consecutive blocks left out
+        together), or the name of an order and of the part of the images: then all `blocks` are gone; see `Order`. See
+        DEFINITIONS for the numbers.
 
         Example::
 
@@ -102,27 +146,40 @@ class Interventions(Shown):
         import pandas as pd
 
         rows = []
+        for how, kind, effects in self._listed():
+            for effect in effects:
+                kl, agreement, change = (
+                    [getattr(effect, name), *(getattr(effect, f"{name}_ci95") or (None, None))]
+                    for name in ("kl", "agreement", "accuracy_change")
+                )
+                blocks = [min(effect.blocks), max(effect.blocks)]
+                names = " ".join(map(str, effect.blocks))
+                rows.append([kind, how, *blocks, *kl, *agreement, effect.accuracy, *change, names])
+        return pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(COLUMNS[4:-1], "float64"))
+
+    def _listed(self) -> Iterator[tuple[str, str, tuple[Effect, ...]]]:
         for how in EFFECTS:
             for kind, effects in getattr(self, how).items():
-                for effect in effects:
-                    kl, agreement, change = (
-                        [getattr(effect, name), *(getattr(effect, f"{name}_ci95") or (None, None))]
-                        for name in ("kl", "agreement", "accuracy_change")
-                    )
-                    blocks = [min(effect.blocks), max(effect.blocks)]
-                    rows.append([kind, how, *blocks, *kl, *agreement, effect.accuracy, *change])
-        return pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(COLUMNS[4:], "float64"))
+                yield how, kind, effects
+        for kind, orders in self.orders.items():
+            for how, order in orders.items():
+                for part in ORDERED:
+                    yield f"{how}, {part}", kind, getattr(order, part)
 
     def to_json(self) -> dict[str, Any]:
         """The content of interventions.json: JSON types alone, undefined numbers as None."""
         parts = {part: json_values(getattr(self, part)) for part in PARTS}
         effects = {part: _each(getattr(self, part), lambda effect: json_values(vars(effect))) for part in EFFECTS}
-        return {"schema": SCHEMA, **parts, **effects, "definitions": DEFINITIONS, "summary": self.summary}
+        orders = {kind: {how: json_values(asdict(order)) for how, order in each.items()} for kind, each in self.orders.items()}
+        every = {**parts, **effects, **({"orders": orders} if orders else {})}
+        if not self.windows:
+            every.pop("windows")
+        return {"schema": SCHEMA, **every, "definitions": DEFINITIONS, "summary": self.summary}
 
     @property
     def states(self) -> tuple[str, ...]:
         """Those of `intervene`."""
-        return ("similarity-", "means-", "conditions-")
+        return ("similarity-", "means-", "conditions-", "drop_")
 
     def write(self, inside: Path) -> None:
         """Write interventions.json, interventions.csv and images.npz into an existing folder."""
@@ -136,8 +193,10 @@ class Interventions(Shown):
         content = read_document(
             folder, FILE, schema=SCHEMA, refusal="holds no interventions", command="intervene", check=checks.interventions
         )
-        parts = {part: content[part] for part in PARTS} | {part: _each(content[part], _effect) for part in EFFECTS}
-        return cls(**parts, images=load_arrays(Path(folder) / IMAGES))
+        parts = {part: content[part] for part in PARTS} | {part: _each(content.get(part, {}), _effect) for part in EFFECTS}
+        stored = content.get("orders", {})
+        orders = {kind: {how: _order(order) for how, order in each.items()} for kind, each in stored.items()}
+        return cls(**parts, orders=orders, images=load_arrays(Path(folder) / IMAGES))
 
 
 def _each(by_kind: Mapping[str, Iterable[Any]], convert: Callable[[Any], Any]) -> dict[str, tuple[Any, ...]]:
@@ -147,3 +206,7 @@ def _each(by_kind: Mapping[str, Iterable[Any]], convert: Callable[[Any], Any]) -
 def _effect(entry: Mapping[str, Any]) -> Effect:
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     return Effect(**values)
+
+
+def _order(entry: Mapping[str, Any]) -> Order:
+    return Order(tuple(entry["blocks"]), *(tuple(map(_effect, entry[part])) for part in ORDERED))

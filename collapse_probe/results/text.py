@@ -72,6 +72,19 @@ def spans(numbers: Sequence[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in runs)
 
 
+def listed(numbers: Sequence[int]) -> str:
+    """Numbers as a sentence lists them, three or more in a row as a span.
+
+    >>> listed([3, 7, 9]), listed([4]), listed([2, 3, 5, 6, 7])
+    ('3, 7 and 9', '4', '2, 3 and 5–7')
+    """
+    parts: list[str] = []
+    for run in spans(numbers).split(", "):
+        first, _, last = run.partition("–")
+        parts += [first, last] if last and int(last) == int(first) + 1 else [run]
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if parts[1:] else parts[0]
+
+
 def with_reasons(reasons: Mapping[str, Sequence[int]]) -> str:
     """Blocks by the reason, each followed by it; after a few reasons only that there are more."""
     which = "; ".join(f"{numbered(blocks)} ({why})" for why, blocks in list(reasons.items())[:MOST_REASONS])

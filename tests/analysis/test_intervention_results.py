@@ -15,7 +15,7 @@ from factories import small_vit
 from torch import nn
 
 import collapse_probe as cp
-from collapse_probe.analysis.intervene import effects_of
+from collapse_probe.analysis.intervention.effects import effects_of
 from collapse_probe.capture.edits.replacement import KINDS
 from collapse_probe.data.images import ImageSet, open_data
 from collapse_probe.errors import DataError, ModelError, OutputError, SettingError
@@ -195,7 +195,7 @@ def test_the_sentences_follow_the_numbers(found):
     assert said[3].startswith("The maps of blocks 1–2 can be replaced together: 96.0 %")  # of blocks above nothing is known
     fallen = (single[2], effect(0.6, 0.1, (1, 2)), effect(0.99, 0.8, (0, 1, 2)))  # what comes back later does not count
     assert len(verdicts(replace(turned, cumulative={"share": fallen}))[0].sentences) == 2
-    assert headline([answer]) == "Own attention maps are needed in some blocks"
+    assert headline([answer], turned) == "Own attention maps are needed in some blocks"
     assert any("random" in c for c in verdicts(replace(turned, model={**found.model, "weights": "random (seed 0)"}))[0].caveats)
     assert any("raw similarity" in c for c in answer.caveats)
 

@@ -11,7 +11,8 @@ from toy_models import SIZE, Blind, Masked, ToyAttention, toy
 
 from collapse_probe.analysis.analyze import analyze
 from collapse_probe.analysis.compare import compare
-from collapse_probe.analysis.intervene import ReplacementRunner, intervene
+from collapse_probe.analysis.intervene import intervene
+from collapse_probe.analysis.intervention.runner import ReplacementRunner
 from collapse_probe.capture.capture import record
 from collapse_probe.errors import NonFiniteError
 from collapse_probe.metrics.nonfinite import nonfinite_images, nonfinite_weights

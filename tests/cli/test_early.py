@@ -13,6 +13,7 @@ import pytest
 from collapse_probe.cli import intervene, options
 from collapse_probe.cli.fail_on import thresholds
 
+from collapse_probe.analysis.intervene import PARTS
 from collapse_probe.capture.edits.replacement import KINDS
 from collapse_probe.registry import METRICS, PRESETS
 from collapse_probe.results.summary.thresholds import EFFECTS
@@ -93,6 +94,7 @@ def test_what_the_command_line_knows_without_torch_is_what_there_is():
         assert levels[name] == metric.level
     assert {name for name in levels if name not in METRICS} == set()
     assert set(KINDS) == set(intervene.KINDS)
+    assert set(PARTS) == set(intervene.PARTS)
     assert set(PRESETS)
 
 
@@ -104,7 +106,19 @@ def test_every_number_of_a_run_may_stand_in_a_threshold(run, photos):
     thresholds([f"{name} > 0" for name in names], "analyze")
     thresholds([f"{name}_difference > 0" for name in names], "compare")
     code, out, _ = run(
-        "intervene", *TINY, "--data", photos, "--limit", "3", "--replace", "share", "--replace", "skip", "--json"
+        "intervene",
+        *TINY,
+        "--data",
+        photos,
+        "--limit",
+        "4",
+        "--replace",
+        "share",
+        "--replace",
+        "skip",
+        "--drop",
+        "block",
+        "--json",
     )
     assert code == 0
     assert all(EFFECTS.fullmatch(name) for name in json.loads(out)["summary"])

@@ -84,7 +84,7 @@ TRAINED = ("digits-quick", "--set", "width=16 heads=2 depth=2 batch_size=8", "--
 BASES: dict[str, tuple[str, ...]] = {
     "analyze": (*MODEL, "--data", "photos", "--null-images", "0", "--json=full"),
     "compare": ("timm:vit_tiny_patch16_224", "--no-pretrained", *TINY, "--data", "photos", "--null-images", "0", "--json=full"),
-    "intervene": (*MODEL, "--data", "photos", "--json=full"),
+    "intervene": (*MODEL, "--data", "photos", "--drop", "block", "--json=full"),
     "train": (*TRAINED, "--dry-run"),
     "sweep": (*TRAINED, "--vary", "depth=2,3", "--dry-run"),
     "merge": ("results", "--json=full"),

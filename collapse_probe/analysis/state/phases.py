@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 LOAD, PROBE, WEIGHTS, IMAGES, UNTRAINED = "load", "probe", "weights", "images", "untrained copy"
-REPLACED, PAGE = "maps replaced", "page"
+CHOSEN, REPLACED, PAGE = "order of the blocks", "blocks changed", "page"
 TRAINING, CELLS = "training", "cells"
 
 

@@ -22,7 +22,8 @@ from collapse_probe.report.style import (
     panels,
     powers_of_ten,
 )
-from collapse_probe.results.intervention import Effect, Interventions
+from collapse_probe.results.intervention import GREEDY, INFLUENCE, Effect, Interventions, Order
+from collapse_probe.results.rules import KEEPS_ANSWERS
 from collapse_probe.statistics.intervals import Array
 
 PANELS = {
@@ -30,6 +31,9 @@ PANELS = {
     "agreement": "share of equal top answers",
     "accuracy_change": "change in accuracy",
 }
+ORDERS = {GREEDY: "least loss first", INFLUENCE: "least influence first"}
+"""What the orders are called in which blocks go."""
+SHORT = {"drop_block": "blocks", "drop_attention": "attention", "drop_mlp": "MLPs"}
 LOGARITHMIC_FROM = 30.0  # largest over smallest KL
 
 
@@ -58,7 +62,9 @@ def _over_blocks(by_kind: Mapping[str, Sequence[Effect]], label: str) -> Sheet |
     for axes, name in zip(places, names, strict=True):
         for place, (kind, effects) in enumerate(by_kind.items()):
             if effects:
-                role = Role(kind, DISTINCT[place % len(DISTINCT)], marker=MARKERS[place % len(MARKERS)], width=1.8)
+                role = Role(
+                    kind.replace("_", " "), DISTINCT[place % len(DISTINCT)], marker=MARKERS[place % len(MARKERS)], width=1.8
+                )
                 _curve(axes, effects, name, role)
         _scale(axes, name, [getattr(e, name) for e in every])
         over_blocks(axes, blocks, label, 9)
@@ -66,9 +72,11 @@ def _over_blocks(by_kind: Mapping[str, Sequence[Effect]], label: str) -> Sheet |
     return charts(places, 3)
 
 
-def _curve(axes: Axes, effects: Sequence[Effect], name: str, role: Role) -> None:
-    """One number of some effects over their first blocks, with its intervals; NaN where there is none."""
-    x = np.array([e.blocks[0] for e in effects], dtype=np.float64)
+def _curve(axes: Axes, effects: Sequence[Effect], name: str, role: Role, left: int = 0) -> None:
+    """One number of some effects over their first blocks, or how many of `left` blocks are left, with its intervals; NaN where
+    there is none.
+    """
+    x = np.array([left - len(e.blocks) if left else e.blocks[0] for e in effects], dtype=np.float64)
     values = np.array([getattr(e, name) for e in effects], dtype=np.float64)
     ends: Array = np.array([getattr(e, f"{name}_ci95") or (np.nan, np.nan) for e in effects], dtype=np.float64)
     curve(axes, x, values, role, ends)
@@ -85,6 +93,45 @@ def _scale(axes: Axes, name: str, numbers: Sequence[float | None]) -> None:
         axes.set_ylim(0.0, 1.03)
     else:
         axes.set_ylim(bottom=0.0)
+
+
+@drawn
+def blocks_left(interventions: Interventions) -> Sheet | None:
+    """What is left of the model against how many blocks are, in every order: on the images that give the price, with their
+    intervals, and on those that chose.
+    """
+    lines: list[tuple[Order, Role, Role | None]] = []
+    total = int(interventions.model.get("blocks") or 0)
+    for kind, orders in interventions.orders.items():
+        for how, order in orders.items():
+            at, said = len(lines) % len(DISTINCT), f"{SHORT[kind]}, {ORDERS[how]}"
+            priced = Role(f"{said} (95 % CI)", DISTINCT[at], marker=MARKERS[at % len(MARKERS)], width=1.8)
+            lines.append((order, priced, Role(f"{said}, where chosen", DISTINCT[at], ":") if how == GREEDY else None))
+    if not lines:
+        return None
+    every = [effect for order, _, _ in lines for effect in order.priced]
+    names = [name for name in PANELS if any(getattr(e, name) is not None for e in every)]
+    places = panels(len(names), columns=3)
+    for axes, name in zip(places, names, strict=True):
+        for order, priced, chosen in lines:
+            _curve(axes, order.priced, name, priced, left=total)
+            if chosen is not None:
+                x = np.array([total - len(e.blocks) for e in order.chosen], dtype=np.float64)
+                curve(axes, x, np.array([getattr(e, name) for e in order.chosen], dtype=np.float64), chosen)
+        _scale(axes, name, [getattr(e, name) for e in every])
+        least = total - max(len(e.blocks) for e in every)
+        over_blocks(axes, np.arange(least, total, dtype=np.float64), f"blocks left, of {total}", 9)
+        axes.invert_xaxis()
+        if name == "agreement":
+            axes.axhline(KEEPS_ANSWERS, color=ROLES["untrained"].colour, linewidth=0.9, linestyle=(0, (5, 2)), zorder=0)
+        axes.set_title(PANELS[name])
+    return charts(places, 3)
+
+
+@drawn
+def windows(interventions: Interventions) -> Sheet | None:
+    """Consecutive blocks that are left out together, over the first one."""
+    return _over_blocks(interventions.windows, "first block of the window")
 
 
 @drawn
@@ -112,10 +159,19 @@ def beside_similarity(interventions: Interventions) -> Sheet | None:
 
 
 FIGURES: dict[str, Drawing] = {
+    "blocks-left": Drawing(
+        "How many blocks are left",
+        "What is left of the model against how many blocks are: from left to right one block more is left out, in the order in "
+        "which each costs least. Lines with bands: on the images that had no part in choosing the order, which is the price; "
+        "dotted: on the images on which it was chosen. Dashed: the share of unchanged answers from which on blocks can go.",
+        "Leaving out one more block can also help by chance or undo what another did: the curve need not be monotonic.",
+        blocks_left,
+    ),
     "one-at-a-time": Drawing(
         "One block at a time",
-        "Each block's map replaced while all others are the model's own: how far the output moves (KL in nats), how many "
-        "top answers stay and, where there are labels, what accuracy gains or loses; 95 % intervals over images.",
+        "Each block changed (its map replaced, or the block left out) while all others are the model's own: how far the output "
+        "moves (KL in nats), how many top answers stay and, where there are labels, what accuracy gains or loses; 95 % "
+        "intervals over images.",
         "A block that can be spared alone need not be one that can be spared together with others; and the model was not "
         "trained with the replacement.",
         one_at_a_time,
@@ -126,6 +182,12 @@ FIGURES: dict[str, Drawing] = {
         "all of them then use the map of the block below b.",
         "Errors can cancel as well as add up on the way, so the curve need not be monotonic.",
         cumulative,
+    ),
+    "windows": Drawing(
+        "Consecutive blocks together",
+        "The same numbers with several consecutive blocks left out at once, over the first of them.",
+        "The cheapest of many windows looks cheaper than it is: it was found on the images that it is drawn of.",
+        windows,
     ),
     "beside-similarity": Drawing(
         "Similarity is one thing, redundancy another",

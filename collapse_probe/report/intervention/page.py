@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from collapse_probe.report.html import Figure, Table, paper, plates_of, write_page
-from collapse_probe.report.intervention.figures import FIGURES, draw_all
+from collapse_probe.report.intervention import dropping
+from collapse_probe.report.intervention.figures import FIGURES, ORDERS, draw_all
 from collapse_probe.report.intervention.verdict import TEXTS, WORDS, headline, verdicts
-from collapse_probe.results.intervention import DEFINITIONS, Effect, Interventions
+from collapse_probe.results.intervention import DEFINITIONS, ORDERED, Effect, Interventions
 from collapse_probe.results.rules import KEEPS_ANSWERS
-from collapse_probe.results.text import DASH, facts, interval, number, plain, spans
+from collapse_probe.results.text import DASH, facts, interval, number, plain, sentence_case, spans
 
 HEADER = ("KL, nats", "95 % CI", "same top answer", "95 % CI", "accuracy", "change, points", "95 % CI")
+
+ON = {
+    "chosen": "on the images that chose the order",
+    "settled": "on those that settle how many can go",
+    "priced": "the price, on all other images",
+}
 
 
 def write_interventions(interventions: Interventions, folder: str | Path) -> Path:
@@ -25,9 +32,21 @@ def render(interventions: Interventions, figures: Mapping[str, Figure] | None = 
     """One self-contained HTML page; `figures` are drawn where not given."""
     accuracy, answers = interventions.plain["accuracy"], verdicts(interventions)
     header, tables = ("blocks", *HEADER[: None if accuracy is not None else 4]), []
+
+    def table(effects: Sequence[Effect]) -> Table:
+        return Table(header, tuple(_row(e, accuracy is not None) for e in effects), ())
+
     for kind, effects in interventions.single.items():
-        measured = ([e for e in effects if e.kl is not None], interventions.cumulative[kind])
-        tables.append((kind, *(Table(header, tuple(_row(e, accuracy is not None) for e in each), ()) for each in measured)))
+        parts = [
+            ("One block at a time", [e for e in effects if e.kl is not None]),
+            ("From the last block down", interventions.cumulative[kind]),
+            ("Windows of consecutive blocks", interventions.windows.get(kind, ())),
+        ]
+        for how, order in interventions.orders.get(kind, {}).items():
+            said = sentence_case(ORDERS[how])
+            parts += [(f"{said}: {ON[part]}", getattr(order, part)) for part in reversed(ORDERED)]
+        tables.append((kind, [(title, table(each)) for title, each in parts if each]))
+
     every = [effect for effects in interventions.single.values() for effect in effects]
     return paper(
         "intervention.html",
@@ -38,8 +57,9 @@ def render(interventions: Interventions, figures: Mapping[str, Figure] | None = 
         verdicts=answers,
         keeps=f"{100 * KEEPS_ANSWERS:g} %",
         words=WORDS,
-        acts={kind: texts[0] for kind, texts in TEXTS.items()},
-        headline=headline(answers),
+        acts={kind: texts[0] for kind, texts in (TEXTS | dropping.PARTS).items()},
+        dropped=set(interventions.single) <= set(dropping.PARTS),
+        headline=headline(answers, interventions),
         plates=plates_of(FIGURES, draw_all(interventions) if figures is None else figures),
         tables=tables,
         refused=[(e.kind, e.blocks[0], e.not_applicable) for e in every if e.not_applicable],

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from collapse_probe.results.intervention import Effect, Interventions
+from collapse_probe.report.intervention import dropping
+from collapse_probe.results.intervention import GREEDY, Effect, Interventions
 from collapse_probe.results.readings import is_untrained, mean, not_loaded, trained_on
 from collapse_probe.results.rules import KEEPS_ANSWERS, MOST_BLOCKS, ROUNDING
 from collapse_probe.results.text import interval, number, numbered
@@ -15,14 +16,14 @@ from collapse_probe.results.verdict import Verdict
 
 SPARED, ONLY_ALONE, USED, MIXED = "spared", "spared only one at a time", "used", "used in some blocks"
 NOT_READABLE = "nothing can be read"
-WORDS = {
+WORDS = dropping.WORDS | {
     SPARED: "not needed: all that were tried can be replaced together",
     ONLY_ALONE: "not needed one at a time, but needed together",
     MIXED: "needed in some blocks",
     USED: "needed in most blocks",
     NOT_READABLE: "not judged: the answers do not vary",
 }
-"""What each case says of a model's own maps."""
+"""What each case says of a model's own maps, or of the blocks that were left out."""
 TEXTS = {  # what is done; what it means where it costs little; what it does not say
     "share": (
         "Using the map of the block before",
@@ -75,6 +76,11 @@ def keeps(effect: Effect) -> bool:
 def _verdict(interventions: Interventions, kind: str) -> Verdict:
     if silent := not_readable(interventions):
         return Verdict(NOT_READABLE, (*said_first(interventions), silent), label=kind)
+    if kind in dropping.PARTS:
+        case = dropping.case_of(interventions.orders.get(kind, {}).get(GREEDY))
+        answer, *others = dropping.sentences(interventions, kind)
+        said = (*said_first(interventions), answer, *_tried(interventions), *others)
+        return Verdict(case, said, tuple(_caveats(interventions, kind, "", dropping.caveats(interventions, kind))), label=kind)
     single, whole = [e for e in interventions.single[kind] if e.kl is not None], interventions.cumulative[kind][-1]
     case, count, cheap = case_of(single, whole), len(single), sum(map(keeps, single))
     largest = max(single, key=lambda e: e.kl or 0.0)
@@ -105,8 +111,11 @@ def _verdict(interventions: Interventions, kind: str) -> Verdict:
     return Verdict(case, sentences, tuple(_caveats(interventions, kind, not_said)), label=kind)
 
 
-def headline(answers: Sequence[Verdict]) -> str:
-    """The answer of the page in a few words."""
+def headline(answers: Sequence[Verdict], interventions: Interventions) -> str:
+    """The answer of the page in a few words; where blocks, or parts of them, were left out, which can go, at what price."""
+    dropped = [kind for kind in dropping.PARTS for each in answers if each.label == kind and each.case != NOT_READABLE]
+    if dropped:
+        return dropping.answer(interventions, dropped[0])
     if len(answers) == 1:
         return f"Own attention maps are {WORDS[answers[0].case]}"
     return "What a model's own attention maps are worth"
@@ -163,8 +172,8 @@ def _numbers(effect: Effect) -> str:
     return "; ".join(parts)
 
 
-def _caveats(interventions: Interventions, kind: str, not_said: str) -> list[str]:
-    caveats, answers = [not_said], interventions.plain.get("answers")
+def _caveats(interventions: Interventions, kind: str, not_said: str, own: Sequence[str] = ()) -> list[str]:
+    caveats, answers = [*own] or [not_said], interventions.plain.get("answers")
     if answers == 1 and int(interventions.data["images"]) > 1:
         caveats.insert(0, "The plain model gives the same answer to every image: that it stays says little; read the KL.")
     if known := trained_on(interventions.data):
@@ -181,4 +190,6 @@ def _caveats(interventions: Interventions, kind: str, not_said: str) -> list[str
     if kind == "mean":
         images = int(interventions.data["images"])
         caveats.append(f"The mean maps are over the same {images} images, each of which has a share of 1/{images} in them.")
+    if own:
+        return caveats
     return [*caveats, "The model was not trained with these maps, and the intervals cover the choice of images alone."]

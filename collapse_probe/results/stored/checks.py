@@ -401,7 +401,11 @@ _INTERVENTIONS = record(
         "similarity": table(each(maybe(number()))),
         "single": table(each(EFFECT)),
         "cumulative": table(each(EFFECT)),
-    }
+    },
+    {
+        "windows": table(each(EFFECT)),
+        "orders": table(table(record({"blocks": each(count), **dict.fromkeys(("chosen", "settled", "priced"), each(EFFECT))}))),
+    },
 )
 
 
@@ -411,6 +415,10 @@ def interventions(value: Any, where: str) -> None:
     for part in ("kinds", "cumulative"):
         if missing := [kind for kind in value["single"] if kind not in value[part]]:
             raise ValueError(f"{where}.{part} lacks {missing[0]}")
+    for kind, orders in value.get("orders", {}).items():
+        for how, order in orders.items():
+            if len({len(each) for each in order.values()}) > 1:
+                raise ValueError(f"{where}.orders.{kind}.{how} has not one effect for each block")
 
 
 CELL = record(

@@ -40,7 +40,11 @@ METRIC_OF = {
 }
 """The numbers of a summary but for those of weights, and the metric that each is of; empty for those of no metric."""
 OF_WEIGHTS = re.compile(r"(weight_(rank|similarity|orthogonality)|hyperspherical_energy)\w*_(mean|adjacent)(_untrained)?")
-EFFECTS = re.compile(r"images|accuracy|(share|mean|uniform|identity|skip)_(largest|all)_(kl|agreement|accuracy_change)")
+OF_EFFECTS = "(kl|agreement|accuracy_change)"
+EFFECTS = re.compile(
+    rf"images|accuracy|(share|mean|uniform|identity|skip)_(largest|all)_{OF_EFFECTS}"
+    rf"|drop_(block|attention)_(spared|(largest|spared|all)_{OF_EFFECTS})"
+)
 
 
 @dataclass(frozen=True)
