@@ -237,6 +237,18 @@ REFERENCES = (
         "2402.17762",
     ),
     Reference(
+        "simeoni2025dinov3",
+        "{DINOv3}",
+        "Siméoni, Oriane and Vo, Huy V. and Seitzer, Maximilian and Baldassarre, Federico and Oquab, "
+        "Maxime and Jose, Cijo and Khalidov, Vasil and Szafraniec, Marc and Yi, Seungeun and Ramamonjisoa, "
+        "Michaël and Massa, Francisco and Haziza, Daniel and Wehrstedt, Luca and Wang, Jianyuan and "
+        "Darcet, Timothée and Moutakanni, Théo and Sentana, Leonel and Roberts, Claire and Vedaldi, "
+        "Andrea and Tolan, Jamie and Brandt, John and Couprie, Camille and Mairal, Julien and Jégou, "
+        "Hervé and Labatut, Patrick and Bojanowski, Piotr",
+        2025,
+        "2508.10104",
+    ),
+    Reference(
         "song2012feature",
         "Feature Selection via Dependence Maximization",
         "Song, L. and Smola, A. and Gretton, A. and Bedo, J. and Borgwardt, K.",
@@ -332,6 +344,7 @@ METRICS: dict[str, tuple[str, ...]] = {  # by a metric's name without its settin
     "attention-rollout": ("abnar2020quantifying",),
     "attention-similarity": (DEEPVIT,),
     "attention-sink": ("xiao2024streaming",),
+    "cls-patch-similarity": ("simeoni2025dinov3",),
     "cross-patch-similarity": (DIVERSITY,),
     "dirichlet-energy": ("rusch2023survey",),
     "feature-similarity": (DEEPVIT,),
