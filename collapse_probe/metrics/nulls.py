@@ -15,6 +15,8 @@ from collapse_probe.statistics.kappa import kappa, kappa_interval
 from collapse_probe.statistics.pair_tests import above_rounding
 
 NO_TWIN = "no untrained copy was measured"
+OF_MANY = "rank_over_images"
+"""What details call the number of images on which a result depends: results of other numbers are not compared."""
 ONE_IMAGE = "needs two different images"
 NO_KAPPA_INTERVAL = "undefined: how kappa's chance level varies with the images was not kept"
 OPEN_KAPPA = "with so few images the room that kappa's chance level leaves cannot be told from 0"
@@ -107,6 +109,12 @@ def with_twins(result: MetricResult, twins: Mapping[int, MetricResult], images: 
         return result
     nulls = result.nulls
     measured = [twin for twin in twins.values() if twin.values is not None]
+    here, there = result.details.get(OF_MANY), [twin.details.get(OF_MANY) for twin in measured]
+    if other := [count for count in there if count != here]:
+        reason = (
+            f"the untrained copy saw {other[0]} images, these are of {here}, and a rank over images grows with their number"
+        )
+        measured = []
     if not measured:
         values, reasons = {**nulls.values, "untrained": None}, {**nulls.reasons, "untrained": reason or NO_TWIN}
         return replace(result, nulls=replace(nulls, values=values, reasons=reasons))

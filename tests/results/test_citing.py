@@ -17,7 +17,7 @@ from collapse_probe.results.intervention import Effect, Interventions
 from collapse_probe.results.survey import FAILED, FINISHED, Survey, SurveyRow
 from collapse_probe.results.sweep import Sweep
 
-BESIDE = {"song2012feature", "roy2007effective"}  # no number of arXiv stands for these
+BESIDE = {"song2012feature", "roy2007effective", "agrawal2022alpha"}  # no number of arXiv stands for these
 
 
 @pytest.mark.parametrize("name", [*registry.METRICS])

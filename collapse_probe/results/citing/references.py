@@ -230,6 +230,30 @@ REFERENCES = (
         pages="606--610",
     ),
     Reference(
+        "garrido2023rankme",
+        "{RankMe}: Assessing the Downstream Performance of Pretrained Self-Supervised Representations by Their Rank",
+        "Garrido, Quentin and Balestriero, Randall and Najman, Laurent and LeCun, Yann",
+        2023,
+        "2210.02885",
+        ICML,
+    ),
+    Reference(
+        "agrawal2022alpha",
+        "$\\alpha$-{ReQ}: Assessing Representation Quality in Self-Supervised Learning by Measuring Eigenspectrum Decay",
+        "Agrawal, Kumar Krishna and Mondal, Arnab Kumar and Ghosh, Arna and Richards, Blake",
+        2022,
+        venue=NEURIPS,
+    ),
+    Reference(
+        "thilak2024lidar",
+        "{LiDAR}: Sensing Linear Probing Performance in Joint Embedding {SSL} Architectures",
+        "Thilak, Vimal and Huang, Chen and Saremi, Omid and Dinh, Laurent and Goh, Hanlin and Nakkiran, Preetum and "
+        "Susskind, Joshua M. and Littwin, Etai",
+        2024,
+        "2312.04000",
+        ICLR,
+    ),
+    Reference(
         "sun2024massive",
         "Massive Activations in Large Language Models",
         "Sun, Mingjie and Chen, Xinlei and Kolter, J. Zico and Liu, Zhuang",
@@ -237,7 +261,7 @@ REFERENCES = (
         "2402.17762",
     ),
     Reference(
-        "simeoni2025dinov3",
+        "simeoni2025dino",
         "{DINOv3}",
         "Siméoni, Oriane and Vo, Huy V. and Seitzer, Maximilian and Baldassarre, Federico and Oquab, "
         "Maxime and Jose, Cijo and Khalidov, Vasil and Szafraniec, Marc and Yi, Seungeun and Ramamonjisoa, "
@@ -344,9 +368,10 @@ METRICS: dict[str, tuple[str, ...]] = {  # by a metric's name without its settin
     "attention-rollout": ("abnar2020quantifying",),
     "attention-similarity": (DEEPVIT,),
     "attention-sink": ("xiao2024streaming",),
-    "cls-patch-similarity": ("simeoni2025dinov3",),
+    "cls-patch-similarity": ("simeoni2025dino",),
     "cross-patch-similarity": (DIVERSITY,),
     "dirichlet-energy": ("rusch2023survey",),
+    "embedding-rank": ("garrido2023rankme", "agrawal2022alpha", "thilak2024lidar"),
     "feature-similarity": (DEEPVIT,),
     "head-similarity": (DEEPVIT,),
     "hyperspherical-energy": ("liu2018learning", "liu2021hyperspherical"),
