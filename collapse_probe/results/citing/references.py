@@ -365,6 +365,7 @@ DEEPVIT, DIVERSITY, RANK = "zhou2021deepvit", "chen2022diversity", "roy2007effec
 METRICS: dict[str, tuple[str, ...]] = {  # by a metric's name without its settings; others are this project's own
     "attention-distance": ("dosovitskiy2021image",),
     "attention-entropy": ("zhai2023stabilizing",),
+    "attention-logits": ("zhai2023stabilizing",),
     "attention-rollout": ("abnar2020quantifying",),
     "attention-similarity": (DEEPVIT,),
     "attention-sink": ("xiao2024streaming",),
