@@ -51,7 +51,7 @@ def measured() -> Mapping[str, MetricResult]:
     """What a run gives for every plain metric: the chance levels of each, with the reasons for those that it does not have."""
     from collapse_probe.analysis.analyze import analyze
 
-    return analyze("ours:digits-mhsa", "bundled:digits", metrics=tuple(METRICS), limit=16, null_images=8).metrics
+    return analyze("ours:digits-mhsa", "bundled:digits", metrics=tuple(METRICS), limit=16, null_images=16).metrics
 
 
 def metric_page(results: Mapping[str, MetricResult]) -> str:

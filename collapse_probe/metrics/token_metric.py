@@ -26,6 +26,19 @@ def sequence(trace: Trace, depth: int, prefix: bool) -> Tensor | None:
     return trace.patches(depth) if not prefix or tokens_BND is None else tokens_BND.float()
 
 
+def class_and_patches(trace: Trace, depth: int) -> tuple[Tensor, Tensor] | None:
+    """The first prefix token [B, D] and the patches [B, P, D] at a depth in float32; None where these are not known there.
+
+    Where a block adds tokens of its own, or the class token comes later, the number of tokens tells.
+    """
+    tokens_BND, patches_BPD = trace.tokens[depth], trace.patches(depth)
+    if tokens_BND is None or patches_BPD is None or not trace.plan.prefix:
+        return None
+    if tokens_BND.shape[1] - patches_BPD.shape[1] != len(trace.plan.prefix):
+        return None
+    return tokens_BND[:, trace.plan.prefix[0]].float(), patches_BPD
+
+
 def in_parts(numbers: Numbers, tokens_BND: Tensor) -> dict[str, Tensor]:
     """`numbers` of a few images at a time in float64, on the CPU, {name: [B]}."""
     images, n, width = tokens_BND.shape

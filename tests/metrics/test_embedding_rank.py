@@ -99,7 +99,7 @@ def test_the_standard_error_is_about_what_other_samples_show():
 def test_few_images_bound_the_rank_and_the_page_says_so():
     found = read(tokens_of(5))[NAME]
     assert found.covers == "of 5 images for 8 channels or more: the rank can be at most 5"
-    assert found.details["largest"].tolist() == [5.0] * DEPTHS
+    assert found.details["most"].tolist() == [5.0] * DEPTHS
     assert (found.values <= 5 + 1e-5).all()
     assert read(tokens_of(1))[NAME].not_applicable == "a rank over images needs two images or more"
 

@@ -16,23 +16,10 @@ from collapse_probe.metrics.coverage import NO_PATCHES, has_patches
 from collapse_probe.metrics.functional.geometry import unit
 from collapse_probe.metrics.metric import CURVE, Need, Record, mean_over_images
 from collapse_probe.metrics.nulls import with_reasons
-from collapse_probe.metrics.token_metric import TokenMetric, in_parts
+from collapse_probe.metrics.token_metric import TokenMetric, class_and_patches, in_parts
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import Array, interval, jackknife
-
-
-def class_and_patches(trace: Trace, depth: int) -> tuple[Tensor, Tensor] | None:
-    """The first prefix token [B, D] and the patches [B, P, D] at a depth in float32; None where these are not known there.
-
-    Where a block adds tokens of its own, or the class token comes later, the number of tokens tells.
-    """
-    tokens_BND, patches_BPD = trace.tokens[depth], trace.patches(depth)
-    if tokens_BND is None or patches_BPD is None or not trace.plan.prefix:
-        return None
-    if tokens_BND.shape[1] - patches_BPD.shape[1] != len(trace.plan.prefix):
-        return None
-    return tokens_BND[:, trace.plan.prefix[0]].float(), patches_BPD
 
 
 def direction_and_mean(tokens_BND: Tensor) -> dict[str, Tensor]:

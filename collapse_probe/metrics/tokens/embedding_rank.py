@@ -23,8 +23,7 @@ from collapse_probe.metrics.functional.embeddings import (
 )
 from collapse_probe.metrics.metric import BESIDE_TWIN, Need, Record, Variant
 from collapse_probe.metrics.nulls import OF_MANY, untrained_only
-from collapse_probe.metrics.token_metric import TokenMetric
-from collapse_probe.metrics.tokens.cls_patch_similarity import class_and_patches
+from collapse_probe.metrics.token_metric import TokenMetric, class_and_patches
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import interval, jackknife
@@ -131,7 +130,7 @@ class EmbeddingRank(TokenMetric):
     panel = "RankMe of the mean patch"
     unit = "rank"
     logarithmic = True
-    reference = ("largest", "largest possible")
+    reference = ("most", "largest possible")
     defaults = {
         "measure": "rankme",
         "token": "patches",
@@ -204,7 +203,7 @@ class EmbeddingRank(TokenMetric):
         stderr, groups = jackknife(left_out)
         few = [width for width in moments.widths.values() if images <= width]
         covers = f"of {images:,} images for {min(few):,} channels or more: the rank can be at most {images:,}" if few else ""
-        details: dict[str, Any] = {OF_MANY: images, "largest": largest}
+        details: dict[str, Any] = {OF_MANY: images, "most": largest}
         details |= {"intervals": NO_INTERVAL} if moments.groups == 1 else {}
         return self.result(
             values,
