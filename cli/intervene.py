@@ -10,7 +10,7 @@ from collapse_probe.cli import options
 from collapse_probe.cli.fail_on import failing, stop_if_tripped, thresholds
 
 KINDS = ("share", "mean", "uniform", "identity", "skip")
-PARTS = ("block", "attention")
+PARTS = ("block", "attention", "mlp")
 
 
 @click.command("intervene", cls=options.Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,9 +28,9 @@ PARTS = ("block", "attention")
     "--drop",
     multiple=True,
     type=click.Choice(PARTS),
-    help="Leave out each block, or its attention: one at a time, and greedily, each time the one that costs least after those "
-    "that are gone. A third of the images chooses the order (256 at most), another settles how many can go (512 at most), all "
-    "others give the price.",
+    help="Leave out each block, its attention or its MLP: one at a time, and greedily, each time the one that costs least "
+    "after those that are gone. A third of the images chooses the order (256 at most), another settles how many can go (512 at "
+    "most), all others give the price.",
 )
 @options.count("--window", least=1, default=1, says="With --drop: also every N consecutive blocks together.")
 @options.count("--keep", least=0, default=1, says="With --drop: go on until N of the model's blocks are left.")

@@ -12,7 +12,15 @@ from torch import nn
 from collapse_probe.analysis.analyze import read_all
 from collapse_probe.analysis.intervention.conditions import condition_grid, run_conditions
 from collapse_probe.analysis.intervention.effects import SIMILARITY, interventions_of
-from collapse_probe.analysis.intervention.orders import FEWEST, NotFinite, Parts, greedy_order, prefixes
+from collapse_probe.analysis.intervention.orders import (
+    FEWEST,
+    INFLUENCES,
+    NotFinite,
+    Parts,
+    greedy_order,
+    influence_order,
+    prefixes,
+)
 from collapse_probe.analysis.intervention.runner import ReplacementRunner, mean_maps
 from collapse_probe.analysis.measurement import FAIL, Images, Progress, Report, RunSettings, restored, settled, with_input
 from collapse_probe.analysis.state.keeper import SAVE_EVERY, saving_of
@@ -24,7 +32,7 @@ from collapse_probe.data.preprocessing import Size
 from collapse_probe.devices import choose_device
 from collapse_probe.errors import DataError, SettingError
 from collapse_probe.models.loading import Subject, resolve
-from collapse_probe.results.intervention import Interventions
+from collapse_probe.results.intervention import GREEDY, INFLUENCE, Interventions
 
 PARTS = tuple(kind.removeprefix("drop_") for kind in DROPS)
 
@@ -67,11 +75,11 @@ def intervene(
 
     `replace` names one or more of `KINDS`: share, mean, uniform, identity, skip; the map of one block at a time is replaced,
     and of all from the last block down. Where nothing else is asked for it is share. `drop` names what is left out: block,
-    attention; of one block at a time, of every `window` of consecutive blocks, and greedily, each time of the block that costs
-    least after those that are gone, until `keep` of the model's blocks still have theirs. A third of the images chooses this
-    order (256 at most), another settles how many blocks can go (512 at most), and all others give the price. Reported are the
-    change in the logits (KL from the plain model, agreement of the top answer) and, where the data's labels are the model's
-    classes, in accuracy, each with a 95 % interval over images. A map is what multiplies V; what does not apply to a block says
+    attention, mlp; of one block at a time, of every `window` of consecutive blocks, and greedily, each time of the block that
+    costs least after those that are gone, until `keep` of the model's blocks still have theirs; and by block influence. A third
+    of the images chooses these orders (256 at most), another settles how many blocks can go (512 at most), and all others give
+    the price. Reported are the change in the logits (KL from the plain model, agreement of the top answer) and, where the
+    data's labels are the model's classes, in accuracy, each with a 95 % interval over images. A map is what multiplies V; what does not apply to a block says
     why. The run with nothing replaced equals the plain model's to the bit, which is checked on the first images. The other
     arguments are as for `analyze`; the data are read twice or more, so an iterator will not do. Each image runs through the
     model once plainly, and about twice for every block and replacement.
@@ -89,7 +97,7 @@ def intervene(
         batch_size=batch_size,
         workers=workers,
         seed=seed,
-        metrics=(SIMILARITY,),
+        metrics=(SIMILARITY, *(INFLUENCES[kind] for kind in kinds if kind in DROPS)),
         null_images=0,
         gallery_images=0,
         on_nonfinite=on_nonfinite,
@@ -145,11 +153,13 @@ def intervene(
                     if not parts.choosing:
                         say(f"no order of the blocks is chosen: that takes {FEWEST} images or more")
                         break
-                    able, total = grid.able[kind], len(plan.blocks)
-                    steps = min(len(able), total - keep)
+                    able = grid.able[kind]
+                    steps = min(len(able), len(plan.blocks) - keep)
                     runs = sum(len(able) - step for step in range(steps))
                     say(Phase(CHOSEN, f"choosing the order of the blocks: {runs} runs over {len(parts.choosing)} images"))
-                    orders[kind] = {"greedy": greedy_order(*runner.on(parts.choosing, images), kind, able, total, keep)}
+                    greedy = greedy_order(*runner.on(parts.choosing, images), kind, able, steps)
+                    by_influence = influence_order(findings, kind, able, parts.choosing, steps)
+                    orders[kind] = {GREEDY: greedy, **({INFLUENCE: by_influence} if by_influence else {})}
             except NotFinite as error:
                 ill |= error.images
                 continue

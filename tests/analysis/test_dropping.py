@@ -91,6 +91,28 @@ def test_a_block_whose_branches_have_no_weight_changes_no_bit():
     assert not torch.equal(without(model, "drop_block", [2], pictures, (64, 64)), plain)
 
 
+@pytest.mark.parametrize("name", ["timm", "timm-layer-scale", "torchvision", "hf-sdpa", "hf-eager", "multi-head"])
+def test_an_mlp_left_out_is_the_stream_after_the_attention_to_the_bit(name):
+    model = made(name)
+    pictures, seen = images(3, size=size_of(model)), {}
+    plan = discover_plan(model, size_of(model))
+    middle, after = model.get_submodule(plan.middles[1].path), model.get_submodule(plan.blocks[2])
+    handles = [
+        middle.register_forward_pre_hook(lambda m, args: seen.__setitem__("middle", args[0].clone())),
+        after.register_forward_pre_hook(lambda m, args: seen.__setitem__("next", args[0].clone())),
+    ]
+    without(model, "drop_mlp", [1], pictures, size_of(model))
+    assert torch.equal(seen["middle"], seen["next"])
+    for handle in handles:
+        handle.remove()
+    if name.startswith("timm"):
+        changed = copy.deepcopy(model)
+        changed.blocks[1].mlp = Nothing()
+        with torch.no_grad():
+            expected = output(changed(pictures))
+        assert torch.equal(without(model, "drop_mlp", [1], pictures, size_of(model)), expected)
+
+
 class WritesIntoItsInput(Matmul):
     """Attention that overwrites what it was given."""
 
@@ -203,6 +225,22 @@ def test_the_order_is_the_greedy_one_of_models_without_the_blocks(model, digits,
             assert effects[step].agreement == pytest.approx(float(same))
 
 
+def test_the_order_of_influence_is_that_of_the_images_that_choose(digits):
+    model = small_vit(sharpness=6.0, depth=4, init_values=1.0)
+    with torch.no_grad():
+        model.blocks[1].ls1.gamma.zero_(), model.blocks[1].ls2.gamma.zero_()
+    found = cp.intervene(model, digits, drop=("block", "mlp"))
+    measured = cp.analyze(model, digits, metrics=["block-influence", "block-influence@mlp"], null_images=0)
+    assert measured.images["names"].tolist() == found.images["names"].tolist()
+    assert np.all(measured.images["block-influence"][:, 1] == 0)  # γ = 0: no token turns, and nothing is lost
+    assert found.single["drop_block"][1].kl == 0
+    for kind, name in (("drop_block", "block-influence"), ("drop_mlp", "block-influence@mlp")):
+        means = measured.images[name][found.images["chose"]].mean(0)
+        assert found.orders[kind]["influence"].blocks == tuple(np.argsort(means)[:3].tolist())
+    assert found.orders["drop_block"][GREEDY].blocks[0] == 1
+    assert "By their influence" in " ".join(verdicts(found)[0].sentences)
+
+
 def test_every_image_has_one_part_in_an_order(found):
     parts = np.stack([found.images[part] for part in ("chose", "settled", "priced")])
     assert parts.sum(0).tolist() == [1] * 24
@@ -243,7 +281,7 @@ def test_of_too_few_images_no_order_is_made(model, digits):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"drop": "half"}, "block, attention"),
+        ({"drop": "half"}, "block, attention, mlp"),
         ({"drop": "block", "window": 5}, "no 5 consecutive blocks"),
         ({"drop": "block", "window": 0}, "window of 1 block"),
         ({"drop": "block", "keep": -1}, "0 blocks or more"),
@@ -264,7 +302,8 @@ def test_the_folder_holds_orders_and_windows(found, tmp_path):
     table = found.frame()
     priced = table[(table.kind == "drop_block") & (table.how == "greedy, priced")]
     assert [len(blocks.split()) for blocks in priced.blocks] == [1, 2, 3]
-    assert {*table.how} == {"single", "windows", "greedy, chosen", "greedy, settled", "greedy, priced"}
+    parts = {f"{how}, {part}" for how in ("greedy", "influence") for part in ("chosen", "settled", "priced")}
+    assert {*table.how} == {"single", "windows", *parts}
 
 
 def test_a_stopped_run_goes_on_with_its_order(model, digits, found, tmp_path):

@@ -10,9 +10,16 @@ import numpy as np
 from collapse_probe.analysis.intervention.conditions import Condition, run_conditions
 from collapse_probe.analysis.intervention.runner import ReplacementRunner
 from collapse_probe.analysis.measurement import Images
+from collapse_probe.results.findings import Findings
 from collapse_probe.results.text import number, numbered
 from collapse_probe.seeding import rank_of_name
 
+INFLUENCES = {
+    "drop_block": "block-influence",
+    "drop_attention": "block-influence@attention",
+    "drop_mlp": "block-influence@mlp",
+}
+"""The metric that says how much what is left out turns the tokens."""
 MOST_CHOOSING, MOST_SETTLING = 256, 512
 """Images on which an order is chosen, and on which it is settled how many blocks can go, at most; each a third of fewer."""
 FEWEST = 6
@@ -43,14 +50,11 @@ class NotFinite(Exception):
         self.images = dict(images)
 
 
-def greedy_order(
-    runner: ReplacementRunner, images: Images, kind: str, able: Sequence[int], total: int, keep: int
-) -> tuple[int, ...]:
+def greedy_order(runner: ReplacementRunner, images: Images, kind: str, able: Sequence[int], steps: int) -> tuple[int, ...]:
     """The blocks in the order in which they go: each time the one whose loss, after those that are gone, costs the least mean
-    KL; of equal ones the last. Goes on until `keep` of the `total` blocks are left. Raises NotFinite.
+    KL; of equal ones the last. Raises NotFinite.
     """
     gone: tuple[int, ...] = ()
-    steps = min(len(able), total - keep)
     for step in range(steps):
         left = [block for block in able if block not in gone]
         if len(left) == 1:
@@ -67,6 +71,18 @@ def greedy_order(
             f"{numbered(sorted(gone))}"
         )
     return gone
+
+
+def influence_order(
+    findings: Findings, kind: str, able: Sequence[int], choosing: frozenset[str], steps: int
+) -> tuple[int, ...]:
+    """The blocks by their influence on the images that choose, the least first; empty where that of some is not known."""
+    values = findings.images.get(INFLUENCES[kind])
+    if values is None:
+        return ()
+    rows = [str(name) in choosing for name in findings.images["names"]]
+    means = np.asarray(values, dtype=np.float64)[rows][:, list(able)].mean(0)
+    return () if np.isnan(means).any() else tuple(able[i] for i in np.argsort(means, kind="stable")[:steps])
 
 
 def prefixes(order: Sequence[int]) -> list[tuple[int, ...]]:

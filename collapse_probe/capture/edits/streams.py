@@ -85,9 +85,9 @@ class StreamHooks:
 def _with_stream(output: Any, stream: Tensor) -> Any:
     """A module's output with another tensor in place of its (first) one."""
     if isinstance(output, Tensor):
-        return stream
+        return stream.reshape(output.shape)  # of a grid of tokens, where these were in a row
     at = next(i for i, value in enumerate(output) if isinstance(value, Tensor))
-    return type(output)((*output[:at], stream, *output[at + 1 :]))
+    return type(output)((*output[:at], stream.reshape(output[at].shape), *output[at + 1 :]))
 
 
 def left_out(model: nn.Module, bypass: Bypass, modules: ModuleTable | None = None) -> Any:
