@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 from collapse_probe.cli import options
 from collapse_probe.cli.fail_on import failing, stop_if_tripped, thresholds
+
+from collapse_probe.errors import OutputError
 
 KINDS = ("share", "mean", "uniform", "identity", "skip")
 PARTS = ("block", "attention", "mlp")
@@ -33,7 +36,15 @@ PARTS = ("block", "attention", "mlp")
     "most), all others give the price.",
 )
 @options.count("--window", least=1, default=1, says="With --drop: also every N consecutive blocks together.")
-@options.count("--keep", least=0, default=1, says="With --drop: go on until N of the model's blocks are left.")
+@options.count("--keep", least=0, says="With --drop: go on until N of the model's blocks are left.  [default: 1]")
+@click.option(
+    "--export",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="With --drop block: write the model without blocks (.safetensors, .pth), with the logits of the run to the bit, and "
+    "print how timm loads it. Without which: with --keep N those that go first until N are left; else those of --blocks; "
+    "else as many as can go.",
+)
 @click.option(
     "--blocks", callback=options.block_numbers, metavar="BLOCKS", help="Which blocks: 6-23, or 0,2,5-7.  [default: all]"
 )
@@ -95,4 +106,16 @@ def command(
         said = verdicts(interventions)
         text = answers(said, {"": interventions.summary})
         tell(interventions, folder, text, of_interventions(interventions, said), as_json, no_page)
+        if exported := interventions.run.get("export"):
+            say_exported(exported, bool(as_json))
         stop_if_tripped(rules, {"": interventions.summary}, junit)
+
+
+def say_exported(exported: Mapping[str, Any], on_stderr: bool) -> None:
+    """How the exported model is loaded; exit code 1 where none was written."""
+    if exported["file"] is None:
+        raise OutputError(f"no model was exported: {exported['why']}")
+    lines = [f"model: {exported['file']}, {exported['depth']} blocks", *(f"  {line}" for line in exported["lines"])]
+    if "flags" in exported:
+        lines.append(f"  collapse-probe analyze {exported['flags']} --data …")
+    click.echo("\n".join(lines), err=on_stderr)

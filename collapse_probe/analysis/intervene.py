@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from collapse_probe.analysis.analyze import read_all
 from collapse_probe.analysis.intervention.conditions import condition_grid, run_conditions
 from collapse_probe.analysis.intervention.effects import SIMILARITY, interventions_of
+from collapse_probe.analysis.intervention.export import blocks_to_go, exported
 from collapse_probe.analysis.intervention.orders import (
     FEWEST,
     INFLUENCES,
@@ -32,6 +34,7 @@ from collapse_probe.data.preprocessing import Size
 from collapse_probe.devices import choose_device
 from collapse_probe.errors import DataError, SettingError
 from collapse_probe.models.loading import Subject, resolve
+from collapse_probe.models.pruning import Pruning
 from collapse_probe.results.intervention import GREEDY, INFLUENCE, Interventions
 
 PARTS = tuple(kind.removeprefix("drop_") for kind in DROPS)
@@ -45,7 +48,8 @@ def intervene(
     *,
     drop: Sequence[str] = (),
     window: int = 1,
-    keep: int = 1,
+    keep: int | None = None,
+    export: str | Path | None = None,
     split: str | None = None,
     limit: int | None = None,
     max_pixels: int | None = None,
@@ -79,17 +83,23 @@ def intervene(
     costs least after those that are gone, until `keep` of the model's blocks still have theirs; and by block influence. A third
     of the images chooses these orders (256 at most), another settles how many blocks can go (512 at most), and all others give
     the price. Reported are the change in the logits (KL from the plain model, agreement of the top answer) and, where the
-    data's labels are the model's classes, in accuracy, each with a 95 % interval over images. A map is what multiplies V; what does not apply to a block says
-    why. The run with nothing replaced equals the plain model's to the bit, which is checked on the first images. The other
-    arguments are as for `analyze`; the data are read twice or more, so an iterator will not do. Each image runs through the
-    model once plainly, and about twice for every block and replacement.
+    data's labels are the model's classes, in accuracy, each with a 95 % interval over images. A map is what multiplies V; what
+    does not apply to a block says why. The run with nothing replaced equals the plain model's to the bit, which is checked on
+    the first images. The other arguments are as for `analyze`; the data are read twice or more, so an iterator will not do.
+    Each image runs through the model once plainly, and about twice for every block and replacement.
+
+    `export` writes the model without whole blocks into a file (.safetensors, .pth) that timm loads: without those that the
+    order lets go until `keep` are left, or without all `blocks` that are named, or without as many as can go.
 
     Raises SettingError for unknown replacements and blocks and where nothing can be replaced, ModelError for a model without
     logits, CollapseProbeError for whatever cannot be read or captured.
     """
     kinds = _kinds(replace, drop)
-    if window < 1 or keep < 0:
+    least = 1 if keep is None else keep
+    if window < 1 or least < 0:
         raise SettingError(f"expected a window of 1 block or more, and 0 blocks or more to keep; came {window} and {keep}")
+    if export is not None and "drop_block" not in kinds:
+        raise SettingError(f"{export}: a model is exported without blocks that are dropped; drop block")
     settings = RunSettings(
         device=device,
         amp=amp,
@@ -128,6 +138,7 @@ def intervene(
                 seed=seed,
             )
         )
+        pruning = None if export is None else Pruning.of(subject, export)
         subject, ill = with_input(subject, images), dict[str, str]()
         made = subject.preprocess
         settings = settled(settings, made.size, images)
@@ -154,7 +165,7 @@ def intervene(
                         say(f"no order of the blocks is chosen: that takes {FEWEST} images or more")
                         break
                     able = grid.able[kind]
-                    steps = min(len(able), len(plan.blocks) - keep)
+                    steps = min(len(able), len(plan.blocks) - least)
                     runs = sum(len(able) - step for step in range(steps))
                     say(Phase(CHOSEN, f"choosing the order of the blocks: {runs} runs over {len(parts.choosing)} images"))
                     greedy = greedy_order(*runner.on(parts.choosing, images), kind, able, steps)
@@ -170,7 +181,12 @@ def intervene(
             if not outputs.nonfinite:
                 break
             ill |= dict(outputs.nonfinite)
-    return interventions_of(findings, grid, outputs, images, orders, parts)
+        found = interventions_of(findings, grid, outputs, images, orders, parts)
+        if pruning is None:
+            return found
+        gone, why = blocks_to_go(found, keep, None if blocks is None or keep is not None else grid.able["drop_block"])
+        file = exported(runner, pruning, gone) if gone else {"file": None, "why": why}
+        return dataclasses.replace(found, run={**found.run, "export": file})
 
 
 def _kinds(replace: Sequence[str] | None, drop: Sequence[str]) -> tuple[str, ...]:

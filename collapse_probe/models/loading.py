@@ -232,6 +232,17 @@ def resolve(
     )
 
 
+def remade(subject: Subject, **model_kwargs: Any) -> nn.Module:
+    """The architecture of a subject that was made from an address, with other arguments of its constructor, fresh parameters
+    and none of its fixes. Raises ModelError where it cannot be.
+    """
+    asked = subject.request
+    assert asked is not None
+    source, request = _locate(asked["address"], {**asked["model_kwargs"], **model_kwargs}, asked["img_size"])
+    model: nn.Module = _make(SOURCES[source].blueprint(request), request, False, asked["seed"])
+    return model
+
+
 def _fixes_of(
     weights: Checkpoint, model: nn.Module, fixes: Sequence[str], blocks: Sequence[int] | None
 ) -> tuple[list[PlannedFix], list[str]]:

@@ -11,7 +11,7 @@ from collapse_probe.report.intervention.figures import FIGURES, ORDERS, draw_all
 from collapse_probe.report.intervention.verdict import TEXTS, WORDS, headline, verdicts
 from collapse_probe.results.intervention import DEFINITIONS, ORDERED, Effect, Interventions
 from collapse_probe.results.rules import KEEPS_ANSWERS
-from collapse_probe.results.text import DASH, facts, interval, number, plain, sentence_case, spans
+from collapse_probe.results.text import DASH, facts, interval, number, numbered, plain, sentence_case, spans
 
 HEADER = ("KL, nats", "95 % CI", "same top answer", "95 % CI", "accuracy", "change, points", "95 % CI")
 
@@ -48,6 +48,7 @@ def render(interventions: Interventions, figures: Mapping[str, Figure] | None = 
         tables.append((kind, [(title, table(each)) for title, each in parts if each]))
 
     every = [effect for effects in interventions.single.values() for effect in effects]
+    exported = interventions.run.get("export")
     return paper(
         "intervention.html",
         name=plain(interventions.model.get("name")),
@@ -59,6 +60,8 @@ def render(interventions: Interventions, figures: Mapping[str, Figure] | None = 
         words=WORDS,
         acts={kind: texts[0] for kind, texts in (TEXTS | dropping.PARTS).items()},
         dropped=set(interventions.single) <= set(dropping.PARTS),
+        exported=exported,
+        gone="" if not exported else numbered(exported.get("dropped_blocks") or []),
         headline=headline(answers, interventions),
         plates=plates_of(FIGURES, draw_all(interventions) if figures is None else figures),
         tables=tables,
