@@ -410,7 +410,7 @@ class Measurement:
     def check_some(self) -> None:
         """Raise DataError or NonFiniteError where metrics need images and none was measured."""
         tally = self.tally
-        if tally.images or not need_images(self.metrics):
+        if tally.images or not tally.accumulators:  # no metric that was asked for looks at images here
             return
         if tally.nonfinite:
             raise NonFiniteError(f"no image is left to measure: {all_ill(tally.nonfinite)}")

@@ -95,7 +95,8 @@ def sinks_of(maps_BHNM: Tensor, values_BHMK: Tensor, gram_HKK: Tensor | None = N
 def _root(gram_HKK: Tensor) -> Tensor:
     """The symmetric square root of positive matrices."""
     values, vectors = torch.linalg.eigh(gram_HKK)
-    return (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
+    return root
 
 
 class SinkCounts(HeadMeans):
@@ -265,8 +266,10 @@ class SinkKind(HeadMetric):
         block = self.matrices.by_block[layer.block or 0]
         if "proj" not in block or block["proj"].weight.shape[1] % layer.heads:
             return None
-        by_head = wide(block["proj"].weight).unflatten(1, (layer.heads, -1)).permute(1, 0, 2)  # [H, D, K]
-        return by_head.mT @ by_head
+        projection = wide(block["proj"].weight)
+        by_head = projection.reshape(len(projection), layer.heads, -1).permute(1, 0, 2)  # [H, D, K]
+        gram: Tensor = by_head.mT @ by_head
+        return gram
 
     def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
         (counts,) = accumulators

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from collapse_probe.statistics.intervals import Array
 
@@ -108,7 +109,7 @@ def max_cut_phases(distance: Array, threshold: float, shortest: int = SHORTEST) 
     return sorted(group.tolist() for group in groups)
 
 
-def _max_cut(distance: Array) -> tuple[float, Array]:
+def _max_cut(distance: Array) -> tuple[float, NDArray[np.bool_]]:
     """The heaviest cut of a graph and the side of each vertex; the first vertex is on the side False, of equal cuts the first
     in counting order.
     """
