@@ -68,6 +68,7 @@ def records(presets: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 MAPS = {"axis": "column", "centred": False, "point": "weights"}
 WHOLE = {"by_head": False}
+SINK = {"point": "weights"}
 ROBUST = {"deviations": 6.0, "threshold": None}
 PAPERS = (
     Preset(
@@ -88,6 +89,31 @@ PAPERS = (
             Choice("second ratio", "‖HC‖ over ‖X‖ beside it, which stays within 0 and 1", "our reading"),
             Choice("place", "the residual stream at every depth, before the final norm", "our reading"),
             Choice("cosine curves of the figure", "left out: their exact definition is not settled", "our reading"),
+        ),
+    ),
+    Preset(
+        name="attention-sinks",
+        version="1",
+        summary="which heads have a sink and whether it is a no-op or a broadcast, on head values and on projected ones",
+        paper="A Unifying View of Attention Sinks, arXiv 2606.08105",
+        code="github.com/KempnerInstitute/attention_sink at a83cd59, lejepa_sinks and vit_causal",
+        follows="code",
+        metrics={
+            "sink-kind": {**SINK, "value": "sink", "of": "head"},
+            "sink-kind@no-op": {**SINK, "value": "no_op", "of": "head"},
+            "sink-kind@broadcast": {**SINK, "value": "broadcast", "of": "head"},
+            "sink-kind@out": {**SINK, "value": "sink", "of": "out"},
+            "sink-kind@no-op@out": {**SINK, "value": "no_op", "of": "out"},
+            "sink-kind@broadcast@out": {**SINK, "value": "broadcast", "of": "out"},
+        },
+        choices=(
+            Choice("sink", "nine of ten queries give the key half of their attention or more (the relaxed rule)", "code"),
+            Choice("no-op", "the sink's value has at most 0.2 of the mean length of the others'", "code"),
+            Choice("broadcast", "0.5 or more, and a stable rank of the output of 1.5 or less", "code"),
+            Choice("rank in the table of counts", "required; the code's table of LeJEPA models leaves it out", "our reading"),
+            Choice("rank on head values", "of A v, where the code measures the projected update alone", "our reading"),
+            Choice("block 0", "measured as every block; the code's table leaves it out", "our reading"),
+            Choice("map", "what multiplies the values, also where it is no softmax", "our reading"),
         ),
     ),
     Preset(
@@ -216,6 +242,44 @@ PAPERS = (
             Choice("place", "what leaves each block", "code"),
             Choice("sequence before the first block", "measured too, as depth 0", "our reading"),
             Choice("rank along random paths of attention", "left out", "our reading"),
+        ),
+    ),
+    Preset(
+        name="raptor",
+        version="1",
+        summary="phases of depth by recursive max-cut of distances between class tokens and mean patches (up to 16 blocks)",
+        paper="Block-Recurrent Dynamics in Vision Transformers, arXiv 2512.19941",
+        code="github.com/KempnerInstitute/raptor at ba3b53f, raptor/max_cut_dinov2_base.ipynb",
+        follows="code",
+        metrics={"depth-phases@max-cut": {"rule": "max-cut"}, "depth-phases": {"rule": "drift"}},
+        choices=(
+            Choice("distance", "1 − cosine, the mean over class token and mean patch, over images", "code"),
+            Choice(
+                "threshold", "a cut must weigh more than 0.2 of all distances; the notebook tries 0.10 and 0.09 too", "code"
+            ),
+            Choice("shortest group that is cut", "four blocks", "code"),
+            Choice("blocks", "what each block leaves, before any final norm", "code"),
+            Choice("phases beyond a steady drift", "beside it: consecutive blocks, by dynamic programming", "our reading"),
+        ),
+    ),
+    Preset(
+        name="redundant-depth",
+        version="1",
+        summary="block influence, of the branches too, and angular distances: which blocks the field would drop first",
+        paper="ShortGPT, arXiv 2403.03853; Gromov et al., arXiv 2403.17887; He et al., arXiv 2406.15786",
+        code="sramshetty/ShortGPT 78d9615, arcee-ai/PruneMe faee6c9, CASE-Lab-UMD/LLM-Drop 28b5dd1",
+        follows="code",
+        metrics={
+            "block-influence": {"branch": "block", "tokens": "all"},
+            "block-influence@attention": {"branch": "attention", "tokens": "all"},
+            "block-influence@mlp": {"branch": "mlp", "tokens": "all"},
+            "angular-distance": {"tokens": "all"},
+        },
+        choices=(
+            Choice("tokens", "all; the code of the angular distance takes the last one of a text", "our reading"),
+            Choice("vectors without a direction", "left out; the code of ShortGPT counts a cosine of 0.5", "our reading"),
+            Choice("branches", "cos(x, x + branch), with a LayerScale as part of the branch", "code"),
+            Choice("averaging", "over the tokens of an image, then over images", "our reading"),
         ),
     ),
     Preset(

@@ -19,11 +19,14 @@ from collapse_probe.registry import METRICS, PRESETS
 
 NAMES = [
     "anti-oversmoothing",
+    "attention-sinks",
     "deepvit",
     "diverse-vit",
     "entropy-collapse",
     "patch-diversification",
     "rank-collapse",
+    "raptor",
+    "redundant-depth",
     "registers",
 ]
 

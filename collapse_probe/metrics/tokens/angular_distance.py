@@ -107,7 +107,7 @@ class AngularDistance(TokenMetric):
     failure_types = ("depth",)
     formula = r"\frac{1}{\pi} \arccos \cos(x^a_t,\, x^b_t)"
     value_range = "0 (the same direction) to 1 (opposite)"
-    source = "the angular distance of arcee-ai/PruneMe at faee6c9, which follows Gromov et al."
+    source = "Gromov et al., arXiv 2403.17887, as arcee-ai/PruneMe at faee6c9 computes it"
     traps = (
         "The mean of angles is not the angle of a mean. The code for language models reads the last token alone: here all "
         "tokens, patches or the class token are asked for by name."
