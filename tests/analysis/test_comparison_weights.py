@@ -181,7 +181,12 @@ def test_two_folders_of_weights_from_the_shell(capsys, tmp_path, monkeypatch):
     assert out.startswith("The weights of seed-1 against those of seed-0, mean over blocks and matrices: weight-rank ")
     assert "weight rank mean" in out
     metrics = json.loads(Path("out/comparison.json").read_text(encoding="utf-8"))["pairs"][0]["metrics"]
-    assert len(metrics) == 4 * len(NAMES)
+    assert len(metrics) == 4 * len(NAMES) + 1
+    of_heads = [
+        np.array(json.loads(Path(f"seed-{s}/findings.json").read_text())["metrics"]["qk-spectrum"]["values"]) for s in "01"
+    ]
+    assert metrics["qk-spectrum"]["first"] == pytest.approx(of_heads[0].mean(1).tolist())
+    assert metrics["qk-spectrum"]["second"] == pytest.approx(of_heads[1].mean(1).tolist())
     assert metrics["weight-rank/q"]["p"] == [None, None]
     page = Path("out/report.html").read_text(encoding="utf-8")
     assert ">weight-rank/fc1</th>" in page

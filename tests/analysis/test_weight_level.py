@@ -23,7 +23,8 @@ from collapse_probe.results.verdict import judge
 
 MODEL = ["-m", "timm:vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32"]
 MODEL += ["--model-kwargs", "depth=3 num_classes=7 embed_dim=48 num_heads=3 patch_size=8"]
-PLAIN = of_level("weights")
+EVERY = of_level("weights")
+PLAIN = tuple(name for name in EVERY if METRICS[name].dims == ("block", "matrix"))
 
 
 def test_without_data_the_whole_folder_is_written(run):
@@ -37,7 +38,8 @@ def test_without_data_the_whole_folder_is_written(run):
     found = Findings.load("out")
     none = {"address": None, "names_sha256": None, "bundled": False, "trained_on": None}
     assert found.data == {"images": 0, "skipped": [], **none}
-    assert set(found.metrics) == set(PLAIN)
+    assert set(found.metrics) == set(EVERY)
+    assert found.metrics["qk-spectrum"].values.shape == (3, 3)
     for name in PLAIN:
         reading = found.metrics[name]
         assert reading.dims == ("block", "matrix")
@@ -55,6 +57,9 @@ def test_without_data_the_whole_folder_is_written(run):
 def test_every_number_of_the_weights_is_in_blocks(run):
     assert run("analyze", "--level", "weights", "--metric", "weight-similarity@depth", *MODEL, "-o", "out")[0] == 0
     found, table = Findings.load("out"), pd.read_csv("out/blocks.csv")
+    of_heads = table[table.metric == "qk-spectrum"]
+    assert of_heads.value.tolist() == pytest.approx(found.matrix("qk-spectrum").ravel().tolist())
+    table = table[table.metric != "qk-spectrum"]
     assert table[["head", "stderr", "ci_low", "ci_high"]].isna().all(axis=None)
     assert set(table.metric) == {f"{name}/{matrix}" for name in PLAIN for matrix in NAMES} | {"weight-similarity@depth"}
     for name in PLAIN:
@@ -205,6 +210,6 @@ def test_tied_blocks_are_one_matrix_and_collapsed_weights_show():
 def test_the_callers_model_is_left_alone():
     model = small_vit(depth=1).train()
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    cp.analyze(model, metrics=PLAIN)
+    cp.analyze(model, metrics=EVERY)
     assert model.training
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())

@@ -22,7 +22,7 @@ from collapse_probe.results.comparison import (
     Pair,
 )
 from collapse_probe.results.findings import Findings, MetricResult
-from collapse_probe.results.readings import adjacent
+from collapse_probe.results.readings import adjacent, over_heads
 from collapse_probe.results.rules import KAPPA_ABOVE
 from collapse_probe.statistics.intervals import Array, Side, count_difference_bounds, mean_parts, parts_interval
 from collapse_probe.statistics.kappa import PairMoments, kappa_interval, kappa_parts
@@ -226,10 +226,13 @@ def top1_agreement(first: Findings, second: Findings) -> OutputAgreement:
 
 
 def _over_weights(one: MetricResult, other: MetricResult) -> Iterator[tuple[str, Difference]]:
-    """The differences of a metric of the weights, one for each matrix (/MATRIX) or between neighbouring blocks."""
+    """The differences of a metric of the weights: for each matrix (/MATRIX), of means over heads, or of neighbouring blocks."""
     first, second = one.values, other.values
     assert first is not None
     assert second is not None
+    if one.dims == ("block", "head"):
+        yield "", _weight_difference(over_heads(first), over_heads(second), 0)
+        return
     if "matrix" not in one.dims:
         yield "", _weight_difference(adjacent(one, first), adjacent(other, second), 1)
         return

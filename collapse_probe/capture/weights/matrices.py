@@ -33,13 +33,14 @@ class Matrix:
     """One weight matrix [out, in], rows being output neurons, and how it was told which one it is.
 
     `heads` rows of equal parts belong to one attention head each (1 outside q, k and v); `parts` are the products of the pass
-    of which it is made.
+    of which it is made. `gain` [in] is that of the norm whose output the matrix reads; None where no norm was seen to give it.
     """
 
     weight: Tensor
     how: str
     heads: int = 1
     parts: frozenset[int] = frozenset()
+    gain: Tensor | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -114,7 +115,7 @@ class Product:
     """One multiplication of `rows` vectors by a matrix: `weight` [out, in], `output` [rows, out] while it is needed.
 
     `name` is that of the parameter, or of the module that multiplied where the matrix is made on the way. `parts` are the
-    products of the pass that it sums up: more than one where products are added or follow one another.
+    products of the pass that it sums up: more than one where products are added or follow one another. `gain` as in `Matrix`.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Product:
     rows: int
     output: Tensor | None = None
     parts: frozenset[int] = frozenset()
+    gain: Tensor | None = None
 
     @property
     def role(self) -> str:
@@ -186,7 +188,7 @@ def attention_roles(
         came = _listed(products) or "none over its tokens"
         return {}, f"q, k and v cannot be told apart among the products before the attention ({came})"
     given, how, agreeing = max(trials, key=lambda trial: len(trial[2]))
-    return {r: Matrix(p.weight, CHECKED if r in agreeing else how, heads[r], p.parts) for r, p in given.items()}, ""
+    return {r: Matrix(p.weight, CHECKED if r in agreeing else how, heads[r], p.parts, p.gain) for r, p in given.items()}, ""
 
 
 def projection_role(products: Sequence[Product], event: AttentionEvent, values: Matrix | None) -> Product | None:

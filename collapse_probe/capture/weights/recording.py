@@ -33,6 +33,12 @@ from collapse_probe.capture.weights.matrices import (
 )
 from collapse_probe.distributed import unwrap
 
+NORMS = tuple(
+    packet.default
+    for name in ("native_layer_norm", "_fused_rms_norm", "rms_norm")
+    if (packet := getattr(torch.ops.aten, name, None)) is not None
+)
+
 
 @dataclass(eq=False)
 class BlockProducts:
@@ -151,6 +157,7 @@ class ProductRecorder:
         self.storages = {storage for storage, _ in self.names}
         self.maps = LinearMaps()
         self.current: BlockProducts | None = None
+        self.normed: tuple[Tensor, Tensor] | None = None  # what the last norm gave, and its gain
         self.blocks = []
         for name in blocks:  # as in a Plan, which numbers the calls of a repeated block
             repeated = re.fullmatch(r"(.*) \(call (\d+)\)", name)
@@ -164,6 +171,9 @@ class ProductRecorder:
         here = self._block(frames)
         if here is not None and here is not self.current:
             self._enter(here)
+        if call.func in NORMS:
+            gain, given = call.bound.get("weight"), call.out[0] if isinstance(call.out, tuple) else call.out
+            self.normed = None if gain is None else (given, gain.detach())
         first = len(self.maps.steps)
         products = self.maps.follow(call, self._name(call, frames, here), bool(events))
         for event in events:
@@ -192,7 +202,7 @@ class ProductRecorder:
             if here.events:
                 here.after.append(replace(product, weight=weight, output=None))
             else:
-                here.before.append(replace(product, weight=weight))
+                here.before.append(replace(product, weight=weight, gain=self._gain(call, weight)))
 
     def _enter(self, block: BlockProducts) -> None:
         self.maps.enter_block()
@@ -205,6 +215,13 @@ class ProductRecorder:
             if isinstance(x, Tensor) and x.ndim > 1:
                 name = self.names.get((storage_of(x), x.storage_offset()), name)
         return name if block is None else name.removeprefix(block.frame[0] + ".")
+
+    def _gain(self, call: OperatorCall, weight: Tensor) -> Tensor | None:
+        """The gain of the norm whose output an operator multiplies by a matrix [out, in]; None where that is not seen."""
+        if self.normed is None or self.normed[1].shape != weight.shape[1:]:
+            return None
+        read = {storage_of(x) for x in call.args if isinstance(x, Tensor)}
+        return self.normed[1].clone() if storage_of(self.normed[0]) in read else None
 
     def _lasts(self, weight: Tensor) -> bool:
         """Whether a matrix is the model's own memory, which is still there after the pass."""

@@ -254,6 +254,14 @@ REFERENCES = (
         ICLR,
     ),
     Reference(
+        "bao2024localize",
+        "Self-attention Networks Localize When {QK}-eigenspectrum Concentrates",
+        "Bao, Han and Hataya, Ryuichiro and Karakida, Ryo",
+        2024,
+        "2402.02098",
+        ICML,
+    ),
+    Reference(
         "sun2024massive",
         "Massive Activations in Large Language Models",
         "Sun, Mingjie and Chen, Xinlei and Kolter, J. Zico and Liu, Zhuang",
@@ -427,6 +435,7 @@ METRICS: dict[str, tuple[str, ...]] = {  # by a metric's name without its settin
     "map-rank": (RANK, "dong2021attention"),
     "neighbour-similarity": (DEEPVIT,),
     "patch-diversity": ("gong2021patch",),
+    "qk-spectrum": ("bao2024localize",),
     "rank-residual": ("dong2021attention",),
     "residual-contribution": ("csordas2025do",),
     "similar-blocks": (DEEPVIT,),
