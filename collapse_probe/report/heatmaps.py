@@ -23,6 +23,7 @@ WIDTH, SLIM, MANY = 390.0, 290.0, 2  # of a panel, that of a phone; where more t
 HATCH, PAPER = "#b9c1c8", "#eef1f3"  # an undefined cell
 ON_CELLS = "#22303d"  # letters on cells, whose colours are the same in the dark
 UNDEFINED = "hatched: not compared, or undefined (as κ is where the chance level is 1)"
+PHASES = "dashed: where one phase of depth ends and the next begins (depth-phases)"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Heatmap:
     """One matrix to draw: `values` [rows, columns], NaN where undefined; a dot in every cell that is `marked` says `mark`.
 
     `beside` holds further numbers of each cell by their names, [rows, columns] or intervals [rows, columns, 2]; they stand in
-    what a cell says when it is pointed at, and `name` what its own number is called there.
+    what a cell says when it is pointed at, and `name` what its own number is called there. `phases` are the blocks with which
+    a phase of depth begins, where lines are drawn (rows and columns of depths have one more in front).
     """
 
     values: Array
@@ -62,6 +64,7 @@ class Heatmap:
     square: bool = True
     width: float = WIDTH
     name: str = ""
+    phases: tuple[int, ...] = ()
 
     @property
     def cell(self) -> tuple[float, float]:
@@ -112,6 +115,7 @@ class Heatmap:
                 f' data-across="{columns}" transform="scale({wide:.6g} {tall:.6g})" shape-rendering="crispEdges">',
                 f"{self._cells(maps)}</g>",
                 self._axes(width, height),
+                self._lines(width, height),
                 *groups,
                 "</g>",
             ]
@@ -204,6 +208,17 @@ class Heatmap:
         ]
         groups = f'<g font-size="10" text-anchor="middle">{"".join(below)}</g><g font-size="10" text-anchor="end">'
         return f"{groups}{''.join(beside)}</g>{''.join(names)}"
+
+    def _lines(self, width: float, height: float) -> str:
+        """Where one phase of depth ends and the next begins, along both axes."""
+        wide, tall = self.cell
+        first = [start + self.rows.startswith("depth") for start in self.phases]
+        path = "".join(
+            f"M0 {coordinate(at * tall)}H{coordinate(width)}M{coordinate(at * wide)} 0V{coordinate(height)}" for at in first
+        )
+        look = 'fill="none" stroke-dasharray="4 2" pointer-events="none"'
+        under = f'<path {look} stroke="#fff" stroke-width="2.6" d="{path}"/>'
+        return f'{under}<path {look} stroke="{ON_CELLS}" stroke-width="1.2" d="{path}"/>' if path else ""
 
     def _bar(self, width: float, height: float) -> str:
         """The colours of the scale with its two ends and its middle."""
@@ -342,6 +357,9 @@ def grid(places: Sequence[Heatmap | Switch | None], columns: int, views: Sequenc
             found[UNDEFINED] = undefined_key()
         if panel.marked is not None and panel.marked.any():
             found[panel.mark] = Key(panel.mark, f'<circle cx="{SWATCH[0] / 2:g}" cy="{SWATCH[1] / 2:g}" r="1.8"/>')
+        if panel.phases:
+            line = f'<path fill="none" stroke="{ON_CELLS}" stroke-width="1.2" stroke-dasharray="4 2" d="M2 6h26"/>'
+            found[PHASES] = Key(PHASES, line)
     below = tuple(found.values())
     whole = Sheet(tuple(_sized(each, columns) for each in places), columns, below=below, views=tuple(views))
     if not views:

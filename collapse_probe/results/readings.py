@@ -78,6 +78,13 @@ def result_of(findings: Findings, name: str) -> MetricResult | None:
     return None if result is None or result.values is None else result
 
 
+def phase_starts(findings: Findings) -> tuple[int, ...]:
+    """The blocks with which a phase of depth begins, but the first; empty where phases were not measured, or there is one."""
+    result = result_of(findings, "depth-phases")
+    groups = {} if result is None else result.details.get("groups", {})
+    return tuple(sorted(int(blocks[0]) for blocks in groups.values()))[1:]
+
+
 def require_result(findings: Findings, name: str) -> MetricResult:
     """The result of metric `name`, which has values; raises Absent."""
     if name not in findings.metrics:

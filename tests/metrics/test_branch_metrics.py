@@ -23,6 +23,10 @@ from collapse_probe.metrics.metric import make
 from collapse_probe.metrics.tokens.angular_distance import angles, least_windows
 from collapse_probe.metrics.tokens.block_influence import cosines
 from collapse_probe.metrics.tokens.residual_contribution import contributions
+from collapse_probe.report.findings.figures import draw_all
+from collapse_probe.report.findings.page import render
+from collapse_probe.report.heatmaps import PHASES
+from collapse_probe.results.readings import phase_starts
 
 
 def measured(model, *names, count=3, size=SIZE):
@@ -291,3 +295,23 @@ def test_angles_are_those_of_the_released_code():
     found = angles(torch.tensor(STATES, dtype=torch.float64))
     for n, expected in PRUNE_ME.items():
         np.testing.assert_allclose(found.diagonal(n), expected, atol=1e-9)
+
+
+def test_the_boundaries_of_phases_are_drawn_in_every_square_matrix():
+    turned = toy(depth=8)
+    with torch.no_grad():
+        for block in (*turned.blocks[:4], *turned.blocks[5:]):
+            for part in (block.attn.out, block.mlp[-1]):
+                for parameter in part.parameters():
+                    parameter.mul_(0.01)
+    names = ("depth-phases", "attention-similarity", "feature-similarity", "angular-distance", "attention-entropy")
+    findings = analyze(turned, images(4), metrics=names, gallery_images=0)
+    assert phase_starts(findings) == (4,)
+    drawn = {name: figure.content().decode() for name, figure in draw_all(findings).items()}
+    for name in ("attention-similarity", "feature-similarity", "angular-distance"):
+        assert "stroke-dasharray=" in drawn[name], name
+        assert PHASES in drawn[name], name
+    assert PHASES not in drawn["attention-entropy"]
+    page = render(findings, draw_all(findings))
+    assert "Into how many phases the blocks fall" in page
+    assert "phase 0" in page

@@ -214,7 +214,7 @@ AUTHORS = {
     "ratio_out": [[1.0765554, 0.9753227, 0.9230623], [1.0448242, 0.8041463, 0.9761726], [0.9630356, 0.9646159, 1.0910739]],
     "stable_rank": [[1.5698299, 1.3347737, 1.4826394], [1.03028, 1.1419764, 1.1196811], [1.0544279, 1.0208622, 1.0603518]],
 }
-"""[blocks][heads] of the first image: attention_internals, stable_rank and the loop of collect, in `lejepa_sinks/diagnose.py` of
+"""[blocks][heads] of the first image: attention_internals, stable_rank and the loop of collect, in lejepa_sinks/diagnose.py of
 KempnerInstitute/attention_sink a83cd59, on the blocks of `authors_model()` behind its position embedding, in float32."""
 
 

@@ -167,7 +167,7 @@ class DepthPhases(TokenMetric):
             phase[blocks] = number
         details: dict[str, Any] = {
             "phases": len(groups),
-            "groups": groups,
+            "groups": {f"phase {number}": blocks for number, blocks in enumerate(groups)},
             "contiguous": contiguous(groups),
             "distance": distance,
             "intervals": NO_INTERVAL,

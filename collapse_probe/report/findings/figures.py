@@ -17,7 +17,7 @@ from collapse_probe.report.heatmaps import SIGNED, Heatmap, grid, scale_of
 from collapse_probe.report.html import Caption, Drawing, Figure, draw_figures
 from collapse_probe.report.sheet import Sheet
 from collapse_probe.results.findings import Findings
-from collapse_probe.results.readings import null_of, result_of
+from collapse_probe.results.readings import null_of, phase_starts, result_of
 from collapse_probe.results.rules import KAPPA_ABOVE
 from collapse_probe.statistics.pair_tests import LEVEL, SHOWN, beyond_null, pairs_tested
 
@@ -29,7 +29,7 @@ def similarity(findings: Findings, *, name: str) -> Sheet | None:
     result = result_of(findings, name)
     if result is None:
         return None
-    first, *others = readings_of(result)
+    first, *others = readings_of(result, phase_starts(findings))
     first = replace(first, title="raw similarity (mean cosine)")
     tested = pairs_tested(findings.sureness.get("tests") or {}, name)
     if others and others[-1].name == "κ" and tested is not None and name == SHOWN:
@@ -49,7 +49,7 @@ def attention_variants(findings: Findings) -> Sheet | None:
             results[name] = replace(result, description=replace(result.description, panel=panel))
     if not results:
         return None
-    return matrices(results)
+    return matrices(results, phase_starts(findings))
 
 
 def probs_and_weights(findings: Findings) -> Sheet | None:
@@ -59,7 +59,8 @@ def probs_and_weights(findings: Findings) -> Sheet | None:
         return None
     scale = scale_of(weights.array, probs.array)
     titles = {"softmax map": probs, "final map": weights}
-    return grid([Heatmap(result.array, f"{title}: raw similarity", scale) for title, result in titles.items()], 2)
+    phases = phase_starts(findings)
+    return grid([Heatmap(r.array, f"{title}: raw similarity", scale, phases=phases) for title, r in titles.items()], 2)
 
 
 def weights_depth(findings: Findings) -> Sheet | None:

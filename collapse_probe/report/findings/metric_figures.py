@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ from collapse_probe.report.style import (
     panels,
 )
 from collapse_probe.results.findings import Description, Findings, MetricResult
-from collapse_probe.results.readings import null_ci95, null_of, nulls_of, over_heads, result_of
+from collapse_probe.results.readings import null_ci95, null_of, nulls_of, over_heads, phase_starts, result_of
 from collapse_probe.statistics.intervals import Array
 
 STEPS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
@@ -69,7 +70,7 @@ def family_figure(findings: Findings, names: Sequence[str]) -> Sheet | None:
         return None
     shape = kind(next(iter(results.values())))
     if shape == "matrix":
-        return matrices(results)
+        return matrices(results, phase_starts(findings))
     if shape == "counts":
         return counts(findings, list(results))
     if shape == "weights":
@@ -77,11 +78,11 @@ def family_figure(findings: Findings, names: Sequence[str]) -> Sheet | None:
     return _curves(findings, results)
 
 
-def matrices(results: Mapping[str, MetricResult]) -> Sheet:
+def matrices(results: Mapping[str, MetricResult], phases: tuple[int, ...] = ()) -> Sheet:
     """One result with its chance level and κ in one place; of several a place for the values and one for what they are
     compared with, each with a switch between the results.
     """
-    readings = [readings_of(result) for result in results.values()]
+    readings = [readings_of(result, phases) for result in results.values()]
     if len(readings) == 1:
         return switched(readings[0])
     first = [maps[0] for maps in readings]
@@ -103,7 +104,7 @@ def _filled(maps: Sequence[Heatmap | None], like: Sequence[Heatmap]) -> Switch:
     return Switch(tuple(one if one is not None else other for one, other in zip(maps, blank, strict=True)))
 
 
-def readings_of(result: MetricResult) -> list[Heatmap]:
+def readings_of(result: MetricResult, phases: tuple[int, ...] = ()) -> list[Heatmap]:
     """A matrix, which says all numbers, and what it is read against: its chance level and κ, else the untrained copy."""
     rows, columns = (DEPTH if dim == "depth" else dim for dim in result.dims)
     chance, kappa, fresh = (null_of(result, role) for role in ("other_token", "kappa", "untrained"))
@@ -111,13 +112,15 @@ def readings_of(result: MetricResult) -> list[Heatmap]:
     others = [each for each in ((chance,) if kappa is not None else (fresh,)) if each is not None]
     scale = SIGNED if centred else scale_of(result.array, *others)
     title = result.description.panel
-    maps = [Heatmap(result.array, title or "raw similarity", scale, rows, columns, beside=beside(result), name=RAW)]
+    raw = "measured" if result.collapsed == "low" else RAW
+    drawn = partial(Heatmap, rows=rows, columns=columns, phases=phases if rows == columns else ())
+    maps = [drawn(result.array, title or raw, scale, beside=beside(result), name=raw)]
     if kappa is not None:
         if chance is not None:
-            maps.append(Heatmap(chance, ROLES["other_token"].label, scale, rows, columns, name="chance level"))
+            maps.append(drawn(chance, ROLES["other_token"].label, scale, name="chance level"))
         said = f"κ: agreement beyond chance{f', {title}' if title else ''}"
-        return [*maps, Heatmap(kappa, said, SIGNED, rows, columns, name="κ")]
-    return maps if fresh is None else [*maps, Heatmap(fresh, "untrained copy", scale, rows, columns, name="untrained copy")]
+        return [*maps, drawn(kappa, said, SIGNED, name="κ")]
+    return maps if fresh is None else [*maps, drawn(fresh, "untrained copy", scale, name="untrained copy")]
 
 
 def beside(result: MetricResult) -> dict[str, Array]:
