@@ -11,8 +11,10 @@ from collapse_probe.cli.fail_on import failing, stop_if_tripped, thresholds
 
 
 @click.command("compare", cls=options.Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("subjects", nargs=-1, required=True, metavar="SUBJECT...")
-@click.option("-m", "--model", metavar="ADDRESS", help="The architecture of the subjects that are checkpoints.")
+@click.argument("subjects", nargs=-1, metavar="SUBJECT...")
+@click.option(
+    "-m", "--model", metavar="ADDRESS", help="The architecture of the subjects that are checkpoints; alone, the subject."
+)
 @options.architecture
 @options.data_address("--data", "The images; findings folders need none.")
 @options.part_of_data
@@ -49,6 +51,10 @@ def command(
 
     from collapse_probe.analysis.state.phases import IMAGES, LOAD, PAGE, PROBE, UNTRAINED
 
+    if not flags["subjects"]:
+        if flags["model"] is None:
+            raise click.UsageError("Missing argument 'SUBJECT...'.")
+        flags |= {"subjects": (flags["model"],), "model": None}
     rules = thresholds(fail_on, "compare")
     options.check_metrics((), (), flags["metrics"], flags["data"] or "")
     folder = output_folder(output, as_json, Path("comparison"))

@@ -17,6 +17,7 @@ from collapse_probe.analysis.measurement import (
     Report,
     RunSettings,
     restored,
+    with_input,
 )
 from collapse_probe.analysis.outputs import ModelOutputs
 from collapse_probe.analysis.probe import Probe
@@ -31,6 +32,7 @@ from collapse_probe.data.loading import LoadTimes
 from collapse_probe.data.preprocessing import Size
 from collapse_probe.distributed import check_processes
 from collapse_probe.errors import OutOfTimeError
+from collapse_probe.models.calibration import calibrated, to_be_found
 from collapse_probe.models.loading import Subject, resolve
 from collapse_probe.results.findings import Findings
 from collapse_probe.settings import names_in
@@ -194,6 +196,8 @@ def read_all(
     images, order = None if images is None else images_from(images), None
     if images is not None and settings.until_ci is not None:
         images, order = in_random_order(images, settings.seed)
+    if to_be_found(subject.model):
+        subject = calibrated(with_input(subject, images), images, device=settings.device, seed=settings.seed)
     probe = begun or Probe.over(subject, images, settings, left_out=left_out, keep_logits=keep_logits)
     measurement = probe.measurement
     settings = measurement.settings

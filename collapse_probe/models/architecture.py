@@ -45,6 +45,10 @@ class Architecture:
 
         Raises ModelError or SettingError for an architecture that cannot be.
         """
+        fixes = {**self.model.fixes, **self.fixes} if isinstance(self.model, ViTSettings) else self.fixes
+        for fix, _ in fixes_in(fixes):
+            if fix.found:
+                raise SettingError(f"{fix.name} needs no training: it acts on a trained model (compare --fix {fix.name})")
         with torch_seeded(seed):
             if isinstance(self.model, ViTSettings):
                 model: Any = ViT(replace(self.model, fixes={**self.model.fixes, **self.fixes}))

@@ -17,8 +17,8 @@ from collapse_probe.metrics.tokens.cross_patch_similarity import cross_patch_cos
 from collapse_probe.metrics.tokens.dirichlet_energy import dirichlet_energy
 from collapse_probe.metrics.tokens.rank_residual import rank_residual
 from collapse_probe.metrics.tokens.token_frequency import frequency_ratio
-from collapse_probe.metrics.tokens.token_norm import outliers, robust_threshold
 from collapse_probe.metrics.tokens.token_rank import token_ranks
+from collapse_probe.outliers import outliers, robust_threshold
 from collapse_probe.registry import METRICS
 
 DEPTHS, B, N, D = 4, 5, 10, 8  # a prefix token and a grid of 3 × 3

@@ -12,8 +12,8 @@ from collapse_probe.metrics.tokens.cross_patch_similarity import cross_patch_cos
 from collapse_probe.metrics.tokens.dirichlet_energy import dirichlet_energy
 from collapse_probe.metrics.tokens.rank_residual import composite_norm, frobenius_norm, rank_residual
 from collapse_probe.metrics.tokens.token_frequency import frequency_ratio
-from collapse_probe.metrics.tokens.token_norm import outliers
 from collapse_probe.metrics.tokens.token_rank import token_ranks
+from collapse_probe.outliers import outliers
 
 
 def signs(rng, n):

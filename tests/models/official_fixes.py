@@ -268,6 +268,22 @@ def layernorm_scaling(folder: Path, block: int) -> dict[str, Any]:
     return answers(out, used)
 
 
+def skip_attention(folder: Path) -> dict[str, Any]:
+    """LeFF twice, as VisionTransformerSkipAt chains it on the patches: a block that attends, and two that do not."""
+    from einops import rearrange
+
+    official = classes(folder, "skip-attention", ("LeFF", "eca_layer_1d"), rearrange=rearrange)
+    own: dict[str, Tensor] = {"x": wave(1, 1 + 9, WIDTH, phase=0.3, size=1.0)}
+    x, prefix = own["x"].requires_grad_()[:, 1:], own["x"][:, :1]
+    for k in range(2):
+        module = official.LeFF(WIDTH, 2 * WIDTH)
+        named = {name: wave(*p.shape, phase=0.5 * k + 0.1 * i) for i, (name, p) in enumerate(module.named_parameters())}
+        own |= {f"{k}.{name}": tensor.requires_grad_() for name, tensor in named.items()}
+        set_weights(module, **{name.replace(".", "__"): tensor for name, tensor in named.items()})
+        x = module(x)
+    return answers(torch.cat((prefix, x), 1), own)
+
+
 def main(folder: Path) -> None:
     """Run every official case and store what it gives."""
     results: dict[str, Any] = {
@@ -279,6 +295,7 @@ def main(folder: Path) -> None:
         "differential block 2": differential(folder, 2),
         "shaped-attention": shaped(folder),
         "shaped-attention centred": centred(folder),
+        "skip-attention": skip_attention(folder),
         "layernorm-scaling block 0": layernorm_scaling(folder, 0),
         "layernorm-scaling block 2": layernorm_scaling(folder, 2),
     }

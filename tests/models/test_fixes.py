@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import Attention, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from collapse_probe.capture.capture import record
 from collapse_probe.errors import CollapseProbeError, ModelError, SettingError
+from collapse_probe.models.fixes.apply import apply
 from collapse_probe.models.fixes.attn_scale import scale_contrast
 from collapse_probe.models.fixes.base import FixSite, attend
 from collapse_probe.models.fixes.contra_norm import similarity_weights
 from collapse_probe.models.fixes.drop_attention import drop_and_renormalise
+from collapse_probe.models.fixes.exclusive_self_attention import without_own_value
 from collapse_probe.models.fixes.feat_scale import scale_bands
 from collapse_probe.models.fixes.re_attention import ReAttention
 from collapse_probe.models.fixes.sigma_reparam import power_step
@@ -41,6 +44,7 @@ WITHOUT_PARAMETERS = {
     "layernorm-scaling",
     "neutreno",
     "shared-attention",
+    "test-time-registers",
     "value-residual",
 }
 NO_NEUTRAL = {
@@ -51,6 +55,8 @@ NO_NEUTRAL = {
     "qk-norm",
     "registers",
     "shared-attention",
+    "skip-attention",
+    "test-time-registers",
 }
 MIXES = {
     "attn-scale",
@@ -79,8 +85,10 @@ BAD: dict[str, dict[str, Any]] = {
     "shaped-attention": {"alpha": math.inf},
     "shared-attention": {"source_block": -1},
     "sigma-reparam": {"gamma": 1.0},
+    "skip-attention": {"every": 2},
     "talking-heads": {"where": "values"},
     "temperature": {"tau": 0.0},
+    "test-time-registers": {"count": 0},
     "value-residual": {"mix": 1.5},
 }
 
@@ -188,6 +196,7 @@ def test_it_runs_under_bf16_autocast_and_in_bf16(name: str, images: Tensor) -> N
         "registers",
         "differential",
         "layer-scale",
+        "skip-attention",
         "gated-attention",
     }:
         torch.testing.assert_close(rough.float(), exact, rtol=0.1, atol=0.1)  # those draw their start at random
@@ -223,13 +232,16 @@ def test_wrong_blocks_are_refused(name: str, blocks: list[Any]) -> None:
         ViT(**SMALL, fixes={name: {"blocks": blocks}})
 
 
-@pytest.mark.parametrize("name", ["registers", "class-attention"])
+WHOLE_MODEL = sorted(name for name in FIXES if FIXES[name].home == "model")
+
+
+@pytest.mark.parametrize("name", WHOLE_MODEL)
 def test_a_fix_of_the_whole_model_takes_no_blocks(name: str) -> None:
     with pytest.raises(SettingError, match="whole model"):
         ViT(**SMALL, fixes={name: {"blocks": [1]}})
 
 
-@pytest.mark.parametrize("name", sorted(set(FIXES) - {"registers", "class-attention"}))
+@pytest.mark.parametrize("name", sorted(set(FIXES) - set(WHOLE_MODEL)))
 def test_chosen_blocks_alone_are_changed(name: str) -> None:
     model = ViT(**SMALL, fixes={name: {"blocks": [1]} | LEARNING.get(name, {})})
     new = set(model.state_dict()) - set(plain().state_dict())
@@ -626,3 +638,41 @@ def test_masks_reach_the_map_like_the_fused_kernel() -> None:
 def test_all_errors_are_ours() -> None:
     with pytest.raises(CollapseProbeError, match="did you mean 're-attention'"):
         ViT(**SMALL, fixes={"re-atention": {}})
+
+
+def test_queries_and_keys_are_normalised_as_in_timm(images: Tensor) -> None:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
+    theirs = VisionTransformer(**sizes, qk_norm=True)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, 0.5, 0.3)
+    ours = apply(VisionTransformer(**sizes), "qk-norm")
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
+    q = 100 * torch.randn(2, 4, 7, 8)
+    rms = FIXES["qk-norm"](norm="rms")
+    attention = Attention(32, 4)
+    assert rms.convert(attention, 32)
+    assert not rms.convert(attention, 32), "once is enough"
+    logits = attention.q_norm(q) @ attention.k_norm(-q).mT * attention.scale
+    assert logits.abs().max() <= 8**0.5 + 1e-4, "gains of one bound the logits by the root of the width"
+
+
+def test_exclusive_attention_leaves_nothing_along_a_tokens_own_value() -> None:
+    y, v = torch.randn(2, 1, 2, 5, 4, dtype=torch.float64)
+    z = FIXES["exclusive-self-attention"]().heads(y, v, None)
+    for h, i in np.ndindex(2, 5):
+        own = v[0, h, i] / np.linalg.norm(v[0, h, i])
+        np.testing.assert_allclose(z[0, h, i], y[0, h, i] - float(own @ y[0, h, i]) * own, atol=1e-12)
+    assert (z * v).sum(-1).abs().max() < 1e-12
+    assert torch.equal(without_own_value(y, torch.zeros_like(v)), y)
+
+
+def test_fixes_that_cannot_share_a_model_say_so() -> None:
+    for first, second in (("differential", "shared-attention"), ("shared-attention", "differential")):
+        with pytest.raises(ModelError, match=f"{second} cannot stand beside {first}"):
+            ViT(**SMALL, fixes={first: {}, second: {}})
+    with pytest.raises(ModelError, match="heads are 3 wide"):
+        ViT(**{**SMALL, "width": 9, "heads": 3}, fixes={"differential": {}})
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    with pytest.raises(ModelError, match="a norm before attention and MLP"):
+        apply(VisionTransformer(**sizes, block_fn=ResPostBlock), "layernorm-scaling")

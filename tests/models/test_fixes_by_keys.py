@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from collapse_probe.errors import CheckpointError
+from collapse_probe.errors import CheckpointError, SettingError
 from collapse_probe.models.fixes.apply import apply, fixes_by_keys
 from collapse_probe.models.loading import resolve
 from collapse_probe.registry import FIXES
@@ -36,7 +36,7 @@ NO_TRACE = {
 CASES = [
     (name, settings, blocks)
     for name in FIXES
-    if name not in NO_TRACE
+    if name not in NO_TRACE and name != "skip-attention"
     for settings in SETTINGS.get(name, [{}])
     for blocks in ((None,) if FIXES[name].home == "model" else (None, (1, 2)))
 ]
@@ -157,3 +157,13 @@ def test_an_official_deepvit_file_in_timms_plain_vit(path):
     subject = resolve("timm:vit_small_patch16_224", checkpoint=path, model_kwargs=sizes)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(subject.model(images), official(images))
+
+
+def test_blocks_without_attention_are_known_and_the_one_that_lends_with_them(path, images):
+    model = trained(("skip-attention", {}), blocks=(1, 2))
+    torch.save(model.state_dict(), path)
+    subject = loaded(path)
+    assert torch.equal(subject.model(images), model(images))
+    assert [(fix.name, fix.blocks) for fix in subject.model.fixes] == [("skip-attention", (0, 1, 2))]
+    with pytest.raises(SettingError, match=r"blocks must follow one another and lie above 0, not \[0, 1\]"):
+        apply(timm.create_model(NAME, **SMALL), "skip-attention", (0, 1))

@@ -83,6 +83,21 @@ def layernorm_scaling(number: int) -> dict[str, Any]:
     return answers(block(own["x"]), own)
 
 
+def skip_attention() -> dict[str, Any]:
+    blocks = blocks_with("skip-attention", blocks=(1, 2))
+    own: dict[str, Tensor] = {"x": wave(1, 1 + 9, WIDTH, phase=0.3, size=1.0)}
+    for k in range(2):
+        module = blocks[1 + k].attn.skip
+        named = {name: wave(*p.shape, phase=0.5 * k + 0.1 * i) for i, (name, p) in enumerate(module.named_parameters())}
+        own |= {f"{k}.{name}": tensor for name, tensor in named.items()}
+        set_weights(module, **{name.replace(".", "__"): tensor for name, tensor in named.items()})
+    own = {name: tensor.requires_grad_() for name, tensor in own.items()}
+    fix, site = blocks[0].attn.sites[0]
+    fix.around(own["x"], lambda: own["x"], site)  # what attention added in the block that lends
+    blocks[1].attn(own["x"])
+    return answers(blocks[2].attn(own["x"]), own)
+
+
 OURS: dict[str, Callable[[], dict[str, Any]]] = {
     "gated-attention elementwise": lambda: gated("elementwise"),
     "gated-attention headwise": lambda: gated("headwise"),
@@ -92,6 +107,7 @@ OURS: dict[str, Callable[[], dict[str, Any]]] = {
     "differential block 2": lambda: differential(2),
     "shaped-attention": shaped,
     "shaped-attention centred": centred,
+    "skip-attention": skip_attention,
     "layernorm-scaling block 0": lambda: layernorm_scaling(0),
     "layernorm-scaling block 2": lambda: layernorm_scaling(2),
 }

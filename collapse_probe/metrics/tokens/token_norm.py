@@ -12,36 +12,15 @@ from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace
 from collapse_probe.errors import SettingError
 from collapse_probe.metrics.accumulators import Means
-from collapse_probe.metrics.functional.geometry import SMALLEST_SPREAD
 from collapse_probe.metrics.metric import CURVE, Need, Variant
 from collapse_probe.metrics.token_metric import TokenMetric, in_parts, sequence
+from collapse_probe.outliers import DEVIATIONS, outliers
 from collapse_probe.registry import METRICS
 from collapse_probe.statistics.intervals import Array
 
-DEVIATIONS = 6.0
-"""Six median absolute deviations are four standard deviations of a normal distribution."""
 REGISTERS_THRESHOLD = 150.0
 SHARE_UNIT = "share of tokens"
 NO_INTERVAL = "outlier_map has none: it is a picture of where outliers sit, and no single place is to be read as a number"
-
-
-def robust_threshold(norms_BP: Tensor, deviations: float = DEVIATIONS) -> Tensor:
-    """median + deviations · MAD of each image's norms, [B, P] -> [B]; MAD is the median of |norm − median|.
-
-    A MAD below `SMALLEST_SPREAD` of the median is rounding and counts as that share, so that equal norms have no outliers.
-
-    >>> robust_threshold(torch.tensor([[1.0, 2.0, 3.0, 90.0]]), 6.0).item()
-    8.5
-    """
-    median = norms_BP.quantile(0.5, dim=-1, keepdim=True)
-    deviation = (norms_BP - median).abs().quantile(0.5, dim=-1, keepdim=True)
-    return (median + deviations * deviation.maximum(SMALLEST_SPREAD * median)).squeeze(-1)
-
-
-def outliers(norms_BP: Tensor, deviations: float = DEVIATIONS, threshold: float | None = None) -> Tensor:
-    """Which patches are longer than the robust threshold of their image (or than a fixed one), [B, P] -> bool [B, P]."""
-    limit = robust_threshold(norms_BP, deviations)[:, None] if threshold is None else threshold
-    return norms_BP > limit
 
 
 class NormSums(Means):

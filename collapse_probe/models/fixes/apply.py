@@ -6,7 +6,7 @@ the sockets that lie between modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +26,14 @@ class AttentionWithSockets(Attention):
     sites: Sites
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """[B, N, D] -> [B, N, D], q_norm and k_norm respected, as are an output norm and a gate where there are any."""
+        """[B, N, D] -> [B, N, D]."""
+        run: Callable[[], Tensor] = partial(self._attended, x, attn_mask, is_causal)
+        for fix, site in self.sites:
+            run = run if type(fix).around is Fix.around else partial(fix.around, x, run, site)
+        return run()
+
+    def _attended(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """q_norm and k_norm are respected, as are an output norm and a gate where there are any."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         out_BHNK = attend(
             self.sites,
@@ -56,6 +63,10 @@ def _normed(sites: Sites, kind: str, module: nn.Module, args: Any, output: Tenso
     return apply_sites(sites, "normed", output, kind)
 
 
+def _neurons(sites: Sites, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (apply_sites(sites, "neurons_of", args[0]), *args[1:])
+
+
 def _enter(sites: Sites, module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return apply_sites(sites, "enter", output)
 
@@ -71,6 +82,8 @@ def open_block(block: Any) -> None:
     for kind, norm, branch in (("attention", "norm1", "attn"), ("mlp", "norm2", "mlp")):
         getattr(block, branch).register_forward_hook(partial(_branch, block.sites, kind))
         getattr(block, norm).register_forward_hook(partial(_normed, block.sites, kind))
+    if hasattr(block.mlp, "fc2"):
+        block.mlp.fc2.register_forward_pre_hook(partial(_neurons, block.sites))
 
 
 def open_sockets(model: Any) -> None:

@@ -6,14 +6,15 @@ checkpoints fit. A socket is a method that receives a tensor and returns it chan
 Several fixes in one place act in the order in which they were added.
 
     model      enter → blocks → leave → norm → head
-    block      x + branch(attention(normed(norm1(x)))),  x + branch(mlp(normed(norm2(x))))
-    attention  query, values → logits → softmax → probs → dropout → weights → @v → heads → joined → proj
+    block      x + branch(attention(normed(norm1(x)))),  x + branch(fc2(neurons_of(act(fc1(normed(norm2(x)))))))
+    attention  around( … ):
+               query, values → logits → softmax → probs → dropout → weights → @v → heads → joined → proj
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -65,7 +66,7 @@ class Fix(Settings):
     `neutral` holds the settings under which the model computes what it computed without the fix; None where no such setting
     exists. `unseen` names the settings that matter to a trained model and leave no trace in its weights. `failure_types` are
     those that the source sets it against: "depth", "tokens", "entropy", or none of them. `beside_no` names fixes with which it
-    cannot share a model.
+    cannot share a model. `found` is the part that holds what `calibrate` finds on images, empty for a fix that needs none.
     """
 
     summary: ClassVar[str]
@@ -75,6 +76,7 @@ class Fix(Settings):
     home: ClassVar[Literal["attention", "block", "model", "modules"]] = "attention"
     unseen: ClassVar[tuple[str, ...]] = ()
     beside_no: ClassVar[tuple[str, ...]] = ()
+    found: ClassVar[str] = ""
 
     @classmethod
     def from_keys(cls, shapes: Shapes) -> Mapping[str, Any] | None:
@@ -92,6 +94,10 @@ class Fix(Settings):
     def parts(self, site: FixSite) -> Parts:
         """The parameters and modules that the fix adds to `site.home`, by name."""
         return {}
+
+    def around(self, x_BND: Tensor, attend: Callable[[], Tensor], site: FixSite) -> Tensor:
+        """The whole of an attention, which `attend` carries out on `x_BND`, or does not."""
+        return attend()
 
     def query(self, q_BHNK: Tensor, site: FixSite) -> Tensor:
         """Queries, before they meet the keys."""
@@ -133,6 +139,10 @@ class Fix(Settings):
         """What the norm before a branch gives."""
         return x_BND
 
+    def neurons_of(self, acts_BNM: Tensor, site: FixSite) -> Tensor:
+        """The hidden activations of a block's MLP, before its last layer; also for a fix of the whole model."""
+        return acts_BNM
+
     def branch(self, x_BND: Tensor, kind: Literal["attention", "mlp"], site: FixSite) -> Tensor:
         """What a branch of the block adds to the residual stream."""
         return x_BND
@@ -148,6 +158,12 @@ class Fix(Settings):
     def prefix_tokens(self, count: int) -> int:
         """How many prefix tokens the blocks see, when they saw `count` without the fix."""
         return count
+
+    def calibrate(self, pixels: Callable[[], Iterator[Tensor]], site: FixSite) -> str:
+        """Find on images what the fix needs, and put it into `site.home`; `pixels()` gives the batches [B, C, height, width]
+        once more. Returns a line on what was found.
+        """
+        return ""
 
     def convert(self, module: nn.Module, width: int) -> bool:
         """Turn a module into the fix's own kind, in place and with its parameters; False where it cannot."""
@@ -281,5 +297,8 @@ def add_fix(model: Any, fix: Fix, blocks: Sequence[int] | None = None) -> None:
             setattr(site.home, name, made)
         for site in sites:
             site.home.sites.append((fix, site))
+        if fix.home == "model" and type(fix).neurons_of is not Fix.neurons_of:
+            for i, block in enumerate(model.blocks):
+                block.sites.append((fix, replace(sites[0], block=i)))
     model.num_prefix_tokens = fix.prefix_tokens(model.num_prefix_tokens)
     model.fixes = (*model.fixes, AppliedFix(fix.name, asdict(fix), reach))

@@ -67,7 +67,8 @@ class Differential(Fix):
 
     def heads(self, out_BHNK: Tensor, v_BHNK: Tensor, site: FixSite) -> Tensor:
         """[B, H, N, K] -> [B, H, N, K], normalised."""
-        normed_BHNK: Tensor = site.home.sub_norm(out_BHNK)
+        gain_K: Tensor = site.home.sub_norm.weight
+        normed_BHNK: Tensor = site.home.sub_norm(out_BHNK.to(gain_K.dtype))  # RMSNorm warns where autocast lowered one of both
         return normed_BHNK * (1 - first_lambda(site.block))
 
 

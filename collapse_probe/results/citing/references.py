@@ -409,6 +409,22 @@ REFERENCES = (
         2026,
         "2606.08105",
     ),
+    Reference(
+        "jiang2025vision",
+        "Vision Transformers Don't Need Trained Registers",
+        "Jiang, Nick and Dravid, Amil and Efros, Alexei A. and Gandelsman, Yossi",
+        2025,
+        "2506.08010",
+        NEURIPS,
+    ),
+    Reference(
+        "venkataramanan2024skip",
+        "Skip-Attention: Improving Vision Transformers by Paying Less Attention",
+        "Venkataramanan, Shashanka and Ghodrati, Amir and Asano, Yuki M. and Porikli, Fatih and Habibian, Amirhossein",
+        2024,
+        "2301.02240",
+        ICLR,
+    ),
     Reference("zhai2026exclusive", "Exclusive Self Attention", "Zhai, Shuangfei", 2026, "2603.09078"),
 )
 BY_KEY = {each.key: each for each in REFERENCES}
@@ -469,8 +485,10 @@ FIXES: dict[str, tuple[str, ...]] = {
     "shaped-attention": ("noci2023shaped", "he2024simplifying", "naitsaada2025mind"),
     "shared-attention": (REFINER,),
     "sigma-reparam": ("zhai2023stabilizing",),
+    "skip-attention": ("venkataramanan2024skip",),
     "talking-heads": (CAIT,),
     "temperature": (DEEPVIT,),
+    "test-time-registers": ("jiang2025vision",),
     "value-residual": ("zhou2025value",),
 }
 ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
