@@ -10,6 +10,8 @@ import click
 from collapse_probe.cli import options
 from collapse_probe.cli.fail_on import TRIPPED, thresholds
 
+from collapse_probe.training.logs.log import KINDS
+
 INTERRUPTED = 130
 
 
@@ -79,6 +81,13 @@ def training(function: Any) -> Any:
     help="Stop with exit code 3 where this holds of what --monitor-every measures, or is undefined: "
     "'attention_entropy_share < 0.05'. The last model before is kept. May be given several times.",
 )
+@click.option(
+    "--log",
+    "logs",
+    multiple=True,
+    type=click.Choice(list(KINDS)),
+    help="Where curves and heatmaps go; may be given several times.  [default: tensorboard, where it is installed]",
+)
 @click.option("--stop-after", type=click.IntRange(min=1), metavar="N", help="End after N steps in all; --resume goes on.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the output folder.")
 @training
@@ -86,7 +95,7 @@ def command(quiet: bool, verbose: int, **flags: Any) -> None:
     """Train RECIPE (see `ls recipes`) on labelled images, with any fixes and penalties.
 
     Writes model.safetensors, which `analyze -m` and `compare` read, with training.json, checkpoints and
-    TensorBoard logs. Works under torchrun and accelerate launch.
+    logs. Works under torchrun and accelerate launch.
     """
     options.across_processes(run)(quiet=quiet, **flags)
 
@@ -101,6 +110,7 @@ def run(
     resume: bool,
     stop_after: int | None,
     alarm: tuple[str, ...],
+    logs: tuple[str, ...],
     dry_run: bool,
     quiet: bool,
     **flags: Any,
@@ -142,6 +152,7 @@ def run(
                 stop_after=stop_after,
                 command=command_line(),
                 alarm=alarm,
+                logs=logs,
             )
     except KeyboardInterrupt:
         click.echo(f"interrupted; --resume -o {folder} goes on from the last checkpoint", err=True)

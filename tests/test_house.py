@@ -31,6 +31,7 @@ FAMILIES = {  # folders with one file a thing
     "metrics/weights",
     "models/fixes",
     "models/sources",
+    "training/logs",
     "training/penalties",
     "training/recipes",
 }
@@ -40,7 +41,10 @@ HEAVY = ("torch", "timm", "torchvision", "matplotlib", "pandas", "numpy", "scipy
 BESIDE_TORCH = (  # what only one step of a run needs, and is imported there
     *("scipy.optimize", "scipy.stats", "matplotlib", "seaborn", "pandas", "jinja2", "sklearn", "skimage"),
     *("torchmetrics", "transformers", "accelerate", "datasets", "webdataset", "fsspec", "tensorboard", "lightning"),
+    *("wandb", "trackio", "mlflow"),
 )
+
+LOGGED = ("wandb", "trackio", "mlflow", "matplotlib", "torch.utils.tensorboard", "accelerate", "lightning")
 
 
 def modules():
@@ -86,7 +90,7 @@ def test_no_package_has_a_circle_of_imports():
 @pytest.mark.parametrize("family", sorted(FAMILIES - {"cli"}))
 def test_files_of_one_family_do_not_import_each_other(family):
     place = family.replace("/", ".")
-    bases = {"base", "presets", "apply"}
+    bases = {"base", "presets", "apply", "log"}
     for path in (PACKAGE / family).glob("*.py"):
         others = {name.split(".")[len(place.split("."))] for name in imports(path) if name.startswith(f"{place}.")}
         assert path.stem in bases or others - bases <= set(), f"{path} imports {others}"
@@ -147,6 +151,7 @@ NOWHERE = ("--data", "/no/such/folder", "-q")  # which is found out after all th
     ("code", "heavy"),
     [
         ("import collapse_probe", HEAVY),
+        ("import collapse_probe.training.monitor, collapse_probe.training.trainer", LOGGED),
         (command("--help"), HEAVY),
         (command("analyze", "--help"), HEAVY),
         *((command("ls", kind), HEAVY) for kind in ("models", "metrics", "presets", "fixes", "penalties", "recipes", "data")),
@@ -163,7 +168,7 @@ NOWHERE = ("--data", "/no/such/folder", "-q")  # which is found out after all th
         (command("compare", "vit_b_32", "vit_s_16", *NOWHERE), BESIDE_TORCH),
     ],
     ids=[
-        *("front door", "help", "help of analyze"),
+        *("front door", "training", "help", "help of analyze"),
         *("ls models", "ls metrics", "ls presets", "ls fixes", "ls penalties", "ls recipes", "ls data"),
         "results, which name what draws them",
         *("findings page", "comparison page", "intervention page", "sweep page"),
@@ -193,7 +198,7 @@ MEASURED = "--metric --null-images"
 GIVEN = "--fix --fix-blocks --data --split --limit --max-pixels"
 SAVED = "--save-every --max-time --resume"
 KEPT = f"-o --output --json --no-page --fail-on --junit {PLUGIN}"
-TRAINED = "--fix --penalty --set --seed --steps --device -j --workers --monitor-every --alarm --stop-after"
+TRAINED = "--fix --penalty --set --seed --steps --device -j --workers --monitor-every --alarm --log --stop-after"
 FLAGS = {
     "analyze": f"{MODEL} {GIVEN} {RUN} {MEASURED} --null-seeds --until-ci --level --preset --recalibrate-bn --part --records "
     f"{SAVED} {KEPT}",

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -25,10 +27,13 @@ from collapse_probe.results.findings import Findings
 from collapse_probe.seeding import random_kept
 from collapse_probe.settings import names_in
 from collapse_probe.training.alarm import Alarm, Save, save_weights
+from collapse_probe.training.logs.log import Log
 
-Log = Callable[[int, dict[str, float]], None]
+Points = Callable[[int, dict[str, float]], None]
 Transform = Callable[[Image], Tensor]
 NONFINITE = "nonfinite"
+GROUP = "collapse"
+SQUARE = (("block", "block"), ("depth", "depth"))
 
 
 class Monitor:
@@ -44,8 +49,9 @@ class Monitor:
     `analyze`, by default its default set; no untrained copy is measured, which would be the same at every step.
     `preprocess` is a Preprocess or a transform from picture to tensor; by default what the model declares. With a `folder`
     each measurement becomes a findings folder, `folder/step-0001000`; `collapse-probe compare folder` draws all of them
-    over the training. `log(step, summary)` takes the defined numbers of the summary; for TensorBoard:
-    `log=lambda step, numbers: [writer.add_scalar(name, n, step) for name, n in numbers.items()]`.
+    over the training. `log` is a log of `collapse_probe.training.logs` (TensorBoard, Weights & Biases, trackio, MLflow), or
+    any object like it: it takes the defined numbers of the summary as `collapse/NAME`, every block × block matrix as a picture
+    and, with a `folder`, each findings folder. Or it is a function of (step, numbers), which takes the numbers alone.
 
     The training goes on as if the monitor were not there: train and eval modes, random states, buffers, gradients and autocast
     are as before, after errors too. The measurement itself is in eval mode, in the parameters' own precision, with the
@@ -73,7 +79,7 @@ class Monitor:
         metrics: str | Sequence[str] = (),
         preprocess: Preprocess | Transform | None = None,
         seed: int = 0,
-        log: Log | None = None,
+        log: Log | Points | None = None,
         alarm: str | Sequence[str] = (),
         save: Save = save_weights,
     ) -> None:
@@ -129,9 +135,20 @@ class Monitor:
             return None, str(error)
         if self.folder is not None:
             findings.save(self.folder / f"step-{step:07d}")
-        if self.log is not None:
-            self.log(step, row_of(findings))
+        self._log(step, row_of(findings))
+        if isinstance(self.log, Log):
+            for name, result in findings.metrics.items():
+                if result.values is not None and result.dims in SQUARE:
+                    self.log.image(step, f"{GROUP}/{name}", pixels(findings.plot(name)))
+            if self.folder is not None:
+                self.log.artifact(step, "findings", self.folder / f"step-{step:07d}")
         return findings, ""
+
+    def _log(self, step: int, row: dict[str, float]) -> None:
+        if isinstance(self.log, Log):
+            self.log.numbers(step, {f"{GROUP}/{name}": value for name, value in row.items()})
+        elif self.log is not None:
+            self.log(step, row)
 
     def _say_why(self, step: int, why: str) -> None:
         """Nothing could be measured at `step`: into the log, and beside the findings of other steps."""
@@ -139,8 +156,7 @@ class Monitor:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / f"step-{step:07d}.txt").write_text(f"not measured: {why}\n", encoding="utf-8")
-        if self.log is not None:
-            self.log(step, {NONFINITE: 1.0})
+        self._log(step, {NONFINITE: 1.0})
 
     def measure(self, model: nn.Module, step: int) -> Findings:
         """The findings of `model` now, at any `step`; nothing is written or logged."""
@@ -152,6 +168,15 @@ class Monitor:
                 subject = replace(subject, preprocess=self.preprocess, notes=())
             findings = measure(subject, self.images, settings)
         return findings.with_run(step=step)
+
+
+def pixels(figure: Any) -> NDArray[np.uint8]:
+    """A figure of matplotlib as bytes [height, width, 3]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def row_of(findings: Findings) -> dict[str, float]:

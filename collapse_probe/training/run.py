@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from collapse_probe.models.model_file import ModelCard, save_model
 from collapse_probe.provenance import names_sha256, versions
 from collapse_probe.seeding import random_states, restore_random, seed_all
 from collapse_probe.training.batches import Sharing, TrainingData, open_training_data
+from collapse_probe.training.logs.log import Logs, open_log
 from collapse_probe.training.loss import Mixer, TrainingLoss, needs_patch_targets
 from collapse_probe.training.recipe import Recipe
 from collapse_probe.training.step import TrainStep
@@ -98,33 +99,17 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-class TrainingLog:
-    """Writes scalars into `folder`; without one (other processes), or without tensorboard, nothing.
-
-    What an interrupted run wrote from the first step on is taken back.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
-        self._writer: Any = None
-
-    def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
-        """One point of each curve, called `group/name`."""
-        if self._folder is not None and self._writer is None:
-            try:
-                make: Any = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-            except ImportError:
-                self._folder = None
-            else:
-                self._writer = make(str(self._folder), purge_step=step)
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{group}/{name.replace(' ', '_')}", value, step)
-
-    def close(self) -> None:
-        """Flush to the disk."""
-        if self._writer is not None:
-            self._writer.close()
+def opened_logs(kinds: Sequence[str], output: Path, recipe: Recipe) -> Logs:
+    """The logs of these kinds, in the first process, in the folder logs/; without any, TensorBoard's where it is installed."""
+    folder, settings = output / "logs", recipe.to_json()
+    if rank_and_world()[0] > 0:
+        return Logs()
+    if kinds:
+        return Logs([open_log(kind, folder, output.resolve().name, settings) for kind in dict.fromkeys(kinds)])
+    try:
+        return Logs([open_log("tensorboard", folder, "", settings)])
+    except SettingError:
+        return Logs()
 
 
 @dataclass(kw_only=True)
@@ -140,7 +125,7 @@ class Run:
     mixer: Mixer
     output: Path
     total: int
-    log: TrainingLog
+    log: Logs
     say: Say
     facts: Mapping[str, Any]
     evaluations: list[dict[str, float]] = field(default_factory=list)
@@ -166,7 +151,15 @@ def accelerator_on(device: str) -> Any:
 
 
 def prepare(
-    recipe: Recipe, data: str, val_data: str | None, output: Path, resume: bool, accelerator: Any, say: Say, command: str
+    recipe: Recipe,
+    data: str,
+    val_data: str | None,
+    output: Path,
+    resume: bool,
+    accelerator: Any,
+    say: Say,
+    command: str,
+    logs: Sequence[str] = (),
 ) -> Run:
     """The run before its first step, or with `resume` as its newest checkpoint left it; writes recipe.json."""
     states = states_in(output / "state")
@@ -185,6 +178,7 @@ def prepare(
         say("there is no checkpoint yet; the run begins")
     if rank_and_world()[0] == 0:
         write_document(output / "recipe.json", recipe.to_json())
+    run.log = opened_logs(logs, output, recipe)
     return run
 
 
@@ -212,8 +206,7 @@ def _assembled(recipe: Recipe, split: Split, output: Path, accelerator: Any, say
         "device": device_name(accelerator.device),
         "world_size": world,
     }
-    log = TrainingLog(output / "logs" if rank == 0 else None)
-    parts: dict[str, Any] = {"data": data, "train_step": train_step, "mixer": mixer, "log": log, "facts": facts}
+    parts: dict[str, Any] = {"data": data, "train_step": train_step, "mixer": mixer, "log": Logs(), "facts": facts}
     return Run(recipe=recipe, output=output, total=length[0], say=say, **parts)
 
 

@@ -85,15 +85,17 @@ def train(
     stop_after: int | None = None,
     command: str = "",
     alarm: str | Sequence[str] = (),
+    logs: Sequence[str] = (),
 ) -> Trained:
     """Train `recipe` on the data at an address and write everything into the folder `output`.
 
     model.safetensors (weights with all that is needed to build the model), training.json, recipe.json,
-    state/ (complete checkpoints), logs/ (TensorBoard), models/ (with `snapshot_every`), monitor/ (with
+    state/ (complete checkpoints), logs/ (see `logs`), models/ (with `snapshot_every`), monitor/ (with
     `monitor_every`). Under torchrun or `accelerate launch` every process calls this alike. With `resume` the
     run goes on from the newest checkpoint, on the CPU to the bit; without one it begins. `monitor.step(model,
     step)` is called before the first step and after each; `stop_after` ends the run after that many steps. An `alarm`
     (see Monitor) ends it with AlarmError in all processes; the last good model is a model file in monitor/last-good/.
+    `logs` names where curves and heatmaps go: tensorboard (alone by default, where it is installed), wandb, trackio, mlflow.
 
     Raises SettingError, DataError, ModelError, OutputError, CheckpointError; DivergedError where a loss is NaN or infinite,
     which names the step, the term and the last checkpoint.
@@ -102,13 +104,16 @@ def train(
         raise SettingError("an alarm is about what a monitor measures, and this run has none: --monitor-every N")
     output, accelerator = Path(output), accelerator_on(device)
     with random_kept(accelerator.device):
-        run = prepare(recipe, data, val_data, output, resume, accelerator, report or (lambda text: None), command)
-        if monitor is None and recipe.monitor_every and (accelerator.is_main_process or alarm):
-            monitor = _monitor_of(run, alarm)
+        run = prepare(recipe, data, val_data, output, resume, accelerator, report or (lambda text: None), command, logs)
+        failed = True
         try:
-            return _train(run, monitor, progress, min(run.total, stop_after or run.total))
+            if monitor is None and recipe.monitor_every and (accelerator.is_main_process or alarm):
+                monitor = _monitor_of(run, alarm)
+            trained = _train(run, monitor, progress, min(run.total, stop_after or run.total))
+            failed = False
+            return trained
         finally:
-            run.log.close()
+            run.log.close(failed)
 
 
 def _monitor_of(run: Run, alarm: str | Sequence[str]) -> Monitor:
@@ -119,11 +124,8 @@ def _monitor_of(run: Run, alarm: str | Sequence[str]) -> Monitor:
         save_run_model(run, path, model, {"weights": "live", "recalibrated_batches": 0, "step": step})
         return path
 
-    def log(step: int, numbers: dict[str, float]) -> None:
-        run.log.scalars("collapse", numbers, step)
-
     count, every, folder = run.recipe.monitor_images, run.recipe.monitor_every, run.output / "monitor"
-    return Monitor(run.data.sample(count), every=every, folder=folder, limit=count, log=log, alarm=alarm, save=save)
+    return Monitor(run.data.sample(count), every=every, folder=folder, limit=count, log=run.log, alarm=alarm, save=save)
 
 
 def _train(run: Run, monitor: Any, progress: Progress | None, until: int) -> Trained:
@@ -146,7 +148,7 @@ def _train(run: Run, monitor: Any, progress: Progress | None, until: int) -> Tra
         if _due(step, recipe.log_every):
             speed = step * recipe.batch_size / max(run.seconds, 1e-9)
             curves = {"total": result.total, "gradient norm": result.gradient_norm, "lr": result.lr, "images per second": speed}
-            run.log.scalars("train", {**result.terms, **curves}, step)
+            run.log.numbers(step, {f"train/{name}": value for name, value in {**result.terms, **curves}.items()})
         if _due(step, recipe.evaluate_every) and step < run.total:
             accuracy, loss = _evaluate(run, settled_model(run))
             run.say(f"step {step} of {run.total}: accuracy {accuracy:.2%}, loss {loss:.4f} on held-out images")
@@ -182,7 +184,7 @@ def _evaluate(run: Run, model: nn.Module) -> tuple[float, float]:
     accuracy, loss = score(model, run.data.held_out(), run.recipe.amp)
     numbers = {"accuracy": accuracy, "loss": loss}
     run.evaluations.append({"step": run.train_step.done, **numbers})
-    run.log.scalars("validation", numbers, run.train_step.done)
+    run.log.numbers(run.train_step.done, {f"validation/{name}": value for name, value in numbers.items()})
     return accuracy, loss
 
 
