@@ -87,7 +87,9 @@ class Alarm:
                 return self._undecided(rule, step, why)
             place = extreme(findings.metrics, rule.name, rule.sign)
             end = "lowest" if rule.sign[0] == "<" else "highest"
-            where = "" if place is None else f", {end} at {place.words} ({place.value:.6g})"
+            where = ""
+            if place is not None:
+                where = f" {place.words}" if place.value == value else f", {end} {place.words} ({place.value:.6g})"
             what = f"{rule.name} is {value:.6g}{where}, for which the alarm {rule.text!r} stops the training"
             found = self._tripped(rule, float(value), step, what)
             return found if place is None else replace(found, block=place.block, head=place.head)

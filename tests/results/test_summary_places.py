@@ -45,12 +45,12 @@ def test_places_are_named_as_their_metric_counts_them(measured):
     entropy = measured["attention-entropy"].details["share"]
     block, head = np.unravel_index(np.argmin(entropy), np.shape(entropy))
     found = extreme(measured.metrics, "attention_entropy_share", "<=")
-    assert (found.block, found.head, found.words) == (block, head, f"block {block}, head {head}")
+    assert (found.block, found.head, found.words) == (block, head, f"in block {block}, head {head}")
     later = int(np.argmax(measured.matrix("attention-similarity")[[1, 2], [0, 1]])) + 1
     found = extreme(measured.metrics, "attention_similarity_adjacent", ">")
-    assert (found.block, found.head, found.words) == (later, None, f"blocks {later - 1} and {later}")
+    assert (found.block, found.head, found.words) == (later, None, f"between blocks {later - 1} and {later}")
     assert extreme(measured.metrics, "patch_diversity_last", "<").words == "after block 2"
-    assert extreme(measured.metrics, "weight_rank_mean", "<").words.startswith("block ")
+    assert extreme(measured.metrics, "weight_rank_mean", "<").words.startswith("in block ")
     end, mean = (extreme(measured.metrics, f"attention_entropy_mean{end}", ">") for end in ("_ci_low", ""))
     assert end == mean
 
@@ -65,6 +65,6 @@ def test_what_is_no_mean_over_places_has_no_place(measured, name, sign):
 def test_undefined_places_are_passed_over():
     values = np.array([[0.2, np.nan], [np.nan, 0.1]])
     result = MetricResult(("block", "head"), "", values, details={"share": values}, description=Description(level="attention"))
-    assert extreme({"attention-entropy": result}, "attention_entropy_share", "<").words == "block 1, head 1"
+    assert extreme({"attention-entropy": result}, "attention_entropy_share", "<").words == "in block 1, head 1"
     nothing = MetricResult(("block", "head"), "", None, not_applicable="signed maps")
     assert extreme({"attention-entropy": nothing}, "attention_entropy_share", "<") is None

@@ -58,7 +58,7 @@ def test_the_error_names_number_place_value_threshold_and_step(tmp_path):
     assert (error.block, error.head) == (block, head)
     assert block == 1
     text = str(error)
-    assert text.startswith(f"step 7: attention_entropy_share is {share.mean():.6g}, lowest at block 1, head {head} (")
+    assert text.startswith(f"step 7: attention_entropy_share is {share.mean():.6g}, lowest in block 1, head {head} (")
     assert f"the alarm '{ENTROPY}' stops the training" in text
     assert f"of step 0, is {tmp_path / 'last-good' / 'step-0000000.pth'}" in text
     assert [step for step, _ in rows] == [0, 7]
@@ -98,6 +98,11 @@ def test_the_first_of_several_alarms_that_holds_is_told():
     error = tripped(monitor, tiny(), 0)
     assert (error.alarm, error.value, error.block, error.head) == ("images > 3", 6.0, None, None)
     assert "the monitor has no folder" in str(error)
+
+
+def test_a_number_of_one_place_alone_is_told_with_it():
+    error = tripped(watching(alarm="patch_diversity_last > -1"), tiny(), 0)
+    assert str(error).startswith(f"step 0: patch_diversity_last is {error.value:.6g} after block 1, for which the alarm")
 
 
 def test_an_alarm_that_holds_from_the_first_measurement_on_has_no_state(tmp_path):

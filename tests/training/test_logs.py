@@ -45,22 +45,14 @@ class Reader:
         return curves, decoded
 
     def wandb(self):
-        from wandb.proto import wandb_internal_pb2 as protocol
-
         curves, images = {}, {}
-        for file in sorted(self.root.rglob("run-*.wandb")):
-            for content in leveldb_records(file.read_bytes()):
-                record = protocol.Record()
-                record.ParseFromString(content)
-                if record.WhichOneof("record_type") != "history":
-                    continue
-                row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-                step = row.pop("collapse_probe/step")
-                for name, value in row.items():
-                    if isinstance(value, dict) and value["_type"] == "image-file":
-                        images.setdefault(name, {})[step] = picture((file.parent / "files" / value["path"]).read_bytes())
-                    elif not name.startswith("_"):
-                        curves.setdefault(name, {})[step] = value
+        for file, row in wandb_history(self.root):
+            step = row.pop("collapse_probe/step")
+            for name, value in row.items():
+                if isinstance(value, dict) and value["_type"] == "image-file":
+                    images.setdefault(name, {})[step] = picture((file.parent / "files" / value["path"]).read_bytes())
+                elif not name.startswith("_"):
+                    curves.setdefault(name, {})[step] = value
         return curves, images
 
     def trackio(self):
@@ -105,6 +97,23 @@ def picture(content):
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
+def wandb_history(root):
+    """The rows of the histories in W&B's files, each with its file."""
+    from wandb.proto import wandb_internal_pb2 as protocol
+
+    for file in sorted(root.rglob("run-*.wandb")):
+        for content in leveldb_records(file.read_bytes()):
+            record = protocol.Record()
+            record.ParseFromString(content)
+            row = {}
+            for item in record.history.item:
+                name, *below = item.nested_key or [item.key]
+                value = json.loads(item.value_json)
+                row[name] = {**row.get(name, {}), below[0]: value} if below else value
+            if row:
+                yield file, row
+
+
 def leveldb_records(content):
     """The records of a file of W&B: LevelDB's log format behind a header of seven bytes."""
     at, whole = 7, b""
@@ -133,11 +142,10 @@ def offline(tmp_path, monkeypatch):
     }.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.chdir(tmp_path)
-    for name, module in list(sys.modules.items()):  # trackio reads its folder when it is imported
-        if name.split(".")[0] == "trackio" and getattr(module, "TRACKIO_DIR", None) is not None:
-            monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
-        if name.split(".")[0] == "trackio" and getattr(module, "MEDIA_DIR", None) is not None:
-            monkeypatch.setattr(module, "MEDIA_DIR", tmp_path / "trackio" / "media")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)  # it reads its folder when it is imported
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()  # as W&B does its own
     return tmp_path
 
 
@@ -231,9 +239,10 @@ def test_a_run_of_ones_own_stays_open_and_keeps_all_points(offline):
     log.close()
     mine.log({"loss": 0.5}, step=1001)
     mine.finish()
-    files = [record for file in offline.rglob("run-*.wandb") for record in leveldb_records(file.read_bytes())]
-    assert any(b"collapse" in record for record in files)
-    assert sum(b"loss" in record for record in files) >= 2
+    rows = [row for _, row in wandb_history(offline)]
+    assert [row["loss"] for row in rows if "loss" in row] == [1.0, 0.5]
+    (ours,) = [row for row in rows if "collapse/images" in row]
+    assert (ours["collapse/images"], ours["collapse_probe/step"]) == (6.0, 7)
 
 
 @pytest.mark.parametrize("kind", ["wandb", "trackio", "mlflow", "tensorboard"])

@@ -68,7 +68,7 @@ def _is_square(result: MetricResult) -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a number is: its value, the block (the later of a pair), and the head or matrix where there is one."""
+    """Where a number is: its value, the block (the later of a pair), the head where there is one, and the place in words."""
 
     value: float
     block: int
@@ -89,16 +89,16 @@ def extreme(results: Mapping[str, MetricResult], name: str, sign: str) -> Place 
     block, dims = place[0], result.dims
     if dims in (("block", "block"), ("depth", "depth")):
         what = "block" if dims[0] == "block" else "depth"
-        return Place(value, block + 1, words=f"{what}s {block} and {block + 1}")
+        return Place(value, block + 1, words=f"between {what}s {block} and {block + 1}")
     if dims == ("depth",):  # the last one: the output of the last block
         last = len(result.array) - 1
         return Place(value, last - 1, words=f"after block {last - 1}")
     if dims == ("block", "head"):
-        return Place(value, block, place[1], f"block {block}, head {place[1]}")
+        return Place(value, block, place[1], f"in block {block}, head {place[1]}")
     if dims == ("block", "matrix"):
         matrices = result.details.get("matrices", range(values.shape[1]))
-        return Place(value, block, words=f"block {block}, matrix {matrices[place[1]]}")
-    return Place(value, block, words=f"block {block}")
+        return Place(value, block, words=f"in block {block}, matrix {matrices[place[1]]}")
+    return Place(value, block, words=f"in block {block}")
 
 
 def _behind(results: Mapping[str, MetricResult], name: str) -> tuple[MetricResult | None, Array | None]:

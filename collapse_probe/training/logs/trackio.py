@@ -51,7 +51,7 @@ class TrackioLog:
         """Finish the run."""
         if self._own:
             with _spoken_to_stderr():
-                self.run.finish()
+                self._trackio.finish()  # not `run.finish`, after which trackio would finish it again at exit
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ class WandbLog:
         """A run in the project collapse-probe."""
         library("wandb", "wandb", "logging to Weights & Biases")
         run_id = stored_id(folder, "wandb")
-        return cls(project=PROJECT, name=name, dir=str(folder), config=dict(settings), id=run_id, resume="allow")
+        return cls(project=PROJECT, name=name, dir=str(folder.resolve()), config=dict(settings), id=run_id, resume="allow")
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
         for group in {name.partition("/")[0] for name in values} - self._groups:
