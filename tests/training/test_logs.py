@@ -232,7 +232,7 @@ def test_a_run_of_ones_own_stays_open_and_keeps_all_points(offline):
     wandb = pytest.importorskip("wandb")
     from collapse_probe.training.logs.wandb import WandbLog
 
-    mine = wandb.init(project="mine")
+    mine = wandb.init(project="mine", dir=str(offline))
     mine.log({"loss": 1.0}, step=1000)
     log = WandbLog(mine)
     log.numbers(7, {"collapse/images": 6.0})
