@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from collapse_probe.metrics.accumulators import Means
 from collapse_probe.metrics.coverage import NO_PATCHES, covered, groups_of, has_patches
 from collapse_probe.metrics.metric import Metric, Record, Variant, mean_over_images
 from collapse_probe.metrics.nulls import untrained_only
+from collapse_probe.metrics.sampled_images import SampledImages
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import Array
 
@@ -72,6 +73,84 @@ class RowMeans(HeadMeans):
     def end_batch(self, trace: Trace) -> dict[str, Tensor]:
         del self._trace
         return self.add_heads(value=torch.where(self._rows > 0, self._total / self._rows, torch.nan))
+
+
+SPECTRUM_BYTES = 32 * 2**20
+"""Bytes of float64 maps whose singular values are taken at a time."""
+
+
+class SampledMaps(SampledImages):
+    """Of a sample of images, block and head what `numbers` says of the whole map (mean over windows), by `names`.
+
+    `numbers` takes maps [H, N, M] and gives values [H] for each name, NaN where undefined.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        point: str,
+        without: tuple[int, ...],
+        names: Iterable[str],
+        numbers: Callable[[Tensor], dict[str, Tensor]],
+        most: int,
+    ) -> None:
+        self.names, self.numbers = tuple(names), numbers
+        super().__init__(len(self.names), most, torch.float64)
+        self.plan, self.point, self.without = plan, point, without
+        self.windowed = not without
+        self.shape = HeadMeans(plan).shape
+
+    def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
+        self._images = names
+
+    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
+        """Take a batch; returns the means over heads [B, blocks], NaN for images outside of the sample."""
+        over_heads = {name: torch.full((trace.images, self.shape[0]), torch.nan, dtype=torch.float64) for name in self.names}
+
+        def features(image: int) -> list[Tensor]:
+            found = self._numbers(trace, image)
+            for name, of_heads in found.items():
+                over_heads[name][image] = of_heads.nanmean(-1)
+            return [*found.values()]
+
+        self.take_images(self._images, features)
+        return over_heads
+
+    def means(self) -> HeadMeans:
+        """The means over the images of the sample."""
+        means = HeadMeans(self.plan, *self.names)
+        if self._kept:
+            views = zip(*(features for _, features in self._kept), strict=True)
+            values = [torch.stack([x for x in view if x is not None]).view(-1, *self.shape) for view in views]
+            means.add_heads(**dict(zip(self.names, values, strict=True)))
+        return means
+
+    def _numbers(self, trace: Trace, image: int) -> dict[str, Tensor]:
+        """The numbers of one image, [blocks, heads] by name; NaN where there is no head."""
+        found = {name: torch.full(self.shape, torch.nan, dtype=torch.float64) for name in self.names}
+        for group in groups_of(trace.plan, self.windowed):
+            windows = range(image * group.windows, (image + 1) * group.windows)
+            for position in group.positions:
+                layer = trace.plan.map_layers[position]
+                each = [self._of_map(trace, layer, window) for window in windows]
+                for name, values in found.items():
+                    values[position, : group.heads] = torch.stack([numbers[name] for numbers in each]).nanmean(0)
+        return found
+
+    def _of_map(self, trace: Trace, layer: int, image: int) -> dict[str, Tensor]:
+        """The numbers of the maps of all heads of one layer and image (or window), [H] by name, on the CPU."""
+        heads, queries, keys = trace.plan.layers[layer].signature
+        rows, columns = ([t for t in range(size) if t not in self.without] for size in (queries, keys))
+        step = max(1, SPECTRUM_BYTES // (queries * keys * 8))
+        everything = slice(None)
+        parts = []
+        for first in range(0, heads, step):
+            place = (slice(image, image + 1), slice(first, first + step), everything, everything)
+            maps = trace.attention[layer].maps(*place)[self.point][0]
+            if self.without:
+                maps = maps[:, rows][:, :, columns]
+            parts.append(self.numbers(maps))
+        return {name: torch.cat([part[name].cpu() for part in parts]) for name in self.names}
 
 
 class MapMetric(Metric):

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from collapse_probe.capture.plan import Plan
-from collapse_probe.capture.trace import Trace
-from collapse_probe.metrics.coverage import groups_of
 from collapse_probe.metrics.functional.spectra import effective_rank_of, singular_values, stable_rank_of
-from collapse_probe.metrics.map_metric import OF_PROBS, WITHOUT_PREFIX, HeadMeans, HeadMetric
+from collapse_probe.metrics.map_metric import (
+    OF_PROBS,
+    SPECTRUM_BYTES,
+    WITHOUT_PREFIX,
+    HeadMeans,
+    HeadMetric,
+    SampledMaps,
+)
 from collapse_probe.metrics.metric import DOTS, Need, Record, Variant
-from collapse_probe.metrics.sampled_images import SampledImages
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 
@@ -28,8 +32,6 @@ SPECTRA_IMAGES = 32
 SAMPLE = (
     "beyond that a random sample by a hash of their names; details.images is how many entered, details.of how many there were"
 )
-SPECTRUM_BYTES = 32 * 2**20
-"""Bytes of float64 maps whose singular values are taken at a time."""
 
 
 def distance_to_rank_one(values: Tensor) -> Tensor:
@@ -43,67 +45,21 @@ def distance_to_rank_one(values: Tensor) -> Tensor:
     return torch.where(whole > 0, (squares[..., 1:].sum(-1) / torch.where(whole > 0, whole, 1.0)).sqrt(), torch.nan)
 
 
-class MapSpectra(SampledImages):
+def ranks_of(maps: Tensor) -> dict[str, Tensor]:
+    """The measures of maps [H, N, M] by name, [H] each."""
+    values = singular_values(maps)
+    return {
+        "effective": effective_rank_of(values),
+        "stable": stable_rank_of(values),
+        "residual": distance_to_rank_one(values),
+    }
+
+
+class MapSpectra(SampledMaps):
     """Of a sample of images, block and head what the singular values of the whole map say (mean over windows)."""
 
     def __init__(self, plan: Plan, point: str, without: tuple[int, ...]) -> None:
-        super().__init__(len(MEASURES), SPECTRA_IMAGES, torch.float64)
-        self.plan, self.point, self.without = plan, point, without
-        self.windowed = not without
-        self.shape = HeadMeans(plan).shape
-
-    def start_batch(self, trace: Trace, names: Sequence[str]) -> None:
-        self._names = names
-
-    def end_batch(self, trace: Trace) -> dict[str, Tensor]:
-        """Take a batch; returns the means over heads [B, blocks], NaN for images outside of the sample."""
-        over_heads = {name: torch.full((trace.images, self.shape[0]), torch.nan, dtype=torch.float64) for name in MEASURES}
-
-        def ranks(image: int) -> list[Tensor]:
-            ranks = self._ranks(trace, image)
-            for name, of_heads in ranks.items():
-                over_heads[name][image] = of_heads.nanmean(-1)
-            return [*ranks.values()]
-
-        self.take_images(self._names, ranks)
-        return over_heads
-
-    def means(self) -> HeadMeans:
-        """The means over the images of the sample."""
-        means = HeadMeans(self.plan, *MEASURES)
-        if self._kept:
-            views = zip(*(features for _, features in self._kept), strict=True)
-            ranks = [torch.stack([x for x in view if x is not None]).view(-1, *self.shape) for view in views]
-            means.add_heads(**dict(zip(MEASURES, ranks, strict=True)))
-        return means
-
-    def _ranks(self, trace: Trace, image: int) -> dict[str, Tensor]:
-        """The measures of one image, [blocks, heads] by name; NaN where there is no head."""
-        ranks = {name: torch.full(self.shape, torch.nan, dtype=torch.float64) for name in MEASURES}
-        for group in groups_of(trace.plan, self.windowed):
-            windows = range(image * group.windows, (image + 1) * group.windows)
-            for position in group.positions:
-                layer = trace.plan.map_layers[position]
-                values = torch.stack([self._singular_values(trace, layer, window) for window in windows])
-                ranks["effective"][position, : group.heads] = effective_rank_of(values).nanmean(0)
-                ranks["stable"][position, : group.heads] = stable_rank_of(values).nanmean(0)
-                ranks["residual"][position, : group.heads] = distance_to_rank_one(values).nanmean(0)
-        return ranks
-
-    def _singular_values(self, trace: Trace, layer: int, image: int) -> Tensor:
-        """Singular values of the maps of all heads of one layer and image (or window), [H, min(N, M)] in float64 on the CPU."""
-        heads, queries, keys = trace.plan.layers[layer].signature
-        rows, columns = ([t for t in range(size) if t not in self.without] for size in (queries, keys))
-        step = max(1, SPECTRUM_BYTES // (queries * keys * 8))
-        everything = slice(None)
-        parts = []
-        for first in range(0, heads, step):
-            place = (slice(image, image + 1), slice(first, first + step), everything, everything)
-            maps = trace.attention[layer].maps(*place)[self.point][0]
-            if self.without:
-                maps = maps[:, rows][:, :, columns]
-            parts.append(singular_values(maps).cpu())
-        return torch.cat(parts)
+        super().__init__(plan, point, without, MEASURES, ranks_of, SPECTRA_IMAGES)
 
 
 class MapRank(HeadMetric):

@@ -457,6 +457,7 @@ METRICS: dict[str, tuple[str, ...]] = {  # by a metric's name without its settin
     "similar-blocks": (DEEPVIT,),
     "similarity-ratio": (DEEPVIT,),
     "sink-kind": ("fesser2026unifying",),
+    "spectral-gap": ("naitsaada2025mind",),
     "token-frequency": ("wang2022antioversmoothing",),
     "token-norm": ("darcet2024registers",),
     "token-rank": (RANK,),
