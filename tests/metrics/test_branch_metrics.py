@@ -23,6 +23,7 @@ from collapse_probe.metrics.metric import make
 from collapse_probe.metrics.tokens.angular_distance import angles, least_windows
 from collapse_probe.metrics.tokens.block_influence import cosines
 from collapse_probe.metrics.tokens.residual_contribution import contributions
+from collapse_probe.report.findings.beside import boundary_tables, window_tables
 from collapse_probe.report.findings.figures import draw_all
 from collapse_probe.report.findings.page import render
 from collapse_probe.report.heatmaps import PHASES
@@ -315,3 +316,14 @@ def test_the_boundaries_of_phases_are_drawn_in_every_square_matrix():
     page = render(findings, draw_all(findings))
     assert "Into how many phases the blocks fall" in page
     assert "phase 0" in page
+
+
+def test_tables_name_the_least_window_and_the_boundaries():
+    findings = analyze(toy(depth=6), images(4), metrics=("depth-phases", "angular-distance"), gallery_images=0)
+    (windows,) = window_tables(findings)
+    first = findings.metrics["angular-distance"].details["windows"][0]
+    assert windows.rows[0][:3] == ("1", f"block {first['first']}", f"{first['distance']:.3f}")
+    (boundaries,) = boundary_tables(findings)
+    count = findings.metrics["depth-phases"].details["phases"]
+    assert len(boundaries.rows) == max(count - 1, 1)
+    assert "in random order" in boundaries.notes[0]

@@ -14,6 +14,9 @@ from collapse_probe.capture.capture import discover_plan, record
 from collapse_probe.capture.weights.recording import read_matrices
 from collapse_probe.metrics.attention.sink_kind import sinks_of
 from collapse_probe.metrics.metric import make
+from collapse_probe.report.findings.beside import sink_tables
+from collapse_probe.report.findings.figures import draw_all
+from collapse_probe.report.findings.page import render
 
 N, K = 12, 4
 
@@ -254,3 +257,14 @@ def test_values_are_measured_behind_their_projection():
         gram = metric._grams()[1][head]
         lengths = ((values[0, head].double() @ gram) * values[0, head].double()).sum(-1).sqrt()
         np.testing.assert_allclose(lengths.numpy(), projected.norm(dim=-1).numpy(), rtol=1e-9)
+
+
+def test_the_page_counts_sinks_by_kind_token_and_threshold():
+    findings = analyze(sinking(), images(5), metrics=("sink-kind", "sink-kind@out"), gallery_images=0)
+    head, other, _, _ = sink_tables(findings)
+    assert head.rows[0][:3] == ("no-op", "4.00", "[4.00, 4.00]")
+    assert head.header == ("kind", "an image", "95 % CI", "on a patch")
+    assert ("no-op: ratio ≤ 0.1", "4.00", "–", "–") in other.rows
+    page = render(findings, draw_all(findings))
+    assert "Sinks of each kind, values of the head" in page
+    assert "Sinks of each kind, values as they are written" in page

@@ -288,12 +288,13 @@ class SinkKind(HeadMetric):
         """Counts an image: by kind, by token, and under other thresholds."""
         images = max(float(accumulator.array("images")[0]), 1.0)
         mean, _, _ = accumulator.mean("per_image")
+        ends = np.maximum(accumulator.bounds("per_image"), 0.0)  # counts
         by_class = accumulator.array("by_class") / images
         rules = [f"{ROUTED:.0%} of the queries", *(f"ε = {e:g}" for e in EPSILONS)]
         by_rule, by_ratio = accumulator.array("by_rule") / images, accumulator.array("by_ratio") / images
         return {
             "per_image": dict(zip(KINDS, mean.tolist(), strict=True)),
-            "per_image_ci95": dict(zip(KINDS, accumulator.bounds("per_image").tolist(), strict=True)),
+            "per_image_ci95": dict(zip(KINDS, ends.tolist(), strict=True)),
             "by_class": {
                 kind: {name: float(total) for name, total in zip(CLASSES, by_class[k].sum(-1), strict=True) if total}
                 for k, kind in enumerate(KINDS)

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from collapse_probe.report.findings.answer import closest, headline, rows, small_figure
+from collapse_probe.report.findings.beside import TABLES
 from collapse_probe.report.findings.cards import key_numbers
 from collapse_probe.report.findings.figures import FIGURES, caption_of, draw_all, family_figures, metrics_of, undrawn
 from collapse_probe.report.findings.outliers import places_of
@@ -19,7 +20,6 @@ from collapse_probe.report.findings.tables import (
     followed,
     per_block,
     rules_table,
-    sensitivity_tables,
     sides,
     uncompared,
     with_undefined,
@@ -137,7 +137,7 @@ def _with_plates(findings: Findings, figures: Mapping[str, Figure]) -> list[dict
                 caption_of(name, families, findings),
                 notes=tuple(_notes(findings, name)),
                 metrics=tuple(families.get(name, ())),
-                tables=tuple(sensitivity_tables(findings)) if name == "similarity-ratio" else (),
+                tables=tuple(TABLES[name](findings)) if name in TABLES else (),
             )
             for name in names
         ]
