@@ -188,3 +188,11 @@ def test_what_cannot_be_compared(run, words, code, said):
     assert "Traceback" not in err
     if code == 1:
         assert err.splitlines()[-1].startswith("error: ")
+
+
+def test_one_model_named_by_m_is_compared_with_itself_with_the_fix(run, photos):
+    code, _, err = run("compare", *MODEL, "--no-pretrained", "--fix", "layer-scale", "--data", photos, *QUICK, "-o", "alone")
+    assert code == 0, err
+    code, _, err = run("compare", "--data", photos)
+    assert code == 2
+    assert "Missing argument 'SUBJECT...'" in err

@@ -76,7 +76,7 @@ def test_planted_neurons_are_found_and_their_patches_are_long_no_more():
     fix, site = with_fix(model, neurons=2)
     said = fix.calibrate(lambda: iter([pixels[:4], pixels[4:]]), site)
     assert {(int(b), int(n)) for b, n in model.register_neurons.chosen.nonzero()} == PLANTED
-    assert "of 6 of 6 images are longer than median + 6 MAD behind block 3" in said
+    assert "of 6 of 6 images are longer than 3 times the median and median + 6 MAD behind block 3" in said
     assert "(block:neuron) 1:17, 1:40, of blocks up to 1" in said
     after = behind_last(model, pixels)
     assert after.shape == (6, 1 + 1 + 16)
@@ -121,6 +121,9 @@ def test_a_model_without_outliers_is_refused_and_stays_as_it_was():
     fix, site = with_fix(model, threshold=1000.0)
     with pytest.raises(ModelError, match="no patch of 6 images is longer than 1000 behind block 3: there is nothing to move"):
         fix.calibrate(lambda: iter([pixels]), site)
+    fix, site = with_fix(small(planted=False))
+    with pytest.raises(ModelError, match=r"longer than 3 times the median .* \(the longest has 1\.\d+ times the median"):
+        fix.calibrate(lambda: iter([pixels]), site)
     assert not model.register_neurons.chosen.any()
     assert not model.register_neurons.searching
 
@@ -162,6 +165,11 @@ def test_one_comparison_gives_before_and_after(path):
     shares = [np.asarray(each.metrics["token-norm@outliers"].values)[-1] for each in (before, after)]
     assert shares[0] >= 2 / 16
     assert shares[1] < shares[0] / 2
+
+
+def test_a_trained_model_without_outliers_is_refused_by_the_comparison():
+    with pytest.raises(ModelError, match=r"no patch of 32 images is longer than .*: there is nothing to move"):
+        cp.compare(["ours:digits-mhsa"], "bundled:digits", fixes="test-time-registers", metrics="token-norm", limit=32)
 
 
 def test_what_was_found_is_saved_loaded_and_given_to_the_untrained_copy(path, tmp_path):

@@ -65,8 +65,9 @@ class TestTimeRegisters(Fix):
     """`count` zero tokens beside the prefix; at each register neuron they get the largest activation of all tokens, patches 0.
 
     Needs no training, but images: `calibrate` (which `compare --fix` and `analyze --fix` call on `images` of theirs) finds
-    patches far longer than the rest behind block `outlier_block` (the rule of token-norm, or a fixed `threshold`), scores every
-    neuron of an MLP by its mean size at them after the non-linearity, and takes the first `neurons` of the blocks up to
+    patches far longer than the rest behind block `outlier_block`: above the limit of token-norm and `ratio` times the median
+    of their image (which is ours: among few patches six deviations are nothing rare), or above a fixed `threshold`. It scores
+    every neuron of an MLP by its mean size at them after the non-linearity, and takes the first `neurons` of the blocks up to
     `highest_block` (None: the first block behind which these patches have half of their norm). `like` takes over the choices
     of the authors for two models. Until it is calibrated, zero tokens are added and nothing is moved; a model without outliers
     is refused. `sparse` is the filter of their notebook.
@@ -79,6 +80,7 @@ class TestTimeRegisters(Fix):
     count: Annotated[int, "[1, inf)"] = 1
     neurons: Annotated[int, "[1, inf)"] = 10
     threshold: float | None = None
+    ratio: Annotated[float, "[1, inf)"] = 3.0
     outlier_block: int = -1
     highest_block: int | None = None
     like: Literal["own", "clip-b16", "dinov2-l14"] = "own"
@@ -155,13 +157,17 @@ class TestTimeRegisters(Fix):
         held.searching = True
         try:
             norms = asked._norms(pixels, site)
-            flags = [outliers(each[behind], threshold=asked.threshold) for each in norms]
+            flags = [asked._stand_out(each[behind]) for each in norms]
             seen, patches = sum(len(each) for each in flags), sum(int(each.sum()) for each in flags)
             images = sum(int(each.any(1).sum()) for each in flags)
-            rule = "median + 6 MAD" if asked.threshold is None else f"{asked.threshold:g}"
+            own = f"{asked.ratio:g} times the median and median + 6 MAD"
+            rule = f"longer than {own if asked.threshold is None else f'{asked.threshold:g}'} behind block {behind}"
             if not patches:
-                where = f"{seen} images is longer than {rule} behind block {behind}"
-                raise ModelError(f"{self.name}: no patch of {where}: there is nothing to move")
+                most = max(float((each[behind] / each[behind].median(1, keepdim=True).values).max()) for each in norms)
+                raise ModelError(
+                    f"{self.name}: no patch of {seen} images is {rule}: there is nothing to move "
+                    f"(the longest has {most:.2f} times the median of its image)"
+                )
             grown_L = torch.stack([(each * flagged).sum((1, 2)) for each, flagged in zip(norms, flags, strict=True)]).sum(0)
             onset = int((grown_L >= ONSET * grown_L[behind]).nonzero()[0])
             highest = onset if asked.highest_block is None else asked.highest_block
@@ -172,9 +178,15 @@ class TestTimeRegisters(Fix):
         held.chosen.zero_().view(-1)[best] = True
         pairs = [f"{int(i) // score_LM.shape[1]}:{int(i) % score_LM.shape[1]}" for i in best]
         return (
-            f"{self.name}: {patches} patches of {images} of {seen} images are longer than {rule} behind block {behind}; "
+            f"{self.name}: {patches} patches of {images} of {seen} images are {rule}; "
             f"moved are the neurons (block:neuron) {', '.join(pairs)}, of blocks up to {highest}"
         )
+
+    def _stand_out(self, norms_BP: Tensor) -> Tensor:
+        """Which patches are outliers, bool [B, P]."""
+        if self.threshold is not None:
+            return outliers(norms_BP, threshold=self.threshold)
+        return outliers(norms_BP) & (norms_BP > self.ratio * norms_BP.median(1, keepdim=True).values)
 
     def _norms(self, pixels: Pixels, site: FixSite) -> list[Tensor]:
         """The norm of every patch behind every block, [L, B, P] by batch."""
