@@ -19,6 +19,7 @@ from collapse_probe.cli.fail_on import failing, stop_if_tripped, thresholds
 @options.data_address("--data", "The images; findings folders need none.")
 @options.part_of_data
 @click.option("--cka", is_flag=True, help="Also the CKA between each model's depths and the first's.")
+@click.option("--gram-drift", is_flag=True, help="Also how far patch similarities have moved from the first model.")
 @options.running
 @options.measuring
 @options.remedies

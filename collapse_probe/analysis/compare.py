@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from collapse_probe.analysis.analyze import measured, without
+from collapse_probe.analysis.comparison import gram_drift as drift
 from collapse_probe.analysis.comparison.pairing import pair_up
 from collapse_probe.analysis.comparison.subjects import Candidate, ModelOptions, SubjectSpec, open_subjects
-from collapse_probe.analysis.cross_cka import NAME, cross_cka
+from collapse_probe.analysis.cross_cka import NAME as CKA
+from collapse_probe.analysis.cross_cka import cross_cka
 from collapse_probe.analysis.facts import NOT_FINITE
 from collapse_probe.analysis.measurement import (
     FAIL,
@@ -81,6 +83,7 @@ def compare(
     metrics: str | Sequence[str] = (),
     presets: str | Sequence[str] = (),
     cka: bool = False,
+    gram_drift: bool = False,
     split: str | None = None,
     limit: int | None = None,
     max_pixels: int | None = None,
@@ -154,14 +157,15 @@ def compare(
         seed=seed,
     )
     specs, trajectory = open_subjects(subjects, options)
-    _check_specs(specs, data, cka)
+    joint = tuple(name for name, asked in ((CKA, cka), (drift.NAME, gram_drift)) if asked)
+    _check_specs(specs, data, joint)
     watch, say = watch or (lambda label, total: nullcontext()), report or (lambda text: None)
     images = None
     if data is not None and any(spec.is_model for spec in specs):
         images = images_from(data, split=split, limit=limit, seed=seed, max_pixels=max_pixels)
         for note in images.notes:
             say(note)
-    findings, pairs = _compare_all(specs, ComparisonRun(images, settings, recalibrate_bn, watch, say, saving), cka)
+    findings, pairs = _compare_all(specs, ComparisonRun(images, settings, recalibrate_bn, watch, say, saving), joint)
     facts = {
         "command": command,
         "seed": seed,
@@ -170,15 +174,22 @@ def compare(
     return Comparison(findings, tuple(pairs), trajectory, facts)
 
 
-def _check_specs(specs: Sequence[SubjectSpec], data: object, cka: bool) -> None:
+JOINT = {CKA: ("CKA", cross_cka), drift.NAME: ("the drift of patch similarities", drift.gram_drift)}
+"""What is taken of the first model and another together, by the name of its result: in words, and how."""
+
+
+def _check_specs(specs: Sequence[SubjectSpec], data: object, joint: Sequence[str]) -> None:
     models = [spec.label for spec in specs if spec.is_model]
     if models and data is None:
         raise DataError(f"{models[0]!r} is a model, to be run on images: give --data (findings folders need none)")
-    if cka and (len(models) < 2 or not specs[0].is_model):
-        raise SettingError("CKA is taken between the first subject and others that are models too, not findings folders")
+    if joint and (len(models) < 2 or not specs[0].is_model):
+        what = JOINT[joint[0]][0]
+        raise SettingError(f"{what} is taken between the first subject and others that are models too, not findings folders")
 
 
-def _compare_all(specs: Sequence[SubjectSpec], run: ComparisonRun, cka: bool) -> tuple[dict[str, Findings], list[Pair]]:
+def _compare_all(
+    specs: Sequence[SubjectSpec], run: ComparisonRun, joint: Sequence[str]
+) -> tuple[dict[str, Findings], list[Pair]]:
     """The findings of every subject in turn, and its pair with the first; the logits of two subjects are held at a time."""
     findings: dict[str, Findings] = {}
     pairs: list[Pair] = []
@@ -190,13 +201,14 @@ def _compare_all(specs: Sequence[SubjectSpec], run: ComparisonRun, cka: bool) ->
             run = replace(run, left_out={**run.left_out, **ill})
             if first is not None:  # the subjects before have seen these images
                 run.say(f"once more, without {len(ill)} images whose activations are not finite in {spec.label}")
-                return _compare_all(specs, run, cka)
+                return _compare_all(specs, run, joint)
         if first is None:
-            first = current if cka else replace(current, subject=None)
+            first = current if joint else replace(current, subject=None)
         else:
             pair = pair_up(first.findings, current.findings, (first.label, current.label))
             pairs.append(with_divergence(pair, first.outputs, current.outputs))
-            current = with_cka(current, first, run)
+            for name in joint:
+                current = with_joint(name, current, first, run)
         findings[spec.label] = current.findings
     return findings, pairs
 
@@ -273,20 +285,21 @@ def with_divergence(pair: Pair, first: ModelOutputs | None, second: ModelOutputs
     return replace(pair, agreement=replace(pair.agreement, kl=mean_kl(first.logits, second.logits), reason=""))
 
 
-def with_cka(current: MeasuredSubject, first: MeasuredSubject, run: ComparisonRun) -> MeasuredSubject:
-    """The second subject with the CKA between the first model's depths and its own in its findings, where both are models."""
+def with_joint(name: str, current: MeasuredSubject, first: MeasuredSubject, run: ComparisonRun) -> MeasuredSubject:
+    """The second subject with what JOINT says of the first model and it in its findings, where both are models."""
     if first.subject is None or current.subject is None:
         return current
-    run.say(f"CKA between {first.label} and {current.label}")
+    what, taken = JOINT[name]
+    run.say(f"{what} between {first.label} and {current.label}")
     images = without(run.images, run.left_out)
     assert images is not None
     if run.left_out and not isinstance(images, ImageSet):
-        raise NonFiniteError("CKA can leave images out of a data address or an ImageSet alone; these came from a loader")
+        raise NonFiniteError(f"{what} can leave images out of a data address or an ImageSet alone; these came from a loader")
     settings = settled(run.settings, first.subject.preprocess.size, images)
     with restored(first.subject), restored(current.subject):
         first.subject.model.eval()
         current.subject.model.eval()
-        result = cross_cka(
+        result = taken(
             first.subject,
             current.subject,
             images,
@@ -297,4 +310,4 @@ def with_cka(current: MeasuredSubject, first: MeasuredSubject, run: ComparisonRu
             seed=settings.seed,
         )
     result = replace(result, details={**result.details, "first": first.label, "second": current.label})
-    return replace(current, findings=replace(current.findings, metrics={**current.findings.metrics, NAME: result}))
+    return replace(current, findings=replace(current.findings, metrics={**current.findings.metrics, name: result}))

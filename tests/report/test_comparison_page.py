@@ -48,7 +48,7 @@ def test_every_figure_has_its_caption():
 
 
 def test_two_models_of_which_one_mixes_fill_all_but_the_course(mixed):
-    assert set(draw_all(mixed)) == set(FIGURES) - {"course", "cross-cka"}
+    assert set(draw_all(mixed)) == set(FIGURES) - {"course", "cross-cka", "gram-drift"}
 
 
 def test_probs_stand_beside_weights_only_where_a_subject_mixes():
@@ -128,8 +128,8 @@ def test_the_page_stands_alone_and_starts_with_the_answer(mixed, tmp_path):
     )
     assert "&lt;plain&gt; &amp; simple" in page
     assert "<plain>" not in page
-    assert page.count("<figure ") == len(FIGURES) - 2
-    drawn = FIGURES.keys() - {"course", "cross-cka"}
+    assert page.count("<figure ") == len(FIGURES) - 3
+    drawn = FIGURES.keys() - {"course", "cross-cka", "gram-drift"}
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == drawn
     assert (tmp_path / "figures" / "attention-gallery.jpg").exists()
     assert not re.search(r">\s*(nan|None)\s*<", page)

@@ -50,6 +50,7 @@ MOST_SUBJECTS = 8  # whose curves can be told apart
 MOST_TICKS = 12
 NULL_LINES = {"other_token": (0, (1.2, 1.2)), "untrained": (0, (5, 2))}
 NULL_NAMES = {"other_token": "its chance level", "untrained": "its untrained copy"}
+OTHER_IMAGES = (0, (6, 1.5, 1.2, 1.5))
 CORRECTED = Role(f"corrected: κ > {KAPPA_ABOVE:g}", "#d55e00", marker="s", width=2.0)
 AT_SOFTMAX = Role("raw similarity of the softmax map", "#01855f", (0, (4, 1.5)), marker="^")
 OVER_BLOCKS = {  # title, unit, what it runs along
@@ -239,6 +240,44 @@ def similar_blocks(comparison: Comparison) -> Sheet | None:
     return charts([axes])
 
 
+@drawn
+def gram_drift(comparison: Comparison) -> Sheet | None:
+    """How far patch similarities have moved from the first subject: by depth, and after the last block over a training."""
+    looks, subjects = roles(comparison), list(comparison.subjects.items())
+    results = {label: each for label, findings in subjects if (each := result_of(findings, "gram-drift")) is not None}
+    if not results:
+        return None
+    over_training = comparison.trajectory and len(results) > 1
+    places = panels(2 if over_training else 1, tall=3.2)
+    for label in (label for label in looks if label in results):
+        result, x = results[label], np.arange(float(len(results[label].array)))
+        curve(places[0], x, result.array, looks[label], result.ci95)
+        if (chance := null_of(result, "other_image")) is not None:
+            curve(places[0], x, chance, Role("", looks[label].colour, OTHER_IMAGES, width=1.2))
+    deepest = max((each.array for each in results.values()), key=len)
+    over_blocks(places[0], np.arange(float(len(deepest))), DEPTH, 12)
+    places[0].add_line(Line2D([], [], color=MUTED, linestyle=OTHER_IMAGES, linewidth=1.2, label="other images"))
+    places[0].set(title="at every depth", ylabel=next(iter(results.values())).description.unit)
+    if over_training:
+        last = [results.get(label) for label, _ in subjects]
+        values = np.array([np.nan if each is None else each.array[-1] for each in last])
+        ends = np.array([[np.nan] * 2 if each is None or each.ci95 is None else each.ci95[-1] for each in last])
+        measured = Role("after the last block", ROLES["measured"].colour, marker="o", width=2.0)
+        curve(places[1], np.arange(float(len(last))), values, measured, ends)
+        places[1].set(title="after the last block, over the training")
+        _name_checkpoints(places[1], [label for label, _ in subjects])
+    for axes in places:
+        axes.grid(axis="y")
+        axes.set_ylim(bottom=0.0)
+    return charts(places)
+
+
+def _name_checkpoints(axes: Axes, labels: Sequence[str]) -> None:
+    """Names of some of the checkpoints at their places, the first and the last among them."""
+    ticks = sorted({*range(0, len(labels) - 1, -(-len(labels) // MOST_TICKS)), len(labels) - 1})
+    axes.set_xticks(ticks, [printable(labels[tick], 18) for tick in ticks], rotation=35, ha="right", rotation_mode="anchor")
+
+
 Panels = Sequence[tuple[str, str, Sequence[tuple[Role, Array, Array | None]]]]
 """Panels over training: title; scale, as count, cosine or number; curves with intervals, first the one that it is about."""
 
@@ -266,10 +305,8 @@ def course(comparison: Comparison) -> Sheet | None:
             low, high = (float(end(lines[0][1])) for end in (np.nanmin, np.nanmax))
             room = max(0.08 * (high - low), 0.02)
             axes.set_ylim(min(low, 0.0) - room, max(high, 0.5) + room)
-    ticks = sorted({*range(0, len(labels) - 1, -(-len(labels) // MOST_TICKS)), len(labels) - 1})
     for axes in places:
-        names = [printable(labels[tick], 18) for tick in ticks]
-        axes.set_xticks(ticks, names, rotation=35, ha="right", rotation_mode="anchor")
+        _name_checkpoints(axes, labels)
     return charts(places)
 
 

@@ -12,6 +12,7 @@ from collapse_probe.report.colours import VLAG
 from collapse_probe.report.comparison.curves import (
     adjacent_blocks,
     course,
+    gram_drift,
     paired_differences,
     per_block,
     similar_blocks,
@@ -135,6 +136,15 @@ FIGURES: dict[str, Drawing] = {
         "It compares what is told apart, not how maps look: a bright band off the diagonal means that the same state is "
         "reached at another depth. A few dominant directions can carry all of it.",
         cross_cka,
+    ),
+    "gram-drift": Drawing(
+        "How far the similarities between patches have moved",
+        "Mean squared difference of the cosines between the patches of an image, from the first subject to each other on the "
+        "same images, with 95 % intervals over images; dash-dotted: from one image in the first to another image in the "
+        "other, which is what no agreement at all would give.",
+        "It says that they have moved, not that dense features have become worse. Depths are compared one by one; where "
+        "patches are near one direction in both models, little can move.",
+        gram_drift,
     ),
     "adjacent": Drawing(
         "Each block compared with the one before",
