@@ -12,7 +12,8 @@ from collapse_probe.cli.fail_on import failing, stop_if_tripped, thresholds
 
 from collapse_probe.errors import OutputError
 
-KINDS = ("share", "mean", "uniform", "identity", "skip")
+KINDS = ("share", "mean", "donor", "uniform", "identity", "skip")
+STATES = ("zero", "mean", "noise", "donor")
 PARTS = ("block", "attention", "mlp")
 
 
@@ -24,6 +25,7 @@ PARTS = ("block", "attention", "mlp")
     multiple=True,
     type=click.Choice(KINDS),
     help="What stands in for a block's map: share (the map of the block before), mean (the block's mean map over the images), "
+    "donor (the map of another image), "
     "uniform (the same weight for every key), identity (every token itself), or skip: the whole attention branch is left out. "
     "May be given several times.  [default: share, where nothing else is asked for]",
 )
@@ -34,6 +36,14 @@ PARTS = ("block", "attention", "mlp")
     help="Leave out each block, its attention or its MLP: one at a time, and greedily, each time the one that costs least "
     "after those that are gone. A third of the images chooses the order (256 at most), another settles how many can go (512 at "
     "most), all others give the price.",
+)
+@click.option(
+    "--prefix",
+    multiple=True,
+    type=click.Choice(STATES),
+    help="What stands in for the states of prefix tokens at the input of a block (of registers, where there are some, else of "
+    "the class token), beside the same at as many random patch tokens: zero, mean (over the images), noise (of the same "
+    "length), donor (another image's).",
 )
 @options.count("--window", least=1, default=1, says="With --drop: also every N consecutive blocks together.")
 @options.count("--keep", least=0, says="With --drop: go on until N of the model's blocks are left.  [default: 1]")

@@ -23,11 +23,11 @@ from collapse_probe.analysis.intervention.orders import (
     influence_order,
     prefixes,
 )
-from collapse_probe.analysis.intervention.runner import ReplacementRunner, mean_maps
+from collapse_probe.analysis.intervention.runner import ReplacementRunner, donors_among, mean_maps, mean_states
 from collapse_probe.analysis.measurement import FAIL, Images, Progress, Report, RunSettings, restored, settled, with_input
 from collapse_probe.analysis.state.keeper import SAVE_EVERY, saving_of
 from collapse_probe.analysis.state.phases import CHOSEN, REPLACED, Phase
-from collapse_probe.capture.edits.places import DROPS, Places
+from collapse_probe.capture.edits.places import DROPS, OTHER, PREFIX, Places
 from collapse_probe.capture.edits.replacement import KINDS
 from collapse_probe.data.images import OwnImages, images_from
 from collapse_probe.data.preprocessing import Size
@@ -37,6 +37,7 @@ from collapse_probe.models.loading import Subject, resolve
 from collapse_probe.models.pruning import Pruning
 from collapse_probe.results.intervention import GREEDY, INFLUENCE, Interventions
 
+STATES = tuple(kind.removeprefix("prefix_") for kind in PREFIX if not kind.endswith(OTHER))
 PARTS = tuple(kind.removeprefix("drop_") for kind in DROPS)
 
 
@@ -47,6 +48,7 @@ def intervene(
     blocks: Sequence[int] | None = None,
     *,
     drop: Sequence[str] = (),
+    prefix: Sequence[str] = (),
     window: int = 1,
     keep: int | None = None,
     export: str | Path | None = None,
@@ -77,16 +79,19 @@ def intervene(
 ) -> Interventions:
     """Change `blocks` (None: all) while the model runs: replace their attention maps, or leave them out.
 
-    `replace` names one or more of `KINDS`: share, mean, uniform, identity, skip; the map of one block at a time is replaced,
-    and of all from the last block down. Where nothing else is asked for it is share. `drop` names what is left out: block,
-    attention, mlp; of one block at a time, of every `window` of consecutive blocks, and greedily, each time of the block that
-    costs least after those that are gone, until `keep` of the model's blocks still have theirs; and by block influence. A third
-    of the images chooses these orders (256 at most), another settles how many blocks can go (512 at most), and all others give
+    `replace` names one or more of `KINDS`: share, mean, donor, uniform, identity, skip; the map of one block at a time is
+    replaced, and of all from the last block down. Where nothing else is asked for it is share. `drop` names what is left out:
+    block, attention, mlp; of one block at a time, of every `window` of consecutive blocks, and greedily, each time of the block
+    that costs least after those that are gone, until `keep` of the model's blocks still have theirs; and by block influence. A
+    third of the images chooses these orders (256 at most), another settles how many can go (512 at most), and all others give
     the price. Reported are the change in the logits (KL from the plain model, agreement of the top answer) and, where the
     data's labels are the model's classes, in accuracy, each with a 95 % interval over images. A map is what multiplies V; what
     does not apply to a block says why. The run with nothing replaced equals the plain model's to the bit, which is checked on
     the first images. The other arguments are as for `analyze`; the data are read twice or more, so an iterator will not do.
     Each image runs through the model once plainly, and about twice for every block and replacement.
+
+    `prefix` names what stands in for the states of prefix tokens at the input of a block (registers where there are some, else
+    the class token): zero, mean, noise, donor; beside it stands the same at as many random patch tokens.
 
     `export` writes the model without whole blocks into a file (.safetensors, .pth) that timm loads: without those that the
     order lets go until `keep` are left, or without all `blocks` that are named, or without as many as can go.
@@ -94,7 +99,7 @@ def intervene(
     Raises SettingError for unknown replacements and blocks and where nothing can be replaced, ModelError for a model without
     logits, CollapseProbeError for whatever cannot be read or captured.
     """
-    kinds = _kinds(replace, drop)
+    kinds = _kinds(replace, drop, prefix)
     least = 1 if keep is None else keep
     if window < 1 or least < 0:
         raise SettingError(f"expected a window of 1 block or more, and 0 blocks or more to keep; came {window} and {keep}")
@@ -153,6 +158,14 @@ def intervene(
             keeping = None if saving is None else saving.of(without)
             runner = ReplacementRunner(subject, places, choose_device(device), settings, skipped, say=say, saving=keeping)
             grid = condition_grid(runner, kinds, blocks, window)
+            takers = [kind for kind in grid.able if kind.removesuffix(OTHER).endswith("donor") and grid.able[kind]]
+            if takers:
+                say("reading the images that lend to others")
+                names = [*map(str, findings.images["names"])]
+                runner = dataclasses.replace(runner, donors=donors_among(runner, images, names))
+            if any(grid.able.get(kind) for kind in ("prefix_mean", "prefix_mean_other")):
+                say("gathering each token's mean state")
+                runner.states.update(mean_states(runner, images, grid.able["prefix_mean"]))
             if grid.able.get("mean"):
                 say("gathering each block's mean map")
                 runner.means.update(mean_maps(runner, images, grid.able["mean"]))
@@ -181,7 +194,13 @@ def intervene(
             if not outputs.nonfinite:
                 break
             ill |= dict(outputs.nonfinite)
-        found = interventions_of(findings, grid, outputs, images, orders, parts)
+        facts: dict[str, Any] = {}
+        if {*PREFIX} & {*grid.able}:
+            final = runner.places.streams.final
+            facts = {"prefix_positions": [*runner.places.prefix], "last_tokens": None if final is None else final[0]}
+        if runner.donors is not None:
+            facts["donors"] = len(runner.donors.names)
+        found = interventions_of(findings, grid, outputs, images, orders, parts, facts)
         if pruning is None:
             return found
         gone, why = blocks_to_go(found, keep, None if blocks is None or keep is not None else grid.able["drop_block"])
@@ -189,13 +208,17 @@ def intervene(
         return dataclasses.replace(found, run={**found.run, "export": file})
 
 
-def _kinds(replace: Sequence[str] | None, drop: Sequence[str]) -> tuple[str, ...]:
+def _kinds(replace: Sequence[str] | None, drop: Sequence[str], prefix: Sequence[str]) -> tuple[str, ...]:
     """The kinds of change that are asked for; SettingError for those that there are not."""
-    dropped = [drop] if isinstance(drop, str) else [*drop]
-    replaced = [replace] if isinstance(replace, str) else [*(replace if replace is not None else () if dropped else ("share",))]
-    for what, names, known in (("replacements", replaced, KINDS), ("parts to drop", dropped, PARTS)):
+    dropped, states = ([each] if isinstance(each, str) else [*each] for each in (drop, prefix))
+    replaced = [replace] if isinstance(replace, str) else [*(replace or ())]
+    if replace is None and not dropped and not states:
+        replaced = ["share"]
+    asked = (("replacements", replaced, KINDS), ("parts to drop", dropped, PARTS), ("states of prefix tokens", states, STATES))
+    for what, names, known in asked:
         if unknown := [name for name in names if name not in known]:
             raise SettingError(f"expected {what} out of {', '.join(known)}; came {unknown[0]!r}")
-    if not replaced and not dropped:
+    if not replaced and not dropped and not states:
         raise SettingError(f"expected replacements out of {', '.join(KINDS)}; came none")
-    return tuple(dict.fromkeys([*replaced, *(f"drop_{name}" for name in dropped)]))
+    tokens = [f"prefix_{name}{other}" for name in states for other in ("", OTHER)]
+    return tuple(dict.fromkeys([*replaced, *(f"drop_{name}" for name in dropped), *tokens]))

@@ -27,9 +27,12 @@ COLUMNS = [
     *("kind", "how", "first_block", "last_block", "kl", "kl_ci_low", "kl_ci_high"),
     *("agreement", "agreement_ci_low", "agreement_ci_high", "accuracy", "accuracy_change"),
     *("accuracy_change_ci_low", "accuracy_change_ci_high", "blocks"),
+    *("moved", "moved_ci_low", "moved_ci_high", "shared", "shared_ci_low", "shared_ci_high"),
 ]
 GREEDY = "greedy"
 """The order in which each time the block goes that costs least."""
+OTHER = "_other"
+"""Ends the name of a control: the same, done to random other tokens."""
 ORDERED = ("chosen", "settled", "priced")
 """The parts of the images of which an order has effects; see `Order`."""
 INFLUENCE = "influence"
@@ -41,6 +44,10 @@ DEFINITIONS = {
     "over images, wider on the side of the longer tail, ending at 0 where it would go below",
     "agreement": "share of images whose top answer stays the same; Wilson interval",
     "accuracy": "share of images whose top answer is their label, in the changed model",
+    "moved": "mean over images of √(mean ‖change‖²) / √(mean ‖token‖²) over the last patch tokens, after the final norm where "
+    "one follows the blocks, without the tokens that were edited; t interval over images",
+    "shared": "mean over images of the part of that change's energy which all patch tokens share, n ‖mean change‖² / "
+    "Σ ‖change‖²; images in which nothing moves are left out; t interval",
     "accuracy_change": "that share less the plain model's on the same images; Tango's score interval",
 }
 
@@ -62,6 +69,10 @@ class Effect:
     accuracy: float | None = None
     accuracy_change: float | None = None
     accuracy_change_ci95: Ends = None
+    moved: float | None = None
+    moved_ci95: Ends = None
+    shared: float | None = None
+    shared_ci95: Ends = None
     not_applicable: str | None = None
 
 
@@ -148,14 +159,15 @@ class Interventions(Shown):
         rows = []
         for how, kind, effects in self._listed():
             for effect in effects:
-                kl, agreement, change = (
+                kl, agreement, change, moved, shared = (
                     [getattr(effect, name), *(getattr(effect, f"{name}_ci95") or (None, None))]
-                    for name in ("kl", "agreement", "accuracy_change")
+                    for name in ("kl", "agreement", "accuracy_change", "moved", "shared")
                 )
                 blocks = [min(effect.blocks), max(effect.blocks)]
                 names = " ".join(map(str, effect.blocks))
-                rows.append([kind, how, *blocks, *kl, *agreement, effect.accuracy, *change, names])
-        return pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(COLUMNS[4:-1], "float64"))
+                rows.append([kind, how, *blocks, *kl, *agreement, effect.accuracy, *change, names, *moved, *shared])
+        values = [name for name in COLUMNS[4:] if name != "blocks"]
+        return pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(values, "float64"))
 
     def _listed(self) -> Iterator[tuple[str, str, tuple[Effect, ...]]]:
         for how in EFFECTS:
@@ -179,7 +191,7 @@ class Interventions(Shown):
     @property
     def states(self) -> tuple[str, ...]:
         """Those of `intervene`."""
-        return ("similarity-", "means-", "conditions-", "drop_")
+        return ("similarity-", "means-", "conditions-", "drop_", "states-", "donors-")
 
     def write(self, inside: Path) -> None:
         """Write interventions.json, interventions.csv and images.npz into an existing folder."""

@@ -18,7 +18,7 @@ from collapse_probe.analysis.intervention.orders import FEWEST, Parts, prefixes
 from collapse_probe.analysis.outputs import kl_divergence
 from collapse_probe.capture.capture import discover_plan
 from collapse_probe.capture.edits.places import Edit, Places, edited
-from collapse_probe.capture.edits.streams import block_call, fixed_blocks
+from collapse_probe.capture.edits.streams import block_call, fixed_blocks, streams_of
 from collapse_probe.data.images import open_data
 from collapse_probe.errors import SettingError
 from collapse_probe.models.loading import resolve
@@ -35,7 +35,7 @@ def without(model, kind, blocks, pictures, size):
     plan = discover_plan(model, size)
     places = Places.of(model, plan, [kind], size)
     assert [places.refusal(kind, block) for block in blocks] == [""] * len(blocks)
-    with edited(model, plan, places.edit(kind, blocks), {}):
+    with edited(model, plan, places.edit(kind, blocks)):
         return output(model(pictures))
 
 
@@ -134,11 +134,12 @@ def test_what_entered_a_block_stays_when_the_block_writes_into_it():
 def test_what_changes_the_shape_of_the_stream_is_refused():
     model = timm.create_model("mvitv2_tiny", img_size=64, num_classes=3).eval()
     plan = discover_plan(model, (64, 64))
-    reasons = fixed_blocks(model, plan, (64, 64))
+    streams = streams_of(model, plan, (64, 64))
+    reasons = fixed_blocks(plan, streams)
     assert set(reasons) == {1, 3, 8}
     assert "256×96 to 64×192" in reasons[1]
-    assert Places(plan, fixed=reasons).refusal("drop_block", 3) == reasons[3]
-    assert Places(plan, fixed=reasons).refusal("drop_block", 4) == ""
+    assert Places(plan, streams=streams).refusal("drop_block", 3) == reasons[3]
+    assert Places(plan, streams=streams).refusal("drop_block", 4) == ""
 
 
 def test_a_block_inside_a_stage_of_windows_is_left_out_like_any_other():
@@ -171,7 +172,7 @@ def test_an_empty_edit_changes_nothing():
     plan = discover_plan(model, (64, 64))
     with torch.no_grad():
         plain = model(pictures)
-    with edited(model, plan, Edit(), {}):
+    with edited(model, plan, Edit()):
         assert torch.equal(model(pictures), plain)
 
 

@@ -36,7 +36,7 @@ def dropped(subject, gone, images):
     size = subject.preprocess.size
     plan = discover_plan(subject.model, size)
     places = Places.of(subject.model, plan, ["drop_block"], size)
-    with edited(subject.model, plan, places.edit("drop_block", gone), {}):
+    with edited(subject.model, plan, places.edit("drop_block", gone)):
         return subject.model(images)
 
 

@@ -19,6 +19,7 @@ from toy_models import (
     ErasesMap,
     Matmul,
     OneKey,
+    Padded,
     Projected,
     ToyAttention,
     ToyViT,
@@ -37,6 +38,7 @@ from collapse_probe.errors import CaptureError
 from collapse_probe.models.vit import ViT, ViTSettings
 
 ALL = FUSED + EAGER + CHANGED
+ALONE = [kind for kind in KINDS if kind != "donor"]  # which takes other images beside each image
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,7 +126,7 @@ def test_with_nothing_replaced_the_output_is_the_plain_one_to_the_bit(attention)
     assert torch.equal(run(model, "share", [], pictures), plain)
 
 
-PAIRS = [(attention, kind) for attention in ALL for kind in KINDS if (attention, kind) != (OneKey, "identity")]
+PAIRS = [(attention, kind) for attention in ALL for kind in ALONE if (attention, kind) != (OneKey, "identity")]
 
 
 @pytest.mark.parametrize("blocks", [[1], [2], [1, 2]], ids=str)
@@ -135,9 +137,28 @@ def test_each_replacement_is_what_the_model_changed_by_hand_computes(attention, 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("attention", ALL, ids=lambda kind: kind.__name__)
+def test_a_donor_lends_its_own_map_and_keeps_it(attention):
+    model, pictures = toy(attention, 3), images(4)
+    plan = discover_plan(model, SIZE)
+    before, after = {}, {}
+    with replacing(model, plan, {}, gather=lambda i, maps: before.__setitem__(i, maps)):
+        plain = model(pictures)
+    with replacing(model, plan, replacements_for(plan, "donor", [1], {}), gather=lambda i, maps: after.__setitem__(i, maps)):
+        found = model(pictures)
+    torch.testing.assert_close(after[1], torch.cat([before[1][2:]] * 2), rtol=0, atol=0)
+    torch.testing.assert_close(found[2:], plain[2:], rtol=1e-4, atol=2e-4 * float(plain.abs().max()))
+    itself = torch.cat([pictures[:2]] * 2)
+    with torch.no_grad():
+        plain = model(itself)
+    with replacing(model, plan, replacements_for(plan, "donor", [1, 2], {})):
+        same_image = torch.allclose(model(itself), plain, rtol=1e-4, atol=2e-4 * float(plain.abs().max()))
+    assert same_image or attention is Padded  # which hides keys by the image's place in the batch
+
+
 def test_the_replacements_are_different_things():
     pictures = images(3)
-    found = [run(toy(Matmul, 3), kind, [1, 2], pictures) for kind in KINDS]
+    found = [run(toy(Matmul, 3), kind, [1, 2], pictures) for kind in ALONE]
     assert all(not torch.allclose(a, b, atol=1e-2) for i, a in enumerate(found) for b in found[:i])
 
 
@@ -367,6 +388,6 @@ def test_small_timm_model_with_eager_attention_equals_the_fused_one():
     for block in eager.blocks:
         block.attn.fused_attn = False
     pictures = images(3, size=(64, 64))
-    for kind in KINDS:
+    for kind in ALONE:
         found = [run(model, kind, [1, 3], pictures, (64, 64)) for model in (fused, eager)]
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

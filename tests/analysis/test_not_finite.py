@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import timm
@@ -236,10 +238,10 @@ def test_subjects_of_a_comparison_leave_out_the_same_images():
 def test_interventions_leave_out_what_a_replacement_makes_infinite(monkeypatch):
     plainly = ReplacementRunner.run
 
-    def run(self, images, replacements):
-        output = plainly(self, images, replacements)
-        bright = (images.mean((1, 2, 3)) > 1) & bool(replacements)
-        return output.masked_fill(bright[:, None], INF)
+    def run(self, images, edit, *more, **options):
+        ran = plainly(self, images, edit, *more, **options)
+        bright = (images.mean((1, 2, 3)) > 1) & bool(edit)
+        return replace(ran, output=ran.output.masked_fill(bright[:, None], INF))
 
     monkeypatch.setattr(ReplacementRunner, "run", run)
     vit, images = model(depth=2), pictures(ill=[4])

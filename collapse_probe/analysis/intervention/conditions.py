@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from collapse_probe.analysis.intervention.runner import ReplacementRunner
+from collapse_probe.analysis.intervention.moves import relative_rms_change, shared_energy_fraction
+from collapse_probe.analysis.intervention.runner import ReplacementRunner, Run
 from collapse_probe.analysis.measurement import FAIL, Images, Progress
 from collapse_probe.analysis.outputs import kl_divergence, logits_in
 from collapse_probe.analysis.state.passes import Answers
 from collapse_probe.capture.capture import same
-from collapse_probe.capture.edits.places import DROPS, Edit
+from collapse_probe.capture.edits.places import DROPS, PREFIX, Edit
 from collapse_probe.data.loading import Batch
 from collapse_probe.errors import CaptureError, DataError, ModelError, NonFiniteError, SettingError
 from collapse_probe.metrics.nonfinite import all_ill, nonfinite_error
@@ -25,6 +26,8 @@ from collapse_probe.results.text import numbered
 from collapse_probe.statistics.intervals import Array
 
 Classes = NDArray[np.int64]
+MOVES = ("moved", "shared")
+"""How far the last patch tokens move, and the part of that which they share; see `Effect`."""
 Condition = tuple[str, tuple[int, ...]]
 """A kind of change and the blocks in which it is made."""
 
@@ -42,15 +45,17 @@ class ConditionGrid:
     conditions: list[Condition]
 
     def down(self, kind: str) -> list[tuple[int, ...]]:
-        """The last block, the last two, … all of them; none for blocks that are dropped, which have an order of their own."""
+        """The last block, the last two, … all of them; none for blocks that are dropped, which have an
+        order of their own, and for states, which pass on from block to block."""
         able = self.able[kind]
-        return [] if kind in DROPS else [tuple(able[first:]) for first in reversed(range(len(able)))]
+        return [] if kind in DROPS or kind in PREFIX else [tuple(able[first:]) for first in reversed(range(len(able)))]
 
 
 @dataclass(frozen=True)
 class ConditionOutputs:
     """Of every image in the data's order the top answer, `plain` [images] and under each condition `top1` [conditions, images],
-    and the KL divergence `kl` [conditions, images] from the plain softmax; `labels` by name where the batches had them.
+    and the KL divergence `kl` [conditions, images] from the plain softmax; `labels` by name where the batches had
+    them; `moves` [conditions, images].
     `spread` is how much a logit varies over the images at most, over the largest logit, `nonfinite` the images left out because
     a condition makes their logits NaN or infinite.
     """
@@ -61,6 +66,7 @@ class ConditionOutputs:
     plain: Classes
     top1: Classes
     kl: Array
+    moves: Mapping[str, Array] = field(default_factory=dict)
     spread: float = math.inf
     nonfinite: tuple[tuple[str, str], ...] = ()
 
@@ -106,6 +112,7 @@ def run_conditions(
     """Every image once plainly and once under each condition, in all processes; the state of the pass is kept under `name`."""
     edits = [runner.places.edit(*condition) for condition in conditions]
     answers = Answers(runner.identity(name, images, conditions), runner.settings.seed)
+    moving = {condition for condition in conditions if condition[0] in PREFIX}
     checked = False
 
     def take(batch: Batch) -> None:
@@ -113,14 +120,19 @@ def run_conditions(
         kept: list[tuple[list[int], dict[str, Any], Tensor]] = []
         nonfinite: list[tuple[str, str]] = []
         for part, pixels in runner.parts(batch):
-            output = runner.run(pixels, Edit())
-            if not checked and not same(runner.run_plain(pixels), output):
+            named = [batch.names[i] for i in part]
+            plainly = runner.run(pixels, Edit(), named, final=bool(moving))
+            if not checked and not same(runner.run_plain(pixels), plainly.output):
                 raise CaptureError(
                     "the model with nothing replaced differs from itself; is it deterministic? call eval() first"
                 )
             checked = True
-            plain_logits = _logits(output, len(pixels))
-            changed = [_logits(runner.run(pixels, edit), len(pixels)) for edit in edits]
+            plain_logits, changed, moves = _logits(plainly)[: len(pixels)], [], []
+            for condition, edit in zip(conditions, edits, strict=True):
+                run = runner.run(pixels, edit, named, final=condition in moving)
+                changed.append(_logits(run)[: len(pixels)])
+                if moving:
+                    moves.append(_moved(runner, plainly.last, run.last, named, edit) if condition in moving else nowhere(named))
             ill = _nonfinite(plain_logits, changed, conditions)
             nonfinite += [(batch.names[part[i]], why) for i, why in ill.items()]
             if ill and runner.settings.on_nonfinite == FAIL:
@@ -133,6 +145,8 @@ def run_conditions(
                 "top1": np.stack([logits.argmax(1).numpy() for logits in changed], axis=1),
                 "kl": np.stack([kl_divergence(plain_logits, logits) for logits in changed], axis=1),
             }
+            if moving:
+                columns |= {name: np.stack([each[at] for each in moves], axis=1)[keep] for at, name in enumerate(MOVES)}
             kept.append(([part[i] for i in keep], columns, plain_logits))
         answers.inconsistent = True
         for rows, columns, plain_logits in kept:
@@ -154,14 +168,38 @@ def run_conditions(
         columns["plain"],
         columns["top1"].T,
         columns["kl"].T,
+        {name: columns[name].T for name in MOVES if name in columns},
         answers.bounds.spread,
         tuple(sorted(answers.nonfinite)),
     )
 
 
-def _logits(output: Any, images: int) -> Tensor:
+def nowhere(names: Sequence[str]) -> tuple[Array, Array]:
+    """No move of these images' tokens."""
+    return np.full(len(names), np.nan), np.full(len(names), np.nan)
+
+
+def _moved(
+    runner: ReplacementRunner, before: Tensor | None, after: Tensor | None, names: Sequence[str], edit: Edit
+) -> tuple[Array, Array]:
+    """How far the last patch tokens move, those that were edited left out, and the shared part of that; NaN where the last
+    tokens are others than the first ones.
+    """
+    plan, count = runner.plan, len(names)
+    if before is None or after is None or before.shape[1:] != (plan.tokens, plan.width):
+        return nowhere(names)
+    counted = torch.ones(count, plan.tokens, dtype=torch.bool, device=before.device)
+    counted[:, list(plan.prefix)] = False
+    if edit.states and edit.at is None:
+        counted.scatter_(1, runner.drawn(names).others, False)
+    base, new = before[:count], after[:count]
+    moves = relative_rms_change(new, base, counted), shared_energy_fraction(new.double() - base.double(), counted)
+    return moves[0].cpu().numpy(), moves[1].cpu().numpy()
+
+
+def _logits(run: Run) -> Tensor:
     """The logits [B, classes] in a model's output, float64 on the CPU; ModelError where there are none."""
-    logits = logits_in(output, images)
+    logits = logits_in(run.output, run.images)
     if isinstance(logits, str):
         raise ModelError(f"interventions are judged by a classifier's logits [images, classes]; the model's output is {logits}")
     return logits.detach().cpu().to(torch.float64)

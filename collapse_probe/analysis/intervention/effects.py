@@ -29,9 +29,10 @@ def effects_of(
     plain: Classes,
     replaced: Classes,
     labels: Classes | None,
+    moves: Mapping[str, Array] | None = None,
 ) -> list[Effect]:
     """The effects of all conditions, from per-image numbers: `kl` and `replaced` (top answers) [conditions, images], `plain`
-    (top answers) and `labels` [images].
+    (top answers) and `labels` [images]; `moves` [conditions, images].
     """
     if not conditions:
         return []
@@ -40,6 +41,7 @@ def effects_of(
     if labels is not None:
         before, after = (np.broadcast_to(answers == labels, kl.shape).T.astype(np.float64) for answers in (plain, replaced))
         right = compare_sides(Sides(before, after, answers=True))
+    moved = {name: compare_sides(Sides(np.zeros_like(each.T), each.T)) for name, each in (moves or {}).items()}
     effects = []
     for i, (kind, blocks) in enumerate(conditions):
         same = int((replaced[i] == plain).sum())
@@ -49,6 +51,9 @@ def effects_of(
             "agreement": same / kl.shape[1],
             "agreement_ci95": wilson(same, kl.shape[1]),
         }
+        for name, sides in moved.items():
+            if np.isfinite(sides.difference[i]):
+                numbers |= {name: float(sides.difference[i]), f"{name}_ci95": _ends(np.maximum(sides.ci95[i], 0.0))}
         if right is not None:
             numbers |= {
                 "accuracy": float(right.second[i]),
@@ -70,11 +75,14 @@ def interventions_of(
     images: Images,
     orders: Mapping[str, Mapping[str, Sequence[int]]],
     parts: Parts,
+    facts: Mapping[str, Any],
 ) -> Interventions:
-    """All effects: of single blocks and sets over all images, of `orders` over each of the parts."""
+    """All effects: of single blocks and sets over all images, of `orders` over each of the parts; `facts` are
+    further ones on the run.
+    """
     labels, reason = labels_for(outputs.names, images, outputs.classes, outputs.labels)
     conditions = grid.conditions
-    measured = effects_of(conditions, outputs.kl, outputs.plain, outputs.top1, labels)
+    measured = effects_of(conditions, outputs.kl, outputs.plain, outputs.top1, labels, outputs.moves)
     effects = dict(zip(conditions, measured, strict=True))
     effects |= {(kind, (block,)): Effect(kind, (block,), not_applicable=why) for (kind, block), why in grid.refused.items()}
     chose, settled = (np.array([n in some for n in outputs.names], np.bool_) for some in (parts.choosing, parts.settling))
@@ -91,6 +99,7 @@ def interventions_of(
     table = {"names": np.array(outputs.names, dtype=np.str_), "plain": outputs.plain, "kl": outputs.kl, "top1": outputs.top1}
     rows = {"chose": chose, "settled": settled, "priced": priced} if orders else {}
     table |= rows
+    table |= outputs.moves
     return Interventions(
         model=plain(findings.model),
         data=plain(findings.data),
@@ -99,6 +108,7 @@ def interventions_of(
             "replace": list(grid.able),
             "blocks": list(grid.blocks),
             "unreplaced_equals_plain": True,
+            **facts,
             **({"order_images": {part: int(some.sum()) for part, some in rows.items()}} if rows else {}),
         },
         plain={

@@ -42,7 +42,7 @@ def exported(runner: ReplacementRunner, pruning: Pruning, gone: Sequence[int]) -
         raise ModelError(f"{pruning.subject.address}: its blocks are not those of its list `{BLOCKS}`, and cannot be exported")
     made = runner.subject.preprocess
     pixels = noise(runner.model, made.size, made.channels, runner.settings.seed)
-    with edited(runner.model, plan, runner.places.edit("drop_block", gone), {}):
+    with edited(runner.model, plan, runner.places.edit("drop_block", gone)):
         expected = runner.model(pixels)
     model = pruning.pruned(gone)
     with torch.inference_mode(False), torch.no_grad():

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from collapse_probe.analysis.facts import behaviour_facts, source_facts, weights_sha256
+from collapse_probe.analysis.intervention.donors import Donors, Pictures, donor_names, drawn_for
 from collapse_probe.analysis.measurement import Images, Progress, Report, RunSettings, model_input
 from collapse_probe.analysis.state.keeper import Keeper, Saving, all_in_time, signals_deferred
 from collapse_probe.analysis.state.passes import MapSums, Pass, identity_of
-from collapse_probe.capture.edits.places import Edit, Places, edited
+from collapse_probe.capture.edits.places import Edit, Given, Places, edited
 from collapse_probe.capture.edits.replacement import replacements_for, replacing
+from collapse_probe.capture.edits.streams import Drawn, StreamHooks, block_call
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.recorder import ModuleTable
 from collapse_probe.capture.trace import TRACE_BYTES
@@ -31,9 +33,19 @@ MAPS_HELD = 6  # of one layer: the map before, the map in its place, their copie
 
 
 @dataclass(frozen=True)
+class Run:
+    """What a model returned for `images` images, and its last tokens [images, N, D] where these were kept."""
+
+    output: Any
+    images: int
+    last: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class ReplacementRunner:
     """A model ready for runs with something changed, over all images but those `left_out` by name, or `only` some; `means`
-    holds the mean map [H, N, N] of the layers that need it.
+    holds the mean map [H, N, N] of the layers that need it, `states` the mean state [N, D] of each token at the input of the
+    blocks that need it, `donors` the images that lend to others.
     """
 
     subject: Subject
@@ -43,6 +55,8 @@ class ReplacementRunner:
     left_out: frozenset[str] = frozenset()
     only: frozenset[str] | None = None
     means: dict[int, Tensor] = field(default_factory=dict)
+    states: dict[int, Tensor] = field(default_factory=dict)
+    donors: Donors | None = None
     say: Report = field(default=lambda text: None)
     saving: Saving | None = None
 
@@ -109,7 +123,7 @@ class ReplacementRunner:
     def parts(self, batch: Batch) -> Iterator[tuple[list[int], Tensor]]:
         """The rows of a batch that are to be run, in parts whose maps fit the memory."""
         largest = max(layer.heads * layer.queries * layer.keys * 4 for layer in self.plan.layers)
-        step = max(1, TRACE_BYTES[self.device.type] // (MAPS_HELD * largest))
+        step = max(1, TRACE_BYTES[self.device.type] // (MAPS_HELD * largest * (1 if self.donors is None else 2)))
         like = torch.empty(0, dtype=floating_like(self.model).dtype, device=self.device)
         rows = [
             i for i, name in enumerate(batch.names) if name not in self.left_out and (self.only is None or name in self.only)
@@ -118,10 +132,28 @@ class ReplacementRunner:
             part = rows[first : first + step]
             yield part, model_input(batch.pixels[part], self.plan, like)
 
-    def run(self, images: Tensor, edit: Edit) -> Any:
-        """What the model returns with something changed."""
-        with edited(self.model, self.plan, edit, self.means, self.modules), autocast(self.device, self.settings.amp_as):
-            return self.model(images)
+    def run(self, images: Tensor, edit: Edit, names: Sequence[str] = (), final: bool = False) -> Run:
+        """What the model returns with something changed, on images of these names, and where it takes donors on these too, in
+        a second half. `final` keeps the last tokens.
+        """
+        if edit.donors:
+            assert self.donors is not None
+            lent = self.donors.of(names).to(images.device, images.dtype)
+            images = torch.cat([images, lent])
+        given = Given(self.means, self.states, self.drawn(names) if edit.states else None)
+        end = self.places.streams.final if final else None
+        with (
+            edited(self.model, self.plan, edit, given, self.modules, end) as hooks,
+            autocast(self.device, self.settings.amp_as),
+        ):
+            output = self.model(images)
+        return Run(output, len(images), None if hooks is None else hooks.last)
+
+    def drawn(self, names: Sequence[str]) -> Drawn:
+        """What is drawn for images of these names."""
+        plan = self.plan
+        patches = [i for i in range(plan.tokens) if i not in plan.prefix]
+        return drawn_for(names, self.settings.seed, patches, len(self.places.prefix), plan.width, self.device)
 
     def run_plain(self, images: Tensor) -> Any:
         """What the model returns by itself."""
@@ -154,3 +186,50 @@ def mean_maps(runner: ReplacementRunner, images: Images, blocks: Sequence[int]) 
 
     runner.over(images, gathered, "means", take)
     return {layer: mean.to(runner.device, torch.float32) for layer, mean in gathered.means().items()}
+
+
+def mean_states(runner: ReplacementRunner, images: Images, blocks: Sequence[int]) -> dict[int, Tensor]:
+    """The mean state of each token at the input of these blocks [N, D]: sums in float64 over every image, of all processes."""
+    gathered = MapSums(runner.identity("mean states", images, sorted(blocks)))
+    frames = {frame: block for block in blocks if (frame := block_call(runner.plan, block)) is not None}
+
+    def take(batch: Batch) -> None:
+        sums, count = dict[int, Tensor](), 0
+
+        def adding(block: int) -> Callable[[Tensor], Tensor]:
+            def add(x: Tensor) -> Tensor:
+                total = x.detach().cpu().double().sum(0)
+                sums[block] = total if block not in sums else sums[block].add_(total)
+                return x
+
+            return add
+
+        changes = {frame: adding(block) for frame, block in frames.items()}
+        for part, pixels in runner.parts(batch):
+            hooks = StreamHooks(unwrap(runner.model), {}, runner.modules, changes)
+            with hooks.attached(), autocast(runner.device, runner.settings.amp_as):
+                runner.model(pixels)
+            count += len(part)
+        gathered.inconsistent = True
+        for block, total in sums.items():
+            gathered.add_maps(block, total)
+        gathered.count += count
+
+    runner.over(images, gathered, "states", take)
+    return {block: mean.to(runner.device, torch.float32) for block, mean in gathered.means().items()}
+
+
+def donors_among(runner: ReplacementRunner, images: Images, names: Sequence[str]) -> Donors:
+    """The images among these that lend to others, read once."""
+    seed = runner.settings.seed
+    runner, images = runner.on(donor_names(names, seed), images)
+    gathered = Pictures(runner.identity("donors", images))
+
+    def take(batch: Batch) -> None:
+        gathered.inconsistent = True
+        for part, pixels in runner.parts(batch):
+            gathered.pixels |= {batch.names[i]: x for i, x in zip(part, pixels.cpu(), strict=True)}
+
+    runner.over(images, gathered, "donors", take)
+    found = tuple(sorted(gathered.pixels))
+    return Donors(found, torch.stack([gathered.pixels[name] for name in found]), seed)

@@ -2,61 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from collapse_probe.capture.blocks import NO_MIDDLE
 from collapse_probe.capture.edits.branches import branches_of
 from collapse_probe.capture.edits.replacement import KINDS as MAPS
 from collapse_probe.capture.edits.replacement import Branch, Replacement, refusal, replacements_for, replacing
-from collapse_probe.capture.edits.streams import Bypass, block_call, fixed_blocks, left_out
+from collapse_probe.capture.edits.streams import (
+    Bypass,
+    Drawn,
+    StreamHooks,
+    Streams,
+    block_call,
+    fixed_blocks,
+    streams_of,
+    with_states,
+)
 from collapse_probe.capture.plan import Frame, Plan
 from collapse_probe.capture.recorder import ModuleTable
+from collapse_probe.distributed import unwrap
 
 DROPS: dict[str, str] = {
     "drop_block": "the block is left out: the next one reads what this one would have read, as in the model without it",
     "drop_attention": "the attention branch gives zeros, its bias included, so that the residual stream passes alone (as skip)",
     "drop_mlp": "the MLP branch is left out: what leaves the block is the residual stream after its attention, to the bit",
 }
-KINDS: dict[str, str] = {**MAPS, **DROPS}
+_STATES = {
+    "zero": "zeros, which the model never saw there",
+    "mean": "the mean of that token's state over all images of the run, gathered in a pass before with nothing changed",
+    "noise": "a random direction, drawn for each image, with the length of the state that it replaces",
+    "donor": "the state of the same token of another image, which is drawn by the image's name out of 64 at most, never itself",
+}
+OTHER = "_other"
+"""Ends the name of a control: the same at as many random patch tokens, drawn for each image."""
+PREFIX: dict[str, str] = {
+    f"prefix_{kind}{other}": f"at the input of the block {'as many random patch tokens are' if other else 'prefix tokens are'} "
+    f"given in the residual stream, which carries it on: {says}"
+    for kind, says in _STATES.items()
+    for other in ("", OTHER)
+}
+KINDS: dict[str, str] = {**MAPS, **DROPS, **PREFIX}
 """Every way to change a block."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What is changed in one run: other maps by layer, and the blocks that are left out."""
+    """What is changed in one run: other maps by layer, the blocks that are left out, and by block the kind of state that some
+    tokens are given at its input, `at` these positions, None for those that were drawn.
+    """
 
     maps: Mapping[int, Replacement] = field(default_factory=dict)
     bypass: Bypass = field(default_factory=dict)
+    states: Mapping[int, str] = field(default_factory=dict)
+    at: tuple[int, ...] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.maps or self.bypass)
+        return bool(self.maps or self.bypass or self.states)
+
+    @property
+    def donors(self) -> bool:
+        """Whether every image needs another one beside it, in the second half of the images."""
+        return "donor" in {*(each.kind for each in self.maps.values()), *self.states.values()}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What edits take from elsewhere: mean maps by layer, mean states [N, D] by block, and what was drawn for the images."""
+
+    means: Mapping[int, Tensor] = field(default_factory=dict)
+    states: Mapping[int, Tensor] = field(default_factory=dict)
+    drawn: Drawn | None = None
 
 
 @dataclass(frozen=True)
 class Places:
-    """The places of a model that were looked for: `branches` by layer; the blocks that are `fixed`, each with the reason."""
+    """The places of a model that were looked for: `branches` by layer, and its `streams`."""
 
     plan: Plan
     branches: Mapping[int, Branch] = field(default_factory=dict)
-    fixed: Mapping[int, str] = field(default_factory=dict)
+    streams: Streams = field(default_factory=Streams)
 
     @classmethod
     def of(
         cls, model: nn.Module, plan: Plan, kinds: Sequence[str], size: tuple[int, int], channels: int = 3, seed: int = 0
     ) -> Places:
         """Those that `kinds` need, found with two images of noise."""
-        skips, drops = {"skip", "drop_attention"} & {*kinds}, "drop_block" in kinds
+        skips, streams = {"skip", "drop_attention"} & {*kinds}, {"drop_block", *PREFIX} & {*kinds}
         branches = branches_of(model, plan, size, channels, seed) if skips else {}
-        return cls(plan, branches, fixed_blocks(model, plan, size, channels, seed) if drops else {})
+        return cls(plan, branches, streams_of(model, plan, size, channels, seed) if streams else Streams())
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The prefix tokens that are given other states: of several all but the first, the class token; else the one."""
+        return self.plan.prefix[1:] or self.plan.prefix
 
     def refusal(self, kind: str, block: int) -> str:
         """Why a block cannot be changed so; empty where it can."""
         if kind == "drop_block":
-            return self.fixed.get(block, "")
+            return fixed_blocks(self.plan, self.streams).get(block, "")
+        if kind in PREFIX:
+            before, _ = self.streams.shapes.get(block, (None, None))
+            if not self.plan.prefix:
+                return "the model has no prefix tokens"
+            if before != (self.plan.tokens, self.plan.width):
+                return "what enters it is not the tokens of the first block, so that the places of prefix tokens are not known"
+            return ""
         if kind == "drop_mlp":
             if block_call(self.plan, block) is None:
                 return f"{self.plan.blocks[block]} is no module of its own, from which an MLP could be left out"
@@ -65,6 +120,9 @@ class Places:
 
     def edit(self, kind: str, blocks: Sequence[int]) -> Edit:
         """What is changed for a kind in some blocks; `refusal` must be empty for each."""
+        if kind in PREFIX:
+            other, state = kind.endswith(OTHER), kind.removeprefix("prefix_").removesuffix(OTHER)
+            return Edit(states=dict.fromkeys(blocks, state), at=None if other else self.prefix)
         if kind == "drop_mlp":
             ends = {block_call(self.plan, block): self._middle(block) for block in blocks}
             return Edit(bypass={frame: tap for frame, tap in ends.items() if frame is not None and tap is not None})
@@ -85,12 +143,31 @@ def _of_maps(kind: str) -> str:
 
 @contextmanager
 def edited(
-    model: nn.Module, plan: Plan, edit: Edit, means: Mapping[int, Tensor], modules: ModuleTable | None = None
-) -> Iterator[None]:
-    """Run `model` with an edit inside the `with`; with an empty one it runs as it is. `means`, `modules`: see `replacing`."""
+    model: nn.Module,
+    plan: Plan,
+    edit: Edit,
+    given: Given | None = None,
+    modules: ModuleTable | None = None,
+    final: Frame | None = None,
+) -> Iterator[StreamHooks | None]:
+    """Run `model` with an edit inside the `with`; with an empty one it runs as it is. `modules`: see `replacing`; what the
+    module call `final` gives is in `last` of what is yielded.
+    """
+    given = given or Given()
+
+    def change(block: int) -> Callable[[Tensor], Tensor]:
+        assert given.drawn is not None
+        drawn, kind = given.drawn, edit.states[block]
+        at = (
+            drawn.others if edit.at is None else torch.tensor(edit.at, device=drawn.others.device).expand(len(drawn.others), -1)
+        )
+        return lambda x: with_states(kind, x, at, given.states.get(block), drawn.noise)
+
+    changes = {frame: change(block) for block in edit.states if (frame := block_call(plan, block)) is not None}
     with ExitStack() as stack:
         if edit.maps or not edit:
-            stack.enter_context(replacing(model, plan, edit.maps, means=means, modules=modules))
-        if edit.bypass:
-            stack.enter_context(left_out(model, edit.bypass, modules))
-        yield
+            stack.enter_context(replacing(model, plan, edit.maps, means=given.means, modules=modules))
+        hooks = None
+        if edit.bypass or changes or final is not None:
+            hooks = stack.enter_context(StreamHooks(unwrap(model), edit.bypass, modules, changes, final).attached())
+        yield hooks

@@ -26,6 +26,7 @@ KINDS: dict[str, str] = {
     "blocks of other sizes between, that of the nearest earlier block whose map has the same heads, queries and keys, if each "
     "block from there on gives its output to the next",
     "mean": "the mean of the block's own map over all images of the run, gathered in a pass before with nothing replaced",
+    "donor": "the map of another image, which is drawn by the image's name out of 64 at most, never itself, and runs beside it",
     "uniform": "the same weight for every key that the query may see",
     "identity": "every query reads its own token alone",
     "skip": "the attention branch gives zeros, its bias included, so that the residual stream passes alone",
@@ -75,7 +76,7 @@ def refusal(plan: Plan, kind: str, block: int, branches: Mapping[int, Branch]) -
         layer = plan.layers[index]
         if why := _not_one_call(layer):
             return why
-        if kind in ("share", "mean") and layer.reason:
+        if kind in ("share", "mean", "donor") and layer.reason:
             return layer.reason
         if kind == "share" and source_of(plan, index) is None:
             if block == 0 or not plan.adjacent_blocks[block - 1]:
@@ -244,13 +245,7 @@ class MapReplacer:
         if replacement is not None and replacement.kind != "skip":
             new = self._made(index, replacement, attention).expand(attention.shape)
         if index in self.takers or self.gather is not None:
-            used = new
-            if used is None and attention.q is None:  # in memory of its own: the model may overwrite it
-                own = attention.probs if attention.weights is None else attention.weights
-                assert own is not None
-                used = own.to(torch.float32, copy=True)
-            elif used is None:
-                used = attention.maps()["weights"]
+            used = _own_map(attention) if new is None else new
             if index in self.takers:
                 self.shared[index] = used
             if self.gather is not None:
@@ -267,11 +262,24 @@ class MapReplacer:
             return self.means[index]
         if replacement.kind == "uniform":
             return uniform(attention)
+        if replacement.kind == "donor":  # the second half of the images lends to the first, and keeps its own
+            own = _own_map(attention)
+            lent = own[len(own) // 2 :]
+            return torch.cat([lent, lent])
         like = attention.probs if attention.q is None else attention.q
         assert like is not None
         if replacement.kind == "identity":
             return torch.eye(attention.shape[-1], device=like.device)
         return torch.zeros((), device=like.device)
+
+
+def _own_map(attention: Attention) -> Tensor:
+    """What multiplies V [B, H, N, N] in float32, in memory of its own: the model may overwrite it."""
+    if attention.q is not None:
+        return attention.maps()["weights"]
+    own = attention.probs if attention.weights is None else attention.weights
+    assert own is not None
+    return own.to(torch.float32, copy=True)
 
 
 @contextmanager

@@ -30,6 +30,8 @@ PANELS = {
     "kl": "KL from the plain logits, nats",
     "agreement": "share of equal top answers",
     "accuracy_change": "change in accuracy",
+    "moved": "move of the last patches",
+    "shared": "part of it that is shared",
 }
 ORDERS = {GREEDY: "least loss first", INFLUENCE: "least influence first"}
 """What the orders are called in which blocks go."""

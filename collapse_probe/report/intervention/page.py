@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from collapse_probe.report.html import Figure, Table, paper, plates_of, write_page
-from collapse_probe.report.intervention import dropping
+from collapse_probe.report.intervention import dropping, tokens
 from collapse_probe.report.intervention.figures import FIGURES, ORDERS, draw_all
 from collapse_probe.report.intervention.verdict import TEXTS, WORDS, headline, verdicts
-from collapse_probe.results.intervention import DEFINITIONS, ORDERED, Effect, Interventions
+from collapse_probe.results.intervention import DEFINITIONS, ORDERED, OTHER, Effect, Interventions
 from collapse_probe.results.rules import KEEPS_ANSWERS
 from collapse_probe.results.text import DASH, facts, interval, number, numbered, plain, sentence_case, spans
 
@@ -58,8 +58,8 @@ def render(interventions: Interventions, figures: Mapping[str, Figure] | None = 
         verdicts=answers,
         keeps=f"{100 * KEEPS_ANSWERS:g} %",
         words=WORDS,
-        acts={kind: texts[0] for kind, texts in (TEXTS | dropping.PARTS).items()},
-        dropped=set(interventions.single) <= set(dropping.PARTS),
+        acts={kind: texts[0] for kind, texts in (TEXTS | dropping.PARTS).items()} | tokens.ACTS,
+        done=_done(interventions),
         exported=exported,
         gone="" if not exported else numbered(exported.get("dropped_blocks") or []),
         headline=headline(answers, interventions),
@@ -70,6 +70,14 @@ def render(interventions: Interventions, figures: Mapping[str, Figure] | None = 
         definitions=DEFINITIONS,
         provenance=[(part, facts(getattr(interventions, part))) for part in ("model", "data", "run")],
     )
+
+
+def _done(interventions: Interventions) -> str:
+    """What is done while the model runs, in two words."""
+    kinds = {name.removesuffix(OTHER) for name in interventions.single}
+    if kinds <= {*dropping.PARTS}:
+        return "parts left out"
+    return "states replaced" if kinds <= {*tokens.ACTS} else "maps replaced" if kinds <= {*TEXTS} else "parts changed"
 
 
 def _plain_accuracy(interventions: Interventions) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from collapse_probe.report.intervention import dropping
-from collapse_probe.results.intervention import GREEDY, Effect, Interventions
+from collapse_probe.report.intervention import dropping, tokens
+from collapse_probe.results.intervention import GREEDY, OTHER, Effect, Interventions
 from collapse_probe.results.readings import is_untrained, mean, not_loaded, trained_on
 from collapse_probe.results.rules import KEEPS_ANSWERS, MOST_BLOCKS, ROUNDING
 from collapse_probe.results.text import interval, number, numbered
@@ -16,13 +16,17 @@ from collapse_probe.results.verdict import Verdict
 
 SPARED, ONLY_ALONE, USED, MIXED = "spared", "spared only one at a time", "used", "used in some blocks"
 NOT_READABLE = "nothing can be read"
-WORDS = dropping.WORDS | {
-    SPARED: "not needed: all that were tried can be replaced together",
-    ONLY_ALONE: "not needed one at a time, but needed together",
-    MIXED: "needed in some blocks",
-    USED: "needed in most blocks",
-    NOT_READABLE: "not judged: the answers do not vary",
-}
+WORDS = (
+    dropping.WORDS
+    | tokens.WORDS
+    | {
+        SPARED: "not needed: all that were tried can be replaced together",
+        ONLY_ALONE: "not needed one at a time, but needed together",
+        MIXED: "needed in some blocks",
+        USED: "needed in most blocks",
+        NOT_READABLE: "not judged: the answers do not vary",
+    }
+)
 """What each case says of a model's own maps, or of the blocks that were left out."""
 TEXTS = {  # what is done; what it means where it costs little; what it does not say
     "share": (
@@ -35,6 +39,11 @@ TEXTS = {  # what is done; what it means where it costs little; what it does not
         "Using each block's mean map over the images",
         "it matters little that their maps depend on the image",
         "It does not say that these blocks attend to nothing: a pattern of positions is kept.",
+    ),
+    "donor": (
+        "Using another image's map",
+        "it matters little that their maps are those of the image",
+        "It does not say that these blocks attend to nothing: another image's map is a trained one.",
     ),
     "uniform": (
         "Attending to all tokens equally",
@@ -56,8 +65,8 @@ TEXTS = {  # what is done; what it means where it costs little; what it does not
 
 def verdicts(interventions: Interventions) -> list[Verdict]:
     """One verdict for each kind of replacement that could be made, with the kind as its label."""
-    single = interventions.single.items()
-    return [_verdict(interventions, kind) for kind, effects in single if any(e.kl is not None for e in effects)]
+    single = {kind: effects for kind, effects in interventions.single.items() if not kind.endswith(OTHER)}
+    return [_verdict(interventions, kind) for kind, effects in single.items() if any(e.kl is not None for e in effects)]
 
 
 def case_of(single: Sequence[Effect], whole: Effect) -> str:
@@ -76,6 +85,12 @@ def keeps(effect: Effect) -> bool:
 def _verdict(interventions: Interventions, kind: str) -> Verdict:
     if silent := not_readable(interventions):
         return Verdict(NOT_READABLE, (*said_first(interventions), silent), label=kind)
+    if kind in tokens.ACTS:
+        said = (*said_first(interventions), *_tried(interventions), *tokens.sentences(interventions, kind))
+        of_tokens = tokens.case_of([e for e in interventions.single[kind] if e.kl is not None])
+        return Verdict(
+            of_tokens, said, tuple(_caveats(interventions, kind, "", tokens.caveats(interventions, kind))), label=kind
+        )
     if kind in dropping.PARTS:
         case = dropping.case_of(interventions.orders.get(kind, {}).get(GREEDY))
         answer, *others = dropping.sentences(interventions, kind)
@@ -116,8 +131,12 @@ def headline(answers: Sequence[Verdict], interventions: Interventions) -> str:
     dropped = [kind for kind in dropping.PARTS for each in answers if each.label == kind and each.case != NOT_READABLE]
     if dropped:
         return dropping.answer(interventions, dropped[0])
+    if len(answers) == 1 and answers[0].label in tokens.ACTS:
+        return f"States of prefix tokens are {WORDS[answers[0].case]}"
     if len(answers) == 1:
         return f"Own attention maps are {WORDS[answers[0].case]}"
+    if all(each.label in tokens.ACTS for each in answers):
+        return "What the states of prefix tokens are worth"
     return "What a model's own attention maps are worth"
 
 

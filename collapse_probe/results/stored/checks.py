@@ -387,7 +387,9 @@ EFFECT = record(
         "agreement": SHARE,
         "accuracy": SHARE,
         "accuracy_change": maybe(number(-1, 1)),
-        **dict.fromkeys(("kl_ci95", "agreement_ci95", "accuracy_change_ci95"), ENDS),
+        **dict.fromkeys(("kl_ci95", "agreement_ci95", "accuracy_change_ci95", "moved_ci95", "shared_ci95"), ENDS),
+        "moved": maybe(number(0)),
+        "shared": SHARE,
         "not_applicable": maybe(text),
     },
 )
