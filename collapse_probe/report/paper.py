@@ -380,7 +380,8 @@ def counts_along(sweep: Sweep, axis: str) -> PaperFigure:
 def replaced_maps(interventions: Interventions) -> PaperFigure:
     """What the outputs lose where the map of one block, or of a block and all above it, is replaced."""
     rows = []
-    for title, groups in (("one block", interventions.single), ("the block and all above it", interventions.cumulative)):
+    panels = [("one block", interventions.single), ("the block and all above it", interventions.cumulative)]
+    for title, groups in ((title, groups) for title, groups in panels if any(groups.values())):
         accuracy = any(effect.accuracy_change is not None for effects in groups.values() for effect in effects)
         key = "accuracy_change" if accuracy else "kl"
         lines = []
@@ -390,7 +391,28 @@ def replaced_maps(interventions: Interventions) -> PaperFigure:
             values = np.array([getattr(effect, key) for effect in known], dtype=np.float64)
             ends = np.array([getattr(effect, f"{key}_ci95") or (np.nan, np.nan) for effect in known], dtype=np.float64)
             colour, marker = DISTINCT[at % len(DISTINCT)], MARKERS[at % len(MARKERS)]
-            lines.append(Line(kind, x, values, colour, ends.reshape(-1, 2), "-", marker))
+            lines.append(Line(kind.replace("_", " "), x, values, colour, ends.reshape(-1, 2), "-", marker))
         unit = "change of accuracy" if accuracy else "KL of the outputs [nats]"
-        rows.append(Curves(f"map replaced in {title}", "block", unit, lines))
+        of_maps = not any("_" in kind for kind in groups)
+        rows.append(Curves(f"map replaced in {title}" if of_maps else f"{title} changed", "block", unit, lines))
+    if interventions.orders:
+        rows.append(_orders(interventions))
     return PaperFigure([rows], tall=0.36)
+
+
+def _orders(interventions: Interventions) -> Curves:
+    """What it costs to leave out one block after the other, against how many are left, in every order."""
+    total, lines = int(interventions.model.get("blocks") or 0), []
+    orders = [
+        (f"{kind.replace('_', ' ')}, {how}", order)
+        for kind, each in interventions.orders.items()
+        for how, order in each.items()
+    ]
+    key = "accuracy_change" if any(e.accuracy_change is not None for _, order in orders for e in order.priced) else "kl"
+    for at, (label, order) in enumerate(orders):
+        x = np.array([total - len(effect.blocks) for effect in order.priced], dtype=np.float64)
+        values = np.array([getattr(effect, key) for effect in order.priced], dtype=np.float64)
+        ends = np.array([getattr(effect, f"{key}_ci95") or (np.nan, np.nan) for effect in order.priced], dtype=np.float64)
+        lines.append(Line(label, x, values, DISTINCT[at % len(DISTINCT)], ends.reshape(-1, 2), "-", MARKERS[at % len(MARKERS)]))
+    unit = "change of accuracy" if key == "accuracy_change" else "KL of the outputs [nats]"
+    return Curves("one block after the other left out", f"blocks left, of {total}", unit, lines)

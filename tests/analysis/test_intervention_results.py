@@ -216,7 +216,7 @@ def test_effects_against_numbers_worked_by_hand():
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"replace": ("shar",)}, SettingError, "share, mean, uniform"),
+        ({"replace": ("shar",)}, SettingError, "share, mean, donor, uniform"),
         ({"replace": ()}, SettingError, "none"),
         ({"blocks": [3]}, SettingError, "blocks 0 to 2"),
         ({"blocks": [0]}, SettingError, "no block before"),

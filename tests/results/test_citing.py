@@ -182,5 +182,5 @@ def test_the_accuracy_of_an_intervention_is_not_its_agreement_and_blocks_are_tho
         cumulative={"share": effects[1:]}, similarity={},
     )  # fmt: skip
     text = methods(found)
-    assert "Accuracy is the share of images whose top answer is their label, with maps replaced; its change is that" in text
+    assert "Accuracy is the share of images whose top answer is their label, in the changed model; its change is that" in text
     assert "the maps of block 1, one" in text

@@ -41,8 +41,8 @@ _STATES = {
 OTHER = "_other"
 """Ends the name of a control: the same at as many random patch tokens, drawn for each image."""
 PREFIX: dict[str, str] = {
-    f"prefix_{kind}{other}": f"at the input of the block {'as many random patch tokens are' if other else 'prefix tokens are'} "
-    f"given in the residual stream, which carries it on: {says}"
+    f"prefix_{kind}{other}": f"the states of {'as many random patch tokens' if other else 'prefix tokens'} in the residual stream, "
+    f"where it enters the block, are replaced by {says}"
     for kind, says in _STATES.items()
     for other in ("", OTHER)
 }

@@ -22,7 +22,7 @@ from collapse_probe.report.style import (
     panels,
     powers_of_ten,
 )
-from collapse_probe.results.intervention import GREEDY, INFLUENCE, Effect, Interventions, Order
+from collapse_probe.results.intervention import GREEDY, INFLUENCE, OTHER, Effect, Interventions, Order
 from collapse_probe.results.rules import KEEPS_ANSWERS
 from collapse_probe.statistics.intervals import Array
 
@@ -59,15 +59,16 @@ def _over_blocks(by_kind: Mapping[str, Sequence[Effect]], label: str) -> Sheet |
     names = [name for name in PANELS if any(getattr(e, name) is not None for e in every)]
     if not names:
         return None
-    places = panels(len(names), columns=3)
+    places, own = panels(len(names), columns=3), [kind for kind in by_kind if not kind.endswith(OTHER)]
     blocks = np.array(sorted({e.blocks[0] for e in every}), dtype=np.float64)
     for axes, name in zip(places, names, strict=True):
-        for place, (kind, effects) in enumerate(by_kind.items()):
-            if effects:
-                role = Role(
-                    kind.replace("_", " "), DISTINCT[place % len(DISTINCT)], marker=MARKERS[place % len(MARKERS)], width=1.8
-                )
-                _curve(axes, effects, name, role)
+        for kind, effects in by_kind.items():
+            place = own.index(kind.removesuffix(OTHER)) if kind.removesuffix(OTHER) in own else 0
+            label, colour = kind.replace("_", " "), DISTINCT[place % len(DISTINCT)]
+            if effects and kind.endswith(OTHER):
+                _curve(axes, effects, name, Role(f"{label} tokens", colour, (0, (5, 2))))
+            elif effects:
+                _curve(axes, effects, name, Role(label, colour, marker=MARKERS[place % len(MARKERS)], width=1.8))
         _scale(axes, name, [getattr(e, name) for e in every])
         over_blocks(axes, blocks, label, 9)
         axes.set_title(PANELS[name])

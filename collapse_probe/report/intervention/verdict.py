@@ -137,6 +137,8 @@ def headline(answers: Sequence[Verdict], interventions: Interventions) -> str:
         return f"Own attention maps are {WORDS[answers[0].case]}"
     if all(each.label in tokens.ACTS for each in answers):
         return "What the states of prefix tokens are worth"
+    if any(each.label in tokens.ACTS for each in answers):
+        return "What a model's own attention maps and tokens are worth"
     return "What a model's own attention maps are worth"
 
 

@@ -219,7 +219,7 @@ def of_interventions(interventions: Interventions, name: str | None) -> Figure:
         values = np.array([getattr(effect, wanted) for effect in known], dtype=np.float64)
         ends = np.array([getattr(effect, f"{wanted}_ci95") or (np.nan, np.nan) for effect in known], dtype=np.float64)
         line(axes, x, values, ends.reshape(-1, 2), kind, CYCLE[at % len(CYCLE)])
-    over_blocks(axes, "block whose map is replaced", "one block at a time")
+    over_blocks(axes, "block that is changed", "one block at a time")
     axes.set_ylabel(EFFECTS[wanted])
     axes.legend(frameon=False)
     return figure

@@ -11,6 +11,7 @@ from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.intervention import DEFINITIONS, Interventions
 from collapse_probe.results.readings import is_untrained, null_of, trained_on, weights_only
+from collapse_probe.results.rules import KEEPS_ANSWERS
 from collapse_probe.results.survey import Survey, SurveyRow
 from collapse_probe.results.sweep import Sweep
 from collapse_probe.results.text import numbered, plain, sentence_case
@@ -45,6 +46,7 @@ def references(results: Any) -> list[Reference]:
     found = {each.key for findings in subjects_of(results) for each in of_one(findings)}
     if isinstance(results, Interventions):
         found |= {"zhou2021deepvit", *(key for name in fixes_of(results.model, results.run) for key in FIXES[name])}
+        found |= {key for name in (METRICS if results.orders else ()) if name == "block-influence" for key in METRICS[name]}
     if isinstance(results, Sweep):
         text = f"{plain(results.recipe)} {plain(results.varied)} {plain(results.changes)}"
         found |= {key for name in fixes_in(text) for key in FIXES[name]} | {each.key for each in named_in(text)}
@@ -126,6 +128,10 @@ def of_interventions(interventions: Interventions) -> str:
     data, kinds = interventions.data, "; ".join(f"{kind}: {says}" for kind, says in interventions.kinds.items())
     effects = [effect for each in interventions.single.values() for effect in each if effect.kl is not None]
     blocks = sorted({block for effect in effects for block in effect.blocks})
+    others = [kind for kind in interventions.kinds if kind.partition("_")[0] in ("drop", "prefix", "sinks")]
+    done, changed = "replaced attention maps", "Replaced were the maps of"
+    if others:
+        done, changed = "changed what its blocks compute", "Changed were"
     numbers = [
         f"KL is the {DEFINITIONS['kl']}.",
         f"Agreement is the {DEFINITIONS['agreement']}.",
@@ -137,15 +143,28 @@ def of_interventions(interventions: Interventions) -> str:
     ]
     return " ".join(
         [
-            f"In {model_words(interventions.model)} we replaced attention maps while it ran, on {plain(data.get('images'))} "
+            f"In {model_words(interventions.model)} we {done} while it ran, on {plain(data.get('images'))} "
             f"images of {plain(data.get('address'))}, with {tool(interventions)}.",
-            f"Replaced were the maps of {numbered(blocks)}, one block at a time and cumulatively from the last block down "
-            f"({kinds}).",
+            f"{changed} {numbered(blocks)}, one block at a time"
+            f"{' and cumulatively from the last block down' if any(interventions.cumulative.values()) else ''} ({kinds}).",
+            *_of_orders(interventions),
             *numbers,
             LIMIT,
             run_words(interventions.run),
         ]
     )
+
+
+def _of_orders(interventions: Interventions) -> list[str]:
+    """How the order was chosen in which blocks went."""
+    parts = interventions.run.get("order_images")
+    if not parts:
+        return []
+    return [
+        f"Blocks were left out one after the other, each time the one whose loss cost the least mean KL on {parts['chose']} "
+        f"images; how many can go was settled on {parts['settled']} others (at least {100 * KEEPS_ANSWERS:g} % of the top "
+        f"answers stay, by the lower end of the interval), and the price is that on the remaining {parts['priced']}."
+    ]
 
 
 def of_sweep(sweep: Sweep) -> str:

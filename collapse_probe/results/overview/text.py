@@ -8,11 +8,11 @@ from typing import Any
 
 from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.findings import Findings
-from collapse_probe.results.intervention import Interventions
+from collapse_probe.results.intervention import GREEDY, OTHER, Interventions
 from collapse_probe.results.overview.headline import Headline, headlines
 from collapse_probe.results.readings import weights_only
 from collapse_probe.results.sweep import Sweep
-from collapse_probe.results.text import number, numbered, plain
+from collapse_probe.results.text import listed, number, numbered, plain
 from collapse_probe.results.verdict import verdict_of
 
 WIDTH = 160
@@ -85,13 +85,18 @@ def of_interventions(interventions: Interventions) -> list[str]:
     """For each kind of replacement the block that changes the output most, and all blocks together."""
     name = plain(interventions.model.get("address") or interventions.model.get("name"))
     rows = []
-    for kind, effects in list(interventions.single.items())[:3]:
+    shown = [(kind, effects) for kind, effects in interventions.single.items() if not kind.endswith(OTHER)]
+    for kind, effects in shown[:3]:
         known = [effect for effect in effects if effect.kl is not None]
         if not known:
             rows.append(f"{kind}: nothing could be replaced")
             continue
         largest = max(known, key=lambda effect: effect.kl or 0.0)
         most = f"most in {numbered(list(largest.blocks))}: KL {number(largest.kl)}"
+        if (order := interventions.orders.get(kind, {}).get(GREEDY)) is not None:
+            go = f"blocks {listed(sorted(order.blocks[: order.spared]))} can go" if order.spared else "none can go"
+            rows.append(f"{kind}: {go}; one at a time {most}")
+            continue
         whole = interventions.cumulative[kind][-1] if interventions.cumulative[kind] else None
         together = None if whole is None else whole.agreement
         kept = "" if together is None else f"; all together keep {100 * together:.1f} % of the top answers"
