@@ -99,8 +99,10 @@ def picture(content):
 
 def wandb_history(root):
     """The rows of the histories in W&B's files, each with its file."""
+    import wandb
     from wandb.proto import wandb_internal_pb2 as protocol
 
+    wandb.teardown()  # its own process has written all then
     for file in sorted(root.rglob("run-*.wandb")):
         for content in leveldb_records(file.read_bytes()):
             record = protocol.Record()
