@@ -381,7 +381,8 @@ def test_every_model_in_training_pays_every_penalty(which):
         assert found.requires_grad, label
         found.backward(retain_graph=True)
         graded = any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-        assert graded == (found.item() != 0 or "entropy" not in label), label
+        at_zero = "entropy" in label or "gram-anchor" in label  # within its bounds, and before anything has moved
+        assert graded == (found.item() != 0 or not at_zero), label
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()), label
     assert all(p.grad.abs().sum() > 0 for p in penalties.parameters())
 
