@@ -14,6 +14,7 @@ from collapse_probe.errors import OutputError
 
 KINDS = ("share", "mean", "donor", "uniform", "identity", "skip")
 STATES = ("zero", "mean", "noise", "donor")
+EDITS = ("zero-value", "mean-value", "donor-value", "redirect")
 PARTS = ("block", "attention", "mlp")
 
 
@@ -44,6 +45,14 @@ PARTS = ("block", "attention", "mlp")
     help="What stands in for the states of prefix tokens at the input of a block (of registers, where there are some, else of "
     "the class token), beside the same at as many random patch tokens: zero, mean (over the images), noise (of the same "
     "length), donor (another image's).",
+)
+@click.option(
+    "--sinks",
+    multiple=True,
+    type=click.Choice(EDITS),
+    help="What is done to attention sinks, in every head of a block in which an image has one (90 % of the queries give one "
+    "key half of their attention or more): another value there, or no attention to it; beside it the same at a random patch "
+    "token.",
 )
 @options.count("--window", least=1, default=1, says="With --drop: also every N consecutive blocks together.")
 @options.count("--keep", least=0, says="With --drop: go on until N of the model's blocks are left.  [default: 1]")

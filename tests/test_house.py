@@ -205,8 +205,8 @@ FLAGS = {
     "compare": f"{MODEL} {GIVEN} {RUN} {MEASURED} --recalibrate-bn --cka --records {SAVED} {KEPT}".replace(
         " --checkpoint ", " "
     ),
-    "intervene": f"{MODEL} {GIVEN} {RUN} --recalibrate-bn --replace --drop --prefix --window --keep --export --blocks {SAVED} "
-    f"{KEPT}",
+    "intervene": f"{MODEL} {GIVEN} {RUN} --recalibrate-bn --replace --drop --prefix --sinks --window --keep --export "
+    f"--blocks {SAVED} {KEPT}",
     "gallery": f"--data --split --limit --max-pixels {RUN} --null-images -o --output {PLUGIN}",
     "merge": f"--allow-missing --device {KEPT}",
     "report": f"--figures --style {TALK}",

@@ -23,11 +23,11 @@ from collapse_probe.analysis.intervention.orders import (
     influence_order,
     prefixes,
 )
-from collapse_probe.analysis.intervention.runner import ReplacementRunner, donors_among, mean_maps, mean_states
+from collapse_probe.analysis.intervention.runner import ReplacementRunner, donors_among, mean_maps, mean_sinks, mean_states
 from collapse_probe.analysis.measurement import FAIL, Images, Progress, Report, RunSettings, restored, settled, with_input
 from collapse_probe.analysis.state.keeper import SAVE_EVERY, saving_of
 from collapse_probe.analysis.state.phases import CHOSEN, REPLACED, Phase
-from collapse_probe.capture.edits.places import DROPS, OTHER, PREFIX, Places
+from collapse_probe.capture.edits.places import DROPS, OTHER, PREFIX, SINKS, Places
 from collapse_probe.capture.edits.replacement import KINDS
 from collapse_probe.data.images import OwnImages, images_from
 from collapse_probe.data.preprocessing import Size
@@ -38,6 +38,9 @@ from collapse_probe.models.pruning import Pruning
 from collapse_probe.results.intervention import GREEDY, INFLUENCE, Interventions
 
 STATES = tuple(kind.removeprefix("prefix_") for kind in PREFIX if not kind.endswith(OTHER))
+VALUE = "-value"
+EDITS = ("zero-value", "mean-value", "donor-value", "redirect")
+"""What can be done to sinks; see `SINKS`."""
 PARTS = tuple(kind.removeprefix("drop_") for kind in DROPS)
 
 
@@ -49,6 +52,7 @@ def intervene(
     *,
     drop: Sequence[str] = (),
     prefix: Sequence[str] = (),
+    sinks: Sequence[str] = (),
     window: int = 1,
     keep: int | None = None,
     export: str | Path | None = None,
@@ -93,13 +97,16 @@ def intervene(
     `prefix` names what stands in for the states of prefix tokens at the input of a block (registers where there are some, else
     the class token): zero, mean, noise, donor; beside it stands the same at as many random patch tokens.
 
+    `sinks` names what is done to attention sinks, in every head of a block in which an image has one, beside the same at a
+    random patch token: zero-value, mean-value, donor-value, redirect.
+
     `export` writes the model without whole blocks into a file (.safetensors, .pth) that timm loads: without those that the
     order lets go until `keep` are left, or without all `blocks` that are named, or without as many as can go.
 
     Raises SettingError for unknown replacements and blocks and where nothing can be replaced, ModelError for a model without
     logits, CollapseProbeError for whatever cannot be read or captured.
     """
-    kinds = _kinds(replace, drop, prefix)
+    kinds = _kinds(replace, drop, prefix, sinks)
     least = 1 if keep is None else keep
     if window < 1 or least < 0:
         raise SettingError(f"expected a window of 1 block or more, and 0 blocks or more to keep; came {window} and {keep}")
@@ -166,6 +173,9 @@ def intervene(
             if any(grid.able.get(kind) for kind in ("prefix_mean", "prefix_mean_other")):
                 say("gathering each token's mean state")
                 runner.states.update(mean_states(runner, images, grid.able["prefix_mean"]))
+            if grid.able.get("sinks_mean"):
+                say("gathering each head's mean value at its sinks")
+                runner.sinks.update(mean_sinks(runner, images, grid.able["sinks_mean"]))
             if grid.able.get("mean"):
                 say("gathering each block's mean map")
                 runner.means.update(mean_maps(runner, images, grid.able["mean"]))
@@ -195,7 +205,7 @@ def intervene(
                 break
             ill |= dict(outputs.nonfinite)
         facts: dict[str, Any] = {}
-        if {*PREFIX} & {*grid.able}:
+        if {*PREFIX, *SINKS} & {*grid.able}:
             final = runner.places.streams.final
             facts = {"prefix_positions": [*runner.places.prefix], "last_tokens": None if final is None else final[0]}
         if runner.donors is not None:
@@ -208,17 +218,23 @@ def intervene(
         return dataclasses.replace(found, run={**found.run, "export": file})
 
 
-def _kinds(replace: Sequence[str] | None, drop: Sequence[str], prefix: Sequence[str]) -> tuple[str, ...]:
+def _kinds(replace: Sequence[str] | None, drop: Sequence[str], prefix: Sequence[str], sinks: Sequence[str]) -> tuple[str, ...]:
     """The kinds of change that are asked for; SettingError for those that there are not."""
-    dropped, states = ([each] if isinstance(each, str) else [*each] for each in (drop, prefix))
+    dropped, states, edits = ([each] if isinstance(each, str) else [*each] for each in (drop, prefix, sinks))
     replaced = [replace] if isinstance(replace, str) else [*(replace or ())]
-    if replace is None and not dropped and not states:
+    if replace is None and not (dropped or states or edits):
         replaced = ["share"]
-    asked = (("replacements", replaced, KINDS), ("parts to drop", dropped, PARTS), ("states of prefix tokens", states, STATES))
+    asked = (
+        ("replacements", replaced, KINDS),
+        ("parts to drop", dropped, PARTS),
+        ("states of prefix tokens", states, STATES),
+        ("edits of sinks", edits, EDITS),
+    )
     for what, names, known in asked:
         if unknown := [name for name in names if name not in known]:
             raise SettingError(f"expected {what} out of {', '.join(known)}; came {unknown[0]!r}")
-    if not replaced and not dropped and not states:
+    if not (replaced or dropped or states or edits):
         raise SettingError(f"expected replacements out of {', '.join(KINDS)}; came none")
-    tokens = [f"prefix_{name}{other}" for name in states for other in ("", OTHER)]
+    tokens = [*(f"prefix_{name}" for name in states), *(f"sinks_{name.removesuffix(VALUE)}" for name in edits)]
+    tokens = [f"{kind}{other}" for kind in tokens for other in ("", OTHER)]
     return tuple(dict.fromkeys([*replaced, *(f"drop_{name}" for name in dropped), *tokens]))

@@ -27,7 +27,7 @@ COLUMNS = [
     *("kind", "how", "first_block", "last_block", "kl", "kl_ci_low", "kl_ci_high"),
     *("agreement", "agreement_ci_low", "agreement_ci_high", "accuracy", "accuracy_change"),
     *("accuracy_change_ci_low", "accuracy_change_ci_high", "blocks"),
-    *("moved", "moved_ci_low", "moved_ci_high", "shared", "shared_ci_low", "shared_ci_high"),
+    *("moved", "moved_ci_low", "moved_ci_high", "shared", "shared_ci_low", "shared_ci_high", "sinks"),
 ]
 GREEDY = "greedy"
 """The order in which each time the block goes that costs least."""
@@ -48,6 +48,7 @@ DEFINITIONS = {
     "one follows the blocks, without the tokens that were edited; t interval over images",
     "shared": "mean over images of the part of that change's energy which all patch tokens share, n ‖mean change‖² / "
     "Σ ‖change‖²; images in which nothing moves are left out; t interval",
+    "sinks": "mean over images of the number of heads of the block in which an image has a sink, which were edited; t interval",
     "accuracy_change": "that share less the plain model's on the same images; Tango's score interval",
 }
 
@@ -73,6 +74,8 @@ class Effect:
     moved_ci95: Ends = None
     shared: float | None = None
     shared_ci95: Ends = None
+    sinks: float | None = None
+    sinks_ci95: Ends = None
     not_applicable: str | None = None
 
 
@@ -165,7 +168,9 @@ class Interventions(Shown):
                 )
                 blocks = [min(effect.blocks), max(effect.blocks)]
                 names = " ".join(map(str, effect.blocks))
-                rows.append([kind, how, *blocks, *kl, *agreement, effect.accuracy, *change, names, *moved, *shared])
+                rows.append(
+                    [kind, how, *blocks, *kl, *agreement, effect.accuracy, *change, names, *moved, *shared, effect.sinks]
+                )
         values = [name for name in COLUMNS[4:] if name != "blocks"]
         return pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(values, "float64"))
 
@@ -191,7 +196,7 @@ class Interventions(Shown):
     @property
     def states(self) -> tuple[str, ...]:
         """Those of `intervene`."""
-        return ("similarity-", "means-", "conditions-", "drop_", "states-", "donors-")
+        return ("similarity-", "means-", "conditions-", "drop_", "states-", "donors-", "sinks-")
 
     def write(self, inside: Path) -> None:
         """Write interventions.json, interventions.csv and images.npz into an existing folder."""

@@ -13,7 +13,7 @@ import pytest
 from collapse_probe.cli import intervene, options
 from collapse_probe.cli.fail_on import thresholds
 
-from collapse_probe.analysis.intervene import PARTS, STATES
+from collapse_probe.analysis.intervene import EDITS, PARTS, STATES
 from collapse_probe.capture.edits.replacement import KINDS
 from collapse_probe.registry import METRICS, PRESETS
 from collapse_probe.results.summary.thresholds import EFFECTS
@@ -95,6 +95,7 @@ def test_what_the_command_line_knows_without_torch_is_what_there_is():
     assert {name for name in levels if name not in METRICS} == set()
     assert set(KINDS) == set(intervene.KINDS)
     assert set(PARTS) == set(intervene.PARTS)
+    assert set(EDITS) == set(intervene.EDITS)
     assert set(STATES) == set(intervene.STATES)
     assert set(PRESETS)
 

@@ -18,7 +18,7 @@ from collapse_probe.analysis.measurement import FAIL, Images, Progress
 from collapse_probe.analysis.outputs import kl_divergence, logits_in
 from collapse_probe.analysis.state.passes import Answers
 from collapse_probe.capture.capture import same
-from collapse_probe.capture.edits.places import DROPS, PREFIX, Edit
+from collapse_probe.capture.edits.places import DROPS, PREFIX, SINKS, Edit
 from collapse_probe.data.loading import Batch
 from collapse_probe.errors import CaptureError, DataError, ModelError, NonFiniteError, SettingError
 from collapse_probe.metrics.nonfinite import all_ill, nonfinite_error
@@ -26,8 +26,8 @@ from collapse_probe.results.text import numbered
 from collapse_probe.statistics.intervals import Array
 
 Classes = NDArray[np.int64]
-MOVES = ("moved", "shared")
-"""How far the last patch tokens move, and the part of that which they share; see `Effect`."""
+MOVES = ("moved", "shared", "sinks")
+"""How far the last patch tokens move, the part of that which they share, and how many heads were edited; see `Effect`."""
 Condition = tuple[str, tuple[int, ...]]
 """A kind of change and the blocks in which it is made."""
 
@@ -48,7 +48,7 @@ class ConditionGrid:
         """The last block, the last two, … all of them; none for blocks that are dropped, which have an
         order of their own, and for states, which pass on from block to block."""
         able = self.able[kind]
-        return [] if kind in DROPS or kind in PREFIX else [tuple(able[first:]) for first in reversed(range(len(able)))]
+        return [] if kind in {*DROPS, *PREFIX, *SINKS} else [tuple(able[first:]) for first in reversed(range(len(able)))]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def run_conditions(
     """Every image once plainly and once under each condition, in all processes; the state of the pass is kept under `name`."""
     edits = [runner.places.edit(*condition) for condition in conditions]
     answers = Answers(runner.identity(name, images, conditions), runner.settings.seed)
-    moving = {condition for condition in conditions if condition[0] in PREFIX}
+    moving = {condition for condition in conditions if condition[0] in {*PREFIX, *SINKS}}
     checked = False
 
     def take(batch: Batch) -> None:
@@ -132,7 +132,7 @@ def run_conditions(
                 run = runner.run(pixels, edit, named, final=condition in moving)
                 changed.append(_logits(run)[: len(pixels)])
                 if moving:
-                    moves.append(_moved(runner, plainly.last, run.last, named, edit) if condition in moving else nowhere(named))
+                    moves.append(_moved(runner, plainly.last, run, named, edit) if condition in moving else nowhere(named))
             ill = _nonfinite(plain_logits, changed, conditions)
             nonfinite += [(batch.names[part[i]], why) for i, why in ill.items()]
             if ill and runner.settings.on_nonfinite == FAIL:
@@ -174,27 +174,31 @@ def run_conditions(
     )
 
 
-def nowhere(names: Sequence[str]) -> tuple[Array, Array]:
+def nowhere(names: Sequence[str]) -> list[Array]:
     """No move of these images' tokens."""
-    return np.full(len(names), np.nan), np.full(len(names), np.nan)
+    return [np.full(len(names), np.nan) for _ in MOVES]
 
 
-def _moved(
-    runner: ReplacementRunner, before: Tensor | None, after: Tensor | None, names: Sequence[str], edit: Edit
-) -> tuple[Array, Array]:
-    """How far the last patch tokens move, those that were edited left out, and the shared part of that; NaN where the last
-    tokens are others than the first ones.
+def _moved(runner: ReplacementRunner, before: Tensor | None, run: Run, names: Sequence[str], edit: Edit) -> list[Array]:
+    """How far the last patch tokens move, those that were edited left out, the shared part of that, and in how many heads sinks
+    were edited; NaN where the last tokens are others than the first ones.
     """
     plan, count = runner.plan, len(names)
-    if before is None or after is None or before.shape[1:] != (plan.tokens, plan.width):
-        return nowhere(names)
+    moved, shared, heads = nowhere(names)
+    if edit.sinks and run.sinks.heads is not None:
+        heads = run.sinks.heads.double().cpu().numpy()
+    if before is None or run.last is None or before.shape[1:] != (plan.tokens, plan.width):
+        return [moved, shared, heads]
     counted = torch.ones(count, plan.tokens, dtype=torch.bool, device=before.device)
     counted[:, list(plan.prefix)] = False
     if edit.states and edit.at is None:
-        counted.scatter_(1, runner.drawn(names).others, False)
-    base, new = before[:count], after[:count]
+        drawn = runner.drawn(names)
+        counted.scatter_(1, drawn.others[:, : drawn.count], False)
+    if run.sinks.keys is not None:
+        counted &= ~run.sinks.keys
+    base, new = before[:count], run.last[:count]
     moves = relative_rms_change(new, base, counted), shared_energy_fraction(new.double() - base.double(), counted)
-    return moves[0].cpu().numpy(), moves[1].cpu().numpy()
+    return [*(each.cpu().numpy() for each in moves), heads]
 
 
 def _logits(run: Run) -> Tensor:

@@ -73,10 +73,10 @@ class Donors:
 
 
 def drawn_for(names: Sequence[str], seed: int, patches: Sequence[int], count: int, width: int, device: torch.device) -> Drawn:
-    """For each image `count` random patch positions, all of them where there are fewer, and directions of length 1."""
+    """For each image `count` random patch positions (two at least, all where there are fewer), and directions of length 1."""
     others, noise = [], []
     for name in names:
         generator = torch.Generator().manual_seed(rank_of_name(f"drawn/{name}", seed) % 2**63)
-        others.append(torch.tensor(patches)[torch.randperm(len(patches), generator=generator)[:count]])
-        noise.append(torch.nn.functional.normalize(torch.randn(len(others[-1]), width, generator=generator), dim=1))
+        others.append(torch.tensor(patches)[torch.randperm(len(patches), generator=generator)[: max(count, 2)]])
+        noise.append(torch.nn.functional.normalize(torch.randn(min(count, len(patches)), width, generator=generator), dim=1))
     return Drawn(torch.stack(others).to(device), torch.stack(noise).to(device))

@@ -16,7 +16,8 @@ from collapse_probe.analysis.measurement import Images, Progress, Report, RunSet
 from collapse_probe.analysis.state.keeper import Keeper, Saving, all_in_time, signals_deferred
 from collapse_probe.analysis.state.passes import MapSums, Pass, identity_of
 from collapse_probe.capture.edits.places import Edit, Given, Places, edited
-from collapse_probe.capture.edits.replacement import replacements_for, replacing
+from collapse_probe.capture.edits.replacement import CHANGED, Replacement, layers_of, replacements_for, replacing
+from collapse_probe.capture.edits.sinks import SinkRecord, SinkValues
 from collapse_probe.capture.edits.streams import Drawn, StreamHooks, block_call
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.recorder import ModuleTable
@@ -34,18 +35,22 @@ MAPS_HELD = 6  # of one layer: the map before, the map in its place, their copie
 
 @dataclass(frozen=True)
 class Run:
-    """What a model returned for `images` images, and its last tokens [images, N, D] where these were kept."""
+    """What a model returned for `images` images, its last tokens [images, N, D] where these were kept, and the sinks that were
+    edited.
+    """
 
     output: Any
     images: int
     last: Tensor | None = None
+    sinks: SinkRecord = field(default_factory=SinkRecord)
 
 
 @dataclass(frozen=True)
 class ReplacementRunner:
     """A model ready for runs with something changed, over all images but those `left_out` by name, or `only` some; `means`
     holds the mean map [H, N, N] of the layers that need it, `states` the mean state [N, D] of each token at the input of the
-    blocks that need it, `donors` the images that lend to others.
+    blocks that need it, `sinks` the mean values of sinks and of patch tokens [2, H, K] of the
+    layers that need it, `donors` the images that lend to others.
     """
 
     subject: Subject
@@ -56,6 +61,7 @@ class ReplacementRunner:
     only: frozenset[str] | None = None
     means: dict[int, Tensor] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
+    sinks: dict[int, Tensor] = field(default_factory=dict)
     donors: Donors | None = None
     say: Report = field(default=lambda text: None)
     saving: Saving | None = None
@@ -140,20 +146,23 @@ class ReplacementRunner:
             assert self.donors is not None
             lent = self.donors.of(names).to(images.device, images.dtype)
             images = torch.cat([images, lent])
-        given = Given(self.means, self.states, self.drawn(names) if edit.states else None)
+        given = Given(self.means, self.states, self.drawn(names) if edit.states or edit.sinks else None, self.sinks)
         end = self.places.streams.final if final else None
         with (
-            edited(self.model, self.plan, edit, given, self.modules, end) as hooks,
+            edited(self.model, self.plan, edit, given, self.modules, end) as seen,
             autocast(self.device, self.settings.amp_as),
         ):
             output = self.model(images)
-        return Run(output, len(images), None if hooks is None else hooks.last)
+        return Run(output, len(images), seen.last, seen.sinks)
 
     def drawn(self, names: Sequence[str]) -> Drawn:
         """What is drawn for images of these names."""
-        plan = self.plan
-        patches = [i for i in range(plan.tokens) if i not in plan.prefix]
-        return drawn_for(names, self.settings.seed, patches, len(self.places.prefix), plan.width, self.device)
+        return drawn_for(names, self.settings.seed, self.patches, len(self.places.prefix), self.plan.width, self.device)
+
+    @property
+    def patches(self) -> list[int]:
+        """The places of the patch tokens."""
+        return [i for i in range(self.plan.tokens) if i not in self.plan.prefix]
 
     def run_plain(self, images: Tensor) -> Any:
         """What the model returns by itself."""
@@ -217,6 +226,36 @@ def mean_states(runner: ReplacementRunner, images: Images, blocks: Sequence[int]
 
     runner.over(images, gathered, "states", take)
     return {block: mean.to(runner.device, torch.float32) for block, mean in gathered.means().items()}
+
+
+def mean_sinks(runner: ReplacementRunner, images: Images, blocks: Sequence[int]) -> dict[int, Tensor]:
+    """Of each layer of these blocks the mean value at sinks, and that of the patch tokens [2, H, K], over every image of all
+    processes; zeros for heads without a sink, which are not edited.
+    """
+    plan = runner.plan
+    layers = {layer: Replacement(CHANGED) for block in blocks for layer in layers_of(plan, block)}
+    gathered = MapSums(runner.identity("mean sinks", images, sorted(layers)))
+
+    def take(batch: Batch) -> None:
+        values, count = SinkValues(), 0
+
+        def add(layer: int, maps: Tensor, own: Tensor | None) -> None:
+            assert own is not None
+            values.add(layer, maps, own, runner.patches)
+
+        for part, pixels in runner.parts(batch):
+            replaced = replacing(runner.model, plan, layers, modules=runner.modules, change=add)
+            with replaced, autocast(runner.device, runner.settings.amp_as):
+                runner.model(pixels)
+            count += len(part)
+        gathered.inconsistent = True
+        for layer, total in values.sums.items():
+            gathered.add_maps(layer, torch.cat([total, values.counts[layer][..., None]], 2))
+        gathered.count += count
+
+    runner.over(images, gathered, "sinks", take)
+    means = {layer: total[..., :-1] / total[..., -1:].clamp_min(1) for layer, total in gathered.sums.items()}
+    return {layer: mean.to(runner.device, torch.float32) for layer, mean in means.items()}
 
 
 def donors_among(runner: ReplacementRunner, images: Images, names: Sequence[str]) -> Donors:

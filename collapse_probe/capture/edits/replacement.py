@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from collapse_probe.capture import attention_operators
 from collapse_probe.capture.attention_operators import OperatorCall, tensors_in
 from collapse_probe.capture.layers import frame_of
-from collapse_probe.capture.layout import laid_out, read_part
-from collapse_probe.capture.plan import IMAGE, Frame, Layer, Plan
+from collapse_probe.capture.layout import is_plain, laid_out, read_part
+from collapse_probe.capture.plan import IMAGE, Frame, Layer, Part, Plan
 from collapse_probe.capture.recorder import AttentionEvent, ModuleTable, Recorder
-from collapse_probe.capture.trace import Attention
+from collapse_probe.capture.trace import Attention, expand_heads
 from collapse_probe.distributed import unwrap
 from collapse_probe.errors import CaptureError
 
@@ -31,6 +31,8 @@ KINDS: dict[str, str] = {
     "identity": "every query reads its own token alone",
     "skip": "the attention branch gives zeros, its bias included, so that the residual stream passes alone",
 }
+CHANGED = "changed"
+"""The kind of replacement of a layer whose map and values are handed to a caller, who may give others."""
 ZEROS = "zeros"
 """The kind of replacement with which branches are searched: every map is zero."""
 
@@ -136,6 +138,10 @@ def uniform(attention: Attention) -> Tensor:
     return visible.float() / visible.sum(-1, keepdim=True).clamp_min(1)
 
 
+Change = Callable[[int, Tensor, Tensor | None], "tuple[Tensor, Tensor | None, Tensor | None] | None"]
+"""Takes the index of a layer, its map [B, H, N, N] and, of fused attention, its values [B, H, N, K], in float32; gives another
+map, what is added to its product with the values, and which images are changed (None: all); or None where all stays.
+"""
 Gather = Callable[[int, Tensor], None]
 """Takes the index of a layer and its map [B, H, N, N] in float32: what multiplies V."""
 
@@ -158,11 +164,12 @@ class MapReplacer:
         means: Mapping[int, Tensor],
         gather: Gather | None,
         modules: ModuleTable | None = None,
+        change: Change | None = None,
     ) -> None:
         self.recorder = Recorder(
             model, by_hand=plan.by_hand, on_operator=self._on_operator, on_module=self._on_module, modules=modules
         )
-        self.plan, self.replacements, self.means, self.gather = plan, replacements, means, gather
+        self.plan, self.replacements, self.means, self.gather, self.change = plan, replacements, means, gather, change
         self.zeroed = {r.branch for r in replacements.values()} - {None}
         self.searching = any(r.kind == ZEROS for r in replacements.values())
         self.stacks: dict[int, tuple[Frame, ...]] = {}  # by layer: the modules around it
@@ -210,6 +217,10 @@ class MapReplacer:
                     f"the map in effect in {part.frame[0]} is a sum of several kernels' maps, which the model never forms and "
                     "which cannot be replaced; switch its fused attention off (timm: TIMM_FUSED_ATTN=0)"
                 )
+            if replacement is not None and replacement.kind == CHANGED:
+                self._change(index, part, call, event, images)
+                event.sketch()
+                continue
             new = self._new_map(index, read_part(part, [raw], images))
             if replacement is not None and replacement.kind == "skip":
                 if call.func in attention_operators.ENCODER_LAYER:  # elsewhere the branch gives zeros where its module ends
@@ -225,6 +236,25 @@ class MapReplacer:
                 new = laid_out(new, part, like, images)
                 call.out = _kernel_with(call, new) if event.operand is None else _product_with(call, event, new)
             event.sketch()
+
+    def _change(self, index: int, part: Part, call: OperatorCall, event: AttentionEvent, images: int) -> None:
+        """Let the caller change what a call gives."""
+        assert self.change is not None
+        raw = event.attention
+        own, values = _own_map(read_part(part, [raw], images)), None
+        if event.operand is None and is_plain(part):
+            values = expand_heads(attention_operators.READERS[call.func](call).value, own.shape[1]).float()
+        made = self.change(index, own, values)
+        if made is None:
+            return
+        new, added, rows = made
+        like, before = raw.probs if raw.q is None else raw.q, call.out
+        assert like is not None
+        new = laid_out(new, part, like, images)
+        call.out = _kernel_with(call, new, added) if event.operand is None else _product_with(call, event, new)
+        first, old = (x[0] if isinstance(x, tuple) else x for x in (call.out, before))
+        if rows is not None and is_plain(part) and first.ndim == 4 and len(first) == len(rows):
+            first[~rows] = old[~rows]  # what is not changed stays the kernel's own
 
     def _layer_of(self, event: AttentionEvent) -> int | None:
         """The layer of a call, None where its maps cannot be replaced; CaptureError where the probe had no such call."""
@@ -291,21 +321,24 @@ def replacing(
     means: Mapping[int, Tensor] | None = None,
     gather: Gather | None = None,
     modules: ModuleTable | None = None,
+    change: Change | None = None,
 ) -> Iterator[MapReplacer]:
     """Run `model` with other maps inside the `with`, by index into `plan.layers`; with no replacements it runs as it is.
 
-    `means` holds the maps [H, N, N] in float32 that `mean` puts in; `gather` is called with each layer's map. Raises
-    CaptureError where a forward pass is not the one that was planned. `modules` as in `Recorder`.
+    `means` holds the maps [H, N, N] in float32 that `mean` puts in; `gather` is called with each layer's map, `change` with
+    what the layers of the kind CHANGED multiply. Raises CaptureError where a forward pass is not the one that was planned.
+    `modules` as in `Recorder`.
     """
-    replacer = MapReplacer(unwrap(model), plan, replacements, means or {}, gather, modules)
+    replacer = MapReplacer(unwrap(model), plan, replacements, means or {}, gather, modules, change)
     with torch.inference_mode(False), torch.no_grad(), replacer.recorder.attached():
         yield replacer
 
 
-def _kernel_with(call: OperatorCall, new: Tensor) -> Any:
-    """What a kernel returns when its map is `new`."""
+def _kernel_with(call: OperatorCall, new: Tensor, added: Tensor | None = None) -> Any:
+    """What a kernel returns when its map is `new`, and `added` what is added to the product with its values."""
     kernel, out = attention_operators.READERS[call.func](call), call.out
-    mixed = kernel.mixed(new).to(kernel.value.dtype)
+    mixed = kernel.mixed(new)
+    mixed = (mixed if added is None else mixed + added).to(kernel.value.dtype)
     whole = mixed if kernel.finish is None else kernel.finish(mixed)
     if call.func in attention_operators.MULTI_HEAD and out[1] is not None and out[1].numel():
         return _refilled(out[0], whole), _refilled(out[1], new.mean(1) if call.bound["average_attn_weights"] else new)

@@ -185,12 +185,18 @@ def fixed_blocks(plan: Plan, streams: Streams) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was drawn for the images of one run, each by its name: `others` [B, k], positions of k random patch tokens, and
-    `noise` [B, k, D], directions of length 1.
+    """What was drawn for the images of one run, each by its name: `others` [B, 2 or more], positions of random patch tokens,
+    of which a control takes as many as there are tokens that are edited (`count`), and `noise` [B, count, D], directions of
+    length 1.
     """
 
     others: Tensor
     noise: Tensor
+
+    @property
+    def count(self) -> int:
+        """How many tokens are edited."""
+        return self.noise.shape[1]
 
 
 def with_states(kind: str, x: Tensor, at: Tensor, means: Tensor | None, noise: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ PANELS = {
     "accuracy_change": "change in accuracy",
     "moved": "move of the last patches",
     "shared": "part of it that is shared",
+    "sinks": "heads with a sink, of an image",
 }
 ORDERS = {GREEDY: "least loss first", INFLUENCE: "least influence first"}
 """What the orders are called in which blocks go."""

@@ -20,6 +20,10 @@ ACTS = {  # what is done; what the control does
     "prefix_mean": "Giving prefix tokens their mean state over the images",
     "prefix_noise": "Giving prefix tokens random states of the same length",
     "prefix_donor": "Giving prefix tokens the states of another image",
+    "sinks_zero": "Setting the values at sinks to zero",
+    "sinks_mean": "Giving sinks their mean value over the images",
+    "sinks_donor": "Giving sinks the value at another image's sink",
+    "sinks_redirect": "Taking the attention from sinks",
 }
 SHARE = f"{100 * KEEPS_ANSWERS:g} %"
 
@@ -33,14 +37,21 @@ def case_of(single: Sequence[Effect]) -> str:
 def sentences(interventions: Interventions, kind: str) -> list[str]:
     """What the edit costs, what the same costs elsewhere, and how far the patches move."""
     single = [e for e in interventions.single[kind] if e.kl is not None]
+    of_sinks = kind.startswith("sinks")
+    if of_sinks and not any(e.sinks for e in single):
+        return ["No head of any block has a sink in any image: nothing was edited."]
     largest = max(single, key=lambda e: e.kl or 0.0)
     block = largest.blocks[0]
     kept = sum((e.agreement or 0.0) >= KEEPS_ANSWERS for e in single)
     control = next((e for e in interventions.single.get(kind + OTHER, ()) if e.blocks == (block,) and e.kl is not None), None)
     beside = "" if control is None else f" The same at random patch tokens there: {numbers(control)}."
+    where = (
+        f"in one block ({number(largest.sinks, 1)} heads of an image in block {block})"
+        if of_sinks
+        else f"at the input of one block ({_which(interventions)})"
+    )
     said = [
-        f"{ACTS[kind]} at the input of one block ({_which(interventions)}) costs most at block {block}: "
-        f"{numbers(largest)}.{beside}",
+        f"{ACTS[kind]} {where} costs most at block {block}: {numbers(largest)}.{beside}",
         f"At {kept} of {len(single)} blocks at least {SHARE} of the top answers stay.",
     ]
     if largest.moved is not None:

@@ -132,11 +132,15 @@ def headline(answers: Sequence[Verdict], interventions: Interventions) -> str:
     if dropped:
         return dropping.answer(interventions, dropped[0])
     if len(answers) == 1 and answers[0].label in tokens.ACTS:
-        return f"States of prefix tokens are {WORDS[answers[0].case]}"
+        return f"{'Sinks' if answers[0].label.startswith('sinks') else 'States of prefix tokens'} are {WORDS[answers[0].case]}"
     if len(answers) == 1:
         return f"Own attention maps are {WORDS[answers[0].case]}"
     if all(each.label in tokens.ACTS for each in answers):
-        return "What the states of prefix tokens are worth"
+        prefix, sinks = (any(each.label.startswith(name) for each in answers) for name in ("prefix", "sinks"))
+        what = (
+            "the states of prefix tokens and sinks" if prefix and sinks else "sinks" if sinks else "the states of prefix tokens"
+        )
+        return f"What {what} are worth"
     if any(each.label in tokens.ACTS for each in answers):
         return "What a model's own attention maps and tokens are worth"
     return "What a model's own attention maps are worth"
