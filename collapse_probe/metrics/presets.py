@@ -68,6 +68,7 @@ def records(presets: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 MAPS = {"axis": "column", "centred": False, "point": "weights"}
 WHOLE = {"by_head": False}
+RANKME = {"centred": False, "epsilon": 1e-7, "first": 4, "last": 100}
 SINK = {"point": "weights"}
 ROBUST = {"deviations": 6.0, "threshold": None}
 PAPERS = (
@@ -202,6 +203,29 @@ PAPERS = (
         ),
     ),
     Preset(
+        name="massive-activations",
+        version="1",
+        summary="the three largest |activations| and the median one of an image, by block",
+        paper="Sun et al., arXiv 2402.17762",
+        code="github.com/locuslab/massive-activations at 6521c05, main_vit.py",
+        follows="code",
+        metrics={
+            "massive-activations@top1": {"value": "top1", "prefix": True},
+            "massive-activations@top2": {"value": "top2", "prefix": True},
+            "massive-activations@top3": {"value": "top3", "prefix": True},
+            "massive-activations@median": {"value": "median", "prefix": True},
+            "massive-activations": {"value": "ratio", "prefix": True},
+        },
+        choices=(
+            Choice("entries", "|x| over all tokens and channels of one image, class token and registers included", "code"),
+            Choice("median", "of an even number of entries the lower one in the middle", "code"),
+            Choice("images", "numbers of each image, then the mean over images", "code"),
+            Choice("place", "what leaves each block, before the final norm", "code"),
+            Choice("sequence before the first block", "measured too, as depth 0", "our reading"),
+            Choice("ratio", "largest over median of each image, which no scale of the model changes", "our reading"),
+        ),
+    ),
+    Preset(
         name="patch-diversification",
         version="1",
         summary="one minus P, the mean absolute cosine between different patches of an image",
@@ -242,6 +266,44 @@ PAPERS = (
             Choice("place", "what leaves each block", "code"),
             Choice("sequence before the first block", "measured too, as depth 0", "our reading"),
             Choice("rank along random paths of attention", "left out", "our reading"),
+        ),
+    ),
+    Preset(
+        name="rank-collapse-in-width",
+        version="1",
+        summary="σ₁ − σ₂ of each map, and σ₂·√N",
+        paper="Nait Saada et al., arXiv 2410.07799",
+        code="github.com/thizirinait/Mind-the-Gap-a-Spectral-Analysis-of-Rank-Collapse-and-Signal-Propagation-in-Attention-"
+        "Layers, which holds the fix and another stable rank",
+        follows="paper",
+        metrics={
+            "spectral-gap": {"measure": "gap", "prefix": True, "point": "weights"},
+            "spectral-gap@second": {"measure": "second", "prefix": True, "point": "weights"},
+        },
+        choices=(
+            Choice("gap", "between the two largest singular values of the attention matrix", "paper"),
+            Choice("second value", "times √N, which stays put for random maps of independent entries", "our reading"),
+            Choice("tokens", "all, prefix tokens included", "our reading"),
+            Choice("images", "at most 32, a random sample by name", "our reading"),
+        ),
+    ),
+    Preset(
+        name="rankme",
+        version="1",
+        summary="rank over images of the class token's and the mean patch's embedding, by depth",
+        paper="RankMe, arXiv 2210.02885",
+        code="github.com/rbalestr-lab/stable-pretraining at 9aa93f8, callbacks/rankme.py, not by its authors",
+        follows="paper",
+        metrics={
+            "embedding-rank@cls": {"measure": "rankme", "token": "cls", **RANKME},
+            "embedding-rank": {"measure": "rankme", "token": "patches", **RANKME},
+        },
+        choices=(
+            Choice("formula", "exp(−Σ p log p), p = σ/Σσ + ε over all singular values of the embeddings", "paper"),
+            Choice("ε", "1e-7; stable-pretraining has 1e-5", "our reading"),
+            Choice("mean embedding", "not taken off", "code"),
+            Choice("embedding", "class token and mean patch of every depth, before the final norm", "our reading"),
+            Choice("images", "all, in place of a queue of them", "our reading"),
         ),
     ),
     Preset(

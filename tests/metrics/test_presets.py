@@ -23,8 +23,11 @@ NAMES = [
     "deepvit",
     "diverse-vit",
     "entropy-collapse",
+    "massive-activations",
     "patch-diversification",
     "rank-collapse",
+    "rank-collapse-in-width",
+    "rankme",
     "raptor",
     "redundant-depth",
     "registers",
@@ -126,7 +129,7 @@ def test_the_findings_keep_the_record_of_every_preset(both, tmp_path):
 def test_every_preset_measures_a_plain_vit_with_its_twin(pictures):
     model = "timm:vit_tiny_patch16_224"
     kwargs = {"depth": 4, "embed_dim": 32, "num_heads": 2}
-    options = {"pretrained": False, "img_size": 64, "model_kwargs": kwargs, "null_images": 4, "gallery_images": 0}
+    options = {"pretrained": False, "img_size": 64, "model_kwargs": kwargs, "null_images": 5, "gallery_images": 0}
     found = cp.analyze(model, pictures, presets=tuple(NAMES), **options)
     for name, reading in found.metrics.items():
         assert reading.not_applicable is None, name

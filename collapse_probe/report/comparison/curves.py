@@ -58,6 +58,7 @@ OVER_BLOCKS = {  # title, unit, what it runs along
     "image-similarity": ("between images", "cosine", "block"),
     "attention-entropy": ("attention entropy", "share of log N", "block"),
     "patch-diversity": ("patch diversity", "1 − mean |cosine|", DEPTH),
+    "cls-patch-similarity": ("class token and patches", "cosine", DEPTH),
 }
 DIFFERENCES = {
     RAW: "raw similarity with the block before",
@@ -66,6 +67,7 @@ DIFFERENCES = {
     "head-similarity": "similarity of heads in one block",
     "attention-entropy": "attention entropy, nats",
     "patch-diversity": "patch diversity",
+    "cls-patch-similarity": "class token and patches",
 }
 
 
@@ -324,6 +326,10 @@ def _course_panels(subjects: Sequence[Findings]) -> Panels:
     def summary(name: str) -> Array:
         return np.array([findings.summary.get(name) for findings in subjects], dtype=np.float64)
 
+    def last(name: str) -> Array:
+        each = [values_of(findings, name) for findings in subjects]
+        return np.array([np.nan if values is None else values[-1] for values in each], dtype=np.float64)
+
     measured = Role("raw", ROLES["measured"].colour, marker="o", width=2.0)
     similarities = [(measured, similarity(RAW), None)]
     for null, name in NULL_NAMES.items():
@@ -337,5 +343,6 @@ def _course_panels(subjects: Sequence[Findings]) -> Panels:
         ("raw similarity, mean over adjacent blocks", "cosine", similarities),
         ("κ, mean over adjacent blocks", "number", [(measured, similarity(RAW, "kappa"), None)]),
         ("patch diversity after the last block", "number", [(measured, summary("patch_diversity_last"), None)]),
+        ("class token and patches after the last block", "number", [(measured, last("cls-patch-similarity"), None)]),
         ("accuracy", "number", [(measured, summary(ACCURACY), None)]),
     ]
