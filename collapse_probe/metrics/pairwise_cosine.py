@@ -251,10 +251,26 @@ class MapPairwiseCosine(PairwiseCosine):
         return shares, orders
 
 
-class TokenPairwiseCosine(PairwiseCosine):
-    """Cosines between the patch embeddings of the same token at two depths."""
+def without_largest(patches: Sequence[Tensor], channels: int) -> list[Tensor]:
+    """Patches [b, P, D] at several depths with an image's largest channels at 0, at every depth the same ones.
 
-    def __init__(self, plan: Plan, shapes: Sequence[tuple[int, int] | None]) -> None:
+    A channel is as large as its largest |x| over patches, over the median |x| of the image at that depth, at its largest depth.
+    """
+    if not channels:
+        return [*patches]
+    peaks = [
+        x.abs().amax(1) / x.abs().flatten(1).median(1).values.clamp_min(torch.finfo(x.dtype).tiny)[:, None] for x in patches
+    ]
+    largest = torch.stack(peaks).amax(0).topk(min(channels, patches[0].shape[-1]), -1).indices
+    kept = torch.ones_like(peaks[0]).scatter(-1, largest, 0.0)
+    return [x * kept[:, None] for x in patches]
+
+
+class TokenPairwiseCosine(PairwiseCosine):
+    """Cosines between the embeddings of the same patch at two depths, `without` so many of an image's largest channels."""
+
+    def __init__(self, plan: Plan, shapes: Sequence[tuple[int, int] | None], without: int = 0) -> None:
+        self.without = without
         depths: dict[tuple[int, int], list[int]] = {}
         for depth, shape in enumerate(shapes):
             if shape is not None:
@@ -272,7 +288,7 @@ class TokenPairwiseCosine(PairwiseCosine):
             for start in range(0, trace.images, step):
                 images = slice(start, min(start + step, trace.images))
                 part = Part(images, positions, slice(0, 1), last_heads=True, last_tokens=True)
-                self.absorb(part, group.tokens, _units([p[images] for p in patches]))
+                self.absorb(part, group.tokens, _units(without_largest([p[images] for p in patches], self.without)))
         return super().end_batch(trace)
 
 

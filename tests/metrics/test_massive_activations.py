@@ -94,3 +94,20 @@ def test_tokens_that_are_all_zero_have_no_ratio():
     found, _, _ = largest_activations(torch.zeros(1, 4, 4))
     assert found["ratio"].isnan().all()
     assert found["top1"].item() == 0.0
+
+
+def test_feature_similarity_without_the_largest_channels_sees_what_they_hide():
+    rng = np.random.default_rng(0)
+    tokens = rng.normal(size=(B, DEPTHS, N, 40)).astype(np.float32).astype(np.float64)
+    tokens[..., 7], tokens[..., 11] = 900.0, -700.0  # at every depth
+    found = read(tokens, ["feature-similarity", "feature-similarity@without-massive"])
+    assert found["feature-similarity"].values[0, 1] > 0.99
+    kept, patches = [], tokens[:, :, 1:]
+    for image in patches:
+        peaks = np.max([np.abs(x).max(0) / np.sort(np.abs(x).ravel())[(x.size - 1) // 2] for x in image], 0)
+        kept.append(np.delete(image, np.argsort(peaks)[-3:], -1))
+    kept = np.array(kept)
+    unit = kept / np.linalg.norm(kept, axis=-1, keepdims=True)
+    slow = np.einsum("bltd,bmtd->lm", unit, unit) / (B * (N - 1))
+    assert found["feature-similarity@without-massive"].values == pytest.approx(slow, abs=1e-6)
+    assert abs(slow[0, 1]) < 0.2

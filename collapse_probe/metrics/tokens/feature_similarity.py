@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from collapse_probe.metrics.metric import Need, Record
+from collapse_probe.metrics.metric import Need, Record, Variant
 from collapse_probe.metrics.nulls import between_blocks
 from collapse_probe.metrics.pairwise_cosine import TokenPairwiseCosine
 from collapse_probe.metrics.token_metric import TokenMetric
@@ -37,17 +37,25 @@ class FeatureSimilarity(TokenMetric):
     panel = "patch tokens"
     unit = "cosine"
     quantity = "real"
+    variants = {"without-massive": Variant({"without": 3}, "without the image's three largest channels")}
 
     @property
     def definition(self) -> str:
+        without = self.settings.get("without", 0)
+        left_out = (
+            f" The {without} channels of each image whose largest |x|, over the median |x| of the image at that depth, is "
+            "highest at any depth are left out of all depths: what a few massive activations make alike is not seen."
+        )
         return (
             "Mean over images and patch tokens (prefix tokens out) of the cosine between the residual stream at two depths; "
             "depth 0 enters the first block, depth b leaves block b − 1, before any final norm. Depths of other shapes are "
             "not compared. DeepViT's Figure 4 does not state its averaging; this is our reading."
-        )
+        ) + (left_out if without else "")
 
     def accumulators(self) -> list[Need]:
-        return [(("patches",), lambda: TokenPairwiseCosine(self.plan, self.plan.patch_shapes))]
+        without = int(self.settings.get("without", 0))
+        key = ("patches", without) if without else ("patches",)
+        return [(key, lambda: TokenPairwiseCosine(self.plan, self.plan.patch_shapes, without))]
 
     def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
         facts = between_blocks(accumulators[0], no_heads="patch embeddings have no heads")
