@@ -48,7 +48,7 @@ def calibrated(subject: Subject, images: Any, *, batch_size: int = 8, device: st
                 if batch.names:
                     yield batch.pixels.to(like.device, like.dtype)
 
-        notes.append(fix.calibrate(pixels, site))
+        notes.append(f"fixes put into the model found on images: {fix.calibrate(pixels, site)}")
 
     def fresh(number: int) -> nn.Module:
         assert before is not None
