@@ -72,9 +72,9 @@ class TestTimeRegisters(Fix):
     of the authors for two models. Until it is calibrated, zero tokens are added and nothing is moved; a model without outliers
     is refused. `sparse` is the filter of their notebook.
 
-    `maximum` "neuron" is the largest of each neuron over the tokens, as the paper describes it; "layer" the largest over tokens
-    and register neurons of the block together, which is what the released code computes. Its CLS keeps its activation in both.
-    Gaps: outliers are looked for among patches, there among all tokens. No neutral setting: a zero token is still a key.
+    `maximum` "neuron" is the largest of each neuron over the tokens, as the released code says in words; "layer" the largest
+    over tokens and register neurons of the block together, as it computes. CLS keeps its activation in both. Outliers are
+    looked for among patches, in that code among all tokens. No neutral setting: a zero token is still a key.
     """
 
     count: Annotated[int, "[1, inf)"] = 1
