@@ -136,10 +136,13 @@ class Interventions(Shown):
         numbers: dict[str, float | int | None] = {"images": self.data["images"], "accuracy": self.plain["accuracy"]}
         for kind, effects in self.single.items():
             largest = max((e for e in effects if e.kl is not None), key=lambda e: e.kl or 0.0, default=None)
-            together = {"all": self.cumulative[kind][-1] if self.cumulative.get(kind) else None}
-            if (order := self.orders.get(kind, {}).get(GREEDY)) is not None:
-                numbers[f"{kind}_spared"] = order.spared
-                together = {"spared": order.priced[order.spared - 1] if order.spared else None}
+            together: dict[str, Effect | None] = {"all": self.cumulative[kind][-1]} if self.cumulative.get(kind) else {}
+            if kind.startswith("drop_"):
+                order = self.orders.get(kind, {}).get(GREEDY)
+                numbers[f"{kind}_spared"] = None if order is None else order.spared
+                together = {"spared": order.priced[order.spared - 1] if order is not None and order.spared else None}
+            elif not kind.startswith(("prefix_", "sinks_")):
+                together.setdefault("all", None)
             for name, effect in {"largest": largest, **together}.items():
                 for number in ("kl", "agreement", "accuracy_change"):
                     numbers[f"{kind}_{name}_{number}"] = None if effect is None else getattr(effect, number)

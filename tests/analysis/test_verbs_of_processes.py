@@ -13,7 +13,10 @@ import time
 import pytest
 
 COMPARE = "compare ours:digits-tied-mhsa ours:digits-tied-re-attention --limit 9 --null-images 2 --cka"
-INTERVENE = "intervene -m ours:digits-tied-mhsa --limit 9 --replace share --replace mean --drop block --blocks 20-23"
+INTERVENE = (
+    "intervene -m ours:digits-tied-mhsa --limit 9 --replace mean --replace donor --drop block --prefix mean --sinks redirect "
+    "--blocks 20-23"
+)
 SWEEP = (
     "sweep digits-quick --vary depth=2,3 --vary fix=none,re-attention --set width=16 --set heads=2 --set batch_size=8 "
     "--steps 4 --limit 12 --null-images 0"

@@ -38,8 +38,8 @@ class SinkEdit:
 
     `kind`: zero, mean or donor give the sink's key another value, redirect takes the attention that goes there and gives it to
     the other keys. With `control` the same is done to another key of the same heads: the first of `others` [b, 2], of each of
-    the first b images, that is not the sink. `means` [2, H, K] are the mean values of sinks and of patch tokens. A donor's are those
-    of the image b places later.
+    the first b images, that is not the sink. `means` [2, H, K] are the mean values of sinks and of patch tokens. A donor's are
+    those of the image b places later.
     """
 
     kind: str

@@ -44,7 +44,7 @@ OF_EFFECTS = "(kl|agreement|accuracy_change)"
 EFFECTS = re.compile(
     rf"images|accuracy|(share|mean|donor|uniform|identity|skip)_(largest|all)_{OF_EFFECTS}"
     rf"|(prefix_(zero|mean|noise|donor)|sinks_(zero|mean|donor|redirect))(_other)?_largest_{OF_EFFECTS}"
-    rf"|drop_(block|attention|mlp)_(spared|(largest|spared|all)_{OF_EFFECTS})"
+    rf"|drop_(block|attention|mlp)_(spared|(largest|spared)_{OF_EFFECTS})"
 )
 
 
