@@ -12,7 +12,8 @@ from factories import findings_of, synthetic
 import collapse_probe as cp
 from collapse_probe import registry
 from collapse_probe.results.citing.methods import bibtex, methods, references
-from collapse_probe.results.citing.references import ARXIV, BY_KEY, FIXES, METRICS, REFERENCES, Reference, fixes_in, named_in
+from collapse_probe.results.citing.publication import Reference
+from collapse_probe.results.citing.references import ARXIV, BY_KEY, FIXES, METRICS, REFERENCES, fixes_in, named_in
 from collapse_probe.results.intervention import Effect, Interventions
 from collapse_probe.results.survey import FAILED, FINISHED, Survey, SurveyRow
 from collapse_probe.results.sweep import Sweep

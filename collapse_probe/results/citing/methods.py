@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from collapse_probe import __version__
-from collapse_probe.results.citing.references import BY_KEY, FIXES, METRICS, REFERENCES, Reference, entry, fixes_in, named_in
+from collapse_probe.results.citing.publication import Reference, entry
+from collapse_probe.results.citing.references import BY_KEY, FIXES, METRICS, REFERENCES, fixes_in, named_in
 from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.intervention import DEFINITIONS, Interventions
