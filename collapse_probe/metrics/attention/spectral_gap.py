@@ -79,7 +79,7 @@ class SpectralGap(HeadMetric):
             f"Mean over images of {MEASURES[self.settings['measure']]} of the whole map of one head (N × N{tokens}) with "
             f"singular values σ, on {self.map_name}; not centred. Of at most {IMAGES} images, beyond that a random sample by a "
             "hash of their names: details.images is how many entered, details.of how many there were. Only the two largest "
-            f"values are computed, by block Lanczos in float64 until residuals bound them to {RELATIVE:g}·σ₁, and by the whole "
+            f"values are computed, by block Lanczos until residuals bound them to {RELATIVE:g} of themselves, and by the whole "
             f"spectrum where that takes more than {STEPS} steps; details.bound is the mean bound by block and head, which the "
             "true error lies far below."
         )
