@@ -24,6 +24,7 @@ from collapse_probe.analysis.intervention.orders import (
     prefixes,
 )
 from collapse_probe.analysis.intervention.runner import ReplacementRunner, donors_among, mean_maps, mean_sinks, mean_states
+from collapse_probe.analysis.intervention.untrained import with_untrained_copy
 from collapse_probe.analysis.measurement import FAIL, Images, Progress, Report, RunSettings, restored, settled, with_input
 from collapse_probe.analysis.state.keeper import SAVE_EVERY, saving_of
 from collapse_probe.analysis.state.phases import CHOSEN, REPLACED, Phase
@@ -211,6 +212,7 @@ def intervene(
         if runner.donors is not None:
             facts["donors"] = len(runner.donors.names)
         found = interventions_of(findings, grid, outputs, images, orders, parts, facts)
+        found = with_untrained_copy(found, runner, images)
         if pruning is None:
             return found
         gone, why = blocks_to_go(found, keep, None if blocks is None or keep is not None else grid.able["drop_block"])

@@ -99,6 +99,17 @@ class Order:
         return len([*itertools.takewhile(_surely_kept, self.settled)])
 
 
+@dataclass(frozen=True)
+class UntrainedCopy:
+    """What a copy with fresh parameters keeps of its own answers, on so many `images`, to which it gives so many different
+    `answers`: an effect for each kind of part that is left out, of the blocks that can go or that go first.
+    """
+
+    images: int
+    answers: int
+    effects: tuple[Effect, ...]
+
+
 def _surely_kept(effect: Effect) -> bool:
     low, _ = effect.agreement_ci95 or (0.0, 1.0)
     return effect.agreement == 1 or low >= KEEPS_ANSWERS
@@ -126,6 +137,7 @@ class Interventions(Shown):
     kinds: Mapping[str, str]
     windows: Mapping[str, tuple[Effect, ...]] = field(default_factory=dict)
     orders: Mapping[str, Mapping[str, Order]] = field(default_factory=dict)
+    untrained: UntrainedCopy | None = None
     images: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
@@ -194,12 +206,14 @@ class Interventions(Shown):
         every = {**parts, **effects, **({"orders": orders} if orders else {})}
         if not self.windows:
             every.pop("windows")
+        if self.untrained is not None:
+            every["untrained"] = json_values(asdict(self.untrained))
         return {"schema": SCHEMA, **every, "definitions": DEFINITIONS, "summary": self.summary}
 
     @property
     def states(self) -> tuple[str, ...]:
         """Those of `intervene`."""
-        return ("similarity-", "means-", "conditions-", "drop_", "states-", "donors-", "sinks-")
+        return ("similarity-", "means-", "conditions-", "drop_", "states-", "donors-", "sinks-", "untrained-")
 
     def write(self, inside: Path) -> None:
         """Write interventions.json, interventions.csv and images.npz into an existing folder."""
@@ -216,7 +230,9 @@ class Interventions(Shown):
         parts = {part: content[part] for part in PARTS} | {part: _each(content.get(part, {}), _effect) for part in EFFECTS}
         stored = content.get("orders", {})
         orders = {kind: {how: _order(order) for how, order in each.items()} for kind, each in stored.items()}
-        return cls(**parts, orders=orders, images=load_arrays(Path(folder) / IMAGES))
+        copy = content.get("untrained")
+        twin = None if copy is None else UntrainedCopy(copy["images"], copy["answers"], tuple(map(_effect, copy["effects"])))
+        return cls(**parts, orders=orders, untrained=twin, images=load_arrays(Path(folder) / IMAGES))
 
 
 def _each(by_kind: Mapping[str, Iterable[Any]], convert: Callable[[Any], Any]) -> dict[str, tuple[Any, ...]]:

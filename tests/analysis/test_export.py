@@ -13,11 +13,12 @@ import torch
 import collapse_probe as cp
 from collapse_probe.capture.capture import discover_plan
 from collapse_probe.capture.edits.places import Places, edited
+from collapse_probe.data.images import open_data
 from collapse_probe.errors import ModelError, OutputError, SettingError
 from collapse_probe.models.loading import resolve
 from collapse_probe.models.pruning import Pruning
 from collapse_probe.report.intervention.page import render
-from collapse_probe.results.intervention import GREEDY
+from collapse_probe.results.intervention import GREEDY, Interventions
 
 NAME = "vit_tiny_patch16_224"
 KWARGS = {"depth": 4, "embed_dim": 24, "num_heads": 2, "num_classes": 10}
@@ -162,3 +163,21 @@ def test_from_the_command_line_and_measured_again(run, tmp_path, monkeypatch):
     exported = Path("none.pth").exists()
     assert (code, exported) in ((0, True), (1, False))
     assert exported or "no model was exported: no block can go" in err
+
+
+def test_an_untrained_copy_stands_beside_the_blocks_that_go(tmp_path):
+    found = cp.intervene(f"timm:{NAME}", "bundled:digits", drop=("block", "mlp"), **ADDRESS, **DATA)
+    order, copy = found.orders["drop_block"][GREEDY], found.untrained
+    assert copy.images == 4
+    assert [effect.blocks for effect in copy.effects] == [
+        each[GREEDY].priced[max(each[GREEDY].spared, 1) - 1].blocks for each in found.orders.values()
+    ]
+    twin, own = resolve(f"timm:{NAME}", seed=1, **ADDRESS), open_data("bundled:digits", limit=12)
+    names = set(found.images["names"][found.images["priced"]])
+    places = [i for i, name in enumerate(own.names) if name in names]
+    pixels = torch.stack([own.pixels(i, twin.preprocess) for i in places])
+    plain, other = logits(twin.model, pixels), dropped(twin, order.priced[max(order.spared, 1) - 1].blocks, pixels)
+    assert copy.effects[0].agreement == pytest.approx(float((plain.argmax(1) == other.argmax(1)).double().mean()))
+    found.save(tmp_path / "out")
+    assert Interventions.load(tmp_path / "out").untrained == copy
+    assert "an untrained copy keeps" in render(found, {})

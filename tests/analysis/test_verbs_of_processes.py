@@ -69,7 +69,7 @@ def test_two_processes_find_what_one_finds(words, name, tmp_path):
     first, second = (leaves(json.loads((tmp_path / str(world) / name).read_text())) for world in (1, 2))
     assert first.keys() == second.keys()
     for key, value in first.items():
-        near = pytest.approx(value, rel=1e-6, abs=1e-9) if isinstance(value, float) else value
+        near = pytest.approx(value, rel=1e-6, abs=1e-8) if isinstance(value, float) else value  # float32, in other batches
         assert second[key] == near, key
 
 

@@ -86,6 +86,7 @@ def sentences(interventions: Interventions, kind: str) -> list[str]:
     said, order = [answer(interventions, kind)], interventions.orders.get(kind, {}).get(GREEDY)
     if order is not None and order.spared:
         said += [_how_sure(order), *_beyond(order)]
+    said += _beside_untrained(interventions, kind)
     if order is not None:
         said.append(_in_order(interventions, kind, order))
     single = [e for e in interventions.single[kind] if e.agreement is not None]
@@ -123,6 +124,20 @@ def _beyond(order: Order) -> list[str]:
         return []
     after = order.priced[order.spared]
     return [f"Without block {order.blocks[order.spared]} as well, {_share(after)} would stay, {price(after)}."]
+
+
+def _beside_untrained(interventions: Interventions, kind: str) -> list[str]:
+    """What an untrained copy keeps without the same blocks."""
+    copy = interventions.untrained
+    effect = None if copy is None else next((e for e in copy.effects if e.kind == kind), None)
+    if copy is None or effect is None:
+        return []
+    said = f"Without the same, an untrained copy keeps {_share(effect)} of its own top answers ({numbered(effect.blocks)})"
+    if copy.answers == 1:
+        return [f"{said}; but it gives all {copy.images} images the same answer, which says little."]
+    kept = (effect.agreement or 0.0) >= KEEPS_ANSWERS
+    meaning = "so that losing nothing is no sign of what was learned" if kept else "so that these can go is learned"
+    return [f"{said}, {meaning}."]
 
 
 def _in_order(interventions: Interventions, kind: str, order: Order) -> str:

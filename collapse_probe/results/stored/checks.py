@@ -407,6 +407,7 @@ _INTERVENTIONS = record(
     },
     {
         "windows": table(each(EFFECT)),
+        "untrained": record({"images": count, "answers": count, "effects": each(EFFECT)}),
         "orders": table(table(record({"blocks": each(count), **dict.fromkeys(("chosen", "settled", "priced"), each(EFFECT))}))),
     },
 )
