@@ -21,7 +21,7 @@ MOST_IMAGES = 256
 
 def with_untrained_copy(found: Interventions, runner: ReplacementRunner, images: Images) -> Interventions:
     """The same with what a copy with fresh parameters keeps of its own answers without the blocks that can go, or that go
-    first, on images that give the price. Without a copy, where the architecture cannot be made anew or cannot lose these blocks.
+    first, on images that give the price; without it where the architecture cannot be made anew or cannot lose these blocks.
     """
     subject, settings = runner.subject, runner.settings
     conditions: list[Condition] = [
