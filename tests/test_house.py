@@ -202,7 +202,7 @@ TRAINED = "--fix --penalty --set --seed --steps --device -j --workers --monitor-
 FLAGS = {
     "analyze": f"{MODEL} {GIVEN} {RUN} {MEASURED} --null-seeds --until-ci --level --preset --recalibrate-bn --part --records "
     f"{SAVED} {KEPT}",
-    "compare": f"{MODEL} {GIVEN} {RUN} {MEASURED} --recalibrate-bn --cka --records {SAVED} {KEPT}".replace(
+    "compare": f"{MODEL} {GIVEN} {RUN} {MEASURED} --recalibrate-bn --cka --gram-drift --records {SAVED} {KEPT}".replace(
         " --checkpoint ", " "
     ),
     "intervene": f"{MODEL} {GIVEN} {RUN} --recalibrate-bn --replace --drop --prefix --sinks --window --keep --export "
