@@ -46,7 +46,7 @@ def sentences(interventions: Interventions, kind: str) -> list[str]:
     control = next((e for e in interventions.single.get(kind + OTHER, ()) if e.blocks == (block,) and e.kl is not None), None)
     beside = "" if control is None else f" The same at random patch tokens there: {numbers(control)}."
     where = (
-        f"in one block ({number(largest.sinks, 1)} heads of an image in block {block})"
+        f"in one block ({largest.sinks or 0:.2g} heads of an image in block {block})"
         if of_sinks
         else f"at the input of one block ({_which(interventions)})"
     )
@@ -54,6 +54,9 @@ def sentences(interventions: Interventions, kind: str) -> list[str]:
         f"{ACTS[kind]} {where} costs most at block {block}: {numbers(largest)}.{beside}",
         f"At {kept} of {len(single)} blocks at least {SHARE} of the top answers stay.",
     ]
+    if of_sinks:
+        total = sum(e.sinks or 0.0 for e in single)
+        said.append(f"On average an image has a sink in {total:.2g} heads of these blocks; without one nothing is edited.")
     if largest.moved is not None:
         alike = "" if largest.shared is None else f", {number(100 * largest.shared, 1)} % of which all of them share"
         there = "" if control is None or control.moved is None else f"; by {number(100 * control.moved, 1)} % in the control"
@@ -75,7 +78,8 @@ def numbers(effect: Effect) -> str:
 def _which(interventions: Interventions) -> str:
     positions = interventions.run.get("prefix_positions") or []
     said = numbered(positions).replace("blocks", "tokens").replace("block", "token")
-    return f"{said}, of {interventions.model.get('prefix_tokens')} prefix tokens"
+    count = interventions.model.get("prefix_tokens")
+    return f"{said}, the only prefix token" if count == 1 else f"{said}, of {count} prefix tokens"
 
 
 def caveats(interventions: Interventions, kind: str) -> list[str]:
