@@ -15,12 +15,15 @@ from collapse_probe.cli import options
 if TYPE_CHECKING:
     from collapse_probe.report.demo import Demonstration
     from collapse_probe.results.comparison import Comparison
+    from collapse_probe.results.findings import Findings
     from collapse_probe.results.intervention import Interventions
 
 DATA = "bundled:digits"
 NULL_IMAGES, BATCH = 32, 180
 SHARING_IMAGES = 64  # one batch
-COMPARING, SHARING, PAGES = 7, 6, 4  # seconds that each part takes, about: for the bar
+DROPPING_IMAGES, DROPPED_BLOCKS = 240, range(12, 24)
+SINKS = ("sink-kind", "sink-kind@no-op", "sink-kind@broadcast")
+COMPARING, SHARING, SINKING, DROPPING, PAGES = 7, 6, 1, 14, 5  # seconds that each part takes, about: for the bar
 Begin = Callable[[str], Callable[[int, int], None]]
 """Begins a part of the work by its name, and gives its callback for (done, of how many)."""
 
@@ -64,7 +67,8 @@ def told(chapters: Mapping[str, Sequence[str]]) -> str:
         for title, sentences in chapters.items():
             console.print(Text(title, style="bold"))
             for sentence in sentences:
-                console.print(Padding(Text(sentence), (0, 0, 0, 2)))
+                whole = Text(f"  {sentence}")  # off a terminal nothing is wrapped, and padding would cut it off
+                console.print(Padding(Text(sentence), (0, 0, 0, 2)) if console.is_terminal else whole)
             console.print()
 
     return written(draw) + "\n"
@@ -75,12 +79,14 @@ WRITING = "figures and pages"
 
 def shares() -> dict[str, float]:
     """The parts of the work by name, in their order, with the seconds that each takes, about."""
-    from collapse_probe.report.demo import LABELS, PAIRS
+    from collapse_probe.report.demo import LABELS, PAIRS, PRUNED
 
     parts: dict[str, float] = {}
     for pair in PAIRS:
-        parts |= {compared(pair): COMPARING, **{shared(pair, label): SHARING for label in LABELS}}
-    return {**parts, WRITING: PAGES}
+        parts[compared(pair)] = COMPARING
+        for label in LABELS:
+            parts |= {shared(pair, label): SHARING, sunk(pair, label): SINKING}
+    return {**parts, pruned(*PRUNED): DROPPING, WRITING: PAGES}
 
 
 def compared(pair: str) -> str:
@@ -93,18 +99,32 @@ def shared(pair: str, label: str) -> str:
     return f"{pair}, {label}: what its maps are worth"
 
 
+def sunk(pair: str, label: str) -> str:
+    """The name of the part that looks at what the sinks of a model do."""
+    return f"{pair}, {label}: what its sinks do"
+
+
+def pruned(pair: str, label: str) -> str:
+    """The name of the part that leaves out blocks of a model."""
+    return f"{pair}, {label}: which blocks can go"
+
+
 def demonstrate(begin: Begin) -> Demonstration:
-    """Compare the models of each pair, and measure what sharing maps between neighbouring blocks costs each model."""
+    """Compare the models of each pair, measure what sharing maps between neighbouring blocks costs each model and what its
+    sinks do, and leave out blocks of one of them.
+    """
+    from collapse_probe.analysis.analyze import analyze
     from collapse_probe.analysis.compare import compare
     from collapse_probe.analysis.intervene import intervene
     from collapse_probe.data.splits import split_data
-    from collapse_probe.report.demo import LABELS, PAIRS, Demonstration
+    from collapse_probe.report.demo import LABELS, PAIRS, PRUNED, Demonstration
 
     images = split_data(DATA).held_out
     few = images.subset(SHARING_IMAGES, 0)
     settings: dict[str, Any] = {"seed": 0, "device": "auto", "command": "collapse-probe demo"}
     comparisons: dict[str, Comparison] = {}
     sharing: dict[str, dict[str, Interventions]] = {}
+    sinks: dict[str, dict[str, Findings]] = {}
     for pair, names in PAIRS.items():
         subjects = {label: f"ours:{name}" for label, name in zip(LABELS, names, strict=True)}
         move, finished = begin(compared(pair)), count()
@@ -118,12 +138,26 @@ def demonstrate(begin: Begin) -> Demonstration:
         comparisons[pair] = compare(
             subjects, images, null_images=NULL_IMAGES, gallery_images=2, batch_size=BATCH, watch=watch, **settings
         )
-        sharing[pair] = {}
+        sharing[pair], sinks[pair] = {}, {}
         for label, address in subjects.items():
-            part = begin(shared(pair, label))
+            sharing[pair][label] = intervene(
+                address, few, ("share",), progress=following(begin(shared(pair, label)), len(few)), **settings
+            )
+            sinks[pair][label] = analyze(
+                address,
+                few,
+                metrics=SINKS,
+                null_images=NULL_IMAGES,
+                gallery_images=0,
+                progress=following(begin(sunk(pair, label)), len(few)),
+                **settings,
+            )
+    address, move = f"ours:{PAIRS[PRUNED[0]][LABELS.index(PRUNED[1])]}", begin(pruned(*PRUNED))
+    many = images.subset(DROPPING_IMAGES, 0)
+    dropping = intervene(address, many, drop=("block",), blocks=DROPPED_BLOCKS, progress=following(move, len(many)), **settings)
+    return Demonstration(comparisons, sharing, sinks, dropping)
 
-            def follow(done: int, skipped: int, move: Callable[[int, int], None] = part) -> None:
-                move(done + skipped, len(few))
 
-            sharing[pair][label] = intervene(address, few, ("share",), progress=follow, **settings)
-    return Demonstration(comparisons, sharing)
+def following(move: Callable[[int, int], None], total: int) -> Callable[[int, int], None]:
+    """A callback for images that were measured and skipped, out of so many."""
+    return lambda done, skipped: move(done + skipped, total)

@@ -12,13 +12,25 @@ import numpy as np
 from collapse_probe.files import PAGE
 from collapse_probe.report.comparison.figures import FIGURES
 from collapse_probe.report.comparison.page import write_comparison
+from collapse_probe.report.findings.page import write_report
 from collapse_probe.report.html import Drawing, Figure, Table, draw_figures, paper, plates_of, write_page
+from collapse_probe.report.intervention.dropping import answer
+from collapse_probe.report.intervention.figures import FIGURES as BLOCKS_LEFT
 from collapse_probe.report.intervention.page import write_interventions
 from collapse_probe.report.sheet import Sheet
 from collapse_probe.report.style import DISTINCT, MARKERS, Role, charts, curve, drawn, over_blocks, panels
 from collapse_probe.results.comparison import Comparison
+from collapse_probe.results.findings import Findings
 from collapse_probe.results.intervention import Effect, Interventions
-from collapse_probe.results.rules import BY_NAME, CONTROL_COLLAPSED, CONTROL_MIXED, RAW_ABOVE, SHARES_ATTENTION
+from collapse_probe.results.readings import null_of
+from collapse_probe.results.rules import (
+    BY_NAME,
+    CONTROL_COLLAPSED,
+    CONTROL_MIXED,
+    KEEPS_ANSWERS,
+    RAW_ABOVE,
+    SHARES_ATTENTION,
+)
 from collapse_probe.results.text import number
 
 PAIRS = {
@@ -26,6 +38,9 @@ PAIRS = {
     "ordinary ViT": ("digits-mhsa", "digits-re-attention"),
 }
 LABELS = ("MHSA", "Re-attention")
+PRUNED = ("ordinary ViT", "MHSA")
+"""The model of which blocks are left out."""
+DROPPED = "drop_block"
 COLUMNS = {
     "accuracy": "accuracy",
     "raw similarity": "attention_similarity_adjacent",
@@ -42,10 +57,14 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Demonstration:
-    """The comparison of each pair, and for each model what sharing its maps costs: by the names in PAIRS."""
+    """The comparison of each pair, and for each model what sharing its maps costs and what its sinks do: by the names in PAIRS;
+    and which blocks of the model PRUNED can go.
+    """
 
     comparisons: Mapping[str, Comparison]
     sharing: Mapping[str, Mapping[str, Interventions]]
+    sinks: Mapping[str, Mapping[str, Findings]]
+    dropping: Interventions
 
     def summary(self, pair: str, label: str) -> Mapping[str, Any]:
         """The summary of one model."""
@@ -59,6 +78,8 @@ def chapters(demonstration: Demonstration) -> dict[str, list[str]]:
         "What Re-attention does, and where": _mixed(demonstration.summary("positive control", "Re-attention")),
         "What an ordinary ViT shows": _ordinary(*(demonstration.summary("ordinary ViT", label) for label in LABELS)),
         "What the maps are worth": _worth(demonstration.sharing),
+        "Which blocks can go": _dropped(demonstration.dropping),
+        "What the sinks do": _sunk(demonstration.sinks),
     }
 
 
@@ -126,6 +147,37 @@ def _worth(sharing: Mapping[str, Mapping[str, Interventions]]) -> list[str]:
     ]
 
 
+def _dropped(dropping: Interventions) -> list[str]:
+    single = [effect for effect in dropping.single[DROPPED] if effect.agreement is not None]
+    cheap = sum((effect.agreement or 0.0) >= KEEPS_ANSWERS for effect in single)
+    return [
+        f"The upper half of the ordinary ViT without Re-attention, block by block: {answer(dropping, DROPPED)}",
+        f"One at a time, {cheap} of these {len(single)} can be left out with {100 * KEEPS_ANSWERS:g} % of the top answers "
+        "unchanged. A skip connection makes a single block cheap to leave out, whatever it computes: all together is another "
+        "question.",
+    ]
+
+
+def _sunk(sinks: Mapping[str, Mapping[str, Findings]]) -> list[str]:
+    parts, fresh = [], []
+    for pair, models in sinks.items():
+        for label, findings in models.items():
+            result = findings.metrics["sink-kind"]
+            counts = result.details["per_image"]
+            parts.append(
+                f"{label} ({pair}) {number(sum(counts.values()), 2)}, of them {number(counts['no_op'], 2)} no-ops and "
+                f"{number(counts['broadcast'], 2)} broadcasts"
+            )
+            twin = null_of(result, "untrained")
+            fresh.append(float("nan") if twin is None else float(np.nansum(twin)))
+    return [
+        "Sinks an image, over all heads of all blocks (a key to which nine of ten queries give half of their attention): "
+        f"{'; '.join(parts)}. Untrained copies have {number(max(fresh), 2)} at most.",
+        "A no-op switches a head off for an image, a broadcast writes one token's value to all others: the same stripe in a "
+        "map, and another thing done. These are small models of digits: what large ones have is another question.",
+    ]
+
+
 def upper(interventions: Interventions) -> Effect:
     """Sharing in the upper three quarters of the blocks at once: block b and all above it use the map of the block below b."""
     effects = interventions.cumulative["share"]
@@ -151,6 +203,16 @@ def write_demonstration(demonstration: Demonstration, folder: Path, spread: Mapp
             interventions.write(below)
             write_interventions(interventions, below)
             links[f"the {pair}, {label}: its maps replaced"] = f"{inside.name}/{below.name}/{PAGE}"
+            sunk = inside / f"sinks-{label}"
+            sunk.mkdir()
+            demonstration.sinks[pair][label].write(sunk)
+            write_report(demonstration.sinks[pair][label], sunk)
+            links[f"the {pair}, {label}: what its sinks do"] = f"{inside.name}/{sunk.name}/{PAGE}"
+    pruned = folder / "blocks-left-out"
+    pruned.mkdir()
+    demonstration.dropping.write(pruned)
+    write_interventions(demonstration.dropping, pruned)
+    links[f"the {', '.join(PRUNED)}: blocks left out"] = f"{pruned.name}/{PAGE}"
     figures = draw_figures({"sharing": SHARING}, demonstration)
     return write_page(folder, figures, render(demonstration, links, spread, figures))
 
@@ -164,12 +226,14 @@ def render(
         drawings = {f"{pair}-{name}".replace(" ", "-"): FIGURES[name] for name in ("matrices", "adjacent")}
         plates.append(plates_of(drawings, draw_figures(drawings, demonstration.comparisons[pair])))
     control, ordinary = plates
+    drawings = {"left": BLOCKS_LEFT["blocks-left"]}
+    left = plates_of(drawings, draw_figures(drawings, demonstration.dropping))
     first = next(iter(demonstration.comparisons.values()))
     return paper(
         "demo.html",
         images=first.subjects[first.first].data["images"],
         chapters=chapters(demonstration),
-        plates=[control[:1], control[1:], ordinary, plates_of({"sharing": SHARING}, figures)],
+        plates=[control[:1], control[1:], ordinary, plates_of({"sharing": SHARING}, figures), left, []],
         table=_table(demonstration),
         links=links,
         models=_models(spread),

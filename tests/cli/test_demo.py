@@ -19,3 +19,10 @@ def test_help_loads_no_analysis():
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=120)
     assert "Compare the trained pairs" in done.stdout
     assert done.stderr.strip() == ""
+
+
+def test_no_sentence_is_cut_off_where_nothing_wraps_it():
+    from collapse_probe.cli.demo import told
+
+    sentence = "word " * 99 + "end."
+    assert sentence in told({"A chapter": [sentence]})

@@ -26,14 +26,14 @@ def case_of(order: Order | None) -> str:
     """Whether some blocks can go, by the images that had no part in the choice.
 
     SOME: at least KEEPS_ANSWERS of their top answers stay, and so says the whole interval; UNSURE: the interval holds
-    KEEPS_ANSWERS; NONE: no block could be chosen, or the interval lies below.
+    KEEPS_ANSWERS, or it does for the block that costs least where no block could be chosen; NONE: the interval lies below.
     """
     if order is None:
         return NO_ORDER
-    if not order.spared:
-        return NONE
-    priced = order.priced[order.spared - 1]
+    priced = order.priced[max(order.spared - 1, 0)]
     low, high = priced.agreement_ci95 or (0.0, 1.0)
+    if not order.spared:  # the images that settle it may only be too few
+        return UNSURE if high >= KEEPS_ANSWERS else NONE
     return SOME if low >= KEEPS_ANSWERS else UNSURE if high >= KEEPS_ANSWERS else NONE
 
 
@@ -49,10 +49,10 @@ def answer(interventions: Interventions, kind: str) -> str:
     if not order.spared:
         first = order.priced[0]
         cheapest = f"{one[:1].lower()}{one[1:]} {first.blocks[0]}"
-        return (
-            f"None of {_of(several)} can go: without {cheapest}, which costs least, "
-            f"{_share(first)} of the top answers stay, on {others}."
-        )
+        rest = f"without {cheapest}, which costs least, {_share(first)} of the top answers stay, on {others}."
+        if case_of(order) == UNSURE:
+            return f"It cannot be told whether any of {_of(several)} can go, for which more images are needed: {rest}"
+        return f"None of {_of(several)} can go: {rest}"
     priced = order.priced[order.spared - 1]
     subject = f"{one if order.spared == 1 else several} {listed(sorted(priced.blocks))}{f' of {total}' if total else ''}"
     can = {SOME: "can go", UNSURE: "can perhaps go", NONE: "cannot go, although the images that settled it said so,"}
