@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from collapse_probe.files import read_document, write_document
 from collapse_probe.results.findings import plain as json_values
 from collapse_probe.results.overview.display import Shown
-from collapse_probe.results.rules import KEEPS_ANSWERS
+from collapse_probe.results.rules import SETTLES
 from collapse_probe.results.stored import checks
 from collapse_probe.results.stored.arrays import load_arrays
 
@@ -93,10 +93,10 @@ class Order:
 
     @property
     def spared(self) -> int:
-        """How many of the first blocks can go, by the images that settle it: with each of them gone, KEEPS_ANSWERS of the top
-        answers stay, by the lower end of the interval; where the images are too few for that, all of them.
+        """How many of the first blocks can go, by the images that settle it: with each of them gone, SETTLES of the top answers
+        stay. How sure that is, the images say that give the price.
         """
-        return len([*itertools.takewhile(_surely_kept, self.settled)])
+        return len([*itertools.takewhile(lambda effect: (effect.agreement or 0.0) >= SETTLES, self.settled)])
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,6 @@ class UntrainedCopy:
     images: int
     answers: int
     effects: tuple[Effect, ...]
-
-
-def _surely_kept(effect: Effect) -> bool:
-    low, _ = effect.agreement_ci95 or (0.0, 1.0)
-    return effect.agreement == 1 or low >= KEEPS_ANSWERS
 
 
 @dataclass(frozen=True, repr=False)

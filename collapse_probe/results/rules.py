@@ -276,6 +276,7 @@ FALSE_DISCOVERY_RATE = 0.05  # over the blocks of a metric, at which a differenc
 OF_ARCHITECTURE = 0.5  # share of a contrast that untrained copies show as well, from which on it is the architecture's
 ROUNDING = 1e-5
 """A model whose logits vary less than this over the images, as a share of the largest, gives the same output for all."""
+SETTLES = 0.975  # half of what KEEPS_ANSWERS allows to be lost, so that other images are likely to bear it out
 KEEPS_ANSWERS = 0.95  # share of unchanged top answers from which on a replacement costs little
 MOST_BLOCKS = 0.5  # share of the blocks
 CONTROL_COLLAPSED = 0.9  # of the positive control: κ, and with Re-attention the raw cosine at the softmax

@@ -375,7 +375,9 @@ def test_where_no_block_can_go_the_cheapest_is_named(found):
     assert answer.case == dropping.NONE
 
 
-def test_few_images_settle_only_what_they_all_keep():
+def test_settled_is_what_loses_half_of_what_may_be_lost_however_many_the_images():
     all_kept, one_lost = effect((3,), 1.0, 0.7, 1.0), effect((1, 3), 0.9, 0.6, 0.98)
+    few_lost = effect((3,), 0.98, 0.91, 0.996)
+    assert Order((3,), (), (few_lost,), (few_lost,)).spared == 1
     assert Order((3, 1), (), (all_kept, one_lost), (all_kept, one_lost)).spared == 1
     assert Order((3, 1), (), (one_lost, all_kept), (one_lost, all_kept)).spared == 0

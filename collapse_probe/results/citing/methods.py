@@ -12,7 +12,7 @@ from collapse_probe.results.comparison import Comparison
 from collapse_probe.results.findings import Findings
 from collapse_probe.results.intervention import DEFINITIONS, Interventions
 from collapse_probe.results.readings import is_untrained, null_of, trained_on, weights_only
-from collapse_probe.results.rules import KEEPS_ANSWERS
+from collapse_probe.results.rules import SETTLES
 from collapse_probe.results.survey import Survey, SurveyRow
 from collapse_probe.results.sweep import Sweep
 from collapse_probe.results.text import numbered, plain, sentence_case
@@ -163,8 +163,8 @@ def _of_orders(interventions: Interventions) -> list[str]:
         return []
     return [
         f"Blocks were left out one after the other, each time the one whose loss cost the least mean KL on {parts['chose']} "
-        f"images; how many can go was settled on {parts['settled']} others (at least {100 * KEEPS_ANSWERS:g} % of the top "
-        f"answers stay, by the lower end of the interval), and the price is that on the remaining {parts['priced']}."
+        f"images; how many can go was settled on {parts['settled']} others (at least {100 * SETTLES:g} % of the top "
+        f"answers stay), and the price is that on the remaining {parts['priced']}."
     ]
 
 
