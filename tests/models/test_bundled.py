@@ -10,11 +10,13 @@ import torch
 from bundle_models import command_of, shrink
 
 from collapse_probe.analysis.analyze import analyze
+from collapse_probe.analysis.intervene import intervene
 from collapse_probe.data.splits import split_data
 from collapse_probe.models.model_file import load_model, read_card
 from collapse_probe.models.sources.ours import FOLDER, MODELS, bundled_models, file_of
 from collapse_probe.registry import RECIPES
-from collapse_probe.report.demo import PAIRS, Demonstration, chapters
+from collapse_probe.report.demo import LABELS, PAIRS, Demonstration, chapters
+from collapse_probe.report.intervention import dropping
 from collapse_probe.training.recipe import Recipe
 
 HELD_OUT = 64
@@ -91,22 +93,45 @@ class Shown:
         self.summary = summary
 
 
-def story(found, **changes):
+@pytest.fixture(scope="module")
+def beside():
+    """What the sinks of each model do and which blocks of one can go, on a few images."""
+    few = split_data("bundled:digits").held_out.subset(12, 0)
+    settings = {"metrics": ("sink-kind",), "null_images": 4, "gallery_images": 0}
+    sinks = {
+        pair: {label: analyze(f"ours:{name}", few, **settings) for label, name in zip(LABELS, names, strict=True)}
+        for pair, names in PAIRS.items()
+    }
+    return {"sinks": sinks, "dropping": intervene("ours:digits-mhsa", few, drop=("block",), blocks=(21, 22, 23))}
+
+
+def story(found, beside, **changes):
     numbers = {name: dict(f.summary) for name, f in found.items()}
     for name, change in changes.items():
         numbers[name.replace("_", "-")] |= change
     made = {pair: {"MHSA": Shown(numbers[a]), "Re-attention": Shown(numbers[b])} for pair, (a, b) in PAIRS.items()}
     held = {pair: dataclasses.make_dataclass("Held", ["subjects"])(subjects) for pair, subjects in made.items()}
-    return chapters(Demonstration(held, {}))
+    return chapters(Demonstration(held, {}, **beside))
 
 
-def test_the_story_follows_the_numbers(found):
-    assert "attends alike throughout" in story(found)["What collapse looks like"][0]
+def test_the_story_follows_the_numbers(found, beside):
+    assert "attends alike throughout" in story(found, beside)["What collapse looks like"][0]
     low = {"kappa_adjacent": 0.4}
-    assert "read it with care" in story(found, digits_tied_mhsa=low)["What collapse looks like"][0]
-    assert "blocks still attend alike" in story(found)["What Re-attention does, and where"][0]
+    assert "read it with care" in story(found, beside, digits_tied_mhsa=low)["What collapse looks like"][0]
+    assert "blocks still attend alike" in story(found, beside)["What Re-attention does, and where"][0]
     high = {"attention_similarity_adjacent": 0.5}
-    assert "still attend alike" not in story(found, digits_tied_re_attention=high)["What Re-attention does, and where"][0]
-    assert "near-uniform maps are alike" in story(found)["What an ordinary ViT shows"][0]
+    assert (
+        "still attend alike" not in story(found, beside, digits_tied_re_attention=high)["What Re-attention does, and where"][0]
+    )
+    assert "near-uniform maps are alike" in story(found, beside)["What an ordinary ViT shows"][0]
     shared = {"kappa_adjacent": 0.8}
-    assert "do share attention" in story(found, digits_mhsa=shared)["What an ordinary ViT shows"][0]
+    assert "do share attention" in story(found, beside, digits_mhsa=shared)["What an ordinary ViT shows"][0]
+
+
+def test_the_story_tells_which_blocks_can_go_and_what_the_sinks_do(found, beside):
+    chapters = story(found, beside)
+    assert dropping.answer(beside["dropping"], "drop_block") in chapters["Which blocks can go"][0]
+    assert "of these 3 can be left out" in chapters["Which blocks can go"][1]
+    counts = beside["sinks"]["ordinary ViT"]["Re-attention"].metrics["sink-kind"].details["per_image"]
+    assert f"Re-attention (ordinary ViT) {sum(counts.values()):.2f}, of them" in chapters["What the sinks do"][0]
+    assert "Untrained copies have" in chapters["What the sinks do"][0]
