@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from collapse_probe.capture.blocks import NO_MIDDLE
+from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import Means
 from collapse_probe.metrics.coverage import NO_PATCHES, has_patches
@@ -16,6 +18,14 @@ from collapse_probe.metrics.metric import Metric, Need, Variant
 
 WITH_PREFIX = Variant({"prefix": True}, "with prefix tokens")
 WIDE_BYTES = 32 * 2**20
+TOKENS = {
+    "all": "all tokens, prefix tokens included",
+    "patches": "the patch tokens, prefix tokens out",
+    "cls": "the first prefix token (the class token)",
+}
+OF_TOKENS = {"patches": Variant({"tokens": "patches"}, "patch tokens"), "cls": Variant({"tokens": "cls"}, "class token")}
+NO_CLASS_TOKEN = "the model has no prefix token (class, distillation or register token)"
+ONE_TOKEN = "undefined: there is one such token in an image, and no other to confuse it with"
 Numbers = Callable[[Tensor], Mapping[str, Tensor]]
 """Takes tokens [B, N, D] in float64; gives numbers [B] by name, NaN where undefined."""
 
@@ -24,6 +34,32 @@ def sequence(trace: Trace, depth: int, prefix: bool) -> Tensor | None:
     """The tokens at a depth in float32, [B, N, D], with or without the prefix tokens; None where it has no sequence."""
     tokens_BND = trace.tokens[depth]
     return trace.patches(depth) if not prefix or tokens_BND is None else tokens_BND.float()
+
+
+def tokens_of(trace: Trace, tokens_BND: Tensor | None, depth: int, which: str) -> Tensor | None:
+    """Of tokens laid out as those at a depth `which` ones (of TOKENS), [B, n, D] in float32; None where they are not known."""
+    if tokens_BND is None or which == "all":
+        return None if tokens_BND is None else tokens_BND.float()
+    patches_BPD, prefix = trace.patches_of(tokens_BND, depth), trace.plan.prefix
+    if which == "patches" or patches_BPD is None:
+        return patches_BPD
+    known = prefix and tokens_BND.shape[1] - patches_BPD.shape[1] == len(prefix)
+    return tokens_BND[:, prefix[0] : prefix[0] + 1].float() if known else None
+
+
+def block_ends(trace: Trace, block: int, branch: str, which: str) -> tuple[Tensor, Tensor] | None:
+    """What enters and what leaves a block, or its attention or MLP branch, of `which` tokens, [B, n, D] each in float32; None
+    where either is not read, or has other tokens than the other.
+    """
+    if block and not trace.plan.adjacent_blocks[block - 1]:
+        return None  # what enters it is not what the block before gave
+    before, after = trace.tokens[block], trace.tokens[block + 1]
+    if branch == "attention":
+        after = trace.middles[block]
+    elif branch == "mlp":
+        before = trace.middles[block]
+    x, y = tokens_of(trace, before, block, which), tokens_of(trace, after, block + 1, which)
+    return None if x is None or y is None or x.shape != y.shape else (x, y)
 
 
 def class_and_patches(trace: Trace, depth: int) -> tuple[Tensor, Tensor] | None:
@@ -46,6 +82,17 @@ def in_parts(numbers: Numbers, tokens_BND: Tensor) -> dict[str, Tensor]:
     step = max(1, WIDE_BYTES // max(n * width * 8, 1))
     parts = [numbers(tokens_BND[i : i + step].to(torch.float64)) for i in range(0, images, step)]
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+
+
+def no_ends(plan: Plan, branch: str, tokens: str) -> str:
+    """Why the ends of blocks, or of their branches, are not to be had of some tokens; empty where they are of some block."""
+    if not plan.width:
+        return "no token sequence was found at the first block's input"
+    if tokens == "cls" and not plan.prefix:
+        return NO_CLASS_TOKEN
+    if tokens == "patches" and not any(plan.patch_shapes):
+        return "the tokens do not come from the image"
+    return NO_MIDDLE if branch != "block" and not any(plan.middles) else ""
 
 
 class DepthMeans(Means):

@@ -13,6 +13,7 @@ from toy_models import SIZE, Block, ToyAttention, ToyViT, images, sharpen, toy
 
 from collapse_probe.analysis.analyze import analyze
 from collapse_probe.capture.capture import discover_plan, record
+from collapse_probe.metrics.functional.geometry import own_and_other_cosines
 from collapse_probe.metrics.functional.phases import (
     contiguous_phases,
     max_cut_phases,
@@ -21,7 +22,6 @@ from collapse_probe.metrics.functional.phases import (
 )
 from collapse_probe.metrics.metric import make
 from collapse_probe.metrics.tokens.angular_distance import angles, least_windows
-from collapse_probe.metrics.tokens.block_influence import cosines
 from collapse_probe.metrics.tokens.residual_contribution import contributions
 from collapse_probe.report.findings.beside import boundary_tables, window_tables
 from collapse_probe.report.findings.figures import draw_all
@@ -113,10 +113,10 @@ def test_a_block_whose_branches_are_scaled_to_zero_has_no_influence_at_all():
 def test_tokens_of_length_zero_are_left_out():
     x = torch.tensor([[[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
     y = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
-    found = cosines(x, y)
+    found = own_and_other_cosines(x, y)
     assert found["same"].item() == pytest.approx(0.5)  # of the first and the last token
     assert found["other"].item() == pytest.approx((1 + 0 + 1 + 0) / 4)  # of the first with two others, of the last with two
-    assert math.isnan(cosines(torch.zeros(1, 2, 2).double(), y[:, :2])["same"].item())
+    assert math.isnan(own_and_other_cosines(torch.zeros(1, 2, 2).double(), y[:, :2])["same"].item())
 
 
 def test_angles_are_those_of_a_loop_and_obey_the_triangle():
@@ -288,7 +288,7 @@ PRUNE_ME = {1: [0.1426893090, 0.2459207566], 2: [0.3884145854]}
 
 def test_influence_is_that_of_the_released_code():
     x = torch.tensor(STATES, dtype=torch.float64)
-    found = [float(1 - cosines(a[None], b[None])["same"]) for a, b in itertools.pairwise(x)]
+    found = [float(1 - own_and_other_cosines(a[None], b[None])["same"]) for a, b in itertools.pairwise(x)]
     np.testing.assert_allclose(found, SHORT_GPT, atol=1e-9)
 
 

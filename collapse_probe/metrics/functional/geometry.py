@@ -138,3 +138,27 @@ def defined_mean(values: Tensor) -> Tensor:
     """The mean of the values that are numbers, of any shape -> []; 0 where none is."""
     known = ~values.isnan()
     return torch.where(known, values, 0.0).sum() / known.sum().clamp_min(1)
+
+
+def own_and_other_cosines(x_BND: Tensor, y_BND: Tensor) -> dict[str, Tensor]:
+    """Mean cosine of each token in x with itself in y, `same` [B], and with every other token, `other` [B]; in float64.
+
+    Vectors of length zero have no direction: pairs with them are left out. NaN where no pair is left.
+
+    >>> x = torch.eye(2, dtype=torch.float64)[None]
+    >>> {name: value.item() for name, value in own_and_other_cosines(x, x).items()}
+    {'same': 1.0, 'other': 0.0}
+    """
+    units, present = [], []
+    for tokens in (x_BND, y_BND):
+        length = tokens.norm(dim=-1, keepdim=True)
+        present.append((length > 0).squeeze(-1).to(tokens.dtype))
+        units.append(tokens / length.masked_fill(length == 0, 1.0))
+    both = present[0] * present[1]
+    own = both * (1 - (units[0] - units[1]).square().sum(-1) / 2)  # the cosine, and just 1 where nothing changed
+    pairs = present[0].sum(1) * present[1].sum(1) - both.sum(1)
+    others = (units[0].sum(1) * units[1].sum(1)).sum(-1) - own.sum(1)
+    return {
+        "same": torch.where(both.sum(1) > 0, own.sum(1) / both.sum(1), torch.nan),
+        "other": torch.where(pairs > 0, others / pairs.clamp_min(1), torch.nan),
+    }

@@ -17,8 +17,7 @@ from collapse_probe.metrics.accumulators import Means
 from collapse_probe.metrics.coverage import depth_neighbours
 from collapse_probe.metrics.metric import Need, Record, mean_over_images
 from collapse_probe.metrics.nulls import with_reasons
-from collapse_probe.metrics.token_metric import TokenMetric
-from collapse_probe.metrics.tokens.block_influence import OF_TOKENS, ONE_TOKEN, TOKENS, no_ends
+from collapse_probe.metrics.token_metric import OF_TOKENS, ONE_TOKEN, TOKENS, TokenMetric, no_ends, tokens_of
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import Array
@@ -63,7 +62,7 @@ class AngleMeans(Means):
         shape = trace.images, self.depths, self.depths
         value, other = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2))
         by_shape: dict[tuple[int, ...], list[int]] = {}
-        states = [self._state(trace, depth) for depth in range(self.depths)]
+        states = [tokens_of(trace, trace.tokens[depth], depth, self.tokens) for depth in range(self.depths)]
         for depth, state in enumerate(states):
             if state is not None:
                 by_shape.setdefault(tuple(state.shape[1:]), []).append(depth)
@@ -80,15 +79,6 @@ class AngleMeans(Means):
         self.add_images("both", value, other)
         among = torch.tensor(self.neighbours, dtype=torch.bool)
         return {"value": torch.where(among, value.diagonal(1, 1, 2), torch.nan)}
-
-    def _state(self, trace: Trace, depth: int) -> Tensor | None:
-        if self.tokens == "patches":
-            return trace.patches(depth)
-        tokens_BND = trace.tokens[depth]
-        if tokens_BND is None or self.tokens == "all":
-            return tokens_BND
-        first = self.plan.prefix[0]
-        return tokens_BND[:, first : first + 1] if self.plan.patch_shapes[depth] is not None else None
 
 
 class AngularDistance(TokenMetric):

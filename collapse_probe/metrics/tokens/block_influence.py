@@ -9,23 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collapse_probe.capture.blocks import NO_MIDDLE
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import Means
+from collapse_probe.metrics.functional.geometry import own_and_other_cosines
 from collapse_probe.metrics.metric import CURVE, Need, Record, Variant, mean_over_images
 from collapse_probe.metrics.nulls import with_reasons
-from collapse_probe.metrics.token_metric import TokenMetric, in_parts
+from collapse_probe.metrics.token_metric import OF_TOKENS, ONE_TOKEN, TOKENS, TokenMetric, block_ends, in_parts, no_ends
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.kappa import MONOMIALS, PairMoments, kappa, kappa_interval
 
-TOKENS = {
-    "all": "all tokens, prefix tokens included",
-    "patches": "the patch tokens, prefix tokens out",
-    "cls": "the first prefix token (the class token)",
-}
-OF_TOKENS = {"patches": Variant({"tokens": "patches"}, "patch tokens"), "cls": Variant({"tokens": "cls"}, "class token")}
 BRANCHES = {
     "block": "x before and y behind the whole block",
     "attention": "x before the block and y = x + Attn(x), its attention branch alone added (with any LayerScale)",
@@ -35,59 +29,6 @@ OF_BRANCHES = {
     "attention": Variant({"branch": "attention"}, "the attention branch alone"),
     "mlp": Variant({"branch": "mlp"}, "the MLP branch alone"),
 }
-NO_CLASS_TOKEN = "the model has no prefix token (class, distillation or register token)"
-ONE_TOKEN = "undefined: there is one such token in an image, and no other to confuse it with"
-
-
-def cosines(x_BND: Tensor, y_BND: Tensor) -> dict[str, Tensor]:
-    """Mean cosine of each token in x with itself in y, `same` [B], and with every other token, `other` [B]; in float64.
-
-    Vectors of length zero have no direction: pairs with them are left out. NaN where no pair is left.
-
-    >>> x = torch.eye(2, dtype=torch.float64)[None]
-    >>> {name: value.item() for name, value in cosines(x, x).items()}
-    {'same': 1.0, 'other': 0.0}
-    """
-    units, present = [], []
-    for tokens in (x_BND, y_BND):
-        length = tokens.norm(dim=-1, keepdim=True)
-        present.append((length > 0).squeeze(-1).to(tokens.dtype))
-        units.append(tokens / length.masked_fill(length == 0, 1.0))
-    both = present[0] * present[1]
-    own = both * (1 - (units[0] - units[1]).square().sum(-1) / 2)  # the cosine, and just 1 where nothing changed
-    pairs = present[0].sum(1) * present[1].sum(1) - both.sum(1)
-    others = (units[0].sum(1) * units[1].sum(1)).sum(-1) - own.sum(1)
-    return {
-        "same": torch.where(both.sum(1) > 0, own.sum(1) / both.sum(1), torch.nan),
-        "other": torch.where(pairs > 0, others / pairs.clamp_min(1), torch.nan),
-    }
-
-
-def ends_of(trace: Trace, block: int, branch: str) -> tuple[Tensor | None, Tensor | None]:
-    """What enters and what leaves a block, or one of its branches, [B, N, D] each; None where it is not read."""
-    before, after = trace.tokens[block], trace.tokens[block + 1]
-    if block and not trace.plan.adjacent_blocks[block - 1]:
-        return None, None  # what enters it is not what the block before gave
-    if branch == "block":
-        return before, after
-    middle = trace.middles[block]
-    return (before, middle) if branch == "attention" else (middle, after)
-
-
-def chosen(trace: Trace, ends: tuple[Tensor | None, Tensor | None], block: int, tokens: str) -> list[Tensor] | None:
-    """Both ends with the tokens of one kind alone, [B, n, D] in float32; None where these are not the same at both."""
-    depths = block, block + 1
-    if tokens == "patches":
-        kept = [trace.patches_of(x, depth) for x, depth in zip(ends, depths, strict=True)]
-    else:
-        kept = [None if x is None else x.float() for x in ends]
-    there = [x for x in kept if x is not None]
-    if len(there) < 2 or there[0].shape != there[1].shape:
-        return None
-    if tokens == "cls":
-        first = trace.plan.prefix[0]
-        return [x[:, first : first + 1] for x in there]
-    return there
 
 
 class InfluenceMeans(Means):
@@ -103,12 +44,12 @@ class InfluenceMeans(Means):
         """Add one batch; per image [B, blocks]."""
         turned = {name: torch.full((trace.images, self.blocks), torch.nan, dtype=torch.float64) for name in ("same", "other")}
         for block in range(self.blocks):
-            pair = chosen(trace, ends_of(trace, block, self.branch), block, self.tokens)
+            pair = block_ends(trace, block, self.branch, self.tokens)
             if pair is None:
                 continue
             width = pair[0].shape[-1]
             joined = torch.cat(pair, -1)
-            for name, cosine in in_parts(lambda x, w=width: cosines(x[..., :w], x[..., w:]), joined).items():  # type: ignore[misc]
+            for name, cosine in in_parts(lambda x, w=width: own_and_other_cosines(x[..., :w], x[..., w:]), joined).items():  # type: ignore[misc]
                 turned[name][:, block] = 1 - cosine
         value, other = turned["same"], turned["other"]
         self.add_images("value", value)
@@ -184,17 +125,6 @@ class BlockInfluence(TokenMetric):
         bounds = {"other_token": means.bounds("other_token")}
         nulls = with_reasons(values, reasons, int(means.mean()[2].max(initial=0)), bounds, kappa_interval(own))
         return self.result(**facts, nulls=replace(nulls, reasons={**nulls.reasons, **reasons}))
-
-
-def no_ends(plan: Plan, branch: str, tokens: str) -> str:
-    """Why the ends of blocks, or of their branches, are not to be had of some tokens; empty where they are of some block."""
-    if not plan.width:
-        return "no token sequence was found at the first block's input"
-    if tokens == "cls" and not plan.prefix:
-        return NO_CLASS_TOKEN
-    if tokens == "patches" and not any(plan.patch_shapes):
-        return "the tokens do not come from the image"
-    return NO_MIDDLE if branch != "block" and not any(plan.middles) else ""
 
 
 METRICS.add(BlockInfluence.name, BlockInfluence)

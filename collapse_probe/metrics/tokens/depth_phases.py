@@ -21,7 +21,7 @@ from collapse_probe.metrics.functional.phases import (
 )
 from collapse_probe.metrics.metric import Need, Record, Variant
 from collapse_probe.metrics.nulls import untrained_only
-from collapse_probe.metrics.token_metric import TokenMetric
+from collapse_probe.metrics.token_metric import TokenMetric, tokens_of
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.intervals import Array
@@ -51,13 +51,12 @@ def summary_vectors(trace: Trace, depth: int) -> Tensor | None:
     """The class token and the mean patch at a depth, [B, 2, D] in float64; without a class token [B, 1, D]; None without
     patches.
     """
-    patches = trace.patches(depth)
-    if patches is None:
+    patches, token = (tokens_of(trace, trace.tokens[depth], depth, which) for which in ("patches", "cls"))
+    if patches is None or (trace.plan.prefix and token is None):
         return None
-    vectors = [patches.double().mean(1)] if patches.device.type != "mps" else [patches.cpu().double().mean(1)]
-    tokens = trace.tokens[depth]
-    if trace.plan.prefix and tokens is not None:
-        vectors.insert(0, tokens[:, trace.plan.prefix[0]].to(vectors[0]))
+    vectors = [patches.mean(1, dtype=torch.float64)] if patches.device.type != "mps" else [patches.cpu().double().mean(1)]
+    if token is not None:
+        vectors.insert(0, token[:, 0].to(vectors[0]))
     return torch.stack(vectors, 1)
 
 

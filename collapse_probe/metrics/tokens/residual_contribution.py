@@ -11,10 +11,10 @@ from torch import Tensor
 from collapse_probe.capture.plan import Plan
 from collapse_probe.capture.trace import Trace
 from collapse_probe.metrics.accumulators import Means
+from collapse_probe.metrics.functional.geometry import own_and_other_cosines
 from collapse_probe.metrics.metric import CURVE, Need, Record, Variant, mean_over_images
 from collapse_probe.metrics.nulls import untrained_only, with_reasons
-from collapse_probe.metrics.token_metric import TokenMetric, in_parts
-from collapse_probe.metrics.tokens.block_influence import OF_TOKENS, ONE_TOKEN, TOKENS, chosen, cosines, ends_of, no_ends
+from collapse_probe.metrics.token_metric import OF_TOKENS, ONE_TOKEN, TOKENS, TokenMetric, block_ends, in_parts, no_ends
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 
@@ -41,7 +41,7 @@ def contributions(x_BND: Tensor, y_BND: Tensor) -> dict[str, Tensor]:
     added = y_BND - x_BND
     length = x_BND.norm(dim=-1)
     ratio = torch.where(length > 0, added.norm(dim=-1) / length.masked_fill(length == 0, 1.0), torch.nan)
-    turned = cosines(x_BND, added)
+    turned = own_and_other_cosines(x_BND, added)
     return {"ratio": ratio.nanmean(1), "cosine": turned["same"], "other": turned["other"]}
 
 
@@ -58,7 +58,7 @@ class ContributionMeans(Means):
         shape = trace.images, self.blocks
         values = {name: torch.full(shape, torch.nan, dtype=torch.float64) for name in ("ratio", "cosine", "other")}
         for block in range(self.blocks):
-            pair = chosen(trace, ends_of(trace, block, self.branch), block, self.tokens)
+            pair = block_ends(trace, block, self.branch, self.tokens)
             if pair is None:
                 continue
             width = pair[0].shape[-1]
