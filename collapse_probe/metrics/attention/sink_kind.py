@@ -102,6 +102,8 @@ def _root(gram_HKK: Tensor) -> Tensor:
 class SinkCounts(HeadMeans):
     """Per image, block and head whether there is a sink and of which kind; sums of events by kind, token and threshold."""
 
+    windowed = False
+
     def __init__(self, plan: Plan, point: str, grams: Grams | None) -> None:
         super().__init__(plan, "sink", "no_op", "broadcast", "other", "mass")
         self.plan, self.point, self.grams = plan, point, grams
@@ -205,7 +207,7 @@ class SinkKind(HeadMetric):
         "collapse by itself, and what later blocks make of it is not seen. The thresholds are the authors'."
     )
     failure_types = ()
-    formula = r"\tfrac{1}{N} |\{i : A_{is} \ge \tfrac12\}| \ge 0.9, \quad s = \arg\max_j \textstyle\sum_i A_{ij}"
+    formula = r"\frac{1}{N} \sum_i [A_{is} \ge 0.5] \ge 0.9, \quad s = \arg\max_j \sum_i A_{ij}"
     value_range = "0 to 1"
     source = "arXiv 2606.08105 and its code, KempnerInstitute/attention_sink at a83cd59, lejepa_sinks and vit_causal"
     traps = (
