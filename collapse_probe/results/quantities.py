@@ -16,6 +16,7 @@ from collapse_probe.results.readings import (
     entropy_share,
     null_ci95,
     of_neighbours,
+    over_heads,
     require_null,
     require_result,
 )
@@ -254,6 +255,24 @@ def _last_of_twin(findings: Findings, metric: str) -> Quantity:
     result = require_result(findings, metric)
     fresh, ci95 = require_null(result, metric, "untrained")[-1:], null_ci95(result, "untrained")
     return Quantity(fresh, (), "depth", None if ci95 is None else ci95[-1:], TWIN_EXACT if ci95 is None else "")
+
+
+def depths_less_twin(findings: Findings, metric: str) -> Quantity:
+    """The number at every depth less that of the untrained copy."""
+    result = require_result(findings, metric)
+    fresh = require_null(result, metric, "untrained")
+    ci95 = None if result.ci95 is None else result.ci95 - fresh[:, None]
+    return Quantity(result.array - fresh, tuple(range(len(fresh))), "depth", ci95, TWIN_EXACT)
+
+
+def heads_less_twin(findings: Findings, metric: str) -> Quantity:
+    """The mean over a block's heads less that of the untrained copy."""
+    result = require_result(findings, metric)
+    fresh = over_heads(require_null(result, metric, "untrained"))
+    if result.head_mean is None:
+        return Quantity(over_heads(result.array) - fresh, tuple(range(len(fresh))), note=TWIN_EXACT)
+    mean, _, ci95 = result.head_mean
+    return Quantity(mean - fresh, tuple(range(len(fresh))), ci95=ci95 - fresh[:, None], note=TWIN_EXACT)
 
 
 def matrices_over_twin(findings: Findings, metric: str) -> Quantity:

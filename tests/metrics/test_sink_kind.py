@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import timm
@@ -17,6 +19,7 @@ from collapse_probe.metrics.metric import make
 from collapse_probe.report.findings.beside import sink_tables
 from collapse_probe.report.findings.figures import draw_all
 from collapse_probe.report.findings.page import render
+from collapse_probe.results.verdict import with_verdict
 
 N, K = 12, 4
 
@@ -268,3 +271,19 @@ def test_the_page_counts_sinks_by_kind_token_and_threshold():
     page = render(findings, draw_all(findings))
     assert "Sinks of each kind, values of the head" in page
     assert "Sinks of each kind, values as they are written" in page
+
+
+@pytest.mark.parametrize(("fresh", "share", "answer"), [(0.0, 1.0, "yes"), (0.0, 0.4, "no"), (0.6, 1.0, "no"), (None, 1.0, "")])
+def test_heads_are_called_switched_off_where_an_untrained_copy_has_none(fresh, share, answer):
+    findings = analyze(sinking(), images(20), metrics=NAMES, gallery_images=0)
+    metrics = {}
+    for name, result in findings.metrics.items():
+        twin = None if fresh is None else np.full_like(result.array, fresh)
+        nulls = replace(result.nulls, values={**result.nulls.values, "untrained": twin})
+        metrics[name] = replace(result, nulls=nulls, head_mean=tuple(np.full_like(part, share) for part in result.head_mean))
+    judged = with_verdict(replace(findings, metrics=metrics))
+    rule = next(row for row in judged.verdict if row["rule"] == "heads-switched-off")
+    assert rule["answer"] == (answer or "not applicable")
+    assert "2606.08105" in rule["source"]
+    said = "Attention: most heads of a block are switched off in most images"
+    assert any(sentence.startswith(said) for sentence in judged.answer["sentences"]) == (answer == "yes")

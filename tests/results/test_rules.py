@@ -87,6 +87,14 @@ def weights(metric, value):
     return findings({metric: MetricResult(("block", "matrix"), "", given, **facts)}, images=0)
 
 
+def sinks(metric, value, reach):
+    """Each block's heads with a mean of `value` above that of the untrained copy."""
+    heads, mean = np.full((BLOCKS, 2), value + 0.1), np.full(BLOCKS, value + 0.1)
+    facts = {"head_mean": (mean, mean * 0, around(mean, reach)), "description": Description(level="attention")}
+    nulls = Nulls({"untrained": np.full((BLOCKS, 2), 0.1)}, {})
+    return findings({metric: MetricResult(("block", "head"), "", heads, nulls=nulls, **facts)})
+
+
 CASES = {
     "shared": (lambda v, r: similarity(kappa=v, reach=r), 0.6, 0.4, 0.2),
     "shared-row": (lambda v, r: similarity(head=0.0, row=v, reach=r), 0.6, 0.4, 0.2),
@@ -109,6 +117,9 @@ CASES = {
     "lower-rank-than-untrained": (lambda v, r: depths("token-rank", v * 50, r, 50.0), 0.4, 0.6, 30.0),
     "outlier-tokens": (lambda v, r: depths("token-norm@outliers", v + 0.05, r, 0.05), 0.02, 0.005, 0.1),
     "norm-above-150": (lambda v, r: depths("token-norm@150", v, r), 0.02, 0.005, 0.1),
+    "massive-activations": (lambda v, r: depths("massive-activations", v + 5.0, r, 5.0), 2000.0, 300.0, 1500.0),
+    "heads-switched-off": (lambda v, r: sinks("sink-kind@no-op", v, r), 0.6, 0.4, 0.2),
+    "one-value-for-all": (lambda v, r: sinks("sink-kind@broadcast", v, r), 0.6, 0.4, 0.2),
     "weights-lost-rank": (lambda v, r: weights("weight-rank", v), 0.4, 0.6, None),
     "rows-more-alike": (lambda v, r: weights("weight-similarity", v), 2.5, 1.5, None),
     "untrained": (lambda v, r: findings({}, weights=v), "random parameters, seed 0", "published", None),
