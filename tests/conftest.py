@@ -13,7 +13,7 @@ from factories import photographs
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads():
     beside_others = "PYTEST_XDIST_WORKER" in os.environ
-    torch.set_num_threads(1 if beside_others else 2)
+    torch.set_num_threads(1 if beside_others else min(2, torch.get_num_threads()))  # as many as OMP_NUM_THREADS allows
     if beside_others:
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 

@@ -140,7 +140,9 @@ def _check_given(rules: Sequence[Threshold], metrics: Sequence[str]) -> None:
     """SettingError for a threshold on a number that none of the metrics gives."""
     given = {"images", *(name for name, metric in METRIC_OF.items() if metric in metrics)}
     for name in metrics:
-        if METRICS[name.partition("@")[0]].level == "weights":  # which of the two, its first result says
+        if (kind := name.partition("@")[0]) in METRICS and METRICS[
+            kind
+        ].level == "weights":  # which of the two, its first result says
             given |= {f"{name.replace('-', '_').replace('@', '_')}_{end}" for end in ("mean", "adjacent")}
     given |= {f"{name}{end}" for name in given if name in HEADLINES for end in BOUNDS[1:]}
     for rule in rules:
@@ -149,6 +151,7 @@ def _check_given(rules: Sequence[Threshold], metrics: Sequence[str]) -> None:
         metric = METRIC_OF.get(rule.name)
         if metric:
             hint = f"it is of the metric {metric}, which is not among those measured: {', '.join(metrics)}"
+            hint += "; gram_drift=True measures it" if metric == "gram-drift" else ""
         else:
             hint = nearest(rule.name, given) or f"there are {', '.join(sorted(given))}"
         raise SettingError(f"the alarm {rule.text!r} is about {rule.name!r}, which this monitor does not measure; {hint}")

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from collapse_probe.analysis.analyze import measure
+from collapse_probe.analysis.comparison import first_patches
+from collapse_probe.analysis.comparison.first_patches import LastPatches
+from collapse_probe.analysis.comparison.gram_drift import NAME as GRAM_DRIFT
 from collapse_probe.analysis.measurement import DEFAULT_METRICS, PROBS_METRICS, SKIP, RunSettings, restored
 from collapse_probe.data.images import ImageSet, check_count, images_from
 from collapse_probe.data.preprocessing import Preprocess, from_callable, given_pixels
 from collapse_probe.distributed import alone, rank_and_world
 from collapse_probe.errors import DataError, ModelError, NonFiniteError, SettingError
 from collapse_probe.files import check_writable
-from collapse_probe.models.loading import resolve
+from collapse_probe.models.loading import Subject, resolve
 from collapse_probe.results.findings import Findings
 from collapse_probe.seeding import random_kept
 from collapse_probe.settings import names_in
@@ -67,6 +70,12 @@ class Monitor:
     without a `folder`. A number of the summary is a mean over blocks and heads, and the alarm is about the mean. One that
     cannot be told trips, and so does any alarm where activations are not finite. Under torch.distributed call `step` in every
     process, of monitors made alike: the first one measures, and all raise.
+
+    With `gram_drift` each measurement also says how far the similarities between the patches of an image have moved since the
+    first one, after the last block: the metric `gram-drift`, and `gram_drift_last` in the summary with the ends of its interval
+    over images. For that the patches of the first measurement are kept in float32 on the CPU (images × patches × width × 4
+    bytes: 37 MiB for 64 images of a ViT-B/16), and with a `folder` in `folder/gram-drift/first.pt`, from where a training that
+    goes on takes them; one that begins at their step or before replaces them. It costs one more forward pass.
     """
 
     def __init__(
@@ -82,6 +91,7 @@ class Monitor:
         log: Log | Points | None = None,
         alarm: str | Sequence[str] = (),
         save: Save = save_weights,
+        gram_drift: bool = False,
     ) -> None:
         if every < 1:
             raise SettingError(f"a monitor measures every so many steps, from 1 on, not every {every}")
@@ -90,10 +100,12 @@ class Monitor:
         self.metrics = names_in(metrics)
         self.preprocess = _preprocess(preprocess, self.images)
         self.unmeasured: dict[int, str] = {}
+        self.gram_drift = gram_drift
+        self._first: LastPatches | None = None
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None and rank_and_world()[0] == 0:
             check_writable(self.folder)
-        asked = self.metrics or (*DEFAULT_METRICS, *PROBS_METRICS)
+        asked = (*(self.metrics or (*DEFAULT_METRICS, *PROBS_METRICS)), *((GRAM_DRIFT,) if gram_drift else ()))
         self.alarm = Alarm(names_in(alarm), asked, self.folder, save) if alarm else None
 
     def wanted_in(self, first: bool) -> bool:
@@ -159,7 +171,7 @@ class Monitor:
         self._log(step, {NONFINITE: 1.0})
 
     def measure(self, model: nn.Module, step: int) -> Findings:
-        """The findings of `model` now, at any `step`; nothing is written or logged."""
+        """The findings of `model` now, at any `step`; nothing is logged, and only the start of a `gram_drift` is written."""
         device = _device(model)
         settings = RunSettings(device=str(device), seed=self.seed, metrics=self.metrics, null_images=0, on_nonfinite=SKIP)
         with undisturbed(model, device), alone():
@@ -167,7 +179,25 @@ class Monitor:
             if self.preprocess is not None:
                 subject = replace(subject, preprocess=self.preprocess, notes=())
             findings = measure(subject, self.images, settings)
+            if self.gram_drift:
+                findings = self._with_drift(findings, subject, step)
         return findings.with_run(step=step)
+
+    def _with_drift(self, findings: Findings, subject: Subject, step: int) -> Findings:
+        """The findings with the drift from the first measurement, which this one may be."""
+        content = str(findings.data.get("content_sha256"))
+        device = str(_device(subject.model))
+        now = LastPatches.of(subject, self.images, device=device, seed=self.seed, step=step, content=content)
+        if self._first is None and self.folder is not None:
+            stored = LastPatches.read(self.folder)
+            self._first = stored if stored is not None and stored.step < step and stored.content == content else None
+        if self._first is None:
+            self._first = now
+            if self.folder is not None:
+                now.write(self.folder)
+        result = self._first.drift_to(now)
+        metrics = {**findings.metrics, GRAM_DRIFT: result}
+        return replace(findings, metrics=metrics, summary={**findings.summary, **first_patches.last(result)})
 
 
 def pixels(figure: Any) -> NDArray[np.uint8]:

@@ -19,7 +19,7 @@ from collapse_probe.settings import between
 FORMAT = "collapse-probe/recipe/1"
 PARTS = ("warmup", "cooldown")
 EVERY = ("log_every", "evaluate_every", "monitor_every", "snapshot_every", "checkpoint_every")
-FREE = ("about", "workers", "monitor_images", *EVERY)  # a resumed run may change these
+FREE = ("about", "workers", "monitor_images", "monitor_gram_drift", *EVERY)  # a resumed run may change these
 ARCHITECTURE = ("model", "model_kwargs", "fixes", "embedding_std")
 PenaltyTerm = tuple[float, Mapping[str, Any]]  # coefficient, settings
 
@@ -111,6 +111,7 @@ class Recipe:
     evaluate_every: int = 0
     monitor_every: int = 0
     monitor_images: int = 64
+    monitor_gram_drift: bool = False
     snapshot_every: int = 0
     checkpoint_every: int = 200
 
@@ -234,6 +235,7 @@ def _check(recipe: Recipe) -> None:
     demand("clip", recipe.clip is None or (between(recipe.clip, 0, math.inf) and recipe.clip > 0), "a number above 0, or None")
     demand("ema", recipe.ema is None or between(recipe.ema, 0, 1), "a decay from 0 to 1, or None")
     demand("val_share", 0 < recipe.val_share < 1, "a share between 0 and 1")
+    demand("monitor_gram_drift", isinstance(recipe.monitor_gram_drift, bool), "true or false")
     demand("amp", recipe.amp in (None, "bfloat16", "float16"), "bfloat16, float16 or None")
     demand("schedule", recipe.schedule in ("cosine", "constant"), "cosine or constant")
     mixes = recipe.mixup > 0 or recipe.cutmix > 0

@@ -125,7 +125,8 @@ def _monitor_of(run: Run, alarm: str | Sequence[str]) -> Monitor:
         return path
 
     count, every, folder = run.recipe.monitor_images, run.recipe.monitor_every, run.output / "monitor"
-    return Monitor(run.data.sample(count), every=every, folder=folder, limit=count, log=run.log, alarm=alarm, save=save)
+    images, drift = run.data.sample(count), run.recipe.monitor_gram_drift
+    return Monitor(images, every=every, folder=folder, limit=count, log=run.log, alarm=alarm, save=save, gram_drift=drift)
 
 
 def _train(run: Run, monitor: Any, progress: Progress | None, until: int) -> Trained:

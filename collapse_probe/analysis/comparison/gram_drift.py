@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from collapse_probe.analysis.comparison.joint_pass import JointPass, Patches
 from collapse_probe.analysis.measurement import Images
-from collapse_probe.capture.plan import Plan
 from collapse_probe.errors import DataError
 from collapse_probe.metrics.accumulators import Means
 from collapse_probe.metrics.functional.gram import patch_gram
@@ -46,17 +47,17 @@ class GramSums(Means):
     Σ_{a≠b} ‖S_a − T_b‖² = (n − 1)(Σ‖S_a‖² + Σ‖T_b‖²) − 2 (⟨Σ S_a, Σ T_b⟩ − Σ ⟨S_a, T_a⟩).
     """
 
-    def __init__(self, first: Plan, second: Plan) -> None:
+    def __init__(self, patches: Sequence[int]) -> None:
+        """`patches` says how many there are at each depth; 0 where it is not compared."""
         super().__init__()
-        both = zip(first.patch_shapes, second.patch_shapes, strict=True)
-        self.patches = [one[0] if one and other and one[0] == other[0] else 0 for one, other in both]
-        self.across = 2 * 8 * sum(patches**2 for patches in self.patches) <= STATE_BYTES
+        self.patches = list(patches)
+        self.across = 2 * 8 * sum(count**2 for count in self.patches) <= STATE_BYTES
         self.add_means(value=(len(self.patches),))
         self.add_state("images", len(self.patches))
         self.add_state("squares", len(self.patches))
         self.add_state("own", len(self.patches))
-        for depth, patches in enumerate(self.patches if self.across else ()):
-            self.add_state(f"sums_{depth}", 2, patches, patches)
+        for depth, count in enumerate(self.patches if self.across else ()):
+            self.add_state(f"sums_{depth}", 2, count, count)
 
     def absorb(self, first: Patches, second: Patches) -> None:
         """Take the patches of some images in both models."""
@@ -95,6 +96,24 @@ class GramSums(Means):
                 values[depth] = total / pairs / patches**2
         return values
 
+    def result(self) -> MetricResult:
+        """The drift by depth with its intervals and chance level; DataError where no image was absorbed."""
+        count = int(self.array("images").max(initial=0))
+        if not count:
+            raise DataError("the drift between two models needs an image that both can read")
+        reasons = {"untrained": NO_COPY, **({} if self.across else {"other_image": TOO_LARGE})}
+        return MetricResult(
+            dims=("depth",),
+            definition=DEFINITION,
+            values=self.mean()[0],
+            stderr=self.mean()[1],
+            ci95=self.bounds(),
+            settings={"negatives": "zero"},
+            details={"prefix": False, "images": count},
+            description=WORDS,
+            nulls=with_reasons({"untrained": None, "other_image": self.across_images()}, reasons, count),
+        )
+
 
 def gram_drift(
     first: Subject,
@@ -120,25 +139,12 @@ def gram_drift(
     if depths[0] != depths[1]:
         reason = f"the first has {depths[0]} depths and this one {depths[1]}: which belong together is not known"
         return MetricResult(dims=("depth",), definition=DEFINITION, description=WORDS, not_applicable=reason)
-    sums = GramSums(*both.plans)
+    shapes = zip(*(plan.patch_shapes for plan in both.plans), strict=True)
+    sums = GramSums([one[0] if one and other and one[0] == other[0] else 0 for one, other in shapes])
     if not any(sums.patches):
         reason = "no depth has the same patches in both"
         return MetricResult(dims=("depth",), definition=DEFINITION, description=WORDS, not_applicable=reason)
     for _, one, other in both:
         sums.absorb(one, other)
     sums.all_reduce()
-    count = int(sums.array("images").max(initial=0))
-    if not count:
-        raise DataError("the drift between two models needs an image that both can read")
-    reasons = {"untrained": NO_COPY, **({} if sums.across else {"other_image": TOO_LARGE})}
-    return MetricResult(
-        dims=("depth",),
-        definition=DEFINITION,
-        values=sums.mean()[0],
-        stderr=sums.mean()[1],
-        ci95=sums.bounds(),
-        settings={"negatives": "zero"},
-        details={"prefix": False, "images": count},
-        description=WORDS,
-        nulls=with_reasons({"untrained": None, "other_image": sums.across_images()}, reasons, count),
-    )
+    return sums.result()

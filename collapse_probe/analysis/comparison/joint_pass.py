@@ -58,7 +58,7 @@ class JointPass:
             for names, *pixels in _pairs(one, other, step):
                 with torch.no_grad():
                     first, second = (
-                        _patches(subject.model, plan, x, self.amp, self.device)
+                        patches_by_depth(subject.model, plan, x, self.amp, self.device)
                         for subject, plan, x in zip(self.subjects, self.plans, pixels, strict=True)
                     )
                 yield names, first, second
@@ -73,7 +73,9 @@ def _pairs(one: Batch, other: Batch, step: int) -> Iterator[tuple[list[str], Ten
         yield [one.names[row] for row in mine], one.pixels[list(mine)], other.pixels[list(others)]
 
 
-def _patches(model: nn.Module, plan: Plan, pixels: Tensor, amp: str | None, device: torch.device) -> list[Tensor | None]:
+def patches_by_depth(
+    model: nn.Module, plan: Plan, pixels: Tensor, amp: str | None, device: torch.device
+) -> list[Tensor | None]:
     """The patch tokens of one model at each depth."""
     count = len(pixels)
     if missing := -count % alike(plan, device):

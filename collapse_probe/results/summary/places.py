@@ -40,7 +40,7 @@ MEANS: Mapping[str, Reader] = {
     **{f"{role}{point}_adjacent": _null_of_neighbours(role) for role in ("other_token", "kappa") for point in POINTS},
     **{"attention_entropy_mean": _values, "attention_entropy_share": _share},
     **{"head_similarity_mean": _values, "image_similarity_mean": _values},
-    **{"feature_similarity_adjacent": _of_neighbours, "patch_diversity_last": _last},
+    **{"feature_similarity_adjacent": _of_neighbours, "patch_diversity_last": _last, "gram_drift_last": _last},
 }
 """By the name of a mean, what reads its numbers off the result of its metric (`METRIC_OF`)."""
 

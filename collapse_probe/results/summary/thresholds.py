@@ -27,6 +27,7 @@ METRIC_OF = {
     **{f"{name}_similarity_mean": f"{name}-similarity" for name in ("head", "image")},
     **{"feature_similarity_adjacent": "feature-similarity", "attention_entropy_mean": "attention-entropy"},
     "patch_diversity_last": "patch-diversity",
+    **{f"gram_drift_last{end}": "gram-drift" for end in BOUNDS},
     **{
         f"{name}{point}_adjacent": f"attention-similarity{point.replace('_', '@')}"
         for name in ("attention_similarity", "other_token", "kappa")
