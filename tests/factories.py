@@ -41,11 +41,12 @@ def plan_for(blocks, heads, tokens, width=8, prefix=(), patches=None, mixed=Fals
         bytes_per_image=1,
         check=SelfCheck(0.0, 0.0, 0.0),
         adjacent=(True,) * (blocks - 1),
+        middles=tuple(Tap(f"blocks.{i}.norm2", 0, "input") for i in range(blocks)),
     )
 
 
 def trace_of(maps, tokens=None, prefix=(), weights=None):
-    """A trace of given maps [B, L, H, N, N] and tokens [B, L + 1, N, D]."""
+    """A trace of given maps [B, L, H, N, N] and tokens [B, L + 1, N, D], with values, and a stream half way in each block."""
     maps = torch.as_tensor(np.asarray(maps))
     b, blocks, heads, n, _ = maps.shape
     if tokens is None:
@@ -58,10 +59,12 @@ def trace_of(maps, tokens=None, prefix=(), weights=None):
             operation="softmax",
             probs=maps[:, i],
             weights=None if weights is None else torch.as_tensor(np.asarray(weights))[:, i],
+            v=tokens[:, i, None].expand(-1, heads, -1, -1),
         )
         for i in range(blocks)
     )
-    return Trace(plan=plan, images=b, tokens=tuple(tokens.unbind(1)), attention=heard, output=None)
+    middles = ((tokens[:, :-1] + tokens[:, 1:]) / 2).unbind(1)
+    return Trace(plan=plan, images=b, tokens=tuple(tokens.unbind(1)), attention=heard, output=None, middles=middles)
 
 
 def readings(traces, names, budget=2**24, image_names=None):
