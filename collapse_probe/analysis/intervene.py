@@ -128,6 +128,8 @@ def intervene(
     )
     if window > 1 and not drop:
         raise SettingError(f"a window of blocks is dropped together, and nothing is dropped; came a window of {window}")
+    if keep is not None and not drop:
+        raise SettingError(f"blocks are kept while others are dropped, and nothing is dropped; came {keep} to keep")
     saving = saving_of(save_to, save_every, max_time, resume)
     images = images_from(data, split=split, limit=limit, seed=seed, max_pixels=max_pixels)
     if isinstance(images, OwnImages) and images.once:
@@ -165,6 +167,8 @@ def intervene(
             skipped = frozenset(str(each["name"]) for each in findings.data["skipped"])
             keeping = None if saving is None else saving.of(without)
             runner = ReplacementRunner(subject, places, choose_device(device), settings, skipped, say=say, saving=keeping)
+            if drop and least >= len(plan.blocks) > 1:
+                raise SettingError(f"expected fewer blocks to keep than the model has, {len(plan.blocks)}; came {least}")
             grid = condition_grid(runner, kinds, blocks, window)
             takers = [kind for kind in grid.able if kind.removesuffix(OTHER).endswith("donor") and grid.able[kind]]
             if takers:

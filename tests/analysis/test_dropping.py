@@ -25,7 +25,7 @@ from collapse_probe.models.loading import resolve
 from collapse_probe.report.intervention import dropping
 from collapse_probe.report.intervention.page import render
 from collapse_probe.report.intervention.verdict import headline, verdicts
-from collapse_probe.results.intervention import GREEDY, Effect, Interventions, Order
+from collapse_probe.results.intervention import GREEDY, Effect, Interventions, Order, UntrainedCopy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -286,7 +286,10 @@ def test_of_too_few_images_no_order_is_made(model, digits):
         ({"drop": "block", "window": 5}, "no 5 consecutive blocks"),
         ({"drop": "block", "window": 0}, "window of 1 block"),
         ({"drop": "block", "keep": -1}, "0 blocks or more"),
+        ({"drop": "block", "keep": 4}, "fewer blocks to keep than the model has, 4; came 4"),
+        ({"drop": "mlp", "keep": 9}, "fewer blocks to keep than the model has, 4; came 9"),
         ({"window": 2}, "nothing is dropped"),
+        ({"keep": 2}, "nothing is dropped; came 2 to keep"),
     ],
 )
 def test_what_cannot_be_dropped_is_told(model, digits, options, said):
@@ -381,3 +384,22 @@ def test_settled_is_what_loses_half_of_what_may_be_lost_however_many_the_images(
     assert Order((3,), (), (few_lost,), (few_lost,)).spared == 1
     assert Order((3, 1), (), (all_kept, one_lost), (all_kept, one_lost)).spared == 1
     assert Order((3, 1), (), (one_lost, all_kept), (one_lost, all_kept)).spared == 0
+
+
+@pytest.mark.parametrize(
+    ("weights", "settled", "copy_keeps", "learned"),
+    [
+        ("file", 1.0, (0.3, 0.2, 0.4), True),
+        ("file", 1.0, (0.9, 0.7, 0.98), False),  # the interval of the copy holds 95 %
+        ("file", 1.0, (0.97, 0.9, 1.0), False),
+        ("file", 0.2, (0.1, 0.0, 0.3), False),  # no block can go
+        ("random (seed 0)", 1.0, (0.3, 0.2, 0.4), False),
+    ],
+)
+def test_that_blocks_can_go_is_called_learned_only_where_it_can_be(found, weights, settled, copy_keeps, learned):
+    each = [effect((3,), settled, settled - 0.01, settled), effect((1, 3), settled, settled - 0.01, settled)]
+    twin = UntrainedCopy(8, 5, (effect((1, 3), *copy_keeps),))
+    some = replace(found, model={**found.model, "weights": weights}, untrained=twin)
+    _, answer = told(some, each, each)
+    (said,) = (sentence for sentence in answer.sentences if "untrained copy" in sentence)
+    assert said.endswith("so that these can go is learned.") == learned

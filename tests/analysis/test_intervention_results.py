@@ -148,6 +148,12 @@ def test_the_page_stands_alone(found, tmp_path):
     assert "there is no block before it" in page
 
 
+def test_figures_name_what_stands_along_their_axes(found):
+    drawings = draw_all(found)
+    for name, label in {"one-at-a-time": "block", "cumulative": "first replaced block b"}.items():
+        assert drawings[name].content().decode().count(f">{label}</text>") == 3
+
+
 def test_one_image_and_one_block_have_intervals_of_shares_alone(model, digits):
     one = cp.intervene(model, digits.subset(1), "identity", blocks=[1])
     effect = one.single["identity"][0]

@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+from factories import small_vit
 
 import collapse_probe as cp
 from collapse_probe.analysis.intervene import EDITS
@@ -17,7 +18,8 @@ from collapse_probe.capture.edits.streams import Drawn
 from collapse_probe.data.images import open_data
 from collapse_probe.errors import SettingError
 from collapse_probe.report.intervention.page import render
-from collapse_probe.report.intervention.verdict import headline, verdicts
+from collapse_probe.report.intervention.tokens import NO_SINKS
+from collapse_probe.report.intervention.verdict import WORDS, headline, verdicts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("zero", "mean", "donor", "redirect")
@@ -222,3 +224,11 @@ def test_the_page_says_how_many_heads_were_edited(model, digits, found):
     assert "sinks zero other" in render(found)
     only = verdicts(cp.intervene(model, digits, sinks="zero-value", img_size=32))
     assert any("zeros overstate" in caveat for caveat in only[0].caveats)
+
+
+def test_without_a_sink_nothing_is_said_of_what_sinks_are_worth(digits):
+    found = cp.intervene(small_vit(depth=2), digits, sinks="redirect")
+    (answer,) = verdicts(found)
+    assert answer.case == NO_SINKS
+    assert headline([answer], found) == "No head of any block has a sink in any image"
+    assert "needed" not in WORDS[answer.case]

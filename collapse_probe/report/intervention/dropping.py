@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collapse_probe.results.intervention import GREEDY, INFLUENCE, Effect, Interventions, Order
+from collapse_probe.results.readings import is_untrained
 from collapse_probe.results.rules import KEEPS_ANSWERS
 from collapse_probe.results.text import interval, listed, number, numbered
 
@@ -86,7 +87,7 @@ def sentences(interventions: Interventions, kind: str) -> list[str]:
     said, order = [answer(interventions, kind)], interventions.orders.get(kind, {}).get(GREEDY)
     if order is not None and order.spared:
         said += [_how_sure(order), *_beyond(order)]
-    said += _beside_untrained(interventions, kind)
+    said += _beside_untrained(interventions, kind, case_of(order))
     if order is not None:
         said.append(_in_order(interventions, kind, order))
     single = [e for e in interventions.single[kind] if e.agreement is not None]
@@ -126,8 +127,11 @@ def _beyond(order: Order) -> list[str]:
     return [f"Without block {order.blocks[order.spared]} as well, {_share(after)} would stay, {price(after)}."]
 
 
-def _beside_untrained(interventions: Interventions, kind: str) -> list[str]:
-    """What an untrained copy keeps without the same blocks."""
+def _beside_untrained(interventions: Interventions, kind: str, case: str) -> list[str]:
+    """What an untrained copy keeps without the same blocks, and what that says of blocks that can go.
+
+    That it is learned takes a trained model, blocks that can go, and an interval of the copy that lies below KEEPS_ANSWERS.
+    """
     copy = interventions.untrained
     effect = None if copy is None else next((e for e in copy.effects if e.kind == kind), None)
     if copy is None or effect is None:
@@ -135,8 +139,12 @@ def _beside_untrained(interventions: Interventions, kind: str) -> list[str]:
     said = f"Without the same, an untrained copy keeps {_share(effect)} of its own top answers ({numbered(effect.blocks)})"
     if copy.answers == 1:
         return [f"{said}; but it gives all {copy.images} images the same answer, which says little."]
-    kept = (effect.agreement or 0.0) >= KEEPS_ANSWERS
-    meaning = "so that losing nothing is no sign of what was learned" if kept else "so that these can go is learned"
+    if (effect.agreement or 0.0) >= KEEPS_ANSWERS:
+        return [f"{said}, so that losing nothing is no sign of what was learned."]
+    if case != SOME or is_untrained(interventions.model):
+        return [f"{said}."]
+    below = effect.agreement_ci95 is not None and effect.agreement_ci95[1] < KEEPS_ANSWERS
+    meaning = "so that these can go is learned" if below else f"too few images to tell this from {SHARE}"
     return [f"{said}, {meaning}."]
 
 

@@ -65,11 +65,11 @@ def _over_blocks(by_kind: Mapping[str, Sequence[Effect]], label: str) -> Sheet |
     for axes, name in zip(places, names, strict=True):
         for kind, effects in by_kind.items():
             place = own.index(kind.removesuffix(OTHER)) if kind.removesuffix(OTHER) in own else 0
-            label, colour = kind.replace("_", " "), DISTINCT[place % len(DISTINCT)]
+            said, colour = kind.replace("_", " "), DISTINCT[place % len(DISTINCT)]
             if effects and kind.endswith(OTHER):
-                _curve(axes, effects, name, Role(f"{label} tokens", colour, (0, (5, 2))))
+                _curve(axes, effects, name, Role(f"{said} tokens", colour, (0, (5, 2))))
             elif effects:
-                _curve(axes, effects, name, Role(label, colour, marker=MARKERS[place % len(MARKERS)], width=1.8))
+                _curve(axes, effects, name, Role(said, colour, marker=MARKERS[place % len(MARKERS)], width=1.8))
         _scale(axes, name, [getattr(e, name) for e in every])
         over_blocks(axes, blocks, label, 9)
         axes.set_title(PANELS[name])

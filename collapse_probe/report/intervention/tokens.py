@@ -9,10 +9,12 @@ from collapse_probe.results.rules import KEEPS_ANSWERS
 from collapse_probe.results.text import interval, number, numbered
 
 NEEDED, SOMEWHERE, NOT_NEEDED = "needed in every block", "needed in some", "needed in none"
+NO_SINKS = "no head has a sink"
 WORDS = {
     NEEDED: "needed at every block",
     SOMEWHERE: "needed at some blocks",
     NOT_NEEDED: "not needed at any one block",
+    NO_SINKS: "not judged: no head has a sink",
 }
 """What each case says of the tokens that were edited."""
 ACTS = {  # what is done; what the control does
@@ -28,8 +30,12 @@ ACTS = {  # what is done; what the control does
 SHARE = f"{100 * KEEPS_ANSWERS:g} %"
 
 
-def case_of(single: Sequence[Effect]) -> str:
-    """Whether the top answers stay when the tokens are edited at one block: KEEPS_ANSWERS of them at all, at some, at none."""
+def case_of(kind: str, single: Sequence[Effect]) -> str:
+    """Whether the top answers stay when the tokens are edited at one block: KEEPS_ANSWERS of them at all, at some, at none;
+    NO_SINKS where there was nothing to edit.
+    """
+    if kind.startswith("sinks") and not any(effect.sinks for effect in single):
+        return NO_SINKS
     kept = [(effect.agreement or 0.0) >= KEEPS_ANSWERS for effect in single]
     return NOT_NEEDED if all(kept) else SOMEWHERE if any(kept) else NEEDED
 
@@ -38,7 +44,7 @@ def sentences(interventions: Interventions, kind: str) -> list[str]:
     """What the edit costs, what the same costs elsewhere, and how far the patches move."""
     single = [e for e in interventions.single[kind] if e.kl is not None]
     of_sinks = kind.startswith("sinks")
-    if of_sinks and not any(e.sinks for e in single):
+    if case_of(kind, single) == NO_SINKS:
         return ["No head of any block has a sink in any image: nothing was edited."]
     largest = max(single, key=lambda e: e.kl or 0.0)
     block = largest.blocks[0]

@@ -87,7 +87,7 @@ def _verdict(interventions: Interventions, kind: str) -> Verdict:
         return Verdict(NOT_READABLE, (*said_first(interventions), silent), label=kind)
     if kind in tokens.ACTS:
         said = (*said_first(interventions), *_tried(interventions), *tokens.sentences(interventions, kind))
-        of_tokens = tokens.case_of([e for e in interventions.single[kind] if e.kl is not None])
+        of_tokens = tokens.case_of(kind, [e for e in interventions.single[kind] if e.kl is not None])
         return Verdict(
             of_tokens, said, tuple(_caveats(interventions, kind, "", tokens.caveats(interventions, kind))), label=kind
         )
@@ -132,6 +132,8 @@ def headline(answers: Sequence[Verdict], interventions: Interventions) -> str:
     if dropped:
         return dropping.answer(interventions, dropped[0])
     if len(answers) == 1 and answers[0].label in tokens.ACTS:
+        if answers[0].case == tokens.NO_SINKS:
+            return "No head of any block has a sink in any image"
         return f"{'Sinks' if answers[0].label.startswith('sinks') else 'States of prefix tokens'} are {WORDS[answers[0].case]}"
     if len(answers) == 1:
         return f"Own attention maps are {WORDS[answers[0].case]}"
