@@ -24,6 +24,10 @@ from collapse_probe.errors import CaptureError, ModelError, SettingError
 Place = int | Literal["embedded", "normed"]
 """Where tokens pass: a depth (0 enters the first block, L leaves the last), the patch embedding's output, the final norm's."""
 Matrix = Literal["query", "key", "value", "proj", "fc1", "fc2"]
+SEVERAL = (
+    "attention penalties are losses of one softmax map in each head, and of several, as in differential attention, no penalty "
+    "is defined: take one of tokens or of weights"
+)
 MATRICES: tuple[Matrix, ...] = ("query", "key", "value", "proj", "fc1", "fc2")
 
 
@@ -150,12 +154,13 @@ class AttentionCall:
     map that multiplies V.
 
     `versions` count the writes into the tensors until they were recorded; `product` says whether the map that
-    multiplies V is known.
+    multiplies V is known, `halved` that there are half as many of these as softmaxes: each is made of two.
     """
 
     attention: Attention
     lowered: torch.dtype | None = None
     product: bool = False
+    halved: bool = False
     versions: dict[str, int] = field(default_factory=dict)
 
     def mark(self, *names: str) -> None:
@@ -229,6 +234,7 @@ def _multiplied(call: AttentionCall, args: tuple[Any, ...], out: Tensor) -> None
     if probs is None or call.product:
         return
     operands = [x for x in args if isinstance(x, Tensor)]
+    call.halved |= bool(operands) and operands[0].shape[-2:] == probs.shape[-2:] and operands[0].numel() * 2 == probs.numel()
     same = bool(operands) and operands[0].numel() == probs.numel() and operands[0].shape[-2:] == probs.shape[-2:]
     if same and out.shape != probs.shape:
         call.product = True
@@ -286,12 +292,16 @@ class GradientTrace:
         calls = self.calls.get(block, [])
         module = self.parts.attention(block)
         where = f"in `attn` of block {block} ({type(module).__name__})"
-        if len(calls) != 1:
+        if len(calls) > 1:
+            raise CaptureError(f"expected one softmax attention {where}, came {len(calls)}; {SEVERAL}")
+        if not calls:
             raise CaptureError(
-                f"expected one softmax attention {where}, came {len(calls)}; attention penalties take "
+                f"expected one softmax attention {where}, came 0; attention penalties take "
                 "scaled_dot_product_attention and a softmax over keys, in a model that is not compiled"
             )
         call, attention = calls[0], calls[0].attention
+        if call.halved:
+            raise CaptureError(f"two softmaxes make each map {where}; {SEVERAL}")
         if call.overwritten:
             raise CaptureError(f"the model wrote into its attention {where} after it was recorded: its maps cannot be made")
         if point == "weights" and not call.product:

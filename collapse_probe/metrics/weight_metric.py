@@ -50,7 +50,7 @@ class WeightMetric(Metric):
             )
         values, facts = self.values(self.matrices)
         if not np.isfinite(values).any():
-            zero = ["those that were found are undefined under this definition"] if any(self.matrices.by_block) else []
+            zero = [self.undefined(self.matrices)] if any(self.matrices.by_block) else []
             return self.not_applicable(f"no matrix could be measured ({'; '.join([*zero, *self.matrices.reasons()])})")
         details = {
             "matrices": list(NAMES),
@@ -61,6 +61,10 @@ class WeightMetric(Metric):
         }
         dims = facts.pop("dims", self.dims)
         return replace(self.result(values, details=details, nulls=untrained_only(), **facts), dims=dims)
+
+    def undefined(self, matrices: Matrices) -> str:
+        """Why matrices that were found gave no number at all."""
+        return "those that were found are undefined under this definition"
 
     @abstractmethod
     def values(self, matrices: Matrices) -> tuple[Array, dict[str, Any]]:

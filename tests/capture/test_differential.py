@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from collapse_probe.analysis.analyze import analyze
 from collapse_probe.analysis.intervene import intervene
 from collapse_probe.capture.capture import record
 from collapse_probe.errors import CaptureError
 from collapse_probe.models.fixes.apply import apply
+from collapse_probe.training.penalties.base import ModelPenalties
 
 vision_transformer = pytest.importorskip("timm.models.vision_transformer")
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -132,3 +134,34 @@ def test_a_map_that_is_never_formed_is_not_replaced() -> None:
         intervene(of_timm(True), torch.randn(4, 3, 32, 32), replace="uniform")
     done = intervene(of_timm(False), torch.randn(4, 3, 32, 32), replace="uniform")
     assert len(done.single["uniform"]) == 2
+
+
+ATTENTION_PENALTIES = {
+    "attention-cosine": {},
+    "attention-entropy": {},
+    "attention-contrastive": {},
+    "hyperspherical-separation": {"level": "attention"},
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION_PENALTIES)
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+def test_penalties_of_one_softmax_map_refuse_and_those_of_tokens_do_not(make: Any, name: str) -> None:
+    model, images = make(), torch.randn(2, 3, 32, 32)
+    penalties = ModelPenalties(model, {name: ATTENTION_PENALTIES[name]})
+    with penalties.recording():
+        model(images)
+    with pytest.raises(CaptureError, match="as in differential attention, no penalty is defined: take one of tokens"):
+        penalties.terms(torch.tensor([0, 1]))
+    tokens = ModelPenalties(model, {"patch-cosine": {}})
+    with tokens.recording():
+        model(images)
+    assert torch.isfinite(tokens.terms(torch.tensor([0, 1]))["patch-cosine"])
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+def test_the_form_of_a_whole_head_is_not_taken_of_halves_that_meet_apart(make: Any) -> None:
+    found = analyze(make(), torch.randn(2, 3, 32, 32), metrics="qk-spectrum", null_images=0)["qk-spectrum"]
+    assert found.values is None
+    assert found.not_applicable is not None
+    assert "merges several softmax maps" in found.not_applicable or "2 attention layers run" in found.not_applicable

@@ -252,7 +252,7 @@ def test_one_softmax_a_block_is_expected():
     model, images = made("ours")
     once = model.blocks[1].attn.forward
     model.blocks[1].attn.forward = lambda x, **masks: once(once(x, **masks), **masks)
-    with pytest.raises(CaptureError, match="came 2"):
+    with pytest.raises(CaptureError, match="came 2; attention penalties are losses of one softmax map"):
         trace_of(model, images).maps(1)
 
 

@@ -34,6 +34,7 @@ class Matrix:
 
     `heads` rows of equal parts belong to one attention head each (1 outside q, k and v); `parts` are the products of the pass
     of which it is made. `gain` [in] is that of the norm whose output the matrix reads; None where no norm was seen to give it.
+    `softmaxes` is how many softmax maps were merged into the map of a head: more than one where parts of its rows meet apart.
     """
 
     weight: Tensor
@@ -41,6 +42,7 @@ class Matrix:
     heads: int = 1
     parts: frozenset[int] = frozenset()
     gain: Tensor | None = None
+    softmaxes: int = 1
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -188,7 +190,9 @@ def attention_roles(
         came = _listed(products) or "none over its tokens"
         return {}, f"q, k and v cannot be told apart among the products before the attention ({came})"
     given, how, agreeing = max(trials, key=lambda trial: len(trial[2]))
-    return {r: Matrix(p.weight, CHECKED if r in agreeing else how, heads[r], p.parts, p.gain) for r, p in given.items()}, ""
+    merged = event.softmaxes
+    hows = {role: CHECKED if role in agreeing else how for role in given}
+    return {r: Matrix(p.weight, hows[r], heads[r], p.parts, p.gain, merged) for r, p in given.items()}, ""
 
 
 def projection_role(products: Sequence[Product], event: AttentionEvent, values: Matrix | None) -> Product | None:

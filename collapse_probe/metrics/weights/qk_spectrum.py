@@ -66,10 +66,11 @@ def random_variance(size: int, width: int) -> float:
 def by_heads(block: Mapping[str, Matrix]) -> tuple[Tensor, Tensor, bool] | None:
     """W_Q and W_K of each head [H, d, D] in float64, with the norm's gains on them where both are known; None without one.
 
-    Keys that several heads share stand once for each head.
+    Keys that several heads share stand once for each head. None where a head's map is merged of several softmaxes too: parts of
+    its queries and keys meet apart, and the form of the whole head is none by which it compares tokens.
     """
     q, k = block.get("q"), block.get("k")
-    if q is None or k is None:
+    if q is None or k is None or q.softmaxes > 1:
         return None
     if q.weight.shape[0] * k.heads != k.weight.shape[0] * q.heads or q.weight.shape[1] != k.weight.shape[1]:
         return None
@@ -130,7 +131,17 @@ class QKSpectrum(WeightMetric):
             "the scale and without biases), over the d eigenvalues (of D) that need not be 0, in float64. The gain of the norm "
             "before the attention stands on both matrices in the blocks of details.folded; in others none was found. "
             "details.as_used says in which blocks the attention used queries and keys as these matrices give them, up to a "
-            "factor and an offset."
+            "factor and an offset. Undefined in the blocks of details.merged, whose heads merge several softmax maps."
+        )
+
+    def undefined(self, matrices: Matrices) -> str:
+        merged = _merged(matrices)
+        if not merged:
+            return super().undefined(matrices)
+        more = f" and {len(merged) - 1} more blocks" if len(merged) > 1 else ""
+        return (
+            f"a head of {matrices.blocks[merged[0]]}{more} merges several softmax maps, as differential attention does: parts "
+            "of its queries and keys meet apart, and no W_Qᵀ W_K of the whole head compares tokens"
         )
 
     def values(self, matrices: Matrices) -> tuple[Array, dict[str, Any]]:
@@ -151,7 +162,12 @@ class QKSpectrum(WeightMetric):
             for at, block in enumerate(matrices.by_block)
             if found[at] is not None and all(block[name].how == CHECKED for name in ("q", "k"))
         ]
-        return values, {"details": {"folded": folded, "as_used": used, "random": random}}
+        return values, {"details": {"folded": folded, "as_used": used, "merged": _merged(matrices), "random": random}}
+
+
+def _merged(matrices: Matrices) -> list[int]:
+    """The blocks in which a head's map is merged of several softmaxes."""
+    return [at for at, block in enumerate(matrices.by_block) if "q" in block and block["q"].softmaxes > 1]
 
 
 METRICS.add(QKSpectrum.name, QKSpectrum)
