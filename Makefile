@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo docs listing test coverage fuzz check test-lowest format lock bench bundled clean
+.PHONY: demo docs listing test coverage fuzz check test-loggers test-lowest format lock bench bundled clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,6 +37,12 @@ fuzz: $(VENV)/.installed
 
 check: test
 
+# The tests of the experiment trackers, with all of them: trackio and mlflow hold other packages at lower releases, so they are not in dev.
+test-loggers:
+	$(PYTHON) -m venv .venv-loggers
+	.venv-loggers/bin/python -m pip install --quiet --editable ".[dev,loggers]"
+	.venv-loggers/bin/python -m pytest -q tests/training/test_logs.py
+
 # The suite with the oldest releases that pyproject.toml declares; warnings of old releases about newer ones are not errors there.
 test-lowest:
 	$(PYTHON) -m venv .venv-lowest
@@ -63,4 +69,4 @@ bundled: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/bundle_models.py bundled-runs
 
 clean:
-	rm -rf $(VENV) .venv-lowest build dist *.egg-info
+	rm -rf $(VENV) .venv-loggers .venv-lowest build dist *.egg-info
