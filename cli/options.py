@@ -358,7 +358,8 @@ level = click.option(
     "levels",
     multiple=True,
     type=click.Choice(["attention", "tokens", "weights", "all"]),
-    help="Every metric of this level, beside those of --metric; weights need no data.  [default: a fixed set]",
+    help="Every metric of this level, beside those of --metric; weights need no data. On a CPU all of them take about seven "
+    "times as long as the model's own pass over the images, the default set less than twice.  [default: a fixed set]",
 )
 preset = click.option(
     "--preset",
