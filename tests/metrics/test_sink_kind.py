@@ -287,3 +287,10 @@ def test_heads_are_called_switched_off_where_an_untrained_copy_has_none(fresh, s
     assert "2606.08105" in rule["source"]
     said = "Attention: most heads of a block are switched off in most images"
     assert any(sentence.startswith(said) for sentence in judged.answer["sentences"]) == (answer == "yes")
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"class_token": False, "global_pool": "avg"}])
+def test_maps_of_two_keys_have_no_sinks_to_speak_of(kwargs):
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=2, img_size=16, **kwargs).eval()
+    (result,) = analyze(model, "bundled:digits", limit=4, metrics=["sink-kind"]).metrics.values()
+    assert "uniform attention alone makes a sink in maps of" in result.not_applicable

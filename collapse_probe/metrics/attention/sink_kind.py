@@ -26,6 +26,8 @@ ROUTED, ROUTED_MASS = 0.9, 0.5
 NO_OP, BROADCAST, BROADCAST_RANK = 0.2, 0.5, 1.5
 """A no-op's value is this short at most, over the mean of the others'; a broadcast's this long at least, and the stable rank of
 what the head writes no higher than this."""
+FEWEST_KEYS = 3
+"""With fewer, uniform attention alone gives each key ROUTED_MASS."""
 EPSILONS = (0.5, 0.3, 0.2, 0.1)
 """Of the literal rule, for the sensitivity: every query gives the key 1 − ε or more."""
 RATIOS = {"no_op": (0.1, 0.2, 0.3), "broadcast": (0.3, 0.5, 0.7)}
@@ -125,7 +127,8 @@ class SinkCounts(HeadMeans):
             for position in group.positions:
                 attention = trace.attention[self.plan.map_layers[position]]
                 gram = None if grams is None else grams[position]
-                if attention.v is None or (grams is not None and gram is None):
+                few = self.plan.layers[self.plan.map_layers[position]].keys < FEWEST_KEYS
+                if few or attention.v is None or (grams is not None and gram is None):
                     continue
                 self._add_layer(attention, position, gram, values, trace.images)
         counted = torch.stack([values[kind].nansum((1, 2)) for kind in KINDS], -1)
@@ -275,6 +278,9 @@ class SinkKind(HeadMetric):
 
     def compute(self, accumulators: Sequence[Any], records: Sequence[Record]) -> MetricResult:
         (counts,) = accumulators
+        if (most := max((layer.keys for layer in self.layers), default=FEWEST_KEYS)) < FEWEST_KEYS:
+            keys = f"maps of {most} key{'s' * (most > 1)}"
+            return self.not_applicable(f"uniform attention alone makes a sink in {keys}: {ROUTED_MASS:g} or more for each")
         if not np.isfinite(counts.mean("sink")[0]).any():
             why = self.matrices.reasons() if self.settings["of"] == "out" and self.matrices is not None else []
             missing = "; ".join(why) or "no attention layer's values could be told from its other tensors"
