@@ -266,7 +266,7 @@ def test_the_page_counts_sinks_by_kind_token_and_threshold():
     findings = analyze(sinking(), images(5), metrics=("sink-kind", "sink-kind@out"), gallery_images=0)
     head, other, _, _ = sink_tables(findings)
     assert head.rows[0][:3] == ("no-op", "4.00", "[4.00, 4.00]")
-    assert head.header == ("kind", "an image", "95 % CI", "on a patch")
+    assert head.header == ("kind", "per image", "95 % CI", "on a patch")
     assert ("no-op: ratio ≤ 0.1", "4.00", "–", "–") in other.rows
     page = render(findings, draw_all(findings))
     assert "Sinks of each kind, values of the head" in page

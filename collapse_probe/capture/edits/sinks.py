@@ -14,13 +14,17 @@ from torch import Tensor
 
 ROUTED, ROUTED_MASS = 0.9, 0.5
 """A head has a sink where this share of its queries give one key this much of their attention, or more."""
+FEWEST_KEYS = 3
 
 
 def sinks_in(maps_BHNM: Tensor) -> tuple[Tensor, Tensor]:
-    """The most attended key of each head, and whether it is a sink: [B, H, N, M] -> [B, H] twice."""
+    """The most attended key of each head, and whether it is a sink: [B, H, N, M] -> [B, H] twice.
+
+    With fewer than FEWEST_KEYS keys none is: uniform attention alone would make it one.
+    """
     key = maps_BHNM.mean(2).argmax(-1)
     column = _column(maps_BHNM, key)
-    return key, (column >= ROUTED_MASS).float().mean(2) >= ROUTED
+    return key, ((column >= ROUTED_MASS).float().mean(2) >= ROUTED) & (maps_BHNM.shape[-1] >= FEWEST_KEYS)
 
 
 def _column(maps_BHNM: Tensor, at_BH: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ def gap_of(maps: Tensor) -> dict[str, Tensor]:
     """
     values, bounds = two_largest(maps)
     first, second = values.unbind(-1)
+    if min(maps.shape[-2:]) < 2:  # there is no second one
+        second = torch.full_like(first, torch.nan)
     bound = bounds.amax(-1) / torch.where(first > 0, first, 1.0)
     return {"gap": first - second, "second": second * math.sqrt(maps.shape[-1]), "first": first, "bound": bound}
 

@@ -44,7 +44,7 @@ def _sinks(result: MetricResult, values: str) -> Table:
     heads, blocks = (result.array.shape[axis] for axis in (1, 0))
     where = f"over all {blocks} blocks with up to {heads} heads each"
     note = f"Sinks an image, {where}. The first prefix token counts as the class token."
-    header = ("kind", "an image", "95 % CI", *(TOKENS[name] for name in tokens))
+    header = ("kind", "per image", "95 % CI", *(TOKENS[name] for name in tokens))
     return Table(header, tuple(rows), (note,), f"Sinks of each kind, {values}")
 
 
@@ -105,7 +105,7 @@ def boundary_tables(findings: Findings) -> list[Table]:
     if fresh is not None:
         notes.append(f"The untrained copy has {number(float(fresh.max()) + 1, 1).removesuffix('.0')}.")
     if not rows:
-        rows = [("none", DASH, DASH)]
+        rows = [("no block but the first", DASH, DASH)]
     header = ("a phase begins with", "in 95 % of resamples of the images", "resamples with as many phases")
     return [Table(header, tuple(rows), tuple(notes), "Boundaries of phases")]
 

@@ -250,9 +250,9 @@ def sides(entry: Mapping[str, Any]) -> tuple[str, str]:
 def classes_table(findings: Findings) -> Table | None:
     """The headline numbers class by class; outlined: q at most LEVEL against all other images."""
     classes: Mapping[str, Any] = findings.sureness.get("classes") or {}
-    if not classes:
+    numbers: Mapping[str, Any] = classes.get("numbers") or {}
+    if not numbers:
         return None
-    numbers: Mapping[str, Any] = classes["numbers"]
     header = ["class", "images"]
     for name in numbers:
         header += [words_of(name), "95 % CI", "q"]

@@ -8,12 +8,13 @@ from collapse_probe.results.intervention import OTHER, Effect, Interventions
 from collapse_probe.results.rules import KEEPS_ANSWERS
 from collapse_probe.results.text import interval, number, numbered
 
-NEEDED, SOMEWHERE, NOT_NEEDED = "needed in every block", "needed in some", "needed in none"
+NEEDED, SOMEWHERE, NOT_NEEDED, UNSURE = "needed in every block", "needed in some", "needed in none", "too few images to tell"
 NO_SINKS = "no head has a sink"
 WORDS = {
     NEEDED: "needed at every block",
     SOMEWHERE: "needed at some blocks",
     NOT_NEEDED: "not needed at any one block",
+    UNSURE: "perhaps not needed: the intervals leave it open",
     NO_SINKS: "not judged: no head has a sink",
 }
 """What each case says of the tokens that were edited."""
@@ -27,17 +28,23 @@ ACTS = {  # what is done; what the control does
     "sinks_donor": "Giving sinks the value at another image's sink",
     "sinks_redirect": "Taking the attention from sinks",
 }
+NOTHING = 1e-9
+"""KL in nats up to which logits in float32 are the same to rounding."""
 SHARE = f"{100 * KEEPS_ANSWERS:g} %"
 
 
 def case_of(kind: str, single: Sequence[Effect]) -> str:
-    """Whether the top answers stay when the tokens are edited at one block: KEEPS_ANSWERS of them at all, at some, at none;
-    NO_SINKS where there was nothing to edit.
+    """Whether the top answers stay when the tokens are edited at one block, by the intervals: NEEDED or SOMEWHERE where fewer
+    than KEEPS_ANSWERS do at every or at some block, NOT_NEEDED where no fewer do at any, UNSURE else; NO_SINKS where there was
+    nothing to edit.
     """
     if kind.startswith("sinks") and not any(effect.sinks for effect in single):
         return NO_SINKS
-    kept = [(effect.agreement or 0.0) >= KEEPS_ANSWERS for effect in single]
-    return NOT_NEEDED if all(kept) else SOMEWHERE if any(kept) else NEEDED
+    ends = [effect.agreement_ci95 or (0.0, 1.0) for effect in single]
+    lost = [high < KEEPS_ANSWERS for _, high in ends]
+    if any(lost):
+        return NEEDED if all(lost) else SOMEWHERE
+    return NOT_NEEDED if all(low >= KEEPS_ANSWERS for low, _ in ends) else UNSURE
 
 
 def sentences(interventions: Interventions, kind: str) -> list[str]:
@@ -47,6 +54,8 @@ def sentences(interventions: Interventions, kind: str) -> list[str]:
     if case_of(kind, single) == NO_SINKS:
         return ["No head of any block has a sink in any image: nothing was edited."]
     largest = max(single, key=lambda e: e.kl or 0.0)
+    if (largest.kl or 0.0) < NOTHING:
+        return [f"{ACTS[kind]} changes nothing beyond rounding at any block (KL {largest.kl:.0e} nats at most)."]
     block = largest.blocks[0]
     kept = sum((e.agreement or 0.0) >= KEEPS_ANSWERS for e in single)
     control = next((e for e in interventions.single.get(kind + OTHER, ()) if e.blocks == (block,) and e.kl is not None), None)
