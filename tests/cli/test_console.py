@@ -79,7 +79,7 @@ def test_where_there_is_no_terminal_each_part_is_a_line(capsys):
 
 
 def test_the_parts_of_the_demonstration_are_known_beforehand():
-    assert len(shares()) == 7
+    assert len(shares()) == 12
     assert list(shares())[-1] == "figures and pages"
 
 

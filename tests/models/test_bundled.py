@@ -38,8 +38,10 @@ def test_each_says_how_it_was_made(name):
     facts = read_card(file_of(name)).facts
     account = json.loads((FOLDER / "spread.json").read_text())["models"][name]
     seed = account["shipped_seed"]
-    assert facts["recipe"] == RECIPES[name]().vary(seed=seed).to_json()
-    assert Recipe.from_json(facts["recipe"]).seed == seed
+    stored = Recipe.from_json(facts["recipe"])
+    assert stored == RECIPES[name]().vary(seed=seed)  # what has become a setting since stands at its default
+    assert facts["recipe"].items() <= stored.to_json().items()
+    assert stored.seed == seed
     assert f"train {name} --seed {seed}" in facts["command"]
     assert account["command"] == command_of(name, seed)
     assert {"torch", "timm"} <= set(facts["versions"])

@@ -40,7 +40,9 @@ METRIC_OF = {
     },
 }
 """The numbers of a summary but for those of weights, and the metric that each is of; empty for those of no metric."""
-OF_WEIGHTS = re.compile(r"(weight_(rank|similarity|orthogonality)|hyperspherical_energy)\w*_(mean|adjacent)(_untrained)?")
+OF_WEIGHTS = re.compile(
+    r"(weight_(rank|similarity|orthogonality)|hyperspherical_energy|qk_spectrum)\w*_(mean|adjacent)(_untrained)?"
+)
 OF_EFFECTS = "(kl|agreement|accuracy_change)"
 EFFECTS = re.compile(
     rf"images|accuracy|(share|mean|donor|uniform|identity|skip)_(largest|all)_{OF_EFFECTS}"
