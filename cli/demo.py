@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 DATA = "bundled:digits"
 NULL_IMAGES, BATCH = 32, 180
 SHARING_IMAGES = 64  # one batch
-DROPPING_IMAGES, DROPPED_BLOCKS = 180, range(12, 24)
+DROPPING_IMAGES, DROPPED_BLOCKS = 180, range(15, 24)
 SINKS = ("sink-kind", "sink-kind@no-op", "sink-kind@broadcast")
-COMPARING, SHARING, SINKING, DROPPING, PAGES = 7, 6, 1, 14, 5  # seconds that each part takes, about: for the bar
+COMPARING, SHARING, SINKING, DROPPING, PAGES = 7, 6, 1, 8, 5  # seconds that each part takes, about: for the bar
 Begin = Callable[[str], Callable[[int, int], None]]
 """Begins a part of the work by its name, and gives its callback for (done, of how many)."""
 

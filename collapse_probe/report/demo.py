@@ -151,7 +151,7 @@ def _dropped(dropping: Interventions) -> list[str]:
     single = [effect for effect in dropping.single[DROPPED] if effect.agreement is not None]
     cheap = sum((effect.agreement or 0.0) >= KEEPS_ANSWERS for effect in single)
     return [
-        f"The upper half of the ordinary ViT without Re-attention, block by block: {answer(dropping, DROPPED)}",
+        f"Of the last {len(single)} blocks of the ordinary ViT without Re-attention: {answer(dropping, DROPPED)}",
         f"One at a time, {cheap} of these {len(single)} can be left out with {100 * KEEPS_ANSWERS:g} % of the top answers "
         "unchanged. A skip connection makes a single block cheap to leave out, whatever it computes: all together is another "
         "question.",
