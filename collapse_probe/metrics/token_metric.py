@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -126,6 +126,25 @@ class TokenMetric(Metric):
         if not self.plan.width:
             return "no token sequence was found at the first block's input"
         return "" if self.settings.get("prefix") or has_patches(self.plan) else NO_PATCHES
+
+
+class BlockMetric(TokenMetric):
+    """A metric of what each block does to tokens, with the settings `branch` (block, attention, mlp) and `tokens`."""
+
+    dims = ("block",)
+
+    def __init__(self, plan: Plan, **settings: Any) -> None:
+        super().__init__(plan, **settings)
+        self.needs = frozenset() if self.settings["branch"] == "block" else frozenset({"middles"})
+
+    def inapplicable(self) -> str:
+        """The tokens must be read before and behind a block or its branch, and where they are to be of one kind, be known."""
+        return no_ends(self.plan, self.settings["branch"], self.settings["tokens"])
+
+    @property
+    def neighbours(self) -> tuple[bool, ...]:
+        """Those of the model's blocks."""
+        return self.plan.adjacent_blocks
 
 
 class DepthMetric(TokenMetric):

@@ -263,7 +263,7 @@ def curve(axes: Axes, x: Array, values: Array, role: Role, ci95: Array | None = 
         linewidth=role.width,
         marker=role.marker if few else "",
         markersize=4.0,
-        label=role.label,
+        label=role.label if ci95 is not None else role.label.removesuffix(" (95 % CI)"),
         zorder=2 if role.marker else 3,  # a null that coincides stays visible on top
     )
     if ci95 is not None:

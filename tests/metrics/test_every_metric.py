@@ -123,7 +123,7 @@ def test_the_panel_of_heads_shows_the_numbers_of_the_findings():
     figure = family_figure(replace(findings_with(), metrics={"attention-distance": reading}), ["attention-distance"])
     (axes,) = (panel.axes for panel in figure.panels)
     drawn = {line.get_label(): np.asarray(line.get_ydata()) for line in axes.lines}
-    np.testing.assert_allclose(drawn["measured (95 % CI)"], reading.values.mean(1))
+    np.testing.assert_allclose(drawn["measured"], reading.values.mean(1))  # without an interval none is named
     np.testing.assert_array_equal(drawn["one head"], reading.values.ravel())
     np.testing.assert_array_equal(drawn["uniform attention"], [0.3] * BLOCKS)
     assert axes.get_ylabel() == "pixels"

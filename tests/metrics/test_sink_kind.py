@@ -294,3 +294,10 @@ def test_maps_of_two_keys_have_no_sinks_to_speak_of(kwargs):
     model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=2, img_size=16, **kwargs).eval()
     (result,) = analyze(model, "bundled:digits", limit=4, metrics=["sink-kind"]).metrics.values()
     assert "uniform attention alone makes a sink in maps of" in result.not_applicable
+
+
+def test_a_count_says_over_how_many_blocks_it_is():
+    model = ToyViT([Block(Sinking()), Block(OneKey()), Block(Sinking())])
+    (table, *_) = sink_tables(analyze(model, images(4), metrics=("sink-kind",), gallery_images=0))
+    assert table.rows[0][1] == "4.00"
+    assert "over the 2 of 3 blocks that could be measured" in table.notes[0]

@@ -252,7 +252,8 @@ class SinkKind(HeadMetric):
         return (
             f"{what[self.quantity]}: with s = argmax_j mean_i A_ij on {self.map_name}, {ROUTED:.0%} of all queries or more "
             f"give s {ROUTED_MASS:g} or more of their attention. ratio = the length of the value at s over the mean length of "
-            f"the others', of {value}. details.per_image counts sinks of each kind over all blocks and heads of an image, "
+            f"the others', of {value}. details.per_image counts sinks of each kind over all heads of an image in the blocks "
+            "that have a value here, "
             "details.by_class by the token they sit on, details.by_rule and details.by_ratio under other thresholds (literal "
             "ε-sinks: every query gives 1 − ε or more)."
         )

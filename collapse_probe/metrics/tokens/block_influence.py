@@ -15,7 +15,7 @@ from collapse_probe.metrics.accumulators import Means
 from collapse_probe.metrics.functional.geometry import own_and_other_cosines
 from collapse_probe.metrics.metric import CURVE, Need, Record, Variant, mean_over_images
 from collapse_probe.metrics.nulls import with_reasons
-from collapse_probe.metrics.token_metric import OF_TOKENS, ONE_TOKEN, TOKENS, TokenMetric, block_ends, in_parts, no_ends
+from collapse_probe.metrics.token_metric import OF_TOKENS, ONE_TOKEN, TOKENS, BlockMetric, block_ends, in_parts
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 from collapse_probe.statistics.kappa import MONOMIALS, PairMoments, kappa, kappa_interval
@@ -58,12 +58,11 @@ class InfluenceMeans(Means):
         return {"value": value, "other_token": other}
 
 
-class BlockInfluence(TokenMetric):
+class BlockInfluence(BlockMetric):
     """1 − cosine of a token before and behind a block, or one of its branches (ShortGPT, arXiv 2403.03853)."""
 
     name = "block-influence"
     summary = "1 − cosine of a token before and behind a block; of its attention or MLP branch alone"
-    dims = ("block",)
     collapsed = "low"
     title = "How much each block turns the tokens"
     seen = (
@@ -87,19 +86,6 @@ class BlockInfluence(TokenMetric):
     defaults = {"branch": "block", "tokens": "all"}
     choices = {"branch": BRANCHES, "tokens": TOKENS}
     variants = {**OF_BRANCHES, **OF_TOKENS}
-
-    def __init__(self, plan: Plan, **settings: Any) -> None:
-        super().__init__(plan, **settings)
-        self.needs = frozenset() if self.settings["branch"] == "block" else frozenset({"middles"})
-
-    def inapplicable(self) -> str:
-        """The tokens must be read before and behind a block, and where they are to come from one kind, be of that kind."""
-        return no_ends(self.plan, self.settings["branch"], self.settings["tokens"])
-
-    @property
-    def neighbours(self) -> tuple[bool, ...]:
-        """Those of the model's blocks."""
-        return self.plan.adjacent_blocks
 
     @property
     def definition(self) -> str:

@@ -14,7 +14,7 @@ from collapse_probe.metrics.accumulators import Means
 from collapse_probe.metrics.functional.geometry import own_and_other_cosines
 from collapse_probe.metrics.metric import CURVE, Need, Record, Variant, mean_over_images
 from collapse_probe.metrics.nulls import untrained_only, with_reasons
-from collapse_probe.metrics.token_metric import OF_TOKENS, ONE_TOKEN, TOKENS, TokenMetric, block_ends, in_parts, no_ends
+from collapse_probe.metrics.token_metric import OF_TOKENS, ONE_TOKEN, TOKENS, BlockMetric, block_ends, in_parts
 from collapse_probe.registry import METRICS
 from collapse_probe.results.findings import MetricResult
 
@@ -70,12 +70,11 @@ class ContributionMeans(Means):
         return values
 
 
-class ResidualContribution(TokenMetric):
+class ResidualContribution(BlockMetric):
     """‖branch‖/‖stream‖ and their cosine, block by block (Csordás, Manning, Potts, arXiv 2505.13898)."""
 
     name = "residual-contribution"
     summary = "length of what the attention or MLP branch adds over that of the stream; @cosine: whether it adds or takes away"
-    dims = ("block",)
     collapsed = "low"
     title = "How much each branch adds to the stream"
     seen = f"Length of what the branch adds to a token, over the length of the token. {CURVE}"
@@ -99,19 +98,6 @@ class ResidualContribution(TokenMetric):
         "cosine": Variant({"measure": "cosine"}, "cosine with the stream", unit="cosine"),
         **OF_TOKENS,
     }
-
-    def __init__(self, plan: Plan, **settings: Any) -> None:
-        super().__init__(plan, **settings)
-        self.needs = frozenset() if self.settings["branch"] == "block" else frozenset({"middles"})
-
-    def inapplicable(self) -> str:
-        """As for block influence."""
-        return no_ends(self.plan, self.settings["branch"], self.settings["tokens"])
-
-    @property
-    def neighbours(self) -> tuple[bool, ...]:
-        """Those of the model's blocks."""
-        return self.plan.adjacent_blocks
 
     @property
     def definition(self) -> str:

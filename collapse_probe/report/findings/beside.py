@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from collapse_probe.report.findings.tables import sensitivity_tables
 from collapse_probe.report.html import Table
 from collapse_probe.results.findings import Findings, MetricResult
@@ -42,7 +44,9 @@ def _sinks(result: MetricResult, values: str) -> Table:
         for kind, label in KINDS.items()
     ]
     heads, blocks = (result.array.shape[axis] for axis in (1, 0))
-    where = f"over all {blocks} blocks with up to {heads} heads each"
+    measured = int(np.isfinite(result.array).any(1).sum())
+    which = f"all {blocks} blocks" if measured == blocks else f"the {measured} of {blocks} blocks that could be measured"
+    where = f"over {which}, with up to {heads} heads each"
     note = f"Sinks an image, {where}. The first prefix token counts as the class token."
     header = ("kind", "per image", "95 % CI", *(TOKENS[name] for name in tokens))
     return Table(header, tuple(rows), (note,), f"Sinks of each kind, {values}")
