@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from collapse_probe.metrics.functional.phases import (
     steady_drift,
 )
 from collapse_probe.metrics.metric import make
+from collapse_probe.metrics.token_metric import block_ends
 from collapse_probe.metrics.tokens.angular_distance import angles, least_windows
 from collapse_probe.metrics.tokens.residual_contribution import contributions
 from collapse_probe.report.findings.beside import boundary_tables, window_tables
@@ -327,3 +329,12 @@ def test_tables_name_the_least_window_and_the_boundaries():
     count = findings.metrics["depth-phases"].details["phases"]
     assert len(boundaries.rows) == max(count - 1, 1)
     assert "in random order" in boundaries.notes[0]
+
+
+def test_a_block_that_is_fed_by_no_block_before_it_is_not_measured_from_there():
+    _, trace = measured(toy(depth=2))
+    apart = replace(trace, plan=replace(trace.plan, adjacent=(False,)))
+    assert block_ends(trace, 1, "block", "all") is not None
+    assert block_ends(apart, 0, "block", "all") is not None
+    assert block_ends(apart, 1, "block", "all") is None
+    assert block_ends(apart, 1, "attention", "patches") is None
